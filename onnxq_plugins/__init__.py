@@ -1,0 +1,32 @@
+"""onnxq-plugins: post-training quantization of ONNX models as a set of plugins.
+
+The public names are all here; everything else may change.
+"""
+
+from onnxq_plugins.audit import Audit, LayerAudit, audit_model
+from onnxq_plugins.calibration import Calibration, Gram, Histogram, Moments
+from onnxq_plugins.data import Data, DataOptions, open_data
+from onnxq_plugins.engine import Job, Result, quantize
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph import (
+    BatchNorm,
+    ChannelGroup,
+    Graph,
+    Layer,
+    channel_groups,
+    load,
+    permute,
+    replace_with_sum,
+    rescale,
+)
+from onnxq_plugins.hookspecs import hookimpl
+from onnxq_plugins.passes.base import Pass
+from onnxq_plugins.recipe import Recipe
+from onnxq_plugins.spec import Plan, QuantSpec
+from onnxq_plugins.target import Rule, Target
+
+__version__ = "0.1.0"
+__all__ = ["Audit", "BatchNorm", "Calibration", "ChannelGroup", "Data", "DataOptions", "Gram", "Graph", "Histogram",
+           "Job", "Layer", "LayerAudit", "Moments", "OnnxqError", "Pass", "Plan", "QuantSpec", "Recipe", "Result",
+           "Rule", "Target", "audit_model", "channel_groups", "hookimpl", "load", "open_data", "permute", "quantize",
+           "replace_with_sum", "rescale"]

@@ -1,0 +1,192 @@
+"""What a runtime really executes: for every layer of a model the kernel that runs it, and if that is a float kernel,
+why. Read off the runtime's own optimized graph, on this machine."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from onnxq_plugins import runtime
+from onnxq_plugins.errors import OnnxqError
+
+LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+QUANTIZED = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulNBits", "ConvInteger",
+             "MatMulInteger", "DynamicQuantizeMatMul", "QAttention", "int8"}
+
+
+@dataclass(frozen=True)
+class LayerAudit:
+    """One layer: its operator, whether its weight is constant, the kernel that runs it, and why it is float."""
+
+    name: str
+    op: str
+    constant_weight: bool
+    kernel: str
+    quantized: bool
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The layers of a model as a runtime runs them; `speedup` is float time / this model's time, if measured."""
+
+    layers: tuple[LayerAudit, ...]
+    other: dict[str, int]
+    speedup: float | None = None
+    milliseconds: tuple[float, float] | None = None
+
+    def counts(self) -> dict[str, int]:
+        """Kernel -> number of layers."""
+        return dict(Counter(layer.kernel for layer in self.layers))
+
+    def summary(self) -> str:
+        """One line: how many layers of each operator run quantized, and in what."""
+        parts = []
+        for op in LAYER_OPS:
+            rows = [layer for layer in self.layers if layer.op == op and layer.constant_weight]
+            if rows:
+                kernels = Counter(layer.kernel for layer in rows if layer.quantized)
+                names = ", ".join(f"{n} {k}" if len(kernels) > 1 else k for k, n in kernels.most_common())
+                done = sum(layer.quantized for layer in rows)
+                parts.append(f"{done}/{len(rows)} {op}" + (f" as {names}" if names else " quantized"))
+        return "; ".join(parts) or "no layer with a constant weight"
+
+
+def audit_model(model: onnx.ModelProto | str | Path, against: str | Path | onnx.ModelProto | None = None,
+          seconds: float = 2.0) -> Audit:
+    """Audit a model in onnxruntime.
+
+    model     QDQ (or any) model
+    against   the float model: the latency ratio at batch 1 is measured too, interleaved, one thread
+
+    Raises OnnxqError if onnxruntime cannot load or run it.
+    """
+    proto = onnx.load(str(model)) if isinstance(model, (str, Path)) else model
+    named = onnx.ModelProto()
+    named.CopyFrom(proto)
+    for i, node in enumerate(named.graph.node):
+        node.name = node.name or f"{node.op_type}_{node.output[0] if node.output else i}"
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder) / "optimized.onnx"
+        session = runtime.session(named, dump=dump)
+        optimized = onnx.load(str(dump), load_external_data=False)
+    found = tuple(_layers(named.graph, optimized.graph))
+    other = Counter(n.op_type for n in optimized.graph.node if n.op_type not in QUANTIZED)
+    if against is None:
+        return Audit(found, dict(other))
+    reference = onnx.load(str(against)) if isinstance(against, (str, Path)) else against
+    feed = example(proto)
+    try:
+        slow, fast = runtime.latency([runtime.session(reference), session], feed, seconds)
+    except Exception as error:  # onnxruntime's run() raises its own types
+        raise OnnxqError(f"the two models cannot be timed on the same input: {' '.join(str(error).split())[:200]}") from error
+    return Audit(found, dict(other), slow / fast, (slow, fast))
+
+
+def audit_openvino(model: str | Path) -> Audit:
+    """The same for OpenVINO: precision of each layer in its execution graph. Needs the extra ``openvino``."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise OnnxqError("OpenVINO is not installed; pip install 'onnxq-plugins[openvino]'.") from error
+    proto = onnx.load(str(model))
+    compiled = openvino.Core().compile_model(str(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    ran: dict[str, tuple[str, str]] = {}
+    for node in compiled.get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        values = {key: str(info[key].astype(str) if hasattr(info[key], "astype") else info[key])
+                  for key in ("originalLayersNames", "runtimePrecision", "layerType") if key in info}
+        for name in values.get("originalLayersNames", "").split(","):
+            if values.get("layerType") not in ("Reorder", "Input", "Output", "Const"):
+                ran[name] = (values.get("layerType", ""), values.get("runtimePrecision", ""))
+    constants = _constants(proto.graph)
+    found = []
+    for node in proto.graph.node:
+        if node.op_type in LAYER_OPS:
+            kind, precision = ran.get(node.name, ("", ""))
+            integer = precision in ("i8", "u8")
+            found.append(LayerAudit(node.name, node.op_type, node.input[1] in constants,
+                                    f"{kind or node.op_type} {precision or 'unknown'}", integer,
+                                    "" if integer else "OpenVINO runs it in floating point"))
+    return Audit(tuple(found), {})
+
+
+def example(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """One random feed of batch 1 for timing; dynamic axes become 1, whole-number inputs 0."""
+    rng = np.random.default_rng(0)
+    constants = {t.name for t in model.graph.initializer}
+    feed = {}
+    for value in model.graph.input:
+        if value.name not in constants:
+            kind = value.type.tensor_type
+            shape = [d.dim_value or 1 for d in kind.shape.dim]
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+            floats = np.dtype(dtype).kind == "f"
+            feed[value.name] = rng.standard_normal(shape).astype(dtype) if floats else np.zeros(shape, dtype)
+    return feed
+
+
+def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto) -> list[LayerAudit]:
+    by_name: dict[str, str] = {}
+    by_output: dict[str, str] = {}
+    for node in optimized.node:
+        by_name.setdefault(re.sub(r"_token_\d+$|_nchwc$", "", node.name), node.op_type)
+        for output in node.output:
+            by_output.setdefault(re.sub(r"_token_\d+$|_nchwc$", "", output), node.op_type)
+    constants = _constants(graph)
+    found = []
+    for node in graph.node:
+        if node.op_type not in LAYER_OPS or node.domain:
+            continue
+        kernel = by_name.get(node.name) or by_name.get(node.output[0]) or by_output.get(node.output[0]) or "removed"
+        quantized = kernel in QUANTIZED
+        found.append(LayerAudit(node.name, node.op_type, node.input[1] in constants, kernel, quantized,
+                                "" if quantized else _why(graph, node)))
+    return found
+
+
+def _constants(graph: onnx.GraphProto) -> set[str]:
+    """Initializers and what is computed from constants alone (dequantized weights among it)."""
+    known = {t.name for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" or (node.input and all(i in known or not i for i in node.input)):
+            known |= set(node.output)
+    return known
+
+
+def _why(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
+    """The first reason why onnxruntime cannot take a layer as integer (RUNTIME B, C)."""
+    made = {o: n for n in graph.node for o in n.output}
+    types = {t.name: t.data_type for t in graph.initializer}
+    readers = [n for n in graph.node if node.output[0] in n.input]
+    while len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
+        readers = [n for n in graph.node if readers[0].output[0] in n.input]
+    if node.op_type == "ConvTranspose":
+        return "onnxruntime has no integer ConvTranspose"
+    weight, source = made.get(node.input[1]), made.get(node.input[0])
+    if source is None or source.op_type != "DequantizeLinear":
+        origin = f"operator '{source.name or source.op_type}'" if source is not None else "the model's input"
+        if weight is None or weight.op_type != "DequantizeLinear":
+            return f"neither its input (from {origin}) nor its weight is quantized"
+        return f"its input, from {origin}, is float"
+    codes = source.input[0]
+    zero = types.get(source.input[2], 0) if len(source.input) > 2 else 0
+    if zero in (TensorProto.UINT16, TensorProto.INT16):
+        return f"its input '{codes}' has 16-bit codes, for which there is no integer kernel"
+    if weight is None or weight.op_type != "DequantizeLinear":
+        return "its weight is not quantized"
+    if any(a.name == "block_size" and a.i for a in weight.attribute):
+        return "its weight has blocked scales; use one scale per output channel"
+    if types.get(weight.input[0]) in (TensorProto.INT4, TensorProto.UINT4):
+        return "its 4-bit weight goes straight into DequantizeLinear; put a Cast to INT8 between"
+    if node.op_type == "Conv" and (not readers or any(n.op_type != "QuantizeLinear" for n in readers)):
+        other = next((n.name or n.op_type for n in readers if n.op_type != "QuantizeLinear"), "the model's output")
+        return f"its output is read in float by {other}; quantize it"
+    return "onnxruntime did not fuse it (check zero points and the bias scale s_x * s_w)"

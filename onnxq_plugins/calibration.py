@@ -1,0 +1,342 @@
+"""Statistics of activations, asked for on demand and computed in as few runs over the data as possible.
+
+Ranges and moments are reduced inside the graph; histograms and Gram matrices fetch activations, one sample at a time.
+Nothing holds more than a few samples' activations (RUNTIME I: batch 1 is fastest and leanest). Every statistic is a
+fold over samples with minimum, maximum or sum, taken in sample order, so results do not depend on the number of
+workers, and a fold that was interrupted goes on from its last checkpoint in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import joblib
+import numpy as np
+import onnx
+from onnx import helper
+
+from onnxq_plugins import runtime
+from onnxq_plugins.data import Data
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.spec import Array
+
+State = dict[str, Array]  # "tensor|field" -> array; the field's first letters tell how two states merge
+_MERGE: dict[str, Callable[[Array, Array], Array]] = {"low": np.minimum, "high": np.maximum, "sum": np.add}
+T = TypeVar("T")
+Track = Callable[[Iterable[Any], str, int | None], Iterable[Any]]  # (items, what, how many) -> the same items
+
+
+def silent(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """The progress display that shows nothing."""
+    return items
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Per channel: mean [C] and mean of squares [C] over samples and positions."""
+
+    mean: Array
+    square: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """counts [bins] between the exact extremes low and high of a tensor. Counted on an even subsample of at most
+    16384 values per sample, so that a shifted grid is scored on what the tensor looks like, at any size."""
+
+    counts: Array
+    low: float
+    high: float
+
+    @property
+    def centers(self) -> Array:
+        """Middle of each bin [bins]."""
+        width = (self.high - self.low) / len(self.counts)
+        return self.low + (np.arange(len(self.counts)) + 0.5) * width
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """Second moments of a layer's input patches: h = E[x x^T] [groups, D, D] and mean E[x] [groups, D], float64,
+    over `count` patches; D as in ALGORITHMS 0.1."""
+
+    h: Array
+    mean: Array
+    count: int
+
+
+class Calibration:
+    """Statistics of the current float graph over the data.
+
+    graph     the graph passes are rewriting: statistics always describe its present state
+    data      the samples, or None when the user gave none: asking then raises OnnxqError
+    cache     folder for results, keyed by the digests of model and data; shared by runs and processes
+    workers   samples computed at the same time, one thread each
+    """
+
+    checkpoint = 32  # samples between two checkpoints of a running fold
+
+    def __init__(self, graph: Graph, data: Data | None, *, cache: Path | None = None, workers: int = 1,
+                 track: Track = silent) -> None:
+        self.graph, self.data, self.cache, self.workers, self.track = graph, data, cache, workers, track
+        self._known: dict[tuple[str, str], State] = {}  # (graph digest, statistic) -> state
+
+    def ranges(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Exact (minimum, maximum) of each tensor."""
+        state = self._reduced("ranges", names, [("low", "ReduceMin", False), ("high", "ReduceMax", False)])
+        return {n: (float(state[f"{n}|low"]), float(state[f"{n}|high"])) for n in names}
+
+    def channel_ranges(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
+        """Exact (minimum [C], maximum [C]) per channel of each tensor."""
+        state = self._reduced("channel-ranges", names, [("low", "ReduceMin", True), ("high", "ReduceMax", True)])
+        return {n: (state[f"{n}|low"], state[f"{n}|high"]) for n in names}
+
+    def moments(self, names: Sequence[str]) -> dict[str, Moments]:
+        """Mean and mean square per channel of each tensor."""
+        state = self._reduced("moments", names, [("sum", "ReduceMean", True), ("sum2", "ReduceSumSquare", True)])
+        return {n: Moments(state[f"{n}|sum"] / state[f"{n}|sum_samples"],
+                           state[f"{n}|sum2"] / state[f"{n}|sum_positions"]) for n in names}
+
+    def histograms(self, names: Sequence[str], bins: int = 2048) -> dict[str, Histogram]:
+        """Histogram of each tensor between its extremes."""
+        ranges = self.ranges(names)
+
+        def reduce(name: str, x: Array, _: int) -> State:
+            low, high = ranges[name]
+            flat = x.reshape(-1)
+            flat = flat[:: -(-flat.size // 16384) | 1]  # an odd step does not fall in with channels or rows
+            width = (high - low) / bins or 1.0
+            at = np.clip(((flat - np.float32(low)) * np.float32(1 / width)).astype(np.int32), 0, bins - 1)
+            return {f"{name}|sum": np.bincount(at, minlength=bins).astype(np.float64)}
+
+        state = self._fetched(f"histograms-{bins}", names, reduce)
+        return {n: Histogram(state[f"{n}|sum"], *ranges[n]) for n in names}
+
+    def grams(self, layers: Sequence[Layer], positions: int = 256) -> dict[str, Gram]:
+        """Gram matrix of the inputs of each layer, by layer name; `positions` patches per sample at most.
+
+        All are held at once (8 * groups * D^2 bytes each): ask for few layers at a time where D is large.
+        """
+        by_name = {layer.name: layer for layer in layers}
+
+        def reduce(name: str, x: Array, sample: int) -> State:
+            p = patches(by_name[name], x, positions, sample).astype(np.float64)
+            return {f"{name}|sum": p @ p.transpose(0, 2, 1), f"{name}|sum_x": p.sum(axis=2),
+                    f"{name}|sum_n": np.array(float(p.shape[2]))}
+
+        state = self._fetched(f"grams-{positions}", list(by_name), reduce, {n: y.input for n, y in by_name.items()})
+        return {n: Gram(state[f"{n}|sum"] / state[f"{n}|sum_n"], state[f"{n}|sum_x"] / state[f"{n}|sum_n"],
+                        int(state[f"{n}|sum_n"])) for n in by_name}
+
+    # ---- the fold -------------------------------------------------------------------------------------------------------
+
+    def _reduced(self, statistic: str, names: Sequence[str], wanted: list[tuple[str, str, bool]]) -> State:
+        """Statistics that ORT reduces inside the graph: one small output per (tensor, field)."""
+
+        def outputs(missing: Sequence[str]) -> tuple[onnx.ModelProto, Callable[[list[Array], int], State]]:
+            model = self.graph.model()
+            fields: list[tuple[str, str, tuple[int, ...] | None]] = []
+            del model.graph.output[:]
+            for name in missing:
+                shape = self.graph.shape(name)
+                for label, op, per_channel in wanted:
+                    axes = _other_axes(self.graph, name, statistic) if per_channel and shape is not None else None
+                    _add_reduction(model, op, name, f"{name}|{label}", axes, self.graph.opset)
+                    fields.append((name, label, axes))
+                if statistic == "moments":
+                    model.graph.node.append(helper.make_node("Size", [name], [f"{name}|size"]))
+                    model.graph.output.append(helper.make_tensor_value_info(f"{name}|size", onnx.TensorProto.INT64, []))
+
+            def read(values: list[Array], _: int) -> State:
+                state: State = {}
+                at = iter(values)
+                for name in missing:
+                    for label, *_rest in wanted:
+                        state[f"{name}|{label}"] = np.asarray(next(at), np.float64)
+                    if statistic == "moments":
+                        positions = int(next(at)) / max(state[f"{name}|sum"].size, 1)
+                        state[f"{name}|sum_samples"] = np.array(1.0)
+                        state[f"{name}|sum_positions"] = np.array(positions)
+                _finite(state)
+                return state
+
+            return model, read
+
+        return self._fold(statistic, names, outputs)
+
+    def _fetched(self, statistic: str, names: Sequence[str], reduce: Callable[[str, Array, int], State],
+                 tensors: dict[str, str] | None = None) -> State:
+        """Statistics that need the activations themselves; `tensors` maps each name to the tensor it is about."""
+        of = tensors or {n: n for n in names}
+
+        def outputs(missing: Sequence[str]) -> tuple[onnx.ModelProto, Callable[[list[Array], int], State]]:
+            model = self.graph.model()
+            fetched = list(dict.fromkeys(of[n] for n in missing))
+            inputs = set(self.graph.inputs)
+            del model.graph.output[:]
+            for name in fetched:
+                source = name
+                if name in inputs:  # a model input cannot be an output at the same time
+                    source = f"{name}|copy"
+                    model.graph.node.append(helper.make_node("Identity", [name], [source]))
+                model.graph.output.append(helper.make_empty_tensor_value_info(source))
+
+            def read(values: list[Array], sample: int) -> State:
+                by_tensor = dict(zip(fetched, values, strict=True))
+                return {k: v for n in missing for k, v in reduce(n, by_tensor[of[n]], sample).items()}
+
+            return model, read
+
+        return self._fold(statistic, names, outputs)
+
+    def _fold(self, statistic: str, names: Sequence[str],
+              outputs: Callable[[Sequence[str]], tuple[onnx.ModelProto, Callable[[list[Array], int], State]]]) -> State:
+        if self.data is None:
+            raise OnnxqError(f"{statistic} of activations need sample inputs; give --data PATH.")
+        digest = self.graph.digest()
+        self._known = {key: state for key, state in self._known.items() if key[0] == digest}
+        known = self._known.setdefault((digest, statistic), {})
+        file = self.cache / f"{digest}-{self.data.digest()}-{statistic}.npz" if self.cache else None
+        if file is not None:
+            known.update(_load(file))
+        have = {key.partition("|")[0] for key in known}
+        missing = [n for n in dict.fromkeys(names) if n not in have]
+        if missing:
+            model, read = outputs(missing)
+            done = self._run(statistic, missing, model, read, file)
+            known.update(done)
+            if file is not None:
+                _save(file, {**_load(file), **done})
+        return known
+
+    def _run(self, statistic: str, missing: Sequence[str], model: onnx.ModelProto,
+             read: Callable[[list[Array], int], State], file: Path | None) -> State:
+        assert self.data is not None
+        mark = hashlib.blake2b("\n".join(missing).encode(), digest_size=8).hexdigest()
+        partial = file.with_name(f"{file.stem}-{mark}.part.npz") if file else None
+        state = _load(partial) if partial else {}
+        start = int(state.pop("next", np.array(0)))
+        runner = runtime.session(model)
+        del model
+
+        def one(feed: dict[str, Array], sample: int) -> State:
+            return read(runner.run(None, feed), sample)
+
+        # require="sharedmem" keeps this on threads whatever backend the caller chose: sessions cannot be pickled
+        tasks = (joblib.delayed(one)(feed, n) for n, feed in enumerate(self.data) if n >= start)
+        results = joblib.Parallel(self.workers, require="sharedmem", return_as="generator",
+                                  pre_dispatch=self.workers + 1)(tasks)
+        for n, found in enumerate(self.track(results, f"calibrating: {statistic}", None), start=start + 1):
+            for key, value in found.items():
+                field = key.rpartition("|")[2]
+                merge = next(m for prefix, m in _MERGE.items() if field.startswith(prefix))
+                state[key] = merge(state[key], value) if key in state else value
+            if partial is not None and n % self.checkpoint == 0:
+                _save(partial, {**state, "next": np.array(n)})
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        return state
+
+
+def patches(layer: Layer, x: Array, positions: int, sample: int = 0) -> Array:
+    """Columns of the layer's input matrix for one sample [groups, D, positions], evenly spread over its output.
+
+    x   Conv [N, C, *spatial]; Gemm, MatMul [..., K]. `sample` shifts the positions, so that samples differ in them.
+    """
+    if layer.op != "Conv":
+        rows = x.reshape(-1, x.shape[-1])
+        return rows[_spread(len(rows), positions, sample)].T[None]
+    kernel, rank = layer.shape[2:], x.ndim - 2
+    strides = layer.attrs.get("strides") or [1] * rank
+    dilations = layer.attrs.get("dilations") or [1] * rank
+    pads = _pads(layer, x.shape[2:], strides, dilations)
+    x = np.pad(x, [(0, 0), (0, 0), *pads])
+    sizes = [(x.shape[i + 2] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(rank)]
+    at = _spread(len(x) * int(np.prod(sizes)), positions, sample)
+    batch, *corner = np.unravel_index(at, (len(x), *sizes))
+    index: list[Array] = []
+    for i in range(rank):  # [positions, kernel...]
+        taps = np.arange(kernel[i]) * dilations[i]
+        index.append((corner[i] * strides[i]).reshape(-1, *(1,) * rank) + taps.reshape([-1 if i == j else 1 for j in range(rank)]))
+    columns = x.transpose(1, 0, *range(2, rank + 2))[(slice(None), batch.reshape(-1, *(1,) * rank), *index)]
+    columns = columns.reshape(layer.groups, layer.shape[1], len(at), -1)  # [groups, C/groups, positions, taps]
+    made: Array = columns.transpose(0, 1, 3, 2).reshape(layer.groups, -1, len(at))
+    return made
+
+
+def _pads(layer: Layer, sizes: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[tuple[int, int]]:
+    rank, auto = len(sizes), layer.attrs.get("auto_pad", "NOTSET")
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        pads = []
+        for n, s, d, k in zip(sizes, strides, dilations, layer.shape[2:], strict=True):
+            total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+            small, large = total // 2, total - total // 2
+            pads.append((small, large) if auto == "SAME_UPPER" else (large, small))
+        return pads
+    flat = layer.attrs.get("pads") or [0] * 2 * rank
+    return list(zip(flat[:rank], flat[rank:], strict=True)) if auto == "NOTSET" else [(0, 0)] * rank
+
+
+def _spread(total: int, wanted: int, sample: int) -> Array:
+    if total <= wanted:
+        return np.arange(total)
+    return (np.arange(wanted) * total // wanted + sample * 7919) % total  # a prime: samples see different positions
+
+
+def channel_axis(graph: Graph, name: str) -> int:
+    """The axis of an activation that holds its channels: 1 for images, the last one for matrices and tokens."""
+    shape = graph.shape(name) or ()
+    return 1 if len(shape) >= 4 or any(n.op.startswith("Conv") for n in graph.consumers(name)) else len(shape) - 1
+
+
+def _other_axes(graph: Graph, name: str, statistic: str) -> tuple[int, ...]:
+    shape = graph.shape(name)
+    if shape is None:
+        raise OnnxqError(f"{statistic}: the rank of tensor '{name}' is unknown; run onnx.shape_inference on the model.")
+    keep = channel_axis(graph, name)
+    return tuple(a for a in range(len(shape)) if a != keep)
+
+
+def _add_reduction(model: onnx.ModelProto, op: str, name: str, output: str, axes: tuple[int, ...] | None,
+                   opset: int) -> None:
+    inputs, attrs = [name], {"keepdims": 0}
+    if axes is not None and opset >= 18:
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, np.int64), f"{output}|axes"))
+        inputs.append(f"{output}|axes")
+    elif axes is not None:
+        attrs["axes"] = list(axes)  # type: ignore[assignment]
+    model.graph.node.append(helper.make_node(op, inputs, [output], **attrs))
+    model.graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
+
+
+def _finite(state: State) -> None:
+    for key, value in state.items():
+        if not np.isfinite(value).all():
+            raise OnnxqError(f"activation '{key.partition('|')[0]}' is not finite (NaN or Inf) on the given data: the "
+                             "float model itself overflows there, so check its weights and the data's normalization.")
+
+
+def _load(file: Path) -> State:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, KeyError):  # absent, or cut short by a crash of an older version: compute again
+        return {}
+
+
+def _save(file: Path, state: State) -> None:
+    """Write beside the target and move into place, so that readers never meet half a file."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f".{file.name}.{os.getpid()}")
+        with open(part, "wb") as stream:
+            np.savez(stream, **state)  # type: ignore[arg-type]
+        os.replace(part, file)
+    except OSError as error:
+        raise OnnxqError(f"cache '{file.parent}' cannot be written ({error.strerror}); choose another --cache.") from error

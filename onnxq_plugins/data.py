@@ -1,0 +1,326 @@
+"""Sample inputs for calibration and comparison: any source becomes a re-iterable of checked one-sample feeds."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph import Graph
+from onnxq_plugins.spec import Array
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+Source = Any  # str | Path | ndarray | mapping of arrays | iterable of feeds | CalibrationDataReader
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a model wants under one input name: dtype and shape (None for dynamic axes)."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+    @property
+    def batch(self) -> int | None:
+        """Size of the first axis; None if dynamic, 1 if there is no axis."""
+        return self.shape[0] if self.shape else 1
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How files become samples; the ``[data]`` table of a recipe and the options of the command line.
+
+    path       an .npz or .npy file or a folder of images
+    samples    use that many, spread evenly over the source; 0 for all
+    resize     images: shorter side in pixels after resizing, 0 for none
+    crop       images: side of the square cut from the middle, 0 for none
+    mean, std  images: of RGB / 255, one value or three
+    layout     images: ``nchw`` or ``nhwc``; "" reads it off the model's input
+    """
+
+    path: str = ""
+    samples: int = 0
+    resize: int = 0
+    crop: int = 0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    layout: str = ""
+
+
+def graph_inputs(graph: Graph) -> list[Input]:
+    """The inputs of a Graph."""
+    return [Input(name, np.dtype(graph.tensor(name).dtype or np.float32),
+                  tuple(n if isinstance(n, int) else None for n in graph.shape(name) or ())) for name in graph.inputs]
+
+
+def model_inputs(model: onnx.ModelProto) -> list[Input]:
+    """The inputs of a model, initializers listed among them left out."""
+    constants = {t.name for t in model.graph.initializer}
+    found = []
+    for value in model.graph.input:
+        if value.name not in constants:
+            kind = value.type.tensor_type
+            shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
+            found.append(Input(value.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape))
+    return found
+
+
+class Data:
+    """Samples for a model: iterate as often as you like, each item one checked feed (batch 1, or the model's own
+    batch size where that is fixed).
+
+    Raises OnnxqError while iterating when a sample has NaN or Inf, a wrong name, shape or dtype, or there is none.
+    """
+
+    def __init__(self, inputs: Sequence[Input], samples: Callable[[], Iterator[Mapping[str, Array]]],
+                 where: str = "the data") -> None:
+        self.inputs, self._samples, self.where = list(inputs), samples, where
+        self._digest = ""
+
+    def __iter__(self) -> Iterator[dict[str, Array]]:
+        fixed = next((i.batch for i in self.inputs if i.batch not in (None, 1)), None)
+        one = (self._checked(feed, number) for number, feed in enumerate(self._samples()))
+        empty = True
+        for feed in one if fixed is None else self._batches(one, fixed):
+            empty = False
+            yield feed
+        if empty:
+            raise OnnxqError(f"{self.where} holds no sample; give at least one.")
+
+    def _batches(self, one: Iterator[dict[str, Array]], size: int) -> Iterator[dict[str, Array]]:
+        """Groups of `size` samples; the last group is filled up with its own first samples."""
+        while chunk := list(itertools.islice(one, size)):
+            full = [chunk[i % len(chunk)] for i in range(size)]
+            yield {i.name: np.concatenate([f[i.name] for f in full]) if i.batch == size else full[0][i.name]
+                   for i in self.inputs}
+
+    def digest(self) -> str:
+        """A fingerprint of all samples; reads them once."""
+        if not self._digest:
+            seen = hashlib.blake2b(digest_size=16)
+            for feed in self:
+                for name in sorted(feed):
+                    seen.update(f"{name}{feed[name].shape}{feed[name].dtype}".encode())
+                    seen.update(np.ascontiguousarray(feed[name]).tobytes())
+            self._digest = seen.hexdigest()
+        return self._digest
+
+    def _checked(self, feed: Mapping[str, Array], number: int) -> dict[str, Array]:
+        wanted = {i.name for i in self.inputs}
+        if not isinstance(feed, Mapping):
+            raise OnnxqError(f"{self.where}, sample {number}: expected a mapping from input name to array, got "
+                             f"{type(feed).__name__}.")
+        if missing := wanted - set(feed):
+            unknown = sorted(set(feed) - wanted)
+            raise OnnxqError(f"{self.where}, sample {number}: no array for the model's input {_names(missing)}"
+                             + (f" (it has {_names(unknown)})" if unknown else "") + "; name the arrays after the inputs.")
+        return {i.name: _fit(np.asarray(feed[i.name]), i, f"{self.where}, sample {number}") for i in self.inputs}
+
+
+def open_data(source: Source, inputs: Sequence[Input], options: DataOptions | None = None) -> Data:
+    """Make Data of a source.
+
+    source   path of an .npz or .npy file (arrays named after the inputs, first axis = samples; a single array serves
+             a single input), folder of images, ``package.module:callable`` that returns any of the others, array,
+             mapping of arrays, iterable of feeds (mappings from input name to array with a batch axis), or an
+             onnxruntime CalibrationDataReader. Iterators and readers without `rewind` are read into memory.
+
+    Raises OnnxqError if the source cannot be read or does not fit the inputs.
+    """
+    options = options or DataOptions()
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if not path.exists() and ":" in str(source):
+            return open_data(_call(str(source)), inputs, options)
+        if not path.exists():
+            raise OnnxqError(f"data '{source}' does not exist; give an .npz or .npy file, a folder of images or "
+                             "package.module:callable.")
+        if path.is_dir():
+            return _images(path, inputs, options)
+        return _arrays(_load_numpy(path), inputs, options, f"'{path}'")
+    if isinstance(source, np.ndarray):
+        return _arrays({"": source}, inputs, options, "the data")
+    if isinstance(source, Mapping):
+        return _arrays(source, inputs, options, "the data")
+    if hasattr(source, "get_next"):
+        return _feeds(_reader(source), inputs, options)
+    if isinstance(source, Iterable):
+        return _feeds(source, inputs, options)
+    raise OnnxqError(f"data of type {type(source).__name__} is not understood; give a path, arrays, an iterable of "
+                     "feeds or a CalibrationDataReader.")
+
+
+# ---- sources ------------------------------------------------------------------------------------------------------------
+
+
+def _call(name: str) -> Source:
+    module, _, attribute = name.partition(":")
+    try:
+        made: Source = getattr(importlib.import_module(module), attribute)()
+        return made
+    except Exception as error:  # the user's own code: any error is theirs
+        raise OnnxqError(f"data '{name}' failed: {type(error).__name__}: {error}") from error
+
+
+def _load_numpy(path: Path) -> dict[str, Array]:
+    try:
+        if path.suffix == ".npy":
+            return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # numpy, zipfile and zlib each raise their own
+        raise OnnxqError(f"data '{path}' is not a readable .npz or .npy file "
+                         f"({' '.join(str(error).split())[:120]}).") from error
+
+
+def _arrays(arrays: Mapping[str, Array], inputs: Sequence[Input], options: DataOptions, where: str) -> Data:
+    if len(arrays) == 1 and len(inputs) == 1:
+        arrays = {inputs[0].name: next(iter(arrays.values()))}
+    if missing := {i.name for i in inputs} - set(arrays):
+        raise OnnxqError(f"{where} has no array for the model's input {_names(missing)}; it has "
+                         f"{_names(arrays) or 'none'}. Name the arrays after the inputs.")
+    chosen = {i.name: np.asarray(arrays[i.name]) for i in inputs}
+    counts = {name: len(a) if a.ndim else 0 for name, a in chosen.items()}
+    if len(set(counts.values())) > 1:
+        raise OnnxqError(f"{where}: the arrays differ in their number of samples (first axis): {counts}.")
+    total = next(iter(counts.values()), 0)
+    if not total:
+        raise OnnxqError(f"{where} is empty; give at least one sample along the first axis.")
+    picked = _spread(total, options.samples)
+
+    def samples() -> Iterator[Mapping[str, Array]]:
+        for n in picked:
+            yield {i.name: chosen[i.name][n:n + 1] if chosen[i.name].ndim == len(i.shape) else chosen[i.name][n]
+                   for i in inputs}
+
+    return Data(inputs, samples, where)
+
+
+def _reader(reader: Any) -> Iterable[Mapping[str, Array]]:
+    """A CalibrationDataReader as a re-iterable."""
+    if not hasattr(reader, "rewind"):
+        return list(iter(reader.get_next, None))
+
+    class Again:
+        def __iter__(self) -> Iterator[Mapping[str, Array]]:
+            reader.rewind()
+            return iter(reader.get_next, None)
+
+    return Again()
+
+
+def _feeds(source: Iterable[Any], inputs: Sequence[Input], options: DataOptions) -> Data:
+    feeds: Iterable[Any] = list(source) if iter(source) is source else source
+
+    def samples() -> Iterator[Mapping[str, Array]]:
+        made = (sample for feed in feeds for sample in _unbatch(feed, inputs))
+        return itertools.islice(made, options.samples or None)
+
+    return Data(inputs, samples, "the data")
+
+
+def _unbatch(feed: Any, inputs: Sequence[Input]) -> Iterator[Any]:
+    """One feed with a batch of several samples as several feeds."""
+    if isinstance(feed, np.ndarray) and len(inputs) == 1:
+        feed = {inputs[0].name: feed}
+    if not isinstance(feed, Mapping):
+        yield feed
+        return
+    sizes = {len(a) for i in inputs if i.name in feed and (a := np.asarray(feed[i.name])).ndim == len(i.shape) > 0}
+    size = sizes.pop() if len(sizes) == 1 else 1
+    if size <= 1:
+        yield feed
+    else:
+        for n in range(size):
+            yield {name: np.asarray(a)[n:n + 1] for name, a in feed.items()}
+
+
+def _images(folder: Path, inputs: Sequence[Input], options: DataOptions) -> Data:
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise OnnxqError(f"folder '{folder}' holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    if len(inputs) != 1 or len(inputs[0].shape) != 4:
+        raise OnnxqError(f"folder '{folder}': images fit a model with one 4-D input; this one wants "
+                         f"{_names(i.name for i in inputs)}, so give an .npz file.")
+    if options.layout not in ("", "nchw", "nhwc"):
+        raise OnnxqError(f"layout '{options.layout}' is unknown; use nchw or nhwc.")
+    wanted = inputs[0]
+    layout = options.layout or ("nhwc" if wanted.shape[3] in (1, 3) and wanted.shape[1] not in (1, 3) else "nchw")
+    channels = wanted.shape[1 if layout == "nchw" else 3]
+    for name, values in (("mean", options.mean), ("std", options.std)):
+        if len(values) not in (1, 3 if channels != 1 else 1):
+            raise OnnxqError(f"--{name} has {len(values)} values; give one, or one per channel, comma-separated.")
+    if not all(options.std):
+        raise OnnxqError("--std has a zero; give the standard deviation of RGB / 255.")
+    picked = [files[n] for n in _spread(len(files), options.samples)]
+
+    def samples() -> Iterator[Mapping[str, Array]]:
+        for file in picked:
+            pixels = (_pixels(file, options, "L" if channels == 1 else "RGB") - np.float32(options.mean)) / np.float32(
+                options.std)
+            yield {wanted.name: (pixels.transpose(2, 0, 1) if layout == "nchw" else pixels)[None]}
+
+    return Data(inputs, samples, f"folder '{folder}'")
+
+
+def _pixels(file: Path, options: DataOptions, mode: str) -> Array:
+    """One image as float32 [height, width, channels] in 0..1."""
+    from PIL import Image  # imported late: half of all users have no images
+
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert(mode)
+    except Exception as error:  # Pillow raises several types for broken files
+        raise OnnxqError(f"image '{file}' cannot be read ({type(error).__name__}); remove or replace it.") from error
+    if options.resize:
+        ratio = options.resize / min(image.size)
+        size = (max(round(image.width * ratio), 1), max(round(image.height * ratio), 1))
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    if options.crop:
+        left, top = (image.width - options.crop) // 2, (image.height - options.crop) // 2
+        image = image.crop((left, top, left + options.crop, top + options.crop))
+    pixels = np.asarray(image, np.float32) / np.float32(255)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+# ---- small helpers -------------------------------------------------------------------------------------------------------
+
+
+def _spread(total: int, wanted: int) -> list[int]:
+    """`wanted` numbers spread evenly over range(total): files are often sorted by class."""
+    if wanted <= 0 or wanted >= total:
+        return list(range(total))
+    return [n * total // wanted for n in range(wanted)]
+
+
+def _fit(array: Array, wanted: Input, where: str) -> Array:
+    """The array as the model's dtype and shape, or the sentence that says why not."""
+    if array.dtype != wanted.dtype:
+        if not np.can_cast(array.dtype, wanted.dtype, "same_kind"):
+            hint = "; convert and normalize it as the model was trained" if wanted.dtype.kind == "f" else ""
+            raise OnnxqError(f"{where}: input '{wanted.name}' wants {wanted.dtype}, the data is {array.dtype}{hint}.")
+        array = array.astype(wanted.dtype)
+    shape: tuple[int | None, ...] = wanted.shape
+    if shape and shape[0] is not None and len(array.shape) == len(shape) and array.shape[0] == 1:
+        shape = (1, *shape[1:])  # batches of a fixed size are put together later
+    if len(shape) != array.ndim or any(n is not None and n != m for n, m in zip(shape, array.shape, strict=True)):
+        want = [n if n is not None else "any" for n in wanted.shape]
+        hint = "; see --resize, --crop and --layout" if where.startswith("folder") else ""
+        raise OnnxqError(f"{where}: input '{wanted.name}' wants shape {want}, the data has {list(array.shape)}{hint}.")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        kind = "NaN" if np.isnan(array).any() else "Inf"
+        raise OnnxqError(f"{where}: input '{wanted.name}' has {kind}; remove that sample or mend it.")
+    return array
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"'{n}'" for n in sorted(names))

@@ -1,0 +1,314 @@
+"""The engine: load, plan, run the passes under the laws, complete, export, audit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxq_plugins import planning, qdq, runtime
+from onnxq_plugins.audit import audit_model
+from onnxq_plugins.calibration import Calibration, Track, silent
+from onnxq_plugins.data import Data, Source, graph_inputs, open_data
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph import Graph, load
+from onnxq_plugins.passes.base import Pass
+from onnxq_plugins.plugins import Plugins, find_plugins
+from onnxq_plugins.recipe import Recipe, load_recipe
+from onnxq_plugins.spec import Array, Plan, encode, expand, from_range, solve_minmax
+from onnxq_plugins.target import Target
+
+log = logging.getLogger("onnxq_plugins")
+DRIFT = 1e-4  # law L1, relative
+
+
+@dataclass
+class Job:
+    """What a pass receives.
+
+    graph         the float model; rewrite it in place, its function unchanged (law L1)
+    plan          tensor name -> QuantSpec; a value: put a new one here
+    calibration   statistics of the graph over the user's data
+    target        what the runtime can execute
+    recipe        the recipe being run
+    rng           the only source of randomness, seeded by the user
+    workers       how many things may run at once (joblib's n_jobs)
+    report        JSON-able notes for the user, by topic
+    track         wrap a long loop in it to show progress: track(items, what, total)
+    """
+
+    graph: Graph
+    plan: Plan
+    calibration: Calibration
+    target: Target
+    recipe: Recipe
+    rng: np.random.Generator
+    workers: int = 1
+    report: dict[str, Any] = field(default_factory=dict)
+    track: Track = silent
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What `quantize` gives back.
+
+    model    the QDQ model
+    plan     the solved plan
+    report   what was done, as plain values that JSON can hold
+    """
+
+    model: onnx.ModelProto
+    plan: Plan
+    report: dict[str, Any]
+
+    @property
+    def summary(self) -> str:
+        """One line: kernels, size, what stayed float."""
+        return str(self.report["summary"])
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model; an existing file is replaced only when the new one is complete."""
+        return save_model(self.model, Path(path))
+
+    def __repr__(self) -> str:
+        return f"<Result: {self.summary}>"
+
+
+def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | Mapping[str, Any] | Recipe = "int8",
+             data: Source | None = None, *, output: str | Path | None = None, target: str | None = None, seed: int = 0,
+             samples: int = 0, workers: int | None = None, cache: str | Path | None = None, verify: bool = False,
+             float32: bool = False, settings: Iterable[str] = (), plugins: Iterable[object] = (),
+             track: Track = silent) -> Result:
+    """Quantize a float ONNX model into QDQ form.
+
+    model      path, ModelProto or Graph; left alone
+    recipe     built-in name, path, mapping or Recipe
+    data       sample inputs, see `onnxq_plugins.data.open_data`
+    output     write the model here as well
+    target     overrides the recipe's target
+    seed       one seed, one result
+    samples    use that many of the samples, spread evenly (0: all)
+    workers    threads and processes at once; None: one per core
+    cache      folder that keeps calibration results between runs
+    verify     check after every pass that the float function stayed (law L1)
+    float32    convert half-precision models first
+    settings   changes to the recipe such as ``ranges.method=mse``
+    plugins    further plugin objects beside the installed ones
+    track      shows progress, see `Job.track`
+
+    Raises OnnxqError, one sentence a problem, before anything is written.
+    """
+    started = time.perf_counter()
+    found = find_plugins(plugins)
+    try:
+        made = load_recipe(recipe, found.passes, settings)
+    except OnnxqError as error:
+        raise OnnxqError(*error.problems, *([found.excuse().strip()] if found.broken else [])) from None
+    made = replace(made, target=target) if target else made
+    chosen = found.target(made.target)
+    if output is not None:
+        check_writable(Path(output))
+    graph = load(model, float32=float32)
+    source = data if data is not None else (made.data.path or None)
+    options = replace(made.data, samples=samples) if samples else made.data
+    read = open_data(source, graph_inputs(graph), options) if source is not None else None
+    asked = planning.request(graph, made, chosen)
+    workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count() or 1
+    calibration = Calibration(graph, read, cache=Path(cache) if cache else None, workers=workers, track=track)
+    job = Job(graph, asked.plan, calibration, chosen, made, np.random.default_rng(seed), workers,
+              {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes]}, track)
+    steps = [_run(job, step, found, verify, read) for step in made.passes]
+    start = time.perf_counter()
+    complete(job)
+    OnnxqError.check(chosen.problems(graph, job.plan, _layer_inputs(job)))
+    exported = qdq.export(graph, job.plan, chosen)
+    _sign(exported, made, found, seed)
+    job.report["steps"] = [*steps, {"pass": "export", "seconds": round(time.perf_counter() - start, 3)}]
+    path = save_model(exported, Path(output)) if output is not None else None
+    _describe(job, exported)
+    job.report["seconds"] = round(time.perf_counter() - started, 3)
+    found.manager.hook.onnxq_exported(job=job, model=exported, path=path)
+    return Result(exported, job.plan, job.report)
+
+
+def complete(job: Job) -> None:
+    """Law L4: solve whatever the passes left open. Activations take their extremes, weights their smallest scale
+    without clipping; then codes are rounded to the nearest, and a scale so fine that the layer's bias would overflow
+    int32 is widened (channels whose weights are all but zero)."""
+    open_ranges = [n for n, spec in job.plan.items() if not spec.solved and not job.graph.is_constant(n)]
+    if open_ranges:
+        ranges = job.calibration.ranges(open_ranges)
+        job.plan |= {n: from_range(*ranges[n], job.plan[n]) for n in open_ranges}
+    solved: dict[str, Any] = {}
+    widened = 0
+    for layer in job.graph.layers:
+        spec = job.plan.get(layer.weight)
+        if spec is None:
+            continue
+        weight = job.graph.constant(layer.weight)
+        if not np.isfinite(weight).all():
+            raise OnnxqError(f"layer '{layer.name}': its weight has NaN or Inf; the float model is broken.")
+        if not spec.solved:
+            spec = solve_minmax(weight, spec)
+        key = planning.input_key(job.graph, job.plan, layer.input)
+        if key and layer.bias is not None:
+            floor = _bias_floor(job.graph.constant(layer.bias), np.asarray(spec.scale), float(job.plan[key].scale or 1))
+            if floor is not None:
+                widened += int(np.sum(floor > np.asarray(spec.scale)))
+                spec = replace(spec, scale=np.maximum(np.asarray(spec.scale), floor).astype(np.float32), codes=None)
+        if spec.codes is None:
+            spec = replace(spec, codes=encode(weight, spec))
+        solved[layer.weight] = spec
+    job.plan |= solved
+    if widened:
+        job.report["notes"].append(f"{widened} scales of all but empty channels were widened so that their biases fit int32")
+
+
+def save_model(model: onnx.ModelProto, path: Path) -> Path:
+    """Write beside the target, then move into place. Raises OnnxqError if that is not possible."""
+    check_writable(path)
+    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(model.SerializeToString())
+        os.chmod(part, 0o666 & ~_umask())
+        os.replace(part, path)
+    except OSError as error:
+        raise OnnxqError(f"output '{path}' cannot be written: {error.strerror}.") from error
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """Raise OnnxqError if a file could not be made at `path`."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise OnnxqError(f"output '{path}': the folder '{folder}' does not exist; make it first.")
+    if path.is_dir():
+        raise OnnxqError(f"output '{path}' is a folder; give a file name.")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise OnnxqError(f"output '{path}' cannot be written: permission denied; choose another place with -o.")
+
+
+# ---- one pass -------------------------------------------------------------------------------------------------------------
+
+
+def _run(job: Job, step: Pass, found: Plugins, verify: bool, data: Data | None) -> dict[str, Any]:
+    """Run one pass through the hook, then hold it to the laws: float function (L1), finite weights, no stale
+    solutions (L5)."""
+    before_plan, weights = job.plan, _weights(job.graph)
+    reference = _probe(job.graph, data) if verify and step.exact else None
+    job.graph.touched.clear()
+    start = time.perf_counter()
+    told = found.manager.hook.onnxq_run_pass(step=step, job=job)
+    entry = {"pass": step.name, "seconds": round(time.perf_counter() - start, 3), "exact": step.exact,
+             **({"parameters": _parameters(step)} if _parameters(step) else {}), "told": told or {}}
+    if reference is not None:
+        moved = runtime.drift(reference, _probe(job.graph, data))
+        entry["drift"] = moved
+        if moved > DRIFT:
+            raise OnnxqError(f"pass '{step.name}' changed the float function by {moved:.1e} (limit {DRIFT:.0e}) though "
+                             "it declares exact = True; this is a bug of the pass.")
+    touched = job.graph.touched | {n for n, w in _weights(job.graph).items() if n in weights and w != weights[n]}
+    stale = [n for n in touched if n in job.plan and job.plan[n].solved and job.plan[n] is before_plan.get(n)]
+    job.plan |= {n: job.plan[n].request() for n in stale}
+    if gone := [n for n in job.plan if n not in job.graph]:
+        job.plan = job.plan.without(*gone)
+    return entry
+
+
+def _weights(graph: Graph) -> dict[str, int]:
+    """A quick fingerprint of each layer's weight."""
+    return {layer.weight: hash(graph.constant(layer.weight).tobytes()) for layer in graph.layers}
+
+
+def _probe(graph: Graph, data: Data | None) -> list[Array]:
+    """Outputs of the float model on a few samples, or on noise where there are none."""
+    feeds: list[dict[str, Array]]
+    if data is not None:
+        feeds = list(islice(data, 4))
+    else:
+        rng = np.random.default_rng(0)
+        feeds = [{i.name: rng.standard_normal([n or 1 for n in i.shape]).astype(i.dtype) for i in graph_inputs(graph)}]
+    return runtime.outputs(runtime.session(graph.model()), feeds)
+
+
+def _parameters(step: Pass) -> dict[str, Any]:
+    table = Recipe(passes=(step,)).to_dict()["pass"][0]
+    return {key: value for key, value in table.items() if key != "use"}
+
+
+def _bias_floor(bias: Array, scale: Array, activation: float) -> Array | None:
+    """Smallest weight scales at which |bias| / (s_x s_w) stays below 2^30; None if all are above."""
+    needed = np.abs(bias.astype(np.float64)) / (activation * 2.0**30)
+    needed = needed.max() if scale.ndim == 0 else needed.reshape(scale.shape) if scale.size == needed.size else needed.max()
+    return np.asarray(needed) if np.any(needed > scale) else None
+
+
+def _layer_inputs(job: Job) -> dict[str, str]:
+    return {y.name: planning.input_key(job.graph, job.plan, y.input) for y in job.graph.layers}
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------------
+
+
+def _sign(model: onnx.ModelProto, recipe: Recipe, found: Plugins, seed: int) -> None:
+    """Write into the model what is needed to make it again."""
+    used = {found.sources[f"pass {step.name}"] for step in recipe.passes} | {found.sources[f"target {recipe.target}"]}
+    versions = {name: found.versions.get(name, _version(name)) for name in sorted(used | {"onnxq-plugins"})}
+    values = {"onnxq.recipe": recipe.to_json(), "onnxq.seed": str(seed),
+              "onnxq.versions": " ".join(f"{name}=={v}" for name, v in versions.items())}
+    kept = [p for p in model.metadata_props if p.key not in values]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    for key, value in values.items():
+        model.metadata_props.add(key=key, value=value)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _describe(job: Job, model: onnx.ModelProto) -> None:
+    """Per-layer table, sizes, kernels and the one-line summary."""
+    report = job.report
+    kernels = audit_model(model)
+    by_name = {entry.name: entry for entry in kernels.layers}
+    rows = []
+    for layer in job.graph.layers:
+        spec = job.plan.get(layer.weight)
+        entry = by_name.get(layer.name)
+        row: dict[str, Any] = {"name": layer.name, "op": layer.op, "kernel": entry.kernel if entry else "removed"}
+        if spec is not None:
+            row |= {"weights": spec.describe(), "bits_per_weight": round(qdq.stored_bits(layer, spec), 3)}
+        why = report["floats"].get(layer.name) or (entry.why if entry and not entry.quantized else "")
+        rows.append(row | ({"why_float": why} if why else {}))
+    before, after = job.graph.model().ByteSize(), model.ByteSize()
+    report |= {"recipe": job.recipe.to_dict(), "layers": rows, "bytes": {"float": before, "quantized": after},
+               "kernels": kernels.counts(), "machine": {"python": platform.python_version(),
+                                                        "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}
+    report["summary"] = f"{kernels.summary()} | {before / 1e6:.2f} -> {after / 1e6:.2f} MB"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+__all__ = ["Job", "Result", "complete", "expand", "quantize", "save_model"]

@@ -1,0 +1,315 @@
+"""Graph: the float model, always runnable. A thin wrapper over onnx-graphsurgeon: layers, tensors, edits."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxq_plugins.spec import Array
+
+LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+# Operators that move or select values without computing: input and output share one quantizer. Pad with zeros belongs
+# here too, since 0 is always on the grid.
+SHAPE_OPS = frozenset({"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split",
+                       "Gather", "DepthToSpace", "SpaceToDepth", "MaxPool", "Pad", "Resize", "Expand"})
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """Statistics of a BatchNormalization that was folded into the layer before it; arrays [C]."""
+
+    gamma: Array
+    beta: Array
+    mean: Array
+    variance: Array
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear operator with a constant weight.
+
+    weight, bias   names of its constants (each owned by this layer alone, law L7); bias is None where there is none
+    output         the operator's own output; `result` is the output of the Relu or Clip behind it, if that is the
+                   only consumer, else `output`
+    shape          shape of the weight: Conv [OC, IC/groups, *kernel], ConvTranspose [IC, OC/groups, *kernel],
+                   Gemm [K, N] or, with transB, [N, K]; MatMul [K, N]
+    out_axis, in_axis   axes of the weight that hold output and input channels
+    attrs          the operator's attributes
+    """
+
+    name: str
+    op: str
+    input: str
+    output: str
+    result: str
+    weight: str
+    bias: str | None
+    shape: tuple[int, ...]
+    out_axis: int
+    in_axis: int
+    groups: int = 1
+    attrs: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def kind(self) -> str:
+        """``depthwise`` (one input channel per group), ``grouped`` or ``dense``."""
+        if self.groups == 1:
+            return "dense"
+        per_group = self.shape[1] if self.op == "Conv" else self.shape[0] // self.groups
+        return "depthwise" if per_group == 1 else "grouped"
+
+    def matrix(self, weight: Array) -> Array:
+        """The weight as a batch of matrices [groups, outputs per group, D], D as in ALGORITHMS 0.1."""
+        if self.op == "ConvTranspose":
+            raise ValueError(f"layer '{self.name}': ConvTranspose has no matrix form over input patches")
+        rows = weight if self.out_axis == 0 else weight.T
+        return rows.reshape(self.groups, rows.shape[0] // self.groups, -1)
+
+    def from_matrix(self, matrix: Array) -> Array:
+        """The inverse of `matrix`."""
+        rows = matrix.reshape(-1, matrix.shape[-1])
+        return rows.reshape(self.shape) if self.out_axis == 0 else np.ascontiguousarray(rows.T)
+
+
+class Graph:
+    """The float model. Rewrites change it in place and keep its function; `touched` collects the names of the tensors
+    whose values they changed, so that the engine can drop what was solved for the old values.
+
+    Made by `onnxq_plugins.graph.importer.load`, never by hand.
+    """
+
+    def __init__(self, graph: gs.Graph, header: onnx.ModelProto, batchnorms: dict[str, BatchNorm] | None = None,
+                 notes: Iterable[str] = ()) -> None:
+        self._graph = graph
+        self._header = header  # a ModelProto without nodes and weights: names, metadata, documentation
+        self.batchnorms = dict(batchnorms or {})  # by name of the layer output that absorbed it
+        self.notes = list(notes)  # what import did or could not do, for the report
+        self.touched: set[str] = set()
+
+    # ---- looking ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _tensors(self) -> dict[str, gs.Tensor]:
+        return {**{t.name: t for t in (*self._graph.inputs, *self._graph.outputs)}, **self._graph.tensors()}
+
+    @property
+    def nodes(self) -> list[gs.Node]:
+        """The operators in topological order (graphsurgeon nodes: op, name, attrs, inputs, outputs)."""
+        return list(self._graph.nodes)
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the model's inputs."""
+        return [t.name for t in self._graph.inputs]
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the model's outputs."""
+        return [t.name for t in self._graph.outputs]
+
+    @property
+    def opset(self) -> int:
+        """Version of the ai.onnx operator set."""
+        return int(self._graph.opset)
+
+    def tensor(self, name: str) -> gs.Tensor:
+        """The graphsurgeon tensor of that name; KeyError if there is none."""
+        return self._tensors[name]
+
+    def producer(self, name: str) -> gs.Node | None:
+        """The operator that computes a tensor; None for inputs and constants."""
+        made_by = self.tensor(name).inputs
+        return made_by[0] if made_by else None
+
+    def consumers(self, name: str) -> list[gs.Node]:
+        """The operators that read a tensor, those inside control-flow subgraphs included."""
+        return list(self.tensor(name).outputs)
+
+    def is_constant(self, name: str) -> bool:
+        """True for weights and other constants."""
+        return isinstance(self._tensors.get(name), gs.Constant)
+
+    def constant(self, name: str) -> Array:
+        """Values of a constant."""
+        values: Array = np.asarray(self.tensor(name).values)
+        return values
+
+    def shape(self, name: str) -> tuple[int | str | None, ...] | None:
+        """Shape as inferred at import (symbols or None for dynamic axes); None if the rank is unknown."""
+        shape = self.tensor(name).shape
+        return None if shape is None else tuple(shape)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """All layers with a constant weight, in topological order."""
+        return [layer for node in self._graph.nodes if (layer := self._layer(node)) is not None]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name; KeyError if there is none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    def _layer(self, node: gs.Node) -> Layer | None:
+        if node.op not in LAYER_OPS or node.domain or len(node.inputs) < 2:
+            return None
+        x, weight = node.inputs[:2]
+        if isinstance(x, gs.Constant) or not isinstance(weight, gs.Constant) or weight.dtype != np.float32:
+            return None
+        bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
+        if bias is not None and not isinstance(bias, gs.Constant):
+            return None
+        shape, groups, attrs = tuple(weight.shape), int(node.attrs.get("group", 1)), dict(node.attrs)
+        out_axis, in_axis = 0, 1
+        if node.op == "ConvTranspose":
+            out_axis, in_axis = 1, 0
+        elif node.op in ("Gemm", "MatMul"):
+            if len(shape) != 2 or attrs.get("transA", 0):
+                return None
+            if node.op == "MatMul" or not attrs.get("transB", 0):
+                out_axis, in_axis = 1, 0
+        output = node.outputs[0]
+        after = self.elided_activation(output.name)
+        return Layer(node.name, node.op, x.name, output.name, after.outputs[0].name if after else output.name,
+                     weight.name, bias.name if bias is not None else None, shape, out_axis, in_axis, groups, attrs)
+
+    def elided_activation(self, name: str) -> gs.Node | None:
+        """The Relu, or Clip from 0, that is the only reader of `name`. An output grid that starts at 0 does its work,
+        so onnxruntime drops it from a quantized chain."""
+        tensor = self.tensor(name)
+        if len(tensor.outputs) != 1 or tensor in self._graph.outputs:
+            return None
+        node: gs.Node = tensor.outputs[0]
+        if node.op == "Relu":
+            return node
+        bounds = node.inputs[1:]
+        if node.op == "Clip" and bounds and all(isinstance(b, gs.Constant) or b.is_empty() for b in bounds):
+            low = bounds[0]
+            return node if isinstance(low, gs.Constant) and float(low.values.item()) == 0.0 else None
+        return None
+
+    def is_shape_only(self, node: gs.Node) -> bool:
+        """True if the node only moves values of its first input, so that one quantizer serves both ends."""
+        if node.op not in SHAPE_OPS or node.domain or isinstance(node.inputs[0], gs.Constant):
+            return False
+        if node.op == "Resize":
+            return bool(node.attrs.get("mode", "nearest") == "nearest")
+        if node.op == "Pad":
+            value = node.inputs[2] if len(node.inputs) > 2 else None
+            zero = value is None or value.is_empty() or (isinstance(value, gs.Constant) and not value.values.any())
+            return bool(zero or node.attrs.get("mode", "constant") != "constant")
+        return len(node.outputs) == 1 or node.op == "Split"
+
+    def root(self, name: str) -> str:
+        """The tensor whose quantizer `name` shares: followed upwards through shape-only operators."""
+        while (node := self.producer(name)) is not None and self.is_shape_only(node):
+            name = node.inputs[0].name
+        return name
+
+    # ---- changing --------------------------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        """Forget the layers, which are derived from the structure; every edit of nodes or edges calls it."""
+        self.__dict__.pop("layers", None)
+
+    def set_constant(self, name: str, values: Array) -> None:
+        """New values for a constant; shape and dtype may change with them."""
+        self.tensor(name).values = np.ascontiguousarray(values)
+        self.touched.add(name)
+        self.changed()
+
+    def add_constant(self, name: str, values: Array) -> gs.Constant:
+        """A new constant under `name`, or under `name` with a number if that is taken."""
+        constant = gs.Constant(self.fresh(name), np.ascontiguousarray(values))
+        self._tensors[constant.name] = constant
+        return constant
+
+    def add_node(self, op: str, name: str, inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor],
+                 before: gs.Node | None = None, **attrs: Any) -> gs.Node:
+        """Insert an operator before another (the order is mended on export); its outputs must have no producer."""
+        node = gs.Node(op=op, name=name, attrs=attrs, inputs=list(inputs), outputs=list(outputs))
+        nodes = self._graph.nodes
+        position = next((i for i, n in enumerate(nodes) if n is before), len(nodes))
+        nodes.insert(position, node)
+        self.changed()
+        return node
+
+    def add_variable(self, name: str, like: gs.Tensor | None = None,
+                     shape: Sequence[int | str | None] | None = None) -> gs.Variable:
+        """A new activation tensor, float32 or with the dtype and shape of another."""
+        variable = gs.Variable(self.fresh(name), dtype=np.float32 if like is None else like.dtype,
+                               shape=like.shape if like is not None and shape is None else shape)
+        self._tensors[variable.name] = variable
+        return variable
+
+    def fresh(self, name: str) -> str:
+        """`name`, numbered if a tensor already bears it."""
+        candidate, i = name, 1
+        while candidate in self._tensors:
+            candidate, i = f"{name}_{i}", i + 1
+        return candidate
+
+    def bypass(self, node: gs.Node, by: gs.Tensor) -> None:
+        """Remove a one-output node; whoever read its output reads `by`. A model output keeps its name."""
+        old = node.outputs[0]
+        node.outputs.clear()
+        if old in self._graph.outputs:
+            if isinstance(by, gs.Variable) and by.inputs and by not in self._graph.outputs:
+                maker = by.inputs[0]
+                _replace_reads(by, old)
+                maker.outputs[next(i for i, t in enumerate(maker.outputs) if t is by)] = old
+            else:
+                self.add_node("Identity", node.name, [by], [old])
+        else:
+            _replace_reads(old, by)
+        node.inputs.clear()
+        self._graph.nodes.remove(node)
+        self.changed()
+
+    def tidy(self) -> None:
+        """Drop what no output needs and put the operators in topological order."""
+        self._graph.cleanup().toposort()
+        self.__dict__.pop("_tensors", None)
+        self.changed()
+
+    # ---- leaving ---------------------------------------------------------------------------------------------------
+
+    def model(self) -> onnx.ModelProto:
+        """The float model as ONNX, with IR version, opset, metadata and documentation as imported."""
+        made = gs.export_onnx(self._graph, do_type_check=False)
+        model = onnx.ModelProto()
+        model.CopyFrom(self._header)
+        model.graph.CopyFrom(made.graph)
+        model.graph.name, model.graph.doc_string = self._header.graph.name, self._header.graph.doc_string
+        docs = {n.name: n.doc_string for n in self._header.graph.node}
+        for node in model.graph.node:
+            node.doc_string = docs.get(node.name, "")
+        return model
+
+    def digest(self) -> str:
+        """A fingerprint of the float function: equal for equal operators and weights."""
+        return hashlib.blake2b(self.model().SerializeToString(deterministic=True), digest_size=16).hexdigest()
+
+    def copy(self) -> Graph:
+        """An independent copy; weights are copied too."""
+        return Graph(gs.import_onnx(self.model()), self._header, copy.copy(self.batchnorms), self.notes)
+
+
+def _replace_reads(old: gs.Tensor, new: gs.Tensor) -> None:
+    for consumer in list(old.outputs):
+        for i, tensor in enumerate(consumer.inputs):
+            if tensor is old:
+                consumer.inputs[i] = new

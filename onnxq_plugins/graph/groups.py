@@ -1,0 +1,531 @@
+"""Channel groups: which places of the graph must move, or scale, together. And the three exact rewrites on them.
+
+Every channel of every tensor axis is one element. Operators link elements: a residual Add links channel i of both
+inputs and the output, a Concat links with an offset, a Flatten of 4 x 4 positions links channel c with columns
+16 c .. 16 c + 15. Connected components are channels that share one fate, and components that visit the same places
+equally often can trade theirs: those form a group. So residual streams, grouped convolutions (whose channels can move
+only inside their group), Concat segments and Flatten need no cases of their own. What is not understood, the model's
+inputs and outputs among it, pins what it touches.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from onnxq_plugins.graph.core import Graph, Layer
+from onnxq_plugins.spec import Array
+
+Kind = Literal["permute", "rescale"]
+Role = Literal["output", "input", "fixed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One place of a group: channel c sits at positions index[c] of an axis of a tensor.
+
+    index   [channels, positions per channel]
+    role    how values follow when channel c is scaled by f: ``output`` multiplied by f (activations, output rows of
+            a weight, biases), ``input`` divided by f (input columns of a weight), ``fixed`` unchanged
+    rows    only these rows (axis 0) of the tensor take part: one group of a grouped convolution
+    """
+
+    tensor: str
+    axis: int
+    index: Array
+    role: Role
+    constant: bool
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that can be reordered among themselves (`permute`) or scaled one by one (`rescale`)."""
+
+    size: int
+    kind: Kind
+    members: tuple[Member, ...]
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the activations in the group."""
+        return [m.tensor for m in self.members if not m.constant]
+
+    @property
+    def weights(self) -> list[Member]:
+        """The constants in the group."""
+        return [m for m in self.members if m.constant]
+
+
+def channel_groups(graph: Graph, kind: Kind) -> list[ChannelGroup]:
+    """All groups of at least two free channels that hold a layer's weight.
+
+    kind ``permute`` ties input and output of a depthwise convolution or LayerNormalization; ``rescale`` does not,
+    since their own weights can absorb a factor on either side, but it stops at what is not positively homogeneous
+    (Clip with a maximum, Sigmoid, Softmax, products of activations).
+    """
+    return _Walk(graph, kind).groups()
+
+
+def permute(graph: Graph, group: ChannelGroup, order: Sequence[int] | Array) -> None:
+    """New channel c of the group is old channel order[c]. The float function stays; ValueError if `order` is no
+    permutation or the group is of kind ``rescale``."""
+    order = np.asarray(order)
+    if group.kind != "permute" or not np.array_equal(np.sort(order), np.arange(group.size)):
+        raise ValueError(f"order must be a permutation of {group.size} channels of a group of kind 'permute'")
+    for member in group.weights:
+        values = graph.constant(member.tensor).copy()
+        part = values[slice(*member.rows)] if member.rows else values
+        moved = np.moveaxis(part, member.axis, 0)
+        moved[member.index.ravel()] = moved[member.index[order].ravel()].copy()
+        graph.set_constant(member.tensor, values)
+    graph.touched.update(group.tensors)
+
+
+def rescale(graph: Graph, group: ChannelGroup, factors: Sequence[float] | Array) -> None:
+    """Multiply channel c of the group's activations by factors[c] > 0, and undo it in their consumers."""
+    factors = np.asarray(factors, np.float64)
+    if group.kind != "rescale" or factors.shape != (group.size,) or not (np.isfinite(factors) & (factors > 0)).all():
+        raise ValueError(f"factors must be {group.size} positive finite numbers for a group of kind 'rescale'")
+    for member in group.weights:
+        if member.role == "fixed":
+            continue
+        f = factors if member.role == "output" else 1 / factors
+        values = graph.constant(member.tensor).copy()
+        part = values[slice(*member.rows)] if member.rows else values
+        moved = np.moveaxis(part, member.axis, 0)
+        at = member.index.ravel()
+        spread = np.repeat(f, member.index.shape[1]).reshape(-1, *(1,) * (moved.ndim - 1))
+        moved[at] = (moved[at].astype(np.float64) * spread).astype(np.float32)
+        graph.set_constant(member.tensor, values)
+    graph.touched.update(group.tensors)
+
+
+def replace_with_sum(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list[Layer]:
+    """Layer W x + b becomes W_1 x + b + W_2 x + ... with sum(W_k) = W; returns the new layers.
+
+    parts   arrays in the weight's shape; ValueError if their sum differs from the weight by more than 1e-5 relative
+    """
+    weight = graph.constant(layer.weight)
+    total = np.sum(np.stack([np.asarray(p, np.float64) for p in parts]), axis=0) if len(parts) else weight * np.inf
+    if total.shape != weight.shape or not np.allclose(total, weight, rtol=0, atol=1e-5 * (np.abs(weight).max() or 1.0)):
+        raise ValueError(f"layer '{layer.name}': the parts do not add up to its weight")
+    node = graph.producer(layer.output)
+    assert node is not None
+    output, names = node.outputs[0], []
+    node.outputs.clear()
+    total_so_far: gs.Tensor | None = None
+    for k, part in enumerate(parts):
+        name = f"{layer.name}_part{k + 1}"
+        inputs = [node.inputs[0], graph.add_constant(f"{layer.weight}_part{k + 1}", np.asarray(part, np.float32))]
+        if k == 0 and layer.bias is not None:
+            inputs.append(node.inputs[2])
+        y = graph.add_variable(f"{name}_out", like=output)
+        graph.add_node(layer.op, name, inputs, [y], before=node, **dict(node.attrs))
+        names.append(name)
+        if total_so_far is not None:
+            last = k == len(parts) - 1
+            joined = output if last else graph.add_variable(f"{name}_sum", like=output)
+            graph.add_node("Add", f"{layer.name}_sum{k}", [total_so_far, y], [joined], before=node)
+            y = joined
+        total_so_far = y
+    if len(parts) == 1:
+        graph.add_node("Identity", f"{layer.name}_sum", [total_so_far], [output], before=node)
+    graph.tidy()
+    graph.touched.update([layer.weight, output.name])
+    return [graph.layer(name) for name in names]
+
+
+# ---- how operators link channels ----------------------------------------------------------------------------------------
+
+_HOMOGENEOUS = {"Relu", "LeakyRelu", "Identity", "Dropout"}
+_POINTWISE = {"Clip", "Sigmoid", "Tanh", "Gelu", "Erf", "HardSwish", "HardSigmoid", "Elu", "Selu", "Softplus", "Exp",
+              "Sqrt", "Mish", "Softsign", "Abs", "Neg", "Cast"}
+_POOLS = {"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool"}
+_REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2"}
+Key = tuple[str, int, Role, tuple[int, int] | None]
+
+
+class _Walk:
+    """One traversal: collects links between elements, then cuts them into groups."""
+
+    def __init__(self, graph: Graph, kind: Kind) -> None:
+        self.graph, self.kind = graph, kind
+        self.start: dict[Key, int] = {}  # first element of an axis
+        self.count: dict[Key, int] = {}
+        self.total = 0
+        self.links: list[tuple[Array, Array]] = []
+        self.pinned: list[Array] = []
+        self.todo: list[tuple[gs.Tensor, int]] = []
+        self.layers = {layer.name: layer for layer in graph.layers}
+        self.main = {id(node) for node in graph.nodes}
+
+    def groups(self) -> list[ChannelGroup]:
+        for layer in self.layers.values():
+            x, y = self.graph.tensor(layer.input), self.graph.tensor(layer.output)
+            for tensor in (x, y):
+                if tensor.shape is not None:
+                    self.ids(tensor, 1 if layer.op.startswith("Conv") else len(tensor.shape) - 1)
+        while self.todo:
+            tensor, axis = self.todo.pop()
+            if tensor in self.graph._graph.inputs or tensor in self.graph._graph.outputs:
+                self.pin(tensor, axis)
+            for node in (*tensor.inputs, *tensor.outputs):
+                if id(node) not in self.main or node.domain not in (None, "", "ai.onnx"):
+                    self.pin(tensor, axis)
+                else:
+                    self.visit(node, tensor, axis)
+        return self.cut()
+
+    # elements
+
+    def ids(self, tensor: gs.Tensor, axis: int, role: Role = "output", rows: tuple[int, int] | None = None) -> Array:
+        """Element numbers of one axis; the first call puts it on the list to visit."""
+        key: Key = (tensor.name, axis, role, rows)
+        if key not in self.start:
+            size = tensor.shape[axis] if tensor.shape is not None and -1 < axis < len(tensor.shape) else None
+            size = size if isinstance(size, int) else 0
+            self.start[key], self.count[key] = self.total, size
+            self.total += size
+            if rows is None:
+                self.todo.append((tensor, axis))
+        return np.arange(self.start[key], self.start[key] + self.count[key])
+
+    def link(self, a: Array, b: Array) -> None:
+        if len(a) != len(b):
+            self.pinned += [a, b]
+        else:
+            self.links.append((a, b))
+
+    def pin(self, tensor: gs.Tensor, axis: int) -> None:
+        self.pinned.append(self.ids(tensor, axis))
+
+    def cut(self) -> list[ChannelGroup]:
+        if not self.links:
+            return []
+        a, b = (np.concatenate(side) for side in zip(*self.links, strict=True))
+        matrix = coo_array((np.ones(len(a), bool), (a, b)), shape=(self.total, self.total))
+        _, component = connected_components(matrix, directed=False)
+        frozen = set(component[np.concatenate(self.pinned)].tolist()) if self.pinned else set()
+        visits: dict[int, list[tuple[int, int]]] = defaultdict(list)  # component -> (place, how often)
+        keys = list(self.start)
+        for place, key in enumerate(keys):
+            found, counts = np.unique(component[self.start[key]:self.start[key] + self.count[key]], return_counts=True)
+            for c, n in zip(found.tolist(), counts.tolist(), strict=True):
+                visits[c].append((place, n))
+        alike: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
+        for c, signature in visits.items():
+            if c not in frozen:
+                alike[tuple(signature)].append(c)
+        groups = []
+        for signature, components in alike.items():
+            members = []
+            rank = {c: i for i, c in enumerate(components)}
+            for place, times in signature:
+                name, axis, role, rows = keys[place]
+                of = component[self.start[keys[place]]:self.start[keys[place]] + self.count[keys[place]]]
+                index = np.empty((len(components), times), np.int64)
+                filled = np.zeros(len(components), np.int64)
+                for position, c in enumerate(of.tolist()):
+                    if c in rank:
+                        index[rank[c], filled[rank[c]]] = position
+                        filled[rank[c]] += 1
+                members.append(Member(name, axis, index, role, self.graph.is_constant(name), rows))
+            if len(components) > 1 and any(m.constant for m in members):
+                groups.append(ChannelGroup(len(components), self.kind, tuple(members)))
+        return groups
+
+    # operators
+
+    def visit(self, node: gs.Node, tensor: gs.Tensor, axis: int) -> None:
+        op = node.op
+        if node.name in self.layers:
+            self.visit_layer(self.layers[node.name], node, tensor, axis)
+        elif op == "MatMul":
+            self.visit_matmul(node, tensor, axis)
+        elif op in _HOMOGENEOUS:
+            self.same(node, tensor, axis)
+        elif op in _POINTWISE:
+            self.same(node, tensor, axis, homogeneous=op in ("Abs", "Neg") or (op == "Clip" and _is_relu(node)))
+        elif op in _POOLS or op == "Resize":
+            self.same(node, tensor, axis) if axis == 1 or op == "Resize" else self.pin(tensor, axis)
+        elif op in ("Add", "Sub", "Mul", "Div"):
+            self.visit_binary(node, tensor, axis)
+        elif op in ("Concat", "Split", "Slice", "Pad", "Gather"):
+            self.visit_window(node, tensor, axis)
+        elif op in ("Reshape", "Flatten", "Squeeze", "Unsqueeze"):
+            self.visit_reshape(node, tensor, axis)
+        elif op == "Transpose":
+            perm = node.attrs.get("perm") or list(range(len(tensor.shape)))[::-1]
+            x, y = node.inputs[0], node.outputs[0]
+            if tensor is x:
+                self.link(self.ids(x, axis), self.ids(y, list(perm).index(axis)))
+            else:
+                self.link(self.ids(y, axis), self.ids(x, perm[axis]))
+        elif op == "LayerNormalization":
+            self.visit_layernorm(node, tensor, axis)
+        elif op == "BatchNormalization" and axis == 1:
+            self.same(node, tensor, axis, homogeneous=False)
+            self.follow(node.inputs[1:5], node.inputs[0], axis)
+        elif op == "PRelu":
+            self.same(node, node.inputs[0], axis) if tensor is not node.inputs[1] else None
+            self.follow(node.inputs[1:2], node.inputs[0], axis)
+        elif op in _REDUCTIONS:
+            self.visit_reduction(node, tensor, axis)
+        elif op == "Expand" and node.inputs[0].shape and node.outputs[0].shape:
+            shift = len(node.outputs[0].shape) - len(node.inputs[0].shape)
+            at = axis if tensor is node.inputs[0] else axis - shift
+            if at >= 0 and node.inputs[0].shape[at] == node.outputs[0].shape[at + shift]:
+                self.link(self.ids(node.inputs[0], at), self.ids(node.outputs[0], at + shift))
+            elif tensor is node.inputs[0] or self.kind == "rescale":
+                self.pin(tensor, axis)
+        elif op == "Softmax" and axis != node.attrs.get("axis", -1) % len(tensor.shape):
+            self.same(node, tensor, axis, homogeneous=False)
+        elif op == "Shape":
+            pass
+        else:
+            self.pin(tensor, axis)
+
+    def same(self, node: gs.Node, tensor: gs.Tensor, axis: int, homogeneous: bool = True) -> None:
+        """Input and output share the axis. What is not homogeneous stops a rescaling on both sides."""
+        if self.kind == "rescale" and not homogeneous:
+            self.pin(node.inputs[0], axis)
+            self.pin(node.outputs[0], axis)
+        else:
+            self.link(self.ids(node.inputs[0], axis), self.ids(node.outputs[0], axis))
+
+    def follow(self, parameters: Sequence[gs.Tensor], tensor: gs.Tensor, axis: int) -> None:
+        """Per-channel parameters that move with the channels but do not scale with them."""
+        if self.kind == "rescale":
+            return
+        channels = tensor.shape[axis]
+        for p in parameters:
+            at = next((i for i, n in enumerate(p.shape or ()) if n == channels and channels > 1), None)
+            if at is not None:
+                self.link(self.ids(tensor, axis), self.ids(p, at))
+            elif not (isinstance(p, gs.Constant) and p.values.size == 1):
+                self.pin(tensor, axis)
+
+    def visit_layer(self, layer: Layer, node: gs.Node, tensor: gs.Tensor, axis: int) -> None:
+        x, y, w = node.inputs[0], node.outputs[0], node.inputs[1]
+        if tensor is w or (layer.bias is not None and tensor.name == layer.bias):
+            return
+        channel_axis = 1 if layer.op.startswith("Conv") else len(tensor.shape) - 1
+        if axis != channel_axis:
+            if layer.op == "MatMul" or (layer.op == "Gemm" and axis == 0):
+                self.link(self.ids(x, axis), self.ids(y, axis))
+            else:
+                self.pin(tensor, axis)
+            return
+        if layer.groups == 1:
+            if tensor is x:
+                self.link(self.ids(x, axis), self.ids(w, layer.in_axis, "input"))
+        elif layer.op == "ConvTranspose":
+            self.pin(tensor, axis)
+        elif layer.kind == "depthwise":
+            per_input = layer.shape[0] // layer.groups
+            spread = np.repeat(self.ids(x, 1), per_input)
+            if self.kind == "permute":
+                self.link(spread, self.ids(y, 1))
+            elif tensor is x:
+                self.link(spread, self.ids(w, 0, "input"))
+        else:
+            self.visit_grouped(layer, x, y, w)
+            return
+        if tensor is y:
+            self.link(self.ids(y, axis), self.ids(w, layer.out_axis))
+            if layer.bias is not None:
+                self.link(self.ids(y, axis), self.ids(node.inputs[2], 0))
+
+    def visit_grouped(self, layer: Layer, x: gs.Tensor, y: gs.Tensor, w: gs.Tensor) -> None:
+        """Channels stay inside their group: one place per group on both sides."""
+        outputs, inputs = layer.shape[0] // layer.groups, layer.shape[1]
+        bias = self.graph.tensor(layer.bias) if layer.bias is not None else None
+        for j in range(layer.groups):
+            rows = (j * outputs, (j + 1) * outputs)
+            self.link(self.ids(x, 1)[j * inputs:(j + 1) * inputs], self.ids(w, 1, "input", rows))
+            key: Key = (w.name, 0, "output", rows)
+            if key not in self.start:
+                self.start[key], self.count[key] = self.total, outputs
+                self.total += outputs
+            mine = np.arange(self.start[key], self.start[key] + outputs)
+            self.link(self.ids(y, 1)[slice(*rows)], mine)
+        if bias is not None:
+            self.link(self.ids(y, 1), self.ids(bias, 0))
+
+    def visit_matmul(self, node: gs.Node, tensor: gs.Tensor, axis: int) -> None:
+        a, b, y = node.inputs[0], node.inputs[1], node.outputs[0]
+        ranks = [len(t.shape) if t.shape is not None else 0 for t in (a, b, y)]
+        if min(ranks) < 2:
+            self.pin(tensor, axis)
+        elif (tensor is a and axis == ranks[0] - 1) or (tensor is b and axis == ranks[1] - 2):
+            if self.kind == "rescale":
+                self.pin(tensor, axis)
+            else:
+                self.link(self.ids(a, ranks[0] - 1), self.ids(b, ranks[1] - 2))
+        elif (tensor is b and axis == ranks[1] - 1) or (tensor is y and axis == ranks[2] - 1):
+            self.link(self.ids(b, ranks[1] - 1), self.ids(y, ranks[2] - 1))
+        elif (tensor is a and axis == ranks[0] - 2) or (tensor is y and axis == ranks[2] - 2):
+            self.link(self.ids(a, ranks[0] - 2), self.ids(y, ranks[2] - 2))
+        else:
+            self.pin(tensor, axis)
+
+    def visit_binary(self, node: gs.Node, tensor: gs.Tensor, axis: int) -> None:
+        y = node.outputs[0]
+        if any(t.shape is None for t in (*node.inputs, y)):
+            self.pin(tensor, axis)
+            return
+        from_right = len(tensor.shape) - axis
+        at_y = len(y.shape) - from_right
+        size = y.shape[at_y]
+        if tensor is not y and tensor.shape[axis] != size:
+            self.pin(tensor, axis)
+            return
+        operands = [(t, len(t.shape) - from_right) for t in node.inputs]
+        full = [(t, at) for t, at in operands if at >= 0 and t.shape[at] == size and size != 1]
+        product = node.op in ("Mul", "Div")
+        if self.kind == "rescale":
+            varying = [t for t, _ in full if not isinstance(t, gs.Constant)]
+            if product and (len(varying) > 1 or (node.op == "Div" and node.inputs[1] in varying)):
+                for t, at in ((y, at_y), *full):
+                    self.pin(t, at)
+                return
+            others = [t for t, at in operands if (t, at) not in full]
+            if not product and any(not (isinstance(t, gs.Constant) and not t.values.any()) for t in others):
+                self.pin(y, at_y)
+        for t, at in full:
+            if not (product and isinstance(t, gs.Constant) and self.kind == "rescale"):
+                self.link(self.ids(y, at_y), self.ids(t, at))
+
+    def visit_window(self, node: gs.Node, tensor: gs.Tensor, axis: int) -> None:
+        """Concat, Split, Slice, Pad, Gather: the output is a window on the input, or the other way round."""
+        x, y = node.inputs[0], node.outputs[0]
+        if node.op in ("Concat", "Split"):
+            whole, parts = (y, node.inputs) if node.op == "Concat" else (x, node.outputs)
+            along = node.attrs.get("axis", 0) % len(tensor.shape)
+            if any(t.shape is None or not isinstance(t.shape[along], int) for t in (*parts, whole)):
+                self.pin(tensor, axis)
+            elif axis != along:
+                for t in parts:
+                    self.link(self.ids(whole, axis), self.ids(t, axis))
+            else:
+                cuts = np.cumsum([0, *(t.shape[along] for t in parts)])
+                for t, a, b in zip(parts, cuts, cuts[1:], strict=False):
+                    self.link(self.ids(whole, axis)[a:b], self.ids(t, axis))
+            return
+        constants = [t.values if isinstance(t, gs.Constant) else None for t in node.inputs[1:] if not t.is_empty()]
+        if any(c is None for c in constants) or tensor not in (x, y) or x.shape is None:
+            self.pin(tensor, axis)
+        elif node.op == "Gather":
+            self.visit_gather(x, y, tensor, axis, node.attrs.get("axis", 0) % len(x.shape), np.asarray(constants[0]))
+        elif node.op == "Slice":
+            starts, ends, *rest = (np.asarray(c).tolist() for c in constants)
+            axes = [a % len(x.shape) for a in (rest[0] if rest else range(len(starts)))]
+            steps = rest[1] if len(rest) > 1 else [1] * len(starts)
+            kept = self.ids(x, axis)
+            for s, e, a, step in zip(starts, ends, axes, steps, strict=True):
+                kept = kept[slice(s, e if e > -(2**62) else None, step)] if a == axis else kept
+            self.link(kept, self.ids(y, axis))
+        else:
+            pads = np.asarray(constants[0]).tolist()
+            axes = np.asarray(constants[2]).tolist() if len(constants) > 2 else list(range(len(x.shape)))
+            before = {a % len(x.shape): pads[i] for i, a in enumerate(axes)}.get(axis, 0)
+            inside = self.ids(y, axis)[before:before + len(self.ids(x, axis))] if before >= 0 else self.ids(y, axis)
+            constant_mode = node.attrs.get("mode", "constant") == "constant"
+            zero = len(constants) < 2 or not np.any(constants[1])
+            if not constant_mode or (not zero and self.kind == "rescale"):
+                self.pin(tensor, axis)
+            self.link(self.ids(x, axis), inside)
+
+    def visit_gather(self, x: gs.Tensor, y: gs.Tensor, tensor: gs.Tensor, axis: int, along: int, at: Array) -> None:
+        if tensor is x and axis == along and at.ndim == 0:
+            self.pin(tensor, axis)
+        elif (tensor is x and axis == along) or (tensor is y and along <= axis < along + at.ndim):
+            if at.ndim == 1:
+                self.link(self.ids(x, along)[at], self.ids(y, along))
+            else:
+                self.pin(tensor, axis)
+        else:
+            shift = at.ndim - 1
+            from_x = axis if tensor is x else (axis if axis < along else axis - shift)
+            self.link(self.ids(x, from_x), self.ids(y, from_x if from_x < along else from_x + shift))
+
+    def visit_reshape(self, node: gs.Node, tensor: gs.Tensor, axis: int) -> None:
+        x, y = node.inputs[0], node.outputs[0]
+        if tensor not in (x, y) or x.shape is None or y.shape is None:
+            self.pin(tensor, axis)
+            return
+        other = y if tensor is x else x
+        mine, theirs = _numbers(tensor.shape, other.shape), _numbers(other.shape, tensor.shape)
+        size, inner = mine[axis], int(np.prod(mine[axis + 1:]))
+        for b, n in enumerate(theirs):
+            stride = int(np.prod(theirs[b + 1:]))
+            if inner >= stride and inner % stride == 0 and n % (size * (inner // stride)) == 0 and n < 10**5:
+                k = inner // stride  # mine is inside theirs: position = outer * size * k + channel * k + j
+                self.link(self.ids(tensor, axis)[np.arange(n) // k % size], self.ids(other, b))
+                return
+            if stride >= inner and stride % inner == 0 and size % (n * (stride // inner)) == 0 and n > 1:
+                k = stride // inner
+                self.link(self.ids(other, b)[np.arange(size) // k % n], self.ids(tensor, axis))
+                return
+        self.pin(tensor, axis)
+
+    def visit_layernorm(self, node: gs.Node, tensor: gs.Tensor, axis: int) -> None:
+        x, y, parameters = node.inputs[0], node.outputs[0], node.inputs[1:]
+        if tensor in parameters:
+            return
+        last = len(x.shape or ()) - 1
+        if last < 0 or node.attrs.get("axis", -1) not in (-1, last) or len(node.outputs) > 1:
+            self.pin(tensor, axis)
+        elif axis != last:
+            self.same(node, tensor, axis, homogeneous=False)
+        else:
+            if self.kind == "permute":
+                self.link(self.ids(x, last), self.ids(y, last))
+            else:
+                self.pin(x, last)
+            for p in parameters:
+                if not p.is_empty():
+                    self.link(self.ids(y, last), self.ids(p, 0))
+
+    def visit_reduction(self, node: gs.Node, tensor: gs.Tensor, axis: int) -> None:
+        x, y = node.inputs[0], node.outputs[0]
+        axes = node.attrs.get("axes")
+        if axes is None and len(node.inputs) > 1 and isinstance(node.inputs[1], gs.Constant):
+            axes = node.inputs[1].values.tolist()
+        if axes is None or x.shape is None:
+            self.pin(tensor, axis)
+            return
+        gone = {a % len(x.shape) for a in axes}
+        kept = [a for a in range(len(x.shape)) if a not in gone or node.attrs.get("keepdims", 1)]
+        at = axis if tensor is x else kept[axis]
+        if at in gone:
+            self.pin(tensor, axis)
+        else:
+            self.link(self.ids(x, at), self.ids(y, kept.index(at)))
+
+
+def _is_relu(node: gs.Node) -> bool:
+    bounds = [t.values.item() for t in node.inputs[1:] if isinstance(t, gs.Constant)]
+    return all(b in (0.0, np.inf, -np.inf) or abs(b) > 1e30 for b in bounds) and len(bounds) == sum(
+        not t.is_empty() for t in node.inputs[1:])
+
+
+def _numbers(shape: Sequence[int | str | None], other: Sequence[int | str | None]) -> list[int]:
+    """Axes as numbers; one dynamic axis becomes a large prime, so that products with it can be compared. A dynamic
+    axis that merges others (as -1 in a Reshape does) becomes whatever makes both shapes hold the same count."""
+    prime = 1_000_003
+    numbers = [n if isinstance(n, int) else prime for n in shape]
+    partner = [n if isinstance(n, int) else prime for n in other]
+    if None in shape and None not in other:
+        rest = int(np.prod([n for n, s in zip(numbers, shape, strict=True) if s is not None]))
+        whole = int(np.prod(partner))
+        numbers = [whole // rest if s is None and whole % rest == 0 else n for n, s in zip(numbers, shape, strict=True)]
+    return numbers

@@ -1,0 +1,217 @@
+"""From an ONNX file or ModelProto to a Graph: refuse what cannot be quantized, then bring it into canonical form."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto, numpy_helper
+from onnx.external_data_helper import load_external_data_for_model, uses_external_data
+
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph.canonical import canonicalize
+from onnxq_plugins.graph.core import Graph
+
+# RUNTIME A: what onnxruntime reads, and the version from which int4 tensors, Gelu and LayerNormalization exist.
+WANTED_OPSET, OLDEST_OPSET, NEWEST_OPSET = 21, 7, 26
+IR_OF_OPSET = {21: 10, 22: 10, 23: 11, 24: 11, 25: 12, 26: 13}
+QUANTIZED_OPS = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
+                 "DynamicQuantizeLinear", "QGemm", "MatMulNBits", "QLinearAdd"}
+HALF = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+
+
+def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False) -> Graph:
+    """Read a float model.
+
+    model     path, ModelProto (left alone), or a Graph (copied)
+    float32   convert an fp16 or bf16 model to float32 first
+
+    Raises OnnxqError for files that cannot be read, half-precision, already quantized, invalid or too old or new
+    models, and external data outside the model's folder.
+    """
+    if isinstance(model, Graph):
+        return model.copy()
+    if isinstance(model, onnx.ModelProto):
+        proto = onnx.ModelProto()
+        proto.CopyFrom(model)
+        where = "the given model"
+    else:
+        proto, where = read(Path(model)), f"'{model}'"
+    notes: list[str] = []
+    OnnxqError.check(_problems(proto, where, float32))
+    if float32 and _half(proto):
+        proto = _to_float32(proto)
+        notes.append("half-precision weights were converted to float32")
+    if proto.ir_version < 4:  # there, weights are inputs too
+        constants = {t.name for t in proto.graph.initializer}
+        inputs = [i for i in proto.graph.input if i.name not in constants]
+        del proto.graph.input[:]
+        proto.graph.input.extend(inputs)
+    _name_nodes(proto.graph)
+    proto = _raise_opset(proto, where, notes)
+    _name_nodes(proto.graph)  # those the converter added
+    try:
+        onnx.checker.check_model(proto)
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        raise OnnxqError(f"{where} is not a valid ONNX model: {_first_line(error)}; export it again and check it with "
+                         "onnx.checker.check_model.") from error
+    header = onnx.ModelProto()
+    header.CopyFrom(proto)
+    for emptied in (header.graph.initializer, header.graph.input, header.graph.output, header.graph.value_info,
+                    header.graph.node):
+        del emptied[:]
+    header.graph.node.extend(onnx.NodeProto(name=n.name, doc_string=n.doc_string) for n in proto.graph.node
+                             if n.doc_string)
+    gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
+    logging.getLogger("onnx_graphsurgeon").setLevel(logging.ERROR)
+    graph = Graph(gs.import_onnx(proto), header, notes=notes)
+    canonicalize(graph)
+    return graph
+
+
+def read(path: Path) -> onnx.ModelProto:
+    """The file as a ModelProto with its external data. Raises OnnxqError in one sentence if that fails."""
+    if not path.is_file():
+        raise OnnxqError(f"model '{path}' does not exist; give the path of an .onnx file.")
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf raises several types for bytes that are no model
+        raise OnnxqError(f"'{path}' is not a readable ONNX model (corrupt or truncated?); export or download it "
+                         "again.") from error
+    if not proto.graph.node or not proto.opset_import:
+        raise OnnxqError(f"'{path}' holds no ONNX graph (corrupt, truncated or another format?); export it again.")
+    folder = path.parent.resolve()
+    for tensor in proto.graph.initializer:
+        if uses_external_data(tensor):
+            place = next((e.value for e in tensor.external_data if e.key == "location"), "")
+            target = (folder / place).resolve()
+            if not target.is_relative_to(folder):
+                raise OnnxqError(f"'{path}': weight '{tensor.name}' points to '{place}', outside the model's folder; "
+                                 "for safety only files beside the model are read, so save the model again.")
+            if not target.is_file():
+                raise OnnxqError(f"'{path}': the file '{place}' with the data of weight '{tensor.name}' is missing; "
+                                 "put it beside the model.")
+    try:
+        load_external_data_for_model(proto, str(folder))
+        for tensor in proto.graph.initializer:  # a truncated raw_data shows only when it is read
+            if tensor.HasField("raw_data"):
+                _ = numpy_helper.to_array(tensor)
+    except Exception as error:
+        raise OnnxqError(f"'{path}': its weights cannot be read ({_first_line(error)}); export or download it "
+                         "again.") from error
+    return proto
+
+
+def _problems(proto: onnx.ModelProto, where: str, float32: bool) -> list[str]:
+    problems = []
+    opset = max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=0)
+    if not opset:
+        problems.append(f"{where} imports no ai.onnx operators, so there is nothing to quantize.")
+    elif opset < OLDEST_OPSET:
+        problems.append(f"{where} uses opset {opset}, too old; export it with opset {OLDEST_OPSET} or newer "
+                        f"({WANTED_OPSET} is best).")
+    elif opset > NEWEST_OPSET:
+        problems.append(f"{where} uses opset {opset}, too new: onnxruntime reads up to {NEWEST_OPSET}; export it with "
+                        f"opset {WANTED_OPSET}.")
+    found = Counter(n.op_type for n in proto.graph.node if n.op_type in QUANTIZED_OPS)
+    if found:
+        problems.append(f"{where} is already quantized (it has {', '.join(sorted(found))}); give the float model it was "
+                        "made from.")
+    if half := _half(proto):
+        if not float32:
+            problems.append(f"{where} is an {half} model; quantize its float32 original, or pass --float32 to convert "
+                            "it first.")
+    return problems
+
+
+def _half(proto: onnx.ModelProto) -> str:
+    types = [t.data_type for t in proto.graph.initializer]
+    types += [v.type.tensor_type.elem_type for v in (*proto.graph.input, *proto.graph.output)]
+    types += [a.t.data_type for n in proto.graph.node for a in n.attribute if n.op_type == "Constant" and a.name == "value"]
+    return next((name for code, name in HALF.items() if code in types), "")
+
+
+def _to_float32(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Weights, inputs, outputs and casts of a half-precision model in float32."""
+
+    def widen(tensor: TensorProto) -> None:
+        if tensor.data_type in HALF:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+
+    for tensor in proto.graph.initializer:
+        widen(tensor)
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        if value.type.tensor_type.elem_type in HALF:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                widen(attribute.t)
+            if attribute.name in ("to", "dtype") and attribute.i in HALF:
+                attribute.i = TensorProto.FLOAT
+    return proto
+
+
+def _raise_opset(proto: onnx.ModelProto, where: str, notes: list[str]) -> onnx.ModelProto:
+    opset = max(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    if opset < WANTED_OPSET:
+        try:
+            converted = onnx.version_converter.convert_version(_without_weights(proto), WANTED_OPSET)
+        except Exception as error:  # the converter raises RuntimeError and its own types
+            if opset < 13:
+                raise OnnxqError(f"{where} uses opset {opset}, and onnx cannot convert it to {WANTED_OPSET} "
+                                 f"({_first_line(error)}); export it with opset 13 or newer.") from error
+            notes.append(f"opset {opset} kept, since onnx could not convert it to {WANTED_OPSET}: {_first_line(error)}")
+        else:
+            opset = WANTED_OPSET
+            small = {t.name for t in converted.graph.initializer}
+            converted.graph.initializer.extend(t for t in proto.graph.initializer if t.name not in small)
+            names = {i.name for i in proto.graph.input}
+            inputs = [i for i in converted.graph.input if i.name in names]
+            del converted.graph.input[:]
+            converted.graph.input.extend(inputs)
+            del converted.metadata_props[:]
+            converted.metadata_props.extend(proto.metadata_props)
+            for field in ("doc_string", "producer_name", "producer_version", "domain", "model_version"):
+                setattr(converted, field, getattr(proto, field))
+            converted.graph.doc_string = proto.graph.doc_string
+            docs = {n.name: n.doc_string for n in proto.graph.node}
+            for node in converted.graph.node:
+                node.doc_string = docs.get(node.name, "")
+            proto = converted
+    proto.ir_version = max(min(proto.ir_version, 13), IR_OF_OPSET.get(opset, 10))
+    return proto
+
+
+def _without_weights(proto: onnx.ModelProto, limit: int = 1024) -> onnx.ModelProto:
+    """The model with its larger weights as inputs: the converter copies everything it is given several times."""
+    shell = onnx.ModelProto()
+    shell.CopyFrom(proto)
+    large = [t for t in shell.graph.initializer if np.prod(t.dims) > limit]
+    kept = [t for t in shell.graph.initializer if np.prod(t.dims) <= limit]
+    shell.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in large)
+    del shell.graph.initializer[:]
+    shell.graph.initializer.extend(kept)
+    return shell
+
+
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    """Give every operator a unique name: overrides, reports and the audit speak of operators by name."""
+    taken: set[str] = set()
+    for node in graph.node:
+        name = node.name or f"{node.op_type}_{next((o for o in node.output if o), '')}"
+        candidate, i = name, 1
+        while candidate in taken:
+            candidate, i = f"{name}_{i}", i + 1
+        node.name = candidate
+        taken.add(candidate)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".;: ")[:200]

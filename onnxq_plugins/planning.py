@@ -1,0 +1,213 @@
+"""From graph, recipe and target to the first Plan: which tensors are quantized, at which bits and granularity.
+
+Layers follow the recipe. Operators between them (Add, Concat, pooling ...) are made integer where that keeps a chain
+integer from one layer to the next, and stay float elsewhere: a pair of conversions around a lone operator costs more
+than it gains.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.recipe import FLOAT, BlockRequest, LayerRule, Recipe, TensorRequest
+from onnxq_plugins.spec import Block, Plan, QuantSpec
+from onnxq_plugins.target import Target, channel_block
+
+
+@dataclass(frozen=True)
+class Request:
+    """A plan of requests (nothing solved), and what stays float or was changed, with the reasons."""
+
+    plan: Plan
+    floats: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
+    """The first plan. Raises OnnxqError, all problems at once, if a rule matches nothing or a block does not fit."""
+    problems: list[str] = []
+    floats: dict[str, str] = {}
+    notes: list[str] = []
+    plan: dict[str, QuantSpec] = {}
+    integer: dict[str, TensorRequest] = {}  # node name -> how its inputs are asked for
+    unmatched = set(range(len(recipe.layers)))
+    ops = {rule.op for rule in target.rules}
+    for i, layer in enumerate(graph.layers):
+        ends = {"first": i == 0, "last": i == len(graph.layers) - 1}
+        weights, activations, quantize = _settings(recipe, layer.name, layer.op, layer.kind, ends, unmatched, problems)
+        if quantize is False or weights.bits == FLOAT:
+            floats[layer.name] = "the recipe leaves it float"
+            continue
+        if layer.op not in ops or (layer.op == "ConvTranspose"):
+            floats[layer.name] = f"target '{target.name}' has no quantized {layer.op}"
+            continue
+        weight_only = activations.bits == FLOAT
+        if weight_only and not any(r.op == layer.op and not r.activations for r in target.rules):
+            floats[layer.name] = f"target '{target.name}' has no weight-only {layer.op}"
+            continue
+        block = _block(layer, weights.block, problems)
+        sub_block = None if weights.sub_block is None else _block(layer, weights.sub_block, problems)
+        bits = weights.bits
+        if not weight_only and bits <= 8 and 2 ** (bits - 1) - 1 > target.max_code:
+            bits = int(np.log2(target.max_code + 1)) + 1
+            notes.append(f"{layer.name}: {bits}-bit weight codes, since target '{target.name}' allows "
+                         f"|code| <= {target.max_code}")
+        plan[layer.weight] = QuantSpec(bits, weights.symmetric, block, sub_block, weights.pow2)
+        if not weight_only:
+            integer[layer.name] = activations
+    for node in graph.nodes:
+        if node.op == "MatMul" and not node.domain and not any(graph.is_constant(t.name) for t in node.inputs):
+            _, activations, quantize = _settings(recipe, node.name, "Attention", "", {}, unmatched, problems)
+            size = _multiply_adds(graph, node)
+            if quantize or (quantize is None and "MatMul" in ops and 0 < target.attention <= size):
+                integer[node.name] = activations
+    for n in sorted(unmatched):
+        rule = recipe.layers[n]
+        if rule.match != "*":
+            names = ", ".join(layer.name for layer in graph.layers[:6])
+            problems.append(f"recipe, layer {n + 1}: nothing matches '{rule.match}'; layers are named {names} ...")
+    OnnxqError.check(problems)
+    activation_request = {**integer, **{name: recipe.activations for name in _chain(graph, target, set(integer))}}
+    return Request(Plan(plan) | _activations(graph, target, activation_request), floats, tuple(notes))
+
+
+def input_key(graph: Graph, plan: Mapping[str, QuantSpec], name: str) -> str:
+    """The planned activation from which a reader of `name` gets its codes: `name` itself or what it is tied to
+    through shape-only operators; "" if none is planned."""
+    while True:
+        if name in plan and not graph.is_constant(name):
+            return name
+        node = graph.producer(name)
+        if node is None or not graph.is_shape_only(node):
+            return ""
+        name = node.inputs[0].name
+
+
+def activation_inputs(graph: Graph, node: Any) -> list[str]:
+    """Names of a node's inputs that are activations."""
+    return [t.name for t in node.inputs if not t.is_empty() and not graph.is_constant(t.name)]
+
+
+def result_of(graph: Graph, node: Any) -> str:
+    """The output that carries a node's values after the Relu or Clip it absorbs."""
+    after = graph.elided_activation(node.outputs[0].name)
+    return str((after or node).outputs[0].name)
+
+
+def _settings(recipe: Recipe, name: str, op: str, kind: str, ends: Mapping[str, bool], unmatched: set[int],
+              problems: list[str]) -> tuple[TensorRequest, TensorRequest, bool | None]:
+    weights, activations, quantize = recipe.weights, recipe.activations, None
+    for n, rule in enumerate(recipe.layers):
+        if _matches(rule, name, op, kind, ends):
+            unmatched.discard(n)
+            weights = replace(weights, **_tuples(rule.weights))
+            activations = replace(activations, **_tuples(rule.activations))
+            quantize = rule.quantize if rule.quantize is not None else quantize
+    return weights, activations, quantize
+
+
+def _matches(rule: LayerRule, name: str, op: str, kind: str, ends: Mapping[str, bool]) -> bool:
+    if op == "Attention" and rule.op != "Attention" and rule.match == "*":
+        return False  # rules for all layers speak of layers with weights
+    return (fnmatchcase(name, rule.match) and rule.op in ("", op) and rule.kind in ("", kind)
+            and (not rule.position or ends.get(rule.position, False)))
+
+
+def _tuples(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+
+
+def _block(layer: Layer, wanted: BlockRequest, problems: list[str]) -> Block | None:
+    """A block as the recipe writes it, for the axes of this layer's weight."""
+    if wanted == "tensor":
+        return None
+    if wanted == "channel":
+        return channel_block(layer)
+    sizes = (1, wanted) if isinstance(wanted, int) else tuple(int(n) for n in wanted)
+    if len(sizes) == 2:
+        return tuple(sizes[0] if a == layer.out_axis else sizes[1] if a == layer.in_axis else 0
+                     for a in range(len(layer.shape)))
+    if len(sizes) != len(layer.shape):
+        problems.append(f"layer '{layer.name}': block {list(sizes)} has {len(sizes)} sizes, its weight has "
+                        f"{len(layer.shape)} axes; write [outputs, inputs].")
+        return None
+    return sizes
+
+
+def _multiply_adds(graph: Graph, node: Any) -> int:
+    a, b = (graph.shape(t.name) for t in node.inputs)
+    sizes = [*a[-2:], b[-1]] if a is not None and b is not None and len(a) > 1 and len(b) > 1 else []
+    return int(np.prod([n for n in sizes if isinstance(n, int)])) if sizes and all(
+        isinstance(n, int) for n in sizes) else 0
+
+
+def _source(graph: Graph, name: str) -> str:
+    """Name of the node that computes a tensor, seen through shape-only operators and absorbed activations."""
+    node = graph.producer(graph.root(name))
+    if node is not None and node.op in ("Relu", "Clip") and not graph.is_constant(node.inputs[0].name):
+        before = node.inputs[0].name
+        after = graph.elided_activation(before)
+        if after is not None and after.outputs[0] is node.outputs[0]:
+            node = graph.producer(before)
+    return str(node.name) if node is not None else ""
+
+
+def _readers(graph: Graph, name: str) -> set[str]:
+    """Names of the nodes that read a tensor, seen through shape-only operators."""
+    found = set()
+    for node in graph.consumers(name):
+        if graph.is_shape_only(node):
+            for output in node.outputs:
+                found |= _readers(graph, output.name)
+        else:
+            found.add(str(node.name))
+    return found
+
+
+def _chain(graph: Graph, target: Target, layers: set[str]) -> set[str]:
+    """Operators other than layers that stay integer: every input comes from an integer operator and at least one
+    reader is integer. The largest such set."""
+    nodes = {node.name: node for node in graph.nodes if node.op in target.integer_ops and not node.domain
+             and len(node.outputs) == 1 and len(activation_inputs(graph, node)) == len(node.inputs)
+             and all(t.dtype == np.float32 for t in node.inputs)}
+    chain = set(nodes) - layers
+    while True:
+        inside = layers | chain
+        kept = {name for name in chain
+                if all(_source(graph, t) in inside for t in activation_inputs(graph, nodes[name]))
+                and _readers(graph, result_of(graph, nodes[name])) & inside}
+        if kept == chain:
+            return chain
+        chain = kept
+
+
+def _activations(graph: Graph, target: Target, integer: Mapping[str, TensorRequest]) -> Plan:
+    """Entries for what integer operators read, and for what they write where the kernel needs an output scale."""
+    asked: dict[str, list[tuple[str, TensorRequest]]] = defaultdict(list)  # root -> readers' tensors
+    layers = {layer.name: layer for layer in graph.layers}
+    specs: dict[str, QuantSpec] = {}
+
+    def spec(how: TensorRequest) -> QuantSpec:
+        return QuantSpec(how.bits, how.symmetric, None, None, how.pow2)
+
+    for node in graph.nodes:
+        if node.name in integer:
+            for name in activation_inputs(graph, node):
+                asked[graph.root(name)].append((name, integer[node.name]))
+            if node.op in target.output_scale or (node.name not in layers and node.op != "MatMul"):
+                specs[result_of(graph, node)] = spec(integer[node.name])
+    for root, readers in asked.items():
+        names = {name for name, _ in readers}
+        widest = max((how for _, how in readers), key=lambda how: how.bits)
+        # a float producer may be followed by one slice or reshape that all read: quantize there, it can be smaller
+        alone = len(names) == 1 and _source(graph, root) not in integer
+        specs[names.pop() if alone else root] = spec(widest)
+    return Plan(specs)

@@ -1,0 +1,127 @@
+"""Finding plugins: built-ins, then entry points of the group ``onnxq_plugins``, each on its own feet.
+
+A manager is made for each call. A plugin that cannot be imported, or whose hooks are wrong, is set aside with a
+warning; it is an error only when a recipe asks for one of its passes or targets.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, is_dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+import pluggy
+
+from onnxq_plugins import hookspecs, target
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.passes import BUILTIN
+from onnxq_plugins.passes.base import Pass
+from onnxq_plugins.target import Target
+
+GROUP = "onnxq_plugins"
+log = logging.getLogger("onnxq_plugins")
+
+
+class _Builtins:
+    """The built-in passes and targets, through the same hooks as a guest's."""
+
+    @hookspecs.hookimpl
+    def onnxq_passes(self) -> list[type[Pass]]:
+        return list(BUILTIN)
+
+    @hookspecs.hookimpl
+    def onnxq_targets(self) -> list[Target]:
+        return list(target.BUILTIN)
+
+    @hookspecs.hookimpl(trylast=True)
+    def onnxq_run_pass(self, step: Pass, job: Any) -> dict[str, Any]:
+        return step.apply(job) or {}
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """What is installed: a pluggy manager, passes and targets by name, the source of each, and what is broken."""
+
+    manager: pluggy.PluginManager
+    passes: dict[str, type[Pass]]
+    targets: dict[str, Target]
+    sources: dict[str, str]  # "pass NAME" or "target NAME" -> distribution
+    versions: dict[str, str]  # distribution -> version
+    broken: dict[str, str]  # entry point -> what is wrong
+
+    def target(self, name: str) -> Target:
+        """The target of that name. Raises OnnxqError listing the known ones."""
+        if name not in self.targets:
+            raise OnnxqError(f"target '{name}' is unknown; known: {', '.join(sorted(self.targets))}." + self.excuse())
+        return self.targets[name]
+
+    def excuse(self) -> str:
+        """A sentence about broken plugins, for errors that they may explain."""
+        return "".join(f" Plugin '{name}' is broken: {why}." for name, why in self.broken.items())
+
+
+def find_plugins(extra: Iterable[object] = ()) -> Plugins:
+    """Built-ins, entry points, then `extra` plugin objects (modules or instances), merged by name.
+
+    Raises OnnxqError if two plugins bring the same name.
+    """
+    manager = pluggy.PluginManager("onnxq_plugins")
+    manager.add_hookspecs(hookspecs)
+    found = Plugins(manager, {}, {}, {}, {}, {})
+    _add(found, _Builtins(), "built-in", "onnxq-plugins", guest=False)
+    for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
+        source = point.dist.name if point.dist is not None else point.name
+        if point.dist is not None:
+            found.versions[source] = point.dist.version
+        try:
+            plugin = point.load()
+        except Exception as error:  # whatever a stranger's module raises on import
+            _broken(found, point.name, f"import failed with {type(error).__name__}: {error}")
+        else:
+            _add(found, plugin, point.name, source)
+    for plugin in extra:
+        _add(found, plugin, getattr(plugin, "__name__", type(plugin).__name__), "given in Python")
+    return found
+
+
+def _add(found: Plugins, plugin: object, name: str, source: str, guest: bool = True) -> None:
+    """Register one plugin, or set it aside whole."""
+    try:
+        if found.manager.register(plugin, name) is None:
+            raise ValueError("it is blocked")
+        found.manager.check_pending()
+        hooks = {caller.name for caller in found.manager.get_hookcallers(plugin) or ()}
+        passes = list(plugin.onnxq_passes()) if "onnxq_passes" in hooks else []  # type: ignore[attr-defined]
+        targets = list(plugin.onnxq_targets()) if "onnxq_targets" in hooks else []  # type: ignore[attr-defined]
+        for kind in passes:
+            if not (isinstance(kind, type) and issubclass(kind, Pass) and is_dataclass(kind) and kind.name):
+                raise TypeError(f"{kind!r} is not a frozen dataclass that derives from Pass and has a name")
+            if guest and "." not in kind.name:
+                raise ValueError(f"pass '{kind.name}' needs a name like vendor.{kind.name}")
+        for made in targets:
+            if not isinstance(made, Target):
+                raise TypeError(f"{made!r} is not a Target")
+        if not hooks:
+            raise ValueError("it implements no hook; mark functions with @onnxq_plugins.hookimpl")
+    except Exception as error:  # a plugin's own code ran
+        if found.manager.has_plugin(name):
+            found.manager.unregister(name=name)
+        _broken(found, name, " ".join(str(error).split()) or type(error).__name__)
+        return
+    registries: tuple[tuple[str, dict[str, Any], list[Any]], ...] = (
+        ("pass", found.passes, passes), ("target", found.targets, targets))
+    for what, registry, items in registries:
+        for item in items:
+            label = f"{what} {item.name}"
+            if item.name in registry:
+                raise OnnxqError(f"{what} '{item.name}' comes from both '{found.sources[label]}' and '{source}'; "
+                                 "uninstall one of them.")
+            registry[item.name] = item
+            found.sources[label] = source
+
+
+def _broken(found: Plugins, name: str, why: str) -> None:
+    found.broken[name] = why
+    log.warning("plugin '%s' is ignored: %s", name, why)

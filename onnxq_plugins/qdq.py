@@ -1,0 +1,302 @@
+"""Export: a float graph and a solved plan become a QDQ model. The only maker of Q/DQ nodes (law L2).
+
+What fuses is RUNTIME B, C and E. In short: unsigned activations with an output Q on every convolution, weights whose
+zero point is exactly 0, an int32 bias at s_x * s_w, one scale on both sides of operators that only move values, and
+never a float layer between a DQ and a Q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.planning import activation_inputs, input_key, result_of
+from onnxq_plugins.spec import Array, Plan, QuantSpec, expand, step
+from onnxq_plugins.target import Rule, Target, granularity
+
+
+def export(graph: Graph, plan: Plan, target: Target) -> onnx.ModelProto:
+    """The QDQ model of a plan in which every entry is solved and which `target.problems` accepts.
+
+    The graph is left alone. Inputs, outputs, metadata and names of operators are those of the float model.
+    """
+    return _Writer(graph, plan, target).write()
+
+
+def integer_nodes(graph: Graph, plan: Plan, target: Target) -> set[str]:
+    """Names of the operators that read quantized activations: planned layers, and operators between them whose
+    inputs and output are all planned."""
+    layers = {layer.name: layer for layer in graph.layers}
+    found = set()
+    for node in graph.nodes:
+        inputs = activation_inputs(graph, node)
+        if not inputs or not all(input_key(graph, plan, name) for name in inputs):
+            continue
+        if node.name in layers:
+            fits = layers[node.name].weight in plan and (node.op not in target.output_scale
+                                                         or result_of(graph, node) in plan)
+        elif node.op == "MatMul":
+            fits = len(inputs) == 2
+        else:
+            fits = node.op in target.integer_ops and len(inputs) == len(node.inputs) and result_of(graph, node) in plan
+        if fits:
+            found.add(str(node.name))
+    return found
+
+
+class _Writer:
+    def __init__(self, graph: Graph, plan: Plan, target: Target) -> None:
+        self.graph, self.plan, self.target = graph, plan, target
+        self.integer = integer_nodes(graph, plan, target)
+        self.layers = {layer.name: layer for layer in graph.layers}
+        self.model = graph.model()
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[tuple[Any, ...], str] = {}  # content -> name: equal constants are stored once
+        self.made: list[TensorProto] = []
+        proto = self.model.graph
+        self.names = {n for node in proto.node for n in (*node.input, *node.output)} | {n.name for n in proto.node}
+        self.names |= {t.name for t in proto.initializer}
+        self.dequantized: dict[str, str] = {}  # tensor -> the output of its DQ
+        self.carried = self._carried()
+        self.renamed: dict[str, str] = {}
+
+    def write(self) -> onnx.ModelProto:
+        proto = self.model.graph
+        outputs = {o.name for o in proto.output}
+        for tensor in self.graph.inputs:
+            self._quantize_after(tensor, outputs)
+        for node in list(proto.node):
+            written = list(node.output)
+            if node.name in self.layers and self.layers[node.name].weight in self.plan:
+                self._layer(node, self.layers[node.name])
+            else:
+                self._read_inputs(node)
+                self._separate(node)
+            for name in written:
+                self._quantize_after(name, outputs)
+        del proto.node[:]
+        proto.node.extend(self.nodes)
+        used = {name for node in proto.node for name in node.input} | outputs | _subgraph_reads(proto.node)
+        kept = [t for t in proto.initializer if t.name in used]
+        del proto.initializer[:]
+        proto.initializer.extend(kept)
+        proto.initializer.extend(self.made)
+        del proto.value_info[:]  # onnxruntime infers them again; stale ones would be refused
+        return self.model
+
+    # ---- activations ---------------------------------------------------------------------------------------------------
+
+    def _carried(self) -> set[str]:
+        """Shape-only operators on the way from a planned tensor to an integer reader: they move codes."""
+        found: set[str] = set()
+        for node in self.graph.nodes:
+            if node.name not in self.integer:
+                continue
+            for name in activation_inputs(self.graph, node):
+                while name not in self.plan:
+                    mover = self.graph.producer(name)
+                    assert mover is not None
+                    found.add(str(mover.name))
+                    name = mover.inputs[0].name
+        return found
+
+    def _quantize_after(self, name: str, outputs: set[str]) -> None:
+        """Q and DQ behind a tensor, if it is planned or moved by an operator that carries codes."""
+        key = input_key(self.graph, self.plan, name)
+        maker = self.graph.producer(name)
+        carried = maker is not None and maker.name in self.carried
+        if not key or (name not in self.plan and not carried) or name in self.dequantized:
+            return
+        integer_readers = any(n.name in self.integer or n.name in self.carried for n in self.graph.consumers(name))
+        if not integer_readers and not self._made_by_integer(name):
+            return
+        source = name
+        if name in outputs:
+            source = self.renamed[name] = self._fresh(f"{name}_float")
+            for node in self.nodes:
+                for i, o in enumerate(node.output):
+                    if o == name:
+                        node.output[i] = source
+                for i, o in enumerate(node.input):
+                    if o == name:
+                        node.input[i] = source
+        spec = self.plan[key]
+        scale = self._constant(f"{key}_scale", np.asarray(spec.scale, np.float32))
+        zero = self._constant(f"{key}_zero_point", np.asarray(spec.zero_point).astype(_code_type(spec)))
+        codes = self._fresh(f"{name}_quantized")
+        values = name if name in outputs else self._fresh(f"{name}_dequantized")
+        self._add("QuantizeLinear", [source, scale, zero], [codes])
+        self._add("DequantizeLinear", [codes, scale, zero], [values])
+        self.dequantized[name] = values
+
+    def _made_by_integer(self, name: str) -> bool:
+        """True if an integer operator writes the tensor, perhaps through the Relu or Clip it absorbs."""
+        node = self.graph.producer(name)
+        if node is not None and node.op in ("Relu", "Clip") and node.name not in self.integer:
+            before = node.inputs[0].name
+            if self.graph.elided_activation(before) is not None:
+                node = self.graph.producer(before)
+        return node is not None and (node.name in self.integer or node.name in self.carried)
+
+    def _read_inputs(self, node: onnx.NodeProto) -> None:
+        """Point a node at the dequantized form of its inputs where it should read that, and emit it."""
+        integer = node.name in self.integer or node.name in self.carried
+        for i, name in enumerate(node.input):
+            if name in self.dequantized and (integer or self._made_by_integer(name)):
+                node.input[i] = self.dequantized[name]
+        self.nodes.append(node)
+
+    def _separate(self, node: onnx.NodeProto) -> None:
+        """A layer that stays float, between a DQ and a Q: onnxruntime would quantize its weight per tensor, without a
+        word. A Sum of one operand changes nothing, costs a copy, and is not optimized away."""
+        layer = self.layers.get(node.name)
+        if layer is None or node.input[0] not in self.dequantized.values():
+            return
+        output = node.output[0]
+        node.output[0] = self._fresh(f"{output}_kept_float")
+        self._add("Sum", [node.output[0]], [output], name=f"{node.name}_kept_float")
+
+    # ---- weights -------------------------------------------------------------------------------------------------------
+
+    def _layer(self, node: onnx.NodeProto, layer: Layer) -> None:
+        spec = self.plan[layer.weight]
+        key = input_key(self.graph, self.plan, layer.input) if node.name in self.integer else ""
+        rule = self.target.rule(layer, spec, self.plan[key].bits if key else 0)
+        if rule is None:
+            raise ValueError(f"layer '{layer.name}' has no rule on target '{self.target.name}': check the plan first")
+        if rule.storage == "blocked":
+            self._weight_only(node, layer, spec)
+            return
+        weight = self._weight(layer, spec, rule)
+        bias = self._bias(layer, spec, self.plan[key])
+        self._read_inputs(node)
+        node.input[1] = weight
+        if bias:
+            node.input[2] = bias
+
+    def _weight(self, layer: Layer, spec: QuantSpec, rule: Rule) -> str:
+        """INT8 -> DequantizeLinear, or INT4 -> Cast(INT8) -> DequantizeLinear, which the runtime folds at load."""
+        assert spec.codes is not None and spec.scale is not None
+        name = layer.weight
+        if rule.storage == "int4":
+            stored = self._constant(f"{name}_codes", spec.codes.astype(ml_dtypes.int4))
+            codes = self._fresh(f"{name}_int8")
+            self._add("Cast", [stored], [codes], to=TensorProto.INT8)
+        else:
+            codes = self._constant(f"{name}_codes", spec.codes.astype(np.int8))
+        scale_values = np.asarray(spec.scale, np.float32)
+        attrs = {}
+        if granularity(layer, spec) == "channel":
+            scale_values, attrs = scale_values.reshape(-1), {"axis": layer.out_axis}
+        scale = self._constant(f"{name}_scale", scale_values)
+        zero = self._constant(f"{name}_zero_point", np.zeros(scale_values.shape, np.int8))
+        values = self._fresh(f"{name}_dequantized")
+        self._add("DequantizeLinear", [codes, scale, zero], [values], **attrs)
+        return values
+
+    def _bias(self, layer: Layer, spec: QuantSpec, activation: QuantSpec) -> str:
+        """int32 codes at s_x * s_w: the integer kernel adds them to its accumulator."""
+        if layer.bias is None:
+            return ""
+        scale = bias_scale(layer, spec, activation)
+        bias = self.graph.constant(layer.bias).astype(np.float64)
+        codes = np.clip(np.rint(bias / scale), -(2.0**31), 2.0**31 - 1).astype(np.int32)
+        name = layer.bias
+        stored = self._constant(f"{name}_codes", codes)
+        scales = self._constant(f"{name}_scale", scale)
+        values = self._fresh(f"{name}_dequantized")
+        axis = {"axis": 0} if scale.ndim else {}
+        self._add("DequantizeLinear", [stored, scales], [values], **axis)
+        return values
+
+    def _weight_only(self, node: onnx.NodeProto, layer: Layer, spec: QuantSpec) -> None:
+        """Blocked DequantizeLinear -> MatMul, which runs as MatMulNBits. Gemm becomes MatMul + Add: it does not fuse."""
+        assert spec.codes is not None and spec.scale is not None and spec.block is not None
+        codes, scales = spec.codes, np.asarray(spec.scale, np.float32)
+        if layer.out_axis == 0:
+            codes, scales = codes.T, scales.T
+        codes = np.ascontiguousarray(codes)
+        kind = ml_dtypes.int4 if spec.bits == 4 else np.int8
+        stored = self._constant(f"{layer.weight}_codes", codes.astype(kind))
+        scale = self._constant(f"{layer.weight}_scale", np.ascontiguousarray(scales))
+        values = self._fresh(f"{layer.weight}_dequantized")
+        self._add("DequantizeLinear", [stored, scale], [values], axis=0, block_size=spec.block[layer.in_axis])
+        self._read_inputs(node)
+        self.nodes.pop()
+        x, output = node.input[0], node.output[0]
+        if x in self.dequantized.values():  # DQ, DQ -> MatMul would be taken for an integer MatMul, and then fail
+            copy = self._fresh(f"{x}_kept_float")
+            self._add("Sum", [x], [copy], name=f"{node.name}_kept_float")
+            x = copy
+        if layer.bias is not None:
+            product = self._fresh(f"{output}_product")
+            self._add("MatMul", [x, values], [product], name=node.name)
+            self._add("Add", [product, layer.bias], [output], name=f"{node.name}_bias")
+        else:
+            self._add("MatMul", [x, values], [output], name=node.name)
+
+    # ---- small helpers -------------------------------------------------------------------------------------------------
+
+    def _constant(self, name: str, values: Array) -> str:
+        values = np.ascontiguousarray(values) if values.ndim else values
+        content = (str(values.dtype), values.shape, values.tobytes())
+        if content not in self.constants:
+            self.constants[content] = self._fresh(name)
+            self.made.append(numpy_helper.from_array(values, self.constants[content]))
+        return self.constants[content]
+
+    def _add(self, op: str, inputs: Sequence[str], outputs: Sequence[str], name: str = "", **attrs: Any) -> None:
+        name = name or self._fresh(f"{outputs[0]}_node")
+        self.nodes.append(helper.make_node(op, list(inputs), list(outputs), name, **attrs))
+
+    def _fresh(self, name: str) -> str:
+        candidate, i = name, 1
+        while candidate in self.names:
+            candidate, i = f"{name}_{i}", i + 1
+        self.names.add(candidate)
+        return candidate
+
+
+def bias_scale(layer: Layer, weight: QuantSpec, activation: QuantSpec) -> Array:
+    """s_x * s_w as float32: [OC], or a scalar where the weight has one scale."""
+    assert weight.scale is not None and activation.scale is not None
+    product = np.asarray(weight.scale, np.float32) * np.float32(activation.scale)
+    return product if product.ndim == 0 else product.reshape(-1)
+
+
+def stored_bits(layer: Layer, spec: QuantSpec) -> float:
+    """Bits per weight on disk, scales counted."""
+    assert spec.scale is not None
+    width = 4 if spec.bits <= 4 else 8
+    count = int(np.prod(layer.shape))
+    return width + 32 * spec.scale.size / count
+
+
+def weight_values(layer: Layer, spec: QuantSpec) -> Array:
+    """The float32 weight that the exported model computes with."""
+    assert spec.codes is not None
+    return (spec.codes * np.broadcast_to(step(spec, layer.shape), layer.shape)).astype(np.float32)
+
+
+def _code_type(spec: QuantSpec) -> Any:
+    return np.int8 if spec.symmetric else np.uint8
+
+
+def _subgraph_reads(nodes: Sequence[onnx.NodeProto]) -> set[str]:
+    """Names that control-flow bodies read from outside."""
+    found: set[str] = set()
+    for node in nodes:
+        for attribute in node.attribute:
+            for body in ([attribute.g] if attribute.HasField("g") else list(attribute.graphs)):
+                found |= {name for inner in body.node for name in inner.input} | {o.name for o in body.output}
+                found |= _subgraph_reads(body.node)
+    return found
+
+
+__all__ = ["bias_scale", "expand", "export", "integer_nodes", "stored_bits", "weight_values"]

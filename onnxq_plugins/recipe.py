@@ -1,0 +1,294 @@
+"""Recipes: TOML files that say what to quantize, how, and with which passes. Text <-> validated values."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from onnxq_plugins.data import DataOptions
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.passes.base import Pass
+
+BlockRequest = Literal["tensor", "channel"] | int | tuple[int, ...]
+FLOAT = 32  # bits = 32: stays float
+
+
+@dataclass(frozen=True)
+class TensorRequest:
+    """How one kind of tensor is asked for; the ``[weights]`` and ``[activations]`` tables.
+
+    bits        2..8, or 32 to stay float
+    symmetric   signed codes with zero point 0
+    block       granularity of the scale: "tensor", "channel", a number of inputs per scale, [outputs, inputs] or one
+                size per axis
+    sub_block   granularity of integer multipliers below that: [outputs, inputs]
+    pow2        scales (or multipliers) are powers of two
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    block: BlockRequest = "channel"
+    sub_block: tuple[int, ...] | None = None
+    pow2: bool = False
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """Settings for some layers; the ``[[layer]]`` tables. Later rules win.
+
+    match      glob on the layer's name
+    op         Conv, ConvTranspose, Gemm, MatMul, or Attention for products of two activations
+    kind       dense, grouped or depthwise
+    position   first or last layer of the model
+    quantize   false leaves the layer in float; true quantizes attention products whether or not it pays
+    weights, activations   fields of TensorRequest that differ; activations means the layer's input
+    """
+
+    match: str = "*"
+    op: str = ""
+    kind: str = ""
+    position: str = ""
+    quantize: bool | None = None
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    activations: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe."""
+
+    target: str = "ort-cpu"
+    weights: TensorRequest = TensorRequest()
+    activations: TensorRequest = TensorRequest(symmetric=False, block="tensor")
+    passes: tuple[Pass, ...] = ()
+    layers: tuple[LayerRule, ...] = ()
+    data: DataOptions = DataOptions()
+    name: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, defaults left out: `parse` makes the same recipe of it."""
+        made: dict[str, Any] = {"recipe": 1, "target": self.target}
+        for key in ("weights", "activations", "data"):
+            if table := _changed(getattr(self, key), getattr(Recipe, key)):
+                made[key] = table
+        if self.passes:
+            made["pass"] = [{"use": type(p).name, **_changed(p, None)} for p in self.passes]
+        if self.layers:
+            made["layer"] = [_changed(rule, LayerRule()) for rule in self.layers]
+        return made
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON; a file with it is a recipe too."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+
+def recipe_folder() -> Path:
+    """Where the built-in recipes lie: in the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """Name -> file of the built-in recipes."""
+    return {file.stem: file for file in sorted(recipe_folder().glob("*.toml"))}
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, passes: Mapping[str, type[Pass]],
+                settings: Iterable[str] = ()) -> Recipe:
+    """Make a Recipe.
+
+    recipe     name of a built-in, path of a .toml or .json file, mapping with the same tables, or Recipe
+    passes     the known passes by name
+    settings   changes such as ``ranges.method=mse`` or ``weights.bits=4``; the right side is a TOML value or a word
+
+    Raises OnnxqError with all problems at once.
+    """
+    if isinstance(recipe, Recipe):
+        table, where, name = recipe.to_dict(), "the recipe", recipe.name
+    elif isinstance(recipe, Mapping):
+        table, where, name = dict(recipe), "the recipe", ""
+    else:
+        table, where, name = *_read(recipe), Path(recipe).stem
+    problems: list[str] = []
+    for setting in settings:
+        _apply(table, setting, problems)
+    return parse(table, passes, where, name, problems)
+
+
+def parse(table: Mapping[str, Any], passes: Mapping[str, type[Pass]], where: str = "the recipe", name: str = "",
+          problems: list[str] | None = None) -> Recipe:
+    """The tables of a recipe as a Recipe. Raises OnnxqError with all problems at once."""
+    problems = [] if problems is None else problems
+    known = ("recipe", "target", "weights", "activations", "data", "pass", "layer")
+    _unknown(table, known, where, problems)
+    if table.get("recipe", 1) != 1:
+        problems.append(f"{where}: recipe = {table['recipe']!r} is a version this release does not know; use 1.")
+    steps: list[Pass] = []
+    for number, step in enumerate(_tables(table, "pass", where, problems), 1):
+        kind = passes.get(str(step.get("use", "")))
+        if kind is None:
+            problems.append(f"{where}, pass {number}: {step.get('use', 'use = ...')!r} is not a known pass; known: "
+                            f"{', '.join(sorted(passes))}. Is its package installed?")
+        else:
+            place = f"{where}, pass '{kind.name}'"
+            made = _build(kind, {k: v for k, v in step.items() if k != "use"}, place, problems)
+            steps += [made] if made is not None else []
+    rules = []
+    for number, rule in enumerate(_tables(table, "layer", where, problems), 1):
+        place = f"{where}, layer {number}"
+        for key in ("weights", "activations"):
+            if isinstance(rule.get(key), Mapping):
+                _build(TensorRequest, rule[key], f"{place}, {key}", problems)
+        made_rule = _build(LayerRule, rule, place, problems)
+        rules += [made_rule] if made_rule is not None else []
+    parts: dict[str, Any] = {}
+    for key in ("weights", "activations", "data"):
+        value = table.get(key, {})
+        if isinstance(value, Mapping):
+            parts[key] = _build(getattr(Recipe, key), value, f"{where}, [{key}]", problems)
+        else:
+            problems.append(f"{where}: {key} must be a table.")
+    target = table.get("target", Recipe.target)
+    if not isinstance(target, str):
+        problems.append(f"{where}: target must be a name.")
+    for key in ("weights", "activations"):
+        bits = getattr(parts.get(key), "bits", 8)
+        if not (2 <= bits <= 16 or bits == FLOAT):
+            problems.append(f"{where}, [{key}]: bits = {bits} is out of range; use 2..16, or {FLOAT} for float.")
+    OnnxqError.check(problems)
+    return Recipe(str(target), passes=tuple(steps), layers=tuple(rules), name=name, **parts)
+
+
+# ---- details --------------------------------------------------------------------------------------------------------------
+
+
+def _read(recipe: str | Path) -> tuple[dict[str, Any], str]:
+    builtin = builtin_recipes()
+    path = Path(recipe)
+    if str(recipe) in builtin:
+        path = builtin[str(recipe)]
+    elif not path.is_file():
+        raise OnnxqError(f"recipe '{recipe}' is neither a built-in ({', '.join(builtin)}) nor a file.")
+    try:
+        text = path.read_text("utf-8")
+        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:  # TOMLDecodeError, JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise OnnxqError(f"recipe '{recipe}' cannot be read: {error}.") from error
+    if not isinstance(table, dict):
+        raise OnnxqError(f"recipe '{recipe}' must hold tables, it holds a {type(table).__name__}.")
+    return table, f"recipe '{recipe}'"
+
+
+def _apply(table: dict[str, Any], setting: str, problems: list[str]) -> None:
+    """One ``--set name.key=value``: of a table, or of every pass of that name."""
+    left, equals, right = setting.partition("=")
+    name, dot, key = left.strip().rpartition(".")
+    if not equals or not key or (not dot and key != "target"):
+        problems.append(f"--set '{setting}' must look like pass.key=value, weights.bits=4 or target=NAME.")
+        return
+    try:
+        value = tomllib.loads(f"v = {right}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = right.strip()
+    if not dot:
+        table[key] = value
+    elif name in ("weights", "activations", "data"):
+        table[name] = {**table.get(name, {}), key: value}
+    else:
+        steps = table.get("pass", [])
+        hit = [step for step in steps if isinstance(step, dict) and step.get("use") == name]
+        if not hit:
+            used = ", ".join(str(step.get("use")) for step in steps if isinstance(step, dict)) or "none"
+            problems.append(f"--set '{setting}': the recipe has no pass '{name}' (it has: {used}).")
+        table["pass"] = [{**step, key: value} if step in hit else step for step in steps]
+
+
+def _tables(table: Mapping[str, Any], key: str, where: str, problems: list[str]) -> list[Mapping[str, Any]]:
+    found = table.get(key, [])
+    if isinstance(found, list) and all(isinstance(t, Mapping) for t in found):
+        return found
+    problems.append(f"{where}: write [[{key}]] tables.")
+    return []
+
+
+def _unknown(table: Mapping[str, Any], known: Iterable[str], where: str, problems: list[str]) -> None:
+    known = tuple(known)
+    for key in table:
+        if key not in known:
+            problems.append(f"{where}: unknown key '{key}'; known: {', '.join(known) or 'none'}.")
+
+
+def _build(base: Any, table: Mapping[str, Any], where: str, problems: list[str]) -> Any:
+    """A dataclass, or a changed copy of an instance, with the values of a table; None if that fails."""
+    kind = base if isinstance(base, type) else type(base)
+    hints = get_type_hints(kind)
+    names = [f.name for f in fields(kind) if f.init]
+    before = len(problems)
+    _unknown(table, names, where, problems)
+    values = {}
+    for key, value in table.items():
+        if key in names:
+            fitted = _fit(value, hints[key])
+            if fitted is _WRONG:
+                problems.append(f"{where}: {key} = {value!r} must be {_type_name(hints[key])}.")
+            values[key] = fitted
+    if len(problems) > before:
+        return None
+    try:
+        return kind(**values) if isinstance(base, type) else replace(base, **values)
+    except (TypeError, ValueError) as error:  # a pass checks its own parameters
+        problems.append(f"{where}: {error}.")
+        return None
+
+
+_WRONG = object()
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """The value as the annotated type, lists as tuples; _WRONG if it is something else."""
+    origin = get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return next((made for option in get_args(hint) if (made := _fit(value, option)) is not _WRONG), _WRONG)
+    if origin is Literal:
+        return value if value in get_args(hint) else _WRONG
+    if origin is tuple:
+        item = get_args(hint)[0]
+        items = [_fit(v, item) for v in value] if isinstance(value, (list, tuple)) else [_fit(value, item)]
+        return _WRONG if any(i is _WRONG for i in items) else tuple(items)
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is type(None):
+        return None if value is None else _WRONG
+    kind = origin or hint
+    if isinstance(value, kind if isinstance(kind, type) else object) and isinstance(value, bool) == (hint is bool):
+        return value
+    return _WRONG
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(v) for v in get_args(hint))
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(h) for h in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list of {_type_name(get_args(hint)[0])}"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}.get(
+        hint, "a table")
+
+
+def _changed(value: Any, default: Any) -> dict[str, Any]:
+    """Fields of a dataclass that differ from a default instance (or from the fields' own defaults)."""
+    found = {}
+    for f in fields(value):
+        now = getattr(value, f.name)
+        if now != (getattr(default, f.name) if default is not None else f.default):
+            found[f.name] = list(now) if isinstance(now, tuple) else dict(now) if isinstance(now, Mapping) else now
+    return found

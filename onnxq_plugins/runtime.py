@@ -1,0 +1,96 @@
+"""Running models in onnxruntime: sessions, outputs, error measures, interleaved latency. CPU only."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.spec import Array
+
+Feed = Mapping[str, Array]
+_LARGEST_MESSAGE = 2**31 - 2**20  # protobuf's limit is 2 GiB
+
+
+def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, optimize: bool = True,
+            dump: str | Path | None = None) -> ort.InferenceSession:
+    """An onnxruntime session on the CPU.
+
+    threads    intra-op threads
+    optimize   False turns every graph optimization off: the model runs exactly as written
+    dump       write the optimized model here (what the audit reads)
+
+    Raises OnnxqError if onnxruntime refuses the model.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if dump is not None:
+        options.optimized_model_filepath = str(dump)
+    try:
+        if isinstance(model, onnx.ModelProto) and model.ByteSize() > _LARGEST_MESSAGE:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "model.onnx"
+                onnx.save(model, str(path), save_as_external_data=True, location="weights")
+                return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
+        return ort.InferenceSession(str(source) if isinstance(source, Path) else source, options,
+                                    providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen types
+        text = " ".join(str(error).split())
+        raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300]}") from error
+
+
+def outputs(runner: ort.InferenceSession, feeds: Iterable[Feed]) -> list[Array]:
+    """Every output of the model, concatenated over the feeds along the first axis."""
+    rows = [runner.run(None, dict(feed)) for feed in feeds]
+    return [np.concatenate([np.atleast_1d(r[i]) for r in rows]) for i in range(len(rows[0]))] if rows else []
+
+
+def sqnr(reference: Array, other: Array) -> float:
+    """Signal to quantization noise in dB: 10 log10(sum y^2 / sum (y - z)^2) per sample (first axis), averaged.
+
+    Samples whose signal is zero are left out; each sample is clamped to 200 dB, which stands for equality.
+    """
+    y = np.asarray(reference, np.float64).reshape(len(reference), -1)
+    noise = np.sum((y - np.asarray(other, np.float64).reshape(y.shape)) ** 2, axis=1)
+    signal = np.sum(y**2, axis=1)
+    kept = signal > 0
+    if not kept.any():
+        return 200.0
+    ratio = signal[kept] / np.maximum(noise[kept], signal[kept] * 1e-20)
+    return float(np.mean(10 * np.log10(ratio)))
+
+
+def agreement(reference: Array, other: Array) -> float:
+    """Share of samples whose largest output (over the last axis) is the same."""
+    return float(np.mean(np.argmax(reference, axis=-1) == np.argmax(other, axis=-1)))
+
+
+def drift(reference: Sequence[Array], other: Sequence[Array]) -> float:
+    """Largest difference over all outputs, relative to each output's largest magnitude."""
+    return max((float(np.max(np.abs(a - b), initial=0.0) / max(float(np.max(np.abs(a), initial=0.0)), 1e-30))
+                for a, b in zip(reference, other, strict=True)), default=0.0)
+
+
+def latency(runners: Sequence[ort.InferenceSession], feed: Feed, seconds: float = 1.0) -> list[float]:
+    """Median milliseconds of each session, measured in turn (A B A B ...) so that a noisy machine hits all alike."""
+    times: list[list[float]] = [[] for _ in runners]
+    for runner in runners:
+        runner.run(None, dict(feed))
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(times[0]) < 5:
+        for runner, taken in zip(runners, times, strict=True):
+            start = time.perf_counter()
+            runner.run(None, dict(feed))
+            taken.append(time.perf_counter() - start)
+    return [float(np.median(taken)) * 1e3 for taken in times]

@@ -1,0 +1,1 @@
+"""Pure numpy solvers on arrays: no graph, no model, no state."""

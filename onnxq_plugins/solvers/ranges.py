@@ -1,0 +1,96 @@
+"""Where to cut the range of an activation, from its histogram.
+
+Each function takes counts [bins] over the interval [low, high] and returns the interval that is kept. Cutting trades
+clipping of rare large values against finer steps for all others.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxq_plugins.spec import Array
+
+
+def percentile_range(counts: Array, low: float, high: float, percent: float) -> tuple[float, float]:
+    """Leave out (100 - percent) / 2 percent of the values at each end (all of it at one end if the tensor never
+    crosses 0)."""
+    edges = np.linspace(low, high, len(counts) + 1)
+    share = np.concatenate([[0.0], np.cumsum(counts) / max(counts.sum(), 1.0)])
+    out = 1 - percent / 100
+    below = 0.0 if low >= 0 else out if high <= 0 else out / 2
+    above = out - below
+    return float(np.interp(below, share, edges)) if below else low, float(np.interp(1 - above, share, edges)) if above else high
+
+
+def mse_range(counts: Array, low: float, high: float, levels: int, candidates: int = 60) -> tuple[float, float]:
+    """The range with the least mean squared quantization error (ALGORITHMS 0.2), by line search: both ends together,
+    then each end alone, then both again finely. The whole range is always among the candidates.
+
+    levels   number of codes, 2^bits
+    """
+    values = _values(counts, low, high)
+    ends = np.array([min(low, 0.0), max(high, 0.0)])
+    best, least = ends, _mse(counts, values, ends[None], levels)[0]
+    for both, scales in ((True, np.linspace(0.1, 1.0, candidates)), (False, np.linspace(0.5, 1.2, candidates)),
+                         (True, np.linspace(0.9, 1.1, candidates))):
+        masks = [np.array([1.0, 1.0])] if both else [np.array([1.0, 0.0]), np.array([0.0, 1.0])]
+        for mask in masks:
+            tried = best * (1 + (scales[:, None] - 1) * mask)
+            tried = np.stack([np.maximum(tried[:, 0], ends[0]), np.minimum(tried[:, 1], ends[1])], axis=1)
+            errors = _mse(counts, values, tried, levels)
+            if errors.min() < least:
+                best, least = tried[errors.argmin()], errors.min()
+    return float(best[0]), float(best[1])
+
+
+def kl_range(counts: Array, low: float, high: float, levels: int) -> tuple[float, float]:
+    """The symmetric cut |x| <= T with the least Kullback-Leibler divergence over bins where both distributions have
+    mass (ALGORITHMS 6.1), plus the divergence that clipped mass adds: p log(1 + excess in levels) per clipped bin.
+    Without that term the cut would always be made."""
+    centers = low + (np.arange(len(counts)) + 0.5) * (high - low) / len(counts)
+    top = max(abs(low), abs(high))
+    bins = len(counts)
+    folded = np.bincount(np.minimum((np.abs(centers) / (top or 1.0) * bins).astype(int), bins - 1), counts, bins)
+    folded[0] = 0.0 if folded[1:].any() else folded[0]  # exact zeros cost nothing at any scale
+    total = folded.sum()
+    used = levels // 2 if low < 0 < high else levels
+    if total == 0 or top == 0:
+        return low, high
+    best, least = bins, np.inf
+    for cut in range(used, bins + 1, max(bins // 128, 1)):
+        p = folded[:cut].copy()
+        outside = folded[cut:]
+        p[-1] += outside.sum()
+        level = np.arange(cut) * used // cut
+        filled = folded[:cut] > 0
+        mass, slots = np.bincount(level, folded[:cut], used), np.bincount(level, filled, used)
+        q = np.where(filled, (mass / np.maximum(slots, 1))[level], 0.0)
+        both = (p > 0) & (q > 0)
+        divergence = np.sum(p[both] / total * np.log(p[both] / total / (q[both] / max(q.sum(), 1e-30))))
+        excess = (np.arange(cut, bins) - cut + 1) * used / cut
+        score = divergence + np.sum(outside / total * np.log1p(excess))
+        if score < least:
+            best, least = cut, score
+    limit = top * best / bins
+    return max(low, -limit), min(high, limit)
+
+
+def _values(counts: Array, low: float, high: float) -> Array:
+    """The value each bin stands for: its middle, but exactly 0 for the bin that holds 0 (ReLU outputs)."""
+    width = (high - low) / len(counts)
+    values = low + (np.arange(len(counts)) + 0.5) * width
+    if low <= 0 <= high and width > 0:
+        values[min(int(-low / width), len(counts) - 1)] = 0.0
+    return values
+
+
+def _mse(counts: Array, values: Array, ranges: Array, levels: int) -> Array:
+    """Mean squared error of the affine grid on each range [candidates, 2] -> [candidates]."""
+    low, high = ranges[:, :1], ranges[:, 1:]
+    size = np.maximum((high - low) / (levels - 1), 1e-30)
+    zero = np.clip(np.rint(-low / size), 0, levels - 1)
+    used = counts > 0
+    x = values[used][None]
+    codes = np.clip(np.rint(x / size) + zero, 0, levels - 1)
+    error: Array = (((codes - zero) * size - x) ** 2) @ counts[used] / counts.sum()
+    return error

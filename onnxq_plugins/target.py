@@ -1,0 +1,149 @@
+"""What a runtime can execute and how it wants it stored: data, no code paths. RUNTIME.md is the evidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.spec import Block, Plan, QuantSpec
+
+Granularity = Literal["tensor", "channel", "block", "tile"]
+Storage = Literal["int8", "int4", "blocked"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One form of a layer that the runtime executes in a quantized kernel.
+
+    op            Conv, Gemm, MatMul ...
+    kernel        the operator that then runs
+    activations   bits of the input; 0: the input stays float (weight-only)
+    weights       widths of weight codes
+    granularity   of the weight's scale: ``tensor``, output ``channel``, or ``block`` of inputs within a channel
+    storage       ``int8``: int8 -> DequantizeLinear; ``int4``: INT4 -> Cast(INT8) -> DequantizeLinear, folded at load;
+                  ``blocked``: DequantizeLinear with a block size
+    blocks        block sizes along the inputs that `granularity` ``block`` allows
+    """
+
+    op: str
+    kernel: str
+    activations: int
+    weights: tuple[int, ...]
+    granularity: tuple[Granularity, ...]
+    storage: Storage
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime.
+
+    rules         forms of layers it runs quantized
+    integer_ops   other operators with an integer kernel, which keep a chain of layers integer
+    output_scale  layers that must write quantized outputs to run as integer (the others may write float)
+    max_code      largest |code| of a weight beside 8-bit activations
+    attention     multiply-adds from which one product of two activation matrices pays as integer; 0 for never
+                  (measured: 99x64x99 1.05x, 128x64x128 1.19x, 384x64x384 1.30x float speed)
+    opset         lowest opset of the exported model
+    """
+
+    name: str
+    doc: str
+    rules: tuple[Rule, ...]
+    integer_ops: frozenset[str] = field(default_factory=frozenset)
+    output_scale: frozenset[str] = frozenset({"Conv"})
+    max_code: int = 127
+    attention: int = 0
+    opset: int = 21
+
+    def rule(self, layer: Layer, weight: QuantSpec, activations: int) -> Rule | None:
+        """The rule a layer falls under, or None if the target has no quantized kernel for it."""
+        shape = granularity(layer, weight)
+        for rule in self.rules:
+            if (rule.op == layer.op and rule.activations == activations and weight.bits in rule.weights
+                    and shape in rule.granularity and weight.symmetric and weight.sub_block is None):
+                if shape != "block" or (weight.block is not None and weight.block[layer.in_axis] in rule.blocks
+                                        and layer.shape[layer.in_axis] % weight.block[layer.in_axis] == 0):
+                    return rule
+        return None
+
+    def problems(self, graph: Graph, plan: Plan, inputs: dict[str, str]) -> list[str]:
+        """Every layer of the plan that the target cannot express, each with the valid choices.
+
+        inputs   layer name -> the planned activation its input is read from, "" where the input stays float
+        """
+        found = []
+        for layer in graph.layers:
+            weight = plan.get(layer.weight)
+            if weight is None:
+                continue
+            key = inputs[layer.name]
+            bits = plan[key].bits if key else 0
+            if self.rule(layer, weight, bits) is None:
+                way = f"{bits}-bit activations" if bits else "float activations"
+                found.append(f"target '{self.name}' cannot run {layer.op} '{layer.name}' with {weight.describe()} "
+                             f"weights and {way}; it runs {self.choices(layer.op) or 'no quantized ' + layer.op}."
+                             + _help(weight))
+        for name, spec in plan.items():
+            if not graph.is_constant(name) and (spec.bits != 8 or spec.symmetric or spec.block is not None):
+                found.append(f"target '{self.name}' cannot run activation '{name}' as {spec.describe()}; it runs "
+                             "uint8 per tensor (activations.bits = 8), or float (activations.bits = 32).")
+        if graph.opset < self.opset and any(spec.bits <= 4 for spec in plan.values()):
+            found.append(f"4-bit tensors need opset {self.opset}, the model has {graph.opset}; export it again.")
+        return found
+
+    def choices(self, op: str) -> str:
+        """The forms of one operator in words."""
+        found = []
+        for rule in (r for r in self.rules if r.op == op):
+            widths = f"{min(rule.weights)} to {max(rule.weights)}" if len(rule.weights) > 1 else f"{rule.weights[0]}"
+            where = " or ".join(f"block {list(rule.blocks)}" if g == "block" else f"per {g}" for g in rule.granularity)
+            beside = f"{rule.activations}-bit" if rule.activations else "float"
+            found.append(f"{widths}-bit weights {where} with {beside} activations ({rule.kernel})")
+        return "; ".join(dict.fromkeys(found))
+
+
+def granularity(layer: Layer, spec: QuantSpec) -> Granularity:
+    """What a block means for a layer's weight."""
+    if spec.block is None:
+        return "tensor"
+    rest = [b for axis, b in enumerate(spec.block) if axis not in (layer.out_axis, layer.in_axis)]
+    outputs, inputs = spec.block[layer.out_axis], spec.block[layer.in_axis]
+    if outputs == 1 and inputs == 0 and not any(rest):
+        return "channel"
+    return "block" if outputs == 1 and inputs > 1 and not rest else "tile"
+
+
+def channel_block(layer: Layer) -> Block:
+    """The block of one scale per output channel."""
+    return tuple(1 if axis == layer.out_axis else 0 for axis in range(len(layer.shape)))
+
+
+def _help(weight: QuantSpec) -> str:
+    if weight.sub_block is not None:
+        return " Leave sub_block out."
+    if not weight.symmetric:
+        return " Set weights.symmetric = true."
+    return ""
+
+
+def _dense(op: str, kernel: str) -> tuple[Rule, ...]:
+    return (Rule(op, kernel, 8, (5, 6, 7, 8), ("tensor", "channel"), "int8"),
+            Rule(op, kernel, 8, (2, 3, 4), ("tensor", "channel"), "int4"))
+
+
+_NBITS = tuple(Rule(op, "MatMulNBits", 0, (bits,), ("block",), "blocked", (16, 32, 64, 128, 256))
+               for op in ("MatMul", "Gemm") for bits in (4, 8))
+_CHAIN = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Where"})
+
+ORT_CPU = Target("ort-cpu", "onnxruntime on x86-64 with VNNI, or on arm64",
+                 (*_dense("Conv", "QLinearConv"), *_dense("Gemm", "QGemm"), *_dense("MatMul", "QLinearMatMul"), *_NBITS),
+                 _CHAIN, attention=1_000_000)
+ORT_CPU_AVX2 = replace(ORT_CPU, name="ort-cpu-avx2", max_code=64,
+                       doc="onnxruntime on x86-64 without VNNI: weight codes within [-64, 64], since AVX2 adds two "
+                           "products in 16 bits and would saturate")
+OPENVINO = Target("openvino", "OpenVINO on x86-64",
+                  (*_dense("Conv", "Convolution int8"), *_dense("Gemm", "FullyConnected int8"),
+                   *_dense("MatMul", "FullyConnected int8")), _CHAIN, attention=1_000_000)
+BUILTIN = (ORT_CPU, ORT_CPU_AVX2, OPENVINO)
