@@ -6,7 +6,7 @@ The public names are all here; everything else may change.
 from onnxq_plugins.audit import Audit, LayerAudit, audit_model
 from onnxq_plugins.calibration import Calibration, Gram, Histogram, Moments
 from onnxq_plugins.data import Data, DataOptions, open_data
-from onnxq_plugins.engine import Job, Result, quantize
+from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import (
     BatchNorm,
@@ -20,7 +20,7 @@ from onnxq_plugins.graph import (
     rescale,
 )
 from onnxq_plugins.hookspecs import hookimpl
-from onnxq_plugins.passes.base import Pass
+from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.recipe import Recipe
 from onnxq_plugins.spec import Plan, QuantSpec
 from onnxq_plugins.target import Rule, Target

@@ -97,6 +97,11 @@ class Calibration:
         state = self._reduced("channel-ranges", names, [("low", "ReduceMin", True), ("high", "ReduceMax", True)])
         return {n: (state[f"{n}|low"], state[f"{n}|high"]) for n in names}
 
+    def means(self, names: Sequence[str]) -> dict[str, Array]:
+        """Mean per channel [C] of each tensor."""
+        state = self._reduced("means", names, [("sum", "ReduceMean", True)])
+        return {n: state[f"{n}|sum"] / state[f"{n}|sum_samples"] for n in names}
+
     def moments(self, names: Sequence[str]) -> dict[str, Moments]:
         """Mean and mean square per channel of each tensor."""
         state = self._reduced("moments", names, [("sum", "ReduceMean", True), ("sum2", "ReduceSumSquare", True)])
@@ -138,18 +143,17 @@ class Calibration:
 
     def _reduced(self, statistic: str, names: Sequence[str], wanted: list[tuple[str, str, bool]]) -> State:
         """Statistics that ORT reduces inside the graph: one small output per (tensor, field)."""
+        labels = {label for label, _, _ in wanted}
 
         def outputs(missing: Sequence[str]) -> tuple[onnx.ModelProto, Callable[[list[Array], int], State]]:
             model = self.graph.model()
-            fields: list[tuple[str, str, tuple[int, ...] | None]] = []
             del model.graph.output[:]
             for name in missing:
                 shape = self.graph.shape(name)
                 for label, op, per_channel in wanted:
                     axes = _other_axes(self.graph, name, statistic) if per_channel and shape is not None else None
                     _add_reduction(model, op, name, f"{name}|{label}", axes, self.graph.opset)
-                    fields.append((name, label, axes))
-                if statistic == "moments":
+                if "sum2" in labels:
                     model.graph.node.append(helper.make_node("Size", [name], [f"{name}|size"]))
                     model.graph.output.append(helper.make_tensor_value_info(f"{name}|size", onnx.TensorProto.INT64, []))
 
@@ -159,9 +163,10 @@ class Calibration:
                 for name in missing:
                     for label, *_rest in wanted:
                         state[f"{name}|{label}"] = np.asarray(next(at), np.float64)
-                    if statistic == "moments":
-                        positions = int(next(at)) / max(state[f"{name}|sum"].size, 1)
+                    if "sum" in labels:
                         state[f"{name}|sum_samples"] = np.array(1.0)
+                    if "sum2" in labels:
+                        positions = int(next(at)) / max(state[f"{name}|sum"].size, 1)
                         state[f"{name}|sum_positions"] = np.array(positions)
                 _finite(state)
                 return state

@@ -8,7 +8,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -20,43 +20,18 @@ import onnx
 from onnxq_plugins import planning, qdq, runtime
 from onnxq_plugins.audit import audit_model
 from onnxq_plugins.calibration import Calibration, Track, silent
+from onnxq_plugins.complete import complete
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, load
-from onnxq_plugins.passes.base import Pass
+from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.recipe import Recipe, load_recipe
-from onnxq_plugins.spec import Array, Plan, encode, expand, from_range, solve_minmax
+from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.target import Target
 
 log = logging.getLogger("onnxq_plugins")
 DRIFT = 1e-4  # law L1, relative
-
-
-@dataclass
-class Job:
-    """What a pass receives.
-
-    graph         the float model; rewrite it in place, its function unchanged (law L1)
-    plan          tensor name -> QuantSpec; a value: put a new one here
-    calibration   statistics of the graph over the user's data
-    target        what the runtime can execute
-    recipe        the recipe being run
-    rng           the only source of randomness, seeded by the user
-    workers       how many things may run at once (joblib's n_jobs)
-    report        JSON-able notes for the user, by topic
-    track         wrap a long loop in it to show progress: track(items, what, total)
-    """
-
-    graph: Graph
-    plan: Plan
-    calibration: Calibration
-    target: Target
-    recipe: Recipe
-    rng: np.random.Generator
-    workers: int = 1
-    report: dict[str, Any] = field(default_factory=dict)
-    track: Track = silent
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,39 +117,6 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     return Result(exported, job.plan, job.report)
 
 
-def complete(job: Job) -> None:
-    """Law L4: solve whatever the passes left open. Activations take their extremes, weights their smallest scale
-    without clipping; then codes are rounded to the nearest, and a scale so fine that the layer's bias would overflow
-    int32 is widened (channels whose weights are all but zero)."""
-    open_ranges = [n for n, spec in job.plan.items() if not spec.solved and not job.graph.is_constant(n)]
-    if open_ranges:
-        ranges = job.calibration.ranges(open_ranges)
-        job.plan |= {n: from_range(*ranges[n], job.plan[n]) for n in open_ranges}
-    solved: dict[str, Any] = {}
-    widened = 0
-    for layer in job.graph.layers:
-        spec = job.plan.get(layer.weight)
-        if spec is None:
-            continue
-        weight = job.graph.constant(layer.weight)
-        if not np.isfinite(weight).all():
-            raise OnnxqError(f"layer '{layer.name}': its weight has NaN or Inf; the float model is broken.")
-        if not spec.solved:
-            spec = solve_minmax(weight, spec)
-        key = planning.input_key(job.graph, job.plan, layer.input)
-        if key and layer.bias is not None:
-            floor = _bias_floor(job.graph.constant(layer.bias), np.asarray(spec.scale), float(job.plan[key].scale or 1))
-            if floor is not None:
-                widened += int(np.sum(floor > np.asarray(spec.scale)))
-                spec = replace(spec, scale=np.maximum(np.asarray(spec.scale), floor).astype(np.float32), codes=None)
-        if spec.codes is None:
-            spec = replace(spec, codes=encode(weight, spec))
-        solved[layer.weight] = spec
-    job.plan |= solved
-    if widened:
-        job.report["notes"].append(f"{widened} scales of all but empty channels were widened so that their biases fit int32")
-
-
 def save_model(model: onnx.ModelProto, path: Path) -> Path:
     """Write beside the target, then move into place. Raises OnnxqError if that is not possible."""
     check_writable(path)
@@ -250,13 +192,6 @@ def _parameters(step: Pass) -> dict[str, Any]:
     return {key: value for key, value in table.items() if key != "use"}
 
 
-def _bias_floor(bias: Array, scale: Array, activation: float) -> Array | None:
-    """Smallest weight scales at which |bias| / (s_x s_w) stays below 2^30; None if all are above."""
-    needed = np.abs(bias.astype(np.float64)) / (activation * 2.0**30)
-    needed = needed.max() if scale.ndim == 0 else needed.reshape(scale.shape) if scale.size == needed.size else needed.max()
-    return np.asarray(needed) if np.any(needed > scale) else None
-
-
 def _layer_inputs(job: Job) -> dict[str, str]:
     return {y.name: planning.input_key(job.graph, job.plan, y.input) for y in job.graph.layers}
 
@@ -309,6 +244,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-__all__ = ["Job", "Result", "complete", "expand", "quantize", "save_model"]

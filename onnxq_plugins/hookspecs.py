@@ -10,8 +10,7 @@ import pluggy
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from onnxq_plugins.engine import Job
-    from onnxq_plugins.passes.base import Pass
+    from onnxq_plugins.job import Job, Pass
     from onnxq_plugins.target import Target
 
 hookspec = pluggy.HookspecMarker("onnxq_plugins")

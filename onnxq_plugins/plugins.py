@@ -16,8 +16,8 @@ import pluggy
 
 from onnxq_plugins import hookspecs, target
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.job import Pass
 from onnxq_plugins.passes import BUILTIN
-from onnxq_plugins.passes.base import Pass
 from onnxq_plugins.target import Target
 
 GROUP = "onnxq_plugins"

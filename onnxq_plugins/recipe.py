@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from onnxq_plugins.data import DataOptions
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.passes.base import Pass
+from onnxq_plugins.job import Pass
 
 BlockRequest = Literal["tensor", "channel"] | int | tuple[int, ...]
 FLOAT = 32  # bits = 32: stays float

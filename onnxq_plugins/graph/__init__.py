@@ -4,7 +4,14 @@ onnx-graphsurgeon is imported in this folder alone.
 """
 
 from onnxq_plugins.graph.core import BatchNorm, Graph, Layer
-from onnxq_plugins.graph.groups import ChannelGroup, Member, channel_groups, permute, replace_with_sum, rescale
+from onnxq_plugins.graph.groups import (
+           ChannelGroup,
+           Member,
+           channel_groups,
+           permute,
+           replace_with_sum,
+           rescale,
+)
 from onnxq_plugins.graph.importer import load
 
 __all__ = ["BatchNorm", "ChannelGroup", "Graph", "Layer", "Member", "channel_groups", "load", "permute",

@@ -1,8 +1,9 @@
 """Built-in passes, one algorithm a file."""
 
-from onnxq_plugins.passes.base import Pass
+from onnxq_plugins.job import Pass
+from onnxq_plugins.passes.bias_correct import BiasCorrect
 from onnxq_plugins.passes.ranges import Ranges
 
-BUILTIN: tuple[type[Pass], ...] = (Ranges,)
+BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, Ranges)
 
-__all__ = ["BUILTIN", "Pass", "Ranges"]
+__all__ = ["BUILTIN", "BiasCorrect", "Pass", "Ranges"]

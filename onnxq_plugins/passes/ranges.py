@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from onnxq_plugins.passes.base import Pass
+from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.solvers.ranges import kl_range, mse_range, percentile_range
 from onnxq_plugins.spec import from_range
-
-if TYPE_CHECKING:
-    from onnxq_plugins.engine import Job
 
 
 @dataclass(frozen=True)
