@@ -86,7 +86,8 @@ def audit_model(model: onnx.ModelProto | str | Path, against: str | Path | onnx.
     try:
         slow, fast = runtime.latency([runtime.session(reference), session], feed, seconds)
     except Exception as error:  # onnxruntime's run() raises its own types
-        raise OnnxqError(f"the two models cannot be timed on the same input: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise OnnxqError(f"the two models cannot be timed on the same input: {reason}") from error
     return Audit(found, dict(other), slow / fast, (slow, fast))
 
 

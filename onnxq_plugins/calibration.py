@@ -227,6 +227,7 @@ class Calibration:
         partial = file.with_name(f"{file.stem}-{mark}.part.npz") if file else None
         state = _load(partial) if partial else {}
         start = int(state.pop("next", np.array(0)))
+        _prune(model)
         runner = runtime.session(model)
         del model
 
@@ -237,7 +238,8 @@ class Calibration:
         tasks = (joblib.delayed(one)(feed, n) for n, feed in enumerate(self.data) if n >= start)
         results = joblib.Parallel(self.workers, require="sharedmem", return_as="generator",
                                   pre_dispatch=self.workers + 1)(tasks)
-        for n, found in enumerate(self.track(results, f"calibrating: {statistic}", None), start=start + 1):
+        total = None if self.data.size is None else self.data.size - start
+        for n, found in enumerate(self.track(results, f"calibrating: {statistic}", total), start=start + 1):
             for key, value in found.items():
                 field = key.rpartition("|")[2]
                 merge = next(m for prefix, m in _MERGE.items() if field.startswith(prefix))
@@ -267,9 +269,10 @@ def patches(layer: Layer, x: Array, positions: int, sample: int = 0) -> Array:
     batch, *corner = np.unravel_index(at, (len(x), *sizes))
     index: list[Array] = []
     for i in range(rank):  # [positions, kernel...]
-        taps = np.arange(kernel[i]) * dilations[i]
-        index.append((corner[i] * strides[i]).reshape(-1, *(1,) * rank) + taps.reshape([-1 if i == j else 1 for j in range(rank)]))
-    columns = x.transpose(1, 0, *range(2, rank + 2))[(slice(None), batch.reshape(-1, *(1,) * rank), *index)]
+        taps = (np.arange(kernel[i]) * dilations[i]).reshape([-1 if i == j else 1 for j in range(rank)])
+        index.append((corner[i] * strides[i]).reshape(-1, *(1,) * rank) + taps)
+    where: Any = (slice(None), batch.reshape(-1, *(1,) * rank), *index)
+    columns = x.transpose(1, 0, *range(2, rank + 2))[where]
     columns = columns.reshape(layer.groups, layer.shape[1], len(at), -1)  # [groups, C/groups, positions, taps]
     made: Array = columns.transpose(0, 1, 3, 2).reshape(layer.groups, -1, len(at))
     return made
@@ -310,14 +313,32 @@ def _other_axes(graph: Graph, name: str, statistic: str) -> tuple[int, ...]:
 
 def _add_reduction(model: onnx.ModelProto, op: str, name: str, output: str, axes: tuple[int, ...] | None,
                    opset: int) -> None:
-    inputs, attrs = [name], {"keepdims": 0}
+    inputs: list[str] = [name]
+    attrs: dict[str, Any] = {"keepdims": 0}
     if axes is not None and opset >= 18:
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, np.int64), f"{output}|axes"))
         inputs.append(f"{output}|axes")
     elif axes is not None:
-        attrs["axes"] = list(axes)  # type: ignore[assignment]
+        attrs["axes"] = list(axes)
     model.graph.node.append(helper.make_node(op, inputs, [output], **attrs))
     model.graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
+
+
+def _prune(model: onnx.ModelProto) -> None:
+    """Drop operators that no output needs: onnxruntime would run them all the same."""
+    made = {o: n for n in model.graph.node for o in n.output if o}
+    todo, needed = [o.name for o in model.graph.output], set()
+    while todo:
+        node = made.get(todo.pop())
+        if node is None or node.name in needed:
+            continue
+        if any(a.HasField("g") or a.graphs for a in node.attribute):
+            return  # control flow reads names that are not among its inputs
+        needed.add(node.name or node.output[0])
+        todo += list(node.input)
+    kept = [n for n in model.graph.node if (n.name or n.output[0]) in needed]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
 
 
 def _finite(state: State) -> None:

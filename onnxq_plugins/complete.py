@@ -24,7 +24,7 @@ def complete(job: Job) -> None:
         ranges = job.calibration.ranges(open_ranges)
         job.plan |= {n: from_range(*ranges[n], job.plan[n]) for n in open_ranges}
     solved: dict[str, QuantSpec] = {}
-    widened = 0
+    widened: dict[str, int] = {}
     for layer in job.graph.layers:
         spec = job.plan.get(layer.weight)
         if spec is None:
@@ -38,14 +38,14 @@ def complete(job: Job) -> None:
         if key and layer.bias is not None:
             floor = _bias_floor(job.graph.constant(layer.bias), np.asarray(spec.scale), float(job.plan[key].scale or 1))
             if floor is not None:
-                widened += int(np.sum(floor > np.asarray(spec.scale)))
+                widened[layer.name] = int(np.sum(floor > np.asarray(spec.scale)))
                 spec = replace(spec, scale=np.maximum(np.asarray(spec.scale), floor).astype(np.float32), codes=None)
         if spec.codes is None:
             spec = replace(spec, codes=encode(weight, spec))
         solved[layer.weight] = spec
     job.plan |= solved
     if widened:
-        job.report["notes"].append(f"{widened} scales of all but empty channels were widened so that their biases fit int32")
+        job.report["widened"] = widened | job.report.get("widened", {})
 
 
 def _bias_floor(bias: Array, scale: Array, activation: float) -> Array | None:

@@ -82,8 +82,8 @@ class Data:
     """
 
     def __init__(self, inputs: Sequence[Input], samples: Callable[[], Iterator[Mapping[str, Array]]],
-                 where: str = "the data") -> None:
-        self.inputs, self._samples, self.where = list(inputs), samples, where
+                 where: str = "the data", size: int | None = None) -> None:
+        self.inputs, self._samples, self.where, self.size = list(inputs), samples, where, size
         self._digest = ""
 
     def __iter__(self) -> Iterator[dict[str, Array]]:
@@ -202,7 +202,7 @@ def _arrays(arrays: Mapping[str, Array], inputs: Sequence[Input], options: DataO
             yield {i.name: chosen[i.name][n:n + 1] if chosen[i.name].ndim == len(i.shape) else chosen[i.name][n]
                    for i in inputs}
 
-    return Data(inputs, samples, where)
+    return Data(inputs, samples, where, len(picked))
 
 
 def _reader(reader: Any) -> Iterable[Mapping[str, Array]]:
@@ -262,14 +262,14 @@ def _images(folder: Path, inputs: Sequence[Input], options: DataOptions) -> Data
     if not all(options.std):
         raise OnnxqError("--std has a zero; give the standard deviation of RGB / 255.")
     picked = [files[n] for n in _spread(len(files), options.samples)]
+    mean, std = np.array(options.mean, np.float32), np.array(options.std, np.float32)
 
     def samples() -> Iterator[Mapping[str, Array]]:
         for file in picked:
-            pixels = (_pixels(file, options, "L" if channels == 1 else "RGB") - np.float32(options.mean)) / np.float32(
-                options.std)
+            pixels = (_pixels(file, options, "L" if channels == 1 else "RGB") - mean) / std
             yield {wanted.name: (pixels.transpose(2, 0, 1) if layout == "nchw" else pixels)[None]}
 
-    return Data(inputs, samples, f"folder '{folder}'")
+    return Data(inputs, samples, f"folder '{folder}'", len(picked))
 
 
 def _pixels(file: Path, options: DataOptions, mode: str) -> Array:

@@ -28,10 +28,13 @@ from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.recipe import Recipe, load_recipe
 from onnxq_plugins.spec import Array, Plan
-from onnxq_plugins.target import Target
 
 log = logging.getLogger("onnxq_plugins")
 DRIFT = 1e-4  # law L1, relative
+
+
+class LawBroken(OnnxqError):
+    """A pass did what its declaration rules out: a bug of the pass, not of the input."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +114,9 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     _sign(exported, made, found, seed)
     job.report["steps"] = [*steps, {"pass": "export", "seconds": round(time.perf_counter() - start, 3)}]
     path = save_model(exported, Path(output)) if output is not None else None
+    if widened := job.report.pop("widened", {}):
+        job.report["notes"].append(f"scales of {sum(widened.values())} all but empty channels in {len(widened)} layers "
+                                   "were widened so that their biases fit int32")
     _describe(job, exported)
     job.report["seconds"] = round(time.perf_counter() - started, 3)
     found.manager.hook.onnxq_exported(job=job, model=exported, path=path)
@@ -161,7 +167,7 @@ def _run(job: Job, step: Pass, found: Plugins, verify: bool, data: Data | None) 
         moved = runtime.drift(reference, _probe(job.graph, data))
         entry["drift"] = moved
         if moved > DRIFT:
-            raise OnnxqError(f"pass '{step.name}' changed the float function by {moved:.1e} (limit {DRIFT:.0e}) though "
+            raise LawBroken(f"pass '{step.name}' changed the float function by {moved:.1e} (limit {DRIFT:.0e}) though "
                              "it declares exact = True; this is a bug of the pass.")
     touched = job.graph.touched | {n for n, w in _weights(job.graph).items() if n in weights and w != weights[n]}
     stale = [n for n in touched if n in job.plan and job.plan[n].solved and job.plan[n] is before_plan.get(n)]

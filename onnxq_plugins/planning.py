@@ -46,7 +46,7 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
         if quantize is False or weights.bits == FLOAT:
             floats[layer.name] = "the recipe leaves it float"
             continue
-        if layer.op not in ops or (layer.op == "ConvTranspose"):
+        if layer.op not in ops:
             floats[layer.name] = f"target '{target.name}' has no quantized {layer.op}"
             continue
         weight_only = activations.bits == FLOAT
@@ -75,7 +75,7 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
             names = ", ".join(layer.name for layer in graph.layers[:6])
             problems.append(f"recipe, layer {n + 1}: nothing matches '{rule.match}'; layers are named {names} ...")
     OnnxqError.check(problems)
-    activation_request = {**integer, **{name: recipe.activations for name in _chain(graph, target, set(integer))}}
+    activation_request = {**integer, **dict.fromkeys(_chain(graph, target, set(integer)), recipe.activations)}
     return Request(Plan(plan) | _activations(graph, target, activation_request), floats, tuple(notes))
 
 

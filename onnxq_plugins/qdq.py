@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.planning import activation_inputs, input_key, result_of
-from onnxq_plugins.spec import Array, Plan, QuantSpec, expand, step
+from onnxq_plugins.spec import Array, Plan, QuantSpec, step
 from onnxq_plugins.target import Rule, Target, granularity
 
 
@@ -191,7 +191,7 @@ class _Writer:
         else:
             codes = self._constant(f"{name}_codes", spec.codes.astype(np.int8))
         scale_values = np.asarray(spec.scale, np.float32)
-        attrs = {}
+        attrs: dict[str, Any] = {}
         if granularity(layer, spec) == "channel":
             scale_values, attrs = scale_values.reshape(-1), {"axis": layer.out_axis}
         scale = self._constant(f"{name}_scale", scale_values)
@@ -211,7 +211,7 @@ class _Writer:
         stored = self._constant(f"{name}_codes", codes)
         scales = self._constant(f"{name}_scale", scale)
         values = self._fresh(f"{name}_dequantized")
-        axis = {"axis": 0} if scale.ndim else {}
+        axis: dict[str, Any] = {"axis": 0} if scale.ndim else {}
         self._add("DequantizeLinear", [stored, scales], [values], **axis)
         return values
 
@@ -267,7 +267,7 @@ def bias_scale(layer: Layer, weight: QuantSpec, activation: QuantSpec) -> Array:
     """s_x * s_w as float32: [OC], or a scalar where the weight has one scale."""
     assert weight.scale is not None and activation.scale is not None
     product = np.asarray(weight.scale, np.float32) * np.float32(activation.scale)
-    return product if product.ndim == 0 else product.reshape(-1)
+    return np.asarray(product if product.ndim == 0 else product.reshape(-1))
 
 
 def stored_bits(layer: Layer, spec: QuantSpec) -> float:
@@ -275,13 +275,14 @@ def stored_bits(layer: Layer, spec: QuantSpec) -> float:
     assert spec.scale is not None
     width = 4 if spec.bits <= 4 else 8
     count = int(np.prod(layer.shape))
-    return width + 32 * spec.scale.size / count
+    return float(width + 32 * spec.scale.size / count)
 
 
 def weight_values(layer: Layer, spec: QuantSpec) -> Array:
     """The float32 weight that the exported model computes with."""
     assert spec.codes is not None
-    return (spec.codes * np.broadcast_to(step(spec, layer.shape), layer.shape)).astype(np.float32)
+    values: Array = (spec.codes * np.broadcast_to(step(spec, layer.shape), layer.shape)).astype(np.float32)
+    return values
 
 
 def _code_type(spec: QuantSpec) -> Any:
@@ -298,5 +299,3 @@ def _subgraph_reads(nodes: Sequence[onnx.NodeProto]) -> set[str]:
                 found |= _subgraph_reads(body.node)
     return found
 
-
-__all__ = ["bias_scale", "expand", "export", "integer_nodes", "stored_bits", "weight_values"]

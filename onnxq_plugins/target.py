@@ -61,11 +61,13 @@ class Target:
         """The rule a layer falls under, or None if the target has no quantized kernel for it."""
         shape = granularity(layer, weight)
         for rule in self.rules:
-            if (rule.op == layer.op and rule.activations == activations and weight.bits in rule.weights
-                    and shape in rule.granularity and weight.symmetric and weight.sub_block is None):
-                if shape != "block" or (weight.block is not None and weight.block[layer.in_axis] in rule.blocks
-                                        and layer.shape[layer.in_axis] % weight.block[layer.in_axis] == 0):
-                    return rule
+            fits = (rule.op == layer.op and rule.activations == activations and weight.bits in rule.weights
+                    and shape in rule.granularity and weight.symmetric and weight.sub_block is None)
+            if fits and shape == "block" and weight.block is not None:
+                size = weight.block[layer.in_axis]
+                fits = size in rule.blocks and layer.shape[layer.in_axis] % size == 0
+            if fits:
+                return rule
         return None
 
     def problems(self, graph: Graph, plan: Plan, inputs: dict[str, str]) -> list[str]:

@@ -8,6 +8,7 @@ runtimes know. Each function is one rewrite; `canonicalize` is their order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -223,7 +224,7 @@ def _matches(end: gs.Node, start: gs.Tensor, grid: Array, function: Callable[[Ar
         node = t.inputs[0]
         if node.op == "HardSigmoid":
             alpha, beta = node.attrs.get("alpha", 0.2), node.attrs.get("beta", 0.5)
-            return np.clip(alpha * value(node.inputs[0]) + beta, 0, 1)
+            return np.asarray(np.clip(alpha * value(node.inputs[0]) + beta, 0, 1))
         return np.asarray(_FUNCTIONS[node.op](*(value(i) for i in node.inputs if not i.is_empty())))
 
     with np.errstate(all="ignore"):
@@ -251,10 +252,11 @@ def fuse_layernorm(graph: Graph) -> None:
         divide = readers[0] if len(readers) == 1 and readers[0].op == "Div" else None
         if divide is None or divide.inputs[1] is not root.outputs[0]:
             continue
-        x = _centred(divide.inputs[0])
+        x: Any = _centred(divide.inputs[0])
         if x is None or _centred(power.inputs[0]) is not x or not x.shape or not isinstance(x.shape[-1], int):
             continue
-        end, size = divide, x.shape[-1]
+        end: gs.Node = divide
+        size = x.shape[-1]
         vectors: list[Array] = []
         for op, neutral in (("Mul", 1.0), ("Add", 0.0)):
             readers = end.outputs[0].outputs

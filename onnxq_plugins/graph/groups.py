@@ -225,10 +225,10 @@ class _Walk:
             if c not in frozen:
                 alike[tuple(signature)].append(c)
         groups = []
-        for signature, components in alike.items():
+        for places, components in alike.items():
             members = []
             rank = {c: i for i, c in enumerate(components)}
-            for place, times in signature:
+            for place, times in places:
                 name, axis, role, rows = keys[place]
                 of = component[self.start[keys[place]]:self.start[keys[place]] + self.count[keys[place]]]
                 index = np.empty((len(components), times), np.int64)
@@ -391,6 +391,16 @@ class _Walk:
         operands = [(t, len(t.shape) - from_right) for t in node.inputs]
         full = [(t, at) for t, at in operands if at >= 0 and t.shape[at] == size and size != 1]
         product = node.op in ("Mul", "Div")
+        if self.kind == "rescale" and node.op == "Mul" and sum(isinstance(t, gs.Constant) for t, _ in full) == 1 == len(
+                [t for t, _ in full if not isinstance(t, gs.Constant)]):
+            for t, at in full:  # a factor per channel takes up a scaling of either side, as a depthwise weight does
+                if not isinstance(t, gs.Constant):
+                    x, x_axis = t, at
+                else:
+                    factor, factor_axis = t, at
+            self.link(self.ids(x, x_axis), self.ids(factor, factor_axis, "input"))
+            self.link(self.ids(y, at_y), self.ids(factor, factor_axis))
+            return
         if self.kind == "rescale":
             varying = [t for t, _ in full if not isinstance(t, gs.Constant)]
             if product and (len(varying) > 1 or (node.op == "Div" and node.inputs[1] in varying)):

@@ -122,10 +122,9 @@ def _problems(proto: onnx.ModelProto, where: str, float32: bool) -> list[str]:
     if found:
         problems.append(f"{where} is already quantized (it has {', '.join(sorted(found))}); give the float model it was "
                         "made from.")
-    if half := _half(proto):
-        if not float32:
-            problems.append(f"{where} is an {half} model; quantize its float32 original, or pass --float32 to convert "
-                            "it first.")
+    if (half := _half(proto)) and not float32:
+        problems.append(f"{where} is an {half} model; quantize its float32 original, or pass --float32 to convert it "
+                        "first.")
     return problems
 
 

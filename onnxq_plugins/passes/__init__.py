@@ -3,7 +3,8 @@
 from onnxq_plugins.job import Pass
 from onnxq_plugins.passes.bias_correct import BiasCorrect
 from onnxq_plugins.passes.ranges import Ranges
+from onnxq_plugins.passes.scale_inputs import ScaleInputs
 
-BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, Ranges)
+BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, Ranges, ScaleInputs)
 
-__all__ = ["BUILTIN", "BiasCorrect", "Pass", "Ranges"]
+__all__ = ["BUILTIN", "BiasCorrect", "Pass", "Ranges", "ScaleInputs"]

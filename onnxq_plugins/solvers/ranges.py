@@ -19,7 +19,8 @@ def percentile_range(counts: Array, low: float, high: float, percent: float) -> 
     out = 1 - percent / 100
     below = 0.0 if low >= 0 else out if high <= 0 else out / 2
     above = out - below
-    return float(np.interp(below, share, edges)) if below else low, float(np.interp(1 - above, share, edges)) if above else high
+    return (float(np.interp(below, share, edges)) if below else low,
+            float(np.interp(1 - above, share, edges)) if above else high)
 
 
 def mse_range(counts: Array, low: float, high: float, levels: int, candidates: int = 60) -> tuple[float, float]:

@@ -1,0 +1,304 @@
+"""The command line. Exit codes: 0 done, 1 something went wrong inside, 2 the input cannot be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from onnxq_plugins import __version__, planning, runtime
+from onnxq_plugins.audit import audit_model, audit_openvino
+from onnxq_plugins.data import model_inputs, open_data
+from onnxq_plugins.engine import LawBroken, check_writable, quantize
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph import load
+from onnxq_plugins.graph.importer import read
+from onnxq_plugins.plugins import find_plugins
+from onnxq_plugins.quickstart import quickstart
+from onnxq_plugins.recipe import builtin_recipes, load_recipe
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Quantize ONNX models so that they really run in integer kernels.")
+out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="an .onnx file", show_default=False)]
+DataPath = Annotated[str, typer.Option("--data", metavar="PATH", show_default=False, help=(
+    "sample inputs: .npz or .npy (first axis = samples), a folder of images, or package.module:callable"))]
+Output = Annotated[Path | None, typer.Option("-o", "--output", show_default=False,
+                                             help="where to write; MODEL.RECIPE.onnx in this folder if not given")]
+RecipeName = Annotated[str, typer.Option("-r", "--recipe", help="a built-in recipe (see onnxq recipes) or a file")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", show_default=False,
+                                                    help="change the recipe: pass.key=value, weights.bits=4")]
+TargetName = Annotated[str, typer.Option("--target", show_default=False, help="the runtime; the recipe's if not given")]
+Samples = Annotated[int, typer.Option(help="use that many samples, spread evenly over the data; 0 for all")]
+Resize = Annotated[int, typer.Option(help="images: shorter side after resizing, in pixels")]
+Crop = Annotated[int, typer.Option(help="images: side of the square cut from the middle")]
+Mean = Annotated[str, typer.Option(help="images: mean of RGB/255, one value or three, comma-separated")]
+Std = Annotated[str, typer.Option(help="images: standard deviation of RGB/255, one value or three")]
+Layout = Annotated[str, typer.Option(help="images: nchw or nhwc; read off the model's input if not given")]
+
+
+@app.command("quantize")
+def quantize_command(
+    model: Model,
+    output: Output = None,
+    recipe: RecipeName = "int8",
+    data: DataPath = "",
+    samples: Samples = 0,
+    resize: Resize = 0,
+    crop: Crop = 0,
+    mean: Mean = "",
+    std: Std = "",
+    layout: Layout = "",
+    set_: Settings = None,
+    target: TargetName = "",
+    seed: Annotated[int, typer.Option(help="one seed, one result")] = 0,
+    workers: Annotated[int, typer.Option(help="threads and processes at once; 0 for one per core")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="folder that keeps calibration results between runs")] = None,
+    float32: Annotated[bool, typer.Option("--float32", help="convert an fp16 or bf16 model to float32 first")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="check after each pass that the float function stayed")] = False,
+    report: Annotated[Path | None, typer.Option(help="write what was done, layer by layer, as JSON")] = None,
+) -> None:
+    """Quantize MODEL into a QDQ model."""
+    target_path = output or Path(f"{model.stem}.{Path(recipe).stem}.onnx")
+    if target_path.exists() and model.exists() and target_path.samefile(model):
+        raise OnnxqError(f"output '{target_path}' is the model itself; give another file with -o.")
+    for path in (target_path, report):
+        if path is not None:
+            check_writable(path)
+    settings = [*_image_settings(resize, crop, mean, std, layout), *(set_ or [])]
+    result = quantize(model, recipe, data or None, output=target_path, target=target or None, seed=seed, samples=samples,
+                      workers=workers or None, cache=cache, verify=verify, float32=float32, settings=settings,
+                      track=_track)
+    if report is not None:
+        report.write_text(json.dumps(result.report, indent=2))
+    for note in result.report["notes"]:
+        _tell(f"note: {note}")
+    for name, why in result.report["floats"].items():
+        _tell(f"float: {name}: {why}")
+    _say(f"{target_path}: {result.summary} | {result.report['seconds']:.1f} s")
+
+
+@app.command("audit")
+def audit_command(
+    model: Model,
+    against: Annotated[Path | None, typer.Option(help="the float model: measures the latency ratio, interleaved")] = None,
+    runtime_name: Annotated[str, typer.Option("--runtime", help="onnxruntime or openvino")] = "onnxruntime",
+) -> None:
+    """Tell for every layer of MODEL which kernel runs it, and if that is a float kernel, why."""
+    for path in (model, against):
+        if path is not None:
+            read(path)
+    if runtime_name not in ("onnxruntime", "openvino"):
+        raise OnnxqError(f"runtime '{runtime_name}' is unknown; known: onnxruntime, openvino.")
+    found = audit_openvino(model) if runtime_name == "openvino" else audit_model(model, against)
+    table = Table("layer", "operator", "kernel", "why float", box=None, header_style="bold")
+    for layer in found.layers:
+        if layer.constant_weight or layer.quantized:
+            table.add_row(layer.name, layer.op, layer.kernel, layer.why, style=None if layer.quantized else "yellow")
+    out.print(table)
+    rest = ", ".join(f"{n} {op}" for op, n in sorted(found.other.items(), key=lambda item: -item[1])[:12])
+    _say(f"\nother operators: {rest or 'none'}")
+    _say(found.summary())
+    if found.speedup is not None and found.milliseconds is not None:
+        slow, fast = found.milliseconds
+        _say(f"{found.speedup:.2f}x the speed of {against} ({slow:.3f} -> {fast:.3f} ms, batch 1, 1 thread)")
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="the reference, usually the float model")],
+    b: Annotated[Path, typer.Argument(help="the model to judge")],
+    data: DataPath,
+    samples: Samples = 0,
+    resize: Resize = 0,
+    crop: Crop = 0,
+    mean: Mean = "",
+    std: Std = "",
+    layout: Layout = "",
+) -> None:
+    """Compare two models on the same data: error, agreement, size, latency."""
+    models = [read(a), read(b)]
+    image = _image_settings(resize, crop, mean, std, layout)
+    options = dataclasses.replace(load_recipe({}, {}, image).data, samples=samples)
+    inputs = [model_inputs(m) for m in models]
+    if {i.name for i in inputs[0]} != {i.name for i in inputs[1]}:
+        raise OnnxqError(f"'{a}' and '{b}' have different inputs: {', '.join(i.name for i in inputs[0])} and "
+                         f"{', '.join(i.name for i in inputs[1])}.")
+    feeds = open_data(data, inputs[0], options)
+    runners = [runtime.session(a), runtime.session(b)]
+    gathered: list[list[Any]] = [[], []]
+    first = None
+    for feed in _track(feeds, "comparing", feeds.size):
+        first = first or feed
+        for rows, runner in zip(gathered, runners, strict=True):
+            rows.append(runner.run(None, feed))
+    assert first is not None
+    times = runtime.latency(runners, first, 2.0)
+    names = [o.name for o in runners[0].get_outputs()]
+    table = Table("output", "SQNR dB", "same argmax", box=None, header_style="bold")
+    for i, name in enumerate(names):
+        y, z = (np.concatenate([np.atleast_1d(r[i]) for r in rows]) for rows in gathered)
+        if y.shape != z.shape:
+            raise OnnxqError(f"output '{name}' has shape {y.shape} in '{a}' and {z.shape} in '{b}'.")
+        table.add_row(name, f"{runtime.sqnr(y, z):.2f}", f"{100 * runtime.agreement(y, z):.2f}%" if y.ndim > 1 else "-")
+    out.print(table)
+    sizes = [p.stat().st_size for p in (a, b)]
+    _say(f"{len(gathered[0])} samples | {sizes[0] / 1e6:.2f} -> {sizes[1] / 1e6:.2f} MB | {times[0]:.3f} -> "
+         f"{times[1]:.3f} ms ({times[0] / times[1]:.2f}x, batch {len(next(iter(first.values())))}, 1 thread)")
+
+
+@app.command("plugins")
+def plugins_command(name: Annotated[str, typer.Argument(help="a pass or target: shows its documentation")] = "") -> None:
+    """List the passes and targets that are installed, or explain one."""
+    found = find_plugins()
+    if name:
+        if name not in found.passes and name not in found.targets:
+            raise OnnxqError(f"'{name}' is neither a pass nor a target; known: "
+                             f"{', '.join([*sorted(found.passes), *sorted(found.targets)])}." + found.excuse())
+        if name in found.passes:
+            _say(inspect.getdoc(found.passes[name]))
+            for f in dataclasses.fields(found.passes[name]):
+                _say(f"  {f.name} = {f.default!r}")
+        if name in found.targets:
+            target = found.targets[name]
+            _say(f"{target.doc}\nruns:")
+            for op in dict.fromkeys(rule.op for rule in target.rules):
+                _say(f"  {op}: {target.choices(op)}")
+        return
+    table = Table("kind", "name", "from", "about", box=None, header_style="bold")
+    for key, kind in sorted(found.passes.items()):
+        about = (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("\n", " ")
+        table.add_row("pass", key, found.sources[f"pass {key}"], escape(about.split(". ")[0].rstrip(".")))
+    for key, target in sorted(found.targets.items()):
+        table.add_row("target", key, found.sources[f"target {key}"], target.doc)
+    for key, why in found.broken.items():
+        table.add_row("broken", key, "", why, style="yellow")
+    out.print(table)
+
+
+@app.command("recipes")
+def recipes_command(name: Annotated[str, typer.Argument(help="a recipe: prints it")] = "") -> None:
+    """List the built-in recipes, or print one (a start for your own)."""
+    known = builtin_recipes()
+    if name:
+        if name not in known:
+            raise OnnxqError(f"recipe '{name}' is unknown; known: {', '.join(known)}.")
+        _say(known[name].read_text("utf-8").rstrip())
+        return
+    table = Table("recipe", "about", box=None, header_style="bold")
+    for key, file in known.items():
+        lines = file.read_text("utf-8").splitlines()
+        table.add_row(key, " ".join(line.lstrip("# ") for line in lines if line.startswith("#")))
+    out.print(table)
+
+
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(help="a built-in recipe or a file")],
+    model: Annotated[Path | None, typer.Argument(help="also check that the recipe fits this model")] = None,
+    target: TargetName = "",
+) -> None:
+    """Check a recipe, and whether it fits a model, without data and without quantizing."""
+    found = find_plugins()
+    made = load_recipe(recipe, found.passes, [f"target={target}"] if target else [])
+    chosen = found.target(made.target)
+    steps = ", ".join(step.name for step in made.passes) or "none"
+    _say(f"recipe '{recipe}' is valid: target {made.target}, passes: {steps}")
+    if model is not None:
+        graph = load(model)
+        asked = planning.request(graph, made, chosen)
+        keys = {y.name: planning.input_key(graph, asked.plan, y.input) for y in graph.layers}
+        OnnxqError.check(chosen.problems(graph, asked.plan, keys))
+        for name, why in asked.floats.items():
+            _say(f"float: {name}: {why}")
+        _say(f"it quantizes {sum(y.weight in asked.plan for y in graph.layers)} of {len(graph.layers)} layers of "
+             f"'{model}'")
+
+
+@app.command("quickstart")
+def quickstart_command(
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder for the models")] = Path("onnxq-quickstart"),
+    recipe: RecipeName = "int8",
+) -> None:
+    """Quantize a small digits model that comes along, and show what that gives."""
+    rows = quickstart(output, recipe, _track)
+    table = Table("model", "accuracy", "SQNR dB", "KB", "ms", box=None, header_style="bold")
+    for row in rows:
+        table.add_row(row.name, f"{100 * row.accuracy:.2f}%", "-" if row is rows[0] else f"{row.sqnr:.1f}",
+                      f"{row.size / 1e3:.0f}", f"{row.milliseconds:.3f}")
+    out.print(table)
+    _say(f"{rows[1].kernels} | {rows[0].milliseconds / rows[1].milliseconds:.2f}x the speed of float")
+    _say(f"\n{rows[0].path} and {rows[1].path} are yours to look at. Next, by hand:\n"
+         f"  onnxq quantize {rows[0].path} --data {output / 'calibration.npz'} -o my.onnx\n"
+         f"  onnxq audit my.onnx --against {rows[0].path}\n"
+         f"  onnxq compare {rows[0].path} my.onnx --data {output / 'test.npz'}")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="show the version and leave")] = False) -> None:
+    if version:
+        _say(f"onnxq-plugins {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; complaints about input become one line each on standard error."""
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    try:
+        app()
+    except LawBroken as error:
+        _complain(error, 1)
+    except OnnxqError as error:
+        _complain(error, 2)
+    except KeyboardInterrupt:
+        _tell("interrupted; nothing was written (with --cache, finished statistics are kept)")
+        sys.exit(1)
+
+
+def _say(text: str | None) -> None:
+    """A result, on standard output, exactly as it is."""
+    out.print(text, highlight=False, markup=False)
+
+
+def _tell(text: str) -> None:
+    """A remark, on standard error, exactly as it is."""
+    err.print(text, highlight=False, markup=False)
+
+
+def _complain(error: OnnxqError, code: int) -> None:
+    for problem in error.problems:
+        _tell(f"error: {problem}")
+    sys.exit(code)
+
+
+def _image_settings(resize: int, crop: int, mean: str, std: str, layout: str) -> list[str]:
+    settings = [f"data.{key}={value}" for key, value in (("resize", resize), ("crop", crop)) if value]
+    settings += [f"data.{key}=[{value}]" for key, value in (("mean", mean), ("std", std)) if value]
+    return settings + ([f'data.layout="{layout}"'] if layout else [])
+
+
+def _track(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
+    """A progress bar on standard error, if that is a terminal."""
+    if not err.is_terminal:
+        yield from items
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        yield from progress.track(items, total=total, description=what)
+
+
+if __name__ == "__main__":
+    main()
