@@ -102,11 +102,11 @@ def audit_openvino(model: str | Path) -> Audit:
     ran: dict[str, tuple[str, str]] = {}
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
-        values = {key: str(info[key].astype(str) if hasattr(info[key], "astype") else info[key])
-                  for key in ("originalLayersNames", "runtimePrecision", "layerType") if key in info}
-        for name in values.get("originalLayersNames", "").split(","):
-            if values.get("layerType") not in ("Reorder", "Input", "Output", "Const"):
-                ran[name] = (values.get("layerType", ""), values.get("runtimePrecision", ""))
+        names, kind, precision = (info[key].astype(str) if key in info else ""
+                                  for key in ("originalLayersNames", "layerType", "runtimePrecision"))
+        if kind in ("Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Deconvolution"):
+            for name in names.split(","):
+                ran[name.partition("/")[0]] = (kind, precision)
     constants = _constants(proto.graph)
     found = []
     for node in proto.graph.node:
@@ -142,15 +142,31 @@ def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto) -> list[LayerAud
         for output in node.output:
             by_output.setdefault(re.sub(r"_token_\d+$|_nchwc$", "", output), node.op_type)
     constants = _constants(graph)
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
     found = []
     for node in graph.node:
         if node.op_type not in LAYER_OPS or node.domain:
             continue
-        kernel = by_name.get(node.name) or by_name.get(node.output[0]) or by_output.get(node.output[0]) or "removed"
+        kernel = by_name.get(node.name) or by_name.get(node.output[0]) or _fused_into(node, readers, by_output)
         quantized = kernel in QUANTIZED
         found.append(LayerAudit(node.name, node.op_type, node.input[1] in constants, kernel, quantized,
                                 "" if quantized else _why(graph, node)))
     return found
+
+
+def _fused_into(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], by_output: dict[str, str]) -> str:
+    """The operator that took a layer and its only readers (a bias, a scale, a Q) over, found by what it writes."""
+    for _ in range(4):
+        if node.output[0] in by_output:
+            return by_output[node.output[0]]
+        after = readers.get(node.output[0], [])
+        if len(after) != 1:
+            break
+        node = after[0]
+    return "unknown"
 
 
 def _constants(graph: onnx.GraphProto) -> set[str]:
@@ -163,7 +179,7 @@ def _constants(graph: onnx.GraphProto) -> set[str]:
 
 
 def _why(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
-    """The first reason why onnxruntime cannot take a layer as integer (RUNTIME B, C)."""
+    """The first reason why onnxruntime cannot take a layer as integer."""
     made = {o: n for n in graph.node for o in n.output}
     types = {t.name: t.data_type for t in graph.initializer}
     readers = [n for n in graph.node if node.output[0] in n.input]

@@ -1,7 +1,7 @@
 """Statistics of activations, asked for on demand and computed in as few runs over the data as possible.
 
 Ranges and moments are reduced inside the graph; histograms and Gram matrices fetch activations, one sample at a time.
-Nothing holds more than a few samples' activations (RUNTIME I: batch 1 is fastest and leanest). Every statistic is a
+Nothing holds more than a few samples' activations (batch 1 is fastest and leanest). Every statistic is a
 fold over samples with minimum, maximum or sum, taken in sample order, so results do not depend on the number of
 workers, and a fold that was interrupted goes on from its last checkpoint in the cache.
 """
@@ -9,13 +9,15 @@ workers, and a fold that was interrupted goes on from its last checkpoint in the
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import joblib
 import numpy as np
 import onnx
 from onnx import helper
@@ -26,6 +28,8 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.spec import Array
 
+Read = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
+Run = tuple[onnx.ModelProto, dict[str, Array], Read]  # model, its large weights, what to make of its outputs
 State = dict[str, Array]  # "tensor|field" -> array; the field's first letters tell how two states merge
 _MERGE: dict[str, Callable[[Array, Array], Array]] = {"low": np.minimum, "high": np.maximum, "sum": np.add}
 T = TypeVar("T")
@@ -64,7 +68,7 @@ class Histogram:
 @dataclass(frozen=True, eq=False)
 class Gram:
     """Second moments of a layer's input patches: h = E[x x^T] [groups, D, D] and mean E[x] [groups, D], float64,
-    over `count` patches; D as in ALGORITHMS 0.1."""
+    over `count` patches; D = inputs per group * kernel taps."""
 
     h: Array
     mean: Array
@@ -114,13 +118,12 @@ class Calibration:
 
         def reduce(name: str, x: Array, _: int) -> State:
             low, high = ranges[name]
-            flat = x.reshape(-1)
-            flat = flat[:: -(-flat.size // 16384) | 1]  # an odd step does not fall in with channels or rows
+            flat = x.reshape(-1)[:: _stride(x.size)]
             width = (high - low) / bins or 1.0
             at = np.clip(((flat - np.float32(low)) * np.float32(1 / width)).astype(np.int32), 0, bins - 1)
             return {f"{name}|sum": np.bincount(at, minlength=bins).astype(np.float64)}
 
-        state = self._fetched(f"histograms-{bins}", names, reduce)
+        state = self._fetched(f"histograms-{bins}", names, reduce, thin=True)
         return {n: Histogram(state[f"{n}|sum"], *ranges[n]) for n in names}
 
     def grams(self, layers: Sequence[Layer], positions: int = 256) -> dict[str, Gram]:
@@ -145,8 +148,9 @@ class Calibration:
         """Statistics that ORT reduces inside the graph: one small output per (tensor, field)."""
         labels = {label for label, _, _ in wanted}
 
-        def outputs(missing: Sequence[str]) -> tuple[onnx.ModelProto, Callable[[list[Array], int], State]]:
-            model = self.graph.model()
+        def outputs(missing: Sequence[str]) -> Run:
+            weights: dict[str, Array] = {}
+            model = self.graph.model(weights)
             del model.graph.output[:]
             for name in missing:
                 shape = self.graph.shape(name)
@@ -171,23 +175,30 @@ class Calibration:
                 _finite(state)
                 return state
 
-            return model, read
+            return model, weights, read
 
         return self._fold(statistic, names, outputs)
 
     def _fetched(self, statistic: str, names: Sequence[str], reduce: Callable[[str, Array, int], State],
-                 tensors: dict[str, str] | None = None) -> State:
-        """Statistics that need the activations themselves; `tensors` maps each name to the tensor it is about."""
+                 tensors: dict[str, str] | None = None, thin: bool = False) -> State:
+        """Statistics that need the activations themselves; `tensors` maps each name to the tensor it is about; `thin`
+        lets the graph pick the subsample, so that no whole activation is handed over."""
         of = tensors or {n: n for n in names}
 
-        def outputs(missing: Sequence[str]) -> tuple[onnx.ModelProto, Callable[[list[Array], int], State]]:
-            model = self.graph.model()
+        def outputs(missing: Sequence[str]) -> Run:
+            weights: dict[str, Array] = {}
+            model = self.graph.model(weights)
             fetched = list(dict.fromkeys(of[n] for n in missing))
             inputs = set(self.graph.inputs)
             del model.graph.output[:]
             for name in fetched:
                 source = name
-                if name in inputs:  # a model input cannot be an output at the same time
+                shape = self.graph.shape(name) or ()
+                step = _stride(int(np.prod([n for n in shape if isinstance(n, int)]))) if thin else 1
+                if step > 1 and self.graph.opset >= 10:  # dynamic axes count as 1: what is left is thinned here
+                    source = f"{name}|thin"
+                    _add_slice(model, name, source, step)
+                elif name in inputs:  # a model input cannot be an output at the same time
                     source = f"{name}|copy"
                     model.graph.node.append(helper.make_node("Identity", [name], [source]))
                 model.graph.output.append(helper.make_empty_tensor_value_info(source))
@@ -196,12 +207,12 @@ class Calibration:
                 by_tensor = dict(zip(fetched, values, strict=True))
                 return {k: v for n in missing for k, v in reduce(n, by_tensor[of[n]], sample).items()}
 
-            return model, read
+            return model, weights, read
 
         return self._fold(statistic, names, outputs)
 
     def _fold(self, statistic: str, names: Sequence[str],
-              outputs: Callable[[Sequence[str]], tuple[onnx.ModelProto, Callable[[list[Array], int], State]]]) -> State:
+              outputs: Callable[[Sequence[str]], Run]) -> State:
         if self.data is None:
             raise OnnxqError(f"{statistic} of activations need sample inputs; give --data PATH.")
         digest = self.graph.digest()
@@ -213,32 +224,28 @@ class Calibration:
         have = {key.partition("|")[0] for key in known}
         missing = [n for n in dict.fromkeys(names) if n not in have]
         if missing:
-            model, read = outputs(missing)
-            done = self._run(statistic, missing, model, read, file)
+            done = self._run(statistic, missing, outputs(missing), file)
             known.update(done)
             if file is not None:
                 _save(file, {**_load(file), **done})
         return known
 
-    def _run(self, statistic: str, missing: Sequence[str], model: onnx.ModelProto,
-             read: Callable[[list[Array], int], State], file: Path | None) -> State:
+    def _run(self, statistic: str, missing: Sequence[str], run: Run, file: Path | None) -> State:
         assert self.data is not None
         mark = hashlib.blake2b("\n".join(missing).encode(), digest_size=8).hexdigest()
         partial = file.with_name(f"{file.stem}-{mark}.part.npz") if file else None
         state = _load(partial) if partial else {}
         start = int(state.pop("next", np.array(0)))
+        model, weights, read = run
         _prune(model)
-        runner = runtime.session(model)
-        del model
+        names = {t.name for t in model.graph.initializer}
+        runner = runtime.session(model, lean=True, weights={name: w for name, w in weights.items() if name in names})
 
-        def one(feed: dict[str, Array], sample: int) -> State:
-            return read(runner.run(None, feed), sample)
+        def one(numbered: tuple[int, dict[str, Array]]) -> State:
+            return read(runner.run(None, numbered[1]), numbered[0])
 
-        # require="sharedmem" keeps this on threads whatever backend the caller chose: sessions cannot be pickled
-        tasks = (joblib.delayed(one)(feed, n) for n, feed in enumerate(self.data) if n >= start)
-        results = joblib.Parallel(self.workers, require="sharedmem", return_as="generator",
-                                  pre_dispatch=self.workers + 1)(tasks)
         total = None if self.data.size is None else self.data.size - start
+        results = _in_order(one, itertools.islice(enumerate(self.data), start, None), self.workers)
         for n, found in enumerate(self.track(results, f"calibrating: {statistic}", total), start=start + 1):
             for key, value in found.items():
                 field = key.rpartition("|")[2]
@@ -249,6 +256,19 @@ class Calibration:
         if partial is not None:
             partial.unlink(missing_ok=True)
         return state
+
+
+def _in_order(work: Callable[[T], State], items: Iterable[T], workers: int) -> Iterator[State]:
+    """Results in the order of the items, with `workers` threads and never more than workers + 1 items under way.
+    Threads, not processes: a session releases the interpreter while it runs, and cannot be pickled."""
+    with ThreadPoolExecutor(workers) as pool:
+        under_way: deque[Future[State]] = deque()
+        for item in items:
+            under_way.append(pool.submit(work, item))
+            if len(under_way) > workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
 
 
 def patches(layer: Layer, x: Array, positions: int, sample: int = 0) -> Array:
@@ -324,6 +344,20 @@ def _add_reduction(model: onnx.ModelProto, op: str, name: str, output: str, axes
     model.graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
 
 
+def _stride(size: int, wanted: int = 16384) -> int:
+    """Step of a subsample of at most `wanted` values; an odd one does not fall in with channels or rows."""
+    return 1 if size <= wanted else -(-size // wanted) | 1
+
+
+def _add_slice(model: onnx.ModelProto, name: str, output: str, step: int) -> None:
+    """output = name.reshape(-1)[::step]"""
+    for label, value in (("flat", -1), ("start", 0), ("end", 2**62), ("axis", 0), ("step", step)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), f"{output}|{label}"))
+    model.graph.node.append(helper.make_node("Reshape", [name, f"{output}|flat"], [f"{output}|all"], f"{output}|reshape"))
+    model.graph.node.append(helper.make_node("Slice", [f"{output}|all", *(f"{output}|{part}" for part in (
+        "start", "end", "axis", "step"))], [output], f"{output}|slice"))
+
+
 def _prune(model: onnx.ModelProto) -> None:
     """Drop operators that no output needs: onnxruntime would run them all the same."""
     made = {o: n for n in model.graph.node for o in n.output if o}
@@ -339,6 +373,10 @@ def _prune(model: onnx.ModelProto) -> None:
     kept = [n for n in model.graph.node if (n.name or n.output[0]) in needed]
     del model.graph.node[:]
     model.graph.node.extend(kept)
+    read = {name for node in kept for name in node.input} | {o.name for o in model.graph.output}
+    constants = [t for t in model.graph.initializer if t.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(constants)
 
 
 def _finite(state: State) -> None:

@@ -218,7 +218,7 @@ def check(
     steps = ", ".join(step.name for step in made.passes) or "none"
     _say(f"recipe '{recipe}' is valid: target {made.target}, passes: {steps}")
     if model is not None:
-        graph = load(model)
+        graph = load(model, flatten=chosen.flatten)
         asked = planning.request(graph, made, chosen)
         keys = {y.name: planning.input_key(graph, asked.plan, y.input) for y in graph.layers}
         OnnxqError.check(chosen.problems(graph, asked.plan, keys))

@@ -97,7 +97,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     chosen = found.target(made.target)
     if output is not None:
         check_writable(Path(output))
-    graph = load(model, float32=float32)
+    graph = load(model, float32=float32, flatten=chosen.flatten)
     source = data if data is not None else (made.data.path or None)
     options = replace(made.data, samples=samples) if samples else made.data
     read = open_data(source, graph_inputs(graph), options) if source is not None else None

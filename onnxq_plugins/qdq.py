@@ -1,6 +1,6 @@
 """Export: a float graph and a solved plan become a QDQ model. The only maker of Q/DQ nodes (law L2).
 
-What fuses is RUNTIME B, C and E. In short: unsigned activations with an output Q on every convolution, weights whose
+What fuses is in docs/runtime.md. In short: unsigned activations with an output Q on every convolution, weights whose
 zero point is exactly 0, an int32 bias at s_x * s_w, one scale on both sides of operators that only move values, and
 never a float layer between a DQ and a Q.
 """

@@ -19,12 +19,15 @@ _LARGEST_MESSAGE = 2**31 - 2**20  # protobuf's limit is 2 GiB
 
 
 def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, optimize: bool = True,
-            dump: str | Path | None = None) -> ort.InferenceSession:
+            dump: str | Path | None = None, weights: Mapping[str, Array] | None = None,
+            lean: bool = False) -> ort.InferenceSession:
     """An onnxruntime session on the CPU.
 
     threads    intra-op threads
     optimize   False turns every graph optimization off: the model runs exactly as written
     dump       write the optimized model here (what the audit reads)
+    weights    values for placeholders in the model (`Graph.model(weights)`), used where they lie, without a copy
+    lean       plan no memory ahead: less of it, a little slower
 
     Raises OnnxqError if onnxruntime refuses the model.
     """
@@ -32,6 +35,7 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    options.enable_mem_pattern = not lean
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if dump is not None:
@@ -42,6 +46,9 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
                 path = Path(folder) / "model.onnx"
                 onnx.save(model, str(path), save_as_external_data=True, location="weights")
                 return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        if weights:
+            values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+            options.add_external_initializers(list(weights), values)
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
         return ort.InferenceSession(str(source) if isinstance(source, Path) else source, options,
                                     providers=["CPUExecutionProvider"])

@@ -160,7 +160,7 @@ def solve_minmax(x: Array, spec: QuantSpec) -> QuantSpec:
 
 
 def from_range(low: Array | float, high: Array | float, spec: QuantSpec) -> QuantSpec:
-    """Scale (float32) and zero point for the interval [low, high], widened to hold 0 (ALGORITHMS 0.2).
+    """Scale (float32) and zero point for the interval [low, high], widened to hold 0.
 
     An empty interval (all values 0) gets scale 1. With `pow2` and no `sub_block` the scale is rounded up to a power
     of two. The grid's upper end never lies above `high`: onnxruntime removes a Clip only where the grid stays inside.

@@ -1,4 +1,4 @@
-"""What a runtime can execute and how it wants it stored: data, no code paths. RUNTIME.md is the evidence."""
+"""What a runtime can execute and how it wants it stored: data, no code paths. docs/runtime.md is the evidence."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ class Target:
     max_code      largest |code| of a weight beside 8-bit activations
     attention     multiply-adds from which one product of two activation matrices pays as integer; 0 for never
                   (measured: 99x64x99 1.05x, 128x64x128 1.19x, 384x64x384 1.30x float speed)
+    flatten       MatMul + Add(bias) on tokens runs faster as a two-dimensional Gemm (onnxruntime has an integer Gemm
+                  with bias); OpenVINO 2026.4 fails to load the Reshapes that this needs behind a LayerNormalization
     opset         lowest opset of the exported model
     """
 
@@ -55,6 +57,7 @@ class Target:
     output_scale: frozenset[str] = frozenset({"Conv"})
     max_code: int = 127
     attention: int = 0
+    flatten: bool = True
     opset: int = 21
 
     def rule(self, layer: Layer, weight: QuantSpec, activations: int) -> Rule | None:
@@ -64,8 +67,7 @@ class Target:
             fits = (rule.op == layer.op and rule.activations == activations and weight.bits in rule.weights
                     and shape in rule.granularity and weight.symmetric and weight.sub_block is None)
             if fits and shape == "block" and weight.block is not None:
-                size = weight.block[layer.in_axis]
-                fits = size in rule.blocks and layer.shape[layer.in_axis] % size == 0
+                fits = weight.block[layer.in_axis] in rule.blocks
             if fits:
                 return rule
         return None
@@ -147,5 +149,5 @@ ORT_CPU_AVX2 = replace(ORT_CPU, name="ort-cpu-avx2", max_code=64,
                            "products in 16 bits and would saturate")
 OPENVINO = Target("openvino", "OpenVINO on x86-64",
                   (*_dense("Conv", "Convolution int8"), *_dense("Gemm", "FullyConnected int8"),
-                   *_dense("MatMul", "FullyConnected int8")), _CHAIN, attention=1_000_000)
+                   *_dense("MatMul", "FullyConnected int8")), _CHAIN, attention=1_000_000, flatten=False)
 BUILTIN = (ORT_CPU, ORT_CPU_AVX2, OPENVINO)

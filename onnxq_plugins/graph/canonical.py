@@ -7,19 +7,18 @@ runtimes know. Each function is one rewrite; `canonicalize` is their order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from scipy.special import erf
 
 from onnxq_plugins.graph.core import BatchNorm, Graph
 from onnxq_plugins.spec import Array
 
 
-def canonicalize(graph: Graph) -> None:
-    """Bring a freshly imported graph into canonical form, in place."""
+def canonicalize(graph: Graph, flatten: bool = True) -> None:
+    """Bring a freshly imported graph into canonical form, in place; `flatten` includes `flatten_matmul`."""
     graph._graph.fold_constants(error_ok=True).cleanup()
     graph.tidy()
     split_shared_weights(graph)
@@ -28,7 +27,8 @@ def canonicalize(graph: Graph) -> None:
     fold_bias(graph)
     fuse_scalar_functions(graph)
     fuse_layernorm(graph)
-    flatten_matmul(graph)
+    if flatten:
+        flatten_matmul(graph)
     graph.tidy()
     graph.touched.clear()
 
@@ -136,6 +136,7 @@ def add_bias(graph: Graph, name: str, values: Array) -> None:
 
 # ---- functions of one variable that exporters write out --------------------------------------------------------------
 
+erf = np.vectorize(math.erf, otypes=[np.float64])
 _FUNCTIONS: dict[str, Callable[..., Array]] = {
     "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Pow": np.power, "Neg": np.negative,
     "Tanh": np.tanh, "Erf": erf, "Relu": lambda x: np.maximum(x, 0), "Sqrt": np.sqrt, "Min": np.minimum,
@@ -243,7 +244,7 @@ def fuse_layernorm(graph: Graph) -> None:
         power = _made_by(square, "Pow") or _made_by(square, "Mul")
         if power is None or epsilon is None or epsilon.values.size != 1:
             continue
-        two = power.inputs[1]
+        two: gs.Tensor = power.inputs[1]
         if power.op == "Pow" and not (isinstance(two, gs.Constant) and two.values.size == 1 and two.values.item() == 2):
             continue
         if power.op == "Mul" and two is not power.inputs[0]:
@@ -252,18 +253,17 @@ def fuse_layernorm(graph: Graph) -> None:
         divide = readers[0] if len(readers) == 1 and readers[0].op == "Div" else None
         if divide is None or divide.inputs[1] is not root.outputs[0]:
             continue
-        x: Any = _centred(divide.inputs[0])
-        if x is None or _centred(power.inputs[0]) is not x or not x.shape or not isinstance(x.shape[-1], int):
+        x = _centred(divide.inputs[0])
+        size = list(getattr(x, "shape", None) or [None])[-1]
+        if x is None or _centred(power.inputs[0]) is not x or not isinstance(size, int):
             continue
         end: gs.Node = divide
-        size = x.shape[-1]
         vectors: list[Array] = []
         for op, neutral in (("Mul", 1.0), ("Add", 0.0)):
             readers = end.outputs[0].outputs
             _, constant = _variable_and_constant(readers[0]) if len(readers) == 1 and readers[0].op == op else (None, None)
-            fits = constant is not None and constant.values.size == size and constant.values.shape[-1] == size
-            if fits and end.outputs[0] not in graph._graph.outputs:
-                assert constant is not None
+            if (constant is not None and constant.values.size == size and constant.values.shape[-1] == size
+                    and end.outputs[0] not in graph._graph.outputs):
                 vectors.append(constant.values.reshape(size).astype(np.float32))
                 end = readers[0]
             else:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxq_plugins.spec import Array
 
@@ -68,7 +69,8 @@ class Layer:
         return "depthwise" if per_group == 1 else "grouped"
 
     def matrix(self, weight: Array) -> Array:
-        """The weight as a batch of matrices [groups, outputs per group, D], D as in ALGORITHMS 0.1."""
+        """The weight as a batch of matrices [groups, outputs per group, D], with D = inputs per group * kernel taps (inputs
+        vary slowest). Matrix form of all solvers: y = W x over columns x of input patches."""
         if self.op == "ConvTranspose":
             raise ValueError(f"layer '{self.name}': ConvTranspose has no matrix form over input patches")
         rows = weight if self.out_axis == 0 else weight.T
@@ -279,6 +281,12 @@ class Graph:
         self._graph.nodes.remove(node)
         self.changed()
 
+    def load_constants(self) -> None:
+        """Read every constant now: one that is still lazy keeps the whole imported model in memory."""
+        for tensor in self._tensors.values():
+            if isinstance(tensor, gs.Constant):
+                _ = tensor.values
+
     def tidy(self) -> None:
         """Drop what no output needs and put the operators in topological order."""
         self._graph.cleanup().toposort()
@@ -287,12 +295,33 @@ class Graph:
 
     # ---- leaving ---------------------------------------------------------------------------------------------------
 
-    def model(self) -> onnx.ModelProto:
-        """The float model as ONNX, with IR version, opset, metadata and documentation as imported."""
-        made = gs.export_onnx(self._graph, do_type_check=False)
-        model = onnx.ModelProto()
-        model.CopyFrom(self._header)
-        model.graph.CopyFrom(made.graph)
+    def model(self, weights: dict[str, Array] | None = None) -> onnx.ModelProto:
+        """The float model as ONNX, with IR version, opset, metadata and documentation as imported.
+
+        weights   a dict to put the large constants into; the model then holds placeholders ("external data") for
+                  them and no copy is made. `runtime.session` takes both.
+        """
+        large = [] if weights is None else [t for t in self._graph.tensors().values() if isinstance(t, gs.Constant)
+                                            and t.values.nbytes > 1024 and t.values.dtype == np.float32]
+        kept = [t.values for t in large]
+        for tensor, values in zip(large, kept, strict=True):
+            stub = onnx.TensorProto(name=tensor.name, data_type=onnx.TensorProto.FLOAT, dims=values.shape,
+                                    data_location=onnx.TensorProto.EXTERNAL)
+            stub.external_data.add(key="location", value="weights")
+            tensor.values = LazyValues(stub)
+        try:
+            model: onnx.ModelProto = gs.export_onnx(self._graph, do_type_check=False)
+        finally:
+            for tensor, values in zip(large, kept, strict=True):
+                tensor.values = values
+        if weights is not None:
+            weights.update((t.name, np.ascontiguousarray(v)) for t, v in zip(large, kept, strict=True))
+        for key, value in self._header.ListFields():
+            if key.name in ("opset_import", "metadata_props", "functions"):
+                model.ClearField(key.name)
+                getattr(model, key.name).extend(value)
+            elif key.name != "graph":
+                setattr(model, key.name, value)
         model.graph.name, model.graph.doc_string = self._header.graph.name, self._header.graph.doc_string
         docs = {n.name: n.doc_string for n in self._header.graph.node}
         for node in model.graph.node:
@@ -300,12 +329,38 @@ class Graph:
         return model
 
     def digest(self) -> str:
-        """A fingerprint of the float function: equal for equal operators and weights."""
-        return hashlib.blake2b(self.model().SerializeToString(deterministic=True), digest_size=16).hexdigest()
+        """A fingerprint of the float function: equal for equal operators and weights. Copies no weight."""
+        seen = hashlib.blake2b(digest_size=16)
+        _update(seen, self._graph)
+        return seen.hexdigest()
 
     def copy(self) -> Graph:
         """An independent copy; weights are copied too."""
         return Graph(gs.import_onnx(self.model()), self._header, copy.copy(self.batchnorms), self.notes)
+
+
+def _update(seen: Any, value: Any) -> None:
+    """Feed a graph, tensor, array or plain value to a hash."""
+    if isinstance(value, gs.Graph):
+        for part in (value.opset, value.inputs, value.outputs, value.nodes):
+            _update(seen, part)
+    elif isinstance(value, gs.Node):
+        for part in (value.op, value.name, value.domain, sorted(value.attrs.items()), value.inputs, value.outputs):
+            _update(seen, part)
+    elif isinstance(value, gs.Constant):
+        _update(seen, value.name)
+        _update(seen, value.values)
+    elif isinstance(value, gs.Variable):
+        seen.update(f"{value.name} {value.dtype} {value.shape};".encode())
+    elif isinstance(value, np.ndarray):
+        seen.update(f"{value.dtype}{value.shape}".encode())
+        seen.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data if value.size and value.dtype != object
+                    else repr(value.tolist()).encode())
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _update(seen, item)
+    else:
+        seen.update(f"{value!r};".encode())
 
 
 def _replace_reads(old: gs.Tensor, new: gs.Tensor) -> None:

@@ -17,8 +17,6 @@ from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from onnxq_plugins.graph.core import Graph, Layer
 from onnxq_plugins.spec import Array
@@ -208,6 +206,9 @@ class _Walk:
         self.pinned.append(self.ids(tensor, axis))
 
     def cut(self) -> list[ChannelGroup]:
+        from scipy.sparse import coo_array  # late: 25 MB that only passes on channel groups need
+        from scipy.sparse.csgraph import connected_components
+
         if not self.links:
             return []
         a, b = (np.concatenate(side) for side in zip(*self.links, strict=True))

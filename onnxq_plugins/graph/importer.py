@@ -16,7 +16,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.canonical import canonicalize
 from onnxq_plugins.graph.core import Graph
 
-# RUNTIME A: what onnxruntime reads, and the version from which int4 tensors, Gelu and LayerNormalization exist.
+# What onnxruntime 1.31 reads (docs/runtime.md), and the version from which int4 tensors, Gelu and LayerNormalization exist.
 WANTED_OPSET, OLDEST_OPSET, NEWEST_OPSET = 21, 7, 26
 IR_OF_OPSET = {21: 10, 22: 10, 23: 11, 24: 11, 25: 12, 26: 13}
 QUANTIZED_OPS = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
@@ -24,11 +24,12 @@ QUANTIZED_OPS = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMa
 HALF = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 
 
-def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False) -> Graph:
+def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, flatten: bool = True) -> Graph:
     """Read a float model.
 
     model     path, ModelProto (left alone), or a Graph (copied)
     float32   convert an fp16 or bf16 model to float32 first
+    flatten   turn MatMul + Add on tokens into two-dimensional Gemms, which onnxruntime runs faster as integer
 
     Raises OnnxqError for files that cannot be read, half-precision, already quantized, invalid or too old or new
     models, and external data outside the model's folder.
@@ -55,13 +56,15 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False) 
     proto = _raise_opset(proto, where, notes)
     _name_nodes(proto.graph)  # those the converter added
     try:
-        onnx.checker.check_model(proto)
-        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        shell = _without_weights(proto)
+        onnx.checker.check_model(shell)
+        inferred = onnx.shape_inference.infer_shapes(shell, data_prop=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         raise OnnxqError(f"{where} is not a valid ONNX model: {_first_line(error)}; export it again and check it with "
                          "onnx.checker.check_model.") from error
-    header = onnx.ModelProto()
-    header.CopyFrom(proto)
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(inferred.graph.value_info)
+    header = shell
     for emptied in (header.graph.initializer, header.graph.input, header.graph.output, header.graph.value_info,
                     header.graph.node):
         del emptied[:]
@@ -70,7 +73,9 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False) 
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
     logging.getLogger("onnx_graphsurgeon").setLevel(logging.ERROR)
     graph = Graph(gs.import_onnx(proto), header, notes=notes)
-    canonicalize(graph)
+    del proto, inferred
+    graph.load_constants()
+    canonicalize(graph, flatten)
     return graph
 
 
@@ -188,14 +193,23 @@ def _raise_opset(proto: onnx.ModelProto, where: str, notes: list[str]) -> onnx.M
 
 
 def _without_weights(proto: onnx.ModelProto, limit: int = 1024) -> onnx.ModelProto:
-    """The model with its larger weights as inputs: the converter copies everything it is given several times."""
+    """The model with its larger weights as inputs: onnx's tools copy everything they are given several times."""
     shell = onnx.ModelProto()
-    shell.CopyFrom(proto)
-    large = [t for t in shell.graph.initializer if np.prod(t.dims) > limit]
-    kept = [t for t in shell.graph.initializer if np.prod(t.dims) <= limit]
-    shell.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in large)
-    del shell.graph.initializer[:]
-    shell.graph.initializer.extend(kept)
+    for part, whole, heavy in ((shell, proto, "graph"), (shell.graph, proto.graph, "initializer")):
+        for field, value in whole.ListFields():
+            if field.name == heavy:
+                continue
+            if hasattr(value, "extend"):
+                getattr(part, field.name).extend(value)
+            elif field.message_type is not None:
+                getattr(part, field.name).CopyFrom(value)
+            else:
+                setattr(part, field.name, value)
+    for tensor in proto.graph.initializer:
+        if np.prod(tensor.dims) > limit:
+            shell.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            shell.graph.initializer.append(tensor)
     return shell
 
 

@@ -21,7 +21,8 @@ class BiasCorrect(Pass):
     input that a ReLU made positive, shifts the whole channel. Weights must have their codes before, so what is still
     open is solved first. MatMul has no bias, hence no correction.
 
-    Source: Data-Free Quantization (arXiv 1906.04721) section 4.2; ALGORITHMS 0.1 (closed form) and 7.3.
+    Source: Data-Free Quantization (arXiv 1906.04721); the bias that minimises the layer's squared output error has this
+    closed form.
     Cost: one run over the data.
     """
 

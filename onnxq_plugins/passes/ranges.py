@@ -21,7 +21,7 @@ class Ranges(Pass):
     percentile   for ``percentile``, in percent
     bins         of the histograms behind all but ``minmax``
 
-    Source: ALGORITHMS 0.3; ``kl`` with the joint-non-zero metric of Coarse & Fine Weight Splitting (arXiv 2312.10588).
+    Source: common practice; ``kl`` with the joint-non-zero metric of Coarse & Fine Weight Splitting (arXiv 2312.10588).
     Cost: one run over the data for ``minmax``, two for the others.
     """
 

@@ -24,7 +24,7 @@ def percentile_range(counts: Array, low: float, high: float, percent: float) -> 
 
 
 def mse_range(counts: Array, low: float, high: float, levels: int, candidates: int = 60) -> tuple[float, float]:
-    """The range with the least mean squared quantization error (ALGORITHMS 0.2), by line search: both ends together,
+    """The range with the least mean squared quantization error by line search: both ends together,
     then each end alone, then both again finely. The whole range is always among the candidates.
 
     levels   number of codes, 2^bits
@@ -46,7 +46,7 @@ def mse_range(counts: Array, low: float, high: float, levels: int, candidates: i
 
 def kl_range(counts: Array, low: float, high: float, levels: int) -> tuple[float, float]:
     """The symmetric cut |x| <= T with the least Kullback-Leibler divergence over bins where both distributions have
-    mass (ALGORITHMS 6.1), plus the divergence that clipped mass adds: p log(1 + excess in levels) per clipped bin.
+    mass, plus the divergence that clipped mass adds: p log(1 + excess in levels) per clipped bin.
     Without that term the cut would always be made."""
     centers = low + (np.arange(len(counts)) + 0.5) * (high - low) / len(counts)
     top = max(abs(low), abs(high))
