@@ -102,8 +102,9 @@ def main() -> None:
         return
     tools = [t for t in TOOLS if t != "onnxsim" or _installed("onnxsim")]
     print(f"{_machine()}\n")
-    print("| model | tool | top-1 | loss | SQNR dB | agree | ms | speed-up | MB | quantize s | MB before | peak MB | kernels |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
+    columns = ("model", "tool", "top-1", "loss", "SQNR dB", "agree", "ms", "speed-up", "MB", "quantize s", "MB before",
+               "peak MB", "kernels")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
             case = load_case(name, shared)
@@ -126,8 +127,8 @@ def main() -> None:
                 spent = f"{medians[0]:.2f} | {medians[1]:.0f} | {medians[2]:.0f}" if cost else "- | - | -"
                 loss, faster = (float(rows["float"][k]) for k in ("top1", "ms"))
                 print(f"| {name} | {tool} | {row['top1']:.2f} | {loss - float(row['top1']):.2f} | {row['sqnr']:.2f} | "
-                      f"{row['agree']:.1f} | {row['ms']:.3f} | {faster / float(row['ms']):.2f} | {row['mb']:.2f} | {spent} | "
-                      f"{row['kernels']} |", flush=True)
+                      f"{row['agree']:.1f} | {row['ms']:.3f} | {faster / float(row['ms']):.2f} | {row['mb']:.2f} | "
+                      f"{spent} | {row['kernels']} |", flush=True)
 
 
 def _installed(name: str) -> bool:

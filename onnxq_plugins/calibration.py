@@ -93,7 +93,7 @@ class Calibration:
 
     def ranges(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """Exact (minimum, maximum) of each tensor."""
-        state = self._reduced("ranges", names, [("low", "ReduceMin", False), ("high", "ReduceMax", False)])
+        state = self._summary(names)
         return {n: (float(state[f"{n}|low"]), float(state[f"{n}|high"])) for n in names}
 
     def channel_ranges(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
@@ -103,7 +103,9 @@ class Calibration:
 
     def means(self, names: Sequence[str]) -> dict[str, Array]:
         """Mean per channel [C] of each tensor."""
-        state = self._reduced("means", names, [("sum", "ReduceMean", True)])
+        for name in names:
+            _other_axes(self.graph, name, "means")
+        state = self._summary(names)
         return {n: state[f"{n}|sum"] / state[f"{n}|sum_samples"] for n in names}
 
     def moments(self, names: Sequence[str]) -> dict[str, Moments]:
@@ -141,6 +143,13 @@ class Calibration:
         state = self._fetched(f"grams-{positions}", list(by_name), reduce, {n: y.input for n, y in by_name.items()})
         return {n: Gram(state[f"{n}|sum"] / state[f"{n}|sum_n"], state[f"{n}|sum_x"] / state[f"{n}|sum_n"],
                         int(state[f"{n}|sum_n"])) for n in by_name}
+
+    def _summary(self, names: Sequence[str]) -> State:
+        """Range and channel means together: the reductions cost a fraction of the run, and whoever asks for the ranges
+        of a model's activations mostly wants the means of its layers' inputs next."""
+        inputs = [y.input for y in self.graph.layers] if len(names) > 1 else []
+        return self._reduced("summary", [*names, *inputs], [("low", "ReduceMin", False), ("high", "ReduceMax", False),
+                                                            ("sum", "ReduceMean", True)])
 
     # ---- the fold -------------------------------------------------------------------------------------------------------
 

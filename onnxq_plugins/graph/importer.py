@@ -57,13 +57,14 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
     _name_nodes(proto.graph)  # those the converter added
     try:
         shell = _without_weights(proto)
-        onnx.checker.check_model(shell)
         inferred = onnx.shape_inference.infer_shapes(shell, data_prop=True)
+        onnx.checker.check_model(inferred)  # after inference: runtimes accept outputs without a shape, the checker does not
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         raise OnnxqError(f"{where} is not a valid ONNX model: {_first_line(error)}; export it again and check it with "
                          "onnx.checker.check_model.") from error
-    del proto.graph.value_info[:]
-    proto.graph.value_info.extend(inferred.graph.value_info)
+    for mine, theirs in ((proto.graph.value_info, inferred.graph.value_info), (proto.graph.output, inferred.graph.output)):
+        del mine[:]
+        mine.extend(theirs)
     header = shell
     for emptied in (header.graph.initializer, header.graph.input, header.graph.output, header.graph.value_info,
                     header.graph.node):
