@@ -15,8 +15,8 @@ from onnx import TensorProto
 
 from onnxq_plugins import runtime
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph.core import LAYER_OPS
 
-LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 QUANTIZED = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulNBits", "ConvInteger",
              "MatMulInteger", "DynamicQuantizeMatMul", "QAttention", "int8"}
 

@@ -222,8 +222,10 @@ class Calibration:
 
     def _fold(self, statistic: str, names: Sequence[str],
               outputs: Callable[[Sequence[str]], Run]) -> State:
+        if not names:
+            return {}
         if self.data is None:
-            raise OnnxqError(f"{statistic} of activations need sample inputs; give --data PATH.")
+            raise OnnxqError("calibration needs sample inputs, and there are none; give --data PATH.")
         digest = self.graph.digest()
         self._known = {key: state for key, state in self._known.items() if key[0] == digest}
         known = self._known.setdefault((digest, statistic), {})

@@ -102,7 +102,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     options = replace(made.data, samples=samples) if samples else made.data
     read = open_data(source, graph_inputs(graph), options) if source is not None else None
     asked = planning.request(graph, made, chosen)
-    workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count() or 1
+    workers = workers or _cores()
     calibration = Calibration(graph, read, cache=Path(cache) if cache else None, workers=workers, track=track)
     job = Job(graph, asked.plan, calibration, chosen, made, np.random.default_rng(seed), workers,
               {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes]}, track)
@@ -244,6 +244,11 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
                "kernels": kernels.counts(), "machine": {"python": platform.python_version(),
                                                         "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}
     report["summary"] = f"{kernels.summary()} | {before / 1e6:.2f} -> {after / 1e6:.2f} MB"
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _umask() -> int:

@@ -144,7 +144,7 @@ def parse(table: Mapping[str, Any], passes: Mapping[str, type[Pass]], where: str
         place = f"{where}, layer {number}"
         for key in ("weights", "activations"):
             if isinstance(rule.get(key), Mapping):
-                _build(TensorRequest, rule[key], f"{place}, {key}", problems)
+                _check_bits(_build(TensorRequest, rule[key], f"{place}, {key}", problems), f"{place}, {key}", problems)
         made_rule = _build(LayerRule, rule, place, problems)
         rules += [made_rule] if made_rule is not None else []
     parts: dict[str, Any] = {}
@@ -158,9 +158,7 @@ def parse(table: Mapping[str, Any], passes: Mapping[str, type[Pass]], where: str
     if not isinstance(target, str):
         problems.append(f"{where}: target must be a name.")
     for key in ("weights", "activations"):
-        bits = getattr(parts.get(key), "bits", 8)
-        if not (2 <= bits <= 16 or bits == FLOAT):
-            problems.append(f"{where}, [{key}]: bits = {bits} is out of range; use 2..16, or {FLOAT} for float.")
+        _check_bits(parts.get(key), f"{where}, [{key}]", problems)
     OnnxqError.check(problems)
     return Recipe(str(target), passes=tuple(steps), layers=tuple(rules), name=name, **parts)
 
@@ -245,6 +243,11 @@ def _build(base: Any, table: Mapping[str, Any], where: str, problems: list[str])
     except (TypeError, ValueError) as error:  # a pass checks its own parameters
         problems.append(f"{where}: {error}.")
         return None
+
+
+def _check_bits(request: TensorRequest | None, where: str, problems: list[str]) -> None:
+    if request is not None and not (2 <= request.bits <= 16 or request.bits == FLOAT):
+        problems.append(f"{where}: bits = {request.bits} is out of range; use 2..16, or {FLOAT} for float.")
 
 
 _WRONG = object()
