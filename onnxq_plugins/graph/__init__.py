@@ -4,15 +4,9 @@ onnx-graphsurgeon is imported in this folder alone.
 """
 
 from onnxq_plugins.graph.core import BatchNorm, Graph, Layer
-from onnxq_plugins.graph.groups import (
-           ChannelGroup,
-           Member,
-           channel_groups,
-           permute,
-           replace_with_sum,
-           rescale,
-)
+from onnxq_plugins.graph.groups import ChannelGroup, Member, channel_groups
 from onnxq_plugins.graph.importer import load
+from onnxq_plugins.graph.rewrites import permute, replace_with_sum, rescale
 
 __all__ = ["BatchNorm", "ChannelGroup", "Graph", "Layer", "Member", "channel_groups", "load", "permute",
            "replace_with_sum", "rescale"]
