@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -106,13 +107,13 @@ class Calibration:
         for name in names:
             _other_axes(self.graph, name, "means")
         state = self._summary(names)
-        return {n: state[f"{n}|sum"] / state[f"{n}|sum_samples"] for n in names}
+        return {n: state[f"{n}|sum"] / state[f"{n}|sum_positions"] for n in names}
 
     def moments(self, names: Sequence[str]) -> dict[str, Moments]:
         """Mean and mean square per channel of each tensor."""
-        state = self._reduced("moments", names, [("sum", "ReduceMean", True), ("sum2", "ReduceSumSquare", True)])
-        return {n: Moments(state[f"{n}|sum"] / state[f"{n}|sum_samples"],
-                           state[f"{n}|sum2"] / state[f"{n}|sum_positions"]) for n in names}
+        state = self._reduced("moments", names, [("sum", "ReduceSum", True), ("sum2", "ReduceSumSquare", True)])
+        return {n: Moments(*(state[f"{n}|{key}"] / state[f"{n}|sum_positions"] for key in ("sum", "sum2")))
+                for n in names}
 
     def histograms(self, names: Sequence[str], bins: int = 2048) -> dict[str, Histogram]:
         """Histogram of each tensor between its extremes."""
@@ -149,7 +150,7 @@ class Calibration:
         of a model's activations mostly wants the means of its layers' inputs next."""
         inputs = [y.input for y in self.graph.layers] if len(names) > 1 else []
         return self._reduced("summary", [*names, *inputs], [("low", "ReduceMin", False), ("high", "ReduceMax", False),
-                                                            ("sum", "ReduceMean", True)])
+                                                            ("sum", "ReduceSum", True)])
 
     # ---- the fold -------------------------------------------------------------------------------------------------------
 
@@ -166,7 +167,7 @@ class Calibration:
                 for label, op, per_channel in wanted:
                     axes = _other_axes(self.graph, name, statistic) if per_channel and shape is not None else None
                     _add_reduction(model, op, name, f"{name}|{label}", axes, self.graph.opset)
-                if "sum2" in labels:
+                if "sum" in labels:
                     model.graph.node.append(helper.make_node("Size", [name], [f"{name}|size"]))
                     model.graph.output.append(helper.make_tensor_value_info(f"{name}|size", onnx.TensorProto.INT64, []))
 
@@ -177,8 +178,6 @@ class Calibration:
                     for label, *_rest in wanted:
                         state[f"{name}|{label}"] = np.asarray(next(at), np.float64)
                     if "sum" in labels:
-                        state[f"{name}|sum_samples"] = np.array(1.0)
-                    if "sum2" in labels:
                         positions = int(next(at)) / max(state[f"{name}|sum"].size, 1)
                         state[f"{name}|sum_positions"] = np.array(positions)
                 _finite(state)
@@ -214,6 +213,7 @@ class Calibration:
 
             def read(values: list[Array], sample: int) -> State:
                 by_tensor = dict(zip(fetched, values, strict=True))
+                _finite({name: v for name, v in by_tensor.items() if v.dtype.kind == "f"})
                 return {k: v for n in missing for k, v in reduce(n, by_tensor[of[n]], sample).items()}
 
             return model, weights, read
@@ -264,8 +264,8 @@ class Calibration:
                 state[key] = merge(state[key], value) if key in state else value
             if partial is not None and n % self.checkpoint == 0:
                 _save(partial, {**state, "next": np.array(n)})
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+        if partial is not None and partial.is_file():
+            partial.unlink()
         return state
 
 
@@ -330,8 +330,11 @@ def _spread(total: int, wanted: int, sample: int) -> Array:
 
 def channel_axis(graph: Graph, name: str) -> int:
     """The axis of an activation that holds its channels: 1 for images, the last one for matrices and tokens."""
-    shape = graph.shape(name) or ()
-    return 1 if len(shape) >= 4 or any(n.op.startswith("Conv") for n in graph.consumers(name)) else len(shape) - 1
+    shape, maker = graph.shape(name) or (), graph.producer(name)
+    while maker is not None and maker.op in ("Relu", "Clip", "LeakyRelu", "PRelu", "BatchNormalization"):
+        maker = graph.producer(maker.inputs[0].name)
+    around = [*graph.consumers(name), *([maker] if maker is not None else [])]
+    return 1 if len(shape) >= 4 or any(n.op.startswith("Conv") for n in around) else len(shape) - 1
 
 
 def _other_axes(graph: Graph, name: str, statistic: str) -> tuple[int, ...]:
@@ -346,7 +349,7 @@ def _add_reduction(model: onnx.ModelProto, op: str, name: str, output: str, axes
                    opset: int) -> None:
     inputs: list[str] = [name]
     attrs: dict[str, Any] = {"keepdims": 0}
-    if axes is not None and opset >= 18:
+    if axes is not None and opset >= (13 if op == "ReduceSum" else 18):
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, np.int64), f"{output}|axes"))
         inputs.append(f"{output}|axes")
     elif axes is not None:
@@ -401,7 +404,7 @@ def _load(file: Path) -> State:
     try:
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, KeyError):  # absent, or cut short by a crash of an older version: compute again
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent or damaged: compute again
         return {}
 
 

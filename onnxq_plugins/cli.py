@@ -220,7 +220,7 @@ def check(
     if model is not None:
         graph = load(model, flatten=chosen.flatten)
         asked = planning.request(graph, made, chosen)
-        keys = {y.name: planning.input_key(graph, asked.plan, y.input) for y in graph.layers}
+        keys = {y.name: planning.layer_input(graph, asked.plan, chosen, y) for y in graph.layers if y.weight in asked.plan}
         OnnxqError.check(chosen.problems(graph, asked.plan, keys))
         for name, why in asked.floats.items():
             _say(f"float: {name}: {why}")

@@ -113,11 +113,11 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     exported = qdq.export(graph, job.plan, chosen)
     _sign(exported, made, found, seed)
     job.report["steps"] = [*steps, {"pass": "export", "seconds": round(time.perf_counter() - start, 3)}]
-    path = save_model(exported, Path(output)) if output is not None else None
     if widened := job.report.pop("widened", {}):
         job.report["notes"].append(f"scales of {sum(widened.values())} all but empty channels in {len(widened)} layers "
                                    "were widened so that their biases fit int32")
     _describe(job, exported)
+    path = save_model(exported, Path(output)) if output is not None else None
     job.report["seconds"] = round(time.perf_counter() - started, 3)
     found.manager.hook.onnxq_exported(job=job, model=exported, path=path)
     return Result(exported, job.plan, job.report)
@@ -199,7 +199,8 @@ def _parameters(step: Pass) -> dict[str, Any]:
 
 
 def _layer_inputs(job: Job) -> dict[str, str]:
-    return {y.name: planning.input_key(job.graph, job.plan, y.input) for y in job.graph.layers}
+    return {y.name: planning.layer_input(job.graph, job.plan, job.target, y) for y in job.graph.layers
+            if y.weight in job.plan}
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------------

@@ -91,6 +91,16 @@ def input_key(graph: Graph, plan: Mapping[str, QuantSpec], name: str) -> str:
         name = node.inputs[0].name
 
 
+def layer_input(graph: Graph, plan: Plan, target: Target, layer: Layer) -> str:
+    """The planned activation that a planned layer reads; "" if it reads float. A weight-only layer reads float even
+    where another reader of the same tensor made it planned."""
+    key = input_key(graph, plan, layer.input)
+    spec = plan[layer.weight]
+    if key and target.rule(layer, spec, plan[key].bits) is None and target.rule(layer, spec, 0) is not None:
+        return ""
+    return key
+
+
 def activation_inputs(graph: Graph, node: Any) -> list[str]:
     """Names of a node's inputs that are activations."""
     return [t.name for t in node.inputs if not t.is_empty() and not graph.is_constant(t.name)]

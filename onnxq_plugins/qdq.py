@@ -16,9 +16,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxq_plugins.graph import Graph, Layer
-from onnxq_plugins.planning import activation_inputs, input_key, result_of
+from onnxq_plugins.planning import activation_inputs, input_key, layer_input, result_of
 from onnxq_plugins.spec import Array, Plan, QuantSpec, step
 from onnxq_plugins.target import Rule, Target, granularity
+
+# onnxruntime fuses a Gemm or MatMul with these before it looks for integer kernels, if they are its only reader.
+_FUSED_IN_FLOAT = frozenset({"Add", "Clip", "Elu", "HardSigmoid", "LeakyRelu", "Relu", "Selu", "Sigmoid", "Softplus",
+                             "Softsign", "Tanh", "ThresholdedRelu"})
 
 
 def export(graph: Graph, plan: Plan, target: Target) -> onnx.ModelProto:
@@ -39,8 +43,9 @@ def integer_nodes(graph: Graph, plan: Plan, target: Target) -> set[str]:
         if not inputs or not all(input_key(graph, plan, name) for name in inputs):
             continue
         if node.name in layers:
-            fits = layers[node.name].weight in plan and (node.op not in target.output_scale
-                                                         or result_of(graph, node) in plan)
+            layer = layers[node.name]
+            fits = layer.weight in plan and bool(layer_input(graph, plan, target, layer)) and (
+                node.op not in target.output_scale or result_of(graph, node) in plan)
         elif node.op == "MatMul":
             fits = len(inputs) == 2
         else:
@@ -64,25 +69,29 @@ class _Writer:
         self.names |= {t.name for t in proto.initializer}
         self.dequantized: dict[str, str] = {}  # tensor -> the output of its DQ
         self.carried = self._carried()
-        self.renamed: dict[str, str] = {}
 
     def write(self) -> onnx.ModelProto:
         proto = self.model.graph
-        outputs = {o.name for o in proto.output}
+        outputs = {o.name for o in proto.output} | _subgraph_reads(proto.node)  # read by name: the DQ must bear it
         for tensor in self.graph.inputs:
             self._quantize_after(tensor, outputs)
         for node in list(proto.node):
             written = list(node.output)
             if node.name in self.layers and self.layers[node.name].weight in self.plan:
                 self._layer(node, self.layers[node.name])
+                readers = self.graph.consumers(written[0])
+                if node.op_type != "Conv" and len(readers) == 1 and readers[0].op in _FUSED_IN_FLOAT and not (
+                        result_of(self.graph, readers[0]) in self.plan or readers[0].name in self.integer):
+                    self._separate(written[0])
             else:
                 self._read_inputs(node)
-                self._separate(node)
+                if node.name in self.layers and node.input[0] in self.dequantized.values():
+                    self._separate(written[0])
             for name in written:
                 self._quantize_after(name, outputs)
         del proto.node[:]
         proto.node.extend(self.nodes)
-        used = {name for node in proto.node for name in node.input} | outputs | _subgraph_reads(proto.node)
+        used = {name for node in proto.node for name in node.input} | outputs
         kept = [t for t in proto.initializer if t.name in used]
         del proto.initializer[:]
         proto.initializer.extend(kept)
@@ -117,8 +126,9 @@ class _Writer:
         if not integer_readers and not self._made_by_integer(name):
             return
         source = name
-        if name in outputs:
-            source = self.renamed[name] = self._fresh(f"{name}_float")
+        renamed = name in outputs and maker is not None
+        if renamed:
+            source = self._fresh(f"{name}_float")
             for node in self.nodes:
                 for i, o in enumerate(node.output):
                     if o == name:
@@ -130,7 +140,7 @@ class _Writer:
         scale = self._constant(f"{key}_scale", np.asarray(spec.scale, np.float32))
         zero = self._constant(f"{key}_zero_point", np.asarray(spec.zero_point).astype(_code_type(spec)))
         codes = self._fresh(f"{name}_quantized")
-        values = name if name in outputs else self._fresh(f"{name}_dequantized")
+        values = name if renamed else self._fresh(f"{name}_dequantized")
         self._add("QuantizeLinear", [source, scale, zero], [codes])
         self._add("DequantizeLinear", [codes, scale, zero], [values])
         self.dequantized[name] = values
@@ -152,15 +162,15 @@ class _Writer:
                 node.input[i] = self.dequantized[name]
         self.nodes.append(node)
 
-    def _separate(self, node: onnx.NodeProto) -> None:
-        """A layer that stays float, between a DQ and a Q: onnxruntime would quantize its weight per tensor, without a
-        word. A Sum of one operand changes nothing, costs a copy, and is not optimized away."""
-        layer = self.layers.get(node.name)
-        if layer is None or node.input[0] not in self.dequantized.values():
+    def _separate(self, output: str) -> None:
+        """Keep the node just written apart from what follows, by a Sum of one operand: it changes nothing, costs a copy,
+        and is not optimized away. Without it onnxruntime would, without a word, quantize the weight of a layer that is
+        to stay float between a DQ and a Q (per tensor), or fuse a quantized Gemm with a float Relu into a float kernel."""
+        node = self.nodes[-1]
+        if node.op_type == "Sum":  # the bias of a weight-only layer does it already
             return
-        output = node.output[0]
-        node.output[0] = self._fresh(f"{output}_kept_float")
-        self._add("Sum", [node.output[0]], [output], name=f"{node.name}_kept_float")
+        node.output[0] = self._fresh(f"{output}_apart")
+        self._add("Sum", [node.output[0]], [output], name=self._fresh(f"{node.name}_apart"))
 
     # ---- weights -------------------------------------------------------------------------------------------------------
 
@@ -216,7 +226,8 @@ class _Writer:
         return values
 
     def _weight_only(self, node: onnx.NodeProto, layer: Layer, spec: QuantSpec) -> None:
-        """Blocked DequantizeLinear -> MatMul, which runs as MatMulNBits. Gemm becomes MatMul + Add: it does not fuse."""
+        """Blocked DequantizeLinear -> MatMul, which runs as MatMulNBits. Gemm does not fuse: it becomes MatMul and
+        Sum (not Add, which onnxruntime would make a Gemm of again)."""
         assert spec.codes is not None and spec.scale is not None and spec.block is not None
         codes, scales = spec.codes, np.asarray(spec.scale, np.float32)
         if layer.out_axis == 0:
@@ -231,13 +242,13 @@ class _Writer:
         self.nodes.pop()
         x, output = node.input[0], node.output[0]
         if x in self.dequantized.values():  # DQ, DQ -> MatMul would be taken for an integer MatMul, and then fail
-            copy = self._fresh(f"{x}_kept_float")
-            self._add("Sum", [x], [copy], name=f"{node.name}_kept_float")
+            copy = self._fresh(f"{x}_apart")
+            self._add("Sum", [x], [copy], name=self._fresh(f"{node.name}_input_apart"))
             x = copy
         if layer.bias is not None:
             product = self._fresh(f"{output}_product")
             self._add("MatMul", [x, values], [product], name=node.name)
-            self._add("Add", [product, layer.bias], [output], name=f"{node.name}_bias")
+            self._add("Sum", [product, layer.bias], [output], name=f"{node.name}_bias")
         else:
             self._add("MatMul", [x, values], [output], name=node.name)
 

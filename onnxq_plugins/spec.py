@@ -176,7 +176,7 @@ def from_range(low: Array | float, high: Array | float, spec: QuantSpec) -> Quan
     zero = np.zeros(scale.shape, np.int64)
     if not spec.symmetric:
         zero = np.clip(np.rint(-lo / scale), first, last).astype(np.int64)
-        over = np.logical_and(np.equal(lo, 0.0), scale.astype(np.float64) * last > hi)
+        over = (span > tiny) & np.equal(lo, 0.0) & (scale.astype(np.float64) * last > hi)
         scale = np.where(np.logical_and(over, not spec.pow2), np.nextafter(scale, np.float32(0)), scale)
     return replace(spec, scale=np.asarray(scale, np.float32), zero_point=zero)
 

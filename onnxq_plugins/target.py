@@ -75,7 +75,7 @@ class Target:
     def problems(self, graph: Graph, plan: Plan, inputs: dict[str, str]) -> list[str]:
         """Every layer of the plan that the target cannot express, each with the valid choices.
 
-        inputs   layer name -> the planned activation its input is read from, "" where the input stays float
+        inputs   planned layers by name -> the planned activation they read, "" for float (`planning.layer_input`)
         """
         found = []
         for layer in graph.layers:

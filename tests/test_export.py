@@ -145,11 +145,10 @@ def test_a_lone_operator_stays_float(ops):
     ("Transpose", None, {"perm": [0, 1, 3, 2]}),
     ("Reshape", [0, 8, 4, 16], {}),
     ("Slice", None, {}),
-    ("Pad", None, {}),
 ])
 def test_movers_between_layers_carry_codes(ops, op, shape, attrs):
     def build(net: Net) -> str:
-        more = {"Reshape": [shape], "Slice": [[0, 0], [4, 4], [2, 3]], "Pad": [[0, 0, 1, 1, 0, 0, 1, 1]]}.get(op, [])
+        more = {"Reshape": [shape], "Slice": [[0, 0], [4, 4], [2, 3]]}.get(op, [])
         x = net.op(op, net.op("Relu", net.conv("x", 3, 8)), *(net.constant(v, np.int64) for v in more), **attrs)
         return net.head(net.op("Relu", net.conv(x, 8, 8)), 8)
 
@@ -159,6 +158,15 @@ def test_movers_between_layers_carry_codes(ops, op, shape, attrs):
     assert found["DequantizeLinear"] == 0
     assert found["QLinearConv"] == 2
     assert error_db(model, quantized(model).model) > 30
+
+
+def test_pad_between_layers_runs_in_float_and_right(ops):
+    """onnxruntime has no integer Pad here, but both ends share one grid, so nothing is lost."""
+    model = image_net(lambda net: net.head(net.conv(net.op("Pad", net.op("Relu", net.conv("x", 3, 8)), net.constant(
+        [0, 0, 1, 1, 0, 0, 1, 1], np.int64)), 8, 8), 8))
+    result = quantized(model)
+    assert ops(result.model)["QLinearConv"] == 2
+    assert error_db(model, result.model) > 30
 
 
 def test_flatten_carries_codes_into_the_gemm(ops):
@@ -183,6 +191,23 @@ def test_matmul_between_layers_runs_as_qlinearmatmul(ops):
     found = ops(quantized(net.model(net.linear(x, 16, 8, bias=False))).model)
     assert found["QLinearMatMul"] + found["MatMulIntegerToFloat"] == 2
     assert found["MatMul"] == found["DequantizeLinear"] == 0
+
+
+@pytest.mark.parametrize("layer", ["gemm", "matmul", "matmul + bias"])
+@pytest.mark.parametrize("behind", ["Relu", "Clip", "Clip from -1", "Add", "Sigmoid", "LeakyRelu", "Identity"])
+@pytest.mark.parametrize("recipe", ["int8", "weight-only"])
+def test_what_stays_float_behind_a_layer_does_not_drag_it_along(ops, layer, behind, recipe):
+    """onnxruntime fuses Gemm + Relu and MatMul + Add into float kernels before it looks for integer ones."""
+    net = Net(["N", 32])
+    x = net.gemm("x", 32, 32) if layer == "gemm" else net.linear("x", 32, 32, bias="bias" in layer)
+    x = (net.clip(x, low=-1.0 if "-1" in behind else 0.0) if "Clip" in behind else
+         net.op("Add", net.op("Tanh", "x"), x) if behind == "Add" else net.op(behind, x))
+    model = net.model(net.op("Softmax", net.op("Tanh", x), axis=-1))
+    result = quantized(model, WEIGHT_ONLY if recipe == "weight-only" else {})
+    found = ops(result.model)
+    assert sum(found[kernel] for kernel in ("QGemm", "MatMulIntegerToFloat", "MatMulNBits")) == 1, found
+    assert found["DequantizeLinear"] == 0
+    assert error_db(model, result.model) > 20
 
 
 # ---- how weights are stored ---------------------------------------------------------------------------------------------
@@ -302,15 +327,6 @@ def test_weight_only_layers_run_as_matmulnbits(ops, bits, k, block):
     assert error_db(model, result.model) > (15 if bits == 4 else 35)
 
 
-@pytest.mark.parametrize("behind", ["Relu", "Clip", "Sigmoid", "Tanh", "Identity"])
-def test_weight_only_gemm_fuses_whatever_follows(ops, behind):
-    net = Net(["N", 64])
-    x = net.gemm("x", 64, 40)
-    x = net.clip(x) if behind == "Clip" else net.op(behind, x)
-    found = ops(quantized(net.model(net.linear(x, 40, 6, bias=False)), WEIGHT_ONLY).model)
-    assert found["MatMulNBits"] == 2, found
-
-
 def test_weight_only_tokens(ops):
     model = transformer()
     result = quantized(model, {**WEIGHT_ONLY, "weights": {"bits": 8, "block": 16}})
@@ -340,8 +356,7 @@ def test_a_float_layer_between_quantized_ones_stays_float(ops, rule):
     samples = feeds(model, 8, seed=1)
     exact, kept, taken = (outputs(m, samples, optimize)[0] for m, optimize in
                           ((bare, False), (result.model, True), (bare, True)))
-    assert runtime.sqnr(exact, kept) > 80 > runtime.sqnr(exact, kept) - 200
-    assert np.abs(exact - taken).max() > np.abs(exact - kept).max()
+    assert runtime.sqnr(exact, kept) > 130 > runtime.sqnr(exact, taken)
 
 
 def test_a_float_layer_computes_with_its_float_weight():
@@ -384,6 +399,18 @@ def test_a_weight_only_matmul_between_quantized_ones_stays_weight_only(ops):
     found = ops(result.model)
     assert found["MatMulNBits"] == 1, found
     assert found["QGemm"] == 2
+    assert error_db(model, result.model) > 30
+
+
+def test_a_weight_only_layer_may_share_its_input_with_an_integer_one(ops):
+    """Query, key and value of a transformer read one tensor; each follows its own rule."""
+    net = Net(["N", 4, 32])
+    x = net.op("Tanh", "x")
+    model = net.model(net.op("Softmax", net.op("Mul", net.linear(x, 32, 32), net.linear(x, 32, 32)), axis=-1))
+    rule = {"match": "matmul1", "weights": {"block": 32}, "activations": {"bits": 32}}
+    result = quantized(model, {"layer": [rule]})
+    found = ops(result.model)
+    assert (found["MatMulNBits"], found["QGemm"]) == (1, 1), found
     assert error_db(model, result.model) > 30
 
 
@@ -492,6 +519,23 @@ def test_names_shapes_and_metadata_are_kept():
     assert error_db(model, made) > 30
 
 
+def test_an_input_that_is_an_output_too():
+    net = Net(["N", 3, 8, 8])
+    model = net.model(net.conv("x", 3, 4))
+    model.graph.output.append(model.graph.input[0])
+    assert error_db(model, quantized(model).model) > 30
+
+
+@pytest.mark.parametrize(("rows", "beta"), [(3, 0.5), (8, 1.0)])
+def test_a_gemm_with_a_bias_per_row(rows, beta):
+    """ONNX lets C be [M, 1]; with M = N it must not be taken for a bias per column."""
+    net = Net([rows, 32])
+    model = net.model(net.op("Gemm", "x", net.weight(32, 8), net.weight(rows, 1), beta=beta))
+    result = quantized(model)
+    assert error_db(model, result.model) > 30
+    assert error_db(model, result.model, optimize=False) > 30
+
+
 @pytest.mark.parametrize("name", sorted(ZOO))
 @pytest.mark.parametrize("recipe", ["int8", {}])
 def test_every_toy_model_is_valid_and_runs_alike_with_and_without_optimization(name, recipe):
@@ -544,7 +588,7 @@ def random_model(steps: list[str], seed: int) -> onnx.ModelProto:
     return net.model(net.head(x, c))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=8), st.integers(0, 2**16))
 def test_random_graphs(steps, seed):
     model = random_model(steps, seed)
@@ -557,6 +601,41 @@ def test_random_graphs(steps, seed):
     optimized, plain = outputs(result.model, samples)[0], outputs(result.model, samples, optimize=False)[0]
     # kernels may round ties apart by one code, which is far below what quantization itself adds
     assert runtime.sqnr(plain, optimized) > 35
+    assert runtime.sqnr(outputs(model, samples)[0], optimized) > 20
+
+
+def random_mlp(steps: list[str], tokens: bool, seed: int) -> onnx.ModelProto:
+    net = Net(["N", 4, 16] if tokens else ["N", 16], seed)
+    x = first = net.linear("x", 16, 16)
+    for step in steps:
+        if step in ("linear", "bare linear"):
+            x = net.linear(x, 16, 16, bias=step == "linear")
+        elif step == "layernorm":
+            x = net.op("LayerNormalization", x, net.weight(16), net.weight(16), axis=-1)
+        elif step == "gelu":
+            x = net.gelu_tanh(x)
+        elif step == "clip":
+            x = net.clip(x)
+        elif step in ("Add", "Mul"):
+            x = net.op(step, x, first)
+        else:
+            x = net.op(step, x)
+    return net.model(net.linear(x, 16, 16))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.sampled_from(("linear", "bare linear", "layernorm", "gelu", "clip", "Relu", "Add", "Mul", "Tanh")),
+                max_size=7), st.booleans(), st.sampled_from(["int8", "weight-only"]), st.integers(0, 2**16))
+def test_random_mlps(steps, tokens, recipe, seed):
+    model = random_mlp(steps, tokens, seed)
+    weight_only = {"activations": {"bits": 32}, "weights": {"block": 16}}
+    result = quantize(model, weight_only if recipe == "weight-only" else "int8", feeds(model, 12), workers=1, verify=True)
+    onnx.checker.check_model(result.model, full_check=True)
+    assert {row["kernel"] for row in result.report["layers"]} <= (
+        {"MatMulNBits"} if recipe == "weight-only" else {"QGemm", "QLinearMatMul", "MatMulIntegerToFloat"})
+    samples = feeds(model, 6, seed=1)
+    optimized, plain = outputs(result.model, samples)[0], outputs(result.model, samples, optimize=False)[0]
+    assert runtime.sqnr(plain, optimized) > 30  # MatMulNBits rounds activations to 8 bits by itself
     assert runtime.sqnr(outputs(model, samples)[0], optimized) > 20
 
 

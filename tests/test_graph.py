@@ -12,7 +12,20 @@ from onnx import helper
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import load
 from onnxq_plugins.runtime import drift
-from tests.zoo import ZOO, Net, cnn, feeds, mlp, mobilenet, resnet20, run, shared_weights, transformer, written_out
+from tests.zoo import (
+    ZOO,
+    Net,
+    batch,
+    cnn,
+    feeds,
+    mlp,
+    mobilenet,
+    resnet20,
+    run,
+    shared_weights,
+    transformer,
+    written_out,
+)
 
 
 def ops(graph):
@@ -22,12 +35,17 @@ def ops(graph):
 def imported(model):
     """The canonical graph, after checking that it computes what `model` does, in the same shapes."""
     graph = load(model)
-    for feed in feeds(model, 3):
+    samples = feeds(model, 3)
+    for feed in (*samples, batch(samples)) if has_dynamic_batch(model) else samples:
         for optimize in (True, False):
             before, after = run(model, feed, optimize), run(graph, feed, optimize)
             assert [a.shape for a in before] == [a.shape for a in after]
             assert drift(before, after) < 1e-4
     return graph
+
+
+def has_dynamic_batch(model):
+    return model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "N"
 
 
 def documented(model):
@@ -317,7 +335,7 @@ def test_batchnorm_behind_groups(op, shape, attrs, bias):
 
 def test_batchnorm_behind_gemm():
     net = Net(["N", 6])
-    graph = imported(net.model(net.op("Relu", net.batchnorm(net.gemm("x", 6, 9, trans_b=0), 9))))
+    graph = imported(net.model(net.op("Relu", net.batchnorm(net.gemm("x", 6, 9, trans_b=0), 9, epsilon=0.5))))
     assert ops(graph) == {"Gemm": 1, "Relu": 1}
 
 
@@ -503,6 +521,14 @@ def test_layernorm_with_an_inner_value_read_elsewhere():
     imported(net.model(y, variance, divided))
 
 
+def test_variance_of_something_else():
+    net = Net(["N", 5, 8])
+    d, e = (net.op("Sub", t, net.op("ReduceMean", t, axes=[-1])) for t in ("x", net.op("Abs", "x")))
+    variance = net.op("ReduceMean", net.op("Mul", e, e), axes=[-1])
+    y = net.op("Div", d, net.op("Sqrt", net.op("Add", variance, c(net, 1e-5))))
+    assert "LayerNormalization" not in ops(imported(net.model(y)))
+
+
 def test_cubes_are_no_variance():
     net = Net(["N", 5, 8])
     d = net.op("Sub", "x", net.op("ReduceMean", "x", axes=[-1]))
@@ -557,6 +583,14 @@ def test_operators_behind_flattened_matmul(op, shape):
     net = Net(["N", 5, 6])
     x = net.op("Relu", net.linear("x", 6, 9))
     x = net.op(op, *([x, net.weight(*shape)] if op != "Div" else [net.weight(*shape), net.op("Exp", x)]))
+    imported(net.model(net.linear(x, 9, 4)))
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_activations_that_are_broadcast_behind_flattened_matmul(axis):
+    net = Net(["N", 5, 6])
+    x = net.linear("x", 6, 9)
+    x = net.op("Sub", x, net.op("ReduceMean", x, axes=[axis]))
     imported(net.model(net.linear(x, 9, 4)))
 
 

@@ -154,6 +154,8 @@ def test_affine_range_holds_zero_exactly(a, b, bits, pow2):
     spec = from_range(min(a, b), max(a, b), QuantSpec(bits, symmetric=False, pow2=pow2))
     assert 0 <= spec.zero_point <= 2**bits - 1
     assert fake(np.zeros(3, np.float32), spec).tolist() == [0, 0, 0]
+    bottom, top = decode(np.array([0, 2**bits - 1]), spec)
+    assert bottom <= min(a, b) + spec.scale * 0.501 and top >= max(a, b) - spec.scale * 0.501
 
 
 @examples(300)

@@ -49,10 +49,10 @@ class Net:
         inputs = [self.weight(cout, cin // groups, *[k] * rank, fan_in=cin // groups * k**rank)]
         return self.op("Conv", x, *inputs, *([self.weight(cout)] if bias else []), group=groups, **attrs)
 
-    def batchnorm(self, x: str, channels: int) -> str:
+    def batchnorm(self, x: str, channels: int, **attrs: float) -> str:
         gamma, variance = self.rng.uniform(0.5, 1.5, (2, channels))
         beta, mean = self.rng.normal(size=(2, channels)) / 4
-        return self.op("BatchNormalization", x, *(self.constant(v) for v in (gamma, beta, mean, variance)))
+        return self.op("BatchNormalization", x, *(self.constant(v) for v in (gamma, beta, mean, variance)), **attrs)
 
     def clip(self, x: str, low: float = 0.0, high: float = 6.0) -> str:
         return self.op("Clip", x, self.constant(low), self.constant(high))
@@ -103,6 +103,11 @@ def feeds(model: onnx.ModelProto, n: int, seed: int = 0) -> list[dict[str, np.nd
     rng = np.random.default_rng(seed)
     shapes = {i.name: [d.dim_value or 1 for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
     return [{name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(n)]
+
+
+def batch(samples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Several feeds as one."""
+    return {name: np.concatenate([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def run(model: object, feed: dict[str, np.ndarray], optimize: bool = True) -> list[np.ndarray]:

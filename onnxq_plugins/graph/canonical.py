@@ -45,7 +45,7 @@ def split_shared_weights(graph: Graph) -> None:
 
 
 def normalize_gemm(graph: Graph) -> None:
-    """alpha and beta of a Gemm move into its weight and bias; a bias is always one vector [N]."""
+    """alpha and beta of a Gemm move into its weight and bias; a bias is one vector [N], any other an Add behind."""
     for layer in [layer for layer in graph.layers if layer.op == "Gemm"]:
         node = graph.producer(layer.output)
         assert node is not None
@@ -53,11 +53,16 @@ def normalize_gemm(graph: Graph) -> None:
         if alpha != 1.0:
             graph.set_constant(layer.weight, graph.constant(layer.weight) * np.float32(alpha))
         if layer.bias is not None:
-            bias, n = graph.constant(layer.bias), layer.shape[layer.out_axis]
-            if bias.size in (1, n):
-                graph.set_constant(layer.bias, np.broadcast_to(bias.ravel() * np.float32(beta), (n,)))
-            else:  # one bias per row of the batch: leave the layer as it was
-                node.attrs.update(alpha=1.0, beta=beta)
+            bias, n = graph.constant(layer.bias) * np.float32(beta), layer.shape[layer.out_axis]
+            if bias.size == 1 or bias.shape in ((n,), (1, n)):
+                graph.set_constant(layer.bias, np.broadcast_to(bias.ravel(), (n,)))
+            else:  # one per sample
+                graph.set_constant(layer.bias, bias)
+                output, product = node.outputs[0], graph.add_variable(f"{layer.name}_product", like=node.outputs[0])
+                addend = node.inputs.pop()
+                node.outputs[0] = product
+                graph.add_node("Add", f"{layer.name}_bias", [product, addend], [output], before=node)
+    graph.tidy()
 
 
 def fold_batchnorm(graph: Graph) -> None:
@@ -69,6 +74,8 @@ def fold_batchnorm(graph: Graph) -> None:
             continue
         layer = next((y for y in graph.layers if y.output == node.inputs[0].name), None)
         if layer is None or len(graph.consumers(layer.output)) > 1 or layer.output in graph.outputs:
+            continue
+        if layer.op == "MatMul":  # on tokens BatchNormalization is over axis 1, not over the outputs, and MatMul has no bias
             continue
         gamma, beta, mean, variance = (graph.constant(t.name).astype(np.float64) for t in node.inputs[1:5])
         factor = gamma / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
@@ -337,6 +344,8 @@ def _matmul_to_gemm(graph: Graph, node: gs.Node, flat: dict[str, gs.Tensor]) -> 
     add, n = readers[0], weight.values.shape[1]
     _, bias = _variable_and_constant(add)
     if bias is None or bias.values.size != n or bias.values.shape[-1] != n:
+        return
+    if x.shape is None or bias.values.ndim > len(x.shape):  # the sum has more axes than the product
         return
     output = add.outputs[0]
     bias = graph.add_constant(f"{bias.name}_vector", bias.values.reshape(n)) if bias.values.ndim > 1 else bias

@@ -183,6 +183,9 @@ class Graph:
                 return None
             if node.op == "MatMul" or not attrs.get("transB", 0):
                 out_axis, in_axis = 1, 0
+        channels = shape[1] * groups if node.op == "ConvTranspose" else shape[out_axis]
+        if bias is not None and tuple(bias.shape) != (channels,) and node.op != "Gemm":
+            return None
         output = node.outputs[0]
         after = self.elided_activation(output.name)
         return Layer(node.name, node.op, x.name, output.name, after.outputs[0].name if after else output.name,

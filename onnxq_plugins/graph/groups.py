@@ -79,6 +79,7 @@ _POINTWISE = {"Clip", "Sigmoid", "Tanh", "Gelu", "Erf", "HardSwish", "HardSigmoi
               "Sqrt", "Mish", "Softsign", "Abs", "Neg", "Cast"}
 _POOLS = {"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool"}
 _REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2"}
+_DYNAMIC = 1_000_003  # stands for a dynamic size: a prime that divides nothing
 Key = tuple[str, int, Role, tuple[int, int] | None]
 
 
@@ -93,6 +94,7 @@ class _Walk:
         self.links: list[tuple[Array, Array]] = []
         self.pinned: list[Array] = []
         self.todo: list[tuple[gs.Tensor, int]] = []
+        self.coarse: list[tuple[gs.Tensor, int, gs.Tensor, list[int]]] = []  # (merged axis, its tensor, finer tensor, axes)
         self.layers = {layer.name: layer for layer in graph.layers}
         self.main = {id(node) for node in graph.nodes}
 
@@ -102,7 +104,9 @@ class _Walk:
             for tensor in (x, y):
                 if tensor.shape is not None:
                     self.ids(tensor, 1 if layer.op.startswith("Conv") else len(tensor.shape) - 1)
-        while self.todo:
+        while self.todo or self.adopt():
+            if not self.todo:
+                continue
             tensor, axis = self.todo.pop()
             if tensor in self.graph._graph.inputs or tensor in self.graph._graph.outputs:
                 self.pin(tensor, axis)
@@ -112,6 +116,17 @@ class _Walk:
                 else:
                     self.visit(node, tensor, axis)
         return self.cut()
+
+    def adopt(self) -> bool:
+        """Settle the Reshapes whose finer side no one has reached: follow its innermost axis, or pin; True if any."""
+        waiting = [w for w in self.coarse if not any((w[2].name, b, "output", None) in self.start for b in w[3])]
+        down = [w for w in waiting if w[3] and any(w[2] is y for reader in w[0].outputs for y in reader.outputs)]
+        self.coarse = [w for w in waiting if w not in down] if down else []
+        for _, _, other, fine in down:  # a split into heads, say
+            self.ids(other, fine[-1])
+        for tensor, axis, _, _ in [] if down else waiting:
+            self.pin(tensor, axis)
+        return bool(waiting)
 
     # elements
 
@@ -146,23 +161,32 @@ class _Walk:
         matrix = coo_array((np.ones(len(a), bool), (a, b)), shape=(self.total, self.total))
         _, component = connected_components(matrix, directed=False)
         frozen = set(component[np.concatenate(self.pinned)].tolist()) if self.pinned else set()
-        visits: dict[int, list[tuple[int, int]]] = defaultdict(list)  # component -> (place, how often)
         keys = list(self.start)
-        for place, key in enumerate(keys):
+        place = np.repeat(np.arange(len(keys)), [self.count[key] for key in keys])
+        # the how-manieth element of its component at its place: two components can trade places only if their links
+        # run between the same ranks
+        order = np.lexsort((np.arange(self.total), component, place))
+        same = np.r_[False, (place[order][1:] == place[order][:-1]) & (component[order][1:] == component[order][:-1])]
+        starts = np.maximum.accumulate(np.where(same, 0, np.arange(self.total)))
+        rank_of = np.empty(self.total, np.int64)
+        rank_of[order] = np.arange(self.total) - starts
+        print_of = _fingerprints(component, place, rank_of, a, b)
+        visits: dict[int, list[tuple[int, int]]] = defaultdict(list)  # component -> (place, how often)
+        for at, key in enumerate(keys):
             found, counts = np.unique(component[self.start[key]:self.start[key] + self.count[key]], return_counts=True)
             for c, n in zip(found.tolist(), counts.tolist(), strict=True):
-                visits[c].append((place, n))
-        alike: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
-        for c, signature in visits.items():
+                visits[c].append((at, n))
+        alike: dict[tuple[int, tuple[tuple[int, int], ...]], list[int]] = defaultdict(list)
+        for c, visited in visits.items():
             if c not in frozen:
-                alike[tuple(signature)].append(c)
+                alike[int(print_of[c]), tuple(visited)].append(c)
         groups = []
-        for places, components in alike.items():
+        for (_, places), components in alike.items():
             members = []
             rank = {c: i for i, c in enumerate(components)}
-            for place, times in places:
-                name, axis, role, rows = keys[place]
-                of = component[self.start[keys[place]]:self.start[keys[place]] + self.count[keys[place]]]
+            for at, times in places:
+                name, axis, role, rows = keys[at]
+                of = component[self.start[keys[at]]:self.start[keys[at]] + self.count[keys[at]]]
                 index = np.empty((len(components), times), np.int64)
                 filled = np.zeros(len(components), np.int64)
                 for position, c in enumerate(of.tolist()):
@@ -203,12 +227,10 @@ class _Walk:
                 self.link(self.ids(y, axis), self.ids(x, perm[axis]))
         elif op == "LayerNormalization":
             self.visit_layernorm(node, tensor, axis)
-        elif op == "BatchNormalization" and axis == 1:
-            self.same(node, tensor, axis, homogeneous=False)
-            self.follow(node.inputs[1:5], node.inputs[0], axis)
-        elif op == "PRelu":
-            self.same(node, node.inputs[0], axis) if tensor is not node.inputs[1] else None
-            self.follow(node.inputs[1:2], node.inputs[0], axis)
+        elif op in ("BatchNormalization", "PRelu"):
+            if tensor is node.inputs[0] or tensor is node.outputs[0]:
+                self.same(node, tensor, axis, homogeneous=op == "PRelu")
+                self.follow(node.inputs[1:], node.inputs[0], axis, channels=op == "BatchNormalization")
         elif op in _REDUCTIONS:
             self.visit_reduction(node, tensor, axis)
         elif op == "Expand" and node.inputs[0].shape and node.outputs[0].shape:
@@ -233,16 +255,16 @@ class _Walk:
         else:
             self.link(self.ids(node.inputs[0], axis), self.ids(node.outputs[0], axis))
 
-    def follow(self, parameters: Sequence[gs.Tensor], tensor: gs.Tensor, axis: int) -> None:
-        """Per-channel parameters that move with the channels but do not scale with them."""
-        if self.kind == "rescale":
+    def follow(self, parameters: Sequence[gs.Tensor], tensor: gs.Tensor, axis: int, channels: bool) -> None:
+        """Parameters that move with the channels but do not scale with them: vectors over axis 1 (`channels`), or
+        arrays that broadcast against the tensor."""
+        if self.kind == "rescale" or (channels and axis != 1):
             return
-        channels = tensor.shape[axis]
         for p in parameters:
-            at = next((i for i, n in enumerate(p.shape or ()) if n == channels and channels > 1), None)
-            if at is not None:
+            at = 0 if channels else axis - len(tensor.shape) + len(p.shape or ())
+            if at >= 0 and p.shape[at] == tensor.shape[axis]:
                 self.link(self.ids(tensor, axis), self.ids(p, at))
-            elif not (isinstance(p, gs.Constant) and p.values.size == 1):
+            elif not isinstance(p, gs.Constant) or (at >= 0 and p.shape[at] != 1):
                 self.pin(tensor, axis)
 
     def visit_layer(self, layer: Layer, node: gs.Node, tensor: gs.Tensor, axis: int) -> None:
@@ -407,17 +429,17 @@ class _Walk:
         other = y if tensor is x else x
         mine, theirs = _numbers(tensor.shape, other.shape), _numbers(other.shape, tensor.shape)
         size, inner = mine[axis], int(np.prod(mine[axis + 1:]))
+        finer = []
         for b, n in enumerate(theirs):
             stride = int(np.prod(theirs[b + 1:]))
-            if inner >= stride and inner % stride == 0 and n % (size * (inner // stride)) == 0 and n < 10**5:
+            if inner >= stride and inner % stride == 0 and n % (size * (inner // stride)) == 0 and n != _DYNAMIC:
                 k = inner // stride  # mine is inside theirs: position = outer * size * k + channel * k + j
                 self.link(self.ids(tensor, axis)[np.arange(n) // k % size], self.ids(other, b))
                 return
             if stride >= inner and stride % inner == 0 and size % (n * (stride // inner)) == 0 and n > 1:
-                k = stride // inner
-                self.link(self.ids(other, b)[np.arange(size) // k % n], self.ids(tensor, axis))
-                return
-        self.pin(tensor, axis)
+                finer.append(b)
+        # mine merges finer axes: each of them links from its own side, which of them hold channels only they know
+        self.coarse.append((tensor, axis, other, finer))
 
     def visit_layernorm(self, node: gs.Node, tensor: gs.Tensor, axis: int) -> None:
         x, y, parameters = node.inputs[0], node.outputs[0], node.inputs[1:]
@@ -454,6 +476,24 @@ class _Walk:
             self.link(self.ids(x, at), self.ids(y, kept.index(at)))
 
 
+def _fingerprints(component: Array, place: Array, rank: Array, a: Array, b: Array) -> Array:
+    """One number per component: a hash of its links as (place, rank) pairs, whatever their order and direction."""
+    ends = np.stack([place, rank], axis=1).astype(np.uint64)
+
+    def mix(x: Array) -> Array:  # splitmix64
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(x ^ (x >> np.uint64(31)))
+
+    with np.errstate(over="ignore"):
+        own = mix(mix(ends[:, 0] + np.uint64(1)) + ends[:, 1])
+        low, high = np.minimum(own[a], own[b]), np.maximum(own[a], own[b])
+        links = np.unique(np.stack([component[a].astype(np.uint64), mix(mix(low) + high)], axis=1), axis=0)
+        prints = np.zeros(int(component.max()) + 1, np.uint64)
+        np.add.at(prints, links[:, 0].astype(np.int64), links[:, 1])
+    return prints
+
+
 def _is_relu(node: gs.Node) -> bool:
     bounds = [t.values.item() for t in node.inputs[1:] if isinstance(t, gs.Constant)]
     return all(b in (0.0, np.inf, -np.inf) or abs(b) > 1e30 for b in bounds) and len(bounds) == sum(
@@ -463,7 +503,7 @@ def _is_relu(node: gs.Node) -> bool:
 def _numbers(shape: Sequence[int | str | None], other: Sequence[int | str | None]) -> list[int]:
     """Axes as numbers; one dynamic axis becomes a large prime, so that products with it can be compared. A dynamic
     axis that merges others (as -1 in a Reshape does) becomes whatever makes both shapes hold the same count."""
-    prime = 1_000_003
+    prime = _DYNAMIC
     numbers = [n if isinstance(n, int) else prime for n in shape]
     partner = [n if isinstance(n, int) else prime for n in other]
     if None in shape and None not in other:

@@ -47,11 +47,11 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
     if float32 and _half(proto):
         proto = _to_float32(proto)
         notes.append("half-precision weights were converted to float32")
-    if proto.ir_version < 4:  # there, weights are inputs too
-        constants = {t.name for t in proto.graph.initializer}
-        inputs = [i for i in proto.graph.input if i.name not in constants]
-        del proto.graph.input[:]
-        proto.graph.input.extend(inputs)
+    constants = {t.name for t in proto.graph.initializer}
+    inputs = [i for i in proto.graph.input if i.name not in constants]  # weights that a caller could override
+    del proto.graph.input[:]
+    proto.graph.input.extend(inputs)
+    proto.ir_version = max(proto.ir_version, 4)
     _name_nodes(proto.graph)
     proto = _raise_opset(proto, where, notes)
     _name_nodes(proto.graph)  # those the converter added
