@@ -51,9 +51,9 @@ class LayerRule:
     """
 
     match: str = "*"
-    op: str = ""
-    kind: str = ""
-    position: str = ""
+    op: Literal["", "Conv", "ConvTranspose", "Gemm", "MatMul", "Attention"] = ""
+    kind: Literal["", "dense", "grouped", "depthwise"] = ""
+    position: Literal["", "first", "last"] = ""
     quantize: bool | None = None
     weights: Mapping[str, Any] = field(default_factory=dict)
     activations: Mapping[str, Any] = field(default_factory=dict)
@@ -278,7 +278,7 @@ def _fit(value: Any, hint: Any) -> Any:
 
 def _type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(v) for v in get_args(hint))
+        return "one of " + ", ".join(repr(v) for v in get_args(hint) if v != "")
     if get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_type_name(h) for h in get_args(hint))
     if get_origin(hint) is tuple:

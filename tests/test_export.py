@@ -437,6 +437,16 @@ def test_control_flow_stays_float_and_runs(ops):
     assert found["QLinearConv"] == 2, "the convolution whose output the branches read"
 
 
+def test_control_flow_may_read_the_models_input():
+    model = control_flow()
+    for attribute in model.graph.node[4].attribute:
+        body = attribute.g
+        body.node.insert(0, helper.make_node("ReduceMean", ["x"], [f"{body.name}_mean"], keepdims=0))
+        body.node[1].input[1] = f"{body.name}_mean"
+    onnx.checker.check_model(model)
+    assert error_db(model, quantized(model).model) > 30
+
+
 @pytest.mark.parametrize("quantize_it", [True, False])
 def test_products_of_two_activations_are_integer_on_request(ops, quantize_it):
     model = transformer()
