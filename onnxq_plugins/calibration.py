@@ -149,7 +149,7 @@ class Calibration:
         """Range and channel means together: the reductions cost a fraction of the run, and whoever asks for the ranges
         of a model's activations mostly wants the means of its layers' inputs next."""
         inputs = [y.input for y in self.graph.layers] if len(names) > 1 else []
-        return self._reduced("summary", [*names, *inputs], [("low", "ReduceMin", False), ("high", "ReduceMax", False),
+        return self._reduced("ranges", [*names, *inputs], [("low", "ReduceMin", False), ("high", "ReduceMax", False),
                                                             ("sum", "ReduceSum", True)])
 
     # ---- the fold -------------------------------------------------------------------------------------------------------

@@ -240,7 +240,9 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
             row |= {"weights": spec.describe(), "bits_per_weight": round(qdq.stored_bits(layer, spec), 3)}
         why = report["floats"].get(layer.name) or (entry.why if entry and not entry.quantized else "")
         rows.append(row | ({"why_float": why} if why else {}))
-    before, after = job.graph.model().ByteSize(), model.ByteSize()
+    weights: dict[str, Array] = {}
+    before = job.graph.model(weights).ByteSize() + sum(w.nbytes for w in weights.values())
+    after = model.ByteSize()
     report |= {"recipe": job.recipe.to_dict(), "layers": rows, "bytes": {"float": before, "quantized": after},
                "kernels": kernels.counts(), "machine": {"python": platform.python_version(),
                                                         "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}

@@ -60,7 +60,8 @@ class _Writer:
         self.graph, self.plan, self.target = graph, plan, target
         self.integer = integer_nodes(graph, plan, target)
         self.layers = {layer.name: layer for layer in graph.layers}
-        self.model = graph.model()
+        self.floats: dict[str, Array] = {}  # most are replaced by codes: only what stays float is copied, at the end
+        self.model = graph.model(self.floats)
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[tuple[Any, ...], str] = {}  # content -> name: equal constants are stored once
         self.made: list[TensorProto] = []
@@ -92,7 +93,8 @@ class _Writer:
         del proto.node[:]
         proto.node.extend(self.nodes)
         used = {name for node in proto.node for name in node.input} | outputs
-        kept = [t for t in proto.initializer if t.name in used]
+        kept = [numpy_helper.from_array(self.floats[t.name], t.name) if t.name in self.floats else t
+                for t in proto.initializer if t.name in used]
         del proto.initializer[:]
         proto.initializer.extend(kept)
         proto.initializer.extend(self.made)

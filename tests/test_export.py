@@ -567,6 +567,15 @@ def test_any_batch_size(dynamic):
     assert runtime.session(result.model).run(None, {"x": batch})[0].shape == (len(batch), 10)
 
 
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_the_audit_names_the_kernel_of_every_layer(name):
+    """Float models too, whose convolutions onnxruntime renames when it changes their memory layout."""
+    for model in (ZOO[name](), quantized(ZOO[name]()).model):
+        kernels = {y.kernel for y in audit_model(model).layers}
+        assert kernels <= {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "QLinearConv",
+                           "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}
+
+
 # ---- random graphs ------------------------------------------------------------------------------------------------------
 
 STEPS = ("conv", "pointwise", "bare conv", "strided", "depthwise", "relu", "clip", "add", "flipped add", "concat", "maxpool",

@@ -73,7 +73,10 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
                              if n.doc_string)
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
     logging.getLogger("onnx_graphsurgeon").setLevel(logging.ERROR)
-    graph = Graph(gs.import_onnx(proto), header, notes=notes)
+    imported = gs.import_onnx(proto)
+    # a part of a message keeps the whole of it in memory, weights and all
+    imported.import_domains = [onnx.helper.make_opsetid(o.domain, o.version) for o in proto.opset_import]
+    graph = Graph(imported, header, notes=notes)
     del proto, inferred
     graph.load_constants()
     canonicalize(graph, flatten)

@@ -1,0 +1,79 @@
+"""What the documentation shows, runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import onnxq_plugins as onnxq
+from onnxq_plugins.cli import app
+from onnxq_plugins.digits import digits_model_path, digits_split
+from onnxq_plugins.plugins import find_plugins
+from onnxq_plugins.recipe import builtin_recipes, parse
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+
+
+def test_python_example_of_the_readme(tmp_path, monkeypatch):
+    code, = blocks(ROOT / "README.md", "python")
+    monkeypatch.chdir(tmp_path)
+    Path("model.onnx").write_bytes(digits_model_path().read_bytes())
+    samples = digits_split()["calibration_images"][:, None]
+    exec(code.replace('"input"', '"image"'), {"samples": samples})
+    assert Path("model.int8.onnx").is_file()
+
+
+def test_plugin_example(monkeypatch):
+    code, = blocks(ROOT / "docs" / "plugins.md", "python")
+    module = types.ModuleType("acme")
+    monkeypatch.setitem(sys.modules, "acme", module)
+    exec(code, module.__dict__)
+    data = digits_split()["calibration_images"][:8]
+    result = onnxq.quantize(digits_model_path(), {"pass": [{"use": "acme.halve", "limit": 500}]}, data, plugins=[module])
+    bits = [spec.bits for name, spec in result.plan.items() if spec.codes is not None]
+    assert bits.count(4) == result.report["steps"][0]["told"]["layers"] > 0 and bits.count(8) > 0
+
+
+def test_recipe_example_is_valid():
+    recipe, = blocks(ROOT / "docs" / "recipes.md", "toml")
+    made = parse(tomllib.loads(recipe), find_plugins().passes)
+    assert [step.name for step in made.passes] == ["ranges"] and len(made.layers) == 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_and_links_exist(page):
+    text = page.read_text("utf-8")
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    used = set(re.findall(r"^onnxq (\w+)", text, re.MULTILINE)) | set(re.findall(r"`onnxq (\w+)", text))
+    assert used <= known
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_hook_pass_target_and_recipe_is_documented():
+    text = "\n".join(page.read_text("utf-8") for page in [*PAGES, ROOT / "CHANGELOG.md"])
+    found = find_plugins()
+    hooks = [name for name in dir(__import__("onnxq_plugins.hookspecs").hookspecs) if name.startswith("onnxq_")]
+    for name in [*found.passes, *found.targets, *hooks, *builtin_recipes()]:
+        assert name in text, name
+
+
+def test_numpy_is_not_needed_to_read_a_result():
+    """The report is plain values; np scalars would break json.dumps for the user."""
+    result = onnxq.quantize(digits_model_path(), "int8", digits_split()["calibration_images"][:4])
+    todo = [result.report]
+    while todo:
+        value = todo.pop()
+        assert not isinstance(value, np.generic)
+        todo += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []

@@ -1,0 +1,61 @@
+"""Real networks with labelled data from outside the repository: `pytest -m slow`, with ONNXQ_SHARED or ../shared."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import onnxq_plugins as onnxq
+from benchmarks.models import NAMES, load_case, shared_folder
+from onnxq_plugins import runtime
+
+pytestmark = pytest.mark.slow
+# largest loss of top-1 in points, least SQNR in dB: onnxruntime's own tool reaches 16.4, 30.4 and 26.9 dB
+BOUNDS = {"mobilenet_v1_0.75_224": (1.5, 20.0), "resnet20_cifar10": (0.5, 30.0), "kwt1_speechcommands12": (0.5, 35.0)}
+
+
+def case_of(name):
+    try:
+        return load_case(name, shared_folder())
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def logits(model, case):
+    return runtime.outputs(runtime.session(model), [{case.input: x[None]} for x in case.test])[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_int8_keeps_accuracy_and_runs_as_integer(name):
+    case = case_of(name)
+    result = onnxq.quantize(case.path, "int8", case.feeds(), verify=True)
+    audit = onnxq.audit_model(result.model)
+    assert all(layer.quantized for layer in audit.layers if layer.constant_weight)
+    before, after = logits(case.path, case), logits(result.model, case)
+    loss, least = BOUNDS[name]
+    assert 100 * (np.mean(before.argmax(1) == case.labels) - np.mean(after.argmax(1) == case.labels)) <= loss
+    assert runtime.sqnr(before, after) >= least
+
+
+def test_folded_and_unfolded_batchnorm_give_the_same():
+    case = case_of("mobilenet_v1_0.75_224")
+    other = case.path.with_name("mobilenet_v1_0.75_224_bn.onnx")
+    graphs = [onnxq.load(path) for path in (case.path, other)]
+    assert len(graphs[1].batchnorms) == 27 and not graphs[0].batchnorms
+    feed = [{case.input: case.test[:2]}]
+    assert runtime.drift(*(runtime.outputs(runtime.session(g.model()), feed) for g in graphs)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["permute", "rescale"])
+@pytest.mark.parametrize("name", NAMES)
+def test_channel_groups_keep_the_function(name, kind):
+    case = case_of(name)
+    graph, rng = onnxq.load(case.path), np.random.default_rng(0)
+    feed = [{case.input: case.test[:2]}]
+    before = runtime.outputs(runtime.session(graph.model()), feed)
+    for group in onnxq.channel_groups(graph, kind):
+        if kind == "permute":
+            onnxq.permute(graph, group, rng.permutation(group.size))
+        else:
+            onnxq.rescale(graph, group, np.exp(rng.uniform(-1, 1, group.size)))
+    assert runtime.drift(before, runtime.outputs(runtime.session(graph.model()), feed)) < 1e-4
