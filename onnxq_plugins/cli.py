@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +51,25 @@ Std = Annotated[str, typer.Option(help="images: standard deviation of RGB/255, o
 Layout = Annotated[str, typer.Option(help="images: nchw or nhwc; read off the model's input if not given")]
 
 
-@app.command("quantize")
+def _command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command; Ctrl-C in it ends with one line and exit code 1."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except KeyboardInterrupt:
+                _tell("interrupted; nothing was written (with --cache, finished statistics are kept)")
+                raise typer.Exit(1) from None
+
+        app.command(name)(run)
+        return function
+
+    return register
+
+
+@_command("quantize")
 def quantize_command(
     model: Model,
     output: Output = None,
@@ -73,11 +92,14 @@ def quantize_command(
 ) -> None:
     """Quantize MODEL into a QDQ model."""
     target_path = output or Path(f"{model.stem}.{Path(recipe).stem}.onnx")
-    if target_path.exists() and model.exists() and target_path.samefile(model):
-        raise OnnxqError(f"output '{target_path}' is the model itself; give another file with -o.")
-    for path in (target_path, report):
+    for option, path in (("-o", target_path), ("--report", report)):
         if path is not None:
             check_writable(path)
+            for what, given in (("model", model), ("data", Path(data))):
+                if path.exists() and given.exists() and path.samefile(given):
+                    raise OnnxqError(f"output '{path}' is the {what} itself; give another file with {option}.")
+    if report is not None and report.resolve() == target_path.resolve():
+        raise OnnxqError(f"--report and the output are both '{report}'; choose another file for one.")
     settings = [*_image_settings(resize, crop, mean, std, layout), *(set_ or [])]
     result = quantize(model, recipe, data or None, output=target_path, target=target or None, seed=seed, samples=samples,
                       workers=workers or None, cache=cache, verify=verify, float32=float32, settings=settings,
@@ -91,7 +113,7 @@ def quantize_command(
     _say(f"{target_path}: {result.summary} | {result.report['seconds']:.1f} s")
 
 
-@app.command("audit")
+@_command("audit")
 def audit_command(
     model: Model,
     against: Annotated[Path | None, typer.Option(help="the float model: measures the latency ratio, interleaved")] = None,
@@ -117,7 +139,7 @@ def audit_command(
         _say(f"{found.speedup:.2f}x the speed of {against} ({slow:.3f} -> {fast:.3f} ms, batch 1, 1 thread)")
 
 
-@app.command()
+@_command()
 def compare(
     a: Annotated[Path, typer.Argument(help="the reference, usually the float model")],
     b: Annotated[Path, typer.Argument(help="the model to judge")],
@@ -160,7 +182,7 @@ def compare(
          f"{times[1]:.3f} ms ({times[0] / times[1]:.2f}x, batch {len(next(iter(first.values())))}, 1 thread)")
 
 
-@app.command("plugins")
+@_command("plugins")
 def plugins_command(name: Annotated[str, typer.Argument(help="a pass or target: shows its documentation")] = "") -> None:
     """List the passes and targets that are installed, or explain one."""
     found = find_plugins()
@@ -189,7 +211,7 @@ def plugins_command(name: Annotated[str, typer.Argument(help="a pass or target: 
     out.print(table)
 
 
-@app.command("recipes")
+@_command("recipes")
 def recipes_command(name: Annotated[str, typer.Argument(help="a recipe: prints it")] = "") -> None:
     """List the built-in recipes, or print one (a start for your own)."""
     known = builtin_recipes()
@@ -205,7 +227,7 @@ def recipes_command(name: Annotated[str, typer.Argument(help="a recipe: prints i
     out.print(table)
 
 
-@app.command()
+@_command()
 def check(
     recipe: Annotated[str, typer.Argument(help="a built-in recipe or a file")],
     model: Annotated[Path | None, typer.Argument(help="also check that the recipe fits this model")] = None,
@@ -228,7 +250,7 @@ def check(
              f"'{model}'")
 
 
-@app.command("quickstart")
+@_command("quickstart")
 def quickstart_command(
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the models")] = Path("onnxq-quickstart"),
     recipe: RecipeName = "int8",
@@ -263,9 +285,6 @@ def main() -> None:
         _complain(error, 1)
     except OnnxqError as error:
         _complain(error, 2)
-    except KeyboardInterrupt:
-        _tell("interrupted; nothing was written (with --cache, finished statistics are kept)")
-        sys.exit(1)
 
 
 def _say(text: str | None) -> None:

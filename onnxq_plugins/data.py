@@ -55,6 +55,11 @@ class DataOptions:
     std: tuple[float, ...] = (1.0,)
     layout: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("samples", "resize", "crop"):
+            if getattr(self, name) < 0:
+                raise OnnxqError(f"{name} = {getattr(self, name)} must not be negative")
+
 
 def graph_inputs(graph: Graph) -> list[Input]:
     """The inputs of a Graph."""
@@ -168,7 +173,7 @@ def _call(name: str) -> Source:
         made: Source = getattr(importlib.import_module(module), attribute)()
         return made
     except Exception as error:  # the user's own code: any error is theirs
-        raise OnnxqError(f"data '{name}' failed: {type(error).__name__}: {error}") from error
+        raise OnnxqError(f"data '{name}' failed: {type(error).__name__}: {' '.join(str(error).split())}.") from error
 
 
 def _load_numpy(path: Path) -> dict[str, Array]:
@@ -286,6 +291,9 @@ def _pixels(file: Path, options: DataOptions, mode: str) -> Array:
         size = (max(round(image.width * ratio), 1), max(round(image.height * ratio), 1))
         image = image.resize(size, Image.Resampling.BILINEAR)
     if options.crop:
+        if min(image.size) < options.crop:
+            raise OnnxqError(f"image '{file}' ({image.width} x {image.height}) is smaller than crop = {options.crop}; "
+                             "resize it first with --resize.")
         left, top = (image.width - options.crop) // 2, (image.height - options.crop) // 2
         image = image.crop((left, top, left + options.crop, top + options.crop))
     pixels = np.asarray(image, np.float32) / np.float32(255)
@@ -305,7 +313,8 @@ def _spread(total: int, wanted: int) -> list[int]:
 def _fit(array: Array, wanted: Input, where: str) -> Array:
     """The array as the model's dtype and shape, or the sentence that says why not."""
     if array.dtype != wanted.dtype:
-        if not np.can_cast(array.dtype, wanted.dtype, "same_kind"):
+        kinds = {"i": "iu", "u": "iu"}.get(wanted.dtype.kind, wanted.dtype.kind)
+        if array.dtype.kind not in kinds:  # whole numbers for a float input are mostly raw pixels
             hint = "; convert and normalize it as the model was trained" if wanted.dtype.kind == "f" else ""
             raise OnnxqError(f"{where}: input '{wanted.name}' wants {wanted.dtype}, the data is {array.dtype}{hint}.")
         array = array.astype(wanted.dtype)

@@ -88,15 +88,21 @@ def find_plugins(extra: Iterable[object] = ()) -> Plugins:
 
 def _add(found: Plugins, plugin: object, name: str, source: str, guest: bool = True) -> None:
     """Register one plugin, or set it aside whole."""
+    label, i = name, 1
+    while found.manager.has_plugin(label):  # two packages may give their entry points one name
+        label, i = f"{name} {i + 1}", i + 1
+    registered = False
     try:
-        if found.manager.register(plugin, name) is None:
+        if found.manager.register(plugin, label) is None:
             raise ValueError("it is blocked")
+        registered = True
         found.manager.check_pending()
         hooks = {caller.name for caller in found.manager.get_hookcallers(plugin) or ()}
         passes = list(plugin.onnxq_passes()) if "onnxq_passes" in hooks else []  # type: ignore[attr-defined]
         targets = list(plugin.onnxq_targets()) if "onnxq_targets" in hooks else []  # type: ignore[attr-defined]
         for kind in passes:
-            if not (isinstance(kind, type) and issubclass(kind, Pass) and is_dataclass(kind) and kind.name):
+            if not (isinstance(kind, type) and issubclass(kind, Pass) and is_dataclass(kind) and kind.name
+                    and getattr(vars(kind).get("__dataclass_params__"), "frozen", False)):
                 raise TypeError(f"{kind!r} is not a frozen dataclass that derives from Pass and has a name")
             if guest and "." not in kind.name:
                 raise ValueError(f"pass '{kind.name}' needs a name like vendor.{kind.name}")
@@ -106,20 +112,20 @@ def _add(found: Plugins, plugin: object, name: str, source: str, guest: bool = T
         if not hooks:
             raise ValueError("it implements no hook; mark functions with @onnxq_plugins.hookimpl")
     except Exception as error:  # a plugin's own code ran
-        if found.manager.has_plugin(name):
-            found.manager.unregister(name=name)
-        _broken(found, name, " ".join(str(error).split()) or type(error).__name__)
+        if registered:
+            found.manager.unregister(name=label)
+        _broken(found, label, " ".join(str(error).split()) or type(error).__name__)
         return
     registries: tuple[tuple[str, dict[str, Any], list[Any]], ...] = (
         ("pass", found.passes, passes), ("target", found.targets, targets))
     for what, registry, items in registries:
         for item in items:
-            label = f"{what} {item.name}"
+            key = f"{what} {item.name}"
             if item.name in registry:
-                raise OnnxqError(f"{what} '{item.name}' comes from both '{found.sources[label]}' and '{source}'; "
+                raise OnnxqError(f"{what} '{item.name}' comes from both '{found.sources[key]}' and '{source}'; "
                                  "uninstall one of them.")
             registry[item.name] = item
-            found.sources[label] = source
+            found.sources[key] = source
 
 
 def _broken(found: Plugins, name: str, why: str) -> None:

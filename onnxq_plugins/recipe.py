@@ -240,7 +240,7 @@ def _build(base: Any, table: Mapping[str, Any], where: str, problems: list[str])
         return None
     try:
         return kind(**values) if isinstance(base, type) else replace(base, **values)
-    except (TypeError, ValueError) as error:  # a pass checks its own parameters
+    except (TypeError, ValueError, OnnxqError) as error:  # a pass checks its own parameters
         problems.append(f"{where}: {error}.")
         return None
 

@@ -390,16 +390,42 @@ def without_sums(model: onnx.ModelProto) -> onnx.ModelProto:
     return bare
 
 
-def test_a_weight_only_matmul_between_quantized_ones_stays_weight_only(ops):
+@pytest.mark.parametrize("layer", ["gemm", "matmul"])
+@pytest.mark.parametrize("behind", ["nothing", "Relu", "Clip", "Sigmoid", "Reshape", "Transpose"])
+def test_a_weight_only_layer_between_quantized_ones_stays_weight_only(ops, layer, behind):
+    """onnxruntime must find no Q to fuse into its MatMul, not even behind operators that Q can pass."""
     net = Net(["N", 64])
     x = net.op("Relu", net.gemm("x", 64, 64))
-    x = net.op("Relu", net.gemm(x, 64, 64))
-    model = net.model(net.gemm(x, 64, 10))
-    result = quantized(model, {"layer": [{"match": "gemm2", "weights": {"block": 32}, "activations": {"bits": 32}}]})
+    x = net.gemm(x, 64, 64) if layer == "gemm" else net.linear(x, 64, 64, bias=False)
+    k = 64
+    if behind == "Clip":
+        x = net.clip(x)
+    elif behind == "Reshape":
+        x, k = net.op("Reshape", x, net.constant([-1, 32], np.int64)), 32
+    elif behind == "Transpose":
+        x = net.op("Transpose", net.op("Reshape", x, net.constant([-1, 8, 8], np.int64)), perm=[0, 2, 1])
+        k = 8
+    elif behind != "nothing":
+        x = net.op(behind, x)
+    model = net.model(net.linear(x, k, 10, bias=False))
+    result = quantized(model, {"layer": [{"match": "*2", "weights": {"block": 32}, "activations": {"bits": 32}}]})
     found = ops(result.model)
     assert found["MatMulNBits"] == 1, found
-    assert found["QGemm"] == 2
+    assert found["QGemm"] + found["QLinearMatMul"] + found["MatMulIntegerToFloat"] == 2, found
     assert error_db(model, result.model) > 30
+
+
+@pytest.mark.parametrize("layer", ["gemm", "matmul"])
+@pytest.mark.parametrize("behind", ["Relu", "Clip"])
+@pytest.mark.parametrize("other", ["output", "reader"])
+def test_a_layer_that_others_read_beside_its_relu_stays_integer(ops, layer, behind, other):
+    net = Net(["N", 32])
+    y = net.gemm("x", 32, 32) if layer == "gemm" else net.linear("x", 32, 32, bias=False)
+    x = net.clip(y) if behind == "Clip" else net.op("Relu", y)
+    x = net.linear(x, 32, 8, bias=False)
+    model = net.model(x, y) if other == "output" else net.model(x, net.op("Softmax", y, axis=-1))
+    found = ops(quantized(model).model)
+    assert found["QGemm"] + found["QLinearMatMul"] + found["MatMulIntegerToFloat"] == 2, found
 
 
 def test_a_weight_only_layer_may_share_its_input_with_an_integer_one(ops):
