@@ -415,6 +415,14 @@ def test_a_weight_only_layer_between_quantized_ones_stays_weight_only(ops, layer
     assert error_db(model, result.model) > 30
 
 
+def test_a_float_residual_before_a_quantized_layer_is_not_fused(ops):
+    """MatMul + Add in two dimensions is a Gemm to onnxruntime, and Add's result is quantized for the next layer."""
+    net = Net(["N", 32])
+    x = net.op("Relu", net.op("Add", net.linear("x", 32, 32, bias=False), net.op("Tanh", "x")))
+    found = ops(quantized(net.model(net.linear(x, 32, 8, bias=False))).model)
+    assert found["QGemm"] + found["QLinearMatMul"] + found["MatMulIntegerToFloat"] == 2, found
+
+
 @pytest.mark.parametrize("layer", ["gemm", "matmul"])
 @pytest.mark.parametrize("behind", ["Relu", "Clip"])
 @pytest.mark.parametrize("other", ["output", "reader"])

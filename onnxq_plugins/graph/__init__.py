@@ -4,7 +4,8 @@ onnx-graphsurgeon is imported in this folder alone.
 """
 
 from onnxq_plugins.graph.core import BatchNorm, Graph, Layer
-from onnxq_plugins.graph.groups import ChannelGroup, Member, channel_groups
+from onnxq_plugins.graph.elements import ChannelGroup, Member
+from onnxq_plugins.graph.groups import channel_groups
 from onnxq_plugins.graph.importer import load
 from onnxq_plugins.graph.rewrites import permute, replace_with_sum, rescale
 

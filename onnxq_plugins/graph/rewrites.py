@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq_plugins.graph.core import Graph, Layer
-from onnxq_plugins.graph.groups import ChannelGroup
+from onnxq_plugins.graph.elements import ChannelGroup
 from onnxq_plugins.spec import Array
 
 
