@@ -138,8 +138,11 @@ def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto) -> list[LayerAud
     by_name: dict[str, str] = {}
     by_output: dict[str, str] = {}
     for node in optimized.node:
-        by_name.setdefault(re.sub(r"_token_\d+$|_nchwc$", "", node.name), node.op_type)
-        for output in node.output:
+        name = re.sub(r"_token_\d+$|_nchwc$", "", node.name)
+        by_name.setdefault(name, node.op_type)
+        if node.name.endswith("_nchwc"):  # such nodes bear the name of what they write
+            by_output[name] = node.op_type
+        for output in node.output if node.op_type != "ReorderOutput" else ():
             by_output.setdefault(re.sub(r"_token_\d+$|_nchwc$", "", output), node.op_type)
     constants = _constants(graph)
     readers: dict[str, list[onnx.NodeProto]] = {}

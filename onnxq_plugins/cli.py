@@ -32,7 +32,9 @@ from onnxq_plugins.recipe import builtin_recipes, load_recipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Quantize ONNX models so that they really run in integer kernels.")
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+# in a pipe or file there is no width to keep to
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+err = Console(stderr=True, soft_wrap=True)
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="an .onnx file", show_default=False)]
 DataPath = Annotated[str, typer.Option("--data", metavar="PATH", show_default=False, help=(
@@ -242,8 +244,7 @@ def check(
     if model is not None:
         graph = load(model, flatten=chosen.flatten)
         asked = planning.request(graph, made, chosen)
-        keys = {y.name: planning.layer_input(graph, asked.plan, chosen, y) for y in graph.layers if y.weight in asked.plan}
-        OnnxqError.check(chosen.problems(graph, asked.plan, keys))
+        OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
         for name, why in asked.floats.items():
             _say(f"float: {name}: {why}")
         _say(f"it quantizes {sum(y.weight in asked.plan for y in graph.layers)} of {len(graph.layers)} layers of "

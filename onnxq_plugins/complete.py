@@ -22,7 +22,7 @@ def complete(job: Job) -> None:
     open_ranges = [n for n, spec in job.plan.items() if not spec.solved and not job.graph.is_constant(n)]
     if open_ranges:
         ranges = job.calibration.ranges(open_ranges)
-        job.plan |= {n: from_range(*ranges[n], job.plan[n]) for n in open_ranges}
+        job.plan |= {n: activation_spec(ranges[n], job.plan[n]) for n in open_ranges}
     solved: dict[str, QuantSpec] = {}
     widened: dict[str, int] = {}
     for layer in job.graph.layers:
@@ -46,6 +46,12 @@ def complete(job: Job) -> None:
     job.plan |= solved
     if widened:
         job.report["widened"] = widened | job.report.get("widened", {})
+
+
+def activation_spec(kept: tuple[float, float], spec: QuantSpec) -> QuantSpec:
+    """The solution of an activation for a range. One that was always 0 gets [0, 1]: with the usual scale 1 for empty
+    ranges its grid would reach beyond a Clip's maximum, which keeps the layer before it in float."""
+    return from_range(*(kept if kept[1] > kept[0] or kept[0] else (0.0, 1.0)), spec.request())
 
 
 def _bias_floor(bias: Array, scale: Array, activation: float) -> Array | None:

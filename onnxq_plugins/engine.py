@@ -102,6 +102,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     options = replace(made.data, samples=samples) if samples else made.data
     read = open_data(source, graph_inputs(graph), options) if source is not None else None
     asked = planning.request(graph, made, chosen)
+    OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
     workers = workers or _cores()
     calibration = Calibration(graph, read, cache=Path(cache) if cache else None, workers=workers, track=track)
     job = Job(graph, asked.plan, calibration, chosen, made, np.random.default_rng(seed), workers,

@@ -24,9 +24,13 @@ from onnxq_plugins.target import Target, channel_block
 
 @dataclass(frozen=True)
 class Request:
-    """A plan of requests (nothing solved), and what stays float or was changed, with the reasons."""
+    """A plan of requests (nothing solved), and what stays float or was changed, with the reasons.
+
+    inputs   planned layers by name -> the planned activation they are to read, "" for weight-only
+    """
 
     plan: Plan
+    inputs: dict[str, str]
     floats: dict[str, str]
     notes: tuple[str, ...]
 
@@ -76,7 +80,10 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
             problems.append(f"recipe, layer {n + 1}: nothing matches '{rule.match}'; layers are named {names} ...")
     OnnxqError.check(problems)
     activation_request = {**integer, **dict.fromkeys(_chain(graph, target, set(integer)), recipe.activations)}
-    return Request(Plan(plan) | _activations(graph, target, activation_request), floats, tuple(notes))
+    whole = Plan(plan) | _activations(graph, target, activation_request)
+    planned = [layer for layer in graph.layers if layer.weight in plan]
+    inputs = {layer.name: input_key(graph, whole, layer.input) if layer.name in integer else "" for layer in planned}
+    return Request(whole, inputs, floats, tuple(notes))
 
 
 def input_key(graph: Graph, plan: Mapping[str, QuantSpec], name: str) -> str:

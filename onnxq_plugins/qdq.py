@@ -80,9 +80,7 @@ class _Writer:
             written = list(node.output)
             if node.name in self.layers and self.layers[node.name].weight in self.plan:
                 self._layer(node, self.layers[node.name])
-                readers = self.graph.consumers(written[0])
-                if node.op_type != "Conv" and len(readers) == 1 and readers[0].op in _FUSED_IN_FLOAT and not (
-                        result_of(self.graph, readers[0]) in self.plan or readers[0].name in self.integer):
+                if self._drawn_into_float(self.layers[node.name]):
                     self._separate(written[0])
             else:
                 self._read_inputs(node)
@@ -163,6 +161,16 @@ class _Writer:
             if name in self.dequantized and (integer or self._made_by_integer(name)):
                 node.input[i] = self.dequantized[name]
         self.nodes.append(node)
+
+    def _drawn_into_float(self, layer: Layer) -> bool:
+        """True if what reads a quantized Gemm or MatMul would draw it into a float kernel."""
+        if layer.op == "Conv" or layer.name not in self.integer:
+            return layer.op != "Conv"  # weight-only: a Q behind would do, even beyond a Reshape
+        readers = self.graph.consumers(layer.output)
+        alone = len(readers) == 1 and layer.output not in self.graph.outputs
+        absorbed = alone and (readers[0].name in self.integer or
+                              (readers[0].op in ("Relu", "Clip") and readers[0].outputs[0].name in self.plan))
+        return layer.output not in self.plan and not absorbed and any(n.op in _FUSED_IN_FLOAT for n in readers)
 
     def _separate(self, output: str) -> None:
         """Keep the node just written apart from what follows, by a Sum of one operand: it changes nothing, costs a copy,

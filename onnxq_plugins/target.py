@@ -85,10 +85,7 @@ class Target:
             key = inputs[layer.name]
             bits = plan[key].bits if key else 0
             if self.rule(layer, weight, bits) is None:
-                way = f"{bits}-bit activations" if bits else "float activations"
-                found.append(f"target '{self.name}' cannot run {layer.op} '{layer.name}' with {weight.describe()} "
-                             f"weights and {way}; it runs {self.choices(layer.op) or 'no quantized ' + layer.op}."
-                             + _help(weight))
+                found.append(self.refusal(layer, weight, bits))
         for name, spec in plan.items():
             if not graph.is_constant(name) and (spec.bits != 8 or spec.symmetric or spec.block is not None):
                 found.append(f"target '{self.name}' cannot run activation '{name}' as {spec.describe()}; it runs "
@@ -96,6 +93,12 @@ class Target:
         if graph.opset < self.opset and any(spec.bits <= 4 for spec in plan.values()):
             found.append(f"4-bit tensors need opset {self.opset}, the model has {graph.opset}; export it again.")
         return found
+
+    def refusal(self, layer: Layer, weight: QuantSpec, activations: int) -> str:
+        """Why a layer cannot run as asked, and how it can."""
+        way = f"{activations}-bit activations" if activations else "float activations (weight-only)"
+        return (f"target '{self.name}' cannot run {layer.op} '{layer.name}' with {weight.describe()} weights and {way}; it "
+                f"runs {self.choices(layer.op) or 'no quantized ' + layer.op}." + _help(weight))
 
     def choices(self, op: str) -> str:
         """The forms of one operator in words."""

@@ -459,7 +459,7 @@ def cache_is_a_file():
 
 @pytest.mark.parametrize(("prepare", "phrases"), BAD)
 def test_bad_input(onnxq, prepare, phrases):
-    lines = 2 if prepare is block_that_the_target_lacks else 1  # one for each convolution
+    lines = 3 if prepare is block_that_the_target_lacks else 1  # one for each layer
     write_model()
     write_data()
     more = prepare()
@@ -656,7 +656,7 @@ def test_bad_input_of_the_other_commands(ready, arguments, phrase):
     assert ran.code == 2
     assert ran.out == "" or arguments[0] == "check"  # the recipe may be valid and the model not
     assert phrase in ran.err
-    assert len(ran.err.splitlines()) == (2 if "block.toml" in arguments else 1)
+    assert len(ran.err.splitlines()) == (3 if "block.toml" in arguments else 1)
     assert listing() == before
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from onnxq_plugins.complete import activation_spec
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.solvers.ranges import kl_range, mse_range, percentile_range
-from onnxq_plugins.spec import from_range
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Ranges(Pass):
                     chosen[name] = mse_range(h.counts, h.low, h.high, levels)
                 else:
                     chosen[name] = kl_range(h.counts, h.low, h.high, levels)
-        job.plan |= {name: from_range(*chosen[name], job.plan[name].request()) for name in names}
+        job.plan |= {name: activation_spec(chosen[name], job.plan[name]) for name in names}
         cut = {n: round((chosen[n][1] - chosen[n][0]) / (exact[n][1] - exact[n][0]), 4) for n in names
                if exact[n][1] > exact[n][0] and chosen[n] != exact[n]}
         return {"method": self.method, "activations": len(names), "kept_share_of_range": cut}

@@ -47,7 +47,8 @@ def mse_range(counts: Array, low: float, high: float, levels: int, candidates: i
 def kl_range(counts: Array, low: float, high: float, levels: int) -> tuple[float, float]:
     """The symmetric cut |x| <= T with the least Kullback-Leibler divergence over bins where both distributions have
     mass, plus the divergence that clipped mass adds: p log(1 + excess in levels) per clipped bin.
-    Without that term the cut would always be made."""
+    Without that term the cut would always be made. A cut that has a hundred times the mean squared error of the whole
+    range is not taken: on few or spiky values the divergence alone can ask for that."""
     centers = low + (np.arange(len(counts)) + 0.5) * (high - low) / len(counts)
     top = max(abs(low), abs(high))
     bins = len(counts)
@@ -73,7 +74,9 @@ def kl_range(counts: Array, low: float, high: float, levels: int) -> tuple[float
         if score < least:
             best, least = cut, score
     limit = top * best / bins
-    return max(low, -limit), min(high, limit)
+    whole, cut_range = (min(low, 0.0), max(high, 0.0)), (max(low, -limit), min(high, limit))
+    errors = _mse(counts, _values(counts, low, high), np.array([whole, cut_range]), levels)
+    return cut_range if errors[1] <= 100 * errors[0] else (low, high)
 
 
 def _values(counts: Array, low: float, high: float) -> Array:
