@@ -62,8 +62,7 @@ def quantize_with(tool: str, case: Case, out: Path, recipe: str = "int8") -> flo
 
 def child(tool: str, name: str, shared: Path, out: Path) -> None:
     """What the process of one tool does: quantize and print its figures."""
-    case = load_case(name, shared)
-    case = Case(case.name, case.path, case.input, case.calibration.copy(), case.test[:0], case.labels[:0])
+    case = load_case(name, shared, test=False)
     before = peak_memory()
     seconds = quantize_with(tool, case, out)
     peak = peak_memory()
@@ -83,7 +82,8 @@ def judge(case: Case, models: dict[str, Path]) -> dict[str, dict[str, float | st
         feeds = [{case.input: case.test[i:i + 1]} for i in range(len(case.test))]
         logits = runtime.outputs(runners[tool], feeds)[0]
         reference = logits if reference is None else reference
-        rows[tool] = {"top1": 100 * float(np.mean(logits.argmax(1) == case.labels)), "sqnr": runtime.sqnr(reference, logits),
+        rows[tool] = {"top1": 100 * float(np.mean(logits.argmax(1) == case.labels)),
+                      "sqnr": "-" if tool == "float" else f"{runtime.sqnr(reference, logits):.2f}",
                       "agree": 100 * runtime.agreement(reference, logits), "ms": times[tool],
                       "mb": path.stat().st_size / 1e6, "kernels": "" if tool == "float" else audit_model(path).summary()}
     return rows
@@ -126,7 +126,7 @@ def main() -> None:
                 medians = [median(c[key] for c in cost) for key in ("seconds", "before", "peak")] if cost else []
                 spent = f"{medians[0]:.2f} | {medians[1]:.0f} | {medians[2]:.0f}" if cost else "- | - | -"
                 loss, faster = (float(rows["float"][k]) for k in ("top1", "ms"))
-                print(f"| {name} | {tool} | {row['top1']:.2f} | {loss - float(row['top1']):.2f} | {row['sqnr']:.2f} | "
+                print(f"| {name} | {tool} | {row['top1']:.2f} | {loss - float(row['top1']):.2f} | {row['sqnr']} | "
                       f"{row['agree']:.1f} | {row['ms']:.3f} | {faster / float(row['ms']):.2f} | {row['mb']:.2f} | "
                       f"{spent} | {row['kernels']} |", flush=True)
 

@@ -37,15 +37,19 @@ def shared_folder(given: str | None = None) -> Path:
     return Path(given or os.environ.get("ONNXQ_SHARED") or Path(__file__).parents[2] / "shared")
 
 
-def load_case(name: str, shared: Path) -> Case:
-    """Model and data by name; FileNotFoundError if the folder does not hold them."""
+def load_case(name: str, shared: Path, test: bool = True) -> Case:
+    """Model and data by name, without the test samples if those are not wanted; FileNotFoundError if the folder does
+    not hold them."""
     path = shared / "models" / f"{name}.onnx"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: give the folder with models/ and data/ as --shared or ONNXQ_SHARED")
     if name.startswith("mobilenet"):
-        images, labels = _imagenet(shared / "data" / "imagenet500")
-        held = np.arange(len(images)) % 8 == 0
-        return Case(name, path, "input", images[held], images[~held], labels[~held])
+        folder = shared / "data" / "imagenet500"
+        files = sorted(f for f in folder.iterdir() if f.suffix == ".jpg")
+        tested = [f for i, f in enumerate(files) if i % 8] if test else []
+        labels = json.loads((folder / "labels.json").read_text())
+        return Case(name, path, "input", _imagenet(files[::8]), _imagenet(tested),
+                    np.array([labels[f.name] for f in tested]))
     if name.startswith("resnet20"):
         data = np.load(shared / "data" / "cifar10.npz")
         return Case(name, path, "input", _cifar(data["calibration_images"]), _cifar(data["test_images"]),
@@ -55,13 +59,13 @@ def load_case(name: str, shared: Path) -> Case:
                 data["test_labels"])
 
 
-def _imagenet(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def _imagenet(files: list[Path]) -> np.ndarray:
     from PIL import Image
 
-    labels = json.loads((folder / "labels.json").read_text())
-    files = sorted(f for f in folder.iterdir() if f.suffix == ".jpg")
-    images = [np.asarray(Image.open(f).convert("RGB"), np.float32).transpose(2, 0, 1) / 127.5 - 1 for f in files]
-    return np.stack(images), np.array([labels[f.name] for f in files])
+    images = np.empty((len(files), 3, 224, 224), np.float32)
+    for image, file in zip(images, files, strict=True):
+        image[:] = np.asarray(Image.open(file).convert("RGB"), np.float32).transpose(2, 0, 1) / 127.5 - 1
+    return images
 
 
 def _cifar(images: np.ndarray) -> np.ndarray:

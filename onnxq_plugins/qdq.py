@@ -20,9 +20,12 @@ from onnxq_plugins.planning import activation_inputs, input_key, layer_input, re
 from onnxq_plugins.spec import Array, Plan, QuantSpec, step
 from onnxq_plugins.target import Rule, Target, granularity
 
-# onnxruntime fuses a Gemm or MatMul with these before it looks for integer kernels, if they are its only reader.
-_FUSED_IN_FLOAT = frozenset({"Add", "Clip", "Elu", "HardSigmoid", "LeakyRelu", "Relu", "Selu", "Sigmoid", "Softplus",
-                             "Softsign", "Tanh", "ThresholdedRelu"})
+# What onnxruntime fuses a Gemm or MatMul with before it looks for integer kernels.
+_FUSED_IN_FLOAT = {
+    "Gemm": frozenset({"Clip", "Elu", "HardSigmoid", "LeakyRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Tanh",
+                       "ThresholdedRelu"}),
+    "MatMul": frozenset({"Add", "Clip", "Relu"}),
+}
 
 
 def export(graph: Graph, plan: Plan, target: Target) -> onnx.ModelProto:
@@ -170,7 +173,7 @@ class _Writer:
         alone = len(readers) == 1 and layer.output not in self.graph.outputs
         absorbed = alone and (readers[0].name in self.integer or
                               (readers[0].op in ("Relu", "Clip") and readers[0].outputs[0].name in self.plan))
-        return layer.output not in self.plan and not absorbed and any(n.op in _FUSED_IN_FLOAT for n in readers)
+        return layer.output not in self.plan and not absorbed and any(n.op in _FUSED_IN_FLOAT[layer.op] for n in readers)
 
     def _separate(self, output: str) -> None:
         """Keep the node just written apart from what follows, by a Sum of one operand: it changes nothing, costs a copy,
