@@ -250,7 +250,10 @@ class Calibration:
         model, weights, read = run
         _prune(model)
         names = {t.name for t in model.graph.initializer}
+        runtime.trim()
         runner = runtime.session(model, lean=True, weights={name: w for name, w in weights.items() if name in names})
+
+        runtime.trim()
 
         def one(numbered: tuple[int, dict[str, Array]]) -> State:
             return read(runner.run(None, numbered[1]), numbered[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,6 +57,13 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
     except Exception as error:  # onnxruntime raises a dozen types
         text = " ".join(str(error).split())
         raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300]}") from error
+
+
+def trim() -> None:
+    """Hand freed memory back to the system. glibc keeps what making a session leaves behind, which may be more than the
+    session; elsewhere there is nothing to do."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def outputs(runner: ort.InferenceSession, feeds: Iterable[Feed]) -> list[Array]:
