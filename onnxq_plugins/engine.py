@@ -147,6 +147,8 @@ def check_writable(path: Path) -> None:
         raise OnnxqError(f"output '{path}': the folder '{folder}' does not exist; make it first.")
     if path.is_dir():
         raise OnnxqError(f"output '{path}' is a folder; give a file name.")
+    if path.exists() and not path.is_file():  # moving a file into place would replace a device
+        raise OnnxqError(f"output '{path}' is not an ordinary file; give a file name.")
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise OnnxqError(f"output '{path}' cannot be written: permission denied; choose another place with -o.")
 

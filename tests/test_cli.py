@@ -386,6 +386,12 @@ def output_is_the_model():
     return ["-o", "model.onnx"]
 
 
+@bad("'pipe' is not an ordinary file")
+def output_is_a_pipe():
+    os.mkfifo("pipe")
+    return ["-o", "pipe"]
+
+
 @bad("is the model itself")
 def output_is_a_link_to_the_model():
     Path("link.onnx").symlink_to("model.onnx")
