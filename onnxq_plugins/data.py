@@ -144,8 +144,8 @@ def open_data(source: Source, inputs: Sequence[Input], options: DataOptions | No
     options = options or DataOptions()
     if isinstance(source, (str, Path)):
         path = Path(source)
-        if not path.exists() and ":" in str(source):
-            return open_data(_call(str(source)), inputs, options)
+        if isinstance(source, str) and not path.exists() and ":" in source:  # never a Path, such as a recipe's
+            return open_data(_call(source), inputs, options)
         if not path.exists():
             raise OnnxqError(f"data '{source}' does not exist; give an .npz or .npy file, a folder of images or "
                              "package.module:callable.")

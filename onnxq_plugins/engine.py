@@ -98,7 +98,8 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     if output is not None:
         check_writable(Path(output))
     graph = load(model, float32=float32, flatten=chosen.flatten)
-    source = data if data is not None else (made.data.path or None)
+    # a recipe may come from a stranger: its path is only ever a file, never code to import
+    source = data if data is not None else Path(made.data.path) if made.data.path else None
     options = replace(made.data, samples=samples) if samples else made.data
     read = open_data(source, graph_inputs(graph), options) if source is not None else None
     asked = planning.request(graph, made, chosen)

@@ -545,3 +545,10 @@ def test_ranges_clip_a_stray_value_where_that_pays():
 def test_ranges_refuses_parameters_that_make_no_sense(wrong):
     with pytest.raises(OnnxqError, match=f"pass 'ranges': .*{next(iter(wrong))}"):
         run(cnn(), steps({"use": "ranges", **wrong}))
+
+
+def test_a_recipe_imports_nothing(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "strangers.py").write_text("raise SystemExit('imported')")
+    with pytest.raises(OnnxqError, match="does not exist"):
+        quantize(cnn(), {"data": {"path": "strangers:make"}})
