@@ -98,7 +98,11 @@ def audit_openvino(model: str | Path) -> Audit:
     except ImportError as error:
         raise OnnxqError("OpenVINO is not installed; pip install 'onnxq-plugins[openvino]'.") from error
     proto = onnx.load(str(model))
-    compiled = openvino.Core().compile_model(str(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    try:
+        compiled = openvino.Core().compile_model(str(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1][:300]
+        raise OnnxqError(f"OpenVINO cannot load '{model}' ({reason}); quantize it with --target openvino.") from error
     ran: dict[str, tuple[str, str]] = {}
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()

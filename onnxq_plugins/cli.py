@@ -8,7 +8,7 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,8 +110,8 @@ def quantize_command(
         report.write_text(json.dumps(result.report, indent=2))
     for note in result.report["notes"]:
         _tell(f"note: {note}")
-    for name, why in result.report["floats"].items():
-        _tell(f"float: {name}: {why}")
+    for line in _float_lines(result.report["floats"]):
+        _tell(line)
     _say(f"{target_path}: {result.summary} | {result.report['seconds']:.1f} s")
 
 
@@ -167,10 +167,11 @@ def compare(
     first = None
     for feed in _track(feeds, "comparing", feeds.size):
         first = first or feed
-        for rows, runner in zip(gathered, runners, strict=True):
-            rows.append(runner.run(None, feed))
+        for rows, runner, wanted in zip(gathered, runners, inputs, strict=True):  # one may be in half precision
+            rows.append(runner.run(None, {i.name: feed[i.name].astype(i.dtype) for i in wanted}))
     assert first is not None
-    times = runtime.latency(runners, first, 2.0)
+    own = [{i.name: first[i.name].astype(i.dtype) for i in wanted} for wanted in inputs]
+    times = runtime.latency(runners, own, 2.0)
     names = [o.name for o in runners[0].get_outputs()]
     table = Table("output", "SQNR dB", "same argmax", box=None, header_style="bold")
     for i, name in enumerate(names):
@@ -245,8 +246,8 @@ def check(
         graph = load(model, flatten=chosen.flatten)
         asked = planning.request(graph, made, chosen)
         OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
-        for name, why in asked.floats.items():
-            _say(f"float: {name}: {why}")
+        for line in _float_lines(asked.floats):
+            _say(line)
         _say(f"it quantizes {sum(y.weight in asked.plan for y in graph.layers)} of {len(graph.layers)} layers of "
              f"'{model}'")
 
@@ -302,6 +303,15 @@ def _complain(error: OnnxqError, code: int) -> None:
     for problem in error.problems:
         _tell(f"error: {problem}")
     sys.exit(code)
+
+
+def _float_lines(floats: Mapping[str, str]) -> list[str]:
+    """One line for each reason why layers stay float."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in floats.items():
+        by_reason.setdefault(why, []).append(name)
+    return [f"float: {', '.join(names[:4])}{f' and {len(names) - 4} more layers' if len(names) > 4 else ''}: {why}"
+            for why, names in by_reason.items()]
 
 
 def _image_settings(resize: int, crop: int, mean: str, std: str, layout: str) -> list[str]:

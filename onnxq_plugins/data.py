@@ -89,6 +89,7 @@ class Data:
     def __init__(self, inputs: Sequence[Input], samples: Callable[[], Iterator[Mapping[str, Array]]],
                  where: str = "the data", size: int | None = None) -> None:
         self.inputs, self._samples, self.where, self.size = list(inputs), samples, where, size
+        self.notes: tuple[str, ...] = ()  # what the user may want to know about how the source was read
         self._digest = ""
 
     def __iter__(self) -> Iterator[dict[str, Array]]:
@@ -194,6 +195,8 @@ def _arrays(arrays: Mapping[str, Array], inputs: Sequence[Input], options: DataO
         raise OnnxqError(f"{where} has no array for the model's input {_names(missing)}; it has "
                          f"{_names(arrays) or 'none'}. Name the arrays after the inputs.")
     chosen = {i.name: np.asarray(arrays[i.name]) for i in inputs}
+    images = [name for name in ("resize", "crop", "mean", "std", "layout")
+              if getattr(options, name) != getattr(DataOptions, name)]
     counts = {name: len(a) if a.ndim else 0 for name, a in chosen.items()}
     if len(set(counts.values())) > 1:
         raise OnnxqError(f"{where}: the arrays differ in their number of samples (first axis): {counts}.")
@@ -207,7 +210,11 @@ def _arrays(arrays: Mapping[str, Array], inputs: Sequence[Input], options: DataO
             yield {i.name: chosen[i.name][n:n + 1] if chosen[i.name].ndim == len(i.shape) else chosen[i.name][n]
                    for i in inputs}
 
-    return Data(inputs, samples, where, len(picked))
+    made = Data(inputs, samples, where, len(picked))
+    if images:
+        named = ", ".join(f"--{name}" for name in images)
+        made.notes = (f"{named} apply to folders of images only; {where} is used as it is",)
+    return made
 
 
 def _reader(reader: Any) -> Iterable[Mapping[str, Array]]:
@@ -274,7 +281,12 @@ def _images(folder: Path, inputs: Sequence[Input], options: DataOptions) -> Data
             pixels = (_pixels(file, options, "L" if channels == 1 else "RGB") - mean) / std
             yield {wanted.name: (pixels.transpose(2, 0, 1) if layout == "nchw" else pixels)[None]}
 
-    return Data(inputs, samples, f"folder '{folder}'", len(picked))
+    made = Data(inputs, samples, f"folder '{folder}'", len(picked))
+    if (options.mean, options.std) == (DataOptions.mean, DataOptions.std):
+        made.notes = ("images were read as RGB/255 in 0..1; if the model wants other values, give --mean and --std",)
+    elif max(*options.mean, *options.std) > 2:
+        made.notes = ("--mean and --std are of RGB/255: values such as 0.485 and 0.229, not 124 and 58",)
+    return made
 
 
 def _pixels(file: Path, options: DataOptions, mode: str) -> Array:

@@ -107,7 +107,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     workers = workers or _cores()
     calibration = Calibration(graph, read, cache=Path(cache) if cache else None, workers=workers, track=track)
     job = Job(graph, asked.plan, calibration, chosen, made, np.random.default_rng(seed), workers,
-              {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes]}, track)
+              {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.notes if read else ())]}, track)
     steps = [_run(job, step, found, verify, read) for step in made.passes]
     start = time.perf_counter()
     complete(job)
@@ -250,7 +250,8 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
     report |= {"recipe": job.recipe.to_dict(), "layers": rows, "bytes": {"float": before, "quantized": after},
                "kernels": kernels.counts(), "machine": {"python": platform.python_version(),
                                                         "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}
-    report["summary"] = f"{kernels.summary()} | {before / 1e6:.2f} -> {after / 1e6:.2f} MB"
+    where = "" if job.target.name.startswith("ort-") else " in onnxruntime"  # the audit of other runtimes is a command
+    report["summary"] = f"{kernels.summary()}{where} | {before / 1e6:.2f} -> {after / 1e6:.2f} MB"
 
 
 def _cores() -> int:

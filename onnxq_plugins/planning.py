@@ -40,6 +40,7 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
     problems: list[str] = []
     floats: dict[str, str] = {}
     notes: list[str] = []
+    narrowed = 0
     plan: dict[str, QuantSpec] = {}
     integer: dict[str, TensorRequest] = {}  # node name -> how its inputs are asked for
     unmatched = set(range(len(recipe.layers)))
@@ -62,8 +63,7 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
         bits = weights.bits
         if not weight_only and bits <= 8 and 2 ** (bits - 1) - 1 > target.max_code:
             bits = int(np.log2(target.max_code + 1)) + 1
-            notes.append(f"{layer.name}: {bits}-bit weight codes, since target '{target.name}' allows "
-                         f"|code| <= {target.max_code}")
+            narrowed += 1
         plan[layer.weight] = QuantSpec(bits, weights.symmetric, block, sub_block, weights.pow2)
         if not weight_only:
             integer[layer.name] = activations
@@ -79,6 +79,11 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
             names = ", ".join(layer.name for layer in graph.layers[:6])
             problems.append(f"recipe, layer {n + 1}: nothing matches '{rule.match}'; layers are named {names} ...")
     OnnxqError.check(problems)
+    if narrowed:
+        notes.append(f"{narrowed} layers have {int(np.log2(target.max_code + 1)) + 1}-bit weight codes, since target "
+                     f"'{target.name}' allows |code| <= {target.max_code}")
+    if graph.layers and not plan:
+        notes.append("no layer is quantized")
     activation_request = {**integer, **dict.fromkeys(_chain(graph, target, set(integer)), recipe.activations)}
     whole = Plan(plan) | _activations(graph, target, activation_request)
     planned = [layer for layer in graph.layers if layer.weight in plan]

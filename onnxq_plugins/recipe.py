@@ -132,8 +132,10 @@ def parse(table: Mapping[str, Any], passes: Mapping[str, type[Pass]], where: str
     steps: list[Pass] = []
     for number, step in enumerate(_tables(table, "pass", where, problems), 1):
         kind = passes.get(str(step.get("use", "")))
-        if kind is None:
-            problems.append(f"{where}, pass {number}: {step.get('use', 'use = ...')!r} is not a known pass; known: "
+        if "use" not in step:
+            problems.append(f"{where}, pass {number}: write use = \"NAME\"; known: {', '.join(sorted(passes))}.")
+        elif kind is None:
+            problems.append(f"{where}, pass {number}: {step['use']!r} is not a known pass; known: "
                             f"{', '.join(sorted(passes))}. Is its package installed?")
         else:
             place = f"{where}, pass '{kind.name}'"

@@ -98,15 +98,19 @@ def drift(reference: Sequence[Array], other: Sequence[Array]) -> float:
                 for a, b in zip(reference, other, strict=True)), default=0.0)
 
 
-def latency(runners: Sequence[ort.InferenceSession], feed: Feed, seconds: float = 1.0) -> list[float]:
-    """Median milliseconds of each session, measured in turn (A B A B ...) so that a noisy machine hits all alike."""
+def latency(runners: Sequence[ort.InferenceSession], feed: Feed | Sequence[Feed], seconds: float = 1.0) -> list[float]:
+    """Median milliseconds of each session, measured in turn (A B A B ...) so that a noisy machine hits all alike.
+
+    feed   one for all, or one for each session
+    """
     times: list[list[float]] = [[] for _ in runners]
-    for runner in runners:
-        runner.run(None, dict(feed))
+    feeds = [feed] * len(runners) if isinstance(feed, Mapping) else list(feed)
+    for runner, own in zip(runners, feeds, strict=True):
+        runner.run(None, dict(own))
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(times[0]) < 5:
-        for runner, taken in zip(runners, times, strict=True):
+        for runner, own, taken in zip(runners, feeds, times, strict=True):
             start = time.perf_counter()
-            runner.run(None, dict(feed))
+            runner.run(None, dict(own))
             taken.append(time.perf_counter() - start)
     return [float(np.median(taken)) * 1e3 for taken in times]

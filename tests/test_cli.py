@@ -226,7 +226,7 @@ def empty_model():
     return []
 
 
-@bad("model 'model.onnx' does not exist; give the path of an .onnx file")
+@bad("model 'model.onnx' is a folder; give the path of an .onnx file")
 def folder_as_model():
     Path("model.onnx").unlink()
     Path("model.onnx").mkdir()
@@ -570,7 +570,7 @@ def test_external_data_beside_the_model(ready):
 
 def test_remarks_go_to_standard_error(ready):
     ran = ready("quantize", "model.onnx", "--data", "data.npz", "--target", "ort-cpu-avx2", "--set", "weights.bits=8")
-    assert "note: conv0: 7-bit weight codes" in ran.err
+    assert "note: 3 layers have 7-bit weight codes" in ran.err
     Path("my.toml").write_text("[[layer]]\nmatch = 'conv0'\nquantize = false")
     ran = ready("quantize", "model.onnx", "--data", "data.npz", "-r", "my.toml")
     assert "float: conv0: the recipe leaves it float" in ran.err
@@ -966,3 +966,28 @@ def test_mobilenet_from_file_to_file(ready):
     write_model(mobilenet())
     assert ready("quantize", "model.onnx", "--data", "data.npz", "--set", "weights.bits=4").code == 0
     assert audit_model("model.int8.onnx").counts() == {"QLinearConv": 7, "QGemm": 1}
+
+
+# ---- remarks on how data are read -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "remark"), [
+    ([], "images were read as RGB/255"), (["--mean", "124,116,104", "--std", "58"], "values such as 0.485"),
+    (["--mean", "0.5", "--std", "0.25"], "")])
+def test_remarks_on_images(ready, options, remark):
+    Path("pictures").mkdir()
+    for name in ("a.png", "b.png"):
+        write_png(f"pictures/{name}")
+    ran = ready("quantize", "model.onnx", "--data", "pictures", *options)
+    assert ran.code == 0 and (remark in ran.err if remark else not ran.err)
+
+
+def test_image_options_beside_arrays_are_remarked(ready):
+    ran = ready("quantize", "model.onnx", "--data", "data.npz", "--mean", "0.5")
+    assert ran.code == 0 and "--mean apply to folders of images only" in ran.err
+
+
+def test_weight_only_needs_no_data(ready):
+    ran = ready("quantize", "model.onnx", "--set", "activations.bits=32", "--set", "weights.bits=4", "--set",
+                "weights.block=32")
+    assert ran.code == 0 and "bias-correct was left out" in ran.err

@@ -149,7 +149,7 @@ def test_neither_builtin_nor_file():
     ({"recipe": 2}, ("recipe = 2", "use 1")),
     ({"pass": {"use": "ranges"}}, ("[[pass]]",)),
     ({"pass": [{"use": "range"}]}, ("'range' is not a known pass", "ranges", "installed")),
-    ({"pass": [{"method": "mse"}]}, ("pass 1", "is not a known pass")),
+    ({"pass": [{"method": "mse"}]}, ("pass 1", "write use =", "ranges")),
     ({"pass": [{"use": "ranges", "mode": "mse"}]}, ("unknown key 'mode'", "method")),
     ({"pass": [{"use": "ranges", "method": "best"}]}, ("method = 'best'", "'minmax', 'percentile', 'mse', 'kl'")),
     ({"pass": [{"use": "ranges", "percentile": 40}]}, ("percentile = 40",)),

@@ -85,6 +85,8 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
 
 def read(path: Path) -> onnx.ModelProto:
     """The file as a ModelProto with its external data. Raises OnnxqError in one sentence if that fails."""
+    if path.is_dir():
+        raise OnnxqError(f"model '{path}' is a folder; give the path of an .onnx file.")
     if not path.is_file():
         raise OnnxqError(f"model '{path}' does not exist; give the path of an .onnx file.")
     try:

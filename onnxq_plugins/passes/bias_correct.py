@@ -30,6 +30,9 @@ class BiasCorrect(Pass):
     exact: ClassVar[bool] = False
 
     def apply(self, job: Job) -> dict[str, Any]:
+        if job.calibration.data is None and all(job.graph.is_constant(name) for name in job.plan):
+            job.report["notes"].append("bias-correct was left out: without --data there are no means to correct by")
+            return {"layers": 0}
         complete(job)
         layers = [y for y in job.graph.layers if y.weight in job.plan and y.bias is not None and y.op in ("Conv", "Gemm")]
         means = job.calibration.means([y.input for y in layers])
