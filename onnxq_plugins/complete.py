@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.planning import input_key
+from onnxq_plugins.planning import layer_input
 from onnxq_plugins.spec import Array, QuantSpec, encode, from_range, solve_minmax
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def complete(job: Job) -> None:
             raise OnnxqError(f"layer '{layer.name}': its weight has NaN or Inf; the float model is broken.")
         if not spec.solved:
             spec = solve_minmax(weight, spec)
-        key = input_key(job.graph, job.plan, layer.input)
+        key = layer_input(job.graph, job.plan, job.target, layer)
         if key and layer.bias is not None:
             floor = _bias_floor(job.graph.constant(layer.bias), np.asarray(spec.scale), float(job.plan[key].scale or 1))
             if floor is not None:

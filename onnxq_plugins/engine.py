@@ -158,8 +158,7 @@ def check_writable(path: Path) -> None:
 
 
 def _run(job: Job, step: Pass, found: Plugins, verify: bool, data: Data | None) -> dict[str, Any]:
-    """Run one pass through the hook, then hold it to the laws: float function (L1), finite weights, no stale
-    solutions (L5)."""
+    """Run one pass through the hook, then hold it to the laws: float function (L1), no stale solutions (L5)."""
     before_plan, weights = job.plan, _weights(job.graph)
     reference = _probe(job.graph, data) if verify and step.exact else None
     job.graph.touched.clear()

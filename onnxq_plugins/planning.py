@@ -47,7 +47,7 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
     ops = {rule.op for rule in target.rules}
     for i, layer in enumerate(graph.layers):
         ends = {"first": i == 0, "last": i == len(graph.layers) - 1}
-        weights, activations, quantize = _settings(recipe, layer.name, layer.op, layer.kind, ends, unmatched, problems)
+        weights, activations, quantize = _settings(recipe, layer.name, layer.op, layer.kind, ends, unmatched)
         if quantize is False or weights.bits == FLOAT:
             floats[layer.name] = "the recipe leaves it float"
             continue
@@ -61,15 +61,15 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
         block = _block(layer, weights.block, problems)
         sub_block = None if weights.sub_block is None else _block(layer, weights.sub_block, problems)
         bits = weights.bits
-        if not weight_only and bits <= 8 and 2 ** (bits - 1) - 1 > target.max_code:
-            bits = int(np.log2(target.max_code + 1)) + 1
+        if not weight_only and target.code_bits < bits <= 8:
+            bits = target.code_bits
             narrowed += 1
         plan[layer.weight] = QuantSpec(bits, weights.symmetric, block, sub_block, weights.pow2)
         if not weight_only:
             integer[layer.name] = activations
     for node in graph.nodes:
         if node.op == "MatMul" and not node.domain and not any(graph.is_constant(t.name) for t in node.inputs):
-            _, activations, quantize = _settings(recipe, node.name, "Attention", "", {}, unmatched, problems)
+            _, activations, quantize = _settings(recipe, node.name, "Attention", "", {}, unmatched)
             size = _multiply_adds(graph, node)
             if quantize or (quantize is None and "MatMul" in ops and 0 < target.attention <= size):
                 integer[node.name] = activations
@@ -80,8 +80,8 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
             problems.append(f"recipe, layer {n + 1}: nothing matches '{rule.match}'; layers are named {names} ...")
     OnnxqError.check(problems)
     if narrowed:
-        notes.append(f"{narrowed} layers have {int(np.log2(target.max_code + 1)) + 1}-bit weight codes, since target "
-                     f"'{target.name}' allows |code| <= {target.max_code}")
+        notes.append(f"{narrowed} layers have {target.code_bits}-bit weight codes, since target '{target.name}' "
+                     f"allows |code| <= {target.max_code}")
     if graph.layers and not plan:
         notes.append("no layer is quantized")
     activation_request = {**integer, **dict.fromkeys(_chain(graph, target, set(integer)), recipe.activations)}
@@ -124,8 +124,17 @@ def result_of(graph: Graph, node: Any) -> str:
     return str((after or node).outputs[0].name)
 
 
-def _settings(recipe: Recipe, name: str, op: str, kind: str, ends: Mapping[str, bool], unmatched: set[int],
-              problems: list[str]) -> tuple[TensorRequest, TensorRequest, bool | None]:
+def maker_of(graph: Graph, name: str) -> Any:
+    """The inverse of `result_of`: the node that computes a tensor, perhaps through the Relu or Clip it absorbs; None for
+    inputs."""
+    node = graph.producer(name)
+    if node is not None and node.op in ("Relu", "Clip") and graph.elided_activation(node.inputs[0].name) is not None:
+        return graph.producer(node.inputs[0].name)
+    return node
+
+
+def _settings(recipe: Recipe, name: str, op: str, kind: str, ends: Mapping[str, bool],
+              unmatched: set[int]) -> tuple[TensorRequest, TensorRequest, bool | None]:
     weights, activations, quantize = recipe.weights, recipe.activations, None
     for n, rule in enumerate(recipe.layers):
         if _matches(rule, name, op, kind, ends):
@@ -173,12 +182,7 @@ def _multiply_adds(graph: Graph, node: Any) -> int:
 
 def _source(graph: Graph, name: str) -> str:
     """Name of the node that computes a tensor, seen through shape-only operators and absorbed activations."""
-    node = graph.producer(graph.root(name))
-    if node is not None and node.op in ("Relu", "Clip") and not graph.is_constant(node.inputs[0].name):
-        before = node.inputs[0].name
-        after = graph.elided_activation(before)
-        if after is not None and after.outputs[0] is node.outputs[0]:
-            node = graph.producer(before)
+    node = maker_of(graph, graph.root(name))
     return str(node.name) if node is not None else ""
 
 

@@ -15,8 +15,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
-from onnxq_plugins.planning import activation_inputs, input_key, layer_input, result_of
+from onnxq_plugins.planning import activation_inputs, input_key, layer_input, maker_of, result_of
 from onnxq_plugins.spec import Array, Plan, QuantSpec, step
 from onnxq_plugins.target import Rule, Target, granularity
 
@@ -150,11 +151,7 @@ class _Writer:
 
     def _made_by_integer(self, name: str) -> bool:
         """True if an integer operator writes the tensor, perhaps through the Relu or Clip it absorbs."""
-        node = self.graph.producer(name)
-        if node is not None and node.op in ("Relu", "Clip") and node.name not in self.integer:
-            before = node.inputs[0].name
-            if self.graph.elided_activation(before) is not None:
-                node = self.graph.producer(before)
+        node = maker_of(self.graph, name)
         return node is not None and (node.name in self.integer or node.name in self.carried)
 
     def _read_inputs(self, node: onnx.NodeProto) -> None:
@@ -192,7 +189,8 @@ class _Writer:
         key = input_key(self.graph, self.plan, layer.input) if node.name in self.integer else ""
         rule = self.target.rule(layer, spec, self.plan[key].bits if key else 0)
         if rule is None:
-            raise ValueError(f"layer '{layer.name}' has no rule on target '{self.target.name}': check the plan first")
+            raise OnnxqError(f"layer '{layer.name}': its weight is planned, but its output '{layer.result}' is not; plan "
+                             "both, or take the weight out of the plan.")
         if rule.storage == "blocked":
             self._weight_only(node, layer, spec)
             return

@@ -93,9 +93,10 @@ def agreement(reference: Array, other: Array) -> float:
 
 
 def drift(reference: Sequence[Array], other: Sequence[Array]) -> float:
-    """Largest difference over all outputs, relative to each output's largest magnitude."""
-    return max((float(np.max(np.abs(a - b), initial=0.0) / max(float(np.max(np.abs(a), initial=0.0)), 1e-30))
-                for a, b in zip(reference, other, strict=True)), default=0.0)
+    """Largest difference over all outputs, relative to each output's largest magnitude; infinite if one is not finite."""
+    found = [float(np.max(np.abs(a - b), initial=0.0) / max(float(np.max(np.abs(a), initial=0.0)), 1e-30))
+             for a, b in zip(reference, other, strict=True)]
+    return max(found, default=0.0) if np.isfinite(found).all() else float("inf")
 
 
 def latency(runners: Sequence[ort.InferenceSession], feed: Feed | Sequence[Feed], seconds: float = 1.0) -> list[float]:

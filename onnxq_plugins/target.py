@@ -44,7 +44,7 @@ class Target:
     output_scale  layers that must write quantized outputs to run as integer (the others may write float)
     max_code      largest |code| of a weight beside 8-bit activations
     attention     multiply-adds from which one product of two activation matrices pays as integer; 0 for never
-                  (measured: 99x64x99 1.05x, 128x64x128 1.19x, 384x64x384 1.30x float speed)
+                  (`python -m benchmarks.kernels` times some)
     flatten       MatMul + Add(bias) on tokens runs faster as a two-dimensional Gemm (onnxruntime has an integer Gemm
                   with bias); OpenVINO 2026.4 fails to load the Reshapes that this needs behind a LayerNormalization
     opset         lowest opset of the exported model
@@ -59,6 +59,11 @@ class Target:
     attention: int = 0
     flatten: bool = True
     opset: int = 21
+
+    @property
+    def code_bits(self) -> int:
+        """Widest symmetric code that stays within `max_code`."""
+        return (self.max_code + 1).bit_length()
 
     def rule(self, layer: Layer, weight: QuantSpec, activations: int) -> Rule | None:
         """The rule a layer falls under, or None if the target has no quantized kernel for it."""

@@ -552,3 +552,50 @@ def test_a_recipe_imports_nothing(tmp_path, monkeypatch):
     (tmp_path / "strangers.py").write_text("raise SystemExit('imported')")
     with pytest.raises(OnnxqError, match="does not exist"):
         quantize(cnn(), {"data": {"path": "strangers:make"}})
+
+
+@dataclass(frozen=True)
+class Spoil(Pass):
+    """Makes outputs NaN, which no comparison calls larger than a limit."""
+
+    name: ClassVar[str] = "test.spoil"
+
+    def apply(self, job):
+        bias = job.graph.layers[-1].bias
+        job.graph.set_constant(bias, np.full_like(job.graph.constant(bias), np.nan))
+
+
+def test_outputs_that_become_nan_are_a_change():
+    with pytest.raises(LawBroken, match=r"test\.spoil"):
+        quantize(cnn(), {"pass": [{"use": "test.spoil"}]}, feeds(cnn(), 4), verify=True, plugins=[Bring(Spoil)])
+
+
+@dataclass(frozen=True)
+class DropOutputs(Pass):
+    """Leaves the weight of the last convolution planned, but not what it writes."""
+
+    name: ClassVar[str] = "test.drop"
+
+    def apply(self, job):
+        job.plan = job.plan.without([y.result for y in job.graph.layers if y.op == "Conv"][-1])
+
+
+def test_a_plan_without_the_output_of_a_convolution_is_refused():
+    net = Net(["N", 3, 8, 8])
+    model = net.model(net.op("Tanh", net.conv("x", 3, 8)))
+    with pytest.raises(OnnxqError, match="its output"):
+        quantize(model, {"pass": [{"use": "test.drop"}]}, feeds(model, 4), plugins=[Bring(DropOutputs)])
+
+
+def test_a_weight_only_layer_beside_an_integer_one_keeps_its_scales():
+    """Its bias stays float, so no int32 bias asks for wider scales."""
+    net = Net(["N", 32])
+    x = net.op("Tanh", "x")
+    tiny = net.constant(np.random.default_rng(0).normal(size=(32, 8)) * 1e-4)
+    y = net.op("Gemm", x, tiny, net.constant(np.full(8, 1e6)))
+    model = net.model(net.op("Add", y, net.gemm(x, 32, 8)))
+    first, second = load(model).layers
+    weight_only = {"match": first.name, "weights": {"block": 32}, "activations": {"bits": 32}}
+    scales = [quantize(model, {"layer": [weight_only, {"match": second.name, "quantize": beside}]}, feeds(model, 4))
+              .plan[first.weight].scale for beside in (False, True)]
+    np.testing.assert_array_equal(*scales)

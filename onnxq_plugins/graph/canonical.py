@@ -322,7 +322,7 @@ def flatten_matmul(graph: Graph) -> None:
 
     onnxruntime has an integer Gemm with bias, but its integer MatMul has none, so the bias (and what follows it) would
     run apart. Pointwise operators, residual adds and LayerNormalization behind such a Gemm stay in two dimensions as
-    well, which leaves few Reshapes (KWT-1: 24 instead of 98). With more than one dynamic axis besides the channels the
+    well, which leaves few Reshapes. With more than one dynamic axis besides the channels the
     shape back could not be written down: those MatMuls are left alone.
     """
     flat: dict[str, gs.Tensor] = {}  # tensor name -> the same values in two dimensions

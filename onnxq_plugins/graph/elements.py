@@ -92,7 +92,7 @@ class Elements:
         self.pinned.append(self.ids(tensor, axis))
 
     def cut(self) -> list[ChannelGroup]:
-        from scipy.sparse import coo_array  # late: 25 MB that only passes on channel groups need
+        from scipy.sparse import coo_array  # late: large, and only passes on channel groups need it
         from scipy.sparse.csgraph import connected_components
 
         if not self.links:
