@@ -27,13 +27,16 @@ from onnxq_plugins import runtime
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.patches import add_gram, gram_shape, patches, split
 from onnxq_plugins.spec import Array
 
 Read = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
 Run = tuple[onnx.ModelProto, dict[str, Array], Read]  # model, its large weights, what to make of its outputs
 State = dict[str, Array]  # "tensor|field" -> array; the field's first letters tell how two states merge
-_MERGE: dict[str, Callable[[Array, Array], Array]] = {"low": np.minimum, "high": np.maximum, "sum": np.add}
+_MERGE: dict[str, Callable[[Array, Array], Array]] = {
+    "low": np.minimum, "high": np.maximum, "sum": np.add, "gram": add_gram}
 T = TypeVar("T")
+R = TypeVar("R")
 Track = Callable[[Iterable[Any], str, int | None], Iterable[Any]]  # (items, what, how many) -> the same items
 
 
@@ -68,8 +71,9 @@ class Histogram:
 
 @dataclass(frozen=True, eq=False)
 class Gram:
-    """Second moments of a layer's input patches: h = E[x x^T] [groups, D, D] and mean E[x] [groups, D], float64,
-    over `count` patches; D = inputs per group * kernel taps."""
+    """Second moments of a layer's input patches x over `count` of them, float64: h = E[x x^T] [groups, D, D] and mean
+    E[x] [groups, D], with D = inputs per group * kernel taps. A layer with D above the limit it was asked with counts
+    as several groups of equal width, the last one filled up with zeros: the blocks on the diagonal of h."""
 
     h: Array
     mean: Array
@@ -129,20 +133,25 @@ class Calibration:
         state = self._fetched(f"histograms-{bins}", names, reduce, thin=True)
         return {n: Histogram(state[f"{n}|sum"], *ranges[n]) for n in names}
 
-    def grams(self, layers: Sequence[Layer], positions: int = 256) -> dict[str, Gram]:
-        """Gram matrix of the inputs of each layer, by layer name; `positions` patches per sample at most.
+    def grams(self, layers: Sequence[Layer], positions: int = 256, limit: int = 4608) -> dict[str, Gram]:
+        """Gram matrix of the inputs of each layer, by layer name.
 
-        All are held at once (8 * groups * D^2 bytes each): ask for few layers at a time where D is large.
+        positions   patches per sample at most
+        limit       largest D with a full matrix
+
+        All are held at once (8 * groups * D^2 bytes each): ask for few layers at a time where D is large. They are not
+        kept, except in the cache folder.
         """
         by_name = {layer.name: layer for layer in layers}
 
         def reduce(name: str, x: Array, sample: int) -> State:
-            p = patches(by_name[name], x, positions, sample).astype(np.float64)
-            return {f"{name}|sum": p @ p.transpose(0, 2, 1), f"{name}|sum_x": p.sum(axis=2),
+            p = split(patches(by_name[name], x, positions, sample), limit)
+            return {f"{name}|gram": p, f"{name}|sum_x": p.sum(axis=2, dtype=np.float64),
                     f"{name}|sum_n": np.array(float(p.shape[2]))}
 
-        state = self._fetched(f"grams-{positions}", list(by_name), reduce, {n: y.input for n, y in by_name.items()})
-        return {n: Gram(state[f"{n}|sum"] / state[f"{n}|sum_n"], state[f"{n}|sum_x"] / state[f"{n}|sum_n"],
+        state = self._fetched(f"grams-{positions}-{limit}", list(by_name), reduce, {n: y.input for n, y in by_name.items()})
+        self._known = {key: kept for key, kept in self._known.items() if not key[1].startswith("grams")}
+        return {n: Gram(state[f"{n}|gram"] / state[f"{n}|sum_n"], state[f"{n}|sum_x"] / state[f"{n}|sum_n"],
                         int(state[f"{n}|sum_n"])) for n in by_name}
 
     def _summary(self, names: Sequence[str]) -> State:
@@ -259,12 +268,16 @@ class Calibration:
             return read(runner.run(None, numbered[1]), numbered[0])
 
         total = None if self.data.size is None else self.data.size - start
-        results = _in_order(one, itertools.islice(enumerate(self.data), start, None), self.workers)
+        results = in_order(one, itertools.islice(enumerate(self.data), start, None), self.workers)
         for n, found in enumerate(self.track(results, f"calibrating: {statistic}", total), start=start + 1):
             for key, value in found.items():
                 field = key.rpartition("|")[2]
+                if key not in state:
+                    state[key] = np.zeros(gram_shape(value)) if field == "gram" else value
+                    if field != "gram":
+                        continue
                 merge = next(m for prefix, m in _MERGE.items() if field.startswith(prefix))
-                state[key] = merge(state[key], value) if key in state else value
+                state[key] = merge(state[key], value)
             if partial is not None and n % self.checkpoint == 0:
                 _save(partial, {**state, "next": np.array(n)})
         if partial is not None and partial.is_file():
@@ -272,63 +285,17 @@ class Calibration:
         return state
 
 
-def _in_order(work: Callable[[T], State], items: Iterable[T], workers: int) -> Iterator[State]:
+def in_order(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """Results in the order of the items, with `workers` threads and never more than workers + 1 items under way.
     Threads, not processes: a session releases the interpreter while it runs, and cannot be pickled."""
     with ThreadPoolExecutor(workers) as pool:
-        under_way: deque[Future[State]] = deque()
+        under_way: deque[Future[R]] = deque()
         for item in items:
             under_way.append(pool.submit(work, item))
             if len(under_way) > workers:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
-
-
-def patches(layer: Layer, x: Array, positions: int, sample: int = 0) -> Array:
-    """Columns of the layer's input matrix for one sample [groups, D, positions], evenly spread over its output.
-
-    x   Conv [N, C, *spatial]; Gemm, MatMul [..., K]. `sample` shifts the positions, so that samples differ in them.
-    """
-    if layer.op != "Conv":
-        rows = x.reshape(-1, x.shape[-1])
-        return rows[_spread(len(rows), positions, sample)].T[None]
-    kernel, rank = layer.shape[2:], x.ndim - 2
-    strides = layer.attrs.get("strides") or [1] * rank
-    dilations = layer.attrs.get("dilations") or [1] * rank
-    pads = _pads(layer, x.shape[2:], strides, dilations)
-    x = np.pad(x, [(0, 0), (0, 0), *pads])
-    sizes = [(x.shape[i + 2] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in range(rank)]
-    at = _spread(len(x) * int(np.prod(sizes)), positions, sample)
-    batch, *corner = np.unravel_index(at, (len(x), *sizes))
-    index: list[Array] = []
-    for i in range(rank):  # [positions, kernel...]
-        taps = (np.arange(kernel[i]) * dilations[i]).reshape([-1 if i == j else 1 for j in range(rank)])
-        index.append((corner[i] * strides[i]).reshape(-1, *(1,) * rank) + taps)
-    where: Any = (slice(None), batch.reshape(-1, *(1,) * rank), *index)
-    columns = x.transpose(1, 0, *range(2, rank + 2))[where]
-    columns = columns.reshape(layer.groups, layer.shape[1], len(at), -1)  # [groups, C/groups, positions, taps]
-    made: Array = columns.transpose(0, 1, 3, 2).reshape(layer.groups, -1, len(at))
-    return made
-
-
-def _pads(layer: Layer, sizes: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[tuple[int, int]]:
-    rank, auto = len(sizes), layer.attrs.get("auto_pad", "NOTSET")
-    if auto in ("SAME_UPPER", "SAME_LOWER"):
-        pads = []
-        for n, s, d, k in zip(sizes, strides, dilations, layer.shape[2:], strict=True):
-            total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
-            small, large = total // 2, total - total // 2
-            pads.append((small, large) if auto == "SAME_UPPER" else (large, small))
-        return pads
-    flat = layer.attrs.get("pads") or [0] * 2 * rank
-    return list(zip(flat[:rank], flat[rank:], strict=True)) if auto == "NOTSET" else [(0, 0)] * rank
-
-
-def _spread(total: int, wanted: int, sample: int) -> Array:
-    if total <= wanted:
-        return np.arange(total)
-    return (np.arange(wanted) * total // wanted + sample * 7919) % total  # a prime: samples see different positions
 
 
 def channel_axis(graph: Graph, name: str) -> int:

@@ -8,54 +8,61 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph import Layer
 from onnxq_plugins.planning import layer_input
-from onnxq_plugins.spec import Array, QuantSpec, encode, from_range, solve_minmax
+from onnxq_plugins.qdq import bias_values
+from onnxq_plugins.spec import Array, QuantSpec, block_shape, encode, expand, from_range, solve_minmax
 
 if TYPE_CHECKING:
     from onnxq_plugins.job import Job
 
 
 def complete(job: Job) -> None:
-    """Law L4: solve whatever the passes left open. Activations take their extremes, weights their smallest scale
-    without clipping; then codes are rounded to the nearest, and a scale so fine that the layer's bias would overflow
-    int32 is widened (channels whose weights are all but zero)."""
+    """Law L4: solve whatever the passes left open."""
+    complete_ranges(job)
+    job.plan |= {y.weight: complete_weight(job, y, job.plan[y.weight]) for y in job.graph.layers if y.weight in job.plan}
+
+
+def complete_ranges(job: Job) -> None:
+    """Activations that are still open take their extremes over the data."""
     open_ranges = [n for n, spec in job.plan.items() if not spec.solved and not job.graph.is_constant(n)]
     if open_ranges:
         ranges = job.calibration.ranges(open_ranges)
         job.plan |= {n: activation_spec(ranges[n], job.plan[n]) for n in open_ranges}
-    solved: dict[str, QuantSpec] = {}
-    widened: dict[str, int] = {}
-    for layer in job.graph.layers:
-        spec = job.plan.get(layer.weight)
-        if spec is None:
-            continue
-        weight = job.graph.constant(layer.weight)
-        if not np.isfinite(weight).all():
-            raise OnnxqError(f"layer '{layer.name}': its weight has NaN or Inf; the float model is broken.")
-        if not spec.solved:
-            spec = solve_minmax(weight, spec)
-        key = layer_input(job.graph, job.plan, job.target, layer)
-        if key and layer.bias is not None:
-            floor = _bias_floor(job.graph.constant(layer.bias), np.asarray(spec.scale), float(job.plan[key].scale or 1))
-            if floor is not None:
-                widened[layer.name] = int(np.sum(floor > np.asarray(spec.scale)))
-                spec = replace(spec, scale=np.maximum(np.asarray(spec.scale), floor).astype(np.float32), codes=None)
-        if spec.codes is None:
-            spec = replace(spec, codes=encode(weight, spec))
-        solved[layer.weight] = spec
-    job.plan |= solved
-    if widened:
-        job.report["widened"] = widened | job.report.get("widened", {})
+
+
+def complete_weight(job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec:
+    """The entry of one weight with what is missing: the smallest scale without clipping, then the nearest codes. A scale
+    so fine that the layer's bias would overflow int32 is widened (channels whose weights are all but zero). The layer's
+    input must have its range. Raises OnnxqError if the weight is not finite."""
+    weight = job.graph.constant(layer.weight)
+    if not np.isfinite(weight).all():
+        raise OnnxqError(f"layer '{layer.name}': its weight has NaN or Inf; the float model is broken.")
+    if not spec.solved:
+        spec = solve_minmax(weight, spec)
+    codes, scale, floor = spec.codes, np.asarray(spec.scale), scale_floor(job, layer, spec)
+    over = floor > scale
+    if over.any():
+        job.report.setdefault("widened", {})[layer.name] = int(over.sum())
+        spec = replace(spec, scale=np.maximum(scale, floor).astype(np.float32))
+        if codes is not None:
+            codes = np.where(expand(over, weight.shape, spec.block), encode(weight, spec), codes)
+    return replace(spec, codes=encode(weight, spec) if codes is None else codes)
+
+
+def scale_floor(job: Job, layer: Layer, spec: QuantSpec) -> Array:
+    """Smallest weight scales at which |bias| / (s_x s_w) stays below 2^30, in the shape of the scale; 0 where nothing
+    limits them."""
+    shape = block_shape(layer.shape, spec.block)
+    key, bias = layer_input(job.graph, job.plan, job.target, layer), bias_values(job.graph, layer, spec)
+    if not key or bias is None:
+        return np.zeros(shape)
+    needed = np.abs(bias) / (float(job.plan[key].scale or 1) * 2.0**30)
+    each = needed.reshape(shape) if shape and needed.size == np.prod(shape) else np.full(shape, needed.max())
+    return np.asarray(each)
 
 
 def activation_spec(kept: tuple[float, float], spec: QuantSpec) -> QuantSpec:
     """The solution of an activation for a range. One that was always 0 gets [0, 1]: with the usual scale 1 for empty
     ranges its grid would reach beyond a Clip's maximum, which keeps the layer before it in float."""
     return from_range(*(kept if kept[1] > kept[0] or kept[0] else (0.0, 1.0)), spec.request())
-
-
-def _bias_floor(bias: Array, scale: Array, activation: float) -> Array | None:
-    """Smallest weight scales at which |bias| / (s_x s_w) stays below 2^30; None if all are above."""
-    needed = np.abs(bias.astype(np.float64)) / (activation * 2.0**30)
-    needed = needed.max() if scale.ndim == 0 else needed.reshape(scale.shape) if scale.size == needed.size else needed.max()
-    return np.asarray(needed) if np.any(needed > scale) else None

@@ -7,7 +7,7 @@ never a float layer between a DQ and a Q.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -34,7 +34,7 @@ def export(graph: Graph, plan: Plan, target: Target) -> onnx.ModelProto:
 
     The graph is left alone. Inputs, outputs, metadata and names of operators are those of the float model.
     """
-    return _Writer(graph, plan, target).write()
+    return Writer(graph, plan, target).write()
 
 
 def integer_nodes(graph: Graph, plan: Plan, target: Target) -> set[str]:
@@ -59,7 +59,16 @@ def integer_nodes(graph: Graph, plan: Plan, target: Target) -> set[str]:
     return found
 
 
-class _Writer:
+class Writer:
+    """Writes the operators of a QDQ model in order; `export` runs it to the end, a sweep layer by layer.
+
+    plan         entries of weights may be replaced until their layer is written
+    nodes        what is written so far
+    made         constants made so far
+    floats       float constants by name
+    dequantized  tensor -> the output of its DequantizeLinear
+    """
+
     def __init__(self, graph: Graph, plan: Plan, target: Target) -> None:
         self.graph, self.plan, self.target = graph, plan, target
         self.integer = integer_nodes(graph, plan, target)
@@ -72,17 +81,23 @@ class _Writer:
         proto = self.model.graph
         self.names = {n for node in proto.node for n in (*node.input, *node.output)} | {n.name for n in proto.node}
         self.names |= {t.name for t in proto.initializer}
+        self.outputs = {o.name for o in proto.output} | subgraph_reads(proto.node)  # read by name: the DQ must bear it
         self.dequantized: dict[str, str] = {}  # tensor -> the output of its DQ
         self.carried = self._carried()
 
     def write(self) -> onnx.ModelProto:
-        proto = self.model.graph
-        outputs = {o.name for o in proto.output} | _subgraph_reads(proto.node)  # read by name: the DQ must bear it
+        for _ in self.layer_by_layer():
+            pass
+        return self._finish()
+
+    def layer_by_layer(self) -> Iterator[Layer]:
+        """Write the operators, stopping in front of each planned layer: the entry of its weight is read after that."""
         for tensor in self.graph.inputs:
-            self._quantize_after(tensor, outputs)
-        for node in list(proto.node):
+            self._quantize_after(tensor)
+        for node in list(self.model.graph.node):
             written = list(node.output)
             if node.name in self.layers and self.layers[node.name].weight in self.plan:
+                yield self.layers[node.name]
                 self._layer(node, self.layers[node.name])
                 if self._drawn_into_float(self.layers[node.name]):
                     self._separate(written[0])
@@ -91,10 +106,13 @@ class _Writer:
                 if node.name in self.layers and node.input[0] in self.dequantized.values():
                     self._separate(written[0])
             for name in written:
-                self._quantize_after(name, outputs)
+                self._quantize_after(name)
+
+    def _finish(self) -> onnx.ModelProto:
+        proto = self.model.graph
         del proto.node[:]
         proto.node.extend(self.nodes)
-        used = {name for node in proto.node for name in node.input} | outputs
+        used = {name for node in proto.node for name in node.input} | self.outputs
         kept = [numpy_helper.from_array(self.floats[t.name], t.name) if t.name in self.floats else t
                 for t in proto.initializer if t.name in used]
         del proto.initializer[:]
@@ -119,7 +137,7 @@ class _Writer:
                     name = mover.inputs[0].name
         return found
 
-    def _quantize_after(self, name: str, outputs: set[str]) -> None:
+    def _quantize_after(self, name: str) -> None:
         """Q and DQ behind a tensor, if it is planned or moved by an operator that carries codes."""
         key = input_key(self.graph, self.plan, name)
         maker = self.graph.producer(name)
@@ -130,7 +148,7 @@ class _Writer:
         if not integer_readers and not self._made_by_integer(name):
             return
         source = name
-        renamed = name in outputs and maker is not None
+        renamed = name in self.outputs and maker is not None
         if renamed:
             source = self._fresh(f"{name}_float")
             for node in self.nodes:
@@ -156,11 +174,14 @@ class _Writer:
 
     def _read_inputs(self, node: onnx.NodeProto) -> None:
         """Point a node at the dequantized form of its inputs where it should read that, and emit it."""
-        integer = node.name in self.integer or node.name in self.carried
         for i, name in enumerate(node.input):
-            if name in self.dequantized and (integer or self._made_by_integer(name)):
+            if name in self.dequantized and self.reads_codes(node.name, name):
                 node.input[i] = self.dequantized[name]
         self.nodes.append(node)
+
+    def reads_codes(self, node: str, name: str) -> bool:
+        """True if an operator reads the quantized form of a tensor, where that has one."""
+        return node in self.integer or node in self.carried or self._made_by_integer(name)
 
     def _drawn_into_float(self, layer: Layer) -> bool:
         """True if what reads a quantized Gemm or MatMul would draw it into a float kernel."""
@@ -199,7 +220,8 @@ class _Writer:
         self._read_inputs(node)
         node.input[1] = weight
         if bias:
-            node.input[2] = bias
+            del node.input[2:]
+            node.input.append(bias)
 
     def _weight(self, layer: Layer, spec: QuantSpec, rule: Rule) -> str:
         """INT8 -> DequantizeLinear, or INT4 -> Cast(INT8) -> DequantizeLinear, which the runtime folds at load."""
@@ -223,12 +245,12 @@ class _Writer:
 
     def _bias(self, layer: Layer, spec: QuantSpec, activation: QuantSpec) -> str:
         """int32 codes at s_x * s_w: the integer kernel adds them to its accumulator."""
-        if layer.bias is None:
+        bias = bias_values(self.graph, layer, spec)
+        if bias is None:
             return ""
         scale = bias_scale(layer, spec, activation)
-        bias = self.graph.constant(layer.bias).astype(np.float64)
         codes = np.clip(np.rint(bias / scale), -(2.0**31), 2.0**31 - 1).astype(np.int32)
-        name = layer.bias
+        name = layer.bias or f"{layer.name}_bias"
         stored = self._constant(f"{name}_codes", codes)
         scales = self._constant(f"{name}_scale", scale)
         values = self._fresh(f"{name}_dequantized")
@@ -256,10 +278,14 @@ class _Writer:
             copy = self._fresh(f"{x}_apart")
             self._add("Sum", [x], [copy], name=self._fresh(f"{node.name}_input_apart"))
             x = copy
-        if layer.bias is not None:
+        bias = bias_values(self.graph, layer, spec)
+        if bias is not None:
             product = self._fresh(f"{output}_product")
+            stored = layer.bias or ""
+            if spec.shift is not None or not stored:
+                stored = self._constant(f"{layer.bias or layer.name}_shifted", bias.astype(np.float32))
             self._add("MatMul", [x, values], [product], name=node.name)
-            self._add("Sum", [product, layer.bias], [output], name=f"{node.name}_bias")
+            self._add("Sum", [product, stored], [output], name=f"{node.name}_bias")
         else:
             self._add("MatMul", [x, values], [output], name=node.name)
 
@@ -292,6 +318,14 @@ def bias_scale(layer: Layer, weight: QuantSpec, activation: QuantSpec) -> Array:
     return np.asarray(product if product.ndim == 0 else product.reshape(-1))
 
 
+def bias_values(graph: Graph, layer: Layer, spec: QuantSpec) -> Array | None:
+    """The layer's bias and the shift that its weight's entry adds, in float64; None if there is neither."""
+    if layer.bias is None and spec.shift is None:
+        return None
+    bias = graph.constant(layer.bias).astype(np.float64) if layer.bias is not None else np.zeros(1)
+    return np.asarray(bias if spec.shift is None else bias.reshape(-1) + spec.shift)
+
+
 def stored_bits(layer: Layer, spec: QuantSpec) -> float:
     """Bits per weight on disk, scales counted."""
     assert spec.scale is not None
@@ -311,13 +345,13 @@ def _code_type(spec: QuantSpec) -> Any:
     return np.int8 if spec.symmetric else np.uint8
 
 
-def _subgraph_reads(nodes: Sequence[onnx.NodeProto]) -> set[str]:
+def subgraph_reads(nodes: Sequence[onnx.NodeProto]) -> set[str]:
     """Names that control-flow bodies read from outside."""
     found: set[str] = set()
     for node in nodes:
         for attribute in node.attribute:
             for body in ([attribute.g] if attribute.HasField("g") else list(attribute.graphs)):
                 found |= {name for inner in body.node for name in inner.input} | {o.name for o in body.output}
-                found |= _subgraph_reads(body.node)
+                found |= subgraph_reads(body.node)
     return found
 

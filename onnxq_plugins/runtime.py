@@ -22,7 +22,7 @@ _LARGEST_MESSAGE = 2**31 - 2**20  # protobuf's limit is 2 GiB
 
 def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, optimize: bool = True,
             dump: str | Path | None = None, weights: Mapping[str, Array] | None = None,
-            lean: bool = False) -> ort.InferenceSession:
+            lean: bool = False, arena: bool = True) -> ort.InferenceSession:
     """An onnxruntime session on the CPU.
 
     threads    intra-op threads
@@ -30,6 +30,7 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
     dump       write the optimized model here (what the audit reads)
     weights    values for placeholders in the model (`Graph.model(weights)`), used where they lie, without a copy
     lean       plan no memory ahead: less of it, a little slower
+    arena      keep freed memory for the next run; without, every tensor is memory of its own
 
     Raises OnnxqError if onnxruntime refuses the model.
     """
@@ -38,6 +39,7 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.enable_mem_pattern = not lean
+    options.enable_cpu_mem_arena = arena
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if dump is not None:
@@ -64,6 +66,12 @@ def trim() -> None:
     session; elsewhere there is nothing to do."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def run(runner: ort.InferenceSession, feed: Feed) -> list[Array]:
+    """All outputs for one feed, as arrays that lie where onnxruntime wrote them."""
+    values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in feed.items()}
+    return [value.numpy() for value in runner.run_with_ort_values(None, values)]
 
 
 def outputs(runner: ort.InferenceSession, feeds: Iterable[Feed]) -> list[Array]:

@@ -40,6 +40,7 @@ class QuantSpec:
     scale, zero_point, multiplier
                 arrays with one entry per block, shaped as `block_shape` tells
     codes       integer codes in the tensor's own shape (weights only)
+    shift       what is added to the layer's bias [outputs] to make up for the codes' mean error (weights only)
     """
 
     bits: int = 8
@@ -51,6 +52,7 @@ class QuantSpec:
     zero_point: Array | None = None
     multiplier: Array | None = None
     codes: Array | None = None
+    shift: Array | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -65,7 +67,7 @@ class QuantSpec:
 
     def request(self) -> QuantSpec:
         """The same request without its solution."""
-        return replace(self, scale=None, zero_point=None, multiplier=None, codes=None)
+        return replace(self, scale=None, zero_point=None, multiplier=None, codes=None, shift=None)
 
     def describe(self) -> str:
         """A short name such as ``int8 per channel`` for reports and errors."""

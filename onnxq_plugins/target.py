@@ -91,6 +91,9 @@ class Target:
             bits = plan[key].bits if key else 0
             if self.rule(layer, weight, bits) is None:
                 found.append(self.refusal(layer, weight, bits))
+            if weight.shift is not None and not layer.takes_bias:
+                found.append(f"{layer.op} '{layer.name}' has no bias that its planned shift could be added to; leave the "
+                             "shift of its weight out.")
         for name, spec in plan.items():
             if not graph.is_constant(name) and (spec.bits != 8 or spec.symmetric or spec.block is not None):
                 found.append(f"target '{self.name}' cannot run activation '{name}' as {spec.describe()}; it runs "

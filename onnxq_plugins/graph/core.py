@@ -68,6 +68,16 @@ class Layer:
         per_group = self.shape[1] if self.op == "Conv" else self.shape[0] // self.groups
         return "depthwise" if per_group == 1 else "grouped"
 
+    @property
+    def channels(self) -> int:
+        """Number of output channels."""
+        return self.shape[self.out_axis] * (self.groups if self.op == "ConvTranspose" else 1)
+
+    @property
+    def takes_bias(self) -> bool:
+        """True if the operator has, or could have, a bias: a correction can be added to it."""
+        return self.op != "MatMul"
+
     def matrix(self, weight: Array) -> Array:
         """The weight as a batch of matrices [groups, outputs per group, D], with D = inputs per group * kernel taps (inputs
         vary slowest). Matrix form of all solvers: y = W x over columns x of input patches."""

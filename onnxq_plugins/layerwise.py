@@ -1,0 +1,193 @@
+"""One layer as an optimization problem: its weight, what it sees, and how that becomes a solved entry of the plan.
+
+The bridge between graph and solvers. A `Problem` holds plain values, so it can be sent to another process or machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnxq_plugins.calibration import Gram
+from onnxq_plugins.complete import scale_floor
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph import Layer
+from onnxq_plugins.job import Job
+from onnxq_plugins.solvers.gram import narrow, nearest, regress, ridge, row_loss, widen
+from onnxq_plugins.solvers.rounding import Effort, Method, solve
+from onnxq_plugins.solvers.scales import search_scales
+from onnxq_plugins.spec import Array, QuantSpec, block_shape, expand, reduce_blocks, solve_minmax, step
+from onnxq_plugins.sweep import Seen
+
+# Ridges in units of D / patches: the fewer patches for D weights, the less their correlations are worth. Rounding needs
+# little; the regression on the quantized inputs fits noise sooner, also because patches of one sample resemble each other.
+SHRINK_ROUNDING, SHRINK_REGRESSION = 1.0, 20.0
+_AT_ONCE = 2**24  # numbers per array that the solvers get at once: wide layers go block by block
+_GRAMS = 2**29  # bytes of Gram matrices held at once
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A layer to solve.
+
+    weight   float32, in the layer's shape
+    spec     its entry in the plan; a scale that is there is kept
+    floor    smallest scales allowed (`complete.scale_floor`)
+    seen     what the layer sees: of the quantized network, or of the float one (a Gram)
+    shift    solve the bias along with the codes; the objective then leaves mean errors out
+    """
+
+    layer: Layer
+    weight: Array
+    spec: QuantSpec
+    floor: Array
+    seen: Seen | Gram
+    shift: bool
+
+    def solve(self, method: Method, effort: Effort, search: bool = True) -> tuple[QuantSpec, float]:
+        """The entry with scale (searched if it was open and `search`), codes and shift, and its loss relative to that of
+        rounding to the nearest with the same scale."""
+        spec, loss, base = self.spec, 0.0, 0.0
+        w, h = self._target()
+        if not spec.solved:
+            spec = self.scaled(w, h) if search else self._widened(solve_minmax(self.weight, spec))
+        size = narrow(_steps(self.layer, spec), h, 1.0)
+        given = narrow(self.layer.matrix(self.weight), h)
+        codes = np.empty(w.shape, np.int8 if spec.bits <= 8 else np.int32)
+        at_once = max(1, _AT_ONCE // max(w[0].size, h[0].size))
+        for first in range(0, len(w), at_once):
+            part = slice(first, first + at_once)
+            one = size[part] if len(size) > 1 else size
+            start = nearest(given[part], one, spec.grid)
+            found = solve(method, w[part], h[part], one, spec.grid, effort, start)
+            loss += float(row_loss(w[part] - one * found, h[part]).sum())
+            base += float(row_loss(w[part] - one * start, h[part]).sum())
+            codes[part] = found
+        whole = widen(codes, self._shape)
+        shift = None
+        if self.shift:
+            expected = np.einsum("god,gd->go", _steps(self.layer, spec) * whole, self._mean())
+            shift = (self._output() - expected).reshape(-1).astype(np.float32)
+        return replace(spec, codes=self.layer.from_matrix(whole), shift=shift), loss / base if base > 0 else 1.0
+
+    def scaled(self, w: Array | None = None, h: Array | None = None) -> QuantSpec:
+        """The entry with the Gram-weighted scale, codes left open; the plain one where blocks do not lie in a row."""
+        if w is None or h is None:
+            w, h = self._target()
+        spec = solve_minmax(self.weight, self.spec)
+        size = _steps(self.layer, spec)
+        ids = np.arange(int(np.prod(block_shape(self.layer.shape, spec.block)))).reshape(
+            block_shape(self.layer.shape, spec.block))
+        share = self.layer.matrix(np.broadcast_to(expand(ids, self.layer.shape, spec.block), self.layer.shape))
+        width = _width(share)
+        if not width:
+            return self._widened(spec)
+        wide, matrix = widen(w, self._shape), h
+        if width < share.shape[2] and h.shape[1] != width:
+            if len(h) != len(share):
+                return self._widened(spec)  # blocks of inputs in a block-diagonal matrix
+            matrix = _diagonal_blocks(h, width)
+        factor = search_scales(narrow(wide, matrix), matrix, narrow(size, matrix, 1.0), spec.grid,
+                               narrow(share, matrix, -1)[:, :, 0])
+        full = np.broadcast_to(factor[:, :, None], (*factor.shape, matrix.shape[1]))
+        grown = self.layer.from_matrix(np.broadcast_to(size, self._shape) * widen(full, self._shape))
+        return self._widened(replace(spec, scale=reduce_blocks(grown, spec.block, np.maximum).astype(np.float32)))
+
+    def _target(self) -> tuple[Array, Array]:
+        """Weights to round and Gram matrix, in its groups: centred if the bias takes mean errors, with a ridge."""
+        h, mean = self.seen.h, self.seen.mean
+        if self.shift:
+            h = h - mean[:, :, None] * mean[:, None, :]
+        share = h.shape[1] / max(self.seen.count, 1)
+        w = narrow(self.layer.matrix(self.weight.astype(np.float64)), h)
+        if isinstance(self.seen, Seen):
+            cross = self.seen.cross
+            if self.shift:
+                cross = cross - self.seen.output[:, :, None] * self._mean()[:, None, :]
+            w = regress(w, h, narrow(cross, h), SHRINK_REGRESSION * share)
+        return w, ridge(h, SHRINK_ROUNDING * share)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """[groups, outputs, D] of the layer."""
+        return (self.layer.groups, self.layer.channels // self.layer.groups,
+                int(np.prod(self.layer.shape)) // self.layer.channels)
+
+    def _mean(self) -> Array:
+        """E[x] [groups, D] in the layer's own groups."""
+        return widen(self.seen.mean[:, None], (self._shape[0], 1, self._shape[2]))[:, 0]
+
+    def _output(self) -> Array:
+        """E[y] [groups, outputs]."""
+        if isinstance(self.seen, Seen):
+            return self.seen.output
+        found: Array = np.einsum("god,gd->go", self.layer.matrix(self.weight.astype(np.float64)), self._mean())
+        return found
+
+    def _widened(self, spec: QuantSpec) -> QuantSpec:
+        return replace(spec, scale=np.maximum(np.asarray(spec.scale), self.floor).astype(np.float32))
+
+
+def problem(job: Job, layer: Layer, seen: Seen | Gram, shift: bool) -> Problem:
+    """The problem of a planned layer. Raises OnnxqError if its weight is not finite."""
+    weight = job.graph.constant(layer.weight)
+    if not np.isfinite(weight).all():
+        raise OnnxqError(f"layer '{layer.name}': its weight has NaN or Inf; the float model is broken.")
+    spec = replace(job.plan[layer.weight], codes=None, shift=None)
+    return Problem(layer, weight, spec, scale_floor(job, layer, spec), seen, shift and layer.takes_bias)
+
+
+def solvable(job: Job) -> list[Layer]:
+    """Planned layers that have a matrix form."""
+    return [y for y in job.graph.layers if y.weight in job.plan and y.op != "ConvTranspose"]
+
+
+def float_inputs(job: Job, layers: Sequence[Layer], positions: int, limit: int) -> Iterator[list[tuple[Layer, Gram]]]:
+    """What layers see in the float network, a batch of layers at a time: as many as fit half a gigabyte of Gram matrices,
+    each batch one run over the data."""
+    batch: list[Layer] = []
+    held = 0
+    for layer in [*layers, None]:
+        size = 0
+        if layer is not None:
+            width = int(np.prod(layer.shape)) // layer.channels
+            size = 8 * layer.groups * width * -(-width // -(-width // limit))
+        if batch and (layer is None or held + size > _GRAMS):
+            grams = job.calibration.grams(batch, positions, limit)
+            yield [(one, grams.pop(one.name)) for one in batch]
+            batch, held = [], 0
+        if layer is not None:
+            batch.append(layer)
+            held += size
+
+
+def _steps(layer: Layer, spec: QuantSpec) -> Array:
+    """Size of a code [groups, outputs, D], or [groups, outputs, 1] where it does not vary along D."""
+    size = np.asarray(step(spec, layer.shape), np.float64)
+    outputs = layer.channels // layer.groups
+    varies = size.ndim and any(n > 1 for axis, n in enumerate(size.shape) if axis != layer.out_axis)
+    if varies:
+        return layer.matrix(np.broadcast_to(size, layer.shape))
+    made: Array = np.broadcast_to(size.reshape(-1), layer.channels).reshape(layer.groups, outputs, 1)
+    return made
+
+
+def _width(share: Array) -> int:
+    """Length of the runs of equal numbers along the last axis, if all rows have them at the same places; else 0."""
+    change = np.flatnonzero((share[:, :, 1:] != share[:, :, :-1]).any(axis=(0, 1))) + 1
+    width = int(change[0]) if len(change) else share.shape[2]
+    even = np.array_equal(change, np.arange(width, share.shape[2], width))
+    return width if even and (share[:, :, :1] == share[:, :, :width]).all() else 0
+
+
+def _diagonal_blocks(h: Array, width: int) -> Array:
+    """Blocks of `width` on the diagonal of h [g, D, D], as groups [g * n, width, width]; the last one filled with 0."""
+    groups, size = h.shape[:2]
+    pieces = -(-size // width)
+    made = np.zeros((groups, pieces, width, width))
+    for i in range(pieces):
+        part = h[:, i * width:(i + 1) * width, i * width:(i + 1) * width]
+        made[:, i, :part.shape[1], :part.shape[1]] = part
+    return made.reshape(-1, width, width)

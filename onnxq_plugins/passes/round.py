@@ -1,0 +1,91 @@
+"""round: codes of weights by the error they cause in their layer's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from onnxq_plugins.complete import complete_ranges
+from onnxq_plugins.graph import Layer
+from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.layerwise import float_inputs, problem, solvable
+from onnxq_plugins.solvers.rounding import Effort, Method
+from onnxq_plugins.spec import QuantSpec
+from onnxq_plugins.sweep import sweep
+
+
+@dataclass(frozen=True)
+class Round(Pass):
+    """Learned rounding without gradients through the network: every layer's codes minimise the squared error of its
+    output over the calibration data, which the Gram matrix of its inputs holds completely.
+
+    method       ``nearest``, ``gptq``, ``gpfq``, ``descent`` (coordinate descent), ``adaround``, ``attention``
+                 (Attention Round), or ``auto``: the best loss of GPTQ, descent and AdaRound, row by row
+    sequential   a layer sees the inputs that the quantized layers before it make, and makes up for their errors (one sweep
+                 through both networks). False: every layer sees float inputs; layers are solved side by side
+    search       choose scales that are still open by the output error they cause, too
+    shift        solve biases along with the codes
+    seconds      what ``auto`` may spend on AdaRound in all; 0 leaves it out. With a limit that binds, codes depend on the
+                 speed of the machine
+    steps        of AdaRound and Attention Round
+    damping      share of the mean diagonal that GPTQ adds to the Gram matrix
+    positions    patches per sample at most; a layer with D weights per output takes no more than D, or 64
+    limit        largest D with a full Gram matrix (8 D^2 bytes); above it, blocks on its diagonal
+
+    No row of a layer is worse than rounded to the nearest, by that measure. ConvTranspose is left to the default solver.
+
+    Source: GPTQ (arXiv 2210.17323), GPFQ (arXiv 2201.11113), AdaRound (arXiv 2004.10568), Attention Round (arXiv
+    2207.03088); see `onnxq_plugins.solvers`.
+    Cost: one run of the float and of the quantized network, cut in pieces; then BLAS.
+    """
+
+    name: ClassVar[str] = "round"
+    method: Method = "auto"
+    sequential: bool = True
+    search: bool = True
+    shift: bool = True
+    seconds: float = 20.0
+    steps: int = 2000
+    damping: float = 0.01
+    positions: int = 256
+    limit: int = 4608
+
+    def __post_init__(self) -> None:
+        for key, least in (("seconds", 0), ("steps", 1), ("damping", 1e-6), ("positions", 1), ("limit", 16)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} = {getattr(self, key)} must be at least {least}")
+
+    def apply(self, job: Job) -> dict[str, Any]:
+        complete_ranges(job)
+        layers = solvable(job)
+        efforts = self._efforts(job, layers)
+        told: dict[str, float] = {}
+
+        def keep(layer: Layer, solved: tuple[QuantSpec, float]) -> None:
+            job.plan |= {layer.weight: solved[0]}
+            told[layer.name] = round(solved[1], 4)
+
+        if self.sequential:
+            seen_layers = sweep(job, layers, self.positions, self.limit)
+            for layer, seen in job.track(seen_layers, "rounding", len(layers)):
+                one = problem(job, layer, seen, self.shift)
+                keep(layer, one.solve(self.method, efforts[layer.name], self.search))
+        else:
+            from joblib import Parallel, delayed
+
+            for batch in float_inputs(job, layers, self.positions, self.limit):
+                solved = Parallel(n_jobs=job.workers, prefer="threads", return_as="generator")(
+                    delayed(problem(job, layer, gram, self.shift).solve)(self.method, efforts[layer.name], self.search)
+                    for layer, gram in batch)
+                for (layer, _), found in zip(batch, job.track(solved, "rounding", len(batch)), strict=True):
+                    keep(layer, found)
+        return {"method": self.method, "loss_relative_to_nearest": told}
+
+    def _efforts(self, job: Job, layers: list[Layer]) -> dict[str, Effort]:
+        """What each layer gets of the time, by the cost of a step; and a seed."""
+        cost = np.array([float(np.prod(y.shape)) ** 2 / y.channels for y in layers])
+        seeds = job.rng.integers(2**31, size=len(layers))
+        return {y.name: Effort(self.damping, self.steps, self.seconds * float(share), int(seed))
+                for y, share, seed in zip(layers, cost / max(cost.sum(), 1.0), seeds, strict=True)}

@@ -1,0 +1,109 @@
+"""The matrix form of what a layer reads and writes: columns of input patches and of outputs, and their Gram matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnxq_plugins.graph import Layer
+from onnxq_plugins.spec import Array
+
+
+def patches(layer: Layer, x: Array, positions: int, sample: int = 0, zero: int = 0) -> Array:
+    """Columns of the layer's input matrix for one sample [groups, D, positions], evenly spread over its output.
+
+    x        Conv [N, C, *spatial]; Gemm, MatMul [..., K]; values or codes
+    sample   shifts the positions, so that samples differ in them
+    zero     what padding is filled with (codes: their zero point)
+    """
+    if layer.op != "Conv":
+        rows = x.reshape(-1, x.shape[-1])
+        return rows[_spread(len(rows), positions, sample)].T[None]
+    kernel, strides, dilations, pads = _geometry(layer, x.shape[2:])
+    sizes = _output_sizes(layer, x.shape[2:])
+    at = _spread(len(x) * int(np.prod(sizes)), positions, sample)
+    if any(map(any, pads)):
+        x = np.pad(x, [(0, 0), (0, 0), *pads], constant_values=zero)
+    batch, *corner = np.unravel_index(at, (len(x), *sizes))
+    where = np.zeros((1, len(at)), np.intp)  # offsets in the flattened spatial axes [taps, positions]
+    for axis, length in enumerate(x.shape[2:]):
+        along = corner[axis] * strides[axis] + (np.arange(kernel[axis]) * dilations[axis])[:, None]
+        where = (where[:, None] * length + along[None]).reshape(-1, len(at))
+    flat = x.reshape(len(x), x.shape[1], -1)
+    if len(x) == 1:
+        columns = flat[0].take(where, axis=1)  # [C, taps, positions]
+    else:
+        columns = flat.swapaxes(0, 1)[:, batch[None], where]
+    made: Array = columns.reshape(layer.groups, -1, len(at))
+    return made
+
+
+def output_columns(layer: Layer, y: Array, positions: int, sample: int = 0) -> Array:
+    """Columns of the layer's output [groups, outputs per group, positions] that belong to those of `patches`."""
+    if layer.op != "Conv":
+        rows = y.reshape(-1, y.shape[-1])
+        return rows[_spread(len(rows), positions, sample)].T[None]
+    at = _spread(len(y) * int(np.prod(y.shape[2:])), positions, sample)
+    flat = y.swapaxes(0, 1).reshape(y.shape[1], -1)
+    made: Array = flat.take(at, axis=1).reshape(layer.groups, -1, len(at))
+    return made
+
+
+def split(columns: Array, limit: int) -> Array:
+    """Columns [g, D, P] with D above `limit` as more and narrower groups [g * n, B, P], zeros at the end: what they leave
+    out of a Gram matrix is all but n blocks on its diagonal."""
+    groups, size, count = columns.shape
+    if size <= limit:
+        return columns
+    pieces = -(-size // limit)
+    width = -(-size // pieces)
+    filled = np.zeros((groups, pieces * width, count), columns.dtype)
+    filled[:, :size] = columns
+    return filled.reshape(groups * pieces, width, count)
+
+
+def gram_shape(columns: Array) -> tuple[int, int, int]:
+    """Shape [g, D, D] of the Gram matrices of columns [g, D, P]."""
+    return (columns.shape[0], columns.shape[1], columns.shape[1])
+
+
+def add_gram(h: Array, columns: Array) -> Array:
+    """h [g, D, D] plus the sum of x x^T over columns [g, D, P], in place."""
+    x = columns.astype(np.float64)
+    if len(x) > 1 and x.shape[1] <= 64:
+        h += x @ x.swapaxes(1, 2)
+    else:
+        for into, one in zip(h, x, strict=True):
+            into += one @ one.T
+    return h
+
+
+def _geometry(layer: Layer, sizes: Sequence[int]) -> tuple[Sequence[int], list[int], list[int], list[tuple[int, int]]]:
+    """Kernel, strides, dilations and pads of a convolution."""
+    rank = len(sizes)
+    strides = list(layer.attrs.get("strides") or [1] * rank)
+    dilations = list(layer.attrs.get("dilations") or [1] * rank)
+    auto = layer.attrs.get("auto_pad", "NOTSET")
+    kernel = layer.shape[2:]
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        pads = []
+        for n, s, d, k in zip(sizes, strides, dilations, kernel, strict=True):
+            total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+            small, large = total // 2, total - total // 2
+            pads.append((small, large) if auto == "SAME_UPPER" else (large, small))
+        return kernel, strides, dilations, pads
+    flat = (layer.attrs.get("pads") or [0] * 2 * rank) if auto == "NOTSET" else [0] * 2 * rank
+    return kernel, strides, dilations, list(zip(flat[:rank], flat[rank:], strict=True))
+
+
+def _output_sizes(layer: Layer, sizes: Sequence[int]) -> list[int]:
+    kernel, strides, dilations, pads = _geometry(layer, sizes)
+    return [(n + sum(pad) - d * (k - 1) - 1) // s + 1
+            for n, pad, d, k, s in zip(sizes, pads, dilations, kernel, strides, strict=True)]
+
+
+def _spread(total: int, wanted: int, sample: int) -> Array:
+    if total <= wanted:
+        return np.arange(total)
+    return (np.arange(wanted) * total // wanted + sample * 7919) % total  # a prime: samples see different positions

@@ -1,0 +1,84 @@
+"""The layer objective in Gram form, shared by the solvers.
+
+A layer computes y = W x. With H = E[x x^T] the mean squared error of rounded weights is a quadratic form and separates by
+rows (output channels):
+
+    L = E|W x - Wq x|^2 = sum_o d_o H d_o^T,   d = W - Wq
+
+Arrays are batches over groups: w [g, O, D], h [g, D, D]; dense layers have g = 1, depthwise ones g = channels, O = 1.
+`step` broadcasts to w, so one scale a row, one per block and two-level scales are the same to every solver; a weight is
+`step * code` with lo <= code <= hi. Source: AdaRound (arXiv 2004.10568, equation 21), GPTQ (arXiv 2210.17323).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxq_plugins.spec import Array
+
+Grid = tuple[int, int]
+
+
+def row_loss(error: Array, h: Array) -> Array:
+    """d H d^T of each row: error [g, O, D], h [g, D, D] -> [g, O]."""
+    weighted = error @ h
+    weighted *= error
+    return np.maximum(weighted.sum(axis=2), 0.0)
+
+
+def nearest(w: Array, step: Array, grid: Grid) -> Array:
+    """Codes rounded to the nearest (half to even) [g, O, D], as floats."""
+    codes: Array = np.clip(np.rint(w / step), *grid)
+    return codes
+
+
+def better(w: Array, h: Array, step: Array, codes: Array, other: Array) -> Array:
+    """True for each row [g, O] in which `codes` have less loss than `other`."""
+    found: Array = row_loss(w - step * codes, h) < row_loss(w - step * other, h)
+    return found
+
+
+def ridge(h: Array, amount: float) -> Array:
+    """h [g, D, D] with its diagonal times 1 + amount: correlations shrink, whatever the inputs' units. An input that is
+    always 0 gets a 1, and rounding errors of h are made up for, so that the result can be inverted."""
+    diagonal = np.einsum("gdd->gd", h)
+    floor = 1e-7 * diagonal.mean(axis=1, keepdims=True)
+    made = h.copy()
+    np.einsum("gdd->gd", made)[...] = np.where(diagonal > 0, (1 + amount) * diagonal + floor, 1.0)
+    return made
+
+
+def regress(w: Array, h: Array, cross: Array, amount: float) -> Array:
+    """Weights for the inputs a layer really sees: the minimum over W' of E|y - W' x|^2 plus a ridge that draws it to w.
+
+    w [g, O, D] float weights; h [g, D, D] = E[x x^T] of the inputs as the quantized network makes them; cross [g, O, D] =
+    E[y x^T] with y the float layer's output; amount: the ridge, relative to the diagonal of h.
+
+    Every Gram solver handles this asymmetric objective (float target, quantized input) by rounding the result in place of
+    w, since L(Wq) = (Wq - W') h (Wq - W')^T + const.
+    """
+    solved: Array = np.linalg.solve(ridge(h, amount), (cross - w @ h).swapaxes(1, 2))
+    return w + solved.swapaxes(1, 2)
+
+
+def narrow(a: Array, like: Array, fill: float = 0.0) -> Array:
+    """Weights [g, O, D] in the groups of a block-diagonal Gram matrix `like` [g * n, B, B]: [g * n, O, B], the last
+    columns filled up. What broadcasts along D stays as it is, once per group."""
+    groups, width = like.shape[:2]
+    if a.shape[0] == groups and a.shape[2] in (1, width):
+        return a
+    g, rows, size = a.shape
+    pieces = groups // g
+    if size == 1:
+        return np.repeat(a, pieces, axis=0)
+    wide = np.full((g, rows, pieces * width), fill, a.dtype)
+    wide[:, :, :size] = a
+    return wide.reshape(g, rows, pieces, width).swapaxes(1, 2).reshape(groups, rows, width)
+
+
+def widen(a: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of `narrow`: back to [g, O, D] = shape."""
+    g, rows, size = shape
+    if a.shape == shape:
+        return a
+    return a.reshape(g, -1, rows, a.shape[2]).swapaxes(1, 2).reshape(g, rows, -1)[:, :, :size]

@@ -1,0 +1,258 @@
+"""One streaming sweep through the float and the quantized network side by side, layer by layer.
+
+Learned rounding does better when a layer knows the inputs it will really get: those of the quantized layers before it.
+Running the network anew for each layer would cost layers x samples runs. Instead every sample's live activations are held
+at the present layer; a step runs only the operators between one layer and the next, float and quantized, so that the whole
+sweep costs one run of each network. The quantized operators come from the exporter: what is measured is what ships.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from onnxq_plugins import runtime
+from onnxq_plugins.calibration import in_order
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph import Layer
+from onnxq_plugins.job import Job
+from onnxq_plugins.patches import add_gram, gram_shape, output_columns, patches, split
+from onnxq_plugins.planning import layer_input
+from onnxq_plugins.qdq import Writer, subgraph_reads
+from onnxq_plugins.spec import Array
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What one layer sees in the quantized network, over `count` patches x, and what it should answer, y (the float
+    layer's output without its bias). float64.
+
+    h       E[x x^T] [groups, D, D]; block-diagonal, as more groups, where D is above the limit (see `Gram`)
+    mean    E[x] [groups, D]
+    cross   E[y x^T] [layer's groups, O, D]
+    output  E[y] [layer's groups, O]
+    """
+
+    h: Array
+    mean: Array
+    cross: Array
+    output: Array
+    count: int
+
+
+@dataclass
+class _Network:
+    """One of the two networks: its constants, and the live activations of every sample."""
+
+    proto: onnx.ModelProto
+    floats: Mapping[str, Array]  # large constants by name
+    live: dict[str, list[Array]]  # tensor -> one array a sample
+    dequantizers: dict[str, onnx.NodeProto] = field(default_factory=dict)  # output -> node: copied to where it is read
+
+    def piece(self, nodes: list[onnx.NodeProto], made: Iterable[TensorProto], keep: set[str]) -> _Piece | None:
+        """The operators as a model of their own that yields what is to be kept; None if that is nothing."""
+        small = {t.name: t for t in (*self.proto.graph.initializer, *made)}
+        nodes = list(nodes)
+        produced = {o for n in nodes for o in n.output}
+        outputs = [name for name in dict.fromkeys(o for n in nodes for o in n.output) if name in keep]
+        if not outputs:
+            return None
+        nodes = _needed(nodes, set(outputs))
+        copied: dict[str, onnx.NodeProto] = {}
+        for node in nodes:
+            for name in reads(node):
+                if name in self.dequantizers and name not in produced:
+                    copied[name] = self.dequantizers[name]
+        nodes = [*copied.values(), *nodes]
+        produced = {o for n in nodes for o in n.output}
+        wanted = dict.fromkeys(name for n in nodes for name in reads(n) if name not in produced)
+        inputs = [name for name in wanted if name in self.live]
+        graph = helper.make_graph(nodes, "piece", [_describe(name, self.live[name]) for name in inputs],
+                                  [helper.make_empty_tensor_value_info(name) for name in outputs],
+                                  [small[name] for name in wanted if name in small])
+        model = helper.make_model(graph, opset_imports=self.proto.opset_import, functions=list(self.proto.functions))
+        model.ir_version = self.proto.ir_version
+        weights = {name: self.floats[name] for name in wanted if name in self.floats}
+        return _Piece(runtime.session(model, weights=weights, lean=True, arena=False), inputs, outputs)
+
+    def advance(self, piece: _Piece | None, sample: int, keep: set[str]) -> None:
+        """Run a piece on one sample and forget what nobody reads any more."""
+        if piece is not None:
+            values = runtime.run(piece.session, {name: self.live[name][sample] for name in piece.inputs})
+            for name, value in zip(piece.outputs, values, strict=True):
+                self.live[name][sample] = value
+        for name, values in self.live.items():
+            if name not in keep:
+                values[sample] = _GONE
+
+
+@dataclass(frozen=True)
+class _Piece:
+    session: Any
+    inputs: list[str]
+    outputs: list[str]
+
+
+_GONE = np.empty(0)
+
+
+def sweep(job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 4608) -> Iterator[tuple[Layer, Seen]]:
+    """Yield each of the planned `layers` with what it sees, in topological order; solve it in `job.plan` before asking for
+    the next. All other entries of the plan must be solved.
+
+    positions   patches per sample at most
+    limit       largest D with a full Gram matrix
+
+    Holds one layer's Gram matrix and, for each sample, the activations alive at that layer.
+    """
+    wanted = {layer.name for layer in layers}
+    if job.calibration.data is None:
+        raise OnnxqError("rounding by what layers see needs sample inputs, and there are none; give --data PATH.")
+    samples = list(job.calibration.data)
+    floats: dict[str, Array] = {}
+    proto = job.graph.model(floats)
+    nodes = list(proto.graph.node)
+    at = {node.name: i for i, node in enumerate(nodes)}
+    starts = {name: [s[name] for s in samples] for name in job.graph.inputs}
+    exact = _Network(proto, floats, {name: list(values) for name, values in starts.items()})
+    writer = Writer(job.graph, job.plan, job.target)
+    rounded = _Network(writer.model, writer.floats, starts)
+    cut, written = 0, 0
+    for layer in writer.layer_by_layer():
+        if layer.name not in wanted:
+            writer.plan = job.plan
+            continue
+        end = at[layer.name] + 1
+        keep = _pending(nodes, end) | {layer.output}
+        float_piece = exact.piece(nodes[cut:end], (), keep)
+        fresh = writer.nodes[written:]
+        rounded.dequantizers |= {n.output[0]: n for n in fresh if n.op_type == "DequantizeLinear"
+                                 and n.input[0] in _produced(fresh)}
+        keep_codes = _sources(writer, nodes, end - 1, rounded.dequantizers)
+        code_piece = rounded.piece(fresh, writer.made, keep_codes)
+        for network, piece in ((exact, float_piece), (rounded, code_piece)):
+            for name in piece.outputs if piece is not None else ():
+                network.live[name] = [_GONE] * len(samples)
+        seen = _Sums(job, writer, layer, rounded, positions, limit)
+
+        def one(sample: int, steps: Any = ((exact, float_piece, keep), (rounded, code_piece, keep_codes)),
+                look: _Sums = seen) -> tuple[Array, Array]:
+            for network, piece, kept in steps:
+                network.advance(piece, sample, kept)
+            return look.columns(sample, exact.live)
+
+        for x, y in in_order(one, range(len(samples)), job.workers):
+            seen.add(x, y)
+        for network, kept in ((exact, keep), (rounded, keep_codes)):
+            network.live = {name: values for name, values in network.live.items() if name in kept}
+        cut, written = end, len(writer.nodes)
+        yield layer, seen.result()
+        writer.plan = job.plan
+        wanted.discard(layer.name)
+        if not wanted:
+            return
+
+
+class _Sums:
+    """Running sums of one layer's patches and outputs."""
+
+    def __init__(self, job: Job, writer: Writer, layer: Layer, network: _Network, positions: int, limit: int) -> None:
+        self.layer, self.limit, self.live = layer, limit, network.live
+        self.positions = min(positions, max(64, int(np.prod(layer.shape)) // layer.channels))
+        key = layer_input(job.graph, job.plan, job.target, layer)
+        self.spec = job.plan[key] if key else None
+        self.source = _source(writer, layer.name, layer.input, network.dequantizers)
+        self.bias = job.graph.constant(layer.bias).reshape(layer.groups, -1, 1) if layer.bias is not None else None
+        self.h, self.x, self.cross, self.y, self.count = (np.zeros(()), np.zeros(()), np.zeros(()), np.zeros(()), 0)
+        self.waiting: list[tuple[Array, Array]] = []
+
+    def columns(self, sample: int, exact: Mapping[str, list[Array]]) -> tuple[Array, Array]:
+        """Patches of the quantized input and the float outputs that belong to them, float32."""
+        codes = self.live[self.source][sample]
+        if self.spec is not None and codes.dtype.kind in "iu":
+            zero = int(np.asarray(self.spec.zero_point))
+            x = patches(self.layer, codes, self.positions, sample, zero).astype(np.float32)
+            x = (x - np.float32(zero)) * np.float32(self.spec.scale)
+        else:
+            x = patches(self.layer, codes, self.positions, sample)
+        y = output_columns(self.layer, exact[self.layer.output][sample], self.positions, sample)
+        return x, y if self.bias is None else y - self.bias
+
+    def add(self, x: Array, y: Array) -> None:
+        self.waiting.append((x, y))
+        if sum(part[0].shape[2] for part in self.waiting) >= 1024:  # fewer and larger products
+            self._flush()
+
+    def _flush(self) -> None:
+        x, y = (np.concatenate(parts, axis=2) for parts in zip(*self.waiting, strict=True))
+        self.waiting.clear()
+        pieces = split(x, self.limit)
+        if not self.count:
+            groups, outputs = y.shape[:2]
+            self.h, self.x = np.zeros(gram_shape(pieces)), np.zeros(pieces.shape[:2])
+            self.cross, self.y = np.zeros((groups, outputs, x.shape[1])), np.zeros((groups, outputs))
+        add_gram(self.h, pieces)
+        self.x += pieces.sum(axis=2, dtype=np.float64)
+        self.cross += y @ x.swapaxes(1, 2)
+        self.y += y.sum(axis=2, dtype=np.float64)
+        self.count += x.shape[2]
+
+    def result(self) -> Seen:
+        if self.waiting:
+            self._flush()
+        n = max(self.count, 1)
+        found = Seen(self.h / n, self.x / n, self.cross / n, self.y / n, self.count)
+        if not all(np.isfinite(part).all() for part in (found.mean, found.output)):
+            raise OnnxqError(f"layer '{self.layer.name}' reads or writes values that are not finite (NaN or Inf) on the "
+                             "given data: the float model itself overflows there.")
+        return found
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """Names an operator reads, those of control-flow bodies included."""
+    return [name for name in (*node.input, *subgraph_reads([node])) if name]
+
+
+def _pending(nodes: list[onnx.NodeProto], start: int) -> set[str]:
+    """What the operators from `start` on read."""
+    return {name for node in nodes[start:] for name in reads(node)}
+
+
+def _sources(writer: Writer, nodes: list[onnx.NodeProto], start: int, dequantizers: Mapping[str, onnx.NodeProto]) -> set[str]:
+    """What the quantized forms of the operators from `start` on read of what is written so far."""
+    return {_source(writer, node.name, name, dequantizers) for node in nodes[start:] for name in reads(node)}
+
+
+def _source(writer: Writer, node: str, name: str, dequantizers: Mapping[str, onnx.NodeProto]) -> str:
+    """The tensor behind what an operator's quantized form reads as `name`: its codes, where it has some."""
+    if name in writer.dequantized and writer.reads_codes(node, name):
+        name = writer.dequantized[name]
+    return str(dequantizers[name].input[0]) if name in dequantizers else name
+
+
+def _produced(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Outputs of QuantizeLinear: the codes of activations."""
+    return {n.output[0] for n in nodes if n.op_type == "QuantizeLinear"}
+
+
+def _needed(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
+    """The operators that contribute to the outputs, in order."""
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(nodes):
+        if outputs & set(node.output):
+            kept.append(node)
+            outputs = outputs | set(reads(node))
+    return kept[::-1]
+
+
+def _describe(name: str, values: list[Array]) -> onnx.ValueInfoProto:
+    """Type and shape of a live tensor; axes in which samples differ stay open."""
+    shapes = {v.shape for v in values}
+    first = values[0]
+    shape = list(first.shape) if len(shapes) == 1 else [None] * first.ndim
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(first.dtype), shape)
