@@ -288,6 +288,9 @@ class Calibration:
 def in_order(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """Results in the order of the items, with `workers` threads and never more than workers + 1 items under way.
     Threads, not processes: a session releases the interpreter while it runs, and cannot be pickled."""
+    if workers == 1:
+        yield from map(work, items)
+        return
     with ThreadPoolExecutor(workers) as pool:
         under_way: deque[Future[R]] = deque()
         for item in items:

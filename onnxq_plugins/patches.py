@@ -68,14 +68,18 @@ def gram_shape(columns: Array) -> tuple[int, int, int]:
     return (columns.shape[0], columns.shape[1], columns.shape[1])
 
 
+def gram(columns: Array) -> Array:
+    """Sum of x x^T over columns [g, D, P] -> [g, D, D], in the columns' own precision: of float32, give at most some
+    thousand at a time."""
+    if len(columns) > 1:
+        found: Array = columns @ columns.swapaxes(1, 2)
+        return found
+    return np.asarray(columns[0] @ columns[0].T)[None]  # recognised as symmetric: half the work
+
+
 def add_gram(h: Array, columns: Array) -> Array:
-    """h [g, D, D] plus the sum of x x^T over columns [g, D, P], in place."""
-    x = columns.astype(np.float64)
-    if len(x) > 1 and x.shape[1] <= 64:
-        h += x @ x.swapaxes(1, 2)
-    else:
-        for into, one in zip(h, x, strict=True):
-            into += one @ one.T
+    """h [g, D, D] float64 plus the Gram matrices of columns [g, D, P], in place."""
+    h += gram(columns)
     return h
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
+from threadpoolctl import ThreadpoolController
 
 from onnxq_plugins import runtime
 from onnxq_plugins.calibration import in_order
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job
-from onnxq_plugins.patches import add_gram, gram_shape, output_columns, patches, split
+from onnxq_plugins.patches import gram, output_columns, patches, split
 from onnxq_plugins.planning import layer_input
 from onnxq_plugins.qdq import Writer, subgraph_reads
 from onnxq_plugins.spec import Array
@@ -123,6 +124,7 @@ def sweep(job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 
     writer = Writer(job.graph, job.plan, job.target)
     rounded = _Network(writer.model, writer.floats, starts)
     cut, written = 0, 0
+    blas = ThreadpoolController()
     for layer in writer.layer_by_layer():
         if layer.name not in wanted:
             writer.plan = job.plan
@@ -140,14 +142,16 @@ def sweep(job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 
                 network.live[name] = [_GONE] * len(samples)
         seen = _Sums(job, writer, layer, rounded, positions, limit)
 
-        def one(sample: int, steps: Any = ((exact, float_piece, keep), (rounded, code_piece, keep_codes)),
-                look: _Sums = seen) -> tuple[Array, Array]:
+        def some(numbers: range, steps: Any = ((exact, float_piece, keep), (rounded, code_piece, keep_codes)),
+                 look: _Sums = seen) -> list[Array]:
             for network, piece, kept in steps:
-                network.advance(piece, sample, kept)
-            return look.columns(sample, exact.live)
+                for sample in numbers:
+                    network.advance(piece, sample, kept)
+            return look.products(numbers, exact.live)
 
-        for x, y in in_order(one, range(len(samples)), job.workers):
-            seen.add(x, y)
+        with blas.limit(limits=1):  # the workers are threads with a product each
+            for part in in_order(some, seen.parts(len(samples)), job.workers):
+                seen.add(part)
         for network, kept in ((exact, keep), (rounded, keep_codes)):
             network.live = {name: values for name, values in network.live.items() if name in kept}
         cut, written = end, len(writer.nodes)
@@ -168,10 +172,21 @@ class _Sums:
         self.spec = job.plan[key] if key else None
         self.source = _source(writer, layer.name, layer.input, network.dequantizers)
         self.bias = job.graph.constant(layer.bias).reshape(layer.groups, -1, 1) if layer.bias is not None else None
-        self.h, self.x, self.cross, self.y, self.count = (np.zeros(()), np.zeros(()), np.zeros(()), np.zeros(()), 0)
-        self.waiting: list[tuple[Array, Array]] = []
+        self.sums: list[Array] = []
 
-    def columns(self, sample: int, exact: Mapping[str, list[Array]]) -> tuple[Array, Array]:
+    def parts(self, samples: int) -> list[range]:
+        """The samples in runs that make about a thousand patches: fewer and larger products."""
+        step = max(1, 1024 // self.positions)
+        return [range(first, min(first + step, samples)) for first in range(0, samples, step)]
+
+    def products(self, numbers: range, exact: Mapping[str, list[Array]]) -> list[Array]:
+        """Sums over the patches of some samples: x x^T, x, y x^T, y, their number."""
+        x, y = (np.concatenate(part, axis=2) for part in zip(*(self._columns(n, exact) for n in numbers), strict=True))
+        pieces = split(x, self.limit)
+        return [gram(pieces), pieces.sum(axis=2, dtype=np.float64), y @ x.swapaxes(1, 2), y.sum(axis=2, dtype=np.float64),
+                np.array(float(x.shape[2]))]
+
+    def _columns(self, sample: int, exact: Mapping[str, list[Array]]) -> tuple[Array, Array]:
         """Patches of the quantized input and the float outputs that belong to them, float32."""
         codes = self.live[self.source][sample]
         if self.spec is not None and codes.dtype.kind in "iu":
@@ -183,30 +198,17 @@ class _Sums:
         y = output_columns(self.layer, exact[self.layer.output][sample], self.positions, sample)
         return x, y if self.bias is None else y - self.bias
 
-    def add(self, x: Array, y: Array) -> None:
-        self.waiting.append((x, y))
-        if sum(part[0].shape[2] for part in self.waiting) >= 1024:  # fewer and larger products
-            self._flush()
-
-    def _flush(self) -> None:
-        x, y = (np.concatenate(parts, axis=2) for parts in zip(*self.waiting, strict=True))
-        self.waiting.clear()
-        pieces = split(x, self.limit)
-        if not self.count:
-            groups, outputs = y.shape[:2]
-            self.h, self.x = np.zeros(gram_shape(pieces)), np.zeros(pieces.shape[:2])
-            self.cross, self.y = np.zeros((groups, outputs, x.shape[1])), np.zeros((groups, outputs))
-        add_gram(self.h, pieces)
-        self.x += pieces.sum(axis=2, dtype=np.float64)
-        self.cross += y @ x.swapaxes(1, 2)
-        self.y += y.sum(axis=2, dtype=np.float64)
-        self.count += x.shape[2]
+    def add(self, products: list[Array]) -> None:
+        if not self.sums:
+            self.sums = [np.zeros(part.shape) for part in products]
+        for into, part in zip(self.sums, products, strict=True):
+            into += part
 
     def result(self) -> Seen:
-        if self.waiting:
-            self._flush()
-        n = max(self.count, 1)
-        found = Seen(self.h / n, self.x / n, self.cross / n, self.y / n, self.count)
+        h, mean, cross, output, count = self.sums
+        for part in (h, mean, cross, output):
+            part /= max(float(count), 1.0)
+        found = Seen(h, mean, cross, output, int(count))
         if not all(np.isfinite(part).all() for part in (found.mean, found.output)):
             raise OnnxqError(f"layer '{self.layer.name}' reads or writes values that are not finite (NaN or Inf) on the "
                              "given data: the float model itself overflows there.")
@@ -223,7 +225,8 @@ def _pending(nodes: list[onnx.NodeProto], start: int) -> set[str]:
     return {name for node in nodes[start:] for name in reads(node)}
 
 
-def _sources(writer: Writer, nodes: list[onnx.NodeProto], start: int, dequantizers: Mapping[str, onnx.NodeProto]) -> set[str]:
+def _sources(writer: Writer, nodes: list[onnx.NodeProto], start: int,
+             dequantizers: Mapping[str, onnx.NodeProto]) -> set[str]:
     """What the quantized forms of the operators from `start` on read of what is written so far."""
     return {_source(writer, node.name, name, dequantizers) for node in nodes[start:] for name in reads(node)}
 

@@ -47,7 +47,7 @@ class Round(Pass):
     search: bool = True
     shift: bool = True
     seconds: float = 20.0
-    steps: int = 2000
+    steps: int = 1000
     damping: float = 0.01
     positions: int = 256
     limit: int = 4608

@@ -14,7 +14,7 @@ def descent(w: Array, h: Array, step: Array, grid: Grid, *, start: Array | None 
 
     w, h, step, grid   as for `gptq`
     start              codes to begin with; None: the nearest
-    sweeps             at most this many passes over all inputs; ends early when no code moves
+    sweeps             at most this many passes over all inputs; ends early when one gains less than 0.2 %
 
     With the others fixed, the loss is a parabola in code i with its minimum at q_i + ((w - q) H)_i / H_ii; the nearest
     level to it is optimal. All rows move at once; the update of the rest is one BLAS call a block of columns.
@@ -28,9 +28,14 @@ def descent(w: Array, h: Array, step: Array, grid: Grid, *, start: Array | None 
     target = np.ascontiguousarray(w.swapaxes(1, 2))  # inputs first, as in `gptq.Order`
     begin = nearest(w, step, grid) if start is None else start
     codes = np.ascontiguousarray(begin.swapaxes(1, 2), dtype=w.dtype)
+    least = np.inf
     for _ in range(sweeps):
-        slope = h @ (target - steps * codes)  # half the negative gradient
-        moved = False
+        error = target - steps * codes
+        slope = h @ error  # half the negative gradient
+        loss = float(np.vdot(error, slope))
+        if loss >= 0.998 * least:
+            break
+        least = loss
         for first in range(0, size, BLOCK):
             last = min(first + BLOCK, size)
             local, change = slope[:, first:last], np.zeros_like(slope[:, first:last])
@@ -42,9 +47,6 @@ def descent(w: Array, h: Array, step: Array, grid: Grid, *, start: Array | None 
                     codes[:, i] = new
                     local -= h[:, i, first:last, None] * delta[:, None]
                     change[:, i - first] = delta
-                    moved = True
             if last < size:
                 slope[:, last:] -= h[:, last:, first:last] @ change
-        if not moved:
-            break
     return np.ascontiguousarray(codes.swapaxes(1, 2))

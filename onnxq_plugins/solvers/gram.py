@@ -23,7 +23,8 @@ def row_loss(error: Array, h: Array) -> Array:
     """d H d^T of each row: error [g, O, D], h [g, D, D] -> [g, O]."""
     weighted = error @ h
     weighted *= error
-    return np.maximum(weighted.sum(axis=2), 0.0)
+    found: Array = np.maximum(weighted.sum(axis=2), 0.0)
+    return found
 
 
 def nearest(w: Array, step: Array, grid: Grid) -> Array:

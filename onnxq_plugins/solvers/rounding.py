@@ -17,7 +17,7 @@ from onnxq_plugins.solvers.gram import Grid, better, nearest
 from onnxq_plugins.spec import Array
 
 Method = Literal["nearest", "gptq", "gpfq", "descent", "adaround", "attention", "auto"]
-_TRIAL = 5  # steps by which AdaRound's speed is measured
+_TRIAL = 10  # steps by which AdaRound's speed is measured
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Effort:
     """
 
     damping: float = 0.01
-    steps: int = 2000
+    steps: int = 1000
     seconds: float = 1.0
     seed: int = 0
 
