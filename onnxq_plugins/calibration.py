@@ -137,7 +137,7 @@ class Calibration:
         """Gram matrix of the inputs of each layer, by layer name.
 
         positions   patches per sample at most
-        limit       largest D with a full matrix
+        limit       largest D with a full matrix, see `patches.split`
 
         All are held at once (8 * groups * D^2 bytes each): ask for few layers at a time where D is large. They are not
         kept, except in the cache folder.

@@ -43,7 +43,8 @@ def complete_weight(job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec:
     codes, scale, floor = spec.codes, np.asarray(spec.scale), scale_floor(job, layer, spec)
     over = floor > scale
     if over.any():
-        job.report.setdefault("widened", {})[layer.name] = int(over.sum())
+        widened = job.report.setdefault("widened", {})
+        widened[layer.name] = widened.get(layer.name, 0) + int(over.sum())
         spec = replace(spec, scale=np.maximum(scale, floor).astype(np.float32))
         if codes is not None:
             codes = np.where(expand(over, weight.shape, spec.block), encode(weight, spec), codes)

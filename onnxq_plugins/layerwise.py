@@ -15,6 +15,7 @@ from onnxq_plugins.complete import scale_floor
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job
+from onnxq_plugins.patches import blocks
 from onnxq_plugins.solvers.gram import narrow, nearest, regress, ridge, row_loss, widen
 from onnxq_plugins.solvers.rounding import Effort, Method, solve
 from onnxq_plugins.solvers.scales import search_scales
@@ -24,7 +25,7 @@ from onnxq_plugins.sweep import Seen
 # Ridges in units of D / patches: the fewer patches for D weights, the less their correlations are worth. Rounding needs
 # little; the regression on the quantized inputs fits noise sooner, also because patches of one sample resemble each other.
 SHRINK_ROUNDING, SHRINK_REGRESSION = 1.0, 20.0
-_AT_ONCE = 2**24  # numbers per array that the solvers get at once: wide layers go block by block
+_AT_ONCE = 2**22  # numbers per array that the solvers get at once: wide layers go block by block
 _GRAMS = 2**29  # bytes of Gram matrices held at once
 
 
@@ -56,19 +57,19 @@ class Problem:
         size = narrow(_steps(self.layer, spec), h, 1.0)
         given = narrow(self.layer.matrix(self.weight), h)
         codes = np.empty(w.shape, np.int8 if spec.bits <= 8 else np.int32)
-        at_once = max(1, _AT_ONCE // max(w[0].size, h[0].size))
-        for first in range(0, len(w), at_once):
-            part = slice(first, first + at_once)
+        for part in _parts(w, h):
             one = size[part] if len(size) > 1 else size
-            start = nearest(given[part], one, spec.grid)
-            found = solve(method, w[part], h[part], one, spec.grid, effort, start)
-            loss += float(row_loss(w[part] - one * found, h[part]).sum())
-            base += float(row_loss(w[part] - one * start, h[part]).sum())
+            target = w[part].astype(np.float64)
+            start = nearest(given[part].astype(np.float64), one, spec.grid)
+            found = solve(method, target, h[part], one, spec.grid, effort, start)
+            loss += float(row_loss(target - one * found, h[part]).sum())
+            base += float(row_loss(target - one * start, h[part]).sum())
             codes[part] = found
         whole = widen(codes, self._shape)
         shift = None
         if self.shift:
-            expected = np.einsum("god,gd->go", _steps(self.layer, spec) * whole, self._mean())
+            values = (_steps(self.layer, spec) * whole).astype(np.float32)
+            expected = np.einsum("god,gd->go", values, self._mean())
             shift = (self._output() - expected).reshape(-1).astype(np.float32)
         return replace(spec, codes=self.layer.from_matrix(whole), shift=shift), loss / base if base > 0 else 1.0
 
@@ -96,18 +97,20 @@ class Problem:
         return self._widened(replace(spec, scale=reduce_blocks(grown, spec.block, np.maximum).astype(np.float32)))
 
     def _target(self) -> tuple[Array, Array]:
-        """Weights to round and Gram matrix, in its groups: centred if the bias takes mean errors, with a ridge."""
-        h, mean = self.seen.h, self.seen.mean
-        if self.shift:
-            h = h - mean[:, :, None] * mean[:, None, :]
-        share = h.shape[1] / max(self.seen.count, 1)
-        w = narrow(self.layer.matrix(self.weight.astype(np.float64)), h)
-        if isinstance(self.seen, Seen):
-            cross = self.seen.cross
-            if self.shift:
-                cross = cross - self.seen.output[:, :, None] * self._mean()[:, None, :]
-            w = regress(w, h, narrow(cross, h), SHRINK_REGRESSION * share)
-        return w, ridge(h, SHRINK_ROUNDING * share)
+        """Weights to round (float32) and Gram matrix, in its groups: centred if the bias takes mean errors, with a ridge."""
+        seen, h = self.seen, self.seen.h.copy()
+        w = narrow(self.layer.matrix(self.weight), h).copy()
+        share = h.shape[1] / max(seen.count, 1)
+        cross = narrow(seen.cross.astype(np.float32), h) if isinstance(seen, Seen) else None
+        output = narrow(seen.output[:, :, None], h) if isinstance(seen, Seen) else None
+        for part in _parts(w, h):
+            mean = seen.mean[part, None, :] if self.shift else 0.0
+            h[part] -= seen.mean[part, :, None] * mean
+            if cross is not None and output is not None:
+                given = w[part].astype(np.float64)
+                w[part] = regress(given, h[part], cross[part] - output[part] * mean, SHRINK_REGRESSION * share)
+            h[part] = ridge(h[part], SHRINK_ROUNDING * share)
+        return w, h
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -123,7 +126,7 @@ class Problem:
         """E[y] [groups, outputs]."""
         if isinstance(self.seen, Seen):
             return self.seen.output
-        found: Array = np.einsum("god,gd->go", self.layer.matrix(self.weight.astype(np.float64)), self._mean())
+        found: Array = np.einsum("god,gd->go", self.layer.matrix(self.weight), self._mean())
         return found
 
     def _widened(self, spec: QuantSpec) -> QuantSpec:
@@ -153,7 +156,7 @@ def float_inputs(job: Job, layers: Sequence[Layer], positions: int, limit: int) 
         size = 0
         if layer is not None:
             width = int(np.prod(layer.shape)) // layer.channels
-            size = 8 * layer.groups * width * -(-width // -(-width // limit))
+            size = 8 * layer.groups * width * width // blocks(width, limit)
         if batch and (layer is None or held + size > _GRAMS):
             grams = job.calibration.grams(batch, positions, limit)
             yield [(one, grams.pop(one.name)) for one in batch]
@@ -161,6 +164,12 @@ def float_inputs(job: Job, layers: Sequence[Layer], positions: int, limit: int) 
         if layer is not None:
             batch.append(layer)
             held += size
+
+
+def _parts(w: Array, h: Array) -> list[slice]:
+    """The groups in runs that keep the solvers' arrays small."""
+    count = max(1, _AT_ONCE // max(w[0].size, h[0].size))
+    return [slice(first, first + count) for first in range(0, len(w), count)]
 
 
 def _steps(layer: Layer, spec: QuantSpec) -> Array:

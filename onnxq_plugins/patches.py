@@ -51,16 +51,21 @@ def output_columns(layer: Layer, y: Array, positions: int, sample: int = 0) -> A
 
 
 def split(columns: Array, limit: int) -> Array:
-    """Columns [g, D, P] with D above `limit` as more and narrower groups [g * n, B, P], zeros at the end: what they leave
-    out of a Gram matrix is all but n blocks on its diagonal."""
+    """Columns [g, D, P] with D above `limit` as more and narrower groups [g * n, B, P] of at most a quarter of it, zeros at
+    the end: what they leave out of a Gram matrix is all but n blocks on its diagonal."""
     groups, size, count = columns.shape
-    if size <= limit:
+    pieces = blocks(size, limit)
+    if pieces == 1:
         return columns
-    pieces = -(-size // limit)
     width = -(-size // pieces)
     filled = np.zeros((groups, pieces * width, count), columns.dtype)
     filled[:, :size] = columns
     return filled.reshape(groups * pieces, width, count)
+
+
+def blocks(size: int, limit: int) -> int:
+    """Number of blocks on the diagonal of a Gram matrix of `size` inputs."""
+    return 1 if size <= limit else -(-size // max(limit // 4, 1))
 
 
 def gram_shape(columns: Array) -> tuple[int, int, int]:

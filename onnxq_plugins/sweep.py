@@ -167,7 +167,8 @@ class _Sums:
 
     def __init__(self, job: Job, writer: Writer, layer: Layer, network: _Network, positions: int, limit: int) -> None:
         self.layer, self.limit, self.live = layer, limit, network.live
-        self.positions = min(positions, max(64, int(np.prod(layer.shape)) // layer.channels))
+        self.inputs = int(np.prod(layer.shape)) // layer.channels
+        self.positions = min(positions, max(64, self.inputs))
         key = layer_input(job.graph, job.plan, job.target, layer)
         self.spec = job.plan[key] if key else None
         self.source = _source(writer, layer.name, layer.input, network.dequantizers)
@@ -175,8 +176,8 @@ class _Sums:
         self.sums: list[Array] = []
 
     def parts(self, samples: int) -> list[range]:
-        """The samples in runs that make about a thousand patches: fewer and larger products."""
-        step = max(1, 1024 // self.positions)
+        """The samples in runs that make about a thousand patches, or fewer long ones: fewer and larger products."""
+        step = max(1, min(1024, 2**22 // (self.inputs * self.layer.groups)) // self.positions)
         return [range(first, min(first + step, samples)) for first in range(0, samples, step)]
 
     def products(self, numbers: range, exact: Mapping[str, list[Array]]) -> list[Array]:

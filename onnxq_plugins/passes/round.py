@@ -32,7 +32,7 @@ class Round(Pass):
     steps        of AdaRound and Attention Round
     damping      share of the mean diagonal that GPTQ adds to the Gram matrix
     positions    patches per sample at most; a layer with D weights per output takes no more than D, or 64
-    limit        largest D with a full Gram matrix (8 D^2 bytes); above it, blocks on its diagonal
+    limit        largest D with a full Gram matrix (8 D^2 bytes); above it, blocks of a quarter of that on its diagonal
 
     No row of a layer is worse than rounded to the nearest, by that measure. ConvTranspose is left to the default solver.
 
