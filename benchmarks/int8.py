@@ -1,4 +1,4 @@
-"""Recipe int8 against onnxruntime's own tool, and onnxsim where installed, side by side in one run.
+"""Recipes int8 and int8-rounded against onnxruntime's own tool, and onnxsim where installed, side by side in one run.
 
     python -m benchmarks.int8 [--shared FOLDER] [--rounds 3]
 
@@ -24,11 +24,11 @@ import numpy as np
 
 from benchmarks.models import NAMES, Case, load_case, peak_memory, shared_folder
 
-TOOLS = ("onnxruntime", "onnxsim", "onnxq int8")
+TOOLS = ("onnxruntime", "onnxsim", "onnxq int8", "onnxq int8-rounded")
 
 
-def quantize_with(tool: str, case: Case, out: Path, recipe: str = "int8") -> float:
-    """Quantize once; seconds of the call."""
+def quantize_with(tool: str, case: Case, out: Path) -> float:
+    """Quantize once; seconds of the call. "onnxq NAME" runs the recipe of that name."""
     if tool == "onnxruntime":
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -56,7 +56,7 @@ def quantize_with(tool: str, case: Case, out: Path, recipe: str = "int8") -> flo
     import onnxq_plugins
 
     start = time.perf_counter()
-    onnxq_plugins.quantize(case.path, recipe, case.feeds(), output=out)
+    onnxq_plugins.quantize(case.path, tool.removeprefix("onnxq "), case.feeds(), output=out)
     return time.perf_counter() - start
 
 
@@ -101,7 +101,7 @@ def main() -> None:
         child(args.child[0], args.child[1], shared, Path(args.child[2]))
         return
     tools = [t for t in TOOLS if t != "onnxsim" or _installed("onnxsim")]
-    print(f"{_machine()}\n")
+    print(f"{machine()}\n")
     columns = ("model", "tool", "top-1", "loss", "SQNR dB", "agree", "ms", "speed-up", "MB", "quantize s", "MB before",
                "peak MB", "kernels")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
@@ -139,7 +139,8 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _machine() -> str:
+def machine() -> str:
+    """CPU and versions."""
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.processor())
     packages = [f"{p} {version(p)}" for p in ("onnxruntime", "onnx", "numpy", "onnxsim") if _installed(p)]

@@ -97,18 +97,18 @@ class Problem:
         return self._widened(replace(spec, scale=reduce_blocks(grown, spec.block, np.maximum).astype(np.float32)))
 
     def _target(self) -> tuple[Array, Array]:
-        """Weights to round (float32) and Gram matrix, in its groups: centred if the bias takes mean errors, with a ridge."""
+        """Weights to round (float32) and Gram matrix, in its groups: centred if the bias takes mean errors, with a ridge.
+        The weights are fitted to the inputs of the quantized network where the whole Gram matrix is there: its diagonal
+        blocks alone would make up for the same error once each."""
         seen, h = self.seen, self.seen.h.copy()
         w = narrow(self.layer.matrix(self.weight), h).copy()
         share = h.shape[1] / max(seen.count, 1)
-        cross = narrow(seen.cross.astype(np.float32), h) if isinstance(seen, Seen) else None
-        output = narrow(seen.output[:, :, None], h) if isinstance(seen, Seen) else None
         for part in _parts(w, h):
             mean = seen.mean[part, None, :] if self.shift else 0.0
             h[part] -= seen.mean[part, :, None] * mean
-            if cross is not None and output is not None:
-                given = w[part].astype(np.float64)
-                w[part] = regress(given, h[part], cross[part] - output[part] * mean, SHRINK_REGRESSION * share)
+            if isinstance(seen, Seen) and len(h) == self.layer.groups:
+                cross = seen.cross[part] - seen.output[part, :, None] * mean
+                w[part] = regress(w[part].astype(np.float64), h[part], cross, SHRINK_REGRESSION * share)
             h[part] = ridge(h[part], SHRINK_ROUNDING * share)
         return w, h
 

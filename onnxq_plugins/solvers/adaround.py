@@ -34,7 +34,10 @@ def adaround(w: Array, h: Array, step: Array, grid: Grid, *, steps: int = 1000, 
     rest = np.clip(w32 / s32 - floor, 0.01, 0.99)
     v = np.log((rest - GAMMA) / (ZETA - rest))  # h(V) = rest
     base = nearest(w, step, grid)
-    scale = np.float32(w.size / max(float(row_loss(w - step * base, h).sum()), 1e-30))
+    loss = float(row_loss(w - step * base, h).sum())
+    if loss <= 1e-20 * float(row_loss(w, h).sum()):
+        return base  # nothing to gain, and nothing to measure the loss by
+    scale = np.float32(w.size / loss)
     adam = Adam(v.shape, rate)
     start = int(warmup * steps)
     for t in range(steps):

@@ -32,10 +32,11 @@ def attention(w: Array, h: Array, step: Array, grid: Grid, *, rng: np.random.Gen
     s32 = np.broadcast_to(step, w.shape).astype(np.float32)
     codes = nearest(w, step, grid)
     least = row_loss(w - step * codes, h)
-    if tau <= 0:
+    total = float(least.sum())
+    if tau <= 0 or total <= 1e-20 * float(row_loss(w, h).sum()):
         return codes
     offset = np.zeros(w.shape, np.float32) if rng is None else rng.normal(0, tau, w.shape).astype(np.float32)
-    scale = np.float32(w.size / max(float(least.sum()), 1e-30))
+    scale = np.float32(w.size / total)
     ratio = w32 / s32
     adam = Adam(w.shape, rate)
     for t in range(steps):

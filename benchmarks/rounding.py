@@ -1,0 +1,78 @@
+"""Solver against solver, at few bits: what each way of rounding weights gains, and what it costs.
+
+    python -m benchmarks.rounding [--shared FOLDER] [--bits 4 3 2] [--models ...] [--alone]
+
+Recipe int4-rounded with other methods and widths: first, last and depthwise layers at 8 bits, activations at 8. The rows
+"plain" are the smallest scale without clipping and the nearest codes, without and with bias correction; "nearest" has the
+searched scales, the solved biases and the weights fitted to the quantized inputs, but rounds to the nearest, so that the
+rows below it show what rounding itself adds. --all quantizes first and last layers like the others; --alone solves each
+layer on float inputs (sequential = false). Samples of the measurement are never those of calibration. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+
+import onnxq_plugins as onnxq
+from benchmarks.int8 import machine
+from benchmarks.models import NAMES, Case, load_case, shared_folder
+from onnxq_plugins import runtime
+
+METHODS = ("nearest", "gpfq", "gptq", "descent", "attention", "adaround", "auto")
+
+
+def recipe(bits: int, passes: list[dict[str, Any]], everywhere: bool) -> dict[str, Any]:
+    """Weights at `bits`, first, last and depthwise layers at 8 unless `everywhere`."""
+    kept = [{"kind": "depthwise", "weights": {"bits": 8}}]
+    kept += [] if everywhere else [{"position": end, "weights": {"bits": 8}} for end in ("first", "last")]
+    start = [{"use": "scale-inputs"}, {"use": "ranges", "method": "mse"}]
+    return {"weights": {"bits": bits}, "pass": start + passes, "layer": kept}
+
+
+def variants(alone: bool) -> dict[str, list[dict[str, Any]]]:
+    """Label -> passes behind the ranges."""
+    extra = {"sequential": False} if alone else {}
+    return {"plain": [], "plain + bias": [{"use": "bias-correct"}], "scales + bias": [
+        {"use": "scales", "shift": True}, {"use": "bias-correct"}],
+            **{method: [{"use": "round", "method": method, **extra}] for method in METHODS}}
+
+
+def measure(case: Case, passes: dict[str, Any]) -> tuple[float, float, float, float]:
+    """SQNR, agreement and top-1 in percent, seconds."""
+    start = time.perf_counter()
+    result = onnxq.quantize(case.path, passes, case.feeds())
+    seconds = time.perf_counter() - start
+    feeds = [{case.input: x[None]} for x in case.test]
+    reference = runtime.outputs(runtime.session(case.path), feeds)[0]
+    logits = runtime.outputs(runtime.session(result.model), feeds)[0]
+    return (runtime.sqnr(reference, logits), 100 * runtime.agreement(reference, logits),
+            100 * float(np.mean(logits.argmax(1) == case.labels)), seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared")
+    parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
+    parser.add_argument("--models", nargs="*", default=list(NAMES))
+    parser.add_argument("--methods", nargs="*", default=list(variants(False)))
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--alone", action="store_true")
+    args = parser.parse_args()
+    print(f"{machine()}\n")
+    print("| model | weights | method | SQNR dB | agree | top-1 | quantize s |\n|---|---|---|---|---|---|---|")
+    for name in args.models:
+        case = load_case(name, shared_folder(args.shared))
+        for bits in args.bits:
+            for label, passes in variants(args.alone).items():
+                if label in args.methods:
+                    db, agree, top1, seconds = measure(case, recipe(bits, passes, args.all))
+                    print(f"| {name} | {bits} bits | {label} | {db:.2f} | {agree:.1f} | {top1:.2f} | {seconds:.1f} |",
+                          flush=True)
+
+
+if __name__ == "__main__":
+    main()
