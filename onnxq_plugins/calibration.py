@@ -269,17 +269,18 @@ class Calibration:
 
         total = None if self.data.size is None else self.data.size - start
         results = in_order(one, itertools.islice(enumerate(self.data), start, None), self.workers)
-        for n, found in enumerate(self.track(results, f"calibrating: {statistic}", total), start=start + 1):
-            for key, value in found.items():
-                field = key.rpartition("|")[2]
-                if key not in state:
-                    state[key] = np.zeros(gram_shape(value)) if field == "gram" else value
-                    if field != "gram":
-                        continue
-                merge = next(m for prefix, m in _MERGE.items() if field.startswith(prefix))
-                state[key] = merge(state[key], value)
-            if partial is not None and n % self.checkpoint == 0:
-                _save(partial, {**state, "next": np.array(n)})
+        with runtime.blas(1):
+            for n, found in enumerate(self.track(results, f"calibrating: {statistic}", total), start=start + 1):
+                for key, value in found.items():
+                    field = key.rpartition("|")[2]
+                    if key not in state:
+                        state[key] = np.zeros(gram_shape(value)) if field == "gram" else value
+                        if field != "gram":
+                            continue
+                    merge = next(m for prefix, m in _MERGE.items() if field.startswith(prefix))
+                    state[key] = merge(state[key], value)
+                if partial is not None and n % self.checkpoint == 0:
+                    _save(partial, {**state, "next": np.array(n)})
         if partial is not None and partial.is_file():
             partial.unlink()
         return state

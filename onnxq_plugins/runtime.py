@@ -61,6 +61,15 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
         raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300]}") from error
 
 
+def blas(threads: int) -> contextlib.AbstractContextManager[object]:
+    """Within it numpy's matrix products use so many threads. Many small products on several threads can be a hundred times
+    slower than on one, where another process wants the same cores."""
+    from threadpoolctl import ThreadpoolController
+
+    limited: contextlib.AbstractContextManager[object] = ThreadpoolController().limit(limits=threads, user_api="blas")
+    return limited
+
+
 def trim() -> None:
     """Hand freed memory back to the system. glibc keeps what making a session leaves behind, which may be more than the
     session; elsewhere there is nothing to do."""

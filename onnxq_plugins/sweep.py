@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
-from threadpoolctl import ThreadpoolController
 
 from onnxq_plugins import runtime
 from onnxq_plugins.calibration import in_order
@@ -124,7 +123,6 @@ def sweep(job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 
     writer = Writer(job.graph, job.plan, job.target)
     rounded = _Network(writer.model, writer.floats, starts)
     cut, written = 0, 0
-    blas = ThreadpoolController()
     for layer in writer.layer_by_layer():
         if layer.name not in wanted:
             writer.plan = job.plan
@@ -149,7 +147,7 @@ def sweep(job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 
                     network.advance(piece, sample, kept)
             return look.products(numbers, exact.live)
 
-        with blas.limit(limits=1):  # the workers are threads with a product each
+        with runtime.blas(1):  # the workers are threads with a product each
             for part in in_order(some, seen.parts(len(samples)), job.workers):
                 seen.add(part)
         for network, kept in ((exact, keep), (rounded, keep_codes)):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from onnxq_plugins import runtime
 from onnxq_plugins.complete import complete_ranges
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass
@@ -71,7 +72,8 @@ class Round(Pass):
             seen_layers = sweep(job, layers, self.positions, self.limit)
             for layer, seen in job.track(seen_layers, "rounding", len(layers)):
                 one = problem(job, layer, seen, self.shift)
-                keep(layer, one.solve(self.method, efforts[layer.name], self.search))
+                with runtime.blas(job.workers if _cost(layer) > _LARGE else 1):
+                    keep(layer, one.solve(self.method, efforts[layer.name], self.search))
         else:
             from joblib import Parallel, delayed
 
@@ -79,13 +81,22 @@ class Round(Pass):
                 solved = Parallel(n_jobs=job.workers, prefer="threads", return_as="generator")(
                     delayed(problem(job, layer, gram, self.shift).solve)(self.method, efforts[layer.name], self.search)
                     for layer, gram in batch)
-                for (layer, _), found in zip(batch, job.track(solved, "rounding", len(batch)), strict=True):
-                    keep(layer, found)
+                with runtime.blas(1):
+                    for (layer, _), found in zip(batch, job.track(solved, "rounding", len(batch)), strict=True):
+                        keep(layer, found)
         return {"method": self.method, "loss_relative_to_nearest": told}
 
     def _efforts(self, job: Job, layers: list[Layer]) -> dict[str, Effort]:
         """What each layer gets of the time, by the cost of a step; and a seed."""
-        cost = np.array([float(np.prod(y.shape)) ** 2 / y.channels for y in layers])
+        cost = np.array([_cost(y) for y in layers])
         seeds = job.rng.integers(2**31, size=len(layers))
         return {y.name: Effort(self.damping, self.steps, self.seconds * float(share), int(seed))
                 for y, share, seed in zip(layers, cost / max(cost.sum(), 1.0), seeds, strict=True)}
+
+
+_LARGE = 1e9  # multiplications from which a product is worth several threads, which wait for each other on a busy machine
+
+
+def _cost(layer: Layer) -> float:
+    """Multiplications of the layer's weight with its Gram matrix."""
+    return float(np.prod(layer.shape)) ** 2 / layer.channels

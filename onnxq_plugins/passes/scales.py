@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from onnxq_plugins import runtime
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.layerwise import float_inputs, problem, solvable
 
@@ -39,7 +40,8 @@ class Scales(Pass):
         told: dict[str, float] = {}
         for batch in float_inputs(job, layers, self.positions, self.limit):
             problems = [problem(job, layer, gram, self.shift) for layer, gram in batch]
-            solved = Parallel(n_jobs=job.workers, prefer="threads")(delayed(one.scaled)() for one in problems)
+            with runtime.blas(1):
+                solved = Parallel(n_jobs=job.workers, prefer="threads")(delayed(one.scaled)() for one in problems)
             for one, spec in zip(problems, solved, strict=True):
                 job.plan |= {one.layer.weight: spec}
                 largest = np.abs(one.weight).max() / spec.grid[1]

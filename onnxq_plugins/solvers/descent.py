@@ -27,7 +27,7 @@ def descent(w: Array, h: Array, step: Array, grid: Grid, *, start: Array | None 
     steps = np.broadcast_to(step, w.shape).swapaxes(1, 2)
     target = np.ascontiguousarray(w.swapaxes(1, 2))  # inputs first, as in `gptq.Order`
     begin = nearest(w, step, grid) if start is None else start
-    codes = np.ascontiguousarray(begin.swapaxes(1, 2), dtype=w.dtype)
+    codes = np.array(begin.swapaxes(1, 2), dtype=w.dtype, order="C")
     least = np.inf
     for _ in range(sweeps):
         error = target - steps * codes

@@ -60,7 +60,8 @@ class Order:
     def steps(self, step: Array, shape: tuple[int, ...]) -> Array:
         """What broadcasts to [g, O, D] = shape -> ordered [g, D, O], not copied where it is the same for all inputs."""
         wide = np.broadcast_to(step, shape)
-        return wide.swapaxes(1, 2) if np.ndim(step) < 3 or step.shape[2] == 1 else self.columns(wide)
+        same = np.ndim(step) == 0 or np.shape(step)[-1] == 1
+        return wide.swapaxes(1, 2) if same else self.columns(wide)
 
     def gram(self, h: Array) -> Array:
         """[g, D, D] -> ordered copy."""

@@ -64,10 +64,11 @@ def solve(method: Method, w: Array, h: Array, step: Array, grid: Grid, effort: E
 
 def _auto(w: Array, h: Array, step: Array, grid: Grid, effort: Effort) -> Array:
     codes = descent(w, h, step, grid, start=gptq(w, h, step, grid, damping=effort.damping))
+    if effort.seconds <= 0:
+        return codes
     begun = time.perf_counter()
-    if effort.seconds > 0:
-        adaround(w, h, step, grid, steps=_TRIAL)
-    possible = effort.seconds * _TRIAL / (time.perf_counter() - begun)
+    adaround(w, h, step, grid, steps=_TRIAL)
+    possible = effort.seconds * _TRIAL / max(time.perf_counter() - begun, 1e-9)
     steps = next((n for n in (effort.steps, effort.steps // 2, effort.steps // 4) if 100 <= n <= possible), 0)
     if not steps:
         return codes
