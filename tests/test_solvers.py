@@ -740,7 +740,7 @@ def naive_attention(case, offset, tau, steps, rate):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("tau", [0.3, 0.8])
 def test_attention_equals_plain_loops(seed, tau):
-    case = layer(seed, rows=4, size=10, bits=3, cover=0.5, two_level=bool(seed % 2))
+    case = layer(seed, rows=6, size=12, bits=2, cover=0.7, two_level=bool(seed % 2))
     offset = np.random.default_rng(seed).normal(0, tau, case.w.shape)
     codes = run(attention, case, rng=np.random.default_rng(seed), tau=tau, steps=30, rate=0.1)
     np.testing.assert_array_equal(codes, naive_attention(case, offset, tau, 30, 0.1))

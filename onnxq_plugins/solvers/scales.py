@@ -30,7 +30,7 @@ def scale_losses(w: Array, h: Array, step: Array, grid: Grid, factors: Array) ->
 
 
 def search_scales(w: Array, h: Array, step: Array, grid: Grid, share: Array) -> Array:
-    """Factor on the step of each row [g, O] with the least output error, out of 27 in [0.36, 1.07]: nine coarse ones, then
+    """Factor on the step of each row [g, O] with the least output error, out of 27 in [0.29, 1.07]: nine coarse ones, then
     eighteen around the best. The factor 1 is tried, so the loss does not rise.
 
     share   rows that must have the same factor bear the same number [g, O], from 0 on; h is one matrix per group of w
