@@ -8,6 +8,7 @@ sweep costs one run of each network. The quantized operators come from the expor
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from onnx import TensorProto, helper
 
 from onnxq_plugins import runtime
 from onnxq_plugins.calibration import in_order
+from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job
@@ -101,24 +103,26 @@ class _Piece:
 _GONE = np.empty(0)
 
 
-def sweep(job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 4608) -> Iterator[tuple[Layer, Seen]]:
+def sweep(job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 4608,
+          samples: int = 256) -> Iterator[tuple[Layer, Seen]]:
     """Yield each of the planned `layers` with what it sees, in topological order; solve it in `job.plan` before asking for
     the next. All other entries of the plan must be solved.
 
     positions   patches per sample at most
     limit       largest D with a full Gram matrix
+    samples     of the data at most, evenly spread; a note in the report tells if there are more
 
     Holds one layer's Gram matrix and, for each sample, the activations alive at that layer.
     """
     wanted = {layer.name for layer in layers}
     if job.calibration.data is None:
         raise OnnxqError("rounding by what layers see needs sample inputs, and there are none; give --data PATH.")
-    samples = list(job.calibration.data)
+    feeds = _choose(job, job.calibration.data, samples)
     floats: dict[str, Array] = {}
     proto = job.graph.model(floats)
     nodes = list(proto.graph.node)
     at = {node.name: i for i, node in enumerate(nodes)}
-    starts = {name: [s[name] for s in samples] for name in job.graph.inputs}
+    starts = {name: [s[name] for s in feeds] for name in job.graph.inputs}
     exact = _Network(proto, floats, {name: list(values) for name, values in starts.items()})
     writer = Writer(job.graph, job.plan, job.target)
     rounded = _Network(writer.model, writer.floats, starts)
@@ -137,7 +141,7 @@ def sweep(job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 
         code_piece = rounded.piece(fresh, writer.made, keep_codes)
         for network, piece in ((exact, float_piece), (rounded, code_piece)):
             for name in piece.outputs if piece is not None else ():
-                network.live[name] = [_GONE] * len(samples)
+                network.live[name] = [_GONE] * len(feeds)
         seen = _Sums(job, writer, layer, rounded, positions, limit)
 
         def some(numbers: range, steps: Any = ((exact, float_piece, keep), (rounded, code_piece, keep_codes)),
@@ -148,7 +152,7 @@ def sweep(job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 
             return look.products(numbers, exact.live)
 
         with runtime.blas(1):  # the workers are threads with a product each
-            for part in in_order(some, seen.parts(len(samples)), job.workers):
+            for part in in_order(some, seen.parts(len(feeds)), job.workers):
                 seen.add(part)
         for network, kept in ((exact, keep), (rounded, keep_codes)):
             network.live = {name: values for name, values in network.live.items() if name in kept}
@@ -212,6 +216,17 @@ class _Sums:
             raise OnnxqError(f"layer '{self.layer.name}' reads or writes values that are not finite (NaN or Inf) on the "
                              "given data: the float model itself overflows there.")
         return found
+
+
+def _choose(job: Job, data: Data, most: int) -> list[dict[str, Array]]:
+    """At most so many samples: evenly spread where their number is known, else the first."""
+    step = 1 if data.size is None else max(1, -(-data.size // most))
+    found = list(itertools.islice(data, 0, None if step > 1 else most + 1, step))
+    if step > 1 or len(found) > most:
+        job.report.setdefault("notes", []).append(f"layers were solved on {len(found[:most])} of "
+                                                  f"{data.size or 'more'} samples, as many as round.samples allows: "
+                                                  "their activations are held")
+    return found[:most]
 
 
 def reads(node: onnx.NodeProto) -> list[str]:

@@ -129,6 +129,15 @@ def test_the_sweep_does_not_depend_on_workers():
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize(("most", "used"), [(100, 7), (7, 7), (4, 4), (3, 3), (1, 1)])
+def test_the_sweep_takes_samples_evenly_and_says_so(most, used):
+    job = make_job(mlp(), n=7)
+    complete(job)
+    (_, seen), = sweep(job, layerwise.solvable(job)[:1], samples=most)
+    assert seen.count == used
+    assert bool(job.report.get("notes")) == (used < 7)
+
+
 def test_values_that_are_not_finite_are_told():
     model = mlp()
     samples = feeds(model, 3)

@@ -34,6 +34,7 @@ class Round(Pass):
     damping      share of the mean diagonal that GPTQ adds to the Gram matrix
     positions    patches per sample at most; a layer with D weights per output takes no more than D, or 64
     limit        largest D with a full Gram matrix (8 D^2 bytes); above it, blocks of a quarter of that on its diagonal
+    samples      of the data that the sweep uses at most: their activations are held, a few MB each for images
 
     No row of a layer is worse than rounded to the nearest, by that measure. ConvTranspose is left to the default solver.
 
@@ -52,9 +53,10 @@ class Round(Pass):
     damping: float = 0.01
     positions: int = 256
     limit: int = 4608
+    samples: int = 256
 
     def __post_init__(self) -> None:
-        for key, least in (("seconds", 0), ("steps", 1), ("damping", 1e-6), ("positions", 1), ("limit", 16)):
+        for key, least in (("seconds", 0), ("steps", 1), ("damping", 1e-6), ("positions", 1), ("limit", 16), ("samples", 1)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key} = {getattr(self, key)} must be at least {least}")
 
@@ -69,7 +71,7 @@ class Round(Pass):
             told[layer.name] = round(solved[1], 4)
 
         if self.sequential:
-            seen_layers = sweep(job, layers, self.positions, self.limit)
+            seen_layers = sweep(job, layers, self.positions, self.limit, self.samples)
             for layer, seen in job.track(seen_layers, "rounding", len(layers)):
                 one = problem(job, layer, seen, self.shift)
                 with runtime.blas(job.workers if _cost(layer) > _LARGE else 1):
