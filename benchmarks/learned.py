@@ -5,7 +5,7 @@
 TOOL is quark or aimet (or any other of the tools), PATH the python that has it installed: they need torch, and an onnx
 and onnxruntime of their own liking. A tool that its python does not have is left out. Each tool quantizes once in a
 process of its own, to int8 per channel and uint8 activations, on the same images; the models are judged here, as in
-benchmarks.int8. The peers equalize across layers, then learn each layer's rounding in `iterations` steps of 8 images:
+benchmarks.int8. The peers equalize across layers, then learn each layer's rounding in `iterations` steps of one image:
 their defaults are 1000 (Quark) and 10000 (AIMET). Prints Markdown.
 """
 
@@ -27,24 +27,13 @@ from benchmarks.models import NAMES, Case, load_case, peak_memory, shared_folder
 
 PACKAGES = {"onnxruntime": "onnxruntime", "onnxq int8": "onnx", "onnxq int8-rounded": "onnx", "quark": "amd-quark",
             "aimet": "aimet-onnx"}
-BATCH = 8
 COLUMNS = ("model", "tool", "top-1", "loss", "SQNR dB", "agree", "ms", "MB", "quantize s", "MB before", "peak MB", "kernels")
 
 
 def with_quark(case: Case, out: Path, iterations: int) -> float:
     """Quantize with AMD Quark; seconds of the call."""
     from onnxruntime.quantization import CalibrationDataReader
-    from quark.onnx import (
-        AdaRoundConfig,
-        CalibMethod,
-        CLEConfig,
-        Int8Spec,
-        ModelQuantizer,
-        QConfig,
-        QLayerConfig,
-        QuantGranularity,
-        UInt8Spec,
-    )
+    from quark import onnx as quark
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -54,12 +43,12 @@ def with_quark(case: Case, out: Path, iterations: int) -> float:
             return next(self.feeds, None)
 
     start = time.perf_counter()
-    layers = QLayerConfig(activation=UInt8Spec(calibration_method=CalibMethod.MinMax),
-                          weight=Int8Spec(calibration_method=CalibMethod.MinMax,
-                                          quant_granularity=QuantGranularity.Channel))
-    learn = AdaRoundConfig(num_iterations=iterations, batch_size=BATCH)
-    config = QConfig(layers, algo_config=[CLEConfig(), learn], ReplaceClip6Relu=True)
-    ModelQuantizer(config).quantize_model(str(case.path), str(out), Reader())
+    channels, ranges = quark.QuantGranularity.Channel, quark.CalibMethod.MinMax
+    layers = quark.QLayerConfig(activation=quark.UInt8Spec(calibration_method=ranges),
+                                weight=quark.Int8Spec(calibration_method=ranges, quant_granularity=channels))
+    learn = quark.AdaRoundConfig(num_iterations=iterations)
+    config = quark.QConfig(layers, algo_config=[quark.CLEConfig(), learn], ReplaceClip6Relu=True)
+    quark.ModelQuantizer(config).quantize_model(str(case.path), str(out), Reader())
     return time.perf_counter() - start
 
 
@@ -73,10 +62,8 @@ def with_aimet(case: Case, out: Path, iterations: int) -> float:
     model = onnx.load(case.path)
     equalize_model(model)
     sim = aimet_onnx.QuantizationSimModel(model, param_type=aimet_onnx.int8, activation_type=aimet_onnx.int8)
-    images = case.calibration
-    feeds = [{case.input: images[i:i + BATCH]} for i in range(0, len(images), BATCH)]
-    aimet_onnx.apply_adaround(sim, feeds, num_iterations=iterations)
-    sim.compute_encodings(feeds)
+    aimet_onnx.apply_adaround(sim, case.feeds(), num_iterations=iterations)
+    sim.compute_encodings(case.feeds())
     onnx.save(sim.to_onnx_qdq(export_int32_bias=True, prequantize_constants=True), str(out))
     return time.perf_counter() - start
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from onnxq_plugins import runtime
-from onnxq_plugins.complete import complete_ranges
+from onnxq_plugins.complete import complete_ranges, complete_weight
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.layerwise import float_inputs, problem, solvable
@@ -63,6 +63,9 @@ class Round(Pass):
     def apply(self, job: Job) -> dict[str, Any]:
         complete_ranges(job)
         layers = solvable(job)
+        mine = {y.weight for y in layers}
+        job.plan |= {y.weight: complete_weight(job, y, job.plan[y.weight]) for y in job.graph.layers
+                     if y.weight in job.plan and y.weight not in mine}  # what the sweep runs through must be solved
         efforts = self._efforts(job, layers)
         told: dict[str, float] = {}
 
