@@ -63,15 +63,16 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true")
     args = parser.parse_args()
     print(f"{machine()}\n")
-    print("| model | weights | method | SQNR dB | agree | top-1 | quantize s |\n|---|---|---|---|---|---|---|")
+    columns = [f"{bits} bits: SQNR dB | agree | top-1 | s" for bits in args.bits]
     for name in args.models:
         case = load_case(name, shared_folder(args.shared))
-        for bits in args.bits:
-            for label, passes in variants(args.alone).items():
-                if label in args.methods:
-                    db, agree, top1, seconds = measure(case, recipe(bits, passes, args.all))
-                    print(f"| {name} | {bits} bits | {label} | {db:.2f} | {agree:.1f} | {top1:.2f} | {seconds:.1f} |",
-                          flush=True)
+        print(f"| {name} | {' | '.join(columns)} |\n|---|{'---|' * 4 * len(columns)}")
+        for label, passes in variants(args.alone).items():
+            if label in args.methods:
+                found = [measure(case, recipe(bits, passes, args.all)) for bits in args.bits]
+                cells = [f"{db:.2f} | {agree:.1f} | {top1:.2f} | {seconds:.1f}" for db, agree, top1, seconds in found]
+                print(f"| {label} | {' | '.join(cells)} |", flush=True)
+        print()
 
 
 if __name__ == "__main__":
