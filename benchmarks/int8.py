@@ -19,6 +19,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -27,23 +28,30 @@ from benchmarks.models import NAMES, Case, load_case, peak_memory, shared_folder
 TOOLS = ("onnxruntime", "onnxsim", "onnxq int8", "onnxq int8-rounded")
 
 
+def reader(case: Case) -> Any:
+    """The calibration samples as onnxruntime's CalibrationDataReader."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.feeds = iter(case.feeds())
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.feeds, None)
+
+    return Reader()
+
+
 def quantize_with(tool: str, case: Case, out: Path) -> float:
     """Quantize once; seconds of the call. "onnxq NAME" runs the recipe of that name."""
     if tool == "onnxruntime":
-        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
-
-        class Reader(CalibrationDataReader):
-            def __init__(self) -> None:
-                self.feeds = iter(case.feeds())
-
-            def get_next(self) -> dict[str, np.ndarray] | None:
-                return next(self.feeds, None)
 
         start = time.perf_counter()
         prepared = out.with_suffix(".pre.onnx")
         quant_pre_process(str(case.path), str(prepared))
-        quantize_static(str(prepared), str(out), Reader(), per_channel=True, quant_format=QuantFormat.QDQ,
+        quantize_static(str(prepared), str(out), reader(case), per_channel=True, quant_format=QuantFormat.QDQ,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
         return time.perf_counter() - start
     if tool == "onnxsim":

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.int8 import judge, machine, quantize_with
+from benchmarks.int8 import judge, machine, quantize_with, reader
 from benchmarks.models import NAMES, Case, load_case, peak_memory, shared_folder
 
 PACKAGES = {"onnxruntime": "onnxruntime", "onnxq int8": "onnx", "onnxq int8-rounded": "onnx", "quark": "amd-quark",
@@ -33,15 +33,7 @@ COLUMNS = ("model", "tool", "top-1", "loss", "SQNR dB", "agree", "ms", "MB", "qu
 
 def with_quark(case: Case, out: Path, iterations: int) -> float:
     """Quantize with AMD Quark; seconds of the call."""
-    from onnxruntime.quantization import CalibrationDataReader
     from quark import onnx as quark
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.feeds = iter(case.feeds())
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.feeds, None)
 
     start = time.perf_counter()
     channels, ranges = quark.QuantGranularity.Channel, quark.CalibMethod.MinMax
@@ -49,7 +41,7 @@ def with_quark(case: Case, out: Path, iterations: int) -> float:
                                 weight=quark.Int8Spec(calibration_method=ranges, quant_granularity=channels))
     learn = quark.AdaRoundConfig(num_iterations=iterations)
     config = quark.QConfig(layers, algo_config=[quark.CLEConfig(), learn])  # ReplaceClip6Relu would change the function
-    quark.ModelQuantizer(config).quantize_model(str(case.path), str(out), Reader())
+    quark.ModelQuantizer(config).quantize_model(str(case.path), str(out), reader(case))
     return time.perf_counter() - start
 
 
