@@ -21,8 +21,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.int8 import judge, machine, quantize_with, reader
 from benchmarks.models import NAMES, Case, load_case, peak_memory, shared_folder
 
