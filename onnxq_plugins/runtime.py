@@ -62,8 +62,8 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
 
 
 def blas(threads: int) -> contextlib.AbstractContextManager[object]:
-    """Within it numpy's matrix products use so many threads. Many small products on several threads can be a hundred times
-    slower than on one, where another process wants the same cores."""
+    """Within it numpy's matrix products use so many threads. Many small products on several threads can be many times slower
+    than on one, where another process wants the same cores."""
     from threadpoolctl import ThreadpoolController
 
     limited: contextlib.AbstractContextManager[object] = ThreadpoolController().limit(limits=threads, user_api="blas")
