@@ -18,7 +18,7 @@ import numpy as np
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.recipe import FLOAT, BlockRequest, LayerRule, Recipe, TensorRequest
-from onnxq_plugins.spec import Block, Plan, QuantSpec
+from onnxq_plugins.spec import Block, Plan, QuantSpec, block_shape
 from onnxq_plugins.target import Target, channel_block
 
 
@@ -58,13 +58,11 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
         if weight_only and not any(r.op == layer.op and not r.activations for r in target.rules):
             floats[layer.name] = f"target '{target.name}' has no weight-only {layer.op}"
             continue
-        block = _block(layer, weights.block, problems)
-        sub_block = None if weights.sub_block is None else _block(layer, weights.sub_block, problems)
         bits = weights.bits
         if not weight_only and target.code_bits < bits <= 8:
             bits = target.code_bits
             narrowed += 1
-        plan[layer.weight] = QuantSpec(bits, weights.symmetric, block, sub_block, weights.pow2)
+        plan[layer.weight] = _weight(layer, replace(weights, bits=bits), target, problems)
         if not weight_only:
             integer[layer.name] = activations
     for node in graph.nodes:
@@ -156,13 +154,34 @@ def _tuples(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
 
 
+def _weight(layer: Layer, wanted: TensorRequest, target: Target, problems: list[str]) -> QuantSpec:
+    """The request of one weight. Multipliers are left out where they could only be 1 (8-bit codes leave no room in an int8)
+    or are not finer than the scale (depthwise layers have one input per output)."""
+    block = _block(layer, wanted.block, problems)
+    spec = QuantSpec(wanted.bits, wanted.symmetric, block, None, wanted.pow2, wanted.max_multiplier)
+    if wanted.sub_block == "none":
+        return spec
+    sub_block = _block(layer, wanted.sub_block, problems)
+    top = min(wanted.max_multiplier, target.max_code // spec.grid[1])
+    if top <= 1 or sub_block is None or not _finer(layer, sub_block, block):
+        return replace(spec, pow2=False)
+    return replace(spec, sub_block=sub_block, max_multiplier=top)
+
+
+def _finer(layer: Layer, block: Block, than: Block | None) -> bool:
+    """True if a block divides some axis of the weight into more parts than another does."""
+    parts = block_shape(layer.shape, than) or (1,) * len(layer.shape)
+    return any(a > b for a, b in zip(block_shape(layer.shape, block), parts, strict=True))
+
+
 def _block(layer: Layer, wanted: BlockRequest, problems: list[str]) -> Block | None:
     """A block as the recipe writes it, for the axes of this layer's weight."""
     if wanted == "tensor":
         return None
     if wanted == "channel":
         return channel_block(layer)
-    sizes = (1, wanted) if isinstance(wanted, int) else tuple(int(n) for n in wanted)
+    sizes = (wanted,) if isinstance(wanted, int) else tuple(int(n) for n in wanted)
+    sizes = (1, *sizes) if len(sizes) == 1 else sizes
     if len(sizes) == 2:
         return tuple(sizes[0] if a == layer.out_axis else sizes[1] if a == layer.in_axis else 0
                      for a in range(len(layer.shape)))

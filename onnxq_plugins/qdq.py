@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.planning import activation_inputs, input_key, layer_input, maker_of, result_of
-from onnxq_plugins.spec import Array, Plan, QuantSpec, step
+from onnxq_plugins.spec import Array, Block, Plan, QuantSpec, expand, step
 from onnxq_plugins.target import Rule, Target, granularity
 
 # What onnxruntime fuses a Gemm or MatMul with before it looks for integer kernels.
@@ -99,7 +99,7 @@ class Writer:
             if node.name in self.layers and self.layers[node.name].weight in self.plan:
                 yield self.layers[node.name]
                 self._layer(node, self.layers[node.name])
-                if self._drawn_into_float(self.layers[node.name]):
+                if self._apart(node, self.layers[node.name]):
                     self._separate(written[0])
             else:
                 self._read_inputs(node)
@@ -183,9 +183,22 @@ class Writer:
         """True if an operator reads the quantized form of a tensor, where that has one."""
         return node in self.integer or node in self.carried or self._made_by_integer(name)
 
-    def _drawn_into_float(self, layer: Layer) -> bool:
-        """True if what reads a quantized Gemm or MatMul would draw it into a float kernel."""
-        if layer.op == "Conv" or layer.name not in self.integer:
+    def _rule(self, layer: Layer) -> tuple[Rule, str]:
+        """The form a planned layer is written in, and the planned activation it reads, "" for float."""
+        key = input_key(self.graph, self.plan, layer.input) if layer.name in self.integer else ""
+        rule = self.target.rule(layer, self.plan[layer.weight], self.plan[key].bits if key else 0)
+        if rule is None:
+            raise OnnxqError(f"layer '{layer.name}': its weight is planned, but its output '{layer.result}' is not; plan "
+                             "both, or take the weight out of the plan.")
+        return rule, key
+
+    def _apart(self, node: onnx.NodeProto, layer: Layer) -> bool:
+        """True if a planned layer must be kept apart from what reads it: one that runs in float from a Q behind it, a
+        quantized Gemm or MatMul from what would draw it into a float kernel."""
+        storage = self._rule(layer)[0].storage
+        if storage == "float":
+            return node.input[0] in self.dequantized.values()
+        if layer.op == "Conv" or storage == "blocked":
             return layer.op != "Conv"  # weight-only: a Q behind would do, even beyond a Reshape
         readers = self.graph.consumers(layer.output)
         alone = len(readers) == 1 and layer.output not in self.graph.outputs
@@ -207,16 +220,16 @@ class Writer:
 
     def _layer(self, node: onnx.NodeProto, layer: Layer) -> None:
         spec = self.plan[layer.weight]
-        key = input_key(self.graph, self.plan, layer.input) if node.name in self.integer else ""
-        rule = self.target.rule(layer, spec, self.plan[key].bits if key else 0)
-        if rule is None:
-            raise OnnxqError(f"layer '{layer.name}': its weight is planned, but its output '{layer.result}' is not; plan "
-                             "both, or take the weight out of the plan.")
+        rule, key = self._rule(layer)
         if rule.storage == "blocked":
             self._weight_only(node, layer, spec)
             return
-        weight = self._weight(layer, spec, rule)
-        bias = self._bias(layer, spec, self.plan[key])
+        if rule.storage == "float":
+            weight = self._decoded(layer, spec)
+            bias = self._float_bias(layer, spec)
+        else:
+            weight = self._weight(layer, spec, rule)
+            bias = self._bias(layer, spec, self.plan[key])
         self._read_inputs(node)
         node.input[1] = weight
         if bias:
@@ -224,15 +237,13 @@ class Writer:
             node.input.append(bias)
 
     def _weight(self, layer: Layer, spec: QuantSpec, rule: Rule) -> str:
-        """INT8 -> DequantizeLinear, or INT4 -> Cast(INT8) -> DequantizeLinear, which the runtime folds at load."""
+        """INT8 -> DequantizeLinear, or a chain from INT4 to DequantizeLinear, which the runtime folds at load."""
         assert spec.codes is not None and spec.scale is not None
         name = layer.weight
         if rule.storage == "int4":
-            stored = self._constant(f"{name}_codes", spec.codes.astype(ml_dtypes.int4))
-            codes = self._fresh(f"{name}_int8")
-            self._add("Cast", [stored], [codes], to=TensorProto.INT8)
+            codes = self._int4_codes(layer, spec)
         else:
-            codes = self._constant(f"{name}_codes", spec.codes.astype(np.int8))
+            codes = self._constant(f"{name}_codes", int8_codes(layer, spec))
         scale_values = np.asarray(spec.scale, np.float32)
         attrs: dict[str, Any] = {}
         if granularity(layer, spec) == "channel":
@@ -242,6 +253,75 @@ class Writer:
         values = self._fresh(f"{name}_dequantized")
         self._add("DequantizeLinear", [codes, scale, zero], [values], **attrs)
         return values
+
+    def _int4_codes(self, layer: Layer, spec: QuantSpec) -> str:
+        """INT4 -> Cast(INT8), or with multipliers INT4 -> Cast(INT32) -> Mul(multiplier) -> Cast(INT8): int8 codes."""
+        assert spec.codes is not None
+        name = layer.weight
+        made = self._fresh(f"{name}_int8")
+        if spec.multiplier is None:
+            stored = self._constant(f"{name}_codes", spec.codes.astype(ml_dtypes.int4))
+            self._add("Cast", [stored], [made], to=TensorProto.INT8)
+            return made
+        values = np.asarray(spec.multiplier)
+        factor = self._constant(f"{name}_multiplier", values.astype(multiplier_type(values)))
+        product = self._product(layer, spec.codes.astype(ml_dtypes.int4), factor, spec.sub_block, TensorProto.INT32)
+        self._add("Cast", [product], [made], to=TensorProto.INT8)
+        return made
+
+    def _decoded(self, layer: Layer, spec: QuantSpec) -> str:
+        """Codes -> Cast(FLOAT) -> Mul(scale): a float weight, decoded once at load."""
+        assert spec.codes is not None
+        codes: Array = spec.codes.astype(ml_dtypes.int4 if spec.bits <= 4 else np.int8)
+        scale = self._constant(f"{layer.weight}_scale", np.asarray(spec.scale, np.float32))
+        if spec.multiplier is None:
+            return self._product(layer, codes, scale, spec.block, TensorProto.FLOAT)
+        multiplier = self._constant(f"{layer.weight}_multiplier", spec.multiplier.astype(multiplier_type(spec.multiplier)))
+        fine = self._product(layer, codes, multiplier, spec.sub_block, TensorProto.FLOAT)
+        made = self._fresh(f"{layer.weight}_decoded")
+        self._add("Mul", [fine, scale], [made])  # one scale per tensor or channel: it broadcasts as it is
+        return made
+
+    def _product(self, layer: Layer, codes: Array, factor: str, block: Block | None, kind: int) -> str:
+        """Codes times one factor per block, as `kind`. Each divided axis is stored as two, [blocks, size of a block] against
+        [blocks, 1], so that nothing is repeated on disk; filled up where the blocks do not divide it."""
+        name, shape = layer.weight, layer.shape
+        sizes = block if block is not None else (0,) * len(shape)
+        whole = [-(-n // b) * b if b else n for n, b in zip(shape, sizes, strict=True)]
+        parts = [(n // b, b) if 1 < b < n else (n,) for n, b in zip(whole, sizes, strict=True)]
+        split = [size for part in parts for size in part]
+        filled = np.zeros(whole, codes.dtype)
+        filled[tuple(slice(n) for n in shape)] = codes
+        stored = self._constant(f"{name}_codes", filled.reshape(split))
+        wide, fine = self._fresh(f"{name}_wide"), self._fresh(f"{name}_factor")
+        self._add("Cast", [stored], [wide], to=kind)
+        self._add("Cast", [factor], [fine], to=kind)
+        if any(len(part) > 1 for part in parts):
+            counts = [n for part, b, size in zip(parts, sizes, whole, strict=True)
+                      for n in ((part[0], 1) if len(part) > 1 else (size if b == 1 else 1,))]
+            spread = self._fresh(f"{name}_spread")
+            self._add("Reshape", [fine, self._constant(f"{name}_counts", np.array(counts, np.int64))], [spread])
+            fine = spread
+        made = self._fresh(f"{name}_product")
+        self._add("Mul", [wide, fine], [made])
+        if split != list(shape):
+            joined = self._fresh(f"{name}_joined")
+            self._add("Reshape", [made, self._constant(f"{name}_shape", np.array(whole, np.int64))], [joined])
+            made = joined
+        if whole != list(shape):
+            cut, axes = self._fresh(f"{name}_cut"), np.arange(len(shape))
+            ends = [self._constant(f"{name}_cut", np.array(v, np.int64)) for v in (0 * axes, shape, axes)]
+            self._add("Slice", [made, *ends], [cut])
+            made = cut
+        return made
+
+    def _float_bias(self, layer: Layer, spec: QuantSpec) -> str:
+        """The bias of a layer that runs in float: as it is, or with the planned shift."""
+        if spec.shift is None:
+            return layer.bias or ""
+        bias = bias_values(self.graph, layer, spec)
+        assert bias is not None
+        return self._constant(f"{layer.bias or layer.name}_shifted", bias.astype(np.float32))
 
     def _bias(self, layer: Layer, spec: QuantSpec, activation: QuantSpec) -> str:
         """int32 codes at s_x * s_w: the integer kernel adds them to its accumulator."""
@@ -281,9 +361,7 @@ class Writer:
         bias = bias_values(self.graph, layer, spec)
         if bias is not None:
             product = self._fresh(f"{output}_product")
-            stored = layer.bias or ""
-            if spec.shift is not None or not stored:
-                stored = self._constant(f"{layer.bias or layer.name}_shifted", bias.astype(np.float32))
+            stored = self._float_bias(layer, spec)
             self._add("MatMul", [x, values], [product], name=node.name)
             self._add("Sum", [product, stored], [output], name=f"{node.name}_bias")
         else:
@@ -326,12 +404,33 @@ def bias_values(graph: Graph, layer: Layer, spec: QuantSpec) -> Array | None:
     return np.asarray(bias if spec.shift is None else bias.reshape(-1) + spec.shift)
 
 
+def int8_codes(layer: Layer, spec: QuantSpec) -> Array:
+    """Codes times their multipliers: what the integer kernel computes with."""
+    assert spec.codes is not None
+    if spec.multiplier is None:
+        return spec.codes.astype(np.int8)
+    folded: Array = (spec.codes * expand(spec.multiplier, layer.shape, spec.sub_block)).astype(np.int8)
+    return folded
+
+
+def multiplier_type(values: Array) -> Any:
+    """The smallest integer type that holds multipliers."""
+    return ml_dtypes.uint4 if values.max(initial=1) <= 15 else np.uint8
+
+
 def stored_bits(layer: Layer, spec: QuantSpec) -> float:
-    """Bits per weight on disk, scales counted."""
+    """Bits per weight on disk: codes (filled up to whole blocks), multipliers and scales."""
     assert spec.scale is not None
-    width = 4 if spec.bits <= 4 else 8
     count = int(np.prod(layer.shape))
-    return float(width + 32 * spec.scale.size / count)
+    if spec.bits > 4:  # multipliers are folded into the codes
+        return float(8 + 32 * spec.scale.size / count)
+    bits = 32.0 * spec.scale.size
+    fine = spec.block if spec.multiplier is None else spec.sub_block
+    divided = spec.multiplier is not None or granularity(layer, spec) == "tile"
+    whole = [-(-n // b) * b if b and divided else n for n, b in zip(layer.shape, fine or layer.shape, strict=True)]
+    if spec.multiplier is not None:
+        bits += (4 if multiplier_type(spec.multiplier) is ml_dtypes.uint4 else 8) * spec.multiplier.size
+    return float((4 * np.prod(whole) + bits) / count)
 
 
 def weight_values(layer: Layer, spec: QuantSpec) -> Array:

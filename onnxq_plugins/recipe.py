@@ -16,6 +16,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Pass
 
 BlockRequest = Literal["tensor", "channel"] | int | tuple[int, ...]
+SubBlockRequest = Literal["none"] | int | tuple[int, ...]
 FLOAT = 32  # bits = 32: stays float
 
 
@@ -27,15 +28,17 @@ class TensorRequest:
     symmetric   signed codes with zero point 0
     block       granularity of the scale: "tensor", "channel", a number of inputs per scale, [outputs, inputs] or one
                 size per axis
-    sub_block   granularity of integer multipliers below that: [outputs, inputs]
+    sub_block   granularity of integer multipliers below that, written like `block`; "none" for none
     pow2        scales (or multipliers) are powers of two
+    max_multiplier   largest multiplier: 15 packs into 4 bits
     """
 
     bits: int = 8
     symmetric: bool = True
     block: BlockRequest = "channel"
-    sub_block: tuple[int, ...] | None = None
+    sub_block: SubBlockRequest = "none"
     pow2: bool = False
+    max_multiplier: int = 15
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def parse(table: Mapping[str, Any], passes: Mapping[str, type[Pass]], where: str
         place = f"{where}, layer {number}"
         for key in ("weights", "activations"):
             if isinstance(rule.get(key), Mapping):
-                _check_bits(_build(TensorRequest, rule[key], f"{place}, {key}", problems), f"{place}, {key}", problems)
+                _check_request(_build(TensorRequest, rule[key], f"{place}, {key}", problems), f"{place}, {key}", problems)
         made_rule = _build(LayerRule, rule, place, problems)
         rules += [made_rule] if made_rule is not None else []
     parts: dict[str, Any] = {}
@@ -160,7 +163,7 @@ def parse(table: Mapping[str, Any], passes: Mapping[str, type[Pass]], where: str
     if not isinstance(target, str):
         problems.append(f"{where}: target must be a name.")
     for key in ("weights", "activations"):
-        _check_bits(parts.get(key), f"{where}, [{key}]", problems)
+        _check_request(parts.get(key), f"{where}, [{key}]", problems)
     OnnxqError.check(problems)
     return Recipe(str(target), passes=tuple(steps), layers=tuple(rules), name=name, **parts)
 
@@ -247,9 +250,11 @@ def _build(base: Any, table: Mapping[str, Any], where: str, problems: list[str])
         return None
 
 
-def _check_bits(request: TensorRequest | None, where: str, problems: list[str]) -> None:
+def _check_request(request: TensorRequest | None, where: str, problems: list[str]) -> None:
     if request is not None and not (2 <= request.bits <= 16 or request.bits == FLOAT):
         problems.append(f"{where}: bits = {request.bits} is out of range; use 2..16, or {FLOAT} for float.")
+    if request is not None and not 1 <= request.max_multiplier <= 127:
+        problems.append(f"{where}: max_multiplier = {request.max_multiplier} is out of range; use 1..127 (15 fits 4 bits).")
 
 
 _WRONG = object()

@@ -11,7 +11,12 @@ granularity            block           shape of `scale`
 tensor                 None            ()
 output channel         (1, 0, 0, 0)    (64, 1, 1, 1)
 16 x 16 tiles          (16, 16, 0, 0)  (4, 2, 1, 1)
+16 inputs of a channel (1, 16, 0, 0)   (64, 2, 1, 1)
 =====================  ==============  ==================
+
+Two-level scales have a coarse float `scale` (one per tensor or output channel) and a fine integer `multiplier` (one per
+sub-block). While |code| * multiplier stays within int8 a runtime can fold the multipliers into int8 codes at load: fine
+granularity at no cost.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ Block = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class QuantSpec:
-    """The record of one tensor: what is asked for (first five fields) and, once found, the solution (the rest).
+    """The record of one tensor: what is asked for (first six fields) and, once found, the solution (the rest).
 
     bits        width of a code, 2..16
     symmetric   signed codes with zero point 0, in [-n, n] with n = 2^(bits-1) - 1; otherwise unsigned codes in
@@ -37,6 +42,7 @@ class QuantSpec:
     block       granularity of `scale` (module docstring)
     sub_block   granularity of the integer `multiplier`, finer than `block`: the two-level scale
     pow2        multipliers (or scales, if there is no sub_block) are powers of two
+    max_multiplier   largest multiplier asked for: 15 packs into 4 bits, 2^M - 1 into M
     scale, zero_point, multiplier
                 arrays with one entry per block, shaped as `block_shape` tells
     codes       integer codes in the tensor's own shape (weights only)
@@ -48,6 +54,7 @@ class QuantSpec:
     block: Block | None = None
     sub_block: Block | None = None
     pow2: bool = False
+    max_multiplier: int = 15
     scale: Array | None = None
     zero_point: Array | None = None
     multiplier: Array | None = None
@@ -59,6 +66,13 @@ class QuantSpec:
         """Smallest and largest code. The symmetric grid is narrow (no -2^(bits-1)), so that -x is x's mirror."""
         top = 2 ** (self.bits - 1) - 1
         return (-top, top) if self.symmetric else (0, 2**self.bits - 1)
+
+    @property
+    def multipliers(self) -> Array:
+        """The values a multiplier may take, from 1 on, ascending: at most `max_multiplier`, and code * multiplier stays
+        within [-127, 127]."""
+        top = max(1, min(self.max_multiplier, 127 // self.grid[1]))
+        return 2 ** np.arange(top.bit_length()) if self.pow2 else np.arange(1, top + 1)
 
     @property
     def solved(self) -> bool:
@@ -76,11 +90,12 @@ class QuantSpec:
         if self.block is not None and sorted(self.block)[:-1] == [0] * (len(self.block) - 1) and max(self.block) == 1:
             where = "per channel"
         sub = f", sub-block {list(self.sub_block)}" if self.sub_block else ""
+        sub += " of powers of two" if sub and self.pow2 else ""
         return f"{kind}{self.bits} {where}{sub}"
 
     def to_dict(self) -> dict[str, Any]:
         """The request as plain values, defaults left out (for reports and metadata)."""
-        asked = ("bits", "symmetric", "block", "sub_block", "pow2")
+        asked = ("bits", "symmetric", "block", "sub_block", "pow2", "max_multiplier")
         return {f.name: getattr(self, f.name) for f in fields(self)
                 if f.name in asked and getattr(self, f.name) != f.default}
 
@@ -154,7 +169,19 @@ def step(spec: QuantSpec, shape: tuple[int, ...]) -> Array:
 
 
 def solve_minmax(x: Array, spec: QuantSpec) -> QuantSpec:
-    """The smallest scale whose grid still covers every value of `x`: nothing is clipped."""
+    """The smallest scale whose grid still covers every value of `x`: nothing is clipped.
+
+    Two levels: the largest multiplier covers the largest value of each block, every sub-block gets the smallest
+    multiplier that covers its own. Source: VS-Quant (arXiv 2102.04503), rounding up.
+    """
+    if spec.sub_block is not None:
+        values, scale = spec.multipliers, from_range(0.0, reduce_blocks(np.abs(x), spec.block, np.maximum),
+                                                     replace(spec, symmetric=True)).scale
+        scale = np.asarray(scale / values[-1], np.float32)
+        need = reduce_blocks(np.abs(x) / expand(scale, x.shape, spec.block), spec.sub_block, np.maximum) / spec.grid[1]
+        at = np.searchsorted(values, need * (1 - 1e-6))  # float32 scales: hardly above a multiplier is not above
+        return replace(spec, scale=scale, zero_point=np.zeros(scale.shape, np.int64),
+                       multiplier=values[np.minimum(at, len(values) - 1)])
     if spec.symmetric:
         top = reduce_blocks(np.abs(x), spec.block, np.maximum)
         return from_range(-top, top, spec)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+
 from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.graph.core import LAYER_OPS
 from onnxq_plugins.spec import Block, Plan, QuantSpec
 
 Granularity = Literal["tensor", "channel", "block", "tile"]
-Storage = Literal["int8", "int4", "blocked"]
+Storage = Literal["int8", "int4", "blocked", "float"]
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,13 @@ class Rule:
     kernel        the operator that then runs
     activations   bits of the input; 0: the input stays float (weight-only)
     weights       widths of weight codes
-    granularity   of the weight's scale: ``tensor``, output ``channel``, or ``block`` of inputs within a channel
+    granularity   of the weight's scale: ``tensor``, output ``channel``, ``block`` of inputs within a channel, or ``tile``
+                  of several channels
     storage       ``int8``: int8 -> DequantizeLinear; ``int4``: INT4 -> Cast(INT8) -> DequantizeLinear, folded at load;
-                  ``blocked``: DequantizeLinear with a block size
-    blocks        block sizes along the inputs that `granularity` ``block`` allows
+                  ``blocked``: DequantizeLinear with a block size; ``float``: codes -> Cast -> Mul(scale), folded into a
+                  float weight at load
+    blocks        block sizes along the inputs that `granularity` ``block`` allows; empty: any
+    multipliers   integer multipliers per sub-block may refine a scale per tensor or channel
     """
 
     op: str
@@ -33,6 +39,7 @@ class Rule:
     granularity: tuple[Granularity, ...]
     storage: Storage
     blocks: tuple[int, ...] = ()
+    multipliers: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,10 @@ class Target:
         shape = granularity(layer, weight)
         for rule in self.rules:
             fits = (rule.op == layer.op and rule.activations == activations and weight.bits in rule.weights
-                    and shape in rule.granularity and weight.symmetric and weight.sub_block is None)
-            if fits and shape == "block" and weight.block is not None:
+                    and shape in rule.granularity and weight.symmetric)
+            if weight.sub_block is not None:
+                fits = fits and rule.multipliers and shape in ("tensor", "channel")
+            if fits and shape == "block" and weight.block is not None and rule.blocks:
                 fits = weight.block[layer.in_axis] in rule.blocks
             if fits:
                 return rule
@@ -89,8 +98,15 @@ class Target:
                 continue
             key = inputs[layer.name]
             bits = plan[key].bits if key else 0
-            if self.rule(layer, weight, bits) is None:
+            rule = self.rule(layer, weight, bits)
+            if rule is None:
                 found.append(self.refusal(layer, weight, bits))
+            elif bits and rule.storage != "float" and weight.sub_block is not None:
+                largest = weight.multipliers[-1] if weight.multiplier is None else np.max(weight.multiplier)
+                if largest * weight.grid[1] > self.max_code:
+                    found.append(f"{layer.op} '{layer.name}': {weight.bits}-bit codes times multipliers up to {largest} "
+                                 f"reach {largest * weight.grid[1]}, target '{self.name}' runs codes up to {self.max_code}; "
+                                 f"set max_multiplier = {self.max_code // weight.grid[1]}.")
             if weight.shift is not None and not layer.takes_bias:
                 found.append(f"{layer.op} '{layer.name}' has no bias that its planned shift could be added to; leave the "
                              "shift of its weight out.")
@@ -106,14 +122,35 @@ class Target:
         """Why a layer cannot run as asked, and how it can."""
         way = f"{activations}-bit activations" if activations else "float activations (weight-only)"
         return (f"target '{self.name}' cannot run {layer.op} '{layer.name}' with {weight.describe()} weights and {way}; it "
-                f"runs {self.choices(layer.op) or 'no quantized ' + layer.op}." + _help(weight))
+                f"runs {self.choices(layer.op) or 'no quantized ' + layer.op}." + self._help(layer, weight, activations))
+
+    def _help(self, layer: Layer, weight: QuantSpec, activations: int) -> str:
+        """The setting nearest to a refused one."""
+        shape = granularity(layer, weight)
+        if not weight.symmetric:
+            return " Set weights.symmetric = true."
+        if weight.sub_block is not None and shape in ("block", "tile"):
+            return " Multipliers refine one scale per tensor or channel: set weights.block to \"channel\" or \"tensor\"."
+        if weight.sub_block is not None:
+            sizes = sorted({b for r in self.rules if r.op == layer.op and r.activations == activations for b in r.blocks})
+            free = f", for one float scale per {sizes} inputs set weights.block" if sizes else ""
+            return f" Integer multipliers need 8-bit activations: leave weights.sub_block out{free}."
+        if shape in ("block", "tile") and activations and any(r.op == layer.op and r.multipliers for r in self.rules):
+            assert weight.block is not None
+            tile = [weight.block[layer.out_axis], weight.block[layer.in_axis]]
+            coarse = "channel" if tile[0] == 1 else "tensor"
+            return (f" Integer multipliers run at integer speed: set weights.sub_block = {tile} and weights.block = "
+                    f"\"{coarse}\"; target 'storage' stores float scales and runs in float.")
+        return ""
 
     def choices(self, op: str) -> str:
         """The forms of one operator in words."""
         found = []
         for rule in (r for r in self.rules if r.op == op):
             widths = f"{min(rule.weights)} to {max(rule.weights)}" if len(rule.weights) > 1 else f"{rule.weights[0]}"
-            where = " or ".join(f"block {list(rule.blocks)}" if g == "block" else f"per {g}" for g in rule.granularity)
+            where = " or ".join(f"block {list(rule.blocks)}" if g == "block" and rule.blocks else f"per {g}"
+                                for g in rule.granularity)
+            where += ", with integer multipliers per sub_block or without," if rule.multipliers else ""
             beside = f"{rule.activations}-bit" if rule.activations else "float"
             found.append(f"{widths}-bit weights {where} with {beside} activations ({rule.kernel})")
         return "; ".join(dict.fromkeys(found))
@@ -135,17 +172,9 @@ def channel_block(layer: Layer) -> Block:
     return tuple(1 if axis == layer.out_axis else 0 for axis in range(len(layer.shape)))
 
 
-def _help(weight: QuantSpec) -> str:
-    if weight.sub_block is not None:
-        return " Leave sub_block out."
-    if not weight.symmetric:
-        return " Set weights.symmetric = true."
-    return ""
-
-
 def _dense(op: str, kernel: str) -> tuple[Rule, ...]:
-    return (Rule(op, kernel, 8, (5, 6, 7, 8), ("tensor", "channel"), "int8"),
-            Rule(op, kernel, 8, (2, 3, 4), ("tensor", "channel"), "int4"))
+    return (Rule(op, kernel, 8, (5, 6, 7, 8), ("tensor", "channel"), "int8", multipliers=True),
+            Rule(op, kernel, 8, (2, 3, 4), ("tensor", "channel"), "int4", multipliers=True))
 
 
 _NBITS = tuple(Rule(op, "MatMulNBits", 0, (bits,), ("block",), "blocked", (16, 32, 64, 128, 256))
@@ -161,4 +190,8 @@ ORT_CPU_AVX2 = replace(ORT_CPU, name="ort-cpu-avx2", max_code=64,
 OPENVINO = Target("openvino", "OpenVINO on x86-64",
                   (*_dense("Conv", "Convolution int8"), *_dense("Gemm", "FullyConnected int8"),
                    *_dense("MatMul", "FullyConnected int8")), _CHAIN, attention=1_000_000, flatten=False)
-BUILTIN = (ORT_CPU, ORT_CPU_AVX2, OPENVINO)
+STORAGE = Target("storage", "any runtime, for size on disk: every granularity is allowed, weights are decoded at load, and "
+                 "layers run in float",
+                 tuple(Rule(op, op, activations, tuple(range(2, 9)), ("tensor", "channel", "block", "tile"), "float",
+                            multipliers=True) for op in LAYER_OPS for activations in (8, 0)), _CHAIN, flatten=False)
+BUILTIN = (ORT_CPU, ORT_CPU_AVX2, OPENVINO, STORAGE)
