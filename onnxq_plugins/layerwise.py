@@ -18,13 +18,15 @@ from onnxq_plugins.job import Job
 from onnxq_plugins.patches import blocks
 from onnxq_plugins.solvers.gram import narrow, nearest, regress, ridge, row_loss, widen
 from onnxq_plugins.solvers.rounding import Effort, Method, solve
-from onnxq_plugins.solvers.scales import search_scales
-from onnxq_plugins.spec import Array, QuantSpec, block_shape, expand, reduce_blocks, solve_minmax, step
+from onnxq_plugins.solvers.scales import POWERS, search_scales
+from onnxq_plugins.solvers.tiles import FREE, Tiles, diagonal_runs, search_free, search_multipliers
+from onnxq_plugins.spec import Array, Block, QuantSpec, block_shape, expand, reduce_blocks, solve_minmax, step
 from onnxq_plugins.sweep import Seen
 
 # Ridges in units of D / patches: the fewer patches for D weights, the less their correlations are worth. Rounding needs
 # little; the regression on the quantized inputs fits noise sooner, also because patches of one sample resemble each other.
 SHRINK_ROUNDING, SHRINK_REGRESSION = 1.0, 20.0
+DESCENT = 2  # rounds of coordinate descent over tiles
 _AT_ONCE = 2**22  # numbers per array that the solvers get at once: wide layers go block by block
 _GRAMS = 2**29  # bytes of Gram matrices held at once
 
@@ -53,7 +55,8 @@ class Problem:
         spec, loss, base = self.spec, 0.0, 0.0
         w, h = self._target()
         if not spec.solved:
-            spec = self.scaled(w, h) if search else self._widened(solve_minmax(self.weight, spec))
+            rounds = DESCENT if method == "nearest" else 0
+            spec = self.scaled(w, h, rounds) if search else self._widened(solve_minmax(self.weight, spec))
         size = narrow(_steps(self.layer, spec), h, 1.0)
         given = narrow(self.layer.matrix(self.weight), h)
         codes = np.empty(w.shape, np.int8 if spec.bits <= 8 else np.int32)
@@ -73,28 +76,60 @@ class Problem:
             shift = (self._output() - expected).reshape(-1).astype(np.float32)
         return replace(spec, codes=self.layer.from_matrix(whole), shift=shift), loss / base if base > 0 else 1.0
 
-    def scaled(self, w: Array | None = None, h: Array | None = None) -> QuantSpec:
-        """The entry with the Gram-weighted scale, codes left open; the plain one where blocks do not lie in a row."""
+    def scaled(self, w: Array | None = None, h: Array | None = None, rounds: int = DESCENT) -> QuantSpec:
+        """The entry with scales, and multipliers, of least output error; codes left open. The plain ones where blocks do
+        not lie in a row, as those that divide a kernel.
+
+        rounds   of coordinate descent over tiles; it counts on codes rounded to the nearest, so none serves others best
+        """
         if w is None or h is None:
             w, h = self._target()
         spec = solve_minmax(self.weight, self.spec)
-        size = _steps(self.layer, spec)
-        ids = np.arange(int(np.prod(block_shape(self.layer.shape, spec.block)))).reshape(
-            block_shape(self.layer.shape, spec.block))
-        share = self.layer.matrix(np.broadcast_to(expand(ids, self.layer.shape, spec.block), self.layer.shape))
-        width = _width(share)
-        if not width:
-            return self._widened(spec)
-        wide, matrix = widen(w, self._shape), h
-        if width < share.shape[2] and h.shape[1] != width:
-            if len(h) != len(share):
-                return self._widened(spec)  # blocks of inputs in a block-diagonal matrix
-            matrix = _diagonal_blocks(h, width)
-        factor = search_scales(narrow(wide, matrix), matrix, narrow(size, matrix, 1.0), spec.grid,
-                               narrow(share, matrix, -1)[:, :, 0])
-        full = np.broadcast_to(factor[:, :, None], (*factor.shape, matrix.shape[1]))
-        grown = self.layer.from_matrix(np.broadcast_to(size, self._shape) * widen(full, self._shape))
-        return self._widened(replace(spec, scale=reduce_blocks(grown, spec.block, np.maximum).astype(np.float32)))
+        width = _width(self._numbers(spec.sub_block or spec.block))
+        if width == self._shape[2] and spec.sub_block is None:
+            return self._widened(self._by_row(spec, w, h))
+        return self._widened(self._by_tile(spec, w, h, width, rounds) if width else spec)
+
+    def _by_row(self, spec: QuantSpec, w: Array, h: Array) -> QuantSpec:
+        """One scale for a row, or for several."""
+        size, share = _steps(self.layer, spec), self._numbers(spec.block)
+        factors = search_scales(w, h, narrow(size, h, 1.0), spec.grid, narrow(share, h, -1)[:, :, 0],
+                                POWERS if spec.pow2 else None)
+        factors = factors.reshape(len(size), -1, size.shape[1])[:, 0]  # the pieces of a wide row have the same
+        return replace(spec, scale=self._blocks(size * factors[..., None], spec.block))
+
+    def _by_tile(self, spec: QuantSpec, w: Array, h: Array, width: int, rounds: int) -> QuantSpec:
+        """One scale, or multiplier, for a run of `width` columns in a band of rows."""
+        fine = self._numbers(spec.sub_block or spec.block)[:, :, 0]
+        tiles = Tiles(np.unique(fine, return_inverse=True)[1].reshape(fine.shape), width, spec.grid)
+        wide = widen(w, self._shape)
+        blocks = diagonal_runs(h, self._shape[0], self._shape[2], width)
+        scale = np.asarray(self._matrix(np.asarray(spec.scale, np.float64), spec.block))
+        if spec.sub_block is None:
+            cover = np.empty((tiles.count, blocks.shape[1]))
+            cover[tiles.bands] = scale[:, :, ::width]
+            step = search_free(wide, h, blocks, tiles, cover, POWERS if spec.pow2 else FREE, rounds)
+            return replace(spec, scale=self._blocks(tiles.steps(step[tiles.bands], self._shape[2]), spec.block))
+        coarse, unit = self._numbers(spec.block)[:, :, 0], scale[:, :, 0]
+        share = coarse if coarse.max() < tiles.count else tiles.bands  # the coarser of the two
+        factor, multiplier = search_multipliers(wide, h, blocks, tiles, unit, spec.multipliers, share, rounds)
+        full = tiles.steps(multiplier[tiles.bands], self._shape[2])
+        return replace(spec, scale=self._blocks(np.broadcast_to((unit * factor)[..., None], self._shape), spec.block),
+                       multiplier=self._blocks(full, spec.sub_block).astype(np.int64))
+
+    def _numbers(self, block: Block | None) -> Array:
+        """The number of the block that each weight lies in [groups, outputs, D]."""
+        shape = block_shape(self.layer.shape, block)
+        return self._matrix(np.arange(int(np.prod(shape))).reshape(shape), block)
+
+    def _matrix(self, values: Array, block: Block | None) -> Array:
+        """One value per block as one per weight [groups, outputs, D]."""
+        return self.layer.matrix(np.broadcast_to(expand(np.asarray(values), self.layer.shape, block), self.layer.shape))
+
+    def _blocks(self, matrix: Array, block: Block | None) -> Array:
+        """The inverse of `_matrix`: values that are equal within each block [groups, outputs, D] as one per block."""
+        whole = self.layer.from_matrix(np.broadcast_to(matrix, self._shape))
+        return np.asarray(reduce_blocks(whole, block, np.maximum), np.float32)
 
     def _target(self) -> tuple[Array, Array]:
         """Weights to round (float32) and Gram matrix, in its groups: centred if the bias takes mean errors, with a ridge.
@@ -189,14 +224,3 @@ def _width(share: Array) -> int:
     width = int(change[0]) if len(change) else share.shape[2]
     even = np.array_equal(change, np.arange(width, share.shape[2], width))
     return width if even and (share[:, :, :1] == share[:, :, :width]).all() else 0
-
-
-def _diagonal_blocks(h: Array, width: int) -> Array:
-    """Blocks of `width` on the diagonal of h [g, D, D], as groups [g * n, width, width]; the last one filled with 0."""
-    groups, size = h.shape[:2]
-    pieces = -(-size // width)
-    made = np.zeros((groups, pieces, width, width))
-    for i in range(pieces):
-        part = h[:, i * width:(i + 1) * width, i * width:(i + 1) * width]
-        made[:, i, :part.shape[1], :part.shape[1]] = part
-    return made.reshape(-1, width, width)

@@ -10,6 +10,7 @@ from onnxq_plugins.spec import Array
 # Factors on the scale that just covers the largest weight: 27 in all, the whole range among them.
 COARSE = np.linspace(0.36, 1.0, 9)
 FINE = np.linspace(-0.07, 0.07, 18)  # around the best coarse one
+POWERS = np.array([0.125, 0.25, 0.5, 1.0])  # what leaves a power of two one
 
 
 def scale_losses(w: Array, h: Array, step: Array, grid: Grid, factors: Array) -> Array:
@@ -29,11 +30,12 @@ def scale_losses(w: Array, h: Array, step: Array, grid: Grid, factors: Array) ->
     return losses
 
 
-def search_scales(w: Array, h: Array, step: Array, grid: Grid, share: Array) -> Array:
+def search_scales(w: Array, h: Array, step: Array, grid: Grid, share: Array, factors: Array | None = None) -> Array:
     """Factor on the step of each row [g, O] with the least output error, out of 27 in [0.29, 1.07]: nine coarse ones, then
     eighteen around the best. The factor 1 is tried, so the loss does not rise.
 
-    share   rows that must have the same factor bear the same number [g, O], from 0 on; h is one matrix per group of w
+    share     rows that must have the same factor bear the same number [g, O], from 0 on; h is one matrix per group of w
+    factors   other candidates [F], 1 among them
 
     Exact for one scale a row, since the loss separates by rows. Source: the mean squared error grid in Gram form
     (AIMET's sequential MSE searches likewise on data).
@@ -48,6 +50,8 @@ def search_scales(w: Array, h: Array, step: Array, grid: Grid, share: Array) -> 
                                losses.shape)
         return np.take_along_axis(each, at[share][None], axis=0)[0], total.min(axis=0)[share]
 
+    if factors is not None:
+        return best(factors)[0]
     coarse, least = best(COARSE)
     fine, less = best(coarse[None] + FINE[:, None, None])
     return np.where(less < least, fine, coarse)

@@ -1,0 +1,60 @@
+"""sub-layer: scales, or multipliers, of tiles finer than a layer, by the error they cause in its output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from onnxq_plugins import runtime
+from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.layerwise import DESCENT, float_inputs, problem, solvable
+
+
+@dataclass(frozen=True)
+class SubLayer(Pass):
+    """PTQ-SL: choose the scale of every tile of a weight (so many output by so many input channels) by coordinate descent
+    on the squared error of the layer's output. Codes stay open.
+
+    rounds       visits to each tile; 0 leaves out what tiles of a row do to each other, which serves the pass `round` behind
+                 this one better than the rounding to the nearest that the visits count on
+    shift        the bias will take mean errors (pass bias-correct behind this one), so leave them out of the measure
+    positions    patches per sample at most
+    limit        largest D with a full Gram matrix, see `round`
+
+    Which tiles is asked for in the recipe: ``weights.block = [16, 16]`` for free scales (a target that stores them);
+    ``weights.sub_block = [16, 16]`` with one coarse scale per tensor or channel for integer multipliers, and ``weights.pow2``
+    for powers of two (targets with integer kernels). With the loss L = d H d^T of each row d = w - wq and E the change of a
+    tile, a candidate changes L by -2 E (d H) + E H E; the covering (min-max) scale is always a candidate, and no band of rows
+    ends with more loss than with it. Layers with one scale per tensor or channel are searched as `scales` does.
+
+    Source: PTQ-SL (Yuan et al., arXiv 2110.07809): the granularity and the search over tiles; the Gram form, in place of
+    running the layer for each candidate, is ours.
+    Cost: one run over the data for each half gigabyte of Gram matrices, then some 30 matrix products per layer and round.
+    """
+
+    name: ClassVar[str] = "sub-layer"
+    rounds: int = DESCENT
+    shift: bool = False
+    positions: int = 256
+    limit: int = 4608
+
+    def __post_init__(self) -> None:
+        for key, least in (("rounds", 0), ("positions", 1), ("limit", 16)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} = {getattr(self, key)} must be at least {least}")
+
+    def apply(self, job: Job) -> dict[str, Any]:
+        from joblib import Parallel, delayed
+
+        layers = [y for y in solvable(job) if not job.plan[y.weight].solved]
+        tiles, multipliers = 0, 0
+        for batch in float_inputs(job, layers, self.positions, self.limit):
+            problems = [problem(job, layer, gram, self.shift) for layer, gram in batch]
+            with runtime.blas(1):
+                solved = Parallel(n_jobs=job.workers, prefer="threads")(
+                    delayed(one.scaled)(rounds=self.rounds) for one in problems)
+            for one, spec in zip(problems, solved, strict=True):
+                job.plan |= {one.layer.weight: spec}
+                tiles += int(spec.scale.size)
+                multipliers += int(spec.multiplier.size) if spec.multiplier is not None else 0
+        return {"layers": len(layers), "scales": tiles, "multipliers": multipliers}

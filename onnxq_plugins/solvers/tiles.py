@@ -1,0 +1,200 @@
+"""Scales of tiles: one step per tile of rows and inputs, chosen by the output error it causes.
+
+A weight [g, O, D] falls into n runs of `width` inputs (the last may be shorter), its rows into bands; a tile is one run of
+one band. The step of a row in a tile is the row's `unit` times one of a few `choices`: factors for free scales, whole
+numbers or powers of two for integer multipliers. So one search serves all kinds of scales.
+
+The Gram matrix couples the runs of a row. Leaving that coupling out, each tile is best alone (`alone`); coordinate descent
+on the whole matrix (`descend`) starts from there and never rises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from onnxq_plugins.solvers.gram import Grid, row_loss
+from onnxq_plugins.spec import Array
+
+FREE = np.r_[np.linspace(0.3, 1.0, 29), 1.025, 1.05]  # factors on the step that covers a tile's largest weight
+UNITS = np.linspace(0.45, 1.05, 13)  # factors on the unit whose largest multiplier covers a row's largest weight
+_OCTAVE = 10
+_KNOWN = np.arange(-24, 41)  # tenths of an octave from the covering step at which losses are looked up
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """The tiles of a weight [g, O, D].
+
+    bands   number of the band of each row [g, O], from 0 on
+    width   inputs in a run
+    grid    smallest and largest code
+    """
+
+    bands: Array
+    width: int
+    grid: Grid
+
+    @property
+    def count(self) -> int:
+        """Number of bands."""
+        return int(self.bands.max()) + 1
+
+    @cached_property
+    def _order(self) -> tuple[Array, Array]:
+        """The rows band by band, and where each band begins."""
+        flat = self.bands.reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        return order, np.searchsorted(flat[order], np.arange(self.count))
+
+    def runs(self, w: Array) -> Array:
+        """[g, O, D] -> [g, n, O, width] float32, zeros at the end."""
+        g, rows, size = w.shape
+        wide = np.zeros((g, rows, -(-size // self.width) * self.width), np.float32)
+        wide[:, :, :size] = w
+        return np.ascontiguousarray(wide.reshape(g, rows, -1, self.width).swapaxes(1, 2))
+
+    def summed(self, rows: Array) -> Array:
+        """Sums over the rows of each band: [g, O, n] -> [bands, n]."""
+        order, first = self._order
+        found: Array = np.add.reduceat(rows.reshape(self.bands.size, -1)[order], first, axis=0)
+        return found
+
+    def quantized(self, w: Array, step: Array) -> Array:
+        """Weights rounded to the nearest multiple of what broadcasts to them."""
+        found: Array = step * np.clip(np.rint(w / step), *self.grid)
+        return found
+
+    def steps(self, unit: Array, size: int) -> Array:
+        """One value a run [g, O, n] as one an input [g, O, D]."""
+        return np.repeat(unit, self.width, axis=2)[:, :, :size]
+
+
+def search_free(w: Array, h: Array, blocks: Array, tiles: Tiles, cover: Array, factors: Array, rounds: int) -> Array:
+    """Step of each tile [bands, n] with the least output error, out of `cover` times each factor.
+
+    w        weights [g, O, D]
+    h        Gram matrix [g, D, D]; one that has other groups (diagonal blocks of a wide layer) is not used
+    blocks   its diagonal blocks [g, n, width, width]
+    cover    steps that cover each tile's largest weight [bands, n]
+    factors  [F], 1 among them
+    rounds   of coordinate descent at most
+
+    No band of rows ends with more loss than with `cover`. Source: PTQ-SL (arXiv 2110.07809) in Gram form.
+    """
+    unit = cover[tiles.bands]
+    pick = np.stack([tiles.summed(one) for one in alone(w, blocks, unit, factors, tiles)]).argmin(axis=0)
+    if len(h) == len(w):
+        covering = np.full(pick.shape, int(np.abs(factors - 1).argmin()))
+        pick = _better(w, h, unit, factors, pick, covering, tiles)
+        pick = descend(w, h, unit, factors, pick, tiles, rounds)
+    found: Array = cover * factors[pick]
+    return found
+
+
+def search_multipliers(w: Array, h: Array, blocks: Array, tiles: Tiles, unit: Array, choices: Array, share: Array,
+                       rounds: int) -> tuple[Array, Array]:
+    """Factor on each row's unit [g, O] and multiplier of each tile [bands, n] with the least output error.
+
+    unit      step of multiplier 1 [g, O] whose largest multiplier covers the row
+    choices   multipliers, ascending
+    share     rows that must have the same factor bear the same number [g, O]; those of a band do
+
+    The others as for `search_free`. Units are tried on losses that are looked up between known steps; the multipliers of
+    the best unit are then searched exactly.
+    """
+    cover = np.maximum(_largest(w, tiles), 1e-3 * unit[..., None])
+    known = np.stack(list(alone(w, blocks, cover, 2.0 ** (_KNOWN / _OCTAVE), tiles)))
+    at = np.log2(unit[..., None] / cover) * _OCTAVE - _KNOWN[0]
+    own = np.zeros(tiles.count, np.int64)
+    own[tiles.bands.reshape(-1)] = share.reshape(-1)
+    least, factor = np.full(int(share.max()) + 1, np.inf), np.ones(int(share.max()) + 1)
+    for u in UNITS[::-1]:
+        best = np.full((tiles.count, cover.shape[2]), np.inf)
+        for m in choices:
+            where = np.clip(np.rint(at + _OCTAVE * np.log2(u * m)), 0, len(_KNOWN) - 1).astype(np.intp)
+            best = np.minimum(best, tiles.summed(np.take_along_axis(known, where[None], axis=0)[0]))
+        loss = np.bincount(own, best.sum(axis=1), len(least))
+        factor, least = np.where(loss < least, u, factor), np.minimum(loss, least)
+    scaled = np.repeat((unit * factor[share])[..., None], cover.shape[2], axis=2)
+    pick = np.stack([tiles.summed(one) for one in alone(w, blocks, scaled, choices, tiles)]).argmin(axis=0)
+    if len(h) == len(w):
+        pick = descend(w, h, scaled, choices, pick, tiles, rounds)
+    return factor[share], choices[pick]
+
+
+def alone(w: Array, blocks: Array, unit: Array, choices: Array, tiles: Tiles) -> Iterator[Array]:
+    """For each choice the loss [g, O, n] of each run by itself, its step being unit [g, O, n] times the choice."""
+    runs, h = tiles.runs(w), blocks.astype(np.float32)
+    step = np.ascontiguousarray(unit.swapaxes(1, 2))[..., None].astype(np.float32)
+    for choice in np.asarray(choices, np.float32):
+        error = runs - tiles.quantized(runs, step * choice)
+        yield np.einsum("gnow,gnow->gno", error @ h, error).swapaxes(1, 2)
+
+
+def descend(w: Array, h: Array, unit: Array, choices: Array, pick: Array, tiles: Tiles, rounds: int) -> Array:
+    """Better choices [bands, n] than `pick` by coordinate descent on the loss of whole rows, rounded to the nearest.
+
+    With the other tiles fixed, and E the change of a tile's rounded weights, the loss changes by -2 E G + E H E with
+    G = (w - q) H. The tiles of one run are decided at once, since rows do not interact.
+    """
+    pick, size = pick.copy(), w.shape[2]
+    w, h, factors = w.astype(np.float32), h.astype(np.float32), np.asarray(choices, np.float32)
+    unit = unit.astype(np.float32)
+    q = tiles.quantized(w, tiles.steps(unit * factors[pick[tiles.bands]], size))
+    slope = (w - q) @ h
+    everyone = np.arange(tiles.count)
+    for _ in range(rounds):
+        before = pick.copy()
+        for run in range(pick.shape[1]):
+            at = slice(run * tiles.width, min((run + 1) * tiles.width, size))
+            part, block, old, lean = w[:, :, at], h[:, at, at], q[:, :, at], 2 * slope[:, :, at]
+            step = unit[:, :, run, None]
+            gain = np.empty((len(factors), tiles.count))
+            for found, factor in zip(gain, factors, strict=True):
+                change = tiles.quantized(part, step * factor) - old
+                found[...] = tiles.summed(np.einsum("gow,gow->go", change @ block - lean, change)[..., None])[:, 0]
+            now, best = gain[pick[:, run], everyone], gain.argmin(axis=0)
+            wins = gain[best, everyone] < now - 1e-6 * np.abs(gain).max(axis=0)
+            if wins.any():
+                pick[wins, run] = best[wins]
+                change = tiles.quantized(part, step * factors[pick[:, run]][tiles.bands][..., None]) - old
+                q[:, :, at] += change
+                slope -= change @ h[:, at, :]
+        if np.array_equal(pick, before):
+            break
+    return pick
+
+
+def diagonal_runs(h: Array, groups: int, size: int, width: int) -> Array:
+    """Blocks of `width` on the diagonal of Gram matrices, [g, n, width, width], filled up with 0.
+
+    h   [groups, size, size], or its own diagonal blocks [groups * pieces, B, B] (see `Gram`): what they do not hold is 0
+    """
+    pieces, inner = len(h) // groups, h.shape[1]
+    n = -(-size // width)
+    made = np.zeros((groups, n, width, width))
+    whole = h.reshape(groups, pieces, inner, inner)
+    for run in range(n):
+        first, last = run * width, min((run + 1) * width, size)
+        for piece in range(first // inner, (last - 1) // inner + 1):
+            a, b = max(first, piece * inner), min(last, (piece + 1) * inner)
+            here, there = slice(a - first, b - first), slice(a - piece * inner, b - piece * inner)
+            made[:, run, here, here] = whole[:, piece, there, there]
+    return made
+
+
+def _better(w: Array, h: Array, unit: Array, choices: Array, pick: Array, other: Array, tiles: Tiles) -> Array:
+    """`pick` [bands, n], or `other` in the bands whose rows have less loss with it."""
+    losses = [tiles.summed(row_loss(w - tiles.quantized(w, tiles.steps(unit * choices[one[tiles.bands]], w.shape[2])), h)[
+        ..., None]) for one in (pick, other)]
+    return np.where(losses[0] <= losses[1], pick, other)
+
+
+def _largest(w: Array, tiles: Tiles) -> Array:
+    """Step that covers each row's run [g, O, n]."""
+    found: Array = np.abs(tiles.runs(w)).max(axis=3).swapaxes(1, 2) / tiles.grid[1]
+    return found
