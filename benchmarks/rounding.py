@@ -37,7 +37,7 @@ def variants(alone: bool) -> dict[str, list[dict[str, Any]]]:
     """Label -> passes behind the ranges."""
     extra = {"sequential": False} if alone else {}
     return {"plain": [], "plain + bias": [{"use": "bias-correct"}], "scales + bias": [
-        {"use": "scales", "shift": True}, {"use": "bias-correct"}],
+        {"use": "sub-layer", "shift": True}, {"use": "bias-correct"}],
             **{method: [{"use": "round", "method": method, **extra}] for method in METHODS}}
 
 

@@ -205,7 +205,8 @@ def _why(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
     if zero in (TensorProto.UINT16, TensorProto.INT16):
         return f"its input '{codes}' has 16-bit codes, for which there is no integer kernel"
     if weight is None or weight.op_type != "DequantizeLinear":
-        return "its weight is not quantized"
+        return "its weight is decoded to float at load" if node.input[1] in _constants(graph) and weight is not None else (
+            "its weight is not quantized")
     if any(a.name == "block_size" and a.i for a in weight.attribute):
         return "its weight has blocked scales; use one scale per output channel"
     if types.get(weight.input[0]) in (TensorProto.INT4, TensorProto.UINT4):

@@ -45,7 +45,8 @@ def complete_weight(job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec:
     if over.any():
         widened = job.report.setdefault("widened", {})
         widened[layer.name] = widened.get(layer.name, 0) + int(over.sum())
-        spec = replace(spec, scale=np.maximum(scale, floor).astype(np.float32))
+        wide = np.exp2(np.ceil(np.log2(np.maximum(floor, 1e-30)))) if spec.pow2 and spec.sub_block is None else floor
+        spec = replace(spec, scale=np.maximum(scale, wide).astype(np.float32))
         if codes is not None:
             codes = np.where(expand(over, weight.shape, spec.block), encode(weight, spec), codes)
     return replace(spec, codes=encode(weight, spec) if codes is None else codes)

@@ -263,9 +263,8 @@ class Writer:
             stored = self._constant(f"{name}_codes", spec.codes.astype(ml_dtypes.int4))
             self._add("Cast", [stored], [made], to=TensorProto.INT8)
             return made
-        values = np.asarray(spec.multiplier)
-        factor = self._constant(f"{name}_multiplier", values.astype(multiplier_type(values)))
-        product = self._product(layer, spec.codes.astype(ml_dtypes.int4), factor, spec.sub_block, TensorProto.INT32)
+        factors = spec.multiplier.astype(multiplier_type(spec.multiplier))
+        product = self._product(layer, spec.codes.astype(ml_dtypes.int4), factors, spec.sub_block, TensorProto.INT32)
         self._add("Cast", [product], [made], to=TensorProto.INT8)
         return made
 
@@ -273,16 +272,16 @@ class Writer:
         """Codes -> Cast(FLOAT) -> Mul(scale): a float weight, decoded once at load."""
         assert spec.codes is not None
         codes: Array = spec.codes.astype(ml_dtypes.int4 if spec.bits <= 4 else np.int8)
-        scale = self._constant(f"{layer.weight}_scale", np.asarray(spec.scale, np.float32))
+        scale = np.asarray(spec.scale, np.float32)
         if spec.multiplier is None:
             return self._product(layer, codes, scale, spec.block, TensorProto.FLOAT)
-        multiplier = self._constant(f"{layer.weight}_multiplier", spec.multiplier.astype(multiplier_type(spec.multiplier)))
-        fine = self._product(layer, codes, multiplier, spec.sub_block, TensorProto.FLOAT)
-        made = self._fresh(f"{layer.weight}_decoded")
-        self._add("Mul", [fine, scale], [made])  # one scale per tensor or channel: it broadcasts as it is
+        factors = spec.multiplier.astype(multiplier_type(spec.multiplier))
+        fine = self._product(layer, codes, factors, spec.sub_block, TensorProto.FLOAT)
+        made, coarse = self._fresh(f"{layer.weight}_decoded"), self._constant(f"{layer.weight}_scale", scale)
+        self._add("Mul", [fine, coarse], [made])  # per tensor or channel: it broadcasts as it is
         return made
 
-    def _product(self, layer: Layer, codes: Array, factor: str, block: Block | None, kind: int) -> str:
+    def _product(self, layer: Layer, codes: Array, factors: Array, block: Block | None, kind: int) -> str:
         """Codes times one factor per block, as `kind`. Each divided axis is stored as two, [blocks, size of a block] against
         [blocks, 1], so that nothing is repeated on disk; filled up where the blocks do not divide it."""
         name, shape = layer.weight, layer.shape
@@ -290,18 +289,15 @@ class Writer:
         whole = [-(-n // b) * b if b else n for n, b in zip(shape, sizes, strict=True)]
         parts = [(n // b, b) if 1 < b < n else (n,) for n, b in zip(whole, sizes, strict=True)]
         split = [size for part in parts for size in part]
+        counts = [n for part, b in zip(parts, sizes, strict=True) for n in (
+            (part[0], 1) if len(part) > 1 else part if b == 1 else (1,))]
         filled = np.zeros(whole, codes.dtype)
         filled[tuple(slice(n) for n in shape)] = codes
         stored = self._constant(f"{name}_codes", filled.reshape(split))
-        wide, fine = self._fresh(f"{name}_wide"), self._fresh(f"{name}_factor")
+        factor = self._constant(f"{name}_factor", factors.reshape(counts) if factors.ndim else factors)
+        wide, fine = self._fresh(f"{name}_wide"), self._fresh(f"{name}_fine")
         self._add("Cast", [stored], [wide], to=kind)
         self._add("Cast", [factor], [fine], to=kind)
-        if any(len(part) > 1 for part in parts):
-            counts = [n for part, b, size in zip(parts, sizes, whole, strict=True)
-                      for n in ((part[0], 1) if len(part) > 1 else (size if b == 1 else 1,))]
-            spread = self._fresh(f"{name}_spread")
-            self._add("Reshape", [fine, self._constant(f"{name}_counts", np.array(counts, np.int64))], [spread])
-            fine = spread
         made = self._fresh(f"{name}_product")
         self._add("Mul", [wide, fine], [made])
         if split != list(shape):

@@ -198,7 +198,7 @@ def test_scales_lower_the_error_of_outlier_weights(block):
     samples = feeds(model, 16)
     recipe = {"weights": {"bits": 3, "block": block}}
     plain, searched = (distance(model, quantize(model, {**recipe, "pass": steps}, samples), samples)
-                       for steps in ([], [{"use": "scales"}]))
+                       for steps in ([], [{"use": "sub-layer"}]))
     assert searched > plain + 1
 
 
@@ -208,7 +208,7 @@ def test_scales_of_blocks_within_a_channel():
     samples = feeds(model, 16)
     recipe = {"weights": {"bits": 4, "block": 16}, "activations": {"bits": 32}}
     made = [quantize(model, {**recipe, "pass": steps}, samples) for steps in (
-        [], [{"use": "scales"}], [rounding(method="gptq")], [rounding(method="gptq", sequential=False)])]
+        [], [{"use": "sub-layer"}], [rounding(method="gptq")], [rounding(method="gptq", sequential=False)])]
     plain, searched, learned, alone = (distance(model, result, samples) for result in made)
     assert plain < searched < min(learned, alone)
     assert "MatMulNBits" in made[2].report["kernels"]

@@ -180,7 +180,8 @@ def test_pow2_scales(seed, bits, symmetric):
 def test_pow2_with_sub_block_leaves_the_scale_free():
     x = np.array([[0.3, -0.7]], np.float32)
     spec = solve_minmax(x, QuantSpec(4, block=(1, 0), sub_block=(1, 1), pow2=True))
-    assert spec.scale.item() == np.float32(0.7) / np.float32(7)
+    assert spec.scale.item() == np.float32(np.float32(0.7) / np.float32(7) / 8)  # 8 = the largest power below 15
+    assert spec.multiplier.tolist() == [[4, 8]]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

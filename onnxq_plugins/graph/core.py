@@ -78,6 +78,11 @@ class Layer:
         """True if the operator has, or could have, a bias: a correction can be added to it."""
         return self.op != "MatMul"
 
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """[groups, outputs per group, D] of the matrix form, D = weights per output."""
+        return self.groups, self.channels // self.groups, int(np.prod(self.shape)) // self.channels
+
     def matrix(self, weight: Array) -> Array:
         """The weight as a batch of matrices [groups, outputs per group, D], with D = inputs per group * kernel taps (inputs
         vary slowest). Matrix form of all solvers: y = W x over columns x of input patches."""

@@ -3,10 +3,12 @@
 from onnxq_plugins.job import Pass
 from onnxq_plugins.passes.bias_correct import BiasCorrect
 from onnxq_plugins.passes.ranges import Ranges
+from onnxq_plugins.passes.reorder import Reorder
 from onnxq_plugins.passes.round import Round
 from onnxq_plugins.passes.scale_inputs import ScaleInputs
-from onnxq_plugins.passes.scales import Scales
+from onnxq_plugins.passes.sub_layer import SubLayer
+from onnxq_plugins.passes.vector_scale import VectorScale
 
-BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, Ranges, Round, ScaleInputs, Scales)
+BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, Ranges, Reorder, Round, ScaleInputs, SubLayer, VectorScale)
 
-__all__ = ["BUILTIN", "BiasCorrect", "Pass", "Ranges", "Round", "ScaleInputs", "Scales"]
+__all__ = ["BUILTIN", "BiasCorrect", "Pass", "Ranges", "Reorder", "Round", "ScaleInputs", "SubLayer", "VectorScale"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from onnxq_plugins import runtime
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.layerwise import DESCENT, float_inputs, problem, solvable
@@ -21,11 +23,11 @@ class SubLayer(Pass):
     positions    patches per sample at most
     limit        largest D with a full Gram matrix, see `round`
 
-    Which tiles is asked for in the recipe: ``weights.block = [16, 16]`` for free scales (a target that stores them);
-    ``weights.sub_block = [16, 16]`` with one coarse scale per tensor or channel for integer multipliers, and ``weights.pow2``
-    for powers of two (targets with integer kernels). With the loss L = d H d^T of each row d = w - wq and E the change of a
-    tile, a candidate changes L by -2 E (d H) + E H E; the covering (min-max) scale is always a candidate, and no band of rows
-    ends with more loss than with it. Layers with one scale per tensor or channel are searched as `scales` does.
+    Which tiles, the recipe says: ``weights.block = [16, 16]`` asks for free scales (a target that stores them),
+    ``weights.sub_block = [16, 16]`` for integer multipliers of a coarse scale per tensor or channel (targets with integer
+    kernels), ``weights.pow2`` for powers of two. With the loss L = d H d^T of each row d = w - wq and E the change of a
+    tile, a candidate changes L by -2 E (d H) + E H E. The covering (min-max) scale is always a candidate, and no band of
+    rows ends with more loss than with it. One scale per tensor or channel is chosen from 27 candidates, exactly.
 
     Source: PTQ-SL (Yuan et al., arXiv 2110.07809): the granularity and the search over tiles; the Gram form, in place of
     running the layer for each candidate, is ours.
@@ -55,6 +57,6 @@ class SubLayer(Pass):
                     delayed(one.scaled)(rounds=self.rounds) for one in problems)
             for one, spec in zip(problems, solved, strict=True):
                 job.plan |= {one.layer.weight: spec}
-                tiles += int(spec.scale.size)
-                multipliers += int(spec.multiplier.size) if spec.multiplier is not None else 0
+                tiles += np.asarray(spec.scale).size
+                multipliers += spec.multiplier.size if spec.multiplier is not None else 0
         return {"layers": len(layers), "scales": tiles, "multipliers": multipliers}

@@ -73,12 +73,13 @@ class Tiles:
         return np.repeat(unit, self.width, axis=2)[:, :, :size]
 
 
-def search_free(w: Array, h: Array, blocks: Array, tiles: Tiles, cover: Array, factors: Array, rounds: int) -> Array:
+def search_free(w: Array, h: Array | None, blocks: Array | None, tiles: Tiles, cover: Array, factors: Array,
+                rounds: int) -> Array:
     """Step of each tile [bands, n] with the least output error, out of `cover` times each factor.
 
     w        weights [g, O, D]
     h        Gram matrix [g, D, D]; one that has other groups (diagonal blocks of a wide layer) is not used
-    blocks   its diagonal blocks [g, n, width, width]
+    blocks   its diagonal blocks [g, n, width, width]; None for the identity: the error of the weights themselves counts
     cover    steps that cover each tile's largest weight [bands, n]
     factors  [F], 1 among them
     rounds   of coordinate descent at most
@@ -87,7 +88,7 @@ def search_free(w: Array, h: Array, blocks: Array, tiles: Tiles, cover: Array, f
     """
     unit = cover[tiles.bands]
     pick = np.stack([tiles.summed(one) for one in alone(w, blocks, unit, factors, tiles)]).argmin(axis=0)
-    if len(h) == len(w):
+    if h is not None and len(h) == len(w):
         covering = np.full(pick.shape, int(np.abs(factors - 1).argmin()))
         pick = _better(w, h, unit, factors, pick, covering, tiles)
         pick = descend(w, h, unit, factors, pick, tiles, rounds)
@@ -95,8 +96,8 @@ def search_free(w: Array, h: Array, blocks: Array, tiles: Tiles, cover: Array, f
     return found
 
 
-def search_multipliers(w: Array, h: Array, blocks: Array, tiles: Tiles, unit: Array, choices: Array, share: Array,
-                       rounds: int) -> tuple[Array, Array]:
+def search_multipliers(w: Array, h: Array | None, blocks: Array | None, tiles: Tiles, unit: Array, choices: Array,
+                       share: Array, rounds: int) -> tuple[Array, Array]:
     """Factor on each row's unit [g, O] and multiplier of each tile [bands, n] with the least output error.
 
     unit      step of multiplier 1 [g, O] whose largest multiplier covers the row
@@ -121,18 +122,18 @@ def search_multipliers(w: Array, h: Array, blocks: Array, tiles: Tiles, unit: Ar
         factor, least = np.where(loss < least, u, factor), np.minimum(loss, least)
     scaled = np.repeat((unit * factor[share])[..., None], cover.shape[2], axis=2)
     pick = np.stack([tiles.summed(one) for one in alone(w, blocks, scaled, choices, tiles)]).argmin(axis=0)
-    if len(h) == len(w):
+    if h is not None and len(h) == len(w):
         pick = descend(w, h, scaled, choices, pick, tiles, rounds)
     return factor[share], choices[pick]
 
 
-def alone(w: Array, blocks: Array, unit: Array, choices: Array, tiles: Tiles) -> Iterator[Array]:
+def alone(w: Array, blocks: Array | None, unit: Array, choices: Array, tiles: Tiles) -> Iterator[Array]:
     """For each choice the loss [g, O, n] of each run by itself, its step being unit [g, O, n] times the choice."""
-    runs, h = tiles.runs(w), blocks.astype(np.float32)
+    runs, h = tiles.runs(w), None if blocks is None else blocks.astype(np.float32)
     step = np.ascontiguousarray(unit.swapaxes(1, 2))[..., None].astype(np.float32)
     for choice in np.asarray(choices, np.float32):
         error = runs - tiles.quantized(runs, step * choice)
-        yield np.einsum("gnow,gnow->gno", error @ h, error).swapaxes(1, 2)
+        yield np.einsum("gnow,gnow->gno", error if h is None else error @ h, error).swapaxes(1, 2)
 
 
 def descend(w: Array, h: Array, unit: Array, choices: Array, pick: Array, tiles: Tiles, rounds: int) -> Array:
