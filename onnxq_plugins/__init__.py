@@ -18,6 +18,7 @@ from onnxq_plugins.graph import (
     permute,
     replace_with_sum,
     rescale,
+    split_outputs,
 )
 from onnxq_plugins.hookspecs import hookimpl
 from onnxq_plugins.job import Job, Pass
@@ -29,4 +30,4 @@ __version__ = "0.1.0"
 __all__ = ["Audit", "BatchNorm", "Calibration", "ChannelGroup", "Data", "DataOptions", "Gram", "Graph", "Histogram",
            "Job", "Layer", "LayerAudit", "Moments", "OnnxqError", "Pass", "Plan", "QuantSpec", "Recipe", "Result",
            "Rule", "Target", "audit_model", "channel_groups", "hookimpl", "load", "open_data", "permute", "quantize",
-           "replace_with_sum", "rescale"]
+           "replace_with_sum", "rescale", "split_outputs"]

@@ -7,7 +7,7 @@ from onnxq_plugins.graph.core import BatchNorm, Graph, Layer
 from onnxq_plugins.graph.elements import ChannelGroup, Member
 from onnxq_plugins.graph.groups import channel_groups
 from onnxq_plugins.graph.importer import load
-from onnxq_plugins.graph.rewrites import permute, replace_with_sum, rescale
+from onnxq_plugins.graph.rewrites import permute, replace_with_sum, rescale, split_outputs
 
 __all__ = ["BatchNorm", "ChannelGroup", "Graph", "Layer", "Member", "channel_groups", "load", "permute",
-           "replace_with_sum", "rescale"]
+           "replace_with_sum", "rescale", "split_outputs"]

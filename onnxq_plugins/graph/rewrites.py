@@ -1,13 +1,15 @@
-"""The three exact rewrites that carry every graph algorithm: permute, rescale, replace a layer by a sum of layers."""
+"""The four exact rewrites that carry every graph algorithm: permute, rescale, replace a layer by a sum of layers, split a
+layer by its output channels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq_plugins.graph.core import Graph, Layer
+from onnxq_plugins.graph.core import BatchNorm, Graph, Layer
 from onnxq_plugins.graph.elements import ChannelGroup
 from onnxq_plugins.spec import Array
 
@@ -24,6 +26,11 @@ def permute(graph: Graph, group: ChannelGroup, order: Sequence[int] | Array) -> 
         moved = np.moveaxis(part, member.axis, 0)
         moved[member.index.ravel()] = moved[member.index[order].ravel()].copy()
         graph.set_constant(member.tensor, values)
+    for member in group.members:
+        if not member.constant and member.tensor in graph.batchnorms:  # such statistics are per channel too
+            source = np.arange(len(graph.batchnorms[member.tensor].gamma))
+            source[member.index.ravel()] = member.index[order].ravel()
+            graph.batchnorms[member.tensor] = _statistics(graph.batchnorms[member.tensor], source)
     graph.touched.update(group.tensors)
 
 
@@ -79,3 +86,98 @@ def replace_with_sum(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list
     graph.tidy()
     graph.touched.update([layer.weight, output.name])
     return [graph.layer(name) for name in names]
+
+
+def split_outputs(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list[Layer]:
+    """Layer becomes one layer for each part of its output channels, joined by a Concat; returns the new layers.
+
+    parts   channel numbers of each part; together every channel once. Where the parts in their order do not run from the
+            first channel to the last, a Gather behind the Concat puts the channels in order
+
+    The Relu or Clip behind a layer that absorbs it (`Layer.result`) goes into the parts, so that each writes the range its
+    reader sees. Parts read the layer's input; those of a depthwise convolution the channels they need, by Slice where these
+    are a run and by Gather elsewhere. Raises ValueError for a ConvTranspose, another grouped convolution, or parts that are
+    no partition.
+    """
+    parts, channels = [np.asarray(part) for part in parts], np.arange(layer.channels)
+    if not splittable(layer):
+        raise ValueError(f"layer '{layer.name}': a {layer.kind} {layer.op} cannot be split by output channels")
+    joined = np.concatenate([part.ravel() for part in parts]) if parts else channels[:0]
+    if any(part.ndim != 1 or not len(part) for part in parts) or not np.array_equal(np.sort(joined), channels):
+        raise ValueError(f"layer '{layer.name}': the parts must hold each of its {layer.channels} output channels once")
+    node, after = graph.producer(layer.output), graph.elided_activation(layer.output)
+    assert node is not None
+    output, result = node.outputs[0], graph.tensor(layer.result)
+    weight, bias = graph.constant(layer.weight), graph.constant(layer.bias) if layer.bias is not None else None
+    statistics = graph.batchnorms.get(layer.output)
+    axis = 1 if layer.op != "MatMul" else -1 if output.shape is None else len(output.shape) - 1
+    made, written = [], []
+    for k, part in enumerate(parts):
+        name, attrs = f"{layer.name}_part{k + 1}", dict(node.attrs)
+        x = node.inputs[0]
+        if layer.groups > 1:
+            attrs["group"] = len(part)
+            x = _select(graph, x, part // (layer.channels // layer.groups), f"{name}_in", node)
+        made.append(graph.add_constant(f"{layer.weight}_part{k + 1}", np.take(weight, part, axis=layer.out_axis)))
+        inputs = [x, made[-1]]
+        if bias is not None:  # a Gemm's may be broadcast
+            own = np.take(bias, part, axis=-1) if bias.ndim and bias.shape[-1] == layer.channels else bias
+            inputs.append(graph.add_constant(f"{layer.bias}_part{k + 1}", own))
+        shape = _resized(output.shape, axis, len(part))
+        y = graph.add_variable(f"{name}_out", like=output, shape=shape)
+        graph.add_node(layer.op, name, inputs, [y], before=node, **attrs)
+        if statistics is not None:
+            graph.batchnorms[y.name] = _statistics(statistics, part)
+        if after is not None:
+            z = graph.add_variable(f"{name}_result", like=output, shape=shape)
+            inputs = [y, *after.inputs[1:]]
+            graph.add_node(after.op, f"{after.name}_part{k + 1}", inputs, [z], before=node, **dict(after.attrs))
+            y = z
+        written.append(y)
+    for old in (node, after):
+        if old is not None:
+            old.outputs.clear()
+    ordered = np.array_equal(joined, channels)
+    whole = result if ordered else graph.add_variable(f"{layer.name}_parts", like=output)
+    graph.add_node("Concat", f"{layer.name}_concat", written, [whole], before=node, axis=axis)
+    if not ordered:
+        order = graph.add_constant(f"{layer.name}_order", np.argsort(joined))
+        graph.add_node("Gather", f"{layer.name}_gather", [whole, order], [result], before=node, axis=axis)
+    graph.tidy()
+    if after is not None:
+        graph.batchnorms.pop(layer.output, None)
+    graph.touched.update([layer.weight, *([layer.bias] if layer.bias else [])])
+    layers = {y.weight: y for y in graph.layers}
+    return [layers[constant.name] for constant in made]
+
+
+def splittable(layer: Layer) -> bool:
+    """True if `split_outputs` takes a layer: dense, or a depthwise convolution."""
+    return layer.op != "ConvTranspose" and layer.kind != "grouped"
+
+
+def _select(graph: Graph, x: gs.Tensor, channels: Array, name: str, before: gs.Node) -> gs.Tensor:
+    """Some channels (axis 1) of a tensor: itself, a Slice or a Gather."""
+    shape = _resized(x.shape, 1, len(channels))
+    run = bool((np.diff(channels) == 1).all())
+    if run and x.shape is not None and x.shape[1] == len(channels):
+        return x
+    y = graph.add_variable(name, like=x, shape=shape)
+    if run:
+        ends = [graph.add_constant(f"{name}_{what}", np.array([value], np.int64)) for what, value in
+                (("start", channels[0]), ("end", channels[-1] + 1), ("axis", 1))]
+        graph.add_node("Slice", f"{name}_slice", [x, *ends], [y], before=before)
+    else:
+        graph.add_node("Gather", f"{name}_gather", [x, graph.add_constant(f"{name}_channels", channels)], [y], before=before,
+                       axis=1)
+    return y
+
+
+def _resized(shape: Sequence[int | str | None] | None, axis: int, size: int) -> list[int | str | None] | None:
+    """A shape with another size along one axis."""
+    return None if shape is None else [size if a == axis % len(shape) else n for a, n in enumerate(shape)]
+
+
+def _statistics(norm: BatchNorm, channels: Array) -> BatchNorm:
+    """The statistics of some channels, in that order."""
+    return BatchNorm(*(getattr(norm, f.name)[channels] for f in fields(norm)))
