@@ -234,11 +234,13 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
     report = job.report
     kernels = audit_model(model)
     by_name = {entry.name: entry for entry in kernels.layers}
-    rows = []
+    rows, stored = [], 0.0
     for layer in job.graph.layers:
         spec = job.plan.get(layer.weight)
         entry = by_name.get(layer.name)
-        row: dict[str, Any] = {"name": layer.name, "op": layer.op, "kernel": entry.kernel if entry else "removed"}
+        row: dict[str, Any] = {"name": layer.name, "op": layer.op, "kernel": entry.kernel if entry else "removed",
+                               "parameters": int(np.prod(layer.shape))}
+        stored += row["parameters"] * (qdq.stored_bits(layer, spec) if spec is not None else 32.0)
         if spec is not None:
             row |= {"weights": spec.describe(), "bits_per_weight": round(qdq.stored_bits(layer, spec), 3)}
         why = report["floats"].get(layer.name) or (entry.why if entry and not entry.quantized else "")
@@ -250,7 +252,9 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
                "kernels": kernels.counts(), "machine": {"python": platform.python_version(),
                                                         "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}
     where = "" if job.target.name.startswith("ort-") else " in onnxruntime"  # the audit of other runtimes is a command
-    report["summary"] = f"{kernels.summary()}{where} | {before / 1e6:.2f} -> {after / 1e6:.2f} MB"
+    report["bits_per_weight"] = round(stored / max(sum(row["parameters"] for row in rows), 1), 3)
+    report["summary"] = (f"{kernels.summary()}{where} | {before / 1e6:.2f} -> {after / 1e6:.2f} MB, "
+                         f"{report['bits_per_weight']:.1f} bits per weight")
 
 
 def _cores() -> int:
