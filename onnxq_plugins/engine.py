@@ -23,11 +23,11 @@ from onnxq_plugins.calibration import Calibration, Track, silent
 from onnxq_plugins.complete import complete
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph import Graph, load
+from onnxq_plugins.graph import Graph, Layer, load
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.recipe import Recipe, load_recipe
-from onnxq_plugins.spec import Array, Plan
+from onnxq_plugins.spec import Array, Plan, QuantSpec
 
 log = logging.getLogger("onnxq_plugins")
 DRIFT = 1e-4  # law L1, relative
@@ -240,9 +240,10 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
         entry = by_name.get(layer.name)
         row: dict[str, Any] = {"name": layer.name, "op": layer.op, "kernel": entry.kernel if entry else "removed",
                                "parameters": int(np.prod(layer.shape))}
-        stored += row["parameters"] * (qdq.stored_bits(layer, spec) if spec is not None else 32.0)
+        bits = _stored_bits(job, layer, spec) if spec is not None else 32.0
+        stored += row["parameters"] * bits
         if spec is not None:
-            row |= {"weights": spec.describe(), "bits_per_weight": round(qdq.stored_bits(layer, spec), 3)}
+            row |= {"weights": spec.describe(), "bits_per_weight": round(bits, 3)}
         why = report["floats"].get(layer.name) or (entry.why if entry and not entry.quantized else "")
         rows.append(row | ({"why_float": why} if why else {}))
     weights: dict[str, Array] = {}
@@ -255,6 +256,13 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
     report["bits_per_weight"] = round(stored / max(sum(row["parameters"] for row in rows), 1), 3)
     report["summary"] = (f"{kernels.summary()}{where} | {before / 1e6:.2f} -> {after / 1e6:.2f} MB, "
                          f"{report['bits_per_weight']:.1f} bits per weight")
+
+
+def _stored_bits(job: Job, layer: Layer, spec: QuantSpec) -> float:
+    key = planning.layer_input(job.graph, job.plan, job.target, layer)
+    rule = job.target.rule(layer, spec, job.plan[key].bits if key else 0)
+    assert rule is not None
+    return qdq.stored_bits(layer, spec, rule.storage)
 
 
 def _cores() -> int:

@@ -19,7 +19,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.planning import activation_inputs, input_key, layer_input, maker_of, result_of
 from onnxq_plugins.spec import Array, Block, Plan, QuantSpec, expand, step
-from onnxq_plugins.target import Rule, Target, granularity
+from onnxq_plugins.target import Rule, Storage, Target, granularity
 
 # What onnxruntime fuses a Gemm or MatMul with before it looks for integer kernels.
 _FUSED_IN_FLOAT = {
@@ -286,7 +286,7 @@ class Writer:
         [blocks, 1], so that nothing is repeated on disk; filled up where the blocks do not divide it."""
         name, shape = layer.weight, layer.shape
         sizes = block if block is not None else (0,) * len(shape)
-        whole = [-(-n // b) * b if b else n for n, b in zip(shape, sizes, strict=True)]
+        whole = filled_shape(shape, block)
         parts = [(n // b, b) if 1 < b < n else (n,) for n, b in zip(whole, sizes, strict=True)]
         split = [size for part in parts for size in part]
         counts = [n for part, b in zip(parts, sizes, strict=True) for n in (
@@ -300,11 +300,11 @@ class Writer:
         self._add("Cast", [factor], [fine], to=kind)
         made = self._fresh(f"{name}_product")
         self._add("Mul", [wide, fine], [made])
-        if split != list(shape):
+        if tuple(split) != shape:
             joined = self._fresh(f"{name}_joined")
             self._add("Reshape", [made, self._constant(f"{name}_shape", np.array(whole, np.int64))], [joined])
             made = joined
-        if whole != list(shape):
+        if whole != shape:
             cut, axes = self._fresh(f"{name}_cut"), np.arange(len(shape))
             ends = [self._constant(f"{name}_cut", np.array(v, np.int64)) for v in (0 * axes, shape, axes)]
             self._add("Slice", [made, *ends], [cut])
@@ -414,19 +414,23 @@ def multiplier_type(values: Array) -> Any:
     return ml_dtypes.uint4 if values.max(initial=1) <= 15 else np.uint8
 
 
-def stored_bits(layer: Layer, spec: QuantSpec) -> float:
-    """Bits per weight on disk: codes (filled up to whole blocks), multipliers and scales."""
+def stored_bits(layer: Layer, spec: QuantSpec, storage: Storage) -> float:
+    """Bits per weight on disk in a form of storage: codes (filled up to whole blocks where they are divided), multipliers
+    and scales."""
     assert spec.scale is not None
-    count = int(np.prod(layer.shape))
-    if spec.bits > 4:  # multipliers are folded into the codes
-        return float(8 + 32 * spec.scale.size / count)
-    bits = 32.0 * spec.scale.size
-    fine = spec.block if spec.multiplier is None else spec.sub_block
-    divided = spec.multiplier is not None or granularity(layer, spec) == "tile"
-    whole = [-(-n // b) * b if b and divided else n for n, b in zip(layer.shape, fine or layer.shape, strict=True)]
-    if spec.multiplier is not None:
+    shape, bits = layer.shape, 32.0 * spec.scale.size
+    if storage in ("int4", "float") and spec.multiplier is not None:
+        shape = filled_shape(shape, spec.sub_block)
         bits += (4 if multiplier_type(spec.multiplier) is ml_dtypes.uint4 else 8) * spec.multiplier.size
-    return float((4 * np.prod(whole) + bits) / count)
+    elif storage == "float":
+        shape = filled_shape(shape, spec.block)
+    return float(((4 if spec.bits <= 4 else 8) * np.prod(shape) + bits) / np.prod(layer.shape))
+
+
+def filled_shape(shape: tuple[int, ...], block: Block | None) -> tuple[int, ...]:
+    """The shape with each axis that blocks divide filled up to whole ones."""
+    sizes = block if block is not None else (0,) * len(shape)
+    return tuple(-(-n // b) * b if 1 < b < n else n for n, b in zip(shape, sizes, strict=True))
 
 
 def weight_values(layer: Layer, spec: QuantSpec) -> Array:
