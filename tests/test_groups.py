@@ -1,4 +1,4 @@
-"""Channel groups and the three exact rewrites on them: the function stays, and the groups are the ones one expects."""
+"""Channel groups and the exact rewrites on them: the function stays, and the groups are the ones one expects."""
 
 from __future__ import annotations
 
