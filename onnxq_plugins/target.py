@@ -92,6 +92,7 @@ class Target:
         inputs   planned layers by name -> the planned activation they read, "" for float (`planning.layer_input`)
         """
         found = []
+        refused: dict[str, list[str]] = {}  # what is said of some layers -> their names
         for layer in graph.layers:
             weight = plan.get(layer.weight)
             if weight is None:
@@ -100,7 +101,7 @@ class Target:
             bits = plan[key].bits if key else 0
             rule = self.rule(layer, weight, bits)
             if rule is None:
-                found.append(self.refusal(layer, weight, bits))
+                refused.setdefault(self.refusal(layer, weight, bits), []).append(layer.name)
             elif bits and rule.storage != "float" and weight.sub_block is not None:
                 largest = weight.multipliers[-1] if weight.multiplier is None else np.max(weight.multiplier)
                 if largest * weight.grid[1] > self.max_code:
@@ -110,6 +111,7 @@ class Target:
             if weight.shift is not None and not layer.takes_bias:
                 found.append(f"{layer.op} '{layer.name}' has no bias that its planned shift could be added to; leave the "
                              "shift of its weight out.")
+        found = [text.format(_names(names)) for text, names in refused.items()] + found
         for name, spec in plan.items():
             if not graph.is_constant(name) and (spec.bits != 8 or spec.symmetric or spec.block is not None):
                 found.append(f"target '{self.name}' cannot run activation '{name}' as {spec.describe()}; it runs "
@@ -119,9 +121,9 @@ class Target:
         return found
 
     def refusal(self, layer: Layer, weight: QuantSpec, activations: int) -> str:
-        """Why a layer cannot run as asked, and how it can."""
+        """Why a layer cannot run as asked, and how it can; with a place {} for names of layers."""
         way = f"{activations}-bit activations" if activations else "float activations (weight-only)"
-        return (f"target '{self.name}' cannot run {layer.op} '{layer.name}' with {weight.describe()} weights and {way}; it "
+        return (f"target '{self.name}' cannot run {layer.op} {{}} with {weight.describe()} weights and {way}; it "
                 f"runs {self.choices(layer.op) or 'no quantized ' + layer.op}." + self._help(layer, weight, activations))
 
     def _help(self, layer: Layer, weight: QuantSpec, activations: int) -> str:
@@ -145,15 +147,25 @@ class Target:
 
     def choices(self, op: str) -> str:
         """The forms of one operator in words."""
-        found = []
+        forms: dict[tuple[str, str], set[int]] = {}  # where scales lie, and what runs -> widths
         for rule in (r for r in self.rules if r.op == op):
-            widths = f"{min(rule.weights)} to {max(rule.weights)}" if len(rule.weights) > 1 else f"{rule.weights[0]}"
             where = " or ".join(f"block {list(rule.blocks)}" if g == "block" and rule.blocks else f"per {g}"
                                 for g in rule.granularity)
-            where += ", with integer multipliers per sub_block or without," if rule.multipliers else ""
+            where += " (and integer multipliers per sub_block)" if rule.multipliers else ""
             beside = f"{rule.activations}-bit" if rule.activations else "float"
-            found.append(f"{widths}-bit weights {where} with {beside} activations ({rule.kernel})")
-        return "; ".join(dict.fromkeys(found))
+            forms.setdefault((where, f"{beside} activations ({rule.kernel})"), set()).update(rule.weights)
+        return "; ".join(f"{_widths(widths)}-bit weights {where} with {runs}" for (where, runs), widths in forms.items())
+
+
+def _widths(widths: set[int]) -> str:
+    run = len(widths) == max(widths) - min(widths) + 1 > 2
+    return f"{min(widths)} to {max(widths)}" if run else " or ".join(str(n) for n in sorted(widths))
+
+
+def _names(names: list[str]) -> str:
+    """Some names in a sentence."""
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 4 else ", ".join(f"'{name}'" for name in names)
 
 
 def granularity(layer: Layer, spec: QuantSpec) -> Granularity:
