@@ -369,6 +369,24 @@ def test_multipliers_are_the_best_of_their_unit(case, kind, one_unit):
     assert (found <= np.min(losses, axis=0) * (1 + 1e-3) + 1e-9).all()
 
 
+@examples(60)
+@given(problems(), st.sampled_from([3, 15]), st.booleans(), st.integers(0, 2))
+def test_multipliers_never_lose_against_covering_ones(case, most, one_unit, rounds):
+    """By the whole Gram matrix, over the rows that share a unit; bands that share it may pay for each other."""
+    w, h, tiles = case
+    choices, share = np.arange(1, most + 1), np.zeros_like(tiles.bands) if one_unit else tiles.bands
+    top = np.array([np.abs(w)[share == s].max() for s in range(share.max() + 1)])
+    unit = top[share] / tiles.grid[1] / most
+    own = np.array([unit[tiles.bands == band][0] for band in range(tiles.count)])
+    covers = np.clip(np.ceil(covering(w, tiles) / own[:, None] - 1e-6), 1, most)
+    blocks = diagonal_runs(h, len(w), w.shape[2], tiles.width)
+    factor, multiplier = search_multipliers(w, h, blocks, tiles, unit, choices, share, rounds)
+    shared = np.array([share[tiles.bands == band][0] for band in range(tiles.count)])
+    found, plain = (np.bincount(shared, loss(w, h, tiles, u[..., None] * m[tiles.bands]))
+                    for u, m in ((unit * factor, multiplier), (unit, covers)))
+    assert (found <= plain * (1 + 1e-4)).all()
+
+
 def test_the_unit_that_is_looked_up_is_nearly_the_best():
     ratios, covered = [], []
     for seed in range(15):
@@ -477,6 +495,18 @@ def test_blocks_that_divide_a_kernel_keep_covering_scales(tile, two_levels):
     spec = solve_minmax(w, QuantSpec(4, True, None if two_levels else tile, tile if two_levels else None))
     for h in (gram(0, 1, layer.matrix_shape[2]), None):
         assert search(layer, spec, layer.matrix(w), h) is spec
+
+
+@pytest.mark.parametrize("kind", ["conv", "gemm", "matmul"])
+def test_channels_under_the_multipliers_of_a_band_share_their_factor(kind):
+    """A scale per channel and multipliers of tiles of three channels: the unit is searched for the three together."""
+    layer, w = layer_of(kind)
+    spec = solve_minmax(w, QuantSpec(3, True, block_of(layer, 1, 0), block_of(layer, 3, 4)))
+    found = search(layer, spec, layer.matrix(w), gram(0, 1, layer.matrix_shape[2]), 2)
+    factors = (found.scale / spec.scale).reshape(-1)
+    for first in range(0, len(factors), 3):
+        np.testing.assert_allclose(factors[first:first + 3], factors[first], rtol=1e-5)
+    assert np.ptp(factors) > 0.01
 
 
 def test_blocks_of_single_taps_are_runs():
