@@ -45,23 +45,24 @@ def complete_weight(job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec:
     if over.any():
         widened = job.report.setdefault("widened", {})
         widened[layer.name] = widened.get(layer.name, 0) + int(over.sum())
-        wide = np.exp2(np.ceil(np.log2(np.maximum(floor, 1e-30)))) if spec.pow2 and spec.sub_block is None else floor
-        spec = replace(spec, scale=np.maximum(scale, wide).astype(np.float32))
+        spec = replace(spec, scale=np.maximum(scale, floor).astype(np.float32))
         if codes is not None:
             codes = np.where(expand(over, weight.shape, spec.block), encode(weight, spec), codes)
     return replace(spec, codes=encode(weight, spec) if codes is None else codes)
 
 
 def scale_floor(job: Job, layer: Layer, spec: QuantSpec) -> Array:
-    """Smallest weight scales at which |bias| / (s_x s_w) stays below 2^30, in the shape of the scale; 0 where nothing
-    limits them."""
+    """Smallest weight scales, float32 or powers of two as the scales are, at which |bias| / (s_x s_w) stays at 2^30 at most,
+    in the shape of the scale; 0 where nothing limits them."""
     shape = block_shape(layer.shape, spec.block)
     key, bias = layer_input(job.graph, job.plan, job.target, layer), bias_values(job.graph, layer, spec)
     if not key or bias is None:
         return np.zeros(shape)
     needed = np.abs(bias) / (float(job.plan[key].scale or 1) * 2.0**30)
     each = needed.reshape(shape) if shape and needed.size == np.prod(shape) else np.full(shape, needed.max())
-    return np.asarray(each)
+    if spec.pow2 and spec.sub_block is None:
+        each = np.where(each > 0, np.exp2(np.ceil(np.log2(np.maximum(each, 1e-30)))), 0.0)
+    return np.asarray(each, np.float32)
 
 
 def activation_spec(kept: tuple[float, float], spec: QuantSpec) -> QuantSpec:

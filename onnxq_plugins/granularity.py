@@ -88,8 +88,10 @@ def _blocks(layer: Layer, matrix: Array, block: Block | None) -> Array:
 
 
 def _width(share: Array) -> int:
-    """Length of the runs of equal numbers along the last axis, if all rows have them at the same places; else 0."""
+    """Length of the runs of equal numbers along the last axis, if all rows have them at the same places and no number comes
+    back, as where a block divides a kernel; else 0."""
     change = np.flatnonzero((share[:, :, 1:] != share[:, :, :-1]).any(axis=(0, 1))) + 1
     width = int(change[0]) if len(change) else share.shape[2]
     even = np.array_equal(change, np.arange(width, share.shape[2], width))
-    return width if even and (share[:, :, :1] == share[:, :, :width]).all() else 0
+    once = len(np.unique(share[0, 0])) == len(change) + 1
+    return width if even and once else 0

@@ -65,7 +65,7 @@ class Reorder(Pass):
                 after = total_cost(views, order)
                 if after < before:
                     permute(graph, group, order)
-                    _move(power, group, order)
+                    _move(power, tiled, group, order)
                 if turn == 0:
                     costs.append((before, after))
         told["cost_of_tiles"] = round(float(np.mean([min(b, a) / max(b, 1e-300) for b, a in costs])), 4)
@@ -114,11 +114,16 @@ def _view(graph: Graph, member: Member, layer: Layer, block: Block, power: Array
     return View(size, load, member.index[:, 0], block[member.axis])
 
 
-def _move(power: dict[str, Array], group: ChannelGroup, order: Array) -> None:
+def _move(power: dict[str, Array], tiled: dict[str, tuple[Layer, Block]], group: ChannelGroup, order: Array) -> None:
     """The mean squares follow their channels."""
     for member in group.weights:
-        if member.role == "input" and member.tensor in power:
-            values = power[member.tensor]
+        if member.tensor not in tiled:
+            continue
+        values, layer = power[member.tensor], tiled[member.tensor][0]
+        if layer.kind == "depthwise":  # its inputs lie where its outputs do
+            at = member.index // (layer.channels // layer.groups)
+            values[at.ravel()] = values[at[order].ravel()].copy()
+        elif member.role == "input":
             rows = slice(None)
             if member.rows:
                 per_group = member.rows[1] - member.rows[0]

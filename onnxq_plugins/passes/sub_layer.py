@@ -27,7 +27,8 @@ class SubLayer(Pass):
     ``weights.sub_block = [16, 16]`` for integer multipliers of a coarse scale per tensor or channel (targets with integer
     kernels), ``weights.pow2`` for powers of two. With the loss L = d H d^T of each row d = w - wq and E the change of a
     tile, a candidate changes L by -2 E (d H) + E H E. The covering (min-max) scale is always a candidate, and no band of
-    rows ends with more loss than with it. One scale per tensor or channel is chosen from 27 candidates, exactly.
+    rows (with multipliers: no rows that share a coarse scale) ends with more loss than with it, given its whole Gram matrix.
+    One scale per tensor or channel is chosen from 27 candidates, exactly.
 
     Source: PTQ-SL (Yuan et al., arXiv 2110.07809): the granularity and the search over tiles; the Gram form, in place of
     running the layer for each candidate, is ours.

@@ -63,6 +63,12 @@ class Tiles:
         found: Array = np.add.reduceat(rows.reshape(self.bands.size, -1)[order], first, axis=0)
         return found
 
+    def covering(self, need: Array, choices: Array) -> Array:
+        """Number of the smallest choice [bands, n] not below what any row needs [g, O, n]; the last where all are."""
+        order, first = self._order
+        most = np.maximum.reduceat(need.reshape(self.bands.size, -1)[order], first, axis=0)
+        return np.minimum(np.searchsorted(choices, most * (1 - 1e-6)), len(choices) - 1)
+
     def quantized(self, w: Array, step: Array) -> Array:
         """Weights rounded to the nearest multiple of what broadcasts to them."""
         found: Array = step * np.clip(np.rint(w / step), *self.grid)
@@ -105,7 +111,8 @@ def search_multipliers(w: Array, h: Array | None, blocks: Array | None, tiles: T
     share     rows that must have the same factor bear the same number [g, O]; those of a band do
 
     The others as for `search_free`. Units are tried on losses that are looked up between known steps; the multipliers of
-    the best unit are then searched exactly.
+    the best unit are then searched exactly. With the whole `h`, rows that share a factor end with no more loss than with
+    factor 1 and the smallest multipliers that cover each tile.
     """
     cover = np.maximum(_largest(w, tiles), 1e-3 * unit[..., None])
     known = np.stack(list(alone(w, blocks, cover, 2.0 ** (_KNOWN / _OCTAVE), tiles)))
@@ -123,6 +130,13 @@ def search_multipliers(w: Array, h: Array | None, blocks: Array | None, tiles: T
     scaled = np.repeat((unit * factor[share])[..., None], cover.shape[2], axis=2)
     pick = np.stack([tiles.summed(one) for one in alone(w, blocks, scaled, choices, tiles)]).argmin(axis=0)
     if h is not None and len(h) == len(w):
+        plain = np.repeat(unit[..., None], cover.shape[2], axis=2)
+        covering = tiles.covering(_largest(w, tiles) / plain, choices)
+        losses = [np.bincount(own, _losses(w, h, u, choices, one, tiles), len(least))
+                  for u, one in ((scaled, pick), (plain, covering))]
+        worse = losses[0] > losses[1]
+        factor, pick = np.where(worse, 1.0, factor), np.where(worse[own][:, None], covering, pick)
+        scaled = plain * factor[share][..., None]
         pick = descend(w, h, scaled, choices, pick, tiles, rounds)
     return factor[share], choices[pick]
 
@@ -190,9 +204,15 @@ def diagonal_runs(h: Array, groups: int, size: int, width: int) -> Array:
 
 def _better(w: Array, h: Array, unit: Array, choices: Array, pick: Array, other: Array, tiles: Tiles) -> Array:
     """`pick` [bands, n], or `other` in the bands whose rows have less loss with it."""
-    losses = [tiles.summed(row_loss(w - tiles.quantized(w, tiles.steps(unit * choices[one[tiles.bands]], w.shape[2])), h)[
-        ..., None]) for one in (pick, other)]
-    return np.where(losses[0] <= losses[1], pick, other)
+    losses = [_losses(w, h, unit, choices, one, tiles) for one in (pick, other)]
+    return np.where((losses[0] <= losses[1])[:, None], pick, other)
+
+
+def _losses(w: Array, h: Array, unit: Array, choices: Array, pick: Array, tiles: Tiles) -> Array:
+    """Loss of each band [bands]."""
+    step = tiles.steps(unit * choices[pick[tiles.bands]], w.shape[2])
+    found: Array = tiles.summed(row_loss(w - tiles.quantized(w, step), h)[..., None])[:, 0]
+    return found
 
 
 def _largest(w: Array, tiles: Tiles) -> Array:
