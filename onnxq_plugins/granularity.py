@@ -63,7 +63,7 @@ def _by_tile(layer: Layer, spec: QuantSpec, w: Array, h: Array | None, width: in
         found = search_free(w, h, blocks, tiles, cover, POWERS if spec.pow2 else FREE, rounds)
         return replace(spec, scale=_blocks(layer, tiles.steps(found[tiles.bands], size), spec.block))
     coarse, unit = _numbers(layer, spec.block)[:, :, 0], scale[:, :, 0]
-    share = coarse if coarse.max() < tiles.count else tiles.bands  # the coarser of the two
+    share = coarse if coarse.max() < tiles.count else tiles.bands  # one for all, or per channel: the rows of a band
     factor, multiplier = search_multipliers(w, h, blocks, tiles, unit, spec.multipliers, share, rounds)
     full = tiles.steps(multiplier[tiles.bands], size)
     return replace(spec, scale=_blocks(layer, (unit * factor)[..., None], spec.block),

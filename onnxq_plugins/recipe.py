@@ -24,7 +24,7 @@ FLOAT = 32  # bits = 32: stays float
 class TensorRequest:
     """How one kind of tensor is asked for; the ``[weights]`` and ``[activations]`` tables.
 
-    bits        2..8, or 32 to stay float
+    bits        2..16 (what a target runs: 2..8), or 32 to stay float
     symmetric   signed codes with zero point 0
     block       granularity of the scale: "tensor", "channel", a number of inputs per scale, [outputs, inputs] or one
                 size per axis

@@ -327,7 +327,7 @@ def test_what_is_left_alone_is_told():
 
 def test_solved_scales_are_kept():
     model = mobilenet()
-    steps = [{"use": "ranges"}, {"use": "scales"}]
+    steps = [{"use": "ranges"}, {"use": "sub-layer"}]
     both = [quantize(model, {**recipe(), "pass": steps + more}, feeds(model, 4))
             for more in ([], [{"use": "subtensor", "split": True, "gain": 1.0}])]
     assert set(both[1].report["steps"][2]["told"]["left_alone"].values()) == {"its scales are solved"}
@@ -336,7 +336,7 @@ def test_solved_scales_are_kept():
 
 
 @pytest.mark.parametrize("steps", [[{"use": "round", "method": "gptq"}], [{"use": "bias-correct", "method": "analytic"}],
-                                   [{"use": "scales"}, {"use": "bias-correct"}]])
+                                   [{"use": "sub-layer"}, {"use": "bias-correct"}]])
 def test_later_passes_take_the_parts_as_layers(steps):
     model = mobilenet()
     data = feeds(model, 8)

@@ -49,8 +49,8 @@ class Reorder(Pass):
         groups = [g for g in channel_groups(graph, "permute") if any(_parts(m, *tiled[m.tensor]) for m in g.weights
                                                                      if m.tensor in tiled)]
         if not groups:
-            job.report["notes"].append("reorder found nothing to do: no planned weight has tiles of several channels; set "
-                                       "weights.sub_block or weights.block")
+            job.report.setdefault("notes", []).append("reorder found nothing to do: no planned weight has tiles of several "
+                                                      "channels; set weights.sub_block or weights.block")
             return {"groups": 0}
         power = self._power(job, [y for y, _ in tiled.values()])
         told: dict[str, Any] = {"groups": len(groups)}
@@ -103,15 +103,20 @@ def _view(graph: Graph, member: Member, layer: Layer, block: Block, power: Array
     size = values.max(axis=taps) if taps else values  # [outputs, inputs] or [inputs, outputs]
     load = np.repeat(power, layer.channels // layer.groups, axis=0)  # [outputs, inputs per group]
     load = load if layer.out_axis == 0 else load.T
-    if member.rows:
-        size, load = size[slice(*member.rows)], load[slice(*member.rows)]
     across = 1 - member.axis
     step = block[across] or size.shape[across]
     first = np.arange(0, size.shape[across], step)
+    at = member.index[:, 0]
+    if member.rows and member.axis == layer.out_axis:  # outputs of one group of a convolution: the others stay
+        at = at + member.rows[0]
+    elif member.rows:  # inputs of one group: its outputs, whose tiles are counted from the first of all
+        start, stop = member.rows
+        size, load = size[start:stop], load[start:stop]
+        first = np.unique(np.maximum(first[first < stop], start)) - start
     size, load = np.maximum.reduceat(size, first, axis=across), np.add.reduceat(load, first, axis=across)
     if member.axis == 0:
         size, load = size.T, load.T
-    return View(size, load, member.index[:, 0], block[member.axis])
+    return View(size, load, at, block[member.axis])
 
 
 def _move(power: dict[str, Array], tiled: dict[str, tuple[Layer, Block]], group: ChannelGroup, order: Array) -> None:

@@ -153,4 +153,4 @@ def _others(part: Array) -> Array:
     if part.shape[1] == 1:
         return np.zeros_like(part)
     two = np.partition(part, -2, axis=1)[:, -2:]
-    return np.where(part == two[:, 1:], np.where(two[:, :1] == two[:, 1:], two[:, 1:], two[:, :1]), two[:, 1:])
+    return np.where(part == two[:, 1:], two[:, :1], two[:, 1:])
