@@ -236,7 +236,8 @@ BITS = st.integers(2, 16) | st.just(32)
 BLOCK = st.sampled_from(["tensor", "channel"]) | st.integers(1, 512) | st.lists(
     st.integers(0, 64), min_size=1, max_size=4).map(tuple)
 REQUEST = st.builds(TensorRequest, bits=BITS, symmetric=st.booleans(), block=BLOCK, pow2=st.booleans(),
-                    sub_block=st.just("none") | st.integers(1, 64) | st.lists(st.integers(0, 64), min_size=1, max_size=4).map(tuple))
+                    max_multiplier=st.integers(1, 127), sub_block=st.just("none") | st.integers(1, 64) | st.lists(
+                        st.integers(0, 64), min_size=1, max_size=4).map(tuple))
 STEP = st.one_of(
     st.builds(PASSES["ranges"], method=st.sampled_from(["minmax", "mse"]), percentile=st.floats(50.5, 100)),
     st.builds(PASSES["bias-correct"]),
