@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxq_plugins import planning, qdq, runtime
+from onnxq_plugins import planning, qdq, runtime, storage
 from onnxq_plugins.audit import audit_model
 from onnxq_plugins.calibration import Calibration, Track, silent
 from onnxq_plugins.complete import complete
@@ -262,7 +262,7 @@ def _stored_bits(job: Job, layer: Layer, spec: QuantSpec) -> float:
     key = planning.layer_input(job.graph, job.plan, job.target, layer)
     rule = job.target.rule(layer, spec, job.plan[key].bits if key else 0)
     assert rule is not None
-    return qdq.stored_bits(layer, spec, rule.storage)
+    return storage.stored_bits(layer, spec, rule.storage)
 
 
 def _cores() -> int:

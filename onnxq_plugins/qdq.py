@@ -18,8 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.planning import activation_inputs, input_key, layer_input, maker_of, result_of
-from onnxq_plugins.spec import Array, Block, Plan, QuantSpec, expand, step
-from onnxq_plugins.target import Rule, Storage, Target, granularity
+from onnxq_plugins.spec import Array, Block, Plan, QuantSpec, step
+from onnxq_plugins.storage import Layout, codes_type, int8_codes, multiplier_type
+from onnxq_plugins.target import Rule, Target, granularity
 
 # What onnxruntime fuses a Gemm or MatMul with before it looks for integer kernels.
 _FUSED_IN_FLOAT = {
@@ -271,7 +272,7 @@ class Writer:
     def _decoded(self, layer: Layer, spec: QuantSpec) -> str:
         """Codes -> Cast(FLOAT) -> Mul(scale): a float weight, decoded once at load."""
         assert spec.codes is not None
-        codes: Array = spec.codes.astype(ml_dtypes.int4 if spec.bits <= 4 else np.int8)
+        codes: Array = spec.codes.astype(codes_type(spec))
         scale = np.asarray(spec.scale, np.float32)
         if spec.multiplier is None:
             return self._product(layer, codes, scale, spec.block, TensorProto.FLOAT)
@@ -285,26 +286,21 @@ class Writer:
         """Codes times one factor per block, as `kind`. Each divided axis is stored as two, [blocks, size of a block] against
         [blocks, 1], so that nothing is repeated on disk; filled up where the blocks do not divide it."""
         name, shape = layer.weight, layer.shape
-        sizes = block if block is not None else (0,) * len(shape)
-        whole = filled_shape(shape, block)
-        parts = [(n // b, b) if 1 < b < n else (n,) for n, b in zip(whole, sizes, strict=True)]
-        split = [size for part in parts for size in part]
-        counts = [n for part, b in zip(parts, sizes, strict=True) for n in (
-            (part[0], 1) if len(part) > 1 else part if b == 1 else (1,))]
-        filled = np.zeros(whole, codes.dtype)
+        lies = Layout.of(shape, block)
+        filled = np.zeros(lies.whole, codes.dtype)
         filled[tuple(slice(n) for n in shape)] = codes
-        stored = self._constant(f"{name}_codes", filled.reshape(split))
-        factor = self._constant(f"{name}_factor", factors.reshape(counts) if factors.ndim else factors)
+        stored = self._constant(f"{name}_codes", filled.reshape(lies.split))
+        factor = self._constant(f"{name}_factor", factors.reshape(lies.counts) if factors.ndim else factors)
         wide, fine = self._fresh(f"{name}_wide"), self._fresh(f"{name}_fine")
         self._add("Cast", [stored], [wide], to=kind)
         self._add("Cast", [factor], [fine], to=kind)
         made = self._fresh(f"{name}_product")
         self._add("Mul", [wide, fine], [made])
-        if tuple(split) != shape:
+        if lies.split != shape:
             joined = self._fresh(f"{name}_joined")
-            self._add("Reshape", [made, self._constant(f"{name}_shape", np.array(whole, np.int64))], [joined])
+            self._add("Reshape", [made, self._constant(f"{name}_shape", np.array(lies.whole, np.int64))], [joined])
             made = joined
-        if whole != shape:
+        if lies.whole != shape:
             cut, axes = self._fresh(f"{name}_cut"), np.arange(len(shape))
             ends = [self._constant(f"{name}_cut", np.array(v, np.int64)) for v in (0 * axes, shape, axes)]
             self._add("Slice", [made, *ends], [cut])
@@ -398,39 +394,6 @@ def bias_values(graph: Graph, layer: Layer, spec: QuantSpec) -> Array | None:
         return None
     bias = graph.constant(layer.bias).astype(np.float64) if layer.bias is not None else np.zeros(1)
     return np.asarray(bias if spec.shift is None else bias.reshape(-1) + spec.shift)
-
-
-def int8_codes(layer: Layer, spec: QuantSpec) -> Array:
-    """Codes times their multipliers: what the integer kernel computes with."""
-    assert spec.codes is not None
-    if spec.multiplier is None:
-        return spec.codes.astype(np.int8)
-    folded: Array = (spec.codes * expand(spec.multiplier, layer.shape, spec.sub_block)).astype(np.int8)
-    return folded
-
-
-def multiplier_type(values: Array) -> Any:
-    """The smallest integer type that holds multipliers."""
-    return ml_dtypes.uint4 if values.max(initial=1) <= 15 else np.uint8
-
-
-def stored_bits(layer: Layer, spec: QuantSpec, storage: Storage) -> float:
-    """Bits per weight on disk in a form of storage: codes (filled up to whole blocks where they are divided), multipliers
-    and scales."""
-    assert spec.scale is not None
-    shape, bits = layer.shape, 32.0 * spec.scale.size
-    if storage in ("int4", "float") and spec.multiplier is not None:
-        shape = filled_shape(shape, spec.sub_block)
-        bits += (4 if multiplier_type(spec.multiplier) is ml_dtypes.uint4 else 8) * spec.multiplier.size
-    elif storage == "float":
-        shape = filled_shape(shape, spec.block)
-    return float(((4 if spec.bits <= 4 else 8) * np.prod(shape) + bits) / np.prod(layer.shape))
-
-
-def filled_shape(shape: tuple[int, ...], block: Block | None) -> tuple[int, ...]:
-    """The shape with each axis that blocks divide filled up to whole ones."""
-    sizes = block if block is not None else (0,) * len(shape)
-    return tuple(-(-n // b) * b if 1 < b < n else n for n, b in zip(shape, sizes, strict=True))
 
 
 def weight_values(layer: Layer, spec: QuantSpec) -> Array:

@@ -11,7 +11,9 @@ from onnx import TensorProto, numpy_helper
 
 from onnxq_plugins import OnnxqError, Plan, QuantSpec, audit_model, load, quantize, runtime
 from onnxq_plugins.engine import save_model
-from onnxq_plugins.qdq import export, int8_codes, stored_bits, weight_values
+from onnxq_plugins.qdq import export, weight_values
+from onnxq_plugins.spec import block_shape, expand
+from onnxq_plugins.storage import Layout, int8_codes, stored_bits
 from onnxq_plugins.target import BUILTIN
 from tests.zoo import ZOO, Net, feeds
 
@@ -145,6 +147,22 @@ def test_storage_is_smaller():
     size = {name: quantize(model, {"weights": {"bits": 4}} | recipe, feeds(model, 2), workers=1).model.ByteSize()
             for name, recipe in {"int8": {"weights": {"bits": 8}}, "int4": {}, "two": tiled(sub_block=(1, 16))}.items()}
     assert size["int4"] < size["two"] < 0.75 * size["int8"]
+
+
+@pytest.mark.parametrize(("shape", "block", "whole", "split", "counts"), [
+    ((40, 20, 3, 3), (1, 16, 0, 0), (40, 32, 3, 3), (40, 2, 16, 3, 3), (40, 2, 1, 1, 1)),
+    ((40, 20), (16, 16), (48, 32), (3, 16, 2, 16), (3, 1, 2, 1)),
+    ((40, 3, 3, 3), (16, 16, 0, 0), (48, 3, 3, 3), (3, 16, 3, 3, 3), (3, 1, 1, 1, 1)),  # one block covers all inputs
+    ((4, 4), None, (4, 4), (4, 4), (1, 1))])
+def test_layout(shape, block, whole, split, counts):
+    found = Layout.of(shape, block)
+    assert (found.whole, found.split, found.counts) == (whole, split, counts)
+    rng = np.random.default_rng(0)
+    codes, factors = rng.normal(size=shape), rng.normal(size=block_shape(shape, block))
+    filled = np.zeros(whole)
+    filled[tuple(slice(n) for n in shape)] = codes
+    product = (filled.reshape(split) * factors.reshape(counts)).reshape(whole)[tuple(slice(n) for n in shape)]
+    np.testing.assert_array_equal(product, codes * expand(factors, shape, block))
 
 
 # ---- float scales: target storage -------------------------------------------------------------------------------------

@@ -1,0 +1,73 @@
+"""How a planned weight lies in the file: types, divided axes, size. The operators that read it are written by `qdq`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from onnxq_plugins.graph import Layer
+from onnxq_plugins.spec import Array, Block, QuantSpec, expand
+from onnxq_plugins.target import Storage
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A weight whose axes blocks divide, so that one factor a block broadcasts against it.
+
+    whole    its shape, each divided axis filled up to whole blocks
+    split    the same with each divided axis as two: blocks, size of a block
+    counts   shape of the factors that broadcasts against `split`
+
+    [40, 20, 3, 3] in blocks (1, 16, 0, 0): whole [40, 32, 3, 3], split [40, 2, 16, 3, 3], counts [40, 2, 1, 1, 1].
+    """
+
+    whole: tuple[int, ...]
+    split: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @staticmethod
+    def of(shape: tuple[int, ...], block: Block | None) -> Layout:
+        """The layout of a shape; a block that covers an axis does not divide it."""
+        whole, split, counts = [], [], []
+        for size, b in zip(shape, block or (0,) * len(shape), strict=True):
+            blocks = -(-size // b) if b else 1
+            divided = 1 < b < size
+            whole.append(blocks * b if divided else size)
+            split += [blocks, b] if divided else [size]
+            counts += [blocks, 1] if divided else [blocks]
+        return Layout(tuple(whole), tuple(split), tuple(counts))
+
+
+def codes_type(spec: QuantSpec) -> Any:
+    """The integer type that holds a weight's codes."""
+    return ml_dtypes.int4 if spec.bits <= 4 else np.int8
+
+
+def multiplier_type(values: Array) -> Any:
+    """The smallest integer type that holds multipliers."""
+    return ml_dtypes.uint4 if values.max(initial=1) <= 15 else np.uint8
+
+
+def int8_codes(layer: Layer, spec: QuantSpec) -> Array:
+    """Codes times their multipliers: what the integer kernel computes with."""
+    assert spec.codes is not None
+    if spec.multiplier is None:
+        return spec.codes.astype(np.int8)
+    folded: Array = (spec.codes * expand(spec.multiplier, layer.shape, spec.sub_block)).astype(np.int8)
+    return folded
+
+
+def stored_bits(layer: Layer, spec: QuantSpec, storage: Storage) -> float:
+    """Bits per weight on disk in a form of storage: codes (filled up to whole blocks where they are divided), multipliers
+    and scales."""
+    assert spec.scale is not None
+    shape, bits = layer.shape, 32.0 * spec.scale.size
+    if storage in ("int4", "float") and spec.multiplier is not None:
+        shape = Layout.of(shape, spec.sub_block).whole
+        bits += (4 if multiplier_type(spec.multiplier) is ml_dtypes.uint4 else 8) * spec.multiplier.size
+    elif storage == "float":
+        shape = Layout.of(shape, spec.block).whole
+    return float(((4 if spec.bits <= 4 else 8) * np.prod(shape) + bits) / np.prod(layer.shape))
