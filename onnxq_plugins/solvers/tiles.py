@@ -114,31 +114,37 @@ def search_multipliers(w: Array, h: Array | None, blocks: Array | None, tiles: T
     the best unit are then searched exactly. With the whole `h`, rows that share a factor end with no more loss than with
     factor 1 and the smallest multipliers that cover each tile.
     """
+    own = np.zeros(tiles.count, np.int64)  # share of each band
+    own[tiles.bands.reshape(-1)] = share.reshape(-1)
+    factor = _unit_factors(w, blocks, tiles, unit, choices, own)
+    plain = np.repeat(unit[..., None], -(-w.shape[2] // tiles.width), axis=2)
+    scaled = plain * factor[share][..., None]
+    pick = np.stack([tiles.summed(one) for one in alone(w, blocks, scaled, choices, tiles)]).argmin(axis=0)
+    if h is not None and len(h) == len(w):
+        covering = tiles.covering(_largest(w, tiles) / plain, choices)
+        losses = [np.bincount(own, _losses(w, h, u, choices, one, tiles)) for u, one in ((scaled, pick), (plain, covering))]
+        worse = losses[0] > losses[1]
+        factor, pick = np.where(worse, 1.0, factor), np.where(worse[own][:, None], covering, pick)
+        pick = descend(w, h, plain * factor[share][..., None], choices, pick, tiles, rounds)
+    return factor[share], choices[pick]
+
+
+def _unit_factors(w: Array, blocks: Array | None, tiles: Tiles, unit: Array, choices: Array, own: Array) -> Array:
+    """Factor on the unit of each share of rows [shares], each tile taking its best multiplier. Losses are known at steps a
+    tenth of an octave apart, and looked up at the nearest of them: so each pair of unit and multiplier costs a look."""
     cover = np.maximum(_largest(w, tiles), 1e-3 * unit[..., None])
     known = np.stack(list(alone(w, blocks, cover, 2.0 ** (_KNOWN / _OCTAVE), tiles)))
-    at = np.log2(unit[..., None] / cover) * _OCTAVE - _KNOWN[0]
-    own = np.zeros(tiles.count, np.int64)
-    own[tiles.bands.reshape(-1)] = share.reshape(-1)
-    least, factor = np.full(int(share.max()) + 1, np.inf), np.ones(int(share.max()) + 1)
+    start = np.log2(unit[..., None] / cover) * _OCTAVE - _KNOWN[0]  # where multiplier 1 of the unit lies among the known
+    shares = int(own.max()) + 1
+    least, factor = np.full(shares, np.inf), np.ones(shares)
     for u in UNITS[::-1]:
         best = np.full((tiles.count, cover.shape[2]), np.inf)
         for m in choices:
-            where = np.clip(np.rint(at + _OCTAVE * np.log2(u * m)), 0, len(_KNOWN) - 1).astype(np.intp)
-            best = np.minimum(best, tiles.summed(np.take_along_axis(known, where[None], axis=0)[0]))
-        loss = np.bincount(own, best.sum(axis=1), len(least))
+            at = np.clip(np.rint(start + _OCTAVE * np.log2(u * m)), 0, len(_KNOWN) - 1).astype(np.intp)
+            best = np.minimum(best, tiles.summed(np.take_along_axis(known, at[None], axis=0)[0]))
+        loss = np.bincount(own, best.sum(axis=1), shares)
         factor, least = np.where(loss < least, u, factor), np.minimum(loss, least)
-    scaled = np.repeat((unit * factor[share])[..., None], cover.shape[2], axis=2)
-    pick = np.stack([tiles.summed(one) for one in alone(w, blocks, scaled, choices, tiles)]).argmin(axis=0)
-    if h is not None and len(h) == len(w):
-        plain = np.repeat(unit[..., None], cover.shape[2], axis=2)
-        covering = tiles.covering(_largest(w, tiles) / plain, choices)
-        losses = [np.bincount(own, _losses(w, h, u, choices, one, tiles), len(least))
-                  for u, one in ((scaled, pick), (plain, covering))]
-        worse = losses[0] > losses[1]
-        factor, pick = np.where(worse, 1.0, factor), np.where(worse[own][:, None], covering, pick)
-        scaled = plain * factor[share][..., None]
-        pick = descend(w, h, scaled, choices, pick, tiles, rounds)
-    return factor[share], choices[pick]
+    return factor
 
 
 def alone(w: Array, blocks: Array | None, unit: Array, choices: Array, tiles: Tiles) -> Iterator[Array]:
