@@ -8,6 +8,7 @@ import pytest
 import onnxq_plugins as onnxq
 from benchmarks.models import NAMES, load_case, shared_folder
 from onnxq_plugins import runtime
+from onnxq_plugins.audit import audit_openvino
 
 pytestmark = pytest.mark.slow
 # largest loss of top-1 in points, least SQNR in dB: onnxruntime's own tool reaches 16.4, 30.4 and 26.9 dB
@@ -35,6 +36,31 @@ def test_int8_keeps_accuracy_and_runs_as_integer(name):
     loss, least = BOUNDS[name]
     assert 100 * (np.mean(before.argmax(1) == case.labels) - np.mean(after.argmax(1) == case.labels)) <= loss
     assert runtime.sqnr(before, after) >= least
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_int4_storage_keeps_accuracy_in_less_room_and_runs_as_integer(name):
+    case = case_of(name)
+    int8 = onnxq.quantize(case.path, "int8", case.feeds())
+    result = onnxq.quantize(case.path, "int4-storage", case.feeds(), verify=True)
+    assert result.report["kernels"] == int8.report["kernels"]
+    assert result.model.ByteSize() <= 0.70 * int8.model.ByteSize()
+    before, after = logits(case.path, case), logits(result.model, case)
+    assert 100 * (np.mean(before.argmax(1) == case.labels) - np.mean(after.argmax(1) == case.labels)) <= 2.0
+    assert runtime.sqnr(before, after) >= 15.0  # 4 bits per channel: 12.4, 24.4 and 32.3 dB
+
+
+@pytest.mark.parametrize("recipe", ["int4-storage", "sub-layer"])
+@pytest.mark.parametrize("name", NAMES)
+def test_openvino_and_onnxruntime_agree_on_two_level_scales(name, recipe, tmp_path):
+    ov = pytest.importorskip("openvino", reason="needs the extra openvino")
+    case = case_of(name)
+    path = tmp_path / "model.onnx"
+    onnxq.quantize(case.path, recipe, case.feeds(), target="openvino", output=path)
+    assert all(layer.quantized for layer in audit_openvino(path).layers if layer.constant_weight)
+    runner = ov.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    theirs = np.concatenate([runner([x[None]])[0] for x in case.test])
+    assert runtime.agreement(logits(path, case), theirs) >= 0.98
 
 
 def test_folded_and_unfolded_batchnorm_give_the_same():
