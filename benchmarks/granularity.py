@@ -32,6 +32,7 @@ from onnxq_plugins import runtime
 from onnxq_plugins.target import ORT_CPU, STORAGE
 
 TILES = ([32, 32], [16, 16], [8, 16], [1, 16])
+STORED = 4  # bits that a 4- or 3-bit code takes on disk
 SOLVERS = {"PTQ-SL": [{"use": "sub-layer", "shift": True}, {"use": "bias-correct"}],
            "learned": [{"use": "round", "method": "gptq"}]}
 
@@ -110,11 +111,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], out: Path) -> None:
-    """SQNR over bits per weight: one panel per model and width."""
+    """SQNR over what scales and multipliers take on disk: one panel per model and width."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     panels = list(dict.fromkeys((r["model"], r["width"]) for r in rows))
     models = list(dict.fromkeys(m for m, _ in panels))
@@ -125,14 +127,17 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
         mine = [r for r in rows if (r["model"], r["width"], r["solver"]) == (model, width, "PTQ-SL")]
         for r in mine:
             color, marker = styles[r["kind"]]
-            axis.plot(r["bits"], r["sqnr"], marker, color=color, fillstyle="full" if r["reordered"] else "none", ms=7)
-            if r["kind"] == "free" or (r["kind"] == "integer" and r["reordered"]):
-                axis.annotate(r["granularity"], (r["bits"], r["sqnr"]), xytext=(5, -3), fontsize=7,
-                              textcoords="offset points")
+            at = (r["bits"] - STORED, r["sqnr"])
+            axis.plot(*at, marker, color=color, fillstyle="full" if r["reordered"] else "none", ms=7)
+            if r["kind"] == "free" and (r["reordered"] or r["granularity"] in ("layer", "channel")):
+                axis.annotate(r["granularity"], at, xytext=(-4, 6), fontsize=8, textcoords="offset points")
         channel = next(r for r in mine if r["granularity"] == "channel" and r["kind"] == "free")
         axis.axhline(channel["sqnr"], color="0.6", lw=0.8, ls=":")
         axis.set_title(f"{model.split('_')[0]}, {width} bits", fontsize=10)
-        axis.set_xlabel("bits per weight on disk")
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.margins(0.12, 0.12)
+        axis.set_xlabel("bits per weight for scales and multipliers")
         axis.set_ylabel("output SQNR, dB")
         axis.grid(alpha=0.3)
     handles = [pyplot.Line2D([], [], color=c, marker=m, ls="", fillstyle=f, label=f"{kind}{', reordered' * (f == 'full')}")
