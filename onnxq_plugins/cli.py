@@ -235,10 +235,11 @@ def check(
     recipe: Annotated[str, typer.Argument(help="a built-in recipe or a file")],
     model: Annotated[Path | None, typer.Argument(help="also check that the recipe fits this model")] = None,
     target: TargetName = "",
+    set_: Settings = None,
 ) -> None:
     """Check a recipe, and whether it fits a model, without data and without quantizing."""
     found = find_plugins()
-    made = load_recipe(recipe, found.passes, [f"target={target}"] if target else [])
+    made = load_recipe(recipe, found.passes, [*(set_ or ()), *([f"target={target}"] if target else [])])
     chosen = found.target(made.target)
     steps = ", ".join(step.name for step in made.passes) or "none"
     _say(f"recipe '{recipe}' is valid: target {made.target}, passes: {steps}")

@@ -186,8 +186,9 @@ def _block(layer: Layer, wanted: BlockRequest, problems: list[str]) -> Block | N
         return tuple(sizes[0] if a == layer.out_axis else sizes[1] if a == layer.in_axis else 0
                      for a in range(len(layer.shape)))
     if len(sizes) != len(layer.shape):
-        problems.append(f"layer '{layer.name}': block {list(sizes)} has {len(sizes)} sizes, its weight has "
-                        f"{len(layer.shape)} axes; write [outputs, inputs].")
+        problem = (f"block {list(sizes)} has {len(sizes)} sizes, the weight of a {layer.op} with {len(layer.shape)} axes "
+                   "takes [outputs, inputs], or one size per axis.")
+        problems += [problem] if problem not in problems else []
         return None
     return sizes
 

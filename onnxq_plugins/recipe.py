@@ -254,7 +254,13 @@ def _check_request(request: TensorRequest | None, where: str, problems: list[str
     if request is not None and not (2 <= request.bits <= 16 or request.bits == FLOAT):
         problems.append(f"{where}: bits = {request.bits} is out of range; use 2..16, or {FLOAT} for float.")
     if request is not None and not 1 <= request.max_multiplier <= 127:
-        problems.append(f"{where}: max_multiplier = {request.max_multiplier} is out of range; use 1..127 (15 fits 4 bits).")
+        problems.append(f"{where}: max_multiplier = {request.max_multiplier} is out of range; use 1..127 (15 fits 4 bits; "
+                        "codes of 4 bits use at most 18, of 3 bits 42).")
+    for key in ("block", "sub_block") if request is not None else ():
+        sizes = getattr(request, key)
+        if (isinstance(sizes, int) and sizes < 1) or (isinstance(sizes, tuple) and (min(sizes, default=-1) < 0)):
+            problems.append(f"{where}: {key} = {list(sizes) if isinstance(sizes, tuple) else sizes} must hold sizes of 1 or "
+                            "more, such as 16 or [1, 16] (0 in a list: the whole axis).")
 
 
 _WRONG = object()
@@ -285,11 +291,12 @@ def _fit(value: Any, hint: Any) -> Any:
 
 def _type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(v) for v in get_args(hint) if v != "")
+        words = [repr(v) for v in get_args(hint) if v != ""]
+        return "one of " + ", ".join(words) if len(words) > 1 else words[0]
     if get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_type_name(h) for h in get_args(hint))
     if get_origin(hint) is tuple:
-        return f"a list of {_type_name(get_args(hint)[0])}"
+        return f"a list of {_type_name(get_args(hint)[0]).removeprefix('a ')}s"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}.get(
         hint, "a table")
 

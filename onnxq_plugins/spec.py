@@ -83,13 +83,20 @@ class QuantSpec:
         """The same request without its solution."""
         return replace(self, scale=None, zero_point=None, multiplier=None, codes=None, shift=None)
 
-    def describe(self) -> str:
-        """A short name such as ``int8 per channel`` for reports and errors."""
+    def describe(self, axes: tuple[int, int] | None = None) -> str:
+        """A short name such as ``int8 per channel`` for reports and errors.
+
+        axes   output and input axis of a weight: blocks are then told as recipes write them, [outputs, inputs]
+        """
+        def sizes(block: Block) -> list[int]:
+            others = [b for axis, b in enumerate(block) if axes is None or axis not in axes]
+            return [*block] if axes is None or any(others) else [block[axis] for axis in axes]
+
         kind = "int" if self.symmetric else "uint"
-        where = "per tensor" if self.block is None else f"block {list(self.block)}"
+        where = "per tensor" if self.block is None else f"block {sizes(self.block)}"
         if self.block is not None and sorted(self.block)[:-1] == [0] * (len(self.block) - 1) and max(self.block) == 1:
             where = "per channel"
-        sub = f", sub-block {list(self.sub_block)}" if self.sub_block else ""
+        sub = f", sub-block {sizes(self.sub_block)}" if self.sub_block else ""
         sub += " of powers of two" if sub and self.pow2 else ""
         return f"{kind}{self.bits} {where}{sub}"
 

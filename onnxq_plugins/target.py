@@ -123,7 +123,8 @@ class Target:
     def refusal(self, layer: Layer, weight: QuantSpec, activations: int) -> str:
         """Why a layer cannot run as asked, and how it can; with a place {} for names of layers."""
         way = f"{activations}-bit activations" if activations else "float activations (weight-only)"
-        return (f"target '{self.name}' cannot run {layer.op} {{}} with {weight.describe()} weights and {way}; it "
+        asked = weight.describe((layer.out_axis, layer.in_axis))
+        return (f"target '{self.name}' cannot run {layer.op} {{}} with {asked} weights and {way}; it "
                 f"runs {self.choices(layer.op) or 'no quantized ' + layer.op}." + self._help(layer, weight, activations))
 
     def _help(self, layer: Layer, weight: QuantSpec, activations: int) -> str:
@@ -135,26 +136,31 @@ class Target:
             return " Multipliers refine one scale per tensor or channel: set weights.block to \"channel\" or \"tensor\"."
         if weight.sub_block is not None:
             sizes = sorted({b for r in self.rules if r.op == layer.op and r.activations == activations for b in r.blocks})
-            free = f", for one float scale per {sizes} inputs set weights.block" if sizes else ""
-            return f" Integer multipliers need 8-bit activations: leave weights.sub_block out{free}."
+            free = f", for float scales {_blocks(tuple(sizes))} set weights.block" if sizes else ""
+            return (f" Integer multipliers need 8-bit activations: leave weights.sub_block out{free}; target 'storage' "
+                    "takes them and runs in float.")
         if shape in ("block", "tile") and activations and any(r.op == layer.op and r.multipliers for r in self.rules):
             assert weight.block is not None
             tile = [weight.block[layer.out_axis], weight.block[layer.in_axis]]
             coarse = "channel" if tile[0] == 1 else "tensor"
             return (f" Integer multipliers run at integer speed: set weights.sub_block = {tile} and weights.block = "
-                    f"\"{coarse}\"; target 'storage' stores float scales and runs in float.")
+                    f"\"{coarse}\"; target 'storage', with activations.bits = 32, stores float scales and runs in float.")
         return ""
 
     def choices(self, op: str) -> str:
         """The forms of one operator in words."""
         forms: dict[tuple[str, str], set[int]] = {}  # where scales lie, and what runs -> widths
         for rule in (r for r in self.rules if r.op == op):
-            where = " or ".join(f"block {list(rule.blocks)}" if g == "block" and rule.blocks else f"per {g}"
+            where = " or ".join(_blocks(rule.blocks) if g == "block" and rule.blocks else f"per {g}"
                                 for g in rule.granularity)
             where += " (and integer multipliers per sub_block)" if rule.multipliers else ""
             beside = f"{rule.activations}-bit" if rule.activations else "float"
             forms.setdefault((where, f"{beside} activations ({rule.kernel})"), set()).update(rule.weights)
         return "; ".join(f"{_widths(widths)}-bit weights {where} with {runs}" for (where, runs), widths in forms.items())
+
+
+def _blocks(sizes: tuple[int, ...]) -> str:
+    return f"per {', '.join(str(n) for n in sizes[:-1])} or {sizes[-1]} inputs"
 
 
 def _widths(widths: set[int]) -> str:

@@ -171,7 +171,7 @@ def bad_images(name: str, *phrases: str, options: tuple[str, ...] = (), size: tu
 bad_images("image_size", "wants shape ['any', 3, 12, 12]", "--resize", size=(20, 16))
 bad_images("image_layout", "layout 'chwn' is unknown", "nchw", options=("--layout", "chwn"))
 bad_images("image_mean", "--mean has 2 values", options=("--mean", "0.5,0.5"))
-bad_images("image_mean_text", "mean", "a list of a number", options=("--mean", "a,b"))
+bad_images("image_mean_text", "mean", "a list of numbers", options=("--mean", "a,b"))
 bad_images("image_std", "--std has a zero", options=("--std", "1,0,1"))
 bad_images("image_crop", "pictures/a.png", "crop", "12", options=("--crop", "12"), size=(10, 20))
 bad_images("image_crop_negative", "crop", "-12", options=("--crop", "-12"))
@@ -443,7 +443,7 @@ def rule_without_layer():
     return ["-r", "my.toml"]
 
 
-@bad("cannot run Conv 'conv0', 'conv3' with int8 block [1, 32, 0, 0]", "QLinearConv")
+@bad("cannot run Conv 'conv0', 'conv3' with int8 block [1, 32] weights", "QLinearConv")
 def block_that_the_target_lacks():
     return ["--set", "weights.block=32"]
 

@@ -366,3 +366,11 @@ def test_reordering_gains_where_ranges_are_wide(form, solver):
         before, after = (distance(model, result, feeds(model, 6, seed=1)) for result in results)
         gains.append(after - before)
     assert min(gains) > 0 and np.mean(gains) > (2 if form is not TWO_LEVEL else 0.2)  # multipliers span a factor of 15
+
+
+def test_what_was_solved_before_is_told():
+    model = ZOO["cnn"]()
+    for first, noted in (("reorder", False), ("ranges", True)):
+        steps = [{"use": name} for name in (first, "ranges" if first == "reorder" else "reorder")]
+        notes = quantize(model, {**TWO_LEVEL, "pass": steps}, feeds(model, 2)).report["notes"]
+        assert any("put it before them" in note for note in notes) == noted

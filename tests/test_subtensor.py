@@ -287,13 +287,12 @@ def test_one_cluster_is_one_scale(name, split):
     assert drift(run(plain.model, feed), run(made.model, feed)) == 0
 
 
-@pytest.mark.parametrize("block", ["tensor", "channel"])
 @pytest.mark.parametrize("name", ["cnn", "mobilenet", "grouped", "mlp", "dead_channels"])
-def test_a_cluster_per_channel_is_a_scale_per_channel(name, block):
+def test_a_cluster_per_channel_is_a_scale_per_channel(name):
     model = ZOO[name]()
     data = feeds(model, 2)
     plain = quantize(model, recipe(block="channel"), data)
-    made = quantize(model, recipe({"clusters": 99, "gain": 1.0}, block=block), data)
+    made = quantize(model, recipe({"clusters": 99, "gain": 1.0}), data)
     layers = {y.weight: y for y in load(model).layers}
     for key, spec in plain.plan.items():
         if spec.codes is not None:
@@ -312,7 +311,9 @@ def left_alone(model, step, **more):
 
 def test_what_is_left_alone_is_told():
     assert all("would fall by" in why for why in left_alone(mlp(), {"gain": 1e6}).values())
-    assert all("asks for int8 per channel" in why for why in left_alone(mlp(), {"split": True}, block="channel").values())
+    for split in (True, False):  # scales per channel are finer already
+        told = left_alone(mlp(), {"split": split}, block="channel")
+        assert all('int8 per channel; set weights.block = "tensor"' in why for why in told.values())
     net = Net(["N", 3, 8, 8])
     x = net.op("Relu", net.op("Conv", "x", net.constant(np.zeros((8, 3, 1, 1)))))
     assert left_alone(net.model(net.head(x, 8)), {"gain": 1.0}) == {"conv0": "its weights are all 0"}

@@ -196,6 +196,11 @@ def test_storage_computes_with_the_planned_weights(name, weights, activations):
         agree(result.model, samples)
 
 
+def test_the_summary_tells_that_storage_runs_in_float():
+    result = quantize(net(), {"target": "storage", "weights": {"bits": 4, "block": [16, 16]}}, feeds(net(), 2), workers=1)
+    assert result.summary.startswith("3/3 layers decoded at load, run in float |")
+
+
 def test_storage_keeps_a_shift():
     model = net(1)
     recipe = {"target": "storage", "weights": {"bits": 3, "block": [4, 4]}, "pass": [{"use": "bias-correct"}]}
@@ -232,7 +237,7 @@ def test_multipliers_of_weight_only_layers_are_refused_with_the_alternative():
     made = Net(["N", 64])
     model = made.model(made.gemm("x", 64, 8))
     text = refused(model, tiled() | {"activations": {"bits": 32}})
-    assert "leave weights.sub_block out" in text and "[16, 32, 64, 128, 256]" in text and "weights.block" in text
+    assert "leave weights.sub_block out" in text and "per 16, 32, 64, 128 or 256 inputs" in text and "weights.block" in text
 
 
 def test_multipliers_under_tiles_are_refused():
@@ -250,6 +255,13 @@ def test_a_plan_that_overflows_int8_is_refused():
     problem, = target.problems(graph, plan, {layer.name: key})
     assert "reach 105" in problem and "up to 64" in problem and "max_multiplier = 9" in problem
     assert not TARGETS["ort-cpu"].problems(graph, plan, {layer.name: key})
+
+
+@pytest.mark.parametrize("key", ["block", "sub_block"])
+@pytest.mark.parametrize("sizes", [0, -4, [-1, 16], [1, -16]])
+def test_sizes_below_one_are_refused(key, sizes):
+    text = refused(net(), {"weights": {"bits": 4, key: sizes}})
+    assert f"{key} = {sizes} must hold sizes of 1 or more" in text and "[1, 16]" in text
 
 
 @pytest.mark.parametrize("value", [0, 128])

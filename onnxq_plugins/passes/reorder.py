@@ -52,6 +52,9 @@ class Reorder(Pass):
             job.report.setdefault("notes", []).append("reorder found nothing to do: no planned weight has tiles of several "
                                                       "channels; set weights.sub_block or weights.block")
             return {"groups": 0}
+        if dropped := sum(spec.solved for spec in job.plan.values()):
+            job.report.setdefault("notes", []).append(f"reorder moves channels: of {dropped} scales and ranges that passes "
+                                                      "before it chose, those it touches are dropped; put it before them")
         power = self._power(job, [y for y, _ in tiled.values()])
         told: dict[str, Any] = {"groups": len(groups)}
         costs: list[tuple[float, float]] = []
