@@ -160,7 +160,8 @@ class Target:
 
 
 def _blocks(sizes: tuple[int, ...]) -> str:
-    return f"per {', '.join(str(n) for n in sizes[:-1])} or {sizes[-1]} inputs"
+    *first, last = map(str, sizes)
+    return f"per {', '.join(first)}{' or ' * bool(first)}{last} inputs"
 
 
 def _widths(widths: set[int]) -> str:
