@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from onnxq_plugins.calibration import Calibration, Track, silent
-from onnxq_plugins.graph import Graph
-from onnxq_plugins.spec import Plan
+from onnxq_plugins.graph import ChannelGroup, Graph, permute
+from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.target import Target
 
 if TYPE_CHECKING:
@@ -57,3 +57,10 @@ class Job:
     workers: int = 1
     report: dict[str, Any] = field(default_factory=dict)
     track: Track = silent
+
+    def permute(self, group: ChannelGroup, order: Array) -> None:
+        """Reorder the channels of a group (`graph.permute`). What was solved for the weights it moves is dropped when the
+        pass ends (law L5); ranges per tensor, which do not depend on the order, stay."""
+        permute(self.graph, group, order)
+        kept = {n: self.plan[n] for n in group.tensors if n in self.plan and self.plan[n].block is None}
+        self.plan |= {n: replace(spec) for n, spec in kept.items()}  # put anew: not stale in the engine's eyes

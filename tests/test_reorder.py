@@ -368,9 +368,18 @@ def test_reordering_gains_where_ranges_are_wide(form, solver):
     assert min(gains) > 0 and np.mean(gains) > (2 if form is not TWO_LEVEL else 0.2)  # multipliers span a factor of 15
 
 
-def test_what_was_solved_before_is_told():
+@pytest.mark.parametrize(("before", "noted"), [([], False), (["ranges"], False), (["sub-layer"], True)])
+def test_what_was_solved_for_weights_before_is_told(before, noted):
     model = ZOO["cnn"]()
-    for first, noted in (("reorder", False), ("ranges", True)):
-        steps = [{"use": name} for name in (first, "ranges" if first == "reorder" else "reorder")]
-        notes = quantize(model, {**TWO_LEVEL, "pass": steps}, feeds(model, 2)).report["notes"]
-        assert any("put it before them" in note for note in notes) == noted
+    made = quantize(model, {**TWO_LEVEL, "pass": [{"use": name} for name in (*before, "reorder")]}, feeds(model, 2))
+    assert any("put it before them" in note for note in made.report["notes"]) == noted
+
+
+@pytest.mark.parametrize("name", ["cnn", "mobilenet", "resnet20", "transformer"])
+def test_ranges_chosen_before_stay(name):
+    """A range per tensor does not depend on the order of its channels."""
+    model, steps = ZOO[name](), [{"use": "ranges", "method": "percentile", "percentile": 90.0}, {"use": "reorder"}]
+    first, both = (quantize(model, {**TWO_LEVEL, "pass": passes}, feeds(model, 4)) for passes in (steps[:1], steps))
+    ranges = [{n: s.scale.item() for n, s in made.plan.items() if s.block is None and s.codes is None}
+              for made in (first, both)]
+    assert ranges[0] == ranges[1] and ranges[0]

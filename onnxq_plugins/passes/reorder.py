@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxq_plugins.graph import ChannelGroup, Graph, Layer, Member, channel_groups, permute
+from onnxq_plugins.graph import ChannelGroup, Graph, Layer, Member, channel_groups
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.solvers.order import View, sort_channels, swap_channels, total_cost
 from onnxq_plugins.spec import Array, Block
@@ -28,7 +28,7 @@ class Reorder(Pass):
     Every group is sorted by range (by the one of its weights, or their mean, that serves best), then improved by swaps that
     lower sum over tiles of max |w|^2 sum E[x^2], the rounding noise of all weights of the group; twice over all groups,
     since a weight lies between two. Layers count whose tiles (`block` or `sub_block` in the recipe) hold several channels
-    but not all. Put it before passes that choose ranges or scales: what they solved for the old order is dropped.
+    but not all. Put it before passes that solve weights: what they found for the old order is dropped.
 
     Source: PTQ-SL (Yuan et al., arXiv 2110.07809), which moves channels so that sub-layer scales fit; the cost and the
     search are ours.
@@ -53,9 +53,9 @@ class Reorder(Pass):
             job.report.setdefault("notes", []).append("reorder found nothing to do: no planned weight has tiles of several "
                                                       "channels; set weights.sub_block or weights.block")
             return {"groups": 0}
-        if dropped := sum(spec.solved for spec in job.plan.values()):
-            job.report.setdefault("notes", []).append(f"reorder moves channels: of {dropped} scales and ranges that passes "
-                                                      "before it chose, those it touches are dropped; put it before them")
+        if dropped := sum(job.plan[y.weight].solved for y in graph.layers if y.weight in job.plan):
+            job.report.setdefault("notes", []).append(f"reorder moves channels: what passes before it chose for {dropped} "
+                                                      "weights is dropped where it touches them; put it before them")
         power = self._power(job, [y for y, _ in tiled.values()])
         told: dict[str, Any] = {"groups": len(groups)}
         costs: list[tuple[float, float]] = []
@@ -68,7 +68,7 @@ class Reorder(Pass):
                 order = swap_channels(views, start, job.rng, self.sweeps)
                 after = total_cost(views, order)
                 if after < before:
-                    permute(graph, group, order)
+                    job.permute(group, order)
                     _move(power, tiled, group, order)
                 if turn == 0:
                     costs.append((before, after))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxq_plugins.graph import ChannelGroup, Layer, channel_groups, permute, split_outputs
+from onnxq_plugins.graph import Layer, channel_groups, split_outputs
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.planning import layer_input
@@ -136,7 +136,8 @@ class Subtensor(Pass):
                 layer = min(inside, key=lambda y: y.kind != "depthwise")
                 if (np.diff(labels[layer.name]) < 0).any():
                     moved += 1
-                    _reorder(job, group, index[_channels(job, layer)][:, 0], np.argsort(labels[layer.name], kind="stable"))
+                    at, wanted = index[_channels(job, layer)][:, 0], np.argsort(labels[layer.name], kind="stable")
+                    job.permute(group, np.argsort(at)[wanted[at]])  # position p gets the channel that was at wanted[p]
         return moved
 
 
@@ -162,14 +163,6 @@ def _channels(job: Job, layer: Layer) -> tuple[str, int]:
 def _covers(index: Array | None, channels: int) -> bool:
     """True if a group moves every channel of a tensor, each by itself."""
     return index is not None and index.shape[1] == 1 and np.array_equal(np.sort(index[:, 0]), np.arange(channels))
-
-
-def _reorder(job: Job, group: ChannelGroup, index: Array, order: Array) -> None:
-    """Permute a group such that position p of one member, whose channels sit at `index`, holds what was at order[p]. A range
-    per tensor does not depend on the order: solved activations are put anew, or the engine would forget them (law L5)."""
-    permute(job.graph, group, np.argsort(index)[order[index]])
-    kept = {n: job.plan[n] for n in group.tensors if n in job.plan and job.plan[n].block is None}
-    job.plan |= {n: replace(spec) for n, spec in kept.items()}
 
 
 def _split(job: Job, layer: Layer, parts: list[Array]) -> None:
