@@ -12,6 +12,7 @@ from onnxq_plugins.graph import Layer
 from onnxq_plugins.planning import layer_input
 from onnxq_plugins.qdq import bias_values
 from onnxq_plugins.spec import Array, QuantSpec, block_shape, encode, expand, from_range, solve_minmax
+from onnxq_plugins.target import channel_multipliers
 
 if TYPE_CHECKING:
     from onnxq_plugins.job import Job
@@ -40,6 +41,7 @@ def complete_weight(job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec:
         raise OnnxqError(f"layer '{layer.name}': its weight has NaN or Inf; the float model is broken.")
     if not spec.solved:
         spec = solve_minmax(weight, spec)
+    spec = _lower_shifts(job, layer, spec, weight)
     codes, scale, floor = spec.codes, np.asarray(spec.scale), scale_floor(job, layer, spec)
     over = floor > scale
     if over.any():
@@ -55,14 +57,39 @@ def scale_floor(job: Job, layer: Layer, spec: QuantSpec) -> Array:
     """Smallest weight scales, float32 or powers of two as the scales are, at which |bias| / (s_x s_w) stays at 2^30 at most,
     in the shape of the scale; 0 where nothing limits them."""
     shape = block_shape(layer.shape, spec.block)
-    key, bias = layer_input(job.graph, job.plan, job.target, layer), bias_values(job.graph, layer, spec)
-    if not key or bias is None:
+    needed = _least_steps(job, layer, spec)
+    if needed is None:
         return np.zeros(shape)
-    needed = np.abs(bias) / (float(job.plan[key].scale or 1) * 2.0**30)
+    if channel_multipliers(layer, spec):
+        of = spec.multipliers[-1:] if spec.multiplier is None else spec.multiplier.reshape(-1)
+        needed = (needed if needed.size == of.size else needed.max()) / of
     each = needed.reshape(shape) if shape and needed.size == np.prod(shape) else np.full(shape, needed.max())
     if spec.pow2 and spec.sub_block is None:
         each = np.where(each > 0, np.exp2(np.ceil(np.log2(np.maximum(each, 1e-30)))), 0.0)
     return np.asarray(each, np.float32)
+
+
+def _least_steps(job: Job, layer: Layer, spec: QuantSpec) -> Array | None:
+    """Sizes of a weight's code [outputs] at which |bias| / (s_x s_w) is 2^30; None where nothing limits them."""
+    key, bias = layer_input(job.graph, job.plan, job.target, layer), bias_values(job.graph, layer, spec)
+    return None if not key or bias is None else np.abs(bias) / (float(job.plan[key].scale or 1) * 2.0**30)
+
+
+def _lower_shifts(job: Job, layer: Layer, spec: QuantSpec, weight: Array) -> QuantSpec:
+    """An entry with a multiplier per channel, with those raised (the channels shifted up by less) at which the bias would
+    overflow int32."""
+    needed = _least_steps(job, layer, spec)
+    if needed is None or spec.multiplier is None or not channel_multipliers(layer, spec):
+        return spec
+    values = spec.multipliers
+    needed = needed if needed.size == spec.multiplier.size else np.full(spec.multiplier.size, needed.max())
+    at = np.minimum(np.searchsorted(values, needed / np.asarray(spec.scale)), len(values) - 1)
+    multiplier = np.maximum(spec.multiplier.reshape(-1), values[at]).reshape(spec.multiplier.shape)
+    raised = replace(spec, multiplier=multiplier)
+    if spec.codes is None:
+        return raised
+    over = np.broadcast_to(multiplier > spec.multiplier, weight.shape)
+    return replace(raised, codes=np.where(over, encode(weight, replace(raised, codes=None)), spec.codes))
 
 
 def activation_spec(kept: tuple[float, float], spec: QuantSpec) -> QuantSpec:

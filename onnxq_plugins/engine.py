@@ -28,7 +28,7 @@ from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.recipe import Recipe, load_recipe
 from onnxq_plugins.spec import Array, Plan
-from onnxq_plugins.target import Storage
+from onnxq_plugins.target import Rule
 
 log = logging.getLogger("onnxq_plugins")
 DRIFT = 1e-4  # law L1, relative
@@ -241,7 +241,7 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
         entry = by_name.get(layer.name)
         row: dict[str, Any] = {"name": layer.name, "op": layer.op, "kernel": entry.kernel if entry else "removed",
                                "parameters": int(np.prod(layer.shape))}
-        bits = storage.stored_bits(layer, spec, _storage(job, layer)) if spec is not None else 32.0
+        bits = storage.stored_bits(layer, spec, _rule(job, layer)) if spec is not None else 32.0
         stored += row["parameters"] * bits
         if spec is not None:
             row |= {"weights": spec.describe((layer.out_axis, layer.in_axis)), "bits_per_weight": round(bits, 3)}
@@ -255,18 +255,18 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
                                                         "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}
     where = "" if job.target.name.startswith("ort-") else " in onnxruntime"  # the audit of other runtimes is a command
     report["bits_per_weight"] = round(stored / max(sum(row["parameters"] for row in rows), 1), 3)
-    decoded = sum(_storage(job, y) == "float" for y in job.graph.layers if y.weight in job.plan)
+    decoded = sum(_rule(job, y).storage == "float" for y in job.graph.layers if y.weight in job.plan)
     ran = f"{decoded}/{len(rows)} layers decoded at load, run in float" if decoded else f"{kernels.summary()}{where}"
     report["summary"] = (f"{ran} | {before / 1e6:.2f} -> {after / 1e6:.2f} MB, "
                          f"{report['bits_per_weight']:.1f} bits per weight")
 
 
-def _storage(job: Job, layer: Layer) -> Storage:
-    """The form in which a planned layer's weight is stored."""
+def _rule(job: Job, layer: Layer) -> Rule:
+    """The rule of the target that a planned layer falls under."""
     key = planning.layer_input(job.graph, job.plan, job.target, layer)
     rule = job.target.rule(layer, job.plan[layer.weight], job.plan[key].bits if key else 0)
     assert rule is not None
-    return rule.storage
+    return rule
 
 
 def _cores() -> int:

@@ -19,7 +19,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.recipe import FLOAT, BlockRequest, LayerRule, Recipe, TensorRequest
 from onnxq_plugins.spec import Block, Plan, QuantSpec, block_shape
-from onnxq_plugins.target import Target, channel_block
+from onnxq_plugins.target import Target, channel_block, channel_multipliers
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,8 @@ def _weight(layer: Layer, wanted: TensorRequest, target: Target, problems: list[
         return spec
     sub_block = _block(layer, wanted.sub_block, problems)
     top = min(wanted.max_multiplier, target.max_code // spec.grid[1])
+    if sub_block is not None and channel_multipliers(layer, replace(spec, sub_block=sub_block)):
+        top = wanted.max_multiplier
     if top <= 1 or sub_block is None or not _finer(layer, sub_block, block):
         return replace(spec, pow2=False)
     return replace(spec, sub_block=sub_block, max_multiplier=top)

@@ -7,6 +7,7 @@ never a float layer between a DQ and a Q.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.planning import activation_inputs, input_key, layer_input, maker_of, result_of
 from onnxq_plugins.spec import Array, Block, Plan, QuantSpec, step
-from onnxq_plugins.storage import Layout, codes_type, int8_codes, multiplier_type
+from onnxq_plugins.storage import Layout, codes_type, int8_codes, multiplier_type, settle, shifts
 from onnxq_plugins.target import Rule, Target, granularity
 
 # What onnxruntime fuses a Gemm or MatMul with before it looks for integer kernels.
@@ -120,6 +121,9 @@ class Writer:
         proto.initializer.extend(kept)
         proto.initializer.extend(self.made)
         del proto.value_info[:]  # onnxruntime infers them again; stale ones would be refused
+        found = {y.name: shifts(y, self.plan[y.weight]) for y in self.layers.values() if y.weight in self.plan}
+        if table := {name: "".join(f"{n:x}" for n in values) for name, values in found.items() if values is not None}:
+            self.model.metadata_props.add(key="onnxq.shifts", value=json.dumps(table))  # a hexadecimal digit per channel
         return self.model
 
     # ---- activations ---------------------------------------------------------------------------------------------------
@@ -220,8 +224,8 @@ class Writer:
     # ---- weights -------------------------------------------------------------------------------------------------------
 
     def _layer(self, node: onnx.NodeProto, layer: Layer) -> None:
-        spec = self.plan[layer.weight]
         rule, key = self._rule(layer)
+        spec, factor = settle(layer, self.plan[layer.weight], rule)
         if rule.storage == "blocked":
             self._weight_only(node, layer, spec)
             return
@@ -230,12 +234,17 @@ class Writer:
             bias = self._float_bias(layer, spec)
         else:
             weight = self._weight(layer, spec, rule)
-            bias = self._bias(layer, spec, self.plan[key])
+            bias = self._bias(layer, spec, self.plan[key], factor)
         self._read_inputs(node)
         node.input[1] = weight
         if bias:
             del node.input[2:]
             node.input.append(bias)
+        if factor is not None:
+            output, node.output[0] = node.output[0], self._fresh(f"{node.output[0]}_enlarged")
+            shape = (1, -1, *(1,) * (len(layer.shape) - 2)) if layer.op.startswith("Conv") else (-1,)
+            factors = self._constant(f"{layer.name}_shift", factor.reshape(shape))
+            self._add("Mul", [node.output[0], factors], [output], name=self._fresh(f"{node.name}_shift"))
 
     def _weight(self, layer: Layer, spec: QuantSpec, rule: Rule) -> str:
         """INT8 -> DequantizeLinear, or a chain from INT4 to DequantizeLinear, which the runtime folds at load."""
@@ -315,11 +324,12 @@ class Writer:
         assert bias is not None
         return self._constant(f"{layer.bias or layer.name}_shifted", bias.astype(np.float32))
 
-    def _bias(self, layer: Layer, spec: QuantSpec, activation: QuantSpec) -> str:
-        """int32 codes at s_x * s_w: the integer kernel adds them to its accumulator."""
+    def _bias(self, layer: Layer, spec: QuantSpec, activation: QuantSpec, factor: Array | None) -> str:
+        """int32 codes at s_x * s_w: the integer kernel adds them to its accumulator, before a factor behind the layer."""
         bias = bias_values(self.graph, layer, spec)
         if bias is None:
             return ""
+        bias = bias if factor is None else bias / factor
         scale = bias_scale(layer, spec, activation)
         codes = np.clip(np.rint(bias / scale), -(2.0**31), 2.0**31 - 1).astype(np.int32)
         name = layer.bias or f"{layer.name}_bias"

@@ -16,7 +16,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Pass
 
 BlockRequest = Literal["tensor", "channel"] | int | tuple[int, ...]
-SubBlockRequest = Literal["none"] | int | tuple[int, ...]
+SubBlockRequest = Literal["none", "channel"] | int | tuple[int, ...]
 FLOAT = 32  # bits = 32: stays float
 
 
@@ -30,7 +30,7 @@ class TensorRequest:
                 size per axis
     sub_block   granularity of integer multipliers below that, written like `block`; "none" for none
     pow2        scales (or multipliers) are powers of two
-    max_multiplier   largest multiplier: 15 packs into 4 bits
+    max_multiplier   largest multiplier: 15 packs into 4 bits; up to 127, or 32768 for multipliers per channel of one scale
     """
 
     bits: int = 8
@@ -253,8 +253,9 @@ def _build(base: Any, table: Mapping[str, Any], where: str, problems: list[str])
 def _check_request(request: TensorRequest | None, where: str, problems: list[str]) -> None:
     if request is not None and not (2 <= request.bits <= 16 or request.bits == FLOAT):
         problems.append(f"{where}: bits = {request.bits} is out of range; use 2..16, or {FLOAT} for float.")
-    if request is not None and not 1 <= request.max_multiplier <= 127:
-        problems.append(f"{where}: max_multiplier = {request.max_multiplier} is out of range; use 1..127 (15 fits 4 bits; "
+    top = 2**15 if request is not None and request.sub_block == "channel" else 127
+    if request is not None and not 1 <= request.max_multiplier <= top:
+        problems.append(f"{where}: max_multiplier = {request.max_multiplier} is out of range; use 1..{top} (15 fits 4 bits; "
                         "codes of 4 bits use at most 18, of 3 bits 42).")
     for key in ("block", "sub_block") if request is not None else ():
         sizes = getattr(request, key)

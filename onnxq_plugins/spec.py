@@ -16,7 +16,8 @@ output channel         (1, 0, 0, 0)    (64, 1, 1, 1)
 
 Two-level scales have a coarse float `scale` (one per tensor or output channel) and a fine integer `multiplier` (one per
 sub-block). While |code| * multiplier stays within int8 a runtime can fold the multipliers into int8 codes at load: fine
-granularity at no cost.
+granularity at no cost. Multipliers of whole output channels need no room in the codes: they join the scale, and as powers of
+two they are the shifts of hardware that knows one scale per layer.
 """
 
 from __future__ import annotations
@@ -69,9 +70,10 @@ class QuantSpec:
 
     @property
     def multipliers(self) -> Array:
-        """The values a multiplier may take, from 1 on, ascending: at most `max_multiplier`, and code * multiplier stays
-        within [-127, 127]."""
-        top = max(1, min(self.max_multiplier, 127 // self.grid[1]))
+        """The values a multiplier may take, from 1 on, ascending: at most `max_multiplier`; and code * multiplier stays
+        within [-127, 127], unless there is one multiplier a channel."""
+        whole = self.sub_block is not None and [b for b in self.sub_block if b] == [1]
+        top = self.max_multiplier if whole else max(1, min(self.max_multiplier, 127 // self.grid[1]))
         return 2 ** np.arange(top.bit_length()) if self.pow2 else np.arange(1, top + 1)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.spec import Array, Block, QuantSpec, expand
-from onnxq_plugins.target import Storage
+from onnxq_plugins.target import Rule, channel_multipliers
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,42 @@ def int8_codes(layer: Layer, spec: QuantSpec) -> Array:
     return folded
 
 
-def stored_bits(layer: Layer, spec: QuantSpec, storage: Storage) -> float:
-    """Bits per weight on disk in a form of storage: codes (filled up to whole blocks where they are divided), multipliers
-    and scales."""
+def settle(layer: Layer, spec: QuantSpec, rule: Rule) -> tuple[QuantSpec, Array | None]:
+    """The entry of a weight as it is written, and the factor per output channel [outputs] that the layer's results are
+    multiplied with, if any.
+
+    Only multipliers of whole channels need settling (the weight equalizing shift, arXiv 2008.05767). They join the scales
+    where the rule takes one per channel. Elsewhere the weight's channels are written enlarged, for one scale, and made
+    smaller again behind the layer.
+    """
+    if spec.multiplier is None or not channel_multipliers(layer, spec):
+        return spec, None
     assert spec.scale is not None
-    shape, bits = layer.shape, 32.0 * spec.scale.size
+    if "channel" in rule.granularity:
+        scale = np.asarray(spec.scale * spec.multiplier, np.float32)
+        return replace(spec, block=spec.sub_block, sub_block=None, multiplier=None, scale=scale,
+                       zero_point=np.zeros(scale.shape, np.int64)), None
+    top = spec.multiplier.max()
+    factor = (spec.multiplier / top).reshape(-1).astype(np.float32)
+    whole = replace(spec, sub_block=None, multiplier=None, scale=np.asarray(spec.scale * top, np.float32))
+    return whole, None if (factor == 1).all() else factor
+
+
+def shifts(layer: Layer, spec: QuantSpec) -> Array | None:
+    """By how many bits each output channel is shifted up before the layer is quantized with one scale [outputs]; None if
+    its entry has no such shifts."""
+    if spec.multiplier is None or not spec.pow2 or not channel_multipliers(layer, spec):
+        return None
+    return np.asarray(np.log2(spec.multiplier.max() / spec.multiplier.reshape(-1))).astype(int)
+
+
+def stored_bits(layer: Layer, spec: QuantSpec, rule: Rule) -> float:
+    """Bits per weight on disk under a rule: codes (filled up to whole blocks where they are divided), multipliers and
+    scales."""
+    spec, factor = settle(layer, spec, rule)
+    storage = rule.storage
+    assert spec.scale is not None
+    shape, bits = layer.shape, 32.0 * (spec.scale.size + (factor.size if factor is not None else 0))
     if storage in ("int4", "float") and spec.multiplier is not None:
         shape = Layout.of(shape, spec.sub_block).whole
         bits += (4 if multiplier_type(spec.multiplier) is ml_dtypes.uint4 else 8) * spec.multiplier.size

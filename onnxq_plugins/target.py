@@ -78,7 +78,7 @@ class Target:
         for rule in self.rules:
             fits = (rule.op == layer.op and rule.activations == activations and weight.bits in rule.weights
                     and shape in rule.granularity and weight.symmetric)
-            if weight.sub_block is not None:
+            if weight.sub_block is not None and not channel_multipliers(layer, weight):
                 fits = fits and rule.multipliers and shape in ("tensor", "channel")
             if fits and shape == "block" and weight.block is not None and rule.blocks:
                 fits = weight.block[layer.in_axis] in rule.blocks
@@ -102,7 +102,7 @@ class Target:
             rule = self.rule(layer, weight, bits)
             if rule is None:
                 refused.setdefault(self.refusal(layer, weight, bits), []).append(layer.name)
-            elif bits and rule.storage != "float" and weight.sub_block is not None:
+            elif bits and rule.storage != "float" and weight.sub_block is not None and not channel_multipliers(layer, weight):
                 largest = weight.multipliers[-1] if weight.multiplier is None else np.max(weight.multiplier)
                 if largest * weight.grid[1] > self.max_code:
                     found.append(f"{layer.op} '{layer.name}': {weight.bits}-bit codes times multipliers up to {largest} "
@@ -132,6 +132,8 @@ class Target:
         shape = granularity(layer, weight)
         if not weight.symmetric:
             return " Set weights.symmetric = true."
+        if shape == "channel" and not any("channel" in r.granularity for r in self.rules if r.op == layer.op):
+            return " Set weights.block = \"tensor\"; pass 'shift-equalize' then serves channels of unequal ranges."
         if weight.sub_block is not None and shape in ("block", "tile"):
             return " Multipliers refine one scale per tensor or channel: set weights.block to \"channel\" or \"tensor\"."
         if weight.sub_block is not None:
@@ -191,6 +193,12 @@ def channel_block(layer: Layer) -> Block:
     return tuple(1 if axis == layer.out_axis else 0 for axis in range(len(layer.shape)))
 
 
+def channel_multipliers(layer: Layer, spec: QuantSpec) -> bool:
+    """True if one scale of a layer is refined by a multiplier per output channel. Such a multiplier is no part of the codes:
+    it joins the scale where a target takes a scale per channel, and becomes a factor behind the layer elsewhere."""
+    return spec.block is None and spec.sub_block == channel_block(layer)
+
+
 def _dense(op: str, kernel: str) -> tuple[Rule, ...]:
     return (Rule(op, kernel, 8, (5, 6, 7, 8), ("tensor", "channel"), "int8", multipliers=True),
             Rule(op, kernel, 8, (2, 3, 4), ("tensor", "channel"), "int4", multipliers=True))
@@ -213,4 +221,8 @@ STORAGE = Target("storage", "any runtime, for size on disk: every granularity is
                  "layers run in float",
                  tuple(Rule(op, op, activations, tuple(range(2, 9)), ("tensor", "channel", "block", "tile"), "float",
                             multipliers=True) for op in LAYER_OPS for activations in (8, 0)), _CHAIN, flatten=False)
-BUILTIN = (ORT_CPU, ORT_CPU_AVX2, OPENVINO, STORAGE)
+PER_TENSOR = Target("per-tensor", "runtimes and NPUs that know one scale per weight tensor; shifts of single channels become "
+                    "a power-of-two Mul behind the layer, and are listed in the model's metadata",
+                    tuple(Rule(op, "int8", 8, tuple(range(2, 9)), ("tensor",), "int8") for op in ("Conv", "Gemm", "MatMul")),
+                    _CHAIN, flatten=False)
+BUILTIN = (ORT_CPU, ORT_CPU_AVX2, OPENVINO, PER_TENSOR, STORAGE)
