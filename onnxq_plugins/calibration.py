@@ -96,6 +96,11 @@ class Calibration:
         self.graph, self.data, self.cache, self.workers, self.track = graph, data, cache, workers, track
         self._known: dict[tuple[str, str], State] = {}  # (graph digest, statistic) -> state
 
+    @property
+    def ready(self) -> bool:
+        """True if statistics can be asked for."""
+        return self.data is not None
+
     def ranges(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """Exact (minimum, maximum) of each tensor."""
         state = self._summary(names)
@@ -309,6 +314,13 @@ def channel_axis(graph: Graph, name: str) -> int:
         maker = graph.producer(maker.inputs[0].name)
     around = [*graph.consumers(name), *([maker] if maker is not None else [])]
     return 1 if len(shape) >= 4 or any(n.op.startswith("Conv") for n in around) else len(shape) - 1
+
+
+def channels(graph: Graph, name: str) -> int | None:
+    """How many channels an activation has; None where that is not known, or it is a vector."""
+    shape = graph.shape(name) or ()
+    size = shape[channel_axis(graph, name)] if len(shape) > 1 else None
+    return size if isinstance(size, int) else None
 
 
 def _other_axes(graph: Graph, name: str, statistic: str) -> tuple[int, ...]:

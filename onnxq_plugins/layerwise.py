@@ -14,9 +14,10 @@ from onnxq_plugins.calibration import Gram
 from onnxq_plugins.complete import scale_floor
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.granularity import row_steps, search
-from onnxq_plugins.graph import Layer
+from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.job import Job
 from onnxq_plugins.patches import blocks
+from onnxq_plugins.qdq import weight_values
 from onnxq_plugins.solvers.gram import narrow, nearest, regress, ridge, row_loss, widen
 from onnxq_plugins.solvers.rounding import Effort, Method, solve
 from onnxq_plugins.spec import Array, QuantSpec, solve_minmax
@@ -123,6 +124,17 @@ def problem(job: Job, layer: Layer, seen: Seen | Gram, shift: bool) -> Problem:
         raise OnnxqError(f"layer '{layer.name}': its weight has NaN or Inf; the float model is broken.")
     spec = replace(job.plan[layer.weight], codes=None, shift=None)
     return Problem(layer, weight, spec, scale_floor(job, layer, spec), seen, shift and layer.takes_bias)
+
+
+def bias_shift(graph: Graph, layer: Layer, spec: QuantSpec, mean: Array) -> Array:
+    """(W - Wq) E[x], the mean error of a layer's outputs [outputs] that its codes cause, from the mean of its input per
+    channel [inputs]. Padding is left out of account."""
+    weight = graph.constant(layer.weight).astype(np.float64)
+    error = layer.matrix(weight - weight_values(layer, spec))
+    taps = int(np.prod(layer.shape[2:])) if layer.op == "Conv" else 1
+    summed = error.reshape(*error.shape[:2], -1, taps).sum(axis=3)  # [groups, outputs, inputs]
+    shift: Array = np.einsum("goi,gi->go", summed, mean.reshape(layer.groups, -1)).reshape(-1)
+    return shift
 
 
 def solvable(job: Job) -> list[Layer]:

@@ -25,21 +25,25 @@ _REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2"}
 _DYNAMIC = 1_000_003  # stands for a dynamic size: a prime that divides nothing
 
 
-def channel_groups(graph: Graph, kind: Kind) -> list[ChannelGroup]:
+def channel_groups(graph: Graph, kind: Kind, clips: bool = False) -> list[ChannelGroup]:
     """All groups of at least two free channels that hold a layer's weight.
 
     kind ``permute`` ties input and output of a depthwise convolution or LayerNormalization; ``rescale`` does not,
     since their own weights can absorb a factor on either side, but it stops at what is not positively homogeneous
     (Clip with a maximum, Sigmoid, Softmax, products of activations).
+
+    clips   for ``rescale``: go on through a Clip from 0 to a maximum. Rescaling such a group keeps the function only where
+            factor * value stays below the maximum, or where the factor is 1
     """
-    return _Walk(graph, kind).groups()
+    return _Walk(graph, kind, clips).groups()
 
 
 class _Walk(Elements):
     """One traversal of the graph from its layers."""
 
-    def __init__(self, graph: Graph, kind: Kind) -> None:
+    def __init__(self, graph: Graph, kind: Kind, clips: bool) -> None:
         super().__init__(graph, kind)
+        self.clips = clips
         self.coarse: list[tuple[gs.Tensor, int, gs.Tensor, list[int]]] = []  # (tensor, merged axis, finer tensor, axes)
         self.layers = {layer.name: layer for layer in graph.layers}
         self.main = {id(node) for node in graph.nodes}
@@ -83,7 +87,8 @@ class _Walk(Elements):
         elif op in _HOMOGENEOUS:
             self.same(node, tensor, axis)
         elif op in _POINTWISE:
-            self.same(node, tensor, axis, homogeneous=op in ("Abs", "Neg") or (op == "Clip" and _is_relu(node)))
+            self.same(node, tensor, axis, homogeneous=op in ("Abs", "Neg") or (
+                op == "Clip" and (_is_relu(node) or (self.clips and clip_maximum(node) is not None))))
         elif op in _POOLS or op == "Resize":
             self.same(node, tensor, axis) if axis == 1 or op == "Resize" else self.pin(tensor, axis)
         elif op in ("Add", "Sub", "Mul", "Div"):
@@ -348,6 +353,14 @@ class _Walk(Elements):
             self.pin(tensor, axis)
         else:
             self.link(self.ids(x, at), self.ids(y, kept.index(at)))
+
+
+def clip_maximum(node: gs.Node) -> float | None:
+    """The maximum of a Clip from 0; None for any other operator."""
+    if node.op != "Clip" or len(node.inputs) < 3 or not all(isinstance(t, gs.Constant) for t in node.inputs[1:3]):
+        return None
+    low, high = (float(t.values.item()) for t in node.inputs[1:3])
+    return high if low == 0 < high else None
 
 
 def _is_relu(node: gs.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from onnxq_plugins.job import Pass
 from onnxq_plugins.passes.bias_correct import BiasCorrect
+from onnxq_plugins.passes.equalize import Equalize
 from onnxq_plugins.passes.ranges import Ranges
 from onnxq_plugins.passes.reorder import Reorder
 from onnxq_plugins.passes.round import Round
@@ -11,8 +12,8 @@ from onnxq_plugins.passes.sub_layer import SubLayer
 from onnxq_plugins.passes.subtensor import Subtensor
 from onnxq_plugins.passes.vector_scale import VectorScale
 
-BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, Ranges, Reorder, Round, ScaleInputs, ShiftEqualize,
+BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, Equalize, Ranges, Reorder, Round, ScaleInputs, ShiftEqualize,
                                   SubLayer, Subtensor, VectorScale)
 
-__all__ = ["BUILTIN", "BiasCorrect", "Pass", "Ranges", "Reorder", "Round", "ScaleInputs", "ShiftEqualize", "SubLayer",
+__all__ = ["BUILTIN", "BiasCorrect", "Equalize", "Pass", "Ranges", "Reorder", "Round", "ScaleInputs", "ShiftEqualize", "SubLayer",
            "Subtensor", "VectorScale"]

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins.complete import complete
-from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.graph import Graph
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.qdq import weight_values
+from onnxq_plugins.layerwise import bias_shift
 from onnxq_plugins.solvers.gaussian import clipped_moments
 from onnxq_plugins.spec import Array
 
@@ -60,22 +60,12 @@ class BiasCorrect(Pass):
         largest = 0.0
         for layer in layers:
             if layer.name in expected:
-                shift = self._shift(job, layer, expected[layer.name])
+                shift = bias_shift(graph, layer, job.plan[layer.weight], expected[layer.name])
                 bias = graph.constant(layer.bias) if layer.bias is not None else np.zeros(1)
                 largest = max(largest, float(np.abs(shift).max() / max(float(np.abs(bias).max()), 1e-30)))
                 job.plan |= {layer.weight: replace(job.plan[layer.weight], shift=shift.astype(np.float32))}
         return {"layers": len(expected), "largest_shift_relative_to_bias": round(largest, 6),
                 **({"left_out": left} if left else {})}
-
-    @staticmethod
-    def _shift(job: Job, layer: Layer, mean: Array) -> Array:
-        """(W - Wq) E[x] [OC]."""
-        weight = job.graph.constant(layer.weight).astype(np.float64)
-        error = layer.matrix(weight - weight_values(layer, job.plan[layer.weight]))
-        taps = int(np.prod(layer.shape[2:])) if layer.op == "Conv" else 1
-        summed = error.reshape(*error.shape[:2], -1, taps).sum(axis=3)  # [groups, outputs, inputs]
-        shift: Array = np.einsum("goi,gi->go", summed, mean.reshape(layer.groups, -1)).reshape(-1)
-        return shift
 
 
 def expected_moments(graph: Graph, name: str) -> Moments | None:

@@ -1,0 +1,185 @@
+"""equalize: factors between layers that give channels ranges which one scale can serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from onnxq_plugins.calibration import channels
+from onnxq_plugins.graph import ChannelGroup, Graph, Member, channel_groups, clip_maximum, rescale
+from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.solvers.equalize import Place, equalize
+from onnxq_plugins.spec import Array
+from onnxq_plugins.trial import Trial
+
+_FACTOR = 2.0**12  # factors beyond this, or its inverse, only make biases too large for int32 and weights vanish
+_BIAS = 64.0  # how far beyond a layer's largest bias a factor may bring another one
+
+Bounds = tuple[Array, Array]  # least and largest factor per channel
+
+
+@dataclass(frozen=True)
+class Equalize(Pass):
+    """Cross-layer equalization: multiply a channel by a factor where it is made and divide by it where it is read. The float
+    function stays; what one scale for all channels costs does not.
+
+    by         ``weights``: a channel's range in the weights that make it becomes equal to its range in those that read it,
+               which serves scales per tensor. ``activations``: channel c is divided by (r_c / max r)^e, with r_c its largest
+               |value| over the activations of the group, relative to each one's largest; e is chosen per group by the
+               measured error of the quantized network's outputs. This serves the scale that an activation has for all its
+               channels
+    pow2       factors are powers of two: the float model stays the same to the last bit
+    exponents  e to try
+    samples    of the data that errors are measured on (``activations``)
+    margin     how far a channel may go beyond its calibrated range, in parts of that range, before a Clip counts as idle
+
+    Groups are sets of channels that must scale together: layer to layer, through a depthwise layer (whose rows take up a
+    factor on either side), a whole residual stream, LayerNormalization to MatMul (SmoothQuant's case).
+
+    A Clip (ReLU6) has one maximum for all channels, so an equalized one would need a Min per channel, which no integer
+    kernel absorbs. Hence a channel that reaches the maximum keeps factor 1, and one that stays below gets no larger factor
+    than leaves it below; the data tell which is which. Without data such groups are left alone, and told.
+
+    Source: ``weights``: Data-Free Quantization (arXiv 1906.04721), section 4.1. ``activations``: SmoothQuant (arXiv
+    2211.10438), without its weight term, on any group. The treatment of Clip is ours.
+    Cost: ``weights``: a fraction of a second; one run over the data where there are Clips. ``activations``: one run, and for
+    each group and exponent an export and `samples` runs of the quantized network.
+    """
+
+    name: ClassVar[str] = "equalize"
+    by: Literal["weights", "activations"] = "weights"
+    pow2: bool = False
+    exponents: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    samples: int = 16
+    margin: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples = {self.samples} must be at least 1")
+        if self.margin < 0:
+            raise ValueError(f"margin = {self.margin} must not be negative")
+        if not self.exponents or not all(0 < e <= 1 for e in self.exponents):
+            raise ValueError(f"exponents = {list(self.exponents)} must lie in (0, 1]")
+
+    def apply(self, job: Job) -> dict[str, Any]:
+        if self.by == "activations" and not job.calibration.ready:
+            job.report["notes"].append("equalize by activations was left out: without data there are no ranges to even out")
+            return {"groups": 0}
+        groups = channel_groups(job.graph, "rescale", clips=job.calibration.ready)
+        bounds = self._bounds(job, groups)
+        told: dict[str, Any] = {}
+        if not job.calibration.ready and (stopped := _stopped(job.graph)):
+            job.report["notes"].append(f"equalize went through no Clip, since there are no data that tell where it is idle "
+                                       f"({stopped} Clips)")
+            told["clips_not_passed"] = stopped
+        if self.by == "weights":
+            weights = _reduced(job.graph)
+            places = [[p for m in g.weights if m.tensor in weights for p in _places(weights[m.tensor], m)] for g in groups]
+            factors = [self._rounded(f, b) for f, b in zip(equalize(places, bounds), bounds, strict=True)]
+            for group, found in zip(groups, factors, strict=True):
+                rescale(job.graph, group, found)
+            fixed = sum(int((low == high).sum()) for low, high in bounds)
+            largest = max((float(np.abs(np.log2(f)).max()) for f in factors), default=0.0)
+            return {"groups": len(groups), "channels": sum(g.size for g in groups), "held_by_clips": fixed,
+                    "largest_factor_log2": round(largest, 2), **told}
+        return told | self._by_activations(job, groups, bounds)
+
+    def _by_activations(self, job: Job, groups: list[ChannelGroup], bounds: list[Bounds]) -> dict[str, Any]:
+        """Try the exponents group by group, those with the most uneven channels first, and keep what lowers the error."""
+        trial = Trial(job, self.samples)
+        spreads = [_spread(job, trial, group) for group in groups]
+        order = [i for i in np.argsort([np.median(s) if s is not None else 1.0 for s in spreads])
+                 if spreads[i] is not None and (bounds[i][0] < bounds[i][1]).any()]
+        before = best = trial.noise()
+        kept = {}
+        for i in job.track(order, "equalizing", len(order)):
+            group, spread, constants = groups[i], spreads[i], {m.tensor: None for m in groups[i].weights}
+            assert spread is not None
+            held = {name: job.graph.constant(name).copy() for name in constants}
+            chosen = None
+            for e in self.exponents:
+                found = self._rounded(np.clip(spread**-e, *bounds[i]), bounds[i])
+                noise = self._tried(job, trial, group, found)
+                if noise < best * 0.995:
+                    best, chosen = noise, (e, found)
+                for name, values in held.items():
+                    job.graph.set_constant(name, values)
+                trial.rescaled(group, 1 / found)
+            if chosen is not None:
+                rescale(job.graph, group, chosen[1])
+                trial.rescaled(group, chosen[1])
+                kept[group.tensors[0]] = chosen[0]
+        return {"groups": len(groups), "exponents": kept, "sqnr": [round(-10 * float(np.log10(max(n, 1e-20))), 2)
+                                                                   for n in (before, best)]}
+
+    @staticmethod
+    def _tried(job: Job, trial: Trial, group: ChannelGroup, factors: Array) -> float:
+        rescale(job.graph, group, factors)
+        trial.rescaled(group, factors)
+        return trial.noise()
+
+    def _rounded(self, factors: Array, bounds: Bounds) -> Array:
+        """Factors as they are, or the nearest powers of two within the bounds."""
+        if not self.pow2:
+            return factors
+        near = np.exp2(np.rint(np.log2(factors)))
+        near = np.where(near > bounds[1], near / 2, near)
+        return np.where(near < bounds[0], near * 2, near)
+
+    def _bounds(self, job: Job, groups: list[ChannelGroup]) -> list[Bounds]:
+        """Least and largest factors of each group's channels."""
+        graph = job.graph
+        clips = {n: node for g in groups for n in g.tensors
+                 if (node := graph.producer(n)) is not None and clip_maximum(node) is not None}
+        sources = {n: node.inputs[0].name for n, node in clips.items()}
+        ranges = job.calibration.channel_ranges(list(sources.values())) if sources else {}
+        made = []
+        for group in groups:
+            low, high = np.full(group.size, 1 / _FACTOR), np.full(group.size, _FACTOR)
+            for member in group.members:
+                if member.tensor in clips:
+                    first, last = ranges[sources[member.tensor]]
+                    top = np.maximum((last + self.margin * (last - first))[member.index].max(axis=1), 1e-30)
+                    limit = clip_maximum(clips[member.tensor])
+                    assert limit is not None
+                    low, high = np.where(top < limit, low, 1.0), np.where(top < limit, np.minimum(high, limit / top), 1.0)
+                elif member.constant and member.role == "output" and graph.constant(member.tensor).ndim == 1:
+                    bias = np.abs(graph.constant(member.tensor))[member.index].max(axis=1)
+                    high = np.minimum(high, np.maximum(_BIAS * bias.max() / np.maximum(bias, 1e-30), 1.0))
+            made.append((np.minimum(low, high), high))
+        return made
+
+
+def _spread(job: Job, trial: Trial, group: ChannelGroup) -> Array | None:
+    """Largest |value| of each channel relative to the largest of all, over the group's planned activations [channels]; None
+    where nothing is to be gained."""
+    sizes = []
+    for member in group.members:
+        if not member.constant and member.tensor in trial.ranges and channels(job.graph, member.tensor):
+            low, high = trial.ranges[member.tensor]
+            size = np.maximum(np.abs(low), np.abs(high))[member.index].max(axis=1)
+            sizes.append(size / max(float(size.max()), 1e-30))
+    if not sizes:
+        return None
+    spread = np.max(sizes, axis=0)
+    spread = np.maximum(spread, 1 / _FACTOR)
+    return spread if np.median(spread) < 0.9 else None
+
+
+def _reduced(graph: Graph) -> dict[str, Array]:
+    """Every layer's weight as its largest |value| over all axes but the first two [rows, columns]."""
+    return {y.weight: np.abs(graph.constant(y.weight)).reshape(*y.shape[:2], -1).max(axis=2).astype(np.float64)
+            for y in graph.layers}
+
+
+def _places(size: Array, member: Member) -> list[Place]:
+    """Where a group lies in a weight; one group of a grouped convolution is a part of its rows."""
+    part = size[slice(*member.rows)] if member.rows else size
+    return [Place(part, member.axis, member.index, member.role == "output")] if member.role != "fixed" else []
+
+
+def _stopped(graph: Graph) -> int:
+    """How many Clips with a maximum the model has."""
+    return sum(clip_maximum(node) is not None for node in graph.nodes)

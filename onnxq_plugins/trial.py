@@ -1,0 +1,84 @@
+"""How well a network would do, quantized as the plan stands: a measured answer that stays up to date while a pass rescales
+channel groups, without reading the data again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from onnxq_plugins import qdq, runtime
+from onnxq_plugins.calibration import channels
+from onnxq_plugins.complete import activation_spec, complete_weight
+from onnxq_plugins.graph import ChannelGroup, Layer
+from onnxq_plugins.job import Job
+from onnxq_plugins.layerwise import bias_shift
+from onnxq_plugins.planning import layer_input
+from onnxq_plugins.spec import Array, Plan, QuantSpec
+
+Range = tuple[Array, Array]  # lowest and highest value per channel [C], or of the tensor as a whole ()
+
+
+class Trial:
+    """The quantized network for the job's present graph and plan: open activations take their extremes, open weights the
+    nearest codes and a corrected bias. The job is left alone.
+
+    samples   of the calibration data that errors are measured on, spread evenly
+    """
+
+    def __init__(self, job: Job, samples: int = 16) -> None:
+        assert job.calibration.data is not None
+        graph, self.job = job.graph, job
+        feeds = list(job.calibration.data)
+        self.feeds = [feeds[n * len(feeds) // samples] for n in range(samples)] if len(feeds) > samples else feeds
+        self.reference = runtime.outputs(runtime.session(graph.model()), self.feeds)
+        names = [n for n in job.plan if not graph.is_constant(n)]
+        fine = [n for n in names if channels(graph, n)]
+        self.ranges: dict[str, Range] = dict(job.calibration.channel_ranges(fine))
+        whole = job.calibration.ranges([n for n in names if n not in self.ranges])
+        self.ranges |= {n: (np.array(low), np.array(high)) for n, (low, high) in whole.items()}
+        inputs = [y.input for y in graph.layers if y.weight in job.plan and y.op in ("Conv", "Gemm")]
+        self.means = dict(job.calibration.means([n for n in inputs if channels(graph, n)]))
+        self.weights: Plan = Plan({})
+
+    def rescaled(self, group: ChannelGroup, factors: Array) -> None:
+        """Take note that a group of the graph was rescaled."""
+        for member in group.members:
+            spread = np.repeat(factors, member.index.shape[1])
+            at = member.index.ravel()
+            if not member.constant and member.tensor in self.ranges and self.ranges[member.tensor][0].ndim:
+                low, high = (side.copy() for side in self.ranges[member.tensor])
+                low[at], high[at] = low[at] * spread, high[at] * spread
+                self.ranges[member.tensor] = low, high
+            if not member.constant and member.tensor in self.means:
+                self.means[member.tensor] = self.means[member.tensor].copy()
+                self.means[member.tensor][at] *= spread
+        touched = {m.tensor for m in group.weights} | set(group.tensors)
+        self.weights = self.weights.without(*(y.weight for y in self.job.graph.layers
+                                              if touched & {y.weight, y.bias, y.input}))
+
+    def noise(self) -> float:
+        """Energy of the error at the outputs relative to that of the float network's."""
+        job, graph = self.job, self.job.graph
+        spans = {n: (float(low.min()), float(high.max())) for n, (low, high) in self.ranges.items()}
+        plan = job.plan | {n: activation_spec(spans[n], job.plan[n]) for n in spans if not job.plan[n].solved}
+        trial = replace(job, plan=plan | self.weights, report={})
+        layers = [y for y in graph.layers if y.weight in plan and y.weight not in self.weights]
+        self.weights |= {y.weight: self._weight(trial, y) for y in layers}
+        model = qdq.export(graph, trial.plan | self.weights, job.target)
+        found = runtime.outputs(runtime.session(model), self.feeds)
+        energy = sum(float(np.sum(np.square(y, dtype=np.float64))) for y in self.reference)
+        wrong = sum(float(np.sum(np.square(z - y, dtype=np.float64)))
+                    for y, z in zip(self.reference, found, strict=True))
+        return wrong / max(energy, 1e-30)
+
+    def _weight(self, trial: Job, layer: Layer) -> QuantSpec:
+        """The solved entry of a layer's weight; the mean error goes into the shift of its bias."""
+        spec = trial.plan[layer.weight]
+        if spec.codes is not None:
+            return spec
+        made = complete_weight(trial, layer, spec)
+        if layer.op not in ("Conv", "Gemm") or layer.input not in self.means or not layer_input(
+                trial.graph, trial.plan, trial.target, layer):
+            return made
+        return replace(made, shift=bias_shift(trial.graph, layer, made, self.means[layer.input]))
