@@ -102,7 +102,7 @@ class Target:
             rule = self.rule(layer, weight, bits)
             if rule is None:
                 refused.setdefault(self.refusal(layer, weight, bits), []).append(layer.name)
-            elif bits and rule.storage != "float" and weight.sub_block is not None and not channel_multipliers(layer, weight):
+            elif bits and rule.storage != "float" and weight.sub_block and not channel_multipliers(layer, weight):
                 largest = weight.multipliers[-1] if weight.multiplier is None else np.max(weight.multiplier)
                 if largest * weight.grid[1] > self.max_code:
                     found.append(f"{layer.op} '{layer.name}': {weight.bits}-bit codes times multipliers up to {largest} "
@@ -221,8 +221,8 @@ STORAGE = Target("storage", "any runtime, for size on disk: every granularity is
                  "layers run in float",
                  tuple(Rule(op, op, activations, tuple(range(2, 9)), ("tensor", "channel", "block", "tile"), "float",
                             multipliers=True) for op in LAYER_OPS for activations in (8, 0)), _CHAIN, flatten=False)
-PER_TENSOR = Target("per-tensor", "runtimes and NPUs that know one scale per weight tensor; shifts of single channels become "
-                    "a power-of-two Mul behind the layer, and are listed in the model's metadata",
+PER_TENSOR = Target("per-tensor", "runtimes and NPUs that know one scale per weight tensor; shifts of single channels "
+                    "become a power-of-two Mul behind the layer, and are listed in the model's metadata",
                     tuple(Rule(op, "int8", 8, tuple(range(2, 9)), ("tensor",), "int8") for op in ("Conv", "Gemm", "MatMul")),
                     _CHAIN, flatten=False)
 BUILTIN = (ORT_CPU, ORT_CPU_AVX2, OPENVINO, PER_TENSOR, STORAGE)

@@ -26,7 +26,7 @@ class Trial:
     samples   of the calibration data that errors are measured on, spread evenly
     """
 
-    def __init__(self, job: Job, samples: int = 16) -> None:
+    def __init__(self, job: Job, samples: int = 32) -> None:
         assert job.calibration.data is not None
         graph, self.job = job.graph, job
         feeds = list(job.calibration.data)
@@ -57,8 +57,8 @@ class Trial:
         self.weights = self.weights.without(*(y.weight for y in self.job.graph.layers
                                               if touched & {y.weight, y.bias, y.input}))
 
-    def noise(self) -> float:
-        """Energy of the error at the outputs relative to that of the float network's."""
+    def sqnr(self) -> float:
+        """Signal to noise ratio of the outputs in dB, averaged over samples and outputs."""
         job, graph = self.job, self.job.graph
         spans = {n: (float(low.min()), float(high.max())) for n, (low, high) in self.ranges.items()}
         plan = job.plan | {n: activation_spec(spans[n], job.plan[n]) for n in spans if not job.plan[n].solved}
@@ -67,10 +67,7 @@ class Trial:
         self.weights |= {y.weight: self._weight(trial, y) for y in layers}
         model = qdq.export(graph, trial.plan | self.weights, job.target)
         found = runtime.outputs(runtime.session(model), self.feeds)
-        energy = sum(float(np.sum(np.square(y, dtype=np.float64))) for y in self.reference)
-        wrong = sum(float(np.sum(np.square(z - y, dtype=np.float64)))
-                    for y, z in zip(self.reference, found, strict=True))
-        return wrong / max(energy, 1e-30)
+        return float(np.mean([runtime.sqnr(y, z) for y, z in zip(self.reference, found, strict=True)]))
 
     def _weight(self, trial: Job, layer: Layer) -> QuantSpec:
         """The solved entry of a layer's weight; the mean error goes into the shift of its bias."""

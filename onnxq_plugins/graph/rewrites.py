@@ -4,7 +4,7 @@ layer by its output channels."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -50,6 +50,12 @@ def rescale(graph: Graph, group: ChannelGroup, factors: Sequence[float] | Array)
         spread = np.repeat(f, member.index.shape[1]).reshape(-1, *(1,) * (moved.ndim - 1))
         moved[at] = (moved[at].astype(np.float64) * spread).astype(np.float32)
         graph.set_constant(member.tensor, values)
+    for member in group.members:
+        norm = graph.batchnorms.get(member.tensor)
+        if norm is not None and not member.constant:  # gamma and beta are the activation's deviation and mean
+            spread = np.ones(len(norm.gamma))
+            spread[member.index.ravel()] = np.repeat(factors, member.index.shape[1])
+            graph.batchnorms[member.tensor] = replace(norm, gamma=norm.gamma * spread, beta=norm.beta * spread)
     graph.touched.update(group.tensors)
 
 

@@ -15,5 +15,5 @@ from onnxq_plugins.passes.vector_scale import VectorScale
 BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, Equalize, Ranges, Reorder, Round, ScaleInputs, ShiftEqualize,
                                   SubLayer, Subtensor, VectorScale)
 
-__all__ = ["BUILTIN", "BiasCorrect", "Equalize", "Pass", "Ranges", "Reorder", "Round", "ScaleInputs", "ShiftEqualize", "SubLayer",
-           "Subtensor", "VectorScale"]
+__all__ = ["BUILTIN", "BiasCorrect", "Equalize", "Pass", "Ranges", "Reorder", "Round", "ScaleInputs", "ShiftEqualize",
+           "SubLayer", "Subtensor", "VectorScale"]

@@ -15,6 +15,7 @@ from onnxq_plugins.spec import Array
 from onnxq_plugins.trial import Trial
 
 _FACTOR = 2.0**12  # factors beyond this, or its inverse, only make biases too large for int32 and weights vanish
+_LEAST = 0.1  # dB by which an exponent must lower the measured error: what a few samples can tell
 _BIAS = 64.0  # how far beyond a layer's largest bias a factor may bring another one
 
 Bounds = tuple[Array, Array]  # least and largest factor per channel
@@ -30,6 +31,7 @@ class Equalize(Pass):
                |value| over the activations of the group, relative to each one's largest; e is chosen per group by the
                measured error of the quantized network's outputs. This serves the scale that an activation has for all its
                channels
+    gain       ``weights``: least ratio of a group's predicted rounding noise before and after for which it is equalized
     pow2       factors are powers of two: the float model stays the same to the last bit
     exponents  e to try
     samples    of the data that errors are measured on (``activations``)
@@ -50,9 +52,10 @@ class Equalize(Pass):
 
     name: ClassVar[str] = "equalize"
     by: Literal["weights", "activations"] = "weights"
+    gain: float = 2.0
     pow2: bool = False
     exponents: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    samples: int = 16
+    samples: int = 32
     margin: float = 0.25
 
     def __post_init__(self) -> None:
@@ -74,51 +77,46 @@ class Equalize(Pass):
             job.report["notes"].append(f"equalize went through no Clip, since there are no data that tell where it is idle "
                                        f"({stopped} Clips)")
             told["clips_not_passed"] = stopped
-        if self.by == "weights":
-            weights = _reduced(job.graph)
-            places = [[p for m in g.weights if m.tensor in weights for p in _places(weights[m.tensor], m)] for g in groups]
-            factors = [self._rounded(f, b) for f, b in zip(equalize(places, bounds), bounds, strict=True)]
-            for group, found in zip(groups, factors, strict=True):
-                rescale(job.graph, group, found)
-            fixed = sum(int((low == high).sum()) for low, high in bounds)
-            largest = max((float(np.abs(np.log2(f)).max()) for f in factors), default=0.0)
-            return {"groups": len(groups), "channels": sum(g.size for g in groups), "held_by_clips": fixed,
-                    "largest_factor_log2": round(largest, 2), **told}
-        return told | self._by_activations(job, groups, bounds)
+        found = self._by_weights(job, groups, bounds) if self.by == "weights" else self._by_activations(job, groups, bounds)
+        held = sum(int((low == high).sum()) for low, high in bounds)
+        return {"groups": len(groups), "channels_held_by_clips": held, **told, **found}
+
+    def _by_weights(self, job: Job, groups: list[ChannelGroup], bounds: list[Bounds]) -> dict[str, Any]:
+        weights = _reduced(job.graph)
+        places = [[_place(weights[m.tensor], m) for m in g.weights if m.tensor in weights and m.role != "fixed"]
+                  for g in groups]
+        used, largest = 0, 1.0
+        for group, factors, bound in zip(groups, equalize(places, bounds, self.gain), bounds, strict=True):
+            made = self._rounded(factors, bound)
+            if (made != 1).any():
+                rescale(job.graph, group, made)
+                used, largest = used + 1, max(largest, float(made.max() / made.min()))
+        return {"equalized": used, "largest_ratio_of_factors": round(largest, 1)}
 
     def _by_activations(self, job: Job, groups: list[ChannelGroup], bounds: list[Bounds]) -> dict[str, Any]:
         """Try the exponents group by group, those with the most uneven channels first, and keep what lowers the error."""
         trial = Trial(job, self.samples)
-        spreads = [_spread(job, trial, group) for group in groups]
-        order = [i for i in np.argsort([np.median(s) if s is not None else 1.0 for s in spreads])
-                 if spreads[i] is not None and (bounds[i][0] < bounds[i][1]).any()]
-        before = best = trial.noise()
+        spreads = {i: spread for i, group in enumerate(groups) if (bounds[i][0] < bounds[i][1]).any()
+                   and (spread := _spread(job, trial, group)) is not None}
+        before = best = trial.sqnr()
         kept = {}
-        for i in job.track(order, "equalizing", len(order)):
-            group, spread, constants = groups[i], spreads[i], {m.tensor: None for m in groups[i].weights}
-            assert spread is not None
-            held = {name: job.graph.constant(name).copy() for name in constants}
-            chosen = None
+        for i in job.track(sorted(spreads, key=lambda i: float(np.median(spreads[i]))), "equalizing", len(spreads)):
+            group, chosen = groups[i], None
+            held = {m.tensor: job.graph.constant(m.tensor).copy() for m in group.weights}
             for e in self.exponents:
-                found = self._rounded(np.clip(spread**-e, *bounds[i]), bounds[i])
-                noise = self._tried(job, trial, group, found)
-                if noise < best * 0.995:
-                    best, chosen = noise, (e, found)
+                factors = self._rounded(np.clip(spreads[i] ** -e, *bounds[i]), bounds[i])
+                rescale(job.graph, group, factors)
+                trial.rescaled(group, factors)
+                if (found := trial.sqnr()) > best + _LEAST:
+                    best, chosen = found, (e, factors)
                 for name, values in held.items():
                     job.graph.set_constant(name, values)
-                trial.rescaled(group, 1 / found)
+                trial.rescaled(group, 1 / factors)
             if chosen is not None:
                 rescale(job.graph, group, chosen[1])
                 trial.rescaled(group, chosen[1])
                 kept[group.tensors[0]] = chosen[0]
-        return {"groups": len(groups), "exponents": kept, "sqnr": [round(-10 * float(np.log10(max(n, 1e-20))), 2)
-                                                                   for n in (before, best)]}
-
-    @staticmethod
-    def _tried(job: Job, trial: Trial, group: ChannelGroup, factors: Array) -> float:
-        rescale(job.graph, group, factors)
-        trial.rescaled(group, factors)
-        return trial.noise()
+        return {"equalized": len(kept), "exponents": kept, "sqnr_before_and_after": [round(before, 2), round(best, 2)]}
 
     def _rounded(self, factors: Array, bounds: Bounds) -> Array:
         """Factors as they are, or the nearest powers of two within the bounds."""
@@ -174,10 +172,9 @@ def _reduced(graph: Graph) -> dict[str, Array]:
             for y in graph.layers}
 
 
-def _places(size: Array, member: Member) -> list[Place]:
+def _place(size: Array, member: Member) -> Place:
     """Where a group lies in a weight; one group of a grouped convolution is a part of its rows."""
-    part = size[slice(*member.rows)] if member.rows else size
-    return [Place(part, member.axis, member.index, member.role == "output")] if member.role != "fixed" else []
+    return Place(size[slice(*member.rows)] if member.rows else size, member.axis, member.index, member.role == "output")
 
 
 def _stopped(graph: Graph) -> int:

@@ -86,4 +86,4 @@ class ShiftEqualize(Pass):
 def _dead(weight: Array, layer: Layer) -> Array:
     """True for output channels whose weights are all 0, shaped as their multipliers."""
     others = tuple(axis for axis in range(weight.ndim) if axis != layer.out_axis)
-    return ~weight.any(axis=others, keepdims=True)
+    return np.asarray(~weight.any(axis=others, keepdims=True))

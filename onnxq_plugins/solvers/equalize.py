@@ -58,34 +58,57 @@ def balance(before: Array, after: Array, low: Array, high: Array) -> Array:
         return ratio
     tried = np.where(alive, np.clip(_LEVELS * ratio, low, high), np.clip(1.0, low, high))
     one, two = np.where(alive, before, 0.0) * tried, np.where(alive, after, 0.0) / tried
-    noise = one.max(axis=1) ** 2 * np.sum(two**2, axis=1) + two.max(axis=1) ** 2 * np.sum(one**2, axis=1)
-    best: Array = tried[int(noise.argmin())]
+    best: Array = tried[int(noise(one, two).argmin())]
     return best
 
 
-def equalize(groups: Sequence[Sequence[Place]], bounds: Sequence[tuple[Array, Array]], sweeps: int = 40,
+def noise(before: Array, after: Array) -> Array:
+    """Rounding noise that reaches the readers' outputs, up to a factor, from ranges [..., channels] on both sides: the step
+    of each side is its largest range, and noise of one side passes through the other."""
+    made: Array = before.max(axis=-1) ** 2 * np.sum(after**2, axis=-1) + after.max(axis=-1) ** 2 * np.sum(before**2, axis=-1)
+    return made
+
+
+def equalize(groups: Sequence[Sequence[Place]], bounds: Sequence[tuple[Array, Array]], gain: float = 1.0, sweeps: int = 40,
              tolerance: float = 1e-3) -> list[Array]:
     """Balance all groups in turn until no factor changes by more than `tolerance` (relative); returns each group's factors.
 
     bounds   (low, high) of each group's factors
+    gain     groups whose `noise` would not fall by this ratio when their turn comes first are left alone
 
     Source: cross-layer equalization of Data-Free Quantization (arXiv 1906.04721), section 4.1. Layers with both sides in a
     group (depthwise) come to its closed form for three layers by the sweeps. Ours: several weights on a side, as in residual
-    streams, count by the largest relative range; bounds.
+    streams, count by the largest relative range; bounds; gain.
     """
     factors = [np.ones(len(low)) for low, _ in bounds]
-    for _ in range(sweeps):
+    chosen = list(range(len(groups)))
+    for sweep in range(sweeps):
         change = 0.0
-        for places, (low, high), total in zip(groups, bounds, factors, strict=True):
-            sides = [[p.ranges() for p in places if p.writes is writes] for writes in (True, False)]
-            if not all(sides):
+        for i in list(chosen):
+            total = factors[i]
+            if not sweep and not _worth(groups[i], bounds[i], gain):
+                chosen.remove(i)
                 continue
-            f = balance(np.max(sides[0], axis=0), np.max(sides[1], axis=0), low / total, high / total)
-            for place in places:
+            f = balance(*_sides(groups[i]), bounds[i][0] / total, bounds[i][1] / total)
+            for place in groups[i]:
                 place.scale(f)
             total *= f
-            level = f / np.exp(np.mean(np.log(f)))
-            change = max(change, float(np.abs(np.log(level)).max()))
+            change = max(change, float(np.ptp(np.log(f))))  # a common factor changes nothing
         if change < tolerance:
             break
     return factors
+
+
+def _sides(places: Sequence[Place]) -> tuple[Array, Array]:
+    """Relative ranges of a group's channels where they are made and where they are read."""
+    before, after = (np.max([p.ranges() for p in places if p.writes is writes], axis=0) for writes in (True, False))
+    return before, after
+
+
+def _worth(places: Sequence[Place], bounds: tuple[Array, Array], gain: float) -> bool:
+    """True if a group has two sides and balancing it pays."""
+    if len({p.writes for p in places}) < 2:
+        return False
+    before, after = _sides(places)
+    f = balance(before, after, *bounds)
+    return bool(noise(before, after) >= gain * noise(before * f, after / f))
