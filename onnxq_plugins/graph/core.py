@@ -97,8 +97,8 @@ class Layer:
         return rows.reshape(self.shape) if self.out_axis == 0 else np.ascontiguousarray(rows.T)
 
     def geometry(self, sizes: Sequence[int]) -> tuple[Sequence[int], list[int], list[int], list[tuple[int, int]]]:
-        """Kernel, strides, dilations and pads (before, after) per spatial axis of a Conv whose input has these spatial sizes.
-        With explicit pads, or at stride 1, they do not depend on the sizes."""
+        """Kernel, strides, dilations and pads (before, after) of a Conv whose input has these spatial sizes. With explicit
+        pads, or at stride 1, they do not depend on the sizes."""
         rank, kernel = len(self.shape) - 2, self.shape[2:]
         strides = list(self.attrs.get("strides") or [1] * rank)
         dilations = list(self.attrs.get("dilations") or [1] * rank)

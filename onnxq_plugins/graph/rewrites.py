@@ -109,7 +109,7 @@ def centre_pads(graph: Graph, layer: Layer) -> list[int]:
     kernel, strides, dilations, pads = layer.geometry([n if isinstance(n, int) else 1 for n in known])
     same = str(layer.attrs.get("auto_pad", "")).startswith("SAME")
     if same and any(not isinstance(n, int) and s > 1 for n, s in zip(known, strides, strict=True)):
-        raise ValueError(f"layer '{layer.name}': with auto_pad and a stride its pads depend on input sizes that are not known")
+        raise ValueError(f"layer '{layer.name}': with auto_pad and a stride, its pads depend on a size that is unknown")
     moved = [[pad - d * (k - 1) // 2 for pad in ends] for k, d, ends in zip(kernel, dilations, pads, strict=True)]
     if any(pad < 0 for ends in moved for pad in ends):
         raise ValueError(f"layer '{layer.name}': its padding is smaller than half its kernel, so that its centre taps alone "
@@ -123,7 +123,7 @@ def centre_of(shape: Sequence[int]) -> tuple[slice, ...]:
 
 
 def _total(layer: Layer, parts: Sequence[Array]) -> Array | None:
-    """The sum, in float64, of parts in the weight's shape or of its centre; None if one has another shape or there is none."""
+    """The sum, in float64, of parts in the weight's shape or of its centre; None for another shape, or no part."""
     total, odd = np.zeros(layer.shape), layer.op == "Conv" and all(k % 2 for k in layer.shape[2:])
     for part in parts:
         if part.shape == layer.shape:

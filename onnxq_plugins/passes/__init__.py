@@ -6,11 +6,13 @@ from onnxq_plugins.passes.ranges import Ranges
 from onnxq_plugins.passes.reorder import Reorder
 from onnxq_plugins.passes.round import Round
 from onnxq_plugins.passes.scale_inputs import ScaleInputs
+from onnxq_plugins.passes.split_weights import SplitWeights
 from onnxq_plugins.passes.sub_layer import SubLayer
 from onnxq_plugins.passes.subtensor import Subtensor
 from onnxq_plugins.passes.vector_scale import VectorScale
 
-BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, Ranges, Reorder, Round, ScaleInputs, SubLayer, Subtensor, VectorScale)
+BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, Ranges, Reorder, Round, ScaleInputs, SplitWeights, SubLayer, Subtensor,
+                                   VectorScale)
 
-__all__ = ["BUILTIN", "BiasCorrect", "Pass", "Ranges", "Reorder", "Round", "ScaleInputs", "SubLayer", "Subtensor",
-           "VectorScale"]
+__all__ = ["BUILTIN", "BiasCorrect", "Pass", "Ranges", "Reorder", "Round", "ScaleInputs", "SplitWeights", "SubLayer",
+           "Subtensor", "VectorScale"]
