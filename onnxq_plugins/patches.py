@@ -20,7 +20,7 @@ def patches(layer: Layer, x: Array, positions: int, sample: int = 0, zero: int =
     if layer.op != "Conv":
         rows = x.reshape(-1, x.shape[-1])
         return rows[_spread(len(rows), positions, sample)].T[None]
-    kernel, strides, dilations, pads = _geometry(layer, x.shape[2:])
+    kernel, strides, dilations, pads = layer.geometry(x.shape[2:])
     sizes = _output_sizes(layer, x.shape[2:])
     at = _spread(len(x) * int(np.prod(sizes)), positions, sample)
     if any(map(any, pads)):
@@ -88,26 +88,8 @@ def add_gram(h: Array, columns: Array) -> Array:
     return h
 
 
-def _geometry(layer: Layer, sizes: Sequence[int]) -> tuple[Sequence[int], list[int], list[int], list[tuple[int, int]]]:
-    """Kernel, strides, dilations and pads of a convolution."""
-    rank = len(sizes)
-    strides = list(layer.attrs.get("strides") or [1] * rank)
-    dilations = list(layer.attrs.get("dilations") or [1] * rank)
-    auto = layer.attrs.get("auto_pad", "NOTSET")
-    kernel = layer.shape[2:]
-    if auto in ("SAME_UPPER", "SAME_LOWER"):
-        pads = []
-        for n, s, d, k in zip(sizes, strides, dilations, kernel, strict=True):
-            total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
-            small, large = total // 2, total - total // 2
-            pads.append((small, large) if auto == "SAME_UPPER" else (large, small))
-        return kernel, strides, dilations, pads
-    flat = (layer.attrs.get("pads") or [0] * 2 * rank) if auto == "NOTSET" else [0] * 2 * rank
-    return kernel, strides, dilations, list(zip(flat[:rank], flat[rank:], strict=True))
-
-
 def _output_sizes(layer: Layer, sizes: Sequence[int]) -> list[int]:
-    kernel, strides, dilations, pads = _geometry(layer, sizes)
+    kernel, strides, dilations, pads = layer.geometry(sizes)
     return [(n + sum(pad) - d * (k - 1) - 1) // s + 1
             for n, pad, d, k, s in zip(sizes, pads, dilations, kernel, strides, strict=True)]
 

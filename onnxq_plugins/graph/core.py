@@ -96,6 +96,23 @@ class Layer:
         rows = matrix.reshape(-1, matrix.shape[-1])
         return rows.reshape(self.shape) if self.out_axis == 0 else np.ascontiguousarray(rows.T)
 
+    def geometry(self, sizes: Sequence[int]) -> tuple[Sequence[int], list[int], list[int], list[tuple[int, int]]]:
+        """Kernel, strides, dilations and pads (before, after) of a Conv whose input has these spatial sizes. With explicit
+        pads, or at stride 1, they do not depend on the sizes."""
+        rank, kernel = len(self.shape) - 2, self.shape[2:]
+        strides = list(self.attrs.get("strides") or [1] * rank)
+        dilations = list(self.attrs.get("dilations") or [1] * rank)
+        auto = self.attrs.get("auto_pad", "NOTSET")
+        if auto in ("SAME_UPPER", "SAME_LOWER"):
+            pads = []
+            for n, s, d, k in zip(sizes, strides, dilations, kernel, strict=True):
+                total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
+                small, large = total // 2, total - total // 2
+                pads.append((small, large) if auto == "SAME_UPPER" else (large, small))
+            return kernel, strides, dilations, pads
+        flat = (self.attrs.get("pads") or [0] * 2 * rank) if auto == "NOTSET" else [0] * 2 * rank
+        return kernel, strides, dilations, list(zip(flat[:rank], flat[rank:], strict=True))
+
 
 class Graph:
     """The float model. Rewrites change it in place and keep its function; `touched` collects the names of the tensors

@@ -62,24 +62,32 @@ def rescale(graph: Graph, group: ChannelGroup, factors: Sequence[float] | Array)
 def replace_with_sum(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list[Layer]:
     """Layer W x + b becomes W_1 x + b + W_2 x + ... with sum(W_k) = W; returns the new layers.
 
-    parts   arrays in the weight's shape; ValueError if their sum differs from the weight by more than 1e-5 relative
+    parts   arrays in the weight's shape, or, of a convolution with odd kernel sizes, its centre taps alone
+            [OC, IC/groups, 1, ...]: such a part becomes a pointwise convolution. ValueError if their sum differs from the
+            weight by more than 1e-5 relative, or where a pointwise convolution cannot do it (`centre_pads`)
+
+    Statistics of a folded BatchNormalization stay with the sum, which bears the layer's output name.
     """
-    weight = graph.constant(layer.weight)
-    total = np.sum(np.stack([np.asarray(p, np.float64) for p in parts]), axis=0) if len(parts) else weight * np.inf
-    if total.shape != weight.shape or not np.allclose(total, weight, rtol=0, atol=1e-5 * (np.abs(weight).max() or 1.0)):
+    weight, parts = graph.constant(layer.weight), [np.asarray(part, np.float32) for part in parts]
+    total = _total(layer, parts)
+    if total is None or not np.allclose(total, weight, rtol=0, atol=1e-5 * (np.abs(weight).max() or 1.0)):
         raise ValueError(f"layer '{layer.name}': the parts do not add up to its weight")
+    pads = centre_pads(graph, layer) if any(part.shape != layer.shape for part in parts) else []
     node = graph.producer(layer.output)
     assert node is not None
     output, names = node.outputs[0], []
     node.outputs.clear()
     total_so_far: gs.Tensor | None = None
     for k, part in enumerate(parts):
-        name = f"{layer.name}_part{k + 1}"
-        inputs = [node.inputs[0], graph.add_constant(f"{layer.weight}_part{k + 1}", np.asarray(part, np.float32))]
+        name, attrs = f"{layer.name}_part{k + 1}", dict(node.attrs)
+        if part.shape != layer.shape:
+            attrs = {"group": layer.groups, "strides": attrs.get("strides") or [1] * (part.ndim - 2), "pads": pads,
+                     "kernel_shape": [1] * (part.ndim - 2)}
+        inputs = [node.inputs[0], graph.add_constant(f"{layer.weight}_part{k + 1}", part)]
         if k == 0 and layer.bias is not None:
             inputs.append(node.inputs[2])
         y = graph.add_variable(f"{name}_out", like=output)
-        graph.add_node(layer.op, name, inputs, [y], before=node, **dict(node.attrs))
+        graph.add_node(layer.op, name, inputs, [y], before=node, **attrs)
         names.append(name)
         if total_so_far is not None:
             last = k == len(parts) - 1
@@ -92,6 +100,45 @@ def replace_with_sum(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list
     graph.tidy()
     graph.touched.update([layer.weight, output.name])
     return [graph.layer(name) for name in names]
+
+
+def centre_pads(graph: Graph, layer: Layer) -> list[int]:
+    """Pads, as ONNX lists them, of the pointwise convolution that computes what the centre taps of a convolution do: its own
+    less dilation * (kernel - 1) / 2 on each side, which is 0 where the output is as large as the input.
+
+    Raises ValueError for other operators, for even kernel sizes, where a pad would be negative, and where ``auto_pad`` makes
+    pads depend on an input size that is not known.
+    """
+    if layer.op != "Conv" or any(k % 2 == 0 for k in layer.shape[2:]):
+        raise ValueError(f"layer '{layer.name}': only a Conv with odd kernel sizes has a centre")
+    known = (graph.shape(layer.input) or (None,) * len(layer.shape))[2:]
+    kernel, strides, dilations, pads = layer.geometry([n if isinstance(n, int) else 1 for n in known])
+    same = str(layer.attrs.get("auto_pad", "")).startswith("SAME")
+    if same and any(not isinstance(n, int) and s > 1 for n, s in zip(known, strides, strict=True)):
+        raise ValueError(f"layer '{layer.name}': with auto_pad and a stride, its pads depend on a size that is unknown")
+    moved = [[pad - d * (k - 1) // 2 for pad in ends] for k, d, ends in zip(kernel, dilations, pads, strict=True)]
+    if any(pad < 0 for ends in moved for pad in ends):
+        raise ValueError(f"layer '{layer.name}': its padding is smaller than half its kernel, so that its centre taps alone "
+                         "would need negative pads")
+    return [ends[side] for side in (0, 1) for ends in moved]
+
+
+def centre_of(shape: Sequence[int]) -> tuple[slice, ...]:
+    """Where the centre taps lie in a convolution weight [OC, IC/groups, *kernel] with odd kernel sizes; axes are kept."""
+    return (slice(None), slice(None), *(slice(k // 2, k // 2 + 1) for k in shape[2:]))
+
+
+def _total(layer: Layer, parts: Sequence[Array]) -> Array | None:
+    """The sum, in float64, of parts in the weight's shape or of its centre; None for another shape, or no part."""
+    total, odd = np.zeros(layer.shape), layer.op == "Conv" and all(k % 2 for k in layer.shape[2:])
+    for part in parts:
+        if part.shape == layer.shape:
+            total += part
+        elif odd and part.shape == (*layer.shape[:2], *[1] * (len(layer.shape) - 2)):
+            total[centre_of(layer.shape)] += part
+        else:
+            return None
+    return total if len(parts) else None
 
 
 def split_outputs(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list[Layer]:

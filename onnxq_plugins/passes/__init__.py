@@ -8,12 +8,13 @@ from onnxq_plugins.passes.reorder import Reorder
 from onnxq_plugins.passes.round import Round
 from onnxq_plugins.passes.scale_inputs import ScaleInputs
 from onnxq_plugins.passes.shift_equalize import ShiftEqualize
+from onnxq_plugins.passes.split_weights import SplitWeights
 from onnxq_plugins.passes.sub_layer import SubLayer
 from onnxq_plugins.passes.subtensor import Subtensor
 from onnxq_plugins.passes.vector_scale import VectorScale
 
-BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, Equalize, Ranges, Reorder, Round, ScaleInputs, ShiftEqualize,
+BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, Equalize, Ranges, Reorder, Round, ScaleInputs, ShiftEqualize, SplitWeights,
                                   SubLayer, Subtensor, VectorScale)
 
 __all__ = ["BUILTIN", "BiasCorrect", "Equalize", "Pass", "Ranges", "Reorder", "Round", "ScaleInputs", "ShiftEqualize",
-           "SubLayer", "Subtensor", "VectorScale"]
+           "SplitWeights", "SubLayer", "Subtensor", "VectorScale"]

@@ -1,0 +1,154 @@
+"""split-weights: the centre taps of a convolution in two parts, a coarse one of its own and what that leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from onnxq_plugins.graph import Layer, replace_with_sum
+from onnxq_plugins.graph.rewrites import centre_of, centre_pads
+from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.planning import layer_input
+from onnxq_plugins.spec import Array, QuantSpec, decode, encode, fake, solve_minmax
+from onnxq_plugins.target import channel_block
+
+MOST = 200.0  # dB that stand for "no error left"
+
+
+@dataclass(frozen=True)
+class SplitWeights(Pass):
+    """Coarse and fine weight splitting, for re-parameterised networks such as RepVGG: folding 1x1 and identity branches into
+    a 3x3 kernel leaves a centre tap that dwarfs the others, and the scale that covers it is too coarse for them. The layer
+    becomes the sum of two that read the same input:
+
+        coarse = g round(centre / g),  g = max |centre| / n       n: largest code; g per output channel, or per tensor
+        fine = W - coarse                                         open, as the recipe asks for
+
+    The coarse part lies exactly on its grid, so it adds no error, and is a pointwise convolution. What it leaves of the
+    centre is at most g / 2.
+
+    gain    a layer is split if that lowers the mean squared error of its rounded weights by so many dB at least
+    below   and, beside quantized activations, if the SQNR of the weights, rounded as they are, is below so many dB
+
+    Both parts write 8-bit outputs with ranges of their own, and an integer Add joins them on the scale of the layer's old
+    output: two roundings of activations more, which cost more than the split gains where the weights are fine enough as they
+    are. The default of `below` is about where gain and loss cancelled in `python -m benchmarks.split_weights`, for dense and
+    depthwise layers alike. Layers stay as they are, and are told, that have no odd kernel, pads below half of it, solved
+    scales, or, beside quantized activations, a target without an integer Add. Put this pass before all that solve scales.
+
+    The bias goes to the fine part, whose scales are smaller, and int32 codes for it finer. Only where a channel of that part
+    is empty, hence has the scale 1, does it go to the coarse one.
+
+    Source: Coarse & Fine Weight Splitting (arXiv 2312.10588); the coarse part as a pointwise convolution, and the rule which
+    layers to split, are our own.
+    Cost: milliseconds a layer. At run time one pointwise convolution (1 / kernel taps of the multiply-adds; of a depthwise
+    convolution, which gains least, likewise) and one Add for each layer that is split.
+    """
+
+    name: ClassVar[str] = "split-weights"
+    gain: float = 6.0
+    below: float = 33.0
+
+    def __post_init__(self) -> None:
+        if not self.gain >= 0:
+            raise ValueError(f"gain = {self.gain} must be at least 0")
+        if not self.below > 0:
+            raise ValueError(f"below = {self.below} must be positive")
+
+    def apply(self, job: Job) -> dict[str, Any]:
+        told: dict[str, dict[str, float]] = {}
+        left: dict[str, str] = {}
+        for layer in [y for y in job.graph.layers if y.weight in job.plan]:
+            reason = _unfit(job, layer)
+            if not reason:
+                weight, spec = job.graph.constant(layer.weight), job.plan[layer.weight]
+                coarse, fine = split(layer, weight, spec)
+                before, after = error(weight, spec), error(fine, spec)
+                gain, fits = decibel(before, after), decibel(float(np.mean(weight.astype(np.float64) ** 2)), before)
+                reason = self._worthless(gain, fits, bool(layer_input(job.graph, job.plan, job.target, layer)))
+                if not reason:
+                    _replace(job, layer, coarse, fine)
+                    told[layer.name] = {"gain_db": round(gain, 2), "weights_db_before": round(fits, 2),
+                                        "more_multiply_adds": round(1 / float(np.prod(layer.shape[2:])), 4)}
+                    continue
+            left[layer.name] = reason
+        return {"layers": told, "left_alone": left}
+
+    def _worthless(self, gain: float, fits: float, quantized: bool) -> str:
+        """Why a split would not pay; "" if it would."""
+        if gain <= 0 or gain < self.gain:
+            return f"the error of its weights would fall by {gain:.1f} dB only"
+        if quantized and fits >= self.below:
+            return f"its weights have {fits:.1f} dB as they are: rounding two more activations would cost more than it gains"
+        return ""
+
+
+def split(layer: Layer, weight: Array, spec: QuantSpec) -> tuple[QuantSpec, Array]:
+    """The entry, with scale and codes, of the coarse part [OC, IC/groups, 1, ...] of a convolution, and the fine part in the
+    weight's shape, float32: together they are the weight to the last bit.
+
+    weight   [OC, IC/groups, *kernel] with odd kernel sizes, float32
+    spec     the request of the weight: bits, and whether scales lie per tensor or finer
+    """
+    at = centre_of(weight.shape)
+    block = None if spec.block is None else channel_block(layer)
+    asked = replace(spec.request(), block=block, sub_block=None, pow2=spec.pow2 and spec.sub_block is None)
+    coarse = solve_minmax(weight[at], asked)
+    coarse = replace(coarse, codes=encode(weight[at], coarse))
+    assert coarse.codes is not None
+    fine = weight.copy()
+    fine[at] -= decode(coarse.codes, coarse)  # of like size, or one is 0: the difference has no rounding error
+    return coarse, fine
+
+
+def error(weight: Array, spec: QuantSpec) -> float:
+    """Mean squared error of a weight that is rounded as asked for, without clipping."""
+    return float(np.mean((weight - fake(weight, solve_minmax(weight, spec)).astype(np.float64)) ** 2))
+
+
+def decibel(power: float, noise: float) -> float:
+    """The ratio of two powers in dB, at most 200; 0 where both are 0."""
+    if noise == 0:
+        return MOST if power else 0.0
+    return min(MOST, float(10 * np.log10(max(power, 1e-300) / noise)))
+
+
+def _unfit(job: Job, layer: Layer) -> str:
+    """Why a planned layer cannot be split; "" if it can."""
+    spec, target = job.plan[layer.weight], job.target
+    if layer.op != "Conv" or int(np.prod(layer.shape[2:])) == 1:
+        return "only convolutions with a kernel larger than 1 have a centre among other taps"
+    try:
+        centre_pads(job.graph, layer)
+    except ValueError as error:
+        return str(error).partition(": ")[2]
+    if spec.solved:
+        return "its scales are solved"
+    weight = job.graph.constant(layer.weight)
+    if not np.isfinite(weight).all():
+        return "its weights are not finite"
+    key = layer_input(job.graph, job.plan, target, layer)
+    if key and "Add" not in target.integer_ops:
+        return f"target '{target.name}' has no integer Add that would join its parts"
+    coarse, _ = split(layer, weight, spec)
+    if target.rule(layer, coarse, job.plan[key].bits if key else 0) is None:
+        return f"target '{target.name}' cannot run its coarse part as {coarse.describe()}"
+    return ""
+
+
+def _replace(job: Job, layer: Layer, coarse: QuantSpec, fine: Array) -> None:
+    """Split a layer and plan what it becomes. The result keeps its entry: the sum is the same tensor."""
+    assert coarse.codes is not None
+    spec, whole = job.plan[layer.weight], job.plan.get(layer.result)
+    quantized = bool(layer_input(job.graph, job.plan, job.target, layer))
+    parts = {"fine": fine, "coarse": decode(coarse.codes, coarse)}
+    if not fine.reshape(len(fine), -1).any(axis=1).all():
+        parts = dict(reversed(parts.items()))  # the first part gets the bias
+    made = dict(zip(parts, replace_with_sum(job.graph, layer, list(parts.values())), strict=True))
+    job.plan = job.plan.without(layer.weight) | {made["fine"].weight: spec.request(), made["coarse"].weight: coarse}
+    if whole is not None:
+        job.plan |= {layer.result: replace(whole)}  # put anew: a range that was solved is not stale
+        if quantized:
+            job.plan |= {y.output: whole.request() for y in made.values()}
