@@ -11,7 +11,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.planning import layer_input
 from onnxq_plugins.qdq import bias_values
-from onnxq_plugins.spec import Array, QuantSpec, block_shape, encode, expand, from_range, solve_minmax
+from onnxq_plugins.spec import Array, QuantSpec, block_shape, encode, expand, from_range, reduce_blocks, solve_minmax
 from onnxq_plugins.target import channel_multipliers
 
 if TYPE_CHECKING:
@@ -42,15 +42,21 @@ def complete_weight(job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec:
     if not spec.solved:
         spec = solve_minmax(weight, spec)
     spec = _lower_shifts(job, layer, spec, weight)
+    spec = replace(spec, codes=encode(weight, spec) if spec.codes is None else spec.codes)
     codes, scale, floor = spec.codes, np.asarray(spec.scale), scale_floor(job, layer, spec)
+    assert codes is not None
+    empty = reduce_blocks(np.abs(codes), spec.block, np.maximum) == 0
+    if (empty & (floor > 0)).any():  # any scale serves weights of 0: the one that is finest for the bias
+        scale = np.where(empty & (floor > 0), floor, scale).astype(np.float32)
+        spec = replace(spec, scale=scale)
     over = floor > scale
     if over.any():
         widened = job.report.setdefault("widened", {})
         widened[layer.name] = widened.get(layer.name, 0) + int(over.sum())
         spec = replace(spec, scale=np.maximum(scale, floor).astype(np.float32))
-        if codes is not None:
-            codes = np.where(expand(over, weight.shape, spec.block), encode(weight, spec), codes)
-    return replace(spec, codes=encode(weight, spec) if codes is None else codes)
+        again = encode(weight, replace(spec, codes=None))
+        codes = np.where(expand(over, weight.shape, spec.block), again, codes)
+    return replace(spec, codes=codes)
 
 
 def scale_floor(job: Job, layer: Layer, spec: QuantSpec) -> Array:

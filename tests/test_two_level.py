@@ -283,6 +283,6 @@ def test_a_plan_by_hand_exports_without_a_pass():
                      multiplier=rng.integers(1, 16, (24, 3, 1, 1)), codes=rng.integers(-7, 8, layer.shape))
     made = export(graph, result.plan | {layer.weight: spec}, TARGETS["ort-cpu"])
     agree(made, feeds(model, 3))
-    assert stored_bits(layer, spec, "int4") == pytest.approx(4 + 4 / 8 + 32 / 24)
+    assert stored_bits(layer, spec, TARGETS["ort-cpu"].rule(layer, spec, 8)) == pytest.approx(4 + 4 / 8 + 32 / 24)
     codes = next(t for t in made.graph.initializer if t.name.startswith(f"{layer.weight}_codes"))
     assert numpy_helper.to_array(codes).astype(ml_dtypes.int4).reshape(layer.shape).tolist() == spec.codes.tolist()
