@@ -109,7 +109,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     calibration = Calibration(graph, read, cache=Path(cache) if cache else None, workers=workers, track=track)
     job = Job(graph, asked.plan, calibration, chosen, made, np.random.default_rng(seed), workers,
               {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.notes if read else ())]}, track)
-    steps = [_run(job, step, found, verify, read) for step in made.passes]
+    steps = [_run(job, step, found, verify) for step in made.passes]
     start = time.perf_counter()
     complete(job)
     OnnxqError.check(chosen.problems(graph, job.plan, _layer_inputs(job)))
@@ -158,8 +158,9 @@ def check_writable(path: Path) -> None:
 # ---- one pass -------------------------------------------------------------------------------------------------------------
 
 
-def _run(job: Job, step: Pass, found: Plugins, verify: bool, data: Data | None) -> dict[str, Any]:
+def _run(job: Job, step: Pass, found: Plugins, verify: bool) -> dict[str, Any]:
     """Run one pass through the hook, then hold it to the laws: float function (L1), no stale solutions (L5)."""
+    data = job.calibration.data  # the pass may bring its own
     before_plan, weights = job.plan, _weights(job.graph)
     reference = _probe(job.graph, data) if verify and step.exact else None
     job.graph.touched.clear()

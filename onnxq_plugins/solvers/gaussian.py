@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from onnxq_plugins.spec import Array
@@ -26,3 +28,13 @@ def clipped_moments(mean: Array, variance: Array, low: float, high: float) -> tu
     square = (mean**2 + deviation**2) * inside + 2 * mean * deviation * (density_a - density_b)
     square += deviation**2 * (a * density_a - b * density_b) + lower**2 * below + upper**2 * above
     return first, np.maximum(square - first**2, 0.0)
+
+
+def mapped_moments(mean: Array, variance: Array, function: Callable[[Array], Array],
+                   points: int = 32) -> tuple[Array, Array]:
+    """Mean and variance [C] of function(z) for normal z of the given mean and variance [C], by Gauss-Hermite quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(points)
+    values = function(mean + np.sqrt(variance) * nodes[:, None])
+    weights = weights / weights.sum()
+    first = weights @ values
+    return first, np.maximum(weights @ (values - first) ** 2, 0.0)
