@@ -3,11 +3,12 @@
 onnx-graphsurgeon is imported in this folder alone.
 """
 
+from onnxq_plugins.graph.canonical import add_bias
 from onnxq_plugins.graph.core import BatchNorm, Graph, Layer
 from onnxq_plugins.graph.elements import ChannelGroup, Member
 from onnxq_plugins.graph.groups import channel_groups, clip_maximum
 from onnxq_plugins.graph.importer import load
 from onnxq_plugins.graph.rewrites import permute, replace_with_sum, rescale, split_outputs
 
-__all__ = ["BatchNorm", "ChannelGroup", "Graph", "Layer", "Member", "channel_groups", "clip_maximum", "load", "permute",
-           "replace_with_sum", "rescale", "split_outputs"]
+__all__ = ["BatchNorm", "ChannelGroup", "Graph", "Layer", "Member", "add_bias", "channel_groups", "clip_maximum", "load",
+           "permute", "replace_with_sum", "rescale", "split_outputs"]

@@ -1,6 +1,7 @@
 """Built-in passes, one algorithm a file."""
 
 from onnxq_plugins.job import Pass
+from onnxq_plugins.passes.absorb_bias import AbsorbBias
 from onnxq_plugins.passes.bias_correct import BiasCorrect
 from onnxq_plugins.passes.data_free import DataFree
 from onnxq_plugins.passes.equalize import Equalize
@@ -14,8 +15,8 @@ from onnxq_plugins.passes.sub_layer import SubLayer
 from onnxq_plugins.passes.subtensor import Subtensor
 from onnxq_plugins.passes.vector_scale import VectorScale
 
-BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, DataFree, Equalize, Ranges, Reorder, Round, ScaleInputs, ShiftEqualize,
-                                   SplitWeights, SubLayer, Subtensor, VectorScale)
+BUILTIN: tuple[type[Pass], ...] = (AbsorbBias, BiasCorrect, DataFree, Equalize, Ranges, Reorder, Round, ScaleInputs,
+                                   ShiftEqualize, SplitWeights, SubLayer, Subtensor, VectorScale)
 
-__all__ = ["BUILTIN", "BiasCorrect", "DataFree", "Equalize", "Pass", "Ranges", "Reorder", "Round", "ScaleInputs",
-           "ShiftEqualize", "SplitWeights", "SubLayer", "Subtensor", "VectorScale"]
+__all__ = ["BUILTIN", "AbsorbBias", "BiasCorrect", "DataFree", "Equalize", "Pass", "Ranges", "Reorder", "Round",
+           "ScaleInputs", "ShiftEqualize", "SplitWeights", "SubLayer", "Subtensor", "VectorScale"]
