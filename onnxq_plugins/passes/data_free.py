@@ -59,7 +59,7 @@ class DataFree(Pass):
     def apply(self, job: Job) -> dict[str, Any]:
         real, graph = job.calibration, job.graph
         source = self._source(graph)
-        wish = Wish("noise" if source == "noise" else "fractals", self.samples, job.recipe.data,
+        wish = Wish("noise" if self.source == "noise" else "fractals", self.samples, job.recipe.data,
                     {name: _range(name, ends) for name, ends in self.inputs.items()}, self.size)
         data, made = synthesize(graph, wish, job.rng)
         settings: dict[str, Any] = {"cache": real.cache, "workers": real.workers, "track": real.track}
