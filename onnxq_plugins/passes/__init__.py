@@ -2,6 +2,7 @@
 
 from onnxq_plugins.job import Pass
 from onnxq_plugins.passes.bias_correct import BiasCorrect
+from onnxq_plugins.passes.bound_accumulator import BoundAccumulator
 from onnxq_plugins.passes.ranges import Ranges
 from onnxq_plugins.passes.reorder import Reorder
 from onnxq_plugins.passes.round import Round
@@ -10,7 +11,8 @@ from onnxq_plugins.passes.sub_layer import SubLayer
 from onnxq_plugins.passes.subtensor import Subtensor
 from onnxq_plugins.passes.vector_scale import VectorScale
 
-BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, Ranges, Reorder, Round, ScaleInputs, SubLayer, Subtensor, VectorScale)
+BUILTIN: tuple[type[Pass], ...] = (BiasCorrect, BoundAccumulator, Ranges, Reorder, Round, ScaleInputs, SubLayer, Subtensor,
+                                   VectorScale)
 
-__all__ = ["BUILTIN", "BiasCorrect", "Pass", "Ranges", "Reorder", "Round", "ScaleInputs", "SubLayer", "Subtensor",
-           "VectorScale"]
+__all__ = ["BUILTIN", "BiasCorrect", "BoundAccumulator", "Pass", "Ranges", "Reorder", "Round", "ScaleInputs", "SubLayer",
+           "Subtensor", "VectorScale"]
