@@ -77,6 +77,7 @@ class _Source:
         self.model = model
         self.stored = {t.name: t for t in model.graph.initializer}
         self.made = {o: n for n in model.graph.node for o in n.output}
+        self.place = {o: i for i, n in enumerate(model.graph.node) for o in n.output}
 
     def code_type(self, node: onnx.NodeProto) -> int:
         """Type of the codes that a DequantizeLinear reads; 0 if the model does not tell."""
@@ -103,18 +104,18 @@ class _Source:
 
     def _behind(self, name: str) -> list[onnx.NodeProto]:
         """The operators that compute a constant, in order; none if it depends on an input."""
-        found: dict[str, onnx.NodeProto] = {}
+        found: set[int] = set()
         todo = [name]
         while todo:
             one = todo.pop()
-            if one in self.stored or not one or one in found:
+            if one in self.stored or not one:
                 continue
             if one not in self.made:
                 return []
-            found[one] = self.made[one]
-            todo += self.made[one].input
-        wanted = {id(node) for node in found.values()}
-        return [node for node in self.model.graph.node if id(node) in wanted]
+            if self.place[one] not in found:
+                found.add(self.place[one])
+                todo += self.made[one].input
+        return [self.model.graph.node[i] for i in sorted(found)]
 
     def _computed(self, nodes: list[onnx.NodeProto], name: str) -> Array:
         constants = dict.fromkeys(i for node in nodes for i in node.input if i in self.stored)
