@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto
 
 from onnxq_plugins import runtime
+from onnxq_plugins.accumulators import Need, needs
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.core import LAYER_OPS
 
@@ -23,7 +24,12 @@ QUANTIZED = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "M
 
 @dataclass(frozen=True)
 class LayerAudit:
-    """One layer: its operator, whether its weight is constant, the kernel that runs it, and why it is float."""
+    """One layer: its operator, whether its weight is constant, the kernel that runs it, and why it is float.
+
+    accumulator   bits of the smallest signed accumulator that no input overflows (without the bias); None where the model
+                  does not hold the layer's weight as integer codes beside an 8-bit input
+    saturates     two products can exceed the 16-bit sums that AVX2 makes of them
+    """
 
     name: str
     op: str
@@ -31,6 +37,8 @@ class LayerAudit:
     kernel: str
     quantized: bool
     why: str = ""
+    accumulator: int | None = None
+    saturates: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,18 @@ class Audit:
                 parts.append(f"{done}/{len(rows)} {op}" + (f" as {names}" if names else " quantized"))
         return "; ".join(parts) or "no layer with a constant weight"
 
+    def accumulators(self) -> str:
+        """One line: what accumulators the quantized layers need, and how many depend on VNNI; "" if none is known."""
+        rows = [layer for layer in self.layers if layer.quantized and layer.accumulator is not None]
+        if not rows:
+            return ""
+        bits = sorted({layer.accumulator for layer in rows if layer.accumulator is not None})
+        over = sum(layer.saturates for layer in rows)
+        pairs = "never saturate" if not over else (
+            f"can saturate in {over} layer{'s' * (over > 1)} (target ort-cpu-avx2 avoids that)")
+        span = f"{bits[0]}..{bits[-1]}" if len(bits) > 1 else f"{bits[0]}"
+        return f"accumulators: {span} bits; on AVX2 without VNNI 16-bit pair sums {pairs}"
+
 
 def audit_model(model: onnx.ModelProto | str | Path, against: str | Path | onnx.ModelProto | None = None,
           seconds: float = 2.0) -> Audit:
@@ -77,7 +97,7 @@ def audit_model(model: onnx.ModelProto | str | Path, against: str | Path | onnx.
         dump = Path(folder) / "optimized.onnx"
         session = runtime.session(named, dump=dump)
         optimized = onnx.load(str(dump), load_external_data=False)
-    found = tuple(_layers(named.graph, optimized.graph))
+    found = tuple(_layers(named.graph, optimized.graph, needs(named)))
     other = Counter(n.op_type for n in optimized.graph.node if n.op_type not in QUANTIZED)
     if against is None:
         return Audit(found, dict(other))
@@ -111,7 +131,7 @@ def audit_openvino(model: str | Path) -> Audit:
         if kind in ("Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Deconvolution"):
             for name in names.split(","):
                 ran[name.partition("/")[0]] = (kind, precision)
-    constants = _constants(proto.graph)
+    constants, known = _constants(proto.graph), needs(proto)
     found = []
     for node in proto.graph.node:
         if node.op_type in LAYER_OPS:
@@ -119,7 +139,8 @@ def audit_openvino(model: str | Path) -> Audit:
             integer = precision in ("i8", "u8")
             found.append(LayerAudit(node.name, node.op_type, node.input[1] in constants,
                                     f"{kind or node.op_type} {precision or 'unknown'}", integer,
-                                    "" if integer else "OpenVINO runs it in floating point"))
+                                    "" if integer else "OpenVINO runs it in floating point",
+                                    *_accumulator(known.get(node.output[0]))))
     return Audit(tuple(found), {})
 
 
@@ -138,7 +159,11 @@ def example(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     return feed
 
 
-def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto) -> list[LayerAudit]:
+def _accumulator(need: Need | None) -> tuple[int | None, bool]:
+    return (None, False) if need is None else (need.bits, need.saturates)
+
+
+def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto, known: dict[str, Need]) -> list[LayerAudit]:
     by_name: dict[str, str] = {}
     by_output: dict[str, str] = {}
     for node in optimized.node:
@@ -160,7 +185,7 @@ def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto) -> list[LayerAud
         kernel = by_name.get(node.name) or by_name.get(node.output[0]) or _fused_into(node, readers, by_output)
         quantized = kernel in QUANTIZED
         found.append(LayerAudit(node.name, node.op_type, node.input[1] in constants, kernel, quantized,
-                                "" if quantized else _why(graph, node)))
+                                "" if quantized else _why(graph, node), *_accumulator(known.get(node.output[0]))))
     return found
 
 

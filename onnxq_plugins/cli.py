@@ -128,14 +128,17 @@ def audit_command(
     if runtime_name not in ("onnxruntime", "openvino"):
         raise OnnxqError(f"runtime '{runtime_name}' is unknown; known: onnxruntime, openvino.")
     found = audit_openvino(model) if runtime_name == "openvino" else audit_model(model, against)
-    table = Table("layer", "operator", "kernel", "why float", box=None, header_style="bold")
+    table = Table("layer", "operator", "kernel", "accumulator", "why float", box=None, header_style="bold")
     for layer in found.layers:
         if layer.constant_weight or layer.quantized:
-            table.add_row(layer.name, layer.op, layer.kernel, layer.why, style=None if layer.quantized else "yellow")
+            bits = f"{layer.accumulator} bits" if layer.accumulator is not None else ""
+            table.add_row(layer.name, layer.op, layer.kernel, bits, layer.why, style=None if layer.quantized else "yellow")
     out.print(table)
     rest = ", ".join(f"{n} {op}" for op, n in sorted(found.other.items(), key=lambda item: -item[1])[:12])
     _say(f"\nother operators: {rest or 'none'}")
     _say(found.summary())
+    if accumulators := found.accumulators():
+        _say(accumulators)
     if found.speedup is not None and found.milliseconds is not None:
         slow, fast = found.milliseconds
         _say(f"{found.speedup:.2f}x the speed of {against} ({slow:.3f} -> {fast:.3f} ms, batch 1, 1 thread)")

@@ -18,6 +18,7 @@ from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.job import Job
 from onnxq_plugins.patches import blocks
 from onnxq_plugins.qdq import weight_values
+from onnxq_plugins.solvers.accumulator import bounded, within
 from onnxq_plugins.solvers.gram import narrow, nearest, regress, ridge, row_loss, widen
 from onnxq_plugins.solvers.rounding import Effort, Method, solve
 from onnxq_plugins.spec import Array, QuantSpec, solve_minmax
@@ -68,13 +69,35 @@ class Problem:
             loss += float(row_loss(target - one * found, h[part]).sum())
             base += float(row_loss(target - one * start, h[part]).sum())
             codes[part] = found
-        whole = widen(codes, self.layer.matrix_shape)
+        return self._entry(spec, widen(codes, self.layer.matrix_shape)), loss / base if base > 0 else 1.0
+
+    def bound(self, codes: Array, limit: int) -> tuple[QuantSpec, float, int]:
+        """The entry with codes whose positive and whose negative sum stay within `limit` in every row
+        (`solvers.accumulator`), its loss relative to that of the nearest codes, and the number of rows that had to change;
+        the others keep theirs.
+
+        codes   the present ones, in the layer's shape; the scale must be solved
+        """
+        _, h = self._target()
+        given, exact = self.layer.matrix(codes), self.layer.matrix(self.weight).astype(np.float64)
+        size = np.broadcast_to(row_steps(self.layer, self.spec), given.shape)
+        wide = ~within(given, limit)
+        rows = np.flatnonzero(wide.any(axis=0))  # of one group or another
+        made = given.copy()
+        solved = bounded(exact[:, rows], h, size[:, rows], self.spec.grid, limit)
+        made[:, rows] = np.where(wide[:, rows, None], solved, given[:, rows])
+        loss, base = (float(row_loss(narrow(exact - size * one, h), h).sum())
+                      for one in (made, nearest(exact, size, self.spec.grid)))
+        return self._entry(self.spec, made), loss / base if base > 0 else 1.0, int(wide.sum())
+
+    def _entry(self, spec: QuantSpec, codes: Array) -> QuantSpec:
+        """An entry with codes [groups, outputs, D], and with the shift that takes back their mean error."""
         shift = None
         if self.shift:
-            values = (row_steps(self.layer, spec) * whole).astype(np.float32)
+            values = (row_steps(self.layer, spec) * codes).astype(np.float32)
             expected = np.einsum("god,gd->go", values, self._mean())
             shift = (self._output() - expected).reshape(-1).astype(np.float32)
-        return replace(spec, codes=self.layer.from_matrix(whole), shift=shift), loss / base if base > 0 else 1.0
+        return replace(spec, codes=self.layer.from_matrix(codes), shift=shift)
 
     def scaled(self, w: Array | None = None, h: Array | None = None, rounds: int = DESCENT) -> QuantSpec:
         """The entry with scales, and multipliers, of least output error; codes left open. The plain ones where blocks do
@@ -135,6 +158,19 @@ def bias_shift(graph: Graph, layer: Layer, spec: QuantSpec, mean: Array) -> Arra
     summed = error.reshape(*error.shape[:2], -1, taps).sum(axis=3)  # [groups, outputs, inputs]
     shift: Array = np.einsum("goi,gi->go", summed, mean.reshape(layer.groups, -1)).reshape(-1)
     return shift
+
+
+def unseen(layer: Layer, limit: int) -> Gram:
+    """What a layer sees where there are no data: inputs of equal power that know nothing of each other, so that the error of
+    the weights themselves counts.
+
+    limit   largest D in one piece, as for `Calibration.grams`
+    """
+    groups, _, size = layer.matrix_shape
+    pieces = blocks(size, limit)
+    width = -(-size // pieces)
+    each = np.zeros((groups * pieces, width))
+    return Gram(np.broadcast_to(np.eye(width), (*each.shape, width)), each, 1)
 
 
 def solvable(job: Job) -> list[Layer]:
