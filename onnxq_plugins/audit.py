@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,11 +132,11 @@ def audit_openvino(model: str | Path) -> Audit:
         if kind in ("Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Deconvolution"):
             for name in names.split(","):
                 ran[name.partition("/")[0]] = (kind, precision)
-    constants, known = _constants(proto.graph), needs(proto)
+    constants, known, readers = _constants(proto.graph), needs(proto), _readers(proto.graph)
     found = []
     for node in proto.graph.node:
         if node.op_type in LAYER_OPS:
-            kind, precision = ran.get(node.name, ("", ""))
+            kind, precision = next((ran[n.name] for n in _chain(node, readers) if n.name in ran), ("", ""))
             integer = precision in ("i8", "u8")
             found.append(LayerAudit(node.name, node.op_type, node.input[1] in constants,
                                     f"{kind or node.op_type} {precision or 'unknown'}", integer,
@@ -174,10 +175,7 @@ def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto, known: dict[str,
         for output in node.output if node.op_type != "ReorderOutput" else ():
             by_output.setdefault(re.sub(r"_token_\d+$|_nchwc$", "", output), node.op_type)
     constants = _constants(graph)
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    readers = _readers(graph)
     found = []
     for node in graph.node:
         if node.op_type not in LAYER_OPS or node.domain:
@@ -191,14 +189,26 @@ def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto, known: dict[str,
 
 def _fused_into(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], by_output: dict[str, str]) -> str:
     """The operator that took a layer and its only readers (a bias, a scale, a Q) over, found by what it writes."""
-    for _ in range(4):
-        if node.output[0] in by_output:
-            return by_output[node.output[0]]
+    return next((by_output[n.output[0]] for n in _chain(node, readers) if n.output[0] in by_output), "unknown")
+
+
+def _chain(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]]) -> Iterator[onnx.NodeProto]:
+    """A node and its only reader, and the only reader of that, some steps on."""
+    yield node
+    for _ in range(3):
         after = readers.get(node.output[0], [])
         if len(after) != 1:
-            break
+            return
         node = after[0]
-    return "unknown"
+        yield node
+
+
+def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers
 
 
 def _constants(graph: onnx.GraphProto) -> set[str]:

@@ -45,9 +45,10 @@ def complete_weight(job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec:
     spec = replace(spec, codes=encode(weight, spec) if spec.codes is None else spec.codes)
     codes, scale, floor = spec.codes, np.asarray(spec.scale), scale_floor(job, layer, spec)
     assert codes is not None
-    empty = reduce_blocks(np.abs(codes), spec.block, np.maximum) == 0
-    if (empty & (floor > 0)).any():  # any scale serves weights of 0: the one that is finest for the bias
-        scale = np.where(empty & (floor > 0), floor, scale).astype(np.float32)
+    empty = np.asarray(reduce_blocks(np.abs(codes), spec.block, np.maximum) == 0)
+    coarse = empty & (floor > 0) & (scale > np.max(scale, initial=0.0, where=~empty))
+    if coarse.any():  # any scale serves weights of 0: one that is fine enough for the bias
+        scale = np.where(coarse, floor, scale).astype(np.float32)
         spec = replace(spec, scale=scale)
     over = floor > scale
     if over.any():

@@ -52,9 +52,9 @@ def multiplier_type(values: Array) -> Any:
 
 
 def int8_codes(layer: Layer, spec: QuantSpec) -> Array:
-    """Codes times their multipliers: what the integer kernel computes with."""
+    """Codes times their multipliers: what the integer kernel computes with. Multipliers of whole channels are none of it."""
     assert spec.codes is not None
-    if spec.multiplier is None:
+    if spec.multiplier is None or channel_multipliers(layer, spec):
         return spec.codes.astype(np.int8)
     folded: Array = (spec.codes * expand(spec.multiplier, layer.shape, spec.sub_block)).astype(np.int8)
     return folded

@@ -698,3 +698,22 @@ def test_int4_constants_round_trip():
     tensor = numpy_helper.from_array(codes.astype(ml_dtypes.int4), "codes")
     assert len(tensor.raw_data) == 8
     np.testing.assert_array_equal(numpy_helper.to_array(tensor).astype(int), codes)
+
+
+def test_channels_without_weights_keep_their_bias():
+    """Their range is empty, hence any scale will do for the codes, but not for the bias, which has it too."""
+    net = Net(["N", 4, 8, 8])
+    x = net.conv("x", 4, 8)
+    model = net.model(x)
+    tensors = {t.name: t for t in model.graph.initializer}
+    name = model.graph.node[-1].input[1]
+    bias_name = model.graph.node[-1].input[2]
+    weight, bias = numpy_helper.to_array(tensors[name]).copy(), numpy_helper.to_array(tensors[bias_name]).copy()
+    weight[3], bias[3] = 0, 0.3
+    tensors[name].CopyFrom(numpy_helper.from_array(weight, name))
+    tensors[bias_name].CopyFrom(numpy_helper.from_array(bias, bias_name))
+    for block in ("channel", "tensor"):
+        made = quantized(model, {"weights": {"block": block}})
+        found = outputs(made.model, feeds(model, 2, seed=1))[0]
+        step = float(next(spec.scale for key, spec in made.plan.items() if key == model.graph.output[0].name))
+        assert np.abs(found[:, 3] - 0.3).max() <= step

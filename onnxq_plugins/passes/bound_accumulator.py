@@ -19,6 +19,7 @@ from onnxq_plugins.solvers.accumulator import limit_of, within
 from onnxq_plugins.solvers.accumulator import width as widths
 from onnxq_plugins.spec import QuantSpec
 from onnxq_plugins.storage import int8_codes
+from onnxq_plugins.target import channel_multipliers
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class BoundAccumulator(Pass):
             return f"target '{job.target.name}' runs them in float: no integers are added"
         if layer.op == "ConvTranspose":
             return "which codes of a ConvTranspose meet in an output depends on its strides"
-        if spec.sub_block is not None and _need(job, layer) > self.bits:
+        if spec.sub_block is not None and not channel_multipliers(layer, spec) and _need(job, layer) > self.bits:
             return f"they need more than {self.bits} bits and have multipliers; leave weights.sub_block out"
         return ""
 
