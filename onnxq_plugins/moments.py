@@ -66,7 +66,7 @@ def expected(graph: Graph, inputs: Mapping[str, Moments], deviations: float = 6.
 
     A layer into which a BatchNormalization was folded writes mean beta and deviation |gamma|, whatever it reads. For others
     the inputs count as independent, neighbouring positions of a convolution as half alike; sums of tensors count as
-    independent; operators of one variable see a normal distribution. Padding is left out of account.
+    independent; operators of one variable see a normal distribution. The padding of convolutions is left out of account.
 
     Source: Data-Free Quantization (arXiv 1906.04721), sections 4.2 and 5, for layers with statistics; moment propagation
     elsewhere is common in uncertainty estimation, the rules below are our own.

@@ -424,6 +424,20 @@ def test_two_inputs_of_different_kinds():
     free(model, "data-free.inputs={extra=[-1, 1]}", verify=True)
 
 
+def test_verify_before_there_is_data_fits_tables_masks_and_kernels():
+    """The pass itself is probed without data: a table of two rows, a mask that must not be all zeros, an image that has to
+    be larger than unpadded kernels."""
+    net = Net([1])
+    rows = net.op("Gather", net.weight(2, 8), "ids")
+    score = net.op("Where", "mask", rows, net.constant(-np.inf))
+    y = net.linear(net.op("MatMul", net.op("Softmax", score, axis=-1), net.weight(8, 8)), 8, 4)
+    model = with_inputs(net, y, ("ids", TensorProto.INT64, ["N", 200]), ("mask", TensorProto.BOOL, ["N", 200, 8]))
+    free(model, verify=True)
+    net = Net(["N", 3, "H", "W"])
+    x = net.op("Relu", net.conv("x", 3, 6, 7, pads=[0] * 4))
+    free(net.model(net.head(net.conv(x, 6, 6, 5, pads=[0] * 4), 6)), "data-free.size=24", verify=True)
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
