@@ -25,7 +25,8 @@ class DataFree(Pass):
                 are those of photographs. ``noise``: normal noise of the same mean and deviation. ``statistics``: no samples
                 for ranges and means; mean and deviation of each activation are those of the BatchNormalizations that were
                 folded into the layers, and where there are none (an exporter folded them before) normal distributions are
-                sent through the operators. ``auto``: statistics where nearly all layers have them, else images
+                sent through the operators; channels count as independent there, so the ranges of deep networks come out
+                too narrow, and images serve better. ``auto``: statistics where nearly all layers have them, else images
     samples     how many to make
     inputs      ranges of inputs: {mfcc = [-350, 30]}, or for each channel {x = [[lows], [highs]]}; of an image, the values
                 of black and white: {image = [0, 255]}
