@@ -126,7 +126,7 @@ class Calibration:
 
     def histograms(self, names: Sequence[str], bins: int = 2048) -> dict[str, Histogram]:
         """Histogram of each tensor between its extremes."""
-        ranges = self.ranges(names)
+        ranges = Calibration.ranges(self, names)  # of the samples that are counted, whatever a subclass tells of ranges
 
         def reduce(name: str, x: Array, _: int) -> State:
             low, high = ranges[name]
@@ -239,7 +239,8 @@ class Calibration:
         if not names:
             return {}
         if self.data is None:
-            raise OnnxqError("calibration needs sample inputs, and there are none; give --data PATH.")
+            raise OnnxqError("calibration needs sample inputs, and there are none; give --data PATH, or use recipe "
+                             "int8-data-free, which needs none.")
         digest = self.graph.digest()
         self._known = {key: state for key, state in self._known.items() if key[0] == digest}
         known = self._known.setdefault((digest, statistic), {})

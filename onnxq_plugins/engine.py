@@ -188,13 +188,17 @@ def _weights(graph: Graph) -> dict[str, int]:
 
 
 def _probe(graph: Graph, data: Data | None) -> list[Array]:
-    """Outputs of the float model on a few samples, or on noise where there are none."""
+    """Outputs of the float model on a few samples, or on noise where there are none (whole numbers: 1, so that they are rows
+    of a table, and nothing is masked; images of dynamic size: 128)."""
     feeds: list[dict[str, Array]]
     if data is not None:
         feeds = list(islice(data, 4))
     else:
         rng = np.random.default_rng(0)
-        feeds = [{i.name: rng.standard_normal([n or 1 for n in i.shape]).astype(i.dtype) for i in graph_inputs(graph)}]
+        shapes = {i.name: [n or (128 if len(i.shape) == 4 and a > 1 else 1) for a, n in enumerate(i.shape)]
+                  for i in graph_inputs(graph)}
+        feeds = [{i.name: (rng.standard_normal(shapes[i.name]) if i.dtype.kind == "f" else np.ones(shapes[i.name]))
+                  .astype(i.dtype) for i in graph_inputs(graph)}]
     return runtime.outputs(runtime.session(graph.model()), feeds)
 
 

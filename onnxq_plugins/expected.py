@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from onnxq_plugins import calibration
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.data import Data
@@ -60,8 +58,6 @@ class Expected(Calibration):
         return self._told[1]
 
     def _per_channel(self, names: Sequence[str]) -> Found:
-        """What is told of tensors channel by channel; of a tensor without known channels, as a whole."""
+        """What is told of tensors channel by channel."""
         told = self._expected()
-        found = {n: told[n] for n in names if n in told and len(told[n].mean) == (calibration.channels(self.graph, n) or 1)}
-        return {n: Moments(*(np.asarray(v, np.float64) for v in (m.mean, m.variance, m.low, m.high)))
-                for n, m in found.items()}
+        return {n: told[n] for n in names if n in told and len(told[n].mean) == calibration.channels(self.graph, n)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -107,6 +108,8 @@ def fold_bias(graph: Graph) -> None:
             continue
         if layer.output not in graph.outputs:
             add_bias(graph, layer.name, values.reshape(-1).astype(np.float64))
+            if (norm := graph.batchnorms.get(layer.output)) is not None:  # its beta is the output's mean
+                graph.batchnorms[layer.output] = replace(norm, beta=norm.beta + values.reshape(-1))
             graph.bypass(node, graph.tensor(layer.output))
 
 

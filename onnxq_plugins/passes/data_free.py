@@ -25,13 +25,17 @@ class DataFree(Pass):
                 are those of photographs. ``noise``: normal noise of the same mean and deviation. ``statistics``: no samples
                 for ranges and means; mean and deviation of each activation are those of the BatchNormalizations that were
                 folded into the layers, and where there are none (an exporter folded them before) normal distributions are
-                sent through the operators. ``auto``: statistics where nearly all layers have them, else images
+                sent through the operators; channels count as independent there, so the ranges of deep networks come out
+                too narrow, and images serve better. ``auto``: statistics where nearly all layers have them, else images
     samples     how many to make
-    inputs      ranges of inputs that are no images: {mfcc = [-350, 30]}, or for each channel {x = [[lows], [highs]]}
+    inputs      ranges of inputs: {mfcc = [-350, 30]}, or for each channel {x = [[lows], [highs]]}; of an image, the values
+                of black and white: {image = [0, 255]}
     deviations  how many the span of an activation reaches beyond its mean (``statistics``)
     size        of dynamic axes other than the batch; 0: 224 for images, 128 elsewhere
 
-    Images get the scale that --mean and --std give, or else the one that the first layer's statistics, or weights, imply.
+    Images get their declared range, or the scale that --mean and --std give, or else the one that the first layer's
+    statistics, or weights, imply. A mean of 0 and a std of 1 are those that count as not given: images that are RGB/255 as
+    they are need {image = [0, 1]}.
     Features without ranges per channel are the smaller the larger the weights that read them. Token inputs need a range only
     where no table of embeddings tells it. If real samples are given too, they serve no other pass; the report tells how far
     the ranges lie from theirs.

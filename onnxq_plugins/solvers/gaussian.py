@@ -9,8 +9,8 @@ import numpy as np
 from onnxq_plugins.spec import Array
 
 
-def clipped_moments(mean: Array, variance: Array, low: float, high: float) -> tuple[Array, Array]:
-    """Mean and variance [C] of min(max(z, low), high) for normal z of the given mean and variance [C].
+def clipped_moments(mean: Array, variance: Array, low: Array | float, high: Array | float) -> tuple[Array, Array]:
+    """Mean and variance [C] of min(max(z, low), high) for normal z of the given mean and variance [C]; ends for all, or [C].
 
     ReLU: low = 0, high = inf. A variance of 0 is allowed. Source: the rectified and the censored normal distribution, as in
     Data-Free Quantization (arXiv 1906.04721), appendix C.
