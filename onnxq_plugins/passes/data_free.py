@@ -71,9 +71,15 @@ class DataFree(Pass):
         if source == "statistics":
             starts = {name: one.moments for name, one in made.items() if one.moments is not None}
             job.calibration = Expected(graph, data, starts, self.deviations, **settings)
+        elif not any(one.source.startswith("fractals") for one in made.values()):
+            source = "noise"  # no input is an image
         told: dict[str, Any] = {"source": source, "inputs": {name: one.source for name, one in made.items()}}
+        inputs = "; ".join(f"'{name}': {text}" for name, text in told["inputs"].items())
+        job.report["notes"].append(f"calibrated without data, by {source}; inputs: {inputs}")
         if real.data is not None:
-            told["against_real_data"] = _distance(job, real)
+            told["against_real_data"] = distance = _distance(job, real)
+            job.report["notes"].append("data-free used the data given for comparison only" + (
+                f": ranges overlap by {100 * distance['overlap_mean']:.0f} % on average" if distance else ""))
         return told
 
     def _source(self, graph: Graph) -> str:
