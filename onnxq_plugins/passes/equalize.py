@@ -44,7 +44,9 @@ class Equalize(Pass):
 
     A Clip (ReLU6) has one maximum for all channels, so an equalized one would need a Min per channel, which no integer
     kernel absorbs. Hence a channel that reaches the maximum keeps factor 1, and one that stays below gets no larger factor
-    than leaves it below; the data tell which is which. Without data such groups are left alone, and told.
+    than leaves it below; the data tell which is which. Without data such groups are left alone, and told. Where
+    statistics are told along another axis (positions of a 1-D convolution behind an Add, attention heads), Clips hold all
+    channels, and ``activations`` leaves the group alone.
 
     Source: ``weights``: Data-Free Quantization (arXiv 1906.04721), section 4.1. ``activations``: SmoothQuant (arXiv
     2211.10438), without its weight term, on any group. The treatment of Clip is ours.
