@@ -101,4 +101,5 @@ def stored_bits(layer: Layer, spec: QuantSpec, rule: Rule) -> float:
         bits += (4 if multiplier_type(spec.multiplier) is ml_dtypes.uint4 else 8) * spec.multiplier.size
     elif storage == "float":
         shape = Layout.of(shape, spec.block).whole
-    return float(((4 if spec.bits <= 4 else 8) * np.prod(shape) + bits) / np.prod(layer.shape))
+    width = 4 if spec.bits <= 4 and storage != "int8" else 8
+    return float((width * np.prod(shape) + bits) / np.prod(layer.shape))

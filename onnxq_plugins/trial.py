@@ -3,13 +3,15 @@ channel groups, without reading the data again."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 
 from onnxq_plugins import qdq, runtime
-from onnxq_plugins.calibration import channels
+from onnxq_plugins.calibration import channel_axis, channels
 from onnxq_plugins.complete import activation_spec, complete_weight
+from onnxq_plugins.data import Data
 from onnxq_plugins.graph import ChannelGroup, Layer
 from onnxq_plugins.job import Job
 from onnxq_plugins.layerwise import bias_shift
@@ -29,8 +31,7 @@ class Trial:
     def __init__(self, job: Job, samples: int = 32) -> None:
         assert job.calibration.data is not None
         graph, self.job = job.graph, job
-        feeds = list(job.calibration.data)
-        self.feeds = [feeds[n * len(feeds) // samples] for n in range(samples)] if len(feeds) > samples else feeds
+        self.feeds = _spread_evenly(job.calibration.data, samples)
         self.reference = runtime.outputs(runtime.session(graph.model()), self.feeds)
         names = [n for n in job.plan if not graph.is_constant(n)]
         fine = [n for n in names if channels(graph, n)]
@@ -39,21 +40,35 @@ class Trial:
         self.ranges |= {n: (np.array(low), np.array(high)) for n, (low, high) in whole.items()}
         inputs = [y.input for y in graph.layers if y.weight in job.plan and y.op in ("Conv", "Gemm")]
         self.means = dict(job.calibration.means([n for n in inputs if channels(graph, n)]))
+        self.stale: set[str] = set()  # tensors of which the plan's solution holds no longer
         self.weights: Plan = Plan({})
 
+    def fork(self) -> Trial:
+        """One that goes its own way from here, for a rescaling that may be taken back."""
+        made = copy.copy(self)
+        made.ranges, made.means, made.stale = dict(self.ranges), dict(self.means), set(self.stale)
+        return made
+
+    def follows(self, group: ChannelGroup) -> bool:
+        """True if what is known of the group's activations is known channel by channel, so that `rescaled` can keep it up to
+        date. The channels of attention heads, say, lie along another axis."""
+        return all(m.axis == channel_axis(self.job.graph, m.tensor) and channels(self.job.graph, m.tensor)
+                   for m in group.members if not m.constant and (m.tensor in self.ranges or m.tensor in self.means))
+
     def rescaled(self, group: ChannelGroup, factors: Array) -> None:
-        """Take note that a group of the graph was rescaled."""
+        """Take note that a group of the graph, one that it `follows`, was rescaled."""
         for member in group.members:
             spread = np.repeat(factors, member.index.shape[1])
             at = member.index.ravel()
-            if not member.constant and member.tensor in self.ranges and self.ranges[member.tensor][0].ndim:
+            if not member.constant and member.tensor in self.ranges:
                 low, high = (side.copy() for side in self.ranges[member.tensor])
                 low[at], high[at] = low[at] * spread, high[at] * spread
                 self.ranges[member.tensor] = low, high
             if not member.constant and member.tensor in self.means:
                 self.means[member.tensor] = self.means[member.tensor].copy()
                 self.means[member.tensor][at] *= spread
-        touched = {m.tensor for m in group.weights} | set(group.tensors)
+        touched = {m.tensor for m in group.members}
+        self.stale |= touched
         self.weights = self.weights.without(*(y.weight for y in self.job.graph.layers
                                               if touched & {y.weight, y.bias, y.input}))
 
@@ -61,7 +76,8 @@ class Trial:
         """Signal to noise ratio of the outputs in dB, averaged over samples and outputs."""
         job, graph = self.job, self.job.graph
         spans = {n: (float(low.min()), float(high.max())) for n, (low, high) in self.ranges.items()}
-        plan = job.plan | {n: activation_spec(spans[n], job.plan[n]) for n in spans if not job.plan[n].solved}
+        opened = job.plan | {n: spec.request() for n, spec in job.plan.items() if n in self.stale}
+        plan = opened | {n: activation_spec(spans[n], opened[n]) for n in spans if not opened[n].solved}
         trial = replace(job, plan=plan | self.weights, report={})
         layers = [y for y in graph.layers if y.weight in plan and y.weight not in self.weights]
         self.weights |= {y.weight: self._weight(trial, y) for y in layers}
@@ -79,3 +95,10 @@ class Trial:
                 trial.graph, trial.plan, trial.target, layer):
             return made
         return replace(made, shift=bias_shift(trial.graph, layer, made, self.means[layer.input]))
+
+
+def _spread_evenly(data: Data, count: int) -> list[dict[str, Array]]:
+    """So many samples, or all where there are fewer; no more are held."""
+    size = data.size or sum(1 for _ in data)
+    chosen = {n * size // count for n in range(count)}
+    return [feed for n, feed in enumerate(data) if n in chosen]

@@ -90,4 +90,4 @@ def _absorb(graph: Graph, layer: Layer, readers: list[Layer], absorbed: Array) -
         weight = reader.matrix(graph.constant(reader.weight)).astype(np.float64)
         sums = weight.reshape(*weight.shape[:2], reader.shape[reader.in_axis], -1).sum(axis=3)
         add_bias(graph, reader.name, np.einsum("goi,gi->go", sums, absorbed.reshape(reader.groups, -1)).reshape(-1))
-    graph.touched.update([layer.output, layer.result])
+    graph.touched.update([layer.output, layer.result, *(reader.weight for reader in readers)])  # shifts hold input means

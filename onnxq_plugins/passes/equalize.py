@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from onnxq_plugins.calibration import channels
+from onnxq_plugins.calibration import channel_axis
 from onnxq_plugins.graph import ChannelGroup, Graph, Member, channel_groups, clip_maximum, rescale
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.solvers.equalize import Place, equalize
@@ -42,7 +44,9 @@ class Equalize(Pass):
 
     A Clip (ReLU6) has one maximum for all channels, so an equalized one would need a Min per channel, which no integer
     kernel absorbs. Hence a channel that reaches the maximum keeps factor 1, and one that stays below gets no larger factor
-    than leaves it below; the data tell which is which. Without data such groups are left alone, and told.
+    than leaves it below; the data tell which is which. Without data such groups are left alone, and told. Where
+    statistics are told along another axis (positions of a 1-D convolution behind an Add, attention heads), Clips hold all
+    channels, and ``activations`` leaves the group alone.
 
     Source: ``weights``: Data-Free Quantization (arXiv 1906.04721), section 4.1. ``activations``: SmoothQuant (arXiv
     2211.10438), without its weight term, on any group. The treatment of Clip is ours.
@@ -97,25 +101,22 @@ class Equalize(Pass):
         """Try the exponents group by group, those with the most uneven channels first, and keep what lowers the error."""
         trial = Trial(job, self.samples)
         spreads = {i: spread for i, group in enumerate(groups) if (bounds[i][0] < bounds[i][1]).any()
-                   and (spread := _spread(job, trial, group)) is not None}
+                   and (spread := _spread(trial, group)) is not None}
         before = best = trial.sqnr()
         kept = {}
         for i in job.track(sorted(spreads, key=lambda i: float(np.median(spreads[i]))), "equalizing", len(spreads)):
             group, chosen = groups[i], None
-            held = {m.tensor: job.graph.constant(m.tensor).copy() for m in group.weights}
             for e in self.exponents:
                 factors = self._rounded(np.clip(spreads[i] ** -e, *bounds[i]), bounds[i])
-                rescale(job.graph, group, factors)
-                trial.rescaled(group, factors)
-                if (found := trial.sqnr()) > best + _LEAST:
-                    best, chosen = found, (e, factors)
-                for name, values in held.items():
-                    job.graph.set_constant(name, values)
-                trial.rescaled(group, 1 / factors)
+                attempt = trial.fork()
+                with _rescaled(job.graph, group, factors):
+                    attempt.rescaled(group, factors)
+                    found = attempt.sqnr()
+                if found > best + _LEAST:
+                    best, chosen = found, (e, factors, attempt)
             if chosen is not None:
-                rescale(job.graph, group, chosen[1])
-                trial.rescaled(group, chosen[1])
-                kept[group.tensors[0]] = chosen[0]
+                kept[group.tensors[0]], factors, trial = chosen
+                rescale(job.graph, group, factors)
         return {"equalized": len(kept), "exponents": kept, "sqnr_before_and_after": [round(before, 2), round(best, 2)]}
 
     def _rounded(self, factors: Array, bounds: Bounds) -> Array:
@@ -137,25 +138,42 @@ class Equalize(Pass):
         for group in groups:
             low, high = np.full(group.size, 1 / _FACTOR), np.full(group.size, _FACTOR)
             for member in group.members:
-                if member.tensor in clips:
+                if member.tensor in clips and member.axis != channel_axis(graph, sources[member.tensor]):
+                    low, high = np.ones(group.size), np.ones(group.size)  # its ranges are those of another axis
+                elif member.tensor in clips:
                     first, last = ranges[sources[member.tensor]]
                     top = np.maximum((last + self.margin * (last - first))[member.index].max(axis=1), 1e-30)
                     limit = clip_maximum(clips[member.tensor])
                     assert limit is not None
                     low, high = np.where(top < limit, low, 1.0), np.where(top < limit, np.minimum(high, limit / top), 1.0)
                 elif member.constant and member.role == "output" and graph.constant(member.tensor).ndim == 1:
-                    bias = np.abs(graph.constant(member.tensor))[member.index].max(axis=1)
-                    high = np.minimum(high, np.maximum(_BIAS * bias.max() / np.maximum(bias, 1e-30), 1.0))
+                    bias = np.abs(graph.constant(member.tensor).astype(np.float64))[member.index].max(axis=1)
+                    most = np.divide(_BIAS * bias.max(), bias, out=np.full(group.size, np.inf), where=bias > 0)
+                    high = np.minimum(high, np.maximum(most, 1.0))
             made.append((np.minimum(low, high), high))
         return made
 
 
-def _spread(job: Job, trial: Trial, group: ChannelGroup) -> Array | None:
+@contextmanager
+def _rescaled(graph: Graph, group: ChannelGroup, factors: Array) -> Iterator[None]:
+    """The graph with a group rescaled; behind the block all is as it was before."""
+    values = {m.tensor: graph.constant(m.tensor) for m in group.weights}
+    batchnorms, touched = dict(graph.batchnorms), set(graph.touched)
+    rescale(graph, group, factors)
+    yield
+    for name, before in values.items():
+        graph.set_constant(name, before)
+    graph.batchnorms, graph.touched = batchnorms, touched
+
+
+def _spread(trial: Trial, group: ChannelGroup) -> Array | None:
     """Largest |value| of each channel relative to the largest of all, over the group's planned activations [channels]; None
-    where nothing is to be gained."""
+    where nothing is to be gained, or could not be measured."""
+    if not trial.follows(group):
+        return None
     sizes = []
     for member in group.members:
-        if not member.constant and member.tensor in trial.ranges and channels(job.graph, member.tensor):
+        if not member.constant and member.tensor in trial.ranges:
             low, high = trial.ranges[member.tensor]
             size = np.maximum(np.abs(low), np.abs(high))[member.index].max(axis=1)
             sizes.append(size / max(float(size.max()), 1e-30))
@@ -173,8 +191,8 @@ def _reduced(graph: Graph) -> dict[str, Array]:
 
 
 def _place(size: Array, member: Member) -> Place:
-    """Where a group lies in a weight; one group of a grouped convolution is a part of its rows."""
-    return Place(size[slice(*member.rows)] if member.rows else size, member.axis, member.index, member.role == "output")
+    """Where a group lies in a weight."""
+    return Place(size, member.axis, member.index, member.role == "output", member.rows)
 
 
 def _stopped(graph: Graph) -> int:

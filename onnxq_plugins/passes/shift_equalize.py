@@ -21,8 +21,9 @@ class ShiftEqualize(Pass):
 
         r_c = max |W_c|,  n_c = min(floor(log2(max r / r_c)), 2^bits - 1),  W_c = 2^-n_c s q_c
 
-    The step of a channel is then at most twice the one it would have with a scale of its own. Shifts are exact; nothing but
-    the rounding differs from a scale per layer. Layers with multipliers or blocks of inputs are left as they are.
+    Up to the largest shift, the step of a channel is then at most twice the one it would have with a scale of its own.
+    Shifts are exact; nothing but the rounding differs from a scale per layer. Layers with multipliers, blocks of inputs,
+    scales that must be powers of two or scales that are solved are left as they are.
 
     bits   of the shifts, 1..4: a channel is shifted by at most 2^bits - 1
     gain   least ratio of the layer's rounding noise without and with shifts, sum_c step_c^2, for which it gets any. Where a
@@ -63,13 +64,15 @@ class ShiftEqualize(Pass):
         return {"layers": done, "largest_shift": largest, **({"left_out": left} if left else {})}
 
     def _shifted(self, job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec | None:
-        """The solved entry, codes left open, without multipliers if shifts do not pay; None if the layer has finer scales,
-        or a kernel that takes no shifts."""
-        if spec.sub_block is not None or spec.block not in (None, channel_block(layer)) or not spec.symmetric:
+        """The solved entry, codes left open, without multipliers if shifts do not pay; None if the layer has other scales
+        than shifts can make, or a kernel that takes none."""
+        if spec.solved or not spec.symmetric or spec.pow2:
+            return None
+        if spec.sub_block is not None or spec.block not in (None, channel_block(layer)):
             return None
         if layer.op == "ConvTranspose":  # its outputs are spread over two axes of the weight
             return None
-        plain = replace(spec.request(), block=None, pow2=False)
+        plain = replace(spec, block=None)
         asked = replace(plain, sub_block=channel_block(layer), pow2=True, max_multiplier=2 ** (2**self.bits - 1))
         key = layer_input(job.graph, job.plan, job.target, layer)
         if job.target.rule(layer, asked, job.plan[key].bits if key else 0) is None:
@@ -80,7 +83,7 @@ class ShiftEqualize(Pass):
         made = replace(made, multiplier=np.where(_dead(weight, layer), made.multiplier.max(), made.multiplier))
         whole = solve_minmax(weight, plain)
         before, after = (np.mean(step(spec, layer.shape).astype(np.float64) ** 2) for spec in (whole, made))
-        return made if before > after and before >= self.gain * after else whole
+        return made if weight.any() and before > after and before >= self.gain * after else whole
 
 
 def _dead(weight: Array, layer: Layer) -> Array:

@@ -9,7 +9,8 @@ import numpy as np
 
 from onnxq_plugins.spec import Array
 
-_LEVELS = np.exp2(np.arange(-10.0, 10.5, 0.5))[:, None]  # candidates for the level of the free channels beside bound ones
+# Candidates for the level of the free channels beside bound ones, the least change first.
+_LEVELS = np.exp2(sorted(np.arange(-10.0, 10.5, 0.5), key=abs))[:, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,25 +22,31 @@ class Place:
     axis    0 or 1: along which the channels lie
     index   [channels, positions]: the positions of each
     writes  True if the weight makes the channels (multiplied by a factor), False if it reads them (divided by it)
+    rows    (first, last + 1) of the rows that take part: one group of a grouped convolution; None: all
     """
 
     size: Array
     axis: int
     index: Array
     writes: bool
+    rows: tuple[int, int] | None = None
 
     def ranges(self) -> Array:
         """Largest value of each channel, relative to that of the whole weight [channels]."""
-        along = self.size.max(axis=1 - self.axis)
-        top = along.max()
+        top = self.size.max()
+        along = self._part().max(axis=1 - self.axis)
         relative: Array = along[self.index].max(axis=1) / (top if top > 0 else 1.0)
         return relative
 
     def scale(self, factors: Array) -> None:
         """Multiply (or divide) the channels by factors [channels]."""
-        spread = np.ones(self.size.shape[self.axis])
+        part = self._part()
+        spread = np.ones(part.shape[self.axis])
         spread[self.index] = (factors if self.writes else 1 / factors)[:, None]
-        np.multiply(self.size, spread[:, None] if self.axis == 0 else spread, out=self.size)
+        part *= spread[:, None] if self.axis == 0 else spread
+
+    def _part(self) -> Array:
+        return self.size[slice(*self.rows)] if self.rows else self.size
 
 
 def balance(before: Array, after: Array, low: Array, high: Array) -> Array:
@@ -49,24 +56,25 @@ def balance(before: Array, after: Array, low: Array, high: Array) -> Array:
     low, high       bounds of f [channels]; a channel with low = high is fixed
 
     Without bounds f = sqrt(after / before), which makes both ranges equal. With bounds the free channels also need a level
-    against the bound ones: the one with the least rounding noise relative to each channel's own range, summed over channels
-    and both sides. A channel that is 0 on a side keeps factor 1 as far as the bounds allow.
+    against the bound ones: the one with the least `noise`, of several the one nearest to 1. A channel that is 0 on a side
+    keeps factor 1 as far as the bounds allow.
     """
     alive = (before > 0) & (after > 0)
     ratio = np.sqrt(np.where(alive, after, 1.0) / np.where(alive, before, 1.0))
     if not (np.isfinite(high).any() or low.any()):
         return ratio
     tried = np.where(alive, np.clip(_LEVELS * ratio, low, high), np.clip(1.0, low, high))
-    one, two = np.where(alive, before, 0.0) * tried, np.where(alive, after, 0.0) / tried
-    best: Array = tried[int(noise(one, two).argmin())]
+    cost = noise(before * tried, after / tried)
+    best: Array = tried[int(np.argmax(cost <= cost.min() * (1 + 1e-9)))]  # where no bound is met all levels cost the same
     return best
 
 
 def noise(before: Array, after: Array) -> Array:
     """Rounding noise that reaches the readers' outputs, up to a factor, from ranges [..., channels] on both sides: the step
-    of each side is its largest range, and noise of one side passes through the other."""
-    made: Array = before.max(axis=-1) ** 2 * np.sum(after**2, axis=-1) + after.max(axis=-1) ** 2 * np.sum(before**2, axis=-1)
-    return made
+    of each side is its largest range, and noise of one side passes through the other. Weights of 0 are free of it."""
+    made, read = np.where(after > 0, before, 0.0), np.where(before > 0, after, 0.0)
+    total: Array = before.max(axis=-1) ** 2 * np.sum(read**2, axis=-1) + after.max(axis=-1) ** 2 * np.sum(made**2, axis=-1)
+    return total
 
 
 def equalize(groups: Sequence[Sequence[Place]], bounds: Sequence[tuple[Array, Array]], gain: float = 1.0, sweeps: int = 40,
