@@ -132,7 +132,7 @@ class Target:
         shape = granularity(layer, weight)
         if not weight.symmetric:
             return " Set weights.symmetric = true."
-        if shape == "channel" and not any("channel" in r.granularity for r in self.rules if r.op == layer.op):
+        if shape == "channel" and "channel" not in granularities(self, layer.op):
             return " Set weights.block = \"tensor\"; pass 'shift-equalize' then serves channels of unequal ranges."
         if weight.sub_block is not None and shape in ("block", "tile"):
             return " Multipliers refine one scale per tensor or channel: set weights.block to \"channel\" or \"tensor\"."
@@ -186,6 +186,11 @@ def granularity(layer: Layer, spec: QuantSpec) -> Granularity:
     if outputs == 1 and inputs == 0 and not any(rest):
         return "channel"
     return "block" if outputs == 1 and inputs > 1 and not rest else "tile"
+
+
+def granularities(target: Target, op: str) -> set[Granularity]:
+    """The granularities of weights that a target knows for an operator."""
+    return {g for rule in target.rules if rule.op == op for g in rule.granularity}
 
 
 def channel_block(layer: Layer) -> Block:

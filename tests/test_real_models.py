@@ -89,3 +89,32 @@ def test_channel_groups_keep_the_function(name, kind):
         else:
             onnxq.rescale(graph, group, np.exp(rng.uniform(-1, 1, group.size)))
     assert runtime.drift(before, runtime.outputs(runtime.session(graph.model()), feed)) < 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_scale_per_tensor_keeps_accuracy(name):
+    case = case_of(name)
+    result = onnxq.quantize(case.path, "int8-per-tensor", case.feeds(), verify=True)
+    before, after = logits(case.path, case), logits(result.model, case)
+    assert 100 * (np.mean(before.argmax(1) == case.labels) - np.mean(after.argmax(1) == case.labels)) <= 1.5
+    assert runtime.sqnr(before, after) >= 20.0  # MobileNetV1 without equalization and shifts: -1.8 dB
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mobilenet_v1_0.75_224_bn"])
+def test_calibration_without_data_keeps_accuracy(name):
+    case = case_of(name)
+    scales = {"mob": ["data.mean=0.5", "data.std=0.5"],
+              "res": ["data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]"],
+              "kwt": ["data-free.inputs={mfcc=[-350,26]}"]}
+    real = logits(onnxq.quantize(case.path, "int8", case.feeds()).model, case)
+    result = onnxq.quantize(case.path, "int8-data-free", settings=scales[name[:3]], verify=True)
+    made = logits(result.model, case)
+    assert 100 * (np.mean(real.argmax(1) == case.labels) - np.mean(made.argmax(1) == case.labels)) <= 1.5
+    assert result.report["kernels"] == onnxq.quantize(case.path, "int8", case.feeds()).report["kernels"]
+
+
+def test_shifts_run_as_int8_in_openvino(tmp_path):
+    pytest.importorskip("openvino", reason="needs the extra openvino")
+    case = case_of("mobilenet_v1_0.75_224")
+    onnxq.quantize(case.path, "int8-per-tensor", case.feeds(), output=tmp_path / "model.onnx")
+    assert all(layer.quantized for layer in audit_openvino(tmp_path / "model.onnx").layers)

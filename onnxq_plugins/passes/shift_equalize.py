@@ -11,7 +11,7 @@ from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.planning import layer_input
 from onnxq_plugins.spec import Array, QuantSpec, solve_minmax, step
-from onnxq_plugins.target import channel_block
+from onnxq_plugins.target import channel_block, granularities
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ShiftEqualize(Pass):
             raise ValueError(f"bits = {self.bits} must be 1..4")
 
     def apply(self, job: Job) -> dict[str, Any]:
-        done, largest, left = 0, 0, []
+        done, largest, left, behind = 0, 0, [], 0
         for layer in job.graph.layers:
             spec = job.plan.get(layer.weight)
             if spec is None:
@@ -59,8 +59,13 @@ class ShiftEqualize(Pass):
                 left.append(layer.name)
             elif made.multiplier is not None:
                 done, largest = done + 1, max(largest, int(np.log2(made.multiplier.max() / made.multiplier.min())))
+                behind += granularities(job.target, layer.op).isdisjoint({"channel"})
             if made is not None:
                 job.plan |= {layer.weight: made}
+        if behind:
+            job.report["notes"].append(f"{behind} layers have shifts as a Mul behind them, which NPU compilers and OpenVINO "
+                                       "fuse; onnxruntime does not, and runs such convolutions in float (target ort-cpu has "
+                                       "them in the scales instead)")
         return {"layers": done, "largest_shift": largest, **({"left_out": left} if left else {})}
 
     def _shifted(self, job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec | None:
