@@ -29,7 +29,7 @@ class Need:
 
 def needs(model: onnx.ModelProto) -> dict[str, Need]:
     """Output of a layer -> what it needs, for Conv, Gemm and MatMul whose 8-bit input and constant weight both come from a
-    DequantizeLinear. ConvTranspose, blocked scales and weights decoded to float are left out.
+    DequantizeLinear. 16-bit inputs, ConvTranspose, blocked scales and weights decoded to float are left out.
 
     Weights that small operators decode (INT4 -> Cast -> Mul ...) are computed by onnxruntime, one at a time.
     """

@@ -236,9 +236,10 @@ def _why(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
             return f"neither its input (from {origin}) nor its weight is quantized"
         return f"its input, from {origin}, is float"
     codes = source.input[0]
-    zero = types.get(source.input[2], 0) if len(source.input) > 2 else 0
-    if zero in (TensorProto.UINT16, TensorProto.INT16):
+    if _sixteen(types, source):
         return f"its input '{codes}' has 16-bit codes, for which there is no integer kernel"
+    if any(_sixteen(types, n) for n in readers if n.op_type == "QuantizeLinear"):
+        return "its output is quantized to 16-bit codes, for which there is no integer kernel"
     if weight is None or weight.op_type != "DequantizeLinear":
         return "its weight is decoded to float at load" if node.input[1] in _constants(graph) and weight is not None else (
             "its weight is not quantized")
@@ -250,3 +251,8 @@ def _why(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
         other = next((n.name or n.op_type for n in readers if n.op_type != "QuantizeLinear"), "the model's output")
         return f"its output is read in float by {other}; quantize it"
     return "onnxruntime did not fuse it (check zero points and the bias scale s_x * s_w)"
+
+
+def _sixteen(types: dict[str, int], node: onnx.NodeProto) -> bool:
+    """True if a QuantizeLinear writes, or a DequantizeLinear reads, 16-bit codes."""
+    return len(node.input) > 2 and types.get(node.input[2]) in (TensorProto.UINT16, TensorProto.INT16)

@@ -77,9 +77,12 @@ def scale_floor(job: Job, layer: Layer, spec: QuantSpec) -> Array:
 
 
 def _least_steps(job: Job, layer: Layer, spec: QuantSpec) -> Array | None:
-    """Sizes of a weight's code [outputs] at which |bias| / (s_x s_w) is 2^30; None where nothing limits them."""
+    """Sizes of a weight's code [outputs] at which |bias| / (s_x s_w) is 2^30; None where nothing limits them: beside 16-bit
+    inputs, whose scales are 256 times finer, export writes such a bias at a scale of its own."""
     key, bias = layer_input(job.graph, job.plan, job.target, layer), bias_values(job.graph, layer, spec)
-    return None if not key or bias is None else np.abs(bias) / (float(job.plan[key].scale or 1) * 2.0**30)
+    if not key or bias is None or job.plan[key].bits > 8:
+        return None
+    return np.asarray(np.abs(bias) / (float(job.plan[key].scale or 1) * 2.0**30))
 
 
 def _lower_shifts(job: Job, layer: Layer, spec: QuantSpec, weight: Array) -> QuantSpec:

@@ -260,8 +260,11 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
                                                         "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}
     where = "" if job.target.name.startswith("ort-") else " in onnxruntime"  # the audit of other runtimes is a command
     report["bits_per_weight"] = round(stored / max(sum(row["parameters"] for row in rows), 1), 3)
+    wide = sum(_rule(job, y).activations > 8 and not by_name[y.name].quantized for y in job.graph.layers
+               if y.weight in job.plan and y.name in by_name)
     decoded = sum(_rule(job, y).storage == "float" for y in job.graph.layers if y.weight in job.plan)
     ran = f"{decoded}/{len(rows)} layers decoded at load, run in float" if decoded else f"{kernels.summary()}{where}"
+    ran += f"; {wide}/{len(rows)} layers with 16-bit activations run in float there" if wide else ""
     report["summary"] = (f"{ran} | {before / 1e6:.2f} -> {after / 1e6:.2f} MB, "
                          f"{report['bits_per_weight']:.1f} bits per weight")
 

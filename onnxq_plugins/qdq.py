@@ -200,9 +200,12 @@ class Writer:
     def _apart(self, node: onnx.NodeProto, layer: Layer) -> bool:
         """True if a planned layer must be kept apart from what reads it: one that runs in float from a Q behind it, a
         quantized Gemm or MatMul from what would draw it into a float kernel."""
-        storage = self._rule(layer)[0].storage
+        rule = self._rule(layer)[0]
+        storage = rule.storage
         if storage == "float":
             return node.input[0] in self.dequantized.values()
+        if rule.activations > 8:  # it runs in float anyway, and its weight is no float constant
+            return False
         if layer.op == "Conv" or storage == "blocked":
             return layer.op != "Conv"  # weight-only: a Q behind would do, even beyond a Reshape
         readers = self.graph.consumers(layer.output)
@@ -258,6 +261,11 @@ class Writer:
         attrs: dict[str, Any] = {}
         if granularity(layer, spec) == "channel":
             scale_values, attrs = scale_values.reshape(-1), {"axis": layer.out_axis}
+        if rule.activations > 8 and layer.op != "Conv":
+            # Otherwise onnxruntime makes a MatMulNBits of it, which without a word rounds the 16-bit input to 8 bits. It
+            # leaves scales of shape [1] and axes counted from the end alone, which say the same.
+            scale_values = scale_values.reshape(-1)
+            attrs = {"axis": layer.out_axis - len(layer.shape)}
         scale = self._constant(f"{name}_scale", scale_values)
         zero = self._constant(f"{name}_zero_point", np.zeros(scale_values.shape, np.int8))
         values = self._fresh(f"{name}_dequantized")
@@ -325,12 +333,16 @@ class Writer:
         return self._constant(f"{layer.bias or layer.name}_shifted", bias.astype(np.float32))
 
     def _bias(self, layer: Layer, spec: QuantSpec, activation: QuantSpec, factor: Array | None) -> str:
-        """int32 codes at s_x * s_w: the integer kernel adds them to its accumulator, before a factor behind the layer."""
+        """int32 codes at s_x * s_w: the integer kernel adds them to its accumulator, before a factor behind the layer.
+        Beside 16-bit inputs that can be too fine for int32: the bias then has a scale of its own, weights keep theirs."""
         bias = bias_values(self.graph, layer, spec)
         if bias is None:
             return ""
         bias = bias if factor is None else bias / factor
         scale = bias_scale(layer, spec, activation)
+        if activation.bits > 8:
+            least = np.abs(bias) / 2.0**30
+            scale = np.maximum(scale, least if scale.ndim else least.max()).astype(np.float32)
         codes = np.clip(np.rint(bias / scale), -(2.0**31), 2.0**31 - 1).astype(np.int32)
         name = layer.bias or f"{layer.name}_bias"
         stored = self._constant(f"{name}_codes", codes)
@@ -414,7 +426,8 @@ def weight_values(layer: Layer, spec: QuantSpec) -> Array:
 
 
 def _code_type(spec: QuantSpec) -> Any:
-    return np.int8 if spec.symmetric else np.uint8
+    """The integer type of an activation's codes."""
+    return (np.int8 if spec.symmetric else np.uint8) if spec.bits <= 8 else (np.int16 if spec.symmetric else np.uint16)
 
 
 def subgraph_reads(nodes: Sequence[onnx.NodeProto]) -> set[str]:

@@ -24,7 +24,7 @@ FLOAT = 32  # bits = 32: stays float
 class TensorRequest:
     """How one kind of tensor is asked for; the ``[weights]`` and ``[activations]`` tables.
 
-    bits        2..16 (what a target runs: 2..8), or 32 to stay float
+    bits        2..16, or 32 to stay float (targets run weights of 2..8 bits, activations of 8, some of 16)
     symmetric   signed codes with zero point 0
     block       granularity of the scale: "tensor", "channel", a number of inputs per scale, [outputs, inputs] or one
                 size per axis

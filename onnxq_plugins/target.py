@@ -21,7 +21,7 @@ class Rule:
 
     op            Conv, Gemm, MatMul ...
     kernel        the operator that then runs
-    activations   bits of the input; 0: the input stays float (weight-only)
+    activations   bits of the unsigned input; 0: the input stays float (weight-only)
     weights       widths of weight codes
     granularity   of the weight's scale: ``tensor``, output ``channel``, ``block`` of inputs within a channel, or ``tile``
                   of several channels
@@ -72,6 +72,11 @@ class Target:
         """Widest symmetric code that stays within `max_code`."""
         return (self.max_code + 1).bit_length()
 
+    @property
+    def activation_bits(self) -> list[int]:
+        """Widths of the activations that some rule reads, ascending."""
+        return sorted({rule.activations for rule in self.rules} - {0})
+
     def rule(self, layer: Layer, weight: QuantSpec, activations: int) -> Rule | None:
         """The rule a layer falls under, or None if the target has no quantized kernel for it."""
         shape = granularity(layer, weight)
@@ -112,12 +117,18 @@ class Target:
                 found.append(f"{layer.op} '{layer.name}' has no bias that its planned shift could be added to; leave the "
                              "shift of its weight out.")
         found = [text.format(_names(names)) for text, names in refused.items()] + found
-        for name, spec in plan.items():
-            if not graph.is_constant(name) and (spec.bits != 8 or spec.symmetric or spec.block is not None):
+        activations = {name: spec for name, spec in plan.items() if not graph.is_constant(name)}
+        widths = self.activation_bits
+        for name, spec in activations.items():
+            if spec.bits not in widths or spec.symmetric or spec.block is not None:
+                runs = [f"{' or '.join(f'uint{n}' for n in widths)} per tensor (activations.bits = "
+                        f"{' or '.join(map(str, widths))})"] if widths else []
                 found.append(f"target '{self.name}' cannot run activation '{name}' as {spec.describe()}; it runs "
-                             "uint8 per tensor (activations.bits = 8), or float (activations.bits = 32).")
-        if graph.opset < self.opset and any(spec.bits <= 4 for spec in plan.values()):
-            found.append(f"4-bit tensors need opset {self.opset}, the model has {graph.opset}; export it again.")
+                             f"{', or '.join([*runs, 'float (activations.bits = 32)'])}.")
+        if graph.opset < self.opset:
+            kinds = ["4-bit tensors"] if any(spec.bits <= 4 for spec in plan.values()) else []
+            kinds += ["16-bit activations"] if any(spec.bits > 8 for spec in activations.values()) else []
+            found += [f"{kind} need opset {self.opset}, the model has {graph.opset}; export it again." for kind in kinds]
         return found
 
     def refusal(self, layer: Layer, weight: QuantSpec, activations: int) -> str:
@@ -204,9 +215,9 @@ def channel_multipliers(layer: Layer, spec: QuantSpec) -> bool:
     return spec.block is None and spec.sub_block == channel_block(layer)
 
 
-def _dense(op: str, kernel: str) -> tuple[Rule, ...]:
-    return (Rule(op, kernel, 8, (5, 6, 7, 8), ("tensor", "channel"), "int8", multipliers=True),
-            Rule(op, kernel, 8, (2, 3, 4), ("tensor", "channel"), "int4", multipliers=True))
+def _dense(op: str, kernel: str, activations: int = 8) -> tuple[Rule, ...]:
+    return (Rule(op, kernel, activations, (5, 6, 7, 8), ("tensor", "channel"), "int8", multipliers=True),
+            Rule(op, kernel, activations, (2, 3, 4), ("tensor", "channel"), "int4", multipliers=True))
 
 
 _NBITS = tuple(Rule(op, "MatMulNBits", 0, (bits,), ("block",), "blocked", (16, 32, 64, 128, 256))
@@ -230,4 +241,8 @@ PER_TENSOR = Target("per-tensor", "runtimes and NPUs that know one scale per wei
                     "become a power-of-two Mul behind the layer, and are listed in the model's metadata",
                     tuple(Rule(op, "int8", 8, tuple(range(2, 9)), ("tensor",), "int8") for op in ("Conv", "Gemm", "MatMul")),
                     _CHAIN, flatten=False)
-BUILTIN = (ORT_CPU, ORT_CPU_AVX2, OPENVINO, PER_TENSOR, STORAGE)
+NPU = Target("npu", "NPUs with 8- and 16-bit activations; in onnxruntime layers with 16-bit activations run in float",
+             tuple(rule for op in ("Conv", "Gemm", "MatMul")
+                   for rule in (*_dense(op, "int8"), *_dense(op, "W2..8A16, float in onnxruntime", 16))),
+             _CHAIN, flatten=False)
+BUILTIN = (ORT_CPU, ORT_CPU_AVX2, OPENVINO, PER_TENSOR, NPU, STORAGE)

@@ -448,9 +448,9 @@ def block_that_the_target_lacks():
     return ["--set", "weights.block=32"]
 
 
-@bad("target 'npu' is unknown", "ort-cpu")
+@bad("target 'gpu' is unknown", "ort-cpu")
 def unknown_target():
-    return ["--target", "npu"]
+    return ["--target", "gpu"]
 
 
 @bad("'weights.bits' must look like")
@@ -644,7 +644,7 @@ def test_audit(ready):
     (["recipes", "nope"], "recipe 'nope' is unknown"),
     (["check", "nope"], "neither a built-in"),
     (["check", "int8", "nowhere.onnx"], "does not exist"),
-    (["check", "int8", "--target", "npu"], "target 'npu' is unknown"),
+    (["check", "int8", "--target", "gpu"], "target 'gpu' is unknown"),
     (["check", "block.toml", "model.onnx"], "cannot run Conv 'conv0', '"),
     (["quickstart", "-o", "model.onnx"], "folder 'model.onnx'"),
 ])

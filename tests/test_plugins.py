@@ -147,8 +147,8 @@ def test_a_target_from_a_plugin_works(install):
 
 
 def test_an_unknown_target_lists_the_known(install):
-    with pytest.raises(OnnxqError, match="target 'npu' is unknown; known: openvino, ort-cpu, ort-cpu-avx2"):
-        find_plugins().target("npu")
+    with pytest.raises(OnnxqError, match="target 'gpu' is unknown; known: npu, openvino, ort-cpu, ort-cpu-avx2"):
+        find_plugins().target("gpu")
 
 
 # ---- broken ones --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ class Ranges(Pass):
                  ``percentile``: leave out (100 - percentile) percent of the values.
                  ``mse``: least mean squared error of the quantized values.
                  ``kl``: least Kullback-Leibler divergence between the values before and after.
+                 The last two keep the extremes where a grid has more codes than `bins`: there clipping gains nothing.
     percentile   for ``percentile``, in percent
     bins         of the histograms behind all but ``minmax``
 
@@ -43,8 +44,8 @@ class Ranges(Pass):
         if self.method != "minmax":
             for name, h in job.calibration.histograms(names, self.bins).items():
                 levels = 2 ** job.plan[name].bits
-                if h.high <= h.low:
-                    continue
+                if h.high <= h.low or (levels > self.bins and self.method != "percentile"):
+                    continue  # a histogram that is coarser than the grid does not show what a grid costs
                 if self.method == "percentile":
                     chosen[name] = percentile_range(h.counts, h.low, h.high, self.percentile)
                 elif self.method == "mse":
