@@ -46,8 +46,7 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
     unmatched = set(range(len(recipe.layers)))
     ops = {rule.op for rule in target.rules}
     for i, layer in enumerate(graph.layers):
-        ends = {"first": i == 0, "last": i == len(graph.layers) - 1}
-        weights, activations, quantize = _settings(recipe, layer.name, layer.op, layer.kind, ends, unmatched)
+        weights, activations, quantize = _settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, i), unmatched)
         if quantize is False or weights.bits == FLOAT:
             floats[layer.name] = "the recipe leaves it float"
             continue
@@ -58,10 +57,8 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
         if weight_only and not any(r.op == layer.op and not r.activations for r in target.rules):
             floats[layer.name] = f"target '{target.name}' has no weight-only {layer.op}"
             continue
-        bits = weights.bits
-        if not weight_only and target.code_bits < bits <= 8:
-            bits = target.code_bits
-            narrowed += 1
+        bits = weights.bits if weight_only else _narrowed(weights.bits, target)
+        narrowed += bits != weights.bits
         plan[layer.weight] = _weight(layer, replace(weights, bits=bits), target, problems)
         if not weight_only:
             integer[layer.name] = activations
@@ -87,6 +84,19 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
     planned = [layer for layer in graph.layers if layer.weight in plan]
     inputs = {layer.name: input_key(graph, whole, layer.input) if layer.name in integer else "" for layer in planned}
     return Request(whole, inputs, floats, tuple(notes))
+
+
+def weight_request(graph: Graph, recipe: Recipe, target: Target, layer: Layer, bits: int) -> QuantSpec:
+    """What the recipe, with its rules for single layers, would ask for a layer's weight at another width: granularity and
+    multipliers as far as this width leaves room for them, and no wider than the target's codes may be. Whether the target
+    runs it is up to `Target.rule`. Raises OnnxqError if a block does not fit the layer."""
+    at = [y.name for y in graph.layers].index(layer.name)
+    weights, activations, _ = _settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, at), set())
+    problems: list[str] = []
+    made = _weight(layer, replace(weights, bits=bits if activations.bits == FLOAT else _narrowed(bits, target)), target,
+                   problems)
+    OnnxqError.check(problems)
+    return made
 
 
 def input_key(graph: Graph, plan: Mapping[str, QuantSpec], name: str) -> str:
@@ -129,6 +139,16 @@ def maker_of(graph: Graph, name: str) -> Any:
     if node is not None and node.op in ("Relu", "Clip") and graph.elided_activation(node.inputs[0].name) is not None:
         return graph.producer(node.inputs[0].name)
     return node
+
+
+def _narrowed(bits: int, target: Target) -> int:
+    """The width of a weight beside quantized activations: 8 bits are fewer where the target's codes are narrower."""
+    return target.code_bits if target.code_bits < bits <= 8 else bits
+
+
+def _ends(graph: Graph, at: int) -> dict[str, bool]:
+    """Which ends of the network the layer at a place is."""
+    return {"first": at == 0, "last": at == len(graph.layers) - 1}
 
 
 def _settings(recipe: Recipe, name: str, op: str, kind: str, ends: Mapping[str, bool],
