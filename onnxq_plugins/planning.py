@@ -86,6 +86,16 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
     return Request(whole, inputs, floats, tuple(notes))
 
 
+def pinned(graph: Graph, recipe: Recipe) -> set[str]:
+    """Names of the layers for which a [[layer]] rule of the recipe sets the bits of the weight."""
+    found = set()
+    for i, layer in enumerate(graph.layers):
+        if any("bits" in rule.weights and _matches(rule, layer.name, layer.op, layer.kind, _ends(graph, i))
+               for rule in recipe.layers):
+            found.add(layer.name)
+    return found
+
+
 def weight_request(graph: Graph, recipe: Recipe, target: Target, layer: Layer, bits: int) -> QuantSpec:
     """What the recipe, with its rules for single layers, would ask for a layer's weight at another width: granularity and
     multipliers as far as this width leaves room for them, and no wider than the target's codes may be. Whether the target

@@ -31,7 +31,7 @@ class Trial:
     def __init__(self, job: Job, samples: int = 32) -> None:
         assert job.calibration.data is not None
         graph, self.job = job.graph, job
-        self.feeds = _spread_evenly(job.calibration.data, samples)
+        self.feeds = spread_evenly(job.calibration.data, samples)
         self.reference = runtime.outputs(runtime.session(graph.model()), self.feeds)
         names = [n for n in job.plan if not graph.is_constant(n)]
         fine = [n for n in names if channels(graph, n)]
@@ -97,7 +97,7 @@ class Trial:
         return replace(made, shift=bias_shift(trial.graph, layer, made, self.means[layer.input]))
 
 
-def _spread_evenly(data: Data, count: int) -> list[dict[str, Array]]:
+def spread_evenly(data: Data, count: int) -> list[dict[str, Array]]:
     """So many samples, or all where there are fewer; no more are held."""
     size = data.size or sum(1 for _ in data)
     chosen = {n * size // count for n in range(count)}

@@ -1,0 +1,201 @@
+"""mixed-precision: widths of weights and activations, group by group, from measured sensitivities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from onnxq_plugins.data import Data
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.measure import Measure, metric, sqnr
+from onnxq_plugins.quantizers import Width, parse_widths
+from onnxq_plugins.search import ALONE, Choice, Widths
+from onnxq_plugins.solvers.allocate import allocate
+from onnxq_plugins.solvers.pareto import Strategy, longest
+from onnxq_plugins.solvers.rounding import Method
+from onnxq_plugins.spec import Plan
+from onnxq_plugins.trial import spread_evenly
+
+Entry = tuple[float, int, Width]  # SQNR of a group alone, its number, its width
+_APART = 16  # samples from which rounding and measuring use different ones
+
+
+@dataclass(frozen=True)
+class MixedPrecision(Pass):
+    """Search the width of every group of quantizers: an activation with the weights of all layers that read it.
+
+    1. Sensitivity: for each group and candidate, the error of the network's outputs with that group quantized alone. Noise
+       of groups adds up, nearly.
+    2. Budgets on cost: the choice of least total noise within the budget. Budgets on accuracy: from the widest candidates
+       everywhere the way leads down, change by change; the last point that is accurate enough is found by search.
+    3. Points along the way down are measured: the curve in the report, with the widths of each.
+
+    candidates  such as W4A8, W8A8, W8A16, float; per group those that the target has kernels for
+    budget      ``size`` (bits of weights), ``bops`` (bit operations): at most `limit` times those of 8-bit weights and
+                activations everywhere. ``sqnr``: at least `limit` dB. ``metric``: at most `limit` below the float network's
+    limit       see budget
+    metric      ``sqnr`` or ``agreement`` (percent of samples with the same argmax), shown with the curve
+    order       of changes on the way down: ``noise``, least noise added per cost saved first; ``sqnr``, the paper's list:
+                the least sensitive first, whatever it saves
+    strategy    of the search: ``binary``, ``interpolation``, ``hybrid`` of both, or ``brute``, which measures every point
+    samples     of the data, spread evenly; no labels are needed
+    method      how weights are rounded: as in `round`, on the inputs of the float network
+    curve       points of the way down to measure, evenly spread, beside those that the search visits
+
+    Weights are rounded once for each layer and width, so that a choice of widths costs no new rounding. For the search they
+    are rounded on half of the samples and measured on the others, since codes fit the samples they were chosen on; those of
+    the chosen point are rounded again on all data. Layers whose weights.bits a [[layer]] rule sets keep them.
+
+    Source: Practical Mixed Precision (Pandey et al., arXiv 2302.05397). The integer program for budgets on cost and the
+    order by noise are our own.
+    Cost: groups x candidates + points, each an export and half of `samples` runs; rounding once per width.
+    """
+
+    name: ClassVar[str] = "mixed-precision"
+    candidates: tuple[str, ...] = ("W4A8", "W6A8", "W8A8")
+    budget: Literal["size", "bops", "sqnr", "metric"] = "size"
+    limit: float = 0.75
+    metric: Literal["sqnr", "agreement"] = "sqnr"
+    order: Literal["noise", "sqnr"] = "noise"
+    strategy: Strategy = "hybrid"
+    samples: int = 64
+    method: Method = "gptq"
+    curve: int = 9
+
+    def __post_init__(self) -> None:
+        parse_widths(self.candidates)
+        metric(self.metric)
+        if self.samples < 1 or self.curve < 0:
+            raise ValueError("samples must be at least 1 and curve not negative")
+
+    def apply(self, job: Job) -> dict[str, Any]:
+        if job.calibration.data is None:
+            raise OnnxqError("mixed-precision measures networks on sample inputs, and there are none; give --data PATH, or "
+                             "put the pass data-free in front.")
+        return _Search(self, job).run()
+
+
+class _Search:
+    """The phases of one search."""
+
+    def __init__(self, step: MixedPrecision, job: Job) -> None:
+        self.step, self.job = step, job
+        assert job.calibration.data is not None
+        feeds = spread_evenly(job.calibration.data, step.samples)
+        self.rounded_on, measured_on = (feeds[::2], feeds[1::2]) if len(feeds) >= _APART else (feeds, feeds)
+        self.widths = Widths(job, parse_widths(step.candidates), feeds[0])
+        if bare := [g.name for g, options in zip(self.widths.groups, self.widths.options, strict=True) if not options]:
+            others = f" and {len(bare) - 1} others" if len(bare) > 1 else ""
+            raise OnnxqError(f"mixed-precision: target '{job.target.name}' runs none of {', '.join(step.candidates)} for "
+                             f"'{bare[0]}'{others}; add a candidate that it runs, such as W8A8.")
+        self.metric = metric(step.metric)
+        self.measure = Measure(job.graph, job.target, measured_on)
+        self.eight = self.widths.cost(tuple(Width(8, 8) for _ in self.widths.groups))
+        self.points: dict[Choice, dict[str, Any]] = {}
+
+    def run(self) -> dict[str, Any]:
+        step, data = self.step, self.job.calibration.data
+        assert data is not None
+        half = Data(data.inputs, lambda: iter(self.rounded_on), "half of the data", len(self.rounded_on))
+        self.widths.round(step.method, half)
+        ranked = self.sensitivities()
+        path = self.path(ranked)
+        chosen = self.fitted(ranked) if step.budget in ("size", "bops") else self.farthest(path)
+        shown = [path[round(k)] for k in np.linspace(0, len(path) - 1, step.curve)] if step.curve else []
+        for choice in self.job.track([chosen, *shown], "measuring the curve", len(shown) + 1):
+            self.point(choice)
+        self.widths.round(step.method, data, dict(enumerate(chosen)))
+        self.job.plan = self.whole(chosen)
+        self.points[chosen]["chosen"] = True
+        groups = self.widths.groups
+        return {"groups": len(groups), "networks_measured": self.measure.scored,
+                "sensitivities": [{"group": groups[i].name, "width": str(w), "sqnr": round(s, 2)} for s, i, w in ranked],
+                "curve": sorted(self.points.values(), key=lambda p: -p[self.falling])}
+
+    @property
+    def falling(self) -> str:
+        """The cost that is to fall: size, or bit operations where the budget is on accuracy."""
+        return "size" if self.step.budget == "size" else "bops"
+
+    def sensitivities(self) -> list[Entry]:
+        """(SQNR, group, candidate) with that group quantized alone, from the least sensitive to the most."""
+        from joblib import Parallel, delayed
+
+        alone = Measure(self.job.graph, ALONE, self.measure.feeds, self.measure.reference)
+        tasks = [(i, w) for i, options in enumerate(self.widths.options) for w in options if len(options) > 1]
+        scores = Parallel(n_jobs=self.job.workers, prefer="threads", return_as="generator")(
+            delayed(alone.score)(self.widths.plan({i: w})) for i, w in tasks)
+        tracked = self.job.track(scores, "sensitivities", len(tasks))
+        found = [(score, i, w) for score, (i, w) in zip(tracked, tasks, strict=True)]
+        self.measure.scored += alone.scored
+        return sorted(found, key=lambda f: (-f[0], -(f[2].weights + f[2].activations), f[1]))
+
+    def path(self, ranked: list[Entry]) -> list[Choice]:
+        """The choices on the way down, from the widest everywhere on; changes that lower no cost are left out."""
+        now = tuple(options[0] for options in self.widths.options)
+        path, spent, noise = [now], self.widths.cost(now), _noise(ranked)
+        left = [(i, w) for _, i, w in ranked]
+        while True:
+            found = []
+            for i, w in left:
+                tried = (*now[:i], w, *now[i + 1:])
+                price = self.widths.cost(tried)
+                if price.size <= spent.size and price.bops <= spent.bops and price != spent:
+                    saved = max(getattr(spent, self.falling) - getattr(price, self.falling), 1e-9)
+                    found.append(((noise[i, w] - noise[i, now[i]]) / saved, i, w, tried, price))
+            if not found:
+                return path
+            _, i, w, now, spent = found[0] if self.step.order == "sqnr" else min(found, key=lambda f: f[0])
+            path.append(now)
+            left.remove((i, w))
+
+    def fitted(self, ranked: list[Entry]) -> Choice:
+        """The choice within the budget of least noise, as noise of groups alone adds up."""
+        noise, limit = _noise(ranked), self.step.limit * getattr(self.eight, self.falling)
+        base = tuple(options[0] for options in self.widths.options)
+        prices, start = [], getattr(self.widths.cost(base), self.falling)
+        for i, options in enumerate(self.widths.options):
+            costs = [getattr(self.widths.cost((*base[:i], w, *base[i + 1:])), self.falling) - start for w in options]
+            prices.append(np.array(costs))
+        found = allocate([np.array([noise.get((i, w), 0.0) for w in options]) for i, options in
+                          enumerate(self.widths.options)], prices, limit - start)
+        if found is None:
+            least = (start + sum(p.min() for p in prices)) / getattr(self.eight, self.falling)
+            raise OnnxqError(f"mixed-precision: {self.falling} cannot fall to {self.step.limit} of 8 bits everywhere, the "
+                             f"narrowest candidates have {least:.3f}; raise limit, or add candidates of fewer bits.")
+        return tuple(options[k] for options, k in zip(self.widths.options, found, strict=True))
+
+    def farthest(self, path: list[Choice]) -> Choice:
+        """The last choice on the way down that is accurate enough."""
+        step, key, best = self.step, self.step.metric, self.metric(self.measure.reference, self.measure.reference)
+        least = best - step.limit
+        if step.budget == "sqnr":
+            key, least = "sqnr", step.limit
+        found = longest(lambda k: float(self.point(path[k])[key]), len(path) - 1, least, step.strategy)
+        if found < 0:
+            self.job.report["notes"].append(f"mixed-precision: even the widest candidates reach {key} "
+                                            f"{self.point(path[0])[key]:.2f} only, not {least:.2f}; they were taken")
+        return path[max(found, 0)]
+
+    def point(self, choice: Choice) -> dict[str, Any]:
+        """A point of the curve, measured once."""
+        if choice not in self.points:
+            outputs, reference = self.measure.outputs(self.whole(choice)), self.measure.reference
+            price = self.widths.cost(choice)
+            self.points[choice] = {
+                "size": round(price.size / self.eight.size, 4), "bops": round(price.bops / max(self.eight.bops, 1.0), 4),
+                "sqnr": round(sqnr(reference, outputs), 3), self.step.metric: round(self.metric(reference, outputs), 3),
+                "widths": {g.name: str(w) for g, w in zip(self.widths.groups, choice, strict=True)}}
+        return self.points[choice]
+
+    def whole(self, choice: Choice) -> Plan:
+        """The plan of a choice, every group quantized."""
+        return self.widths.plan(dict(enumerate(choice)))
+
+
+def _noise(ranked: list[Entry]) -> dict[tuple[int, Width], float]:
+    """Noise to signal of each group alone at each width."""
+    return {(i, w): float(10 ** (-score / 10)) for score, i, w in ranked}

@@ -1,0 +1,133 @@
+"""Quantizers that must change together, the widths they may have, and what a choice of widths costs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from onnxq_plugins import runtime
+from onnxq_plugins.graph import Graph
+from onnxq_plugins.planning import activation_inputs, input_key, layer_input, result_of
+from onnxq_plugins.spec import Array, Plan
+from onnxq_plugins.target import Target
+
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True, order=True)
+class Width:
+    """A candidate: bits of weights and of the activations they meet; 32 and 32 for float."""
+
+    weights: int
+    activations: int
+
+    @staticmethod
+    def parse(text: str) -> Width:
+        """``W4A8`` or ``float``. Raises ValueError for anything else."""
+        if text == "float":
+            return Width(FLOAT_BITS, FLOAT_BITS)
+        found = re.fullmatch(r"W(\d+)A(\d+)", text)
+        if found is None or not all(2 <= int(n) <= 16 for n in found.groups()):
+            raise ValueError(f"candidate '{text}' must look like W4A8 (bits from 2 to 16), or be 'float'")
+        return Width(*(int(n) for n in found.groups()))
+
+    def __str__(self) -> str:
+        return "float" if self.weights == FLOAT_BITS else f"W{self.weights}A{self.activations}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Quantizers that share a width: planned activations, and the layers whose weights meet them."""
+
+    activations: tuple[str, ...]
+    layers: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.layers[0] if self.layers else self.activations[0]
+
+
+def quantizer_groups(graph: Graph, plan: Plan, target: Target) -> list[Group]:
+    """The groups of a plan, in the order of the graph: an activation with the weights of all layers that read it; the inputs
+    of an integer Add, Concat or product of two activations are tied, since its kernel takes one width.
+
+    Source: Practical Mixed Precision (arXiv 2302.05397), section 3.
+    """
+    names = [n for n in plan if not graph.is_constant(n)]
+    parent = {n: n for n in names}
+
+    def find(n: str) -> str:
+        while parent[n] != n:
+            n = parent[n]
+        return n
+
+    layers = {y.name: y for y in graph.layers}
+    order: dict[str, int] = {}
+    members: dict[str, list[str]] = {}
+    for position, node in enumerate(graph.nodes):
+        keys = list(dict.fromkeys(key for t in activation_inputs(graph, node) if (key := input_key(graph, plan, t))))
+        for key in keys:
+            order.setdefault(key, position)
+        if node.name in layers:
+            if layers[node.name].weight in plan:
+                key = layer_input(graph, plan, target, layers[node.name])
+                members.setdefault(key or f"|{node.name}", []).append(node.name)
+        elif len(keys) > 1 and (node.op in target.integer_ops or node.op == "MatMul"):
+            for key in keys[1:]:
+                parent[find(key)] = find(keys[0])
+        if result_of(graph, node) in parent:
+            order.setdefault(result_of(graph, node), position + 1)
+    gathered: dict[str, tuple[list[str], list[str]]] = {}
+    for name in sorted(names, key=lambda n: order.get(n, -1)):
+        mine = gathered.setdefault(find(name), ([], []))
+        mine[0].append(name)
+        mine[1].extend(members.pop(name, []))
+    alone = [Group((), tuple(found)) for found in members.values()]  # weight-only layers
+    return [Group(tuple(a), tuple(w)) for a, w in gathered.values()] + alone
+
+
+def multiply_adds(graph: Graph, feed: Mapping[str, Array]) -> dict[str, int]:
+    """Multiply-adds of each layer for one sample, from the shapes that a run of the float model has."""
+    weights: dict[str, Array] = {}
+    model = graph.model(weights)
+    layers = [y for y in graph.layers if y.op != "ConvTranspose"]
+    del model.graph.output[:]
+    for layer in layers:
+        model.graph.node.append(helper.make_node("Size", [layer.output], [f"{layer.output}|size"]))
+        model.graph.output.append(helper.make_tensor_value_info(f"{layer.output}|size", onnx.TensorProto.INT64, []))
+    sizes = runtime.session(model, weights=weights).run(None, dict(feed)) if layers else []
+    return {y.name: int(size) * y.matrix_shape[2] for y, size in zip(layers, sizes, strict=True)}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a choice of widths costs.
+
+    size   bits of the weights
+    bops   bit operations for one sample: multiply-adds x bits of the weight x bits of the input
+    """
+
+    size: float
+    bops: float
+
+
+def cost(graph: Graph, widths: Mapping[str, Width], work: Mapping[str, int]) -> Cost:
+    """The cost of one width per layer. Source of bit operations: Practical Mixed Precision, section 2.
+
+    work   multiply-adds per layer
+    """
+    sizes = {y.name: float(np.prod(y.shape)) for y in graph.layers}
+    return Cost(sum(sizes[name] * w.weights for name, w in widths.items()),
+                sum(float(work.get(name, 0)) * w.weights * w.activations for name, w in widths.items()))
+
+
+def parse_widths(texts: Iterable[str]) -> tuple[Width, ...]:
+    """Candidates, widest first. Raises ValueError."""
+    return tuple(sorted({Width.parse(text) for text in texts}, key=lambda w: (w.weights * w.activations, w.activations),
+                        reverse=True))

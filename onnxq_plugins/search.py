@@ -1,0 +1,123 @@
+"""A search over widths: what may be chosen, what each choice makes of the plan, what it costs and does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from onnxq_plugins import runtime
+from onnxq_plugins.calibration import Calibration
+from onnxq_plugins.complete import complete_ranges, complete_weight
+from onnxq_plugins.data import Data
+from onnxq_plugins.graph import Layer
+from onnxq_plugins.graph.core import LAYER_OPS
+from onnxq_plugins.job import Job
+from onnxq_plugins.layerwise import float_inputs, problem, solvable
+from onnxq_plugins.planning import maker_of, pinned, weight_request
+from onnxq_plugins.quantizers import FLOAT_BITS, Cost, Group, Width, cost, multiply_adds, quantizer_groups
+from onnxq_plugins.solvers.rounding import Effort, Method
+from onnxq_plugins.spec import Array, Plan, QuantSpec, from_range
+from onnxq_plugins.target import STORAGE, Rule
+
+Choice = tuple[Width, ...]  # one per group
+
+# For one group alone: decoded weights, activations of any width, and no layer that must write codes.
+ALONE = replace(STORAGE, name="alone", output_scale=frozenset(), rules=tuple(
+    Rule(op, op, bits, tuple(range(2, 17)), ("tensor", "channel", "block", "tile"), "float", multipliers=True)
+    for op in LAYER_OPS for bits in (*range(16, 1, -1), 0)))
+
+
+class Widths:
+    """The choices for a job's plan.
+
+    groups    the groups of quantizers
+    options   per group the candidates that the target has kernels for, widest first
+    work      multiply-adds of each layer for one sample
+    """
+
+    def __init__(self, job: Job, candidates: Sequence[Width], feed: Mapping[str, Array]) -> None:
+        complete_ranges(job)
+        self.job, self.layers = job, {y.name: y for y in job.graph.layers}
+        self.fixed = pinned(job.graph, job.recipe)
+        self.groups = quantizer_groups(job.graph, job.plan, job.target)
+        self.work = multiply_adds(job.graph, feed)
+        self.options = [tuple(w for w in candidates if self._runs(group, w)) for group in self.groups]
+        self.solved: dict[tuple[str, int], QuantSpec] = {}  # (layer, bits of its weight) -> its entry
+
+    def round(self, method: Method, data: Data, only: Mapping[int, Width] | None = None) -> None:
+        """Round every layer's weight once at each width it may have, on the inputs of the float network.
+
+        only   the width of each group (by number) where that is settled
+        """
+        from joblib import Parallel, delayed
+
+        old = self.job.calibration
+        calibration = old if data is old.data else Calibration(old.graph, data, workers=old.workers, track=old.track)
+        job = replace(self.job, calibration=calibration)
+        wanted = {name: {self._bits(name, w) for w in ((only[i],) if only else options) if w.weights != FLOAT_BITS}
+                  for i, (group, options) in enumerate(zip(self.groups, self.options, strict=True)) for name in group.layers}
+        matrix = [y for y in solvable(self.job) if wanted.get(y.name)]
+        for layer in self.layers.values():
+            if wanted.get(layer.name) and layer not in matrix:
+                for bits in wanted[layer.name]:
+                    self.solved[layer.name, bits] = complete_weight(self.job, layer, self._request(layer, bits))
+        for batch in float_inputs(job, matrix, 256, 4608):
+            tasks = [(layer, bits, gram) for layer, gram in batch for bits in sorted(wanted[layer.name])]
+
+            def one(layer: Layer, bits: int, gram: object) -> QuantSpec:
+                asked = replace(job, plan=job.plan | {layer.weight: self._request(layer, bits)})
+                return problem(asked, layer, gram, True).solve(method, Effort())[0]  # type: ignore[arg-type]
+
+            with runtime.blas(1):
+                found = Parallel(n_jobs=self.job.workers, prefer="threads")(delayed(one)(*task) for task in tasks)
+            for (layer, bits, _), spec in zip(tasks, found, strict=True):
+                self.solved[layer.name, bits] = spec
+
+    def plan(self, choice: Mapping[int, Width]) -> Plan:
+        """The entries of some groups (by number) at a width each. Groups in float have none."""
+        specs: dict[str, QuantSpec] = {}
+        for number, width in choice.items():
+            if width.weights == FLOAT_BITS:
+                continue
+            group = self.groups[number]
+            specs |= {name: self._activation(name, width.activations) for name in group.activations}
+            specs |= {self.layers[name].weight: self.solved[name, self._bits(name, width)] for name in group.layers}
+        return Plan(specs)
+
+    def cost(self, choice: Choice) -> Cost:
+        """Size of the weights and bit operations of a choice."""
+        return cost(self.job.graph, {name: Width(self._bits(name, width), width.activations)
+                                     for group, width in zip(self.groups, choice, strict=True) for name in group.layers},
+                    self.work)
+
+    def _bits(self, name: str, width: Width) -> int:
+        """Bits of a layer's weight at a width; those that the recipe pins it to."""
+        if name in self.fixed and width.weights != FLOAT_BITS:
+            return self.job.plan[self.layers[name].weight].bits
+        return width.weights
+
+    def _request(self, layer: Layer, bits: int) -> QuantSpec:
+        return weight_request(self.job.graph, self.job.recipe, self.job.target, layer, bits)
+
+    def _activation(self, name: str, bits: int) -> QuantSpec:
+        """An activation's entry at another width, over the same range."""
+        spec = self.job.plan[name]
+        if spec.bits == bits:
+            return spec
+        assert spec.scale is not None and spec.zero_point is not None
+        low, high = ((np.array(code) - spec.zero_point) * spec.scale for code in spec.grid)
+        return from_range(low, high, replace(spec.request(), bits=bits))
+
+    def _runs(self, group: Group, width: Width) -> bool:
+        """True if the target has kernels for a group at a width."""
+        graph, target = self.job.graph, self.job.target
+        if width.weights == FLOAT_BITS:  # what a kernel must write in codes cannot be read in float
+            makers = [maker_of(graph, name) for name in group.activations]
+            return all(maker is None or (maker.op not in target.output_scale and maker.op not in target.integer_ops)
+                       for maker in makers) and not any(name in self.fixed for name in group.layers)
+        rules = [target.rule(self.layers[name], self._request(self.layers[name], self._bits(name, width)), width.activations)
+                 for name in group.layers]
+        known = any(rule.activations == width.activations for rule in target.rules)
+        return known and all(rule is not None for rule in rules)
