@@ -1,0 +1,98 @@
+"""Mixed precision against one width for all, how steady its list is, and what its strategies cost.
+
+    python -m benchmarks.mixed [--shared FOLDER] [--models NAME ...]
+
+First table: weights of 8, 6 and 4 bits everywhere, and mixed ones at the size of 6 bits and others, rounded alike (GPTQ on
+the float network's inputs); accuracy and SQNR on samples that calibration never saw. Second, on MobileNetV1 with candidates
+W4A8, W8A8 and W8A16 (target npu): seconds of the whole run, and Kendall's tau of the list of sensitivities from 63 images
+against the same list from 256 others, and from fractal images. Third: networks that each strategy measures to meet an SQNR.
+Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from benchmarks.int8 import machine
+from benchmarks.models import NAMES, Case, load_case, shared_folder
+from onnxq_plugins import Result, quantize, runtime
+from onnxq_plugins.solvers.pareto import STRATEGIES
+
+BEFORE = [{"use": "scale-inputs"}, {"use": "ranges"}]
+HIGH = ["W4A8", "W8A8", "W8A16"]
+
+
+def search(case: Case, data: Any, before: list[dict[str, Any]] | None = None, target: str = "ort-cpu",
+           **settings: Any) -> tuple[Result, dict[str, Any], float]:
+    """Quantize; the result, what the pass tells, seconds of the pass."""
+    steps = [*(before or []), *BEFORE, {"use": "mixed-precision", **settings}]
+    made = quantize(case.path, {"target": target, "pass": steps}, data)
+    step = made.report["steps"][-2]
+    return made, step["told"], step["seconds"]
+
+
+def homogeneous(case: Case) -> None:
+    runner = runtime.session(case.path)
+    feeds = [{case.input: x[None]} for x in case.test]
+    reference = runtime.outputs(runner, feeds)[0]
+    print(f"\n| {case.name}, float top-1 {100 * np.mean(reference.argmax(1) == case.labels):.2f} | size, of 8 bits | top-1 | "
+          "SQNR dB | s |\n|---|---|---|---|---|")
+    rows: list[tuple[str, dict[str, Any]]] = [(f"W{bits}A8 everywhere", {"candidates": [f"W{bits}A8"], "limit": 1.0})
+                                              for bits in (8, 6, 4)]
+    rows += [(f"mixed, size {limit}", {"limit": limit}) for limit in (0.9, 0.75, 0.6, 0.5)]
+    for label, settings in rows:
+        made, told, seconds = search(case, case.feeds(), curve=0, **settings)
+        logits = runtime.outputs(runtime.session(made.model), feeds)[0]
+        size = next(p["size"] for p in told["curve"] if "chosen" in p)
+        print(f"| {label} | {size:.3f} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
+              f"{runtime.sqnr(reference, logits):.2f} | {seconds:.1f} |", flush=True)
+
+
+def ranking(case: Case) -> None:
+    def listed(data: Any, before: list[dict[str, Any]] | None = None,
+               samples: int = 64) -> tuple[dict[Any, float], float]:
+        start = time.perf_counter()
+        _, told, _ = search(case, data, before, "npu", candidates=HIGH, limit=1.0, samples=samples)
+        return ({(s["group"], s["width"]): s["sqnr"] for s in told["sensitivities"]}, time.perf_counter() - start)
+
+    first, seconds = listed(case.feeds())
+    others = [{case.input: x[None]} for x in case.test[:256]]
+    images = {"256 other images": listed(others, samples=256)[0],
+              "64 fractal images": listed(None, [{"use": "data-free"}])[0]}
+    print(f"\n{case.name}, {', '.join(HIGH)}, target npu, 63 images: {len(first)} sensitivities, curve and chosen point in "
+          f"{seconds:.0f} s\n\n| list of 63 images against that of | Kendall's tau |\n|---|---|")
+    for label, found in images.items():
+        keys = sorted(first)
+        print(f"| {label} | {kendalltau([first[k] for k in keys], [found[k] for k in keys]).statistic:.3f} |", flush=True)
+
+
+def strategies(case: Case, least: float) -> None:
+    print(f"\n| {case.name}, least SQNR {least:g} dB | networks measured by the search | size | bops | SQNR dB |\n"
+          "|---|---|---|---|---|")
+    for strategy in STRATEGIES:
+        _, told, _ = search(case, case.feeds(), budget="sqnr", limit=least, strategy=strategy, curve=0)
+        chosen = next(p for p in told["curve"] if "chosen" in p)
+        print(f"| {strategy} | {told['networks_measured'] - len(told['sensitivities'])} | {chosen['size']} | "
+              f"{chosen['bops']} | {chosen['sqnr']} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared")
+    parser.add_argument("--models", nargs="*", default=list(NAMES))
+    args = parser.parse_args()
+    shared = shared_folder(args.shared)
+    print(machine())
+    for name in args.models:
+        homogeneous(load_case(name, shared))
+    ranking(load_case(NAMES[0], shared))
+    strategies(load_case(NAMES[1], shared), 28.0)
+
+
+if __name__ == "__main__":
+    main()
