@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from threading import Lock
 
 import numpy as np
@@ -39,12 +39,13 @@ def metric(name: str) -> Metric:
 class Measure:
     """Scores plans on samples; the float outputs are computed once.
 
+    coded    as for `qdq.export`
     scored   how many networks were run
     """
 
     def __init__(self, graph: Graph, target: Target, feeds: Sequence[Mapping[str, Array]],
-                 reference: Sequence[Array] | None = None) -> None:
-        self.graph, self.target, self.feeds = graph, target, list(feeds)
+                 reference: Sequence[Array] | None = None, coded: Collection[str] = ()) -> None:
+        self.graph, self.target, self.feeds, self.coded = graph, target, list(feeds), coded
         self.reference = reference or runtime.outputs(runtime.session(graph.model()), self.feeds)
         self.scored = 0
         self._lock = Lock()  # export borrows the graph's constants
@@ -52,7 +53,7 @@ class Measure:
     def outputs(self, plan: Plan) -> list[Array]:
         """What the exported network gives for all samples, one array an output. Callable from several threads."""
         with self._lock:
-            model = qdq.export(self.graph, plan, self.target)
+            model = qdq.export(self.graph, plan, self.target, self.coded)
             self.scored += 1
         return runtime.outputs(runtime.session(model), self.feeds)
 

@@ -8,7 +8,7 @@ never a float layer between a DQ and a Q.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -31,12 +31,15 @@ _FUSED_IN_FLOAT = {
 }
 
 
-def export(graph: Graph, plan: Plan, target: Target) -> onnx.ModelProto:
+def export(graph: Graph, plan: Plan, target: Target, coded: Collection[str] = ()) -> onnx.ModelProto:
     """The QDQ model of a plan in which every entry is solved and which `target.problems` accepts.
+
+    coded   planned activations that are written in codes, and read so by all, though what makes them may not be planned:
+            one part of a larger plan then does what it does there
 
     The graph is left alone. Inputs, outputs, metadata and names of operators are those of the float model.
     """
-    return Writer(graph, plan, target).write()
+    return Writer(graph, plan, target, coded).write()
 
 
 def integer_nodes(graph: Graph, plan: Plan, target: Target) -> set[str]:
@@ -71,8 +74,8 @@ class Writer:
     dequantized  tensor -> the output of its DequantizeLinear
     """
 
-    def __init__(self, graph: Graph, plan: Plan, target: Target) -> None:
-        self.graph, self.plan, self.target = graph, plan, target
+    def __init__(self, graph: Graph, plan: Plan, target: Target, coded: Collection[str] = ()) -> None:
+        self.graph, self.plan, self.target, self.coded = graph, plan, target, coded
         self.integer = integer_nodes(graph, plan, target)
         self.layers = {layer.name: layer for layer in graph.layers}
         self.floats: dict[str, Array] = {}  # most are replaced by codes: only what stays float is copied, at the end
@@ -173,9 +176,9 @@ class Writer:
         self.dequantized[name] = values
 
     def _made_by_integer(self, name: str) -> bool:
-        """True if an integer operator writes the tensor, perhaps through the Relu or Clip it absorbs."""
+        """True if an integer operator writes the tensor, perhaps through the Relu or Clip it absorbs, or would."""
         node = maker_of(self.graph, name)
-        return node is not None and (node.name in self.integer or node.name in self.carried)
+        return name in self.coded or (node is not None and (node.name in self.integer or node.name in self.carried))
 
     def _read_inputs(self, node: onnx.NodeProto) -> None:
         """Point a node at the dequantized form of its inputs where it should read that, and emit it."""

@@ -49,13 +49,14 @@ class Group:
 
     @property
     def name(self) -> str:
-        """What reports call it."""
-        return self.layers[0] if self.layers else self.activations[0]
+        """What reports call it: its first layer, or "tensor" and its first activation (layers may bear names of tensors)."""
+        return self.layers[0] if self.layers else f"tensor {self.activations[0]}"
 
 
 def quantizer_groups(graph: Graph, plan: Plan, target: Target) -> list[Group]:
     """The groups of a plan, in the order of the graph: an activation with the weights of all layers that read it; the inputs
-    of an integer Add, Concat or product of two activations are tied, since its kernel takes one width.
+    of an integer Add, Concat or product of two activations are tied, since its kernel takes one width. A weight-only layer
+    is a group of its own.
 
     Source: Practical Mixed Precision (arXiv 2302.05397), section 3.
     """
@@ -68,7 +69,8 @@ def quantizer_groups(graph: Graph, plan: Plan, target: Target) -> list[Group]:
         return n
 
     layers = {y.name: y for y in graph.layers}
-    order: dict[str, int] = {}
+    order: dict[str, int] = {}  # planned activations and weight-only layers -> where they first appear
+    alone: dict[str, int] = {}  # weight-only layers
     members: dict[str, list[str]] = {}
     for position, node in enumerate(graph.nodes):
         keys = list(dict.fromkeys(key for t in activation_inputs(graph, node) if (key := input_key(graph, plan, t))))
@@ -77,7 +79,10 @@ def quantizer_groups(graph: Graph, plan: Plan, target: Target) -> list[Group]:
         if node.name in layers:
             if layers[node.name].weight in plan:
                 key = layer_input(graph, plan, target, layers[node.name])
-                members.setdefault(key or f"|{node.name}", []).append(node.name)
+                if key:
+                    members.setdefault(key, []).append(node.name)
+                else:
+                    alone[node.name] = position
         elif len(keys) > 1 and (node.op in target.integer_ops or node.op == "MatMul"):
             for key in keys[1:]:
                 parent[find(key)] = find(keys[0])
@@ -87,22 +92,26 @@ def quantizer_groups(graph: Graph, plan: Plan, target: Target) -> list[Group]:
     for name in sorted(names, key=lambda n: order.get(n, -1)):
         mine = gathered.setdefault(find(name), ([], []))
         mine[0].append(name)
-        mine[1].extend(members.pop(name, []))
-    alone = [Group((), tuple(found)) for found in members.values()]  # weight-only layers
-    return [Group(tuple(a), tuple(w)) for a, w in gathered.values()] + alone
+        mine[1].extend(members.get(name, []))
+    placed = [(order.get(a[0], -1), Group(tuple(a), tuple(w))) for a, w in gathered.values()]
+    placed += [(position, Group((), (name,))) for name, position in alone.items()]
+    return [group for _, group in sorted(placed, key=lambda p: p[0])]
 
 
 def multiply_adds(graph: Graph, feed: Mapping[str, Array]) -> dict[str, int]:
-    """Multiply-adds of each layer for one sample, from the shapes that a run of the float model has."""
+    """Multiply-adds of each layer for one sample, from the shapes that a run of the float model has: one for each output and
+    weight that it sums, or for each input and weight that it is spread by (ConvTranspose)."""
     weights: dict[str, Array] = {}
     model = graph.model(weights)
-    layers = [y for y in graph.layers if y.op != "ConvTranspose"]
+    spread = {y.name: y.op == "ConvTranspose" for y in graph.layers}
     del model.graph.output[:]
-    for layer in layers:
-        model.graph.node.append(helper.make_node("Size", [layer.output], [f"{layer.output}|size"]))
-        model.graph.output.append(helper.make_tensor_value_info(f"{layer.output}|size", onnx.TensorProto.INT64, []))
-    sizes = runtime.session(model, weights=weights).run(None, dict(feed)) if layers else []
-    return {y.name: int(size) * y.matrix_shape[2] for y, size in zip(layers, sizes, strict=True)}
+    for layer in graph.layers:
+        made = f"{layer.name}|size"
+        model.graph.node.append(helper.make_node("Size", [layer.input if spread[layer.name] else layer.output], [made]))
+        model.graph.output.append(helper.make_tensor_value_info(made, onnx.TensorProto.INT64, []))
+    sizes = runtime.session(model, weights=weights).run(None, dict(feed)) if graph.layers else []
+    return {y.name: int(size) * int(np.prod(y.shape)) // (y.shape[0] if spread[y.name] else y.channels)
+            for y, size in zip(graph.layers, sizes, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,8 @@ def cost(graph: Graph, widths: Mapping[str, Width], work: Mapping[str, int]) -> 
 
 
 def parse_widths(texts: Iterable[str]) -> tuple[Width, ...]:
-    """Candidates, widest first. Raises ValueError."""
+    """Candidates, widest first. Raises ValueError if one cannot be read, or there are none."""
+    if not (texts := list(texts)):
+        raise ValueError("candidates must name at least one width, such as W8A8")
     return tuple(sorted({Width.parse(text) for text in texts}, key=lambda w: (w.weights * w.activations, w.activations),
                         reverse=True))

@@ -16,6 +16,7 @@ from onnxq_plugins.graph.core import LAYER_OPS
 from onnxq_plugins.job import Job
 from onnxq_plugins.layerwise import float_inputs, problem, solvable
 from onnxq_plugins.planning import maker_of, pinned, weight_request
+from onnxq_plugins.qdq import integer_nodes
 from onnxq_plugins.quantizers import FLOAT_BITS, Cost, Group, Width, cost, multiply_adds, quantizer_groups
 from onnxq_plugins.solvers.rounding import Effort, Method
 from onnxq_plugins.spec import Array, Plan, QuantSpec, from_range
@@ -35,6 +36,7 @@ class Widths:
     groups    the groups of quantizers
     options   per group the candidates that the target has kernels for, widest first
     work      multiply-adds of each layer for one sample
+    coded     planned activations that are written in codes, so that all their readers see what that costs
     """
 
     def __init__(self, job: Job, candidates: Sequence[Width], feed: Mapping[str, Array]) -> None:
@@ -42,9 +44,13 @@ class Widths:
         self.job, self.layers = job, {y.name: y for y in job.graph.layers}
         self.fixed = pinned(job.graph, job.recipe)
         self.groups = quantizer_groups(job.graph, job.plan, job.target)
+        integer = integer_nodes(job.graph, job.plan, job.target)
+        self.coded = {name for group in self.groups for name in group.activations
+                      if (maker := maker_of(job.graph, name)) is not None and maker.name in integer}
         self.work = multiply_adds(job.graph, feed)
         self.options = [tuple(w for w in candidates if self._runs(group, w)) for group in self.groups]
         self.solved: dict[tuple[str, int], QuantSpec] = {}  # (layer, bits of its weight) -> its entry
+        self.costs: dict[tuple[int, Width], Cost] = {}  # of one group
 
     def round(self, method: Method, data: Data, only: Mapping[int, Width] | None = None) -> None:
         """Round every layer's weight once at each width it may have, on the inputs of the float network.
@@ -88,9 +94,17 @@ class Widths:
 
     def cost(self, choice: Choice) -> Cost:
         """Size of the weights and bit operations of a choice."""
-        return cost(self.job.graph, {name: Width(self._bits(name, width), width.activations)
-                                     for group, width in zip(self.groups, choice, strict=True) for name in group.layers},
-                    self.work)
+        parts = [self._cost(i, width) for i, width in enumerate(choice)]
+        return Cost(sum(p.size for p in parts), sum(p.bops for p in parts))
+
+    def _cost(self, number: int, width: Width) -> Cost:
+        """The cost of one group. Weight-only layers read float."""
+        if (number, width) not in self.costs:
+            group = self.groups[number]
+            activations = width.activations if group.activations else FLOAT_BITS
+            widths = {name: Width(self._bits(name, width), activations) for name in group.layers}
+            self.costs[number, width] = cost(self.job.graph, widths, self.work)
+        return self.costs[number, width]
 
     def _bits(self, name: str, width: Width) -> int:
         """Bits of a layer's weight at a width; those that the recipe pins it to."""
@@ -114,10 +128,10 @@ class Widths:
         """True if the target has kernels for a group at a width."""
         graph, target = self.job.graph, self.job.target
         if width.weights == FLOAT_BITS:  # what a kernel must write in codes cannot be read in float
-            makers = [maker_of(graph, name) for name in group.activations]
-            return all(maker is None or (maker.op not in target.output_scale and maker.op not in target.integer_ops)
-                       for maker in makers) and not any(name in self.fixed for name in group.layers)
-        rules = [target.rule(self.layers[name], self._request(self.layers[name], self._bits(name, width)), width.activations)
-                 for name in group.layers]
-        known = any(rule.activations == width.activations for rule in target.rules)
-        return known and all(rule is not None for rule in rules)
+            bound = any(maker_of(graph, name).op in target.output_scale | target.integer_ops
+                        for name in group.activations if name in self.coded)
+            return not bound and not any(name in self.fixed for name in group.layers)
+        activations = width.activations if group.activations else 0
+        known = not group.activations or activations in target.activation_bits
+        return known and all(target.rule(y, self._request(y, self._bits(y.name, width)), activations) is not None
+                             for y in (self.layers[name] for name in group.layers))

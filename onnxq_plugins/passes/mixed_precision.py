@@ -11,7 +11,7 @@ from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.measure import Measure, metric, sqnr
-from onnxq_plugins.quantizers import Width, parse_widths
+from onnxq_plugins.quantizers import FLOAT_BITS, Width, parse_widths
 from onnxq_plugins.search import ALONE, Choice, Widths
 from onnxq_plugins.solvers.allocate import allocate
 from onnxq_plugins.solvers.pareto import Strategy, longest
@@ -95,6 +95,7 @@ class _Search:
         self.measure = Measure(job.graph, job.target, measured_on)
         self.eight = self.widths.cost(tuple(Width(8, 8) for _ in self.widths.groups))
         self.points: dict[Choice, dict[str, Any]] = {}
+        self.scores: dict[Choice, float] = {}  # what a budget on accuracy is about, not rounded for the report
 
     def run(self) -> dict[str, Any]:
         step, data = self.step, self.job.calibration.data
@@ -111,6 +112,8 @@ class _Search:
         self.job.plan = self.whole(chosen)
         self.points[chosen]["chosen"] = True
         groups = self.widths.groups
+        self.job.report["floats"] |= {name: "mixed-precision chose float" for g, w in zip(groups, chosen, strict=True)
+                                      if w.weights == FLOAT_BITS for name in g.layers}
         return {"groups": len(groups), "networks_measured": self.measure.scored,
                 "sensitivities": [{"group": groups[i].name, "width": str(w), "sqnr": round(s, 2)} for s, i, w in ranked],
                 "curve": sorted(self.points.values(), key=lambda p: -p[self.falling])}
@@ -124,7 +127,7 @@ class _Search:
         """(SQNR, group, candidate) with that group quantized alone, from the least sensitive to the most."""
         from joblib import Parallel, delayed
 
-        alone = Measure(self.job.graph, ALONE, self.measure.feeds, self.measure.reference)
+        alone = Measure(self.job.graph, ALONE, self.measure.feeds, self.measure.reference, self.widths.coded)
         tasks = [(i, w) for i, options in enumerate(self.widths.options) for w in options if len(options) > 1]
         scores = Parallel(n_jobs=self.job.workers, prefer="threads", return_as="generator")(
             delayed(alone.score)(self.widths.plan({i: w})) for i, w in tasks)
@@ -163,21 +166,25 @@ class _Search:
         found = allocate([np.array([noise.get((i, w), 0.0) for w in options]) for i, options in
                           enumerate(self.widths.options)], prices, limit - start)
         if found is None:
-            least = (start + sum(p.min() for p in prices)) / getattr(self.eight, self.falling)
+            least = (start + sum(p.min() for p in prices)) / max(getattr(self.eight, self.falling), 1.0)
             raise OnnxqError(f"mixed-precision: {self.falling} cannot fall to {self.step.limit} of 8 bits everywhere, the "
                              f"narrowest candidates have {least:.3f}; raise limit, or add candidates of fewer bits.")
         return tuple(options[k] for options, k in zip(self.widths.options, found, strict=True))
 
     def farthest(self, path: list[Choice]) -> Choice:
         """The last choice on the way down that is accurate enough."""
-        step, key, best = self.step, self.step.metric, self.metric(self.measure.reference, self.measure.reference)
-        least = best - step.limit
-        if step.budget == "sqnr":
-            key, least = "sqnr", step.limit
-        found = longest(lambda k: float(self.point(path[k])[key]), len(path) - 1, least, step.strategy)
+        step = self.step
+        best = self.metric(self.measure.reference, self.measure.reference)
+        key, least = ("sqnr", step.limit) if step.budget == "sqnr" else (step.metric, best - step.limit)
+
+        def score(k: int) -> float:
+            self.point(path[k])
+            return self.scores[path[k]]
+
+        found = longest(score, len(path) - 1, least, step.strategy)
         if found < 0:
-            self.job.report["notes"].append(f"mixed-precision: even the widest candidates reach {key} "
-                                            f"{self.point(path[0])[key]:.2f} only, not {least:.2f}; they were taken")
+            self.job.report["notes"].append(f"mixed-precision: even the widest candidates reach {key} {score(0):.2f} only, "
+                                            f"not {least:.2f}; they were taken")
         return path[max(found, 0)]
 
     def point(self, choice: Choice) -> dict[str, Any]:
@@ -185,9 +192,12 @@ class _Search:
         if choice not in self.points:
             outputs, reference = self.measure.outputs(self.whole(choice)), self.measure.reference
             price = self.widths.cost(choice)
+            found = {"sqnr": sqnr(reference, outputs), self.step.metric: self.metric(reference, outputs)}
+            self.scores[choice] = found["sqnr" if self.step.budget == "sqnr" else self.step.metric]
             self.points[choice] = {
-                "size": round(price.size / self.eight.size, 4), "bops": round(price.bops / max(self.eight.bops, 1.0), 4),
-                "sqnr": round(sqnr(reference, outputs), 3), self.step.metric: round(self.metric(reference, outputs), 3),
+                "size": round(price.size / max(self.eight.size, 1.0), 4),
+                "bops": round(price.bops / max(self.eight.bops, 1.0), 4),
+                **{key: round(value, 3) for key, value in found.items()},
                 "widths": {g.name: str(w) for g, w in zip(self.widths.groups, choice, strict=True)}}
         return self.points[choice]
 
