@@ -40,8 +40,9 @@ def homogeneous(case: Case) -> None:
     runner = runtime.session(case.path)
     feeds = [{case.input: x[None]} for x in case.test]
     reference = runtime.outputs(runner, feeds)[0]
-    print(f"\n| {case.name}, float top-1 {100 * np.mean(reference.argmax(1) == case.labels):.2f} | size, of 8 bits | top-1 | "
-          "SQNR dB | s |\n|---|---|---|---|---|")
+    whole = 100 * np.mean(reference.argmax(1) == case.labels)
+    print(f"\n| {case.name}, float top-1 {whole:.2f} | size, of 8 bits | top-1 | SQNR dB | s |\n"
+          "|---|---|---|---|---|")
     rows: list[tuple[str, dict[str, Any]]] = [(f"W{bits}A8 everywhere", {"candidates": [f"W{bits}A8"], "limit": 1.0})
                                               for bits in (8, 6, 4)]
     rows += [(f"mixed, size {limit}", {"limit": limit}) for limit in (0.9, 0.75, 0.6, 0.5)]
