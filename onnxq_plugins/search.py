@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
 from onnxq_plugins import runtime
+from onnxq_plugins.audit import example
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.complete import complete_ranges, complete_weight
 from onnxq_plugins.data import Data
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.core import LAYER_OPS
 from onnxq_plugins.job import Job
@@ -18,11 +22,13 @@ from onnxq_plugins.layerwise import float_inputs, problem, solvable
 from onnxq_plugins.planning import maker_of, pinned, weight_request
 from onnxq_plugins.qdq import integer_nodes
 from onnxq_plugins.quantizers import FLOAT_BITS, Cost, Group, Width, cost, multiply_adds, quantizer_groups
+from onnxq_plugins.solvers.allocate import allocate
 from onnxq_plugins.solvers.rounding import Effort, Method
 from onnxq_plugins.spec import Array, Plan, QuantSpec, from_range
 from onnxq_plugins.target import STORAGE, Rule
 
 Choice = tuple[Width, ...]  # one per group
+Budget = Literal["size", "bops"]
 
 # For one group alone: decoded weights, activations of any width, and no layer that must write codes.
 ALONE = replace(STORAGE, name="alone", output_scale=frozenset(), rules=tuple(
@@ -40,7 +46,6 @@ class Widths:
     """
 
     def __init__(self, job: Job, candidates: Sequence[Width], feed: Mapping[str, Array]) -> None:
-        complete_ranges(job)
         self.job, self.layers = job, {y.name: y for y in job.graph.layers}
         self.fixed = pinned(job.graph, job.recipe)
         self.groups = quantizer_groups(job.graph, job.plan, job.target)
@@ -49,6 +54,10 @@ class Widths:
                       if (maker := maker_of(job.graph, name)) is not None and maker.name in integer}
         self.work = multiply_adds(job.graph, feed)
         self.options = [tuple(w for w in candidates if self._runs(group, w)) for group in self.groups]
+        if bare := [g.name for g, options in zip(self.groups, self.options, strict=True) if not options]:
+            others = f" and {len(bare) - 1} others" if len(bare) > 1 else ""
+            raise OnnxqError(f"widths: target '{job.target.name}' runs none of {', '.join(map(str, candidates))} for "
+                             f"'{bare[0]}'{others}; add a candidate that it runs, such as W8A8.")
         self.solved: dict[tuple[str, int], QuantSpec] = {}  # (layer, bits of its weight) -> its entry
         self.costs: dict[tuple[int, Width], Cost] = {}  # of one group
 
@@ -59,6 +68,7 @@ class Widths:
         """
         from joblib import Parallel, delayed
 
+        complete_ranges(self.job)
         old = self.job.calibration
         calibration = old if data is old.data else Calibration(old.graph, data, workers=old.workers, track=old.track)
         job = replace(self.job, calibration=calibration)
@@ -91,6 +101,40 @@ class Widths:
             specs |= {name: self._activation(name, width.activations) for name in group.activations}
             specs |= {self.layers[name].weight: self.solved[name, self._bits(name, width)] for name in group.layers}
         return Plan(specs)
+
+    def requests(self, choice: Choice) -> Plan:
+        """The entries of a choice, nothing solved: for passes behind to solve. Groups in float have none."""
+        specs: dict[str, QuantSpec] = {}
+        for group, width in zip(self.groups, choice, strict=True):
+            if width.weights != FLOAT_BITS:
+                specs |= {name: replace(self.job.plan[name].request(), bits=width.activations) for name in group.activations}
+                specs |= {self.layers[name].weight: self._request(self.layers[name], self._bits(name, width))
+                          for name in group.layers}
+        return Plan(specs)
+
+    def within(self, worth: Sequence[Array], budget: Budget, limit: float) -> Choice:
+        """The choice of least total `worth` (one array [options] per group) that costs at most `limit` times what 8 bits
+        everywhere cost. Raises OnnxqError if there is none."""
+        found = allocate(worth, self.prices(budget), limit * getattr(self.eight, budget))
+        if found is None:
+            raise self.too_dear(budget, limit)
+        return tuple(options[k] for options, k in zip(self.options, found, strict=True))
+
+    def prices(self, budget: Budget) -> list[Array]:
+        """What each option of each group costs, one array [options] per group."""
+        return [np.array([float(getattr(self._cost(i, w), budget)) for w in options])
+                for i, options in enumerate(self.options)]
+
+    def too_dear(self, budget: Budget, limit: float) -> OnnxqError:
+        """The complaint that no choice is cheap enough."""
+        least = sum(float(p.min()) for p in self.prices(budget)) / max(getattr(self.eight, budget), 1.0)
+        return OnnxqError(f"widths: {budget} cannot fall to {limit} of 8 bits everywhere, the narrowest candidates have "
+                          f"{least:.3f}; raise limit, or add candidates of fewer bits.")
+
+    @cached_property
+    def eight(self) -> Cost:
+        """The cost of 8-bit weights and activations everywhere."""
+        return self.cost(tuple(Width(8, 8) for _ in self.groups))
 
     def cost(self, choice: Choice) -> Cost:
         """Size of the weights and bit operations of a choice."""
@@ -135,3 +179,9 @@ class Widths:
         known = not group.activations or activations in target.activation_bits
         return known and all(target.rule(y, self._request(y, self._bits(y.name, width)), activations) is not None
                              for y in (self.layers[name] for name in group.layers))
+
+
+def sample(job: Job) -> Mapping[str, Array]:
+    """One sample to count multiply-adds on: of the data, or made up."""
+    data = job.calibration.data
+    return next(iter(data)) if data is not None else example(job.graph.model())

@@ -4,9 +4,11 @@ from onnxq_plugins.job import Pass
 from onnxq_plugins.passes.absorb_bias import AbsorbBias
 from onnxq_plugins.passes.bias_correct import BiasCorrect
 from onnxq_plugins.passes.bound_accumulator import BoundAccumulator
+from onnxq_plugins.passes.coding_length import CodingLength
 from onnxq_plugins.passes.data_free import DataFree
 from onnxq_plugins.passes.equalize import Equalize
 from onnxq_plugins.passes.mixed_precision import MixedPrecision
+from onnxq_plugins.passes.orthogonality import Orthogonality
 from onnxq_plugins.passes.ranges import Ranges
 from onnxq_plugins.passes.reorder import Reorder
 from onnxq_plugins.passes.round import Round
@@ -17,10 +19,10 @@ from onnxq_plugins.passes.sub_layer import SubLayer
 from onnxq_plugins.passes.subtensor import Subtensor
 from onnxq_plugins.passes.vector_scale import VectorScale
 
-BUILTIN: tuple[type[Pass], ...] = (AbsorbBias, BiasCorrect, BoundAccumulator, DataFree, Equalize, MixedPrecision, Ranges,
-                                   Reorder, Round, ScaleInputs, ShiftEqualize, SplitWeights, SubLayer, Subtensor,
-                                   VectorScale)
+BUILTIN: tuple[type[Pass], ...] = (AbsorbBias, BiasCorrect, BoundAccumulator, CodingLength, DataFree, Equalize,
+                                   MixedPrecision, Orthogonality, Ranges, Reorder, Round, ScaleInputs, ShiftEqualize,
+                                   SplitWeights, SubLayer, Subtensor, VectorScale)
 
-__all__ = ["BUILTIN", "AbsorbBias", "BiasCorrect", "BoundAccumulator", "DataFree", "Equalize", "MixedPrecision", "Pass",
-           "Ranges", "Reorder", "Round", "ScaleInputs", "ShiftEqualize", "SplitWeights", "SubLayer", "Subtensor",
-           "VectorScale"]
+__all__ = ["BUILTIN", "AbsorbBias", "BiasCorrect", "BoundAccumulator", "CodingLength", "DataFree", "Equalize",
+           "MixedPrecision", "Orthogonality", "Pass", "Ranges", "Reorder", "Round", "ScaleInputs", "ShiftEqualize",
+           "SplitWeights", "SubLayer", "Subtensor", "VectorScale"]

@@ -12,8 +12,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.measure import Measure, metric, sqnr
 from onnxq_plugins.quantizers import FLOAT_BITS, Width, parse_widths
-from onnxq_plugins.search import ALONE, Choice, Widths
-from onnxq_plugins.solvers.allocate import allocate
+from onnxq_plugins.search import ALONE, Budget, Choice, Widths
 from onnxq_plugins.solvers.pareto import Strategy, longest
 from onnxq_plugins.solvers.rounding import Method
 from onnxq_plugins.spec import Plan
@@ -49,8 +48,8 @@ class MixedPrecision(Pass):
     are rounded on half of the samples and measured on the others, since codes fit the samples they were chosen on; those of
     the chosen point are rounded again on all data. Layers whose weights.bits a [[layer]] rule sets keep them.
 
-    Source: Practical Mixed Precision (Pandey et al., arXiv 2302.05397). The integer program for budgets on cost and the
-    order by noise are our own.
+    Source: Practical Mixed Precision (Pandey et al., arXiv 2302.05397). Budgets on cost by dynamic programming and
+    the order by noise are our own.
     Cost: groups x candidates + points, each an export and half of `samples` runs; rounding once per width.
     """
 
@@ -87,13 +86,9 @@ class _Search:
         feeds = spread_evenly(job.calibration.data, step.samples)
         self.rounded_on, measured_on = (feeds[::2], feeds[1::2]) if len(feeds) >= _APART else (feeds, feeds)
         self.widths = Widths(job, parse_widths(step.candidates), feeds[0])
-        if bare := [g.name for g, options in zip(self.widths.groups, self.widths.options, strict=True) if not options]:
-            others = f" and {len(bare) - 1} others" if len(bare) > 1 else ""
-            raise OnnxqError(f"mixed-precision: target '{job.target.name}' runs none of {', '.join(step.candidates)} for "
-                             f"'{bare[0]}'{others}; add a candidate that it runs, such as W8A8.")
         self.metric = metric(step.metric)
         self.measure = Measure(job.graph, job.target, measured_on)
-        self.eight = self.widths.cost(tuple(Width(8, 8) for _ in self.widths.groups))
+        self.eight = self.widths.eight
         self.points: dict[Choice, dict[str, Any]] = {}
         self.scores: dict[Choice, float] = {}  # what a budget on accuracy is about, not rounded for the report
 
@@ -119,7 +114,7 @@ class _Search:
                 "curve": sorted(self.points.values(), key=lambda p: -p[self.falling])}
 
     @property
-    def falling(self) -> str:
+    def falling(self) -> Budget:
         """The cost that is to fall: size, or bit operations where the budget is on accuracy."""
         return "size" if self.step.budget == "size" else "bops"
 
@@ -157,19 +152,9 @@ class _Search:
 
     def fitted(self, ranked: list[Entry]) -> Choice:
         """The choice within the budget of least noise, as noise of groups alone adds up."""
-        noise, limit = _noise(ranked), self.step.limit * getattr(self.eight, self.falling)
-        base = tuple(options[0] for options in self.widths.options)
-        prices, start = [], getattr(self.widths.cost(base), self.falling)
-        for i, options in enumerate(self.widths.options):
-            costs = [getattr(self.widths.cost((*base[:i], w, *base[i + 1:])), self.falling) - start for w in options]
-            prices.append(np.array(costs))
-        found = allocate([np.array([noise.get((i, w), 0.0) for w in options]) for i, options in
-                          enumerate(self.widths.options)], prices, limit - start)
-        if found is None:
-            least = (start + sum(p.min() for p in prices)) / max(getattr(self.eight, self.falling), 1.0)
-            raise OnnxqError(f"mixed-precision: {self.falling} cannot fall to {self.step.limit} of 8 bits everywhere, the "
-                             f"narrowest candidates have {least:.3f}; raise limit, or add candidates of fewer bits.")
-        return tuple(options[k] for options, k in zip(self.widths.options, found, strict=True))
+        noise = _noise(ranked)
+        worth = [np.array([noise.get((i, w), 0.0) for w in options]) for i, options in enumerate(self.widths.options)]
+        return self.widths.within(worth, self.falling, self.step.limit)
 
     def farthest(self, path: list[Choice]) -> Choice:
         """The last choice on the way down that is accurate enough."""

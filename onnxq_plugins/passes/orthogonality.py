@@ -1,0 +1,81 @@
+"""orthogonality: widths of weights from how much each layer says that others do not, by a linear program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from onnxq_plugins import runtime
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.quantizers import parse_widths
+from onnxq_plugins.search import Widths, sample
+from onnxq_plugins.solvers.orthogonality import importance, likeness
+from onnxq_plugins.spec import Array
+from onnxq_plugins.trial import spread_evenly
+
+
+@dataclass(frozen=True)
+class Orthogonality(Pass):
+    """Give bits to layers whose outputs are unlike those of all other layers (OMPQ): what many layers say may be said
+    coarsely. The sum of bits times importance is made largest within the budget. Plans requests, which the passes behind it
+    solve.
+
+    candidates   as in `mixed-precision`
+    budget       ``size`` (bits of weights) or ``bops`` (bit operations), at most `limit` times those of 8 bits everywhere
+    limit        see budget
+    beta         how steeply likeness lowers importance
+    samples      of the data, spread evenly
+    features     values kept of each layer's output and sample, spread evenly
+
+    A heuristic: it knows nothing of what rounding does to the output. `mixed-precision` measures that.
+
+    Source: OMPQ (arXiv 2109.07865). Dynamic programming replaces its linear program
+    and rounding.
+    Cost: one run over the samples.
+    """
+
+    name: ClassVar[str] = "orthogonality"
+    candidates: tuple[str, ...] = ("W4A8", "W6A8", "W8A8")
+    budget: Literal["size", "bops"] = "size"
+    limit: float = 0.75
+    beta: float = 10.0
+    samples: int = 64
+    features: int = 4096
+
+    def __post_init__(self) -> None:
+        parse_widths(self.candidates)
+        if self.samples < 2 or self.features < 1 or self.beta <= 0:
+            raise ValueError("samples must be at least 2, features 1, and beta positive")
+
+    def apply(self, job: Job) -> dict[str, Any]:
+        if job.calibration.data is None:
+            raise OnnxqError("orthogonality compares outputs of layers on sample inputs, and there are none; give --data "
+                             "PATH, or put the pass data-free in front.")
+        widths = Widths(job, parse_widths(self.candidates), sample(job))
+        rated = [i for i, group in enumerate(widths.groups) if group.layers]
+        names = [job.graph.layer(widths.groups[i].layers[0]).output for i in rated]
+        weight = dict(zip(rated, importance(likeness(self._features(job, names)), self.beta), strict=True)) if rated else {}
+        # bits times importance as large as possible: what is left out of it as small as possible
+        worth = [weight.get(i, 0.0) * np.array([options[0].weights - w.weights for w in options], float)
+                 for i, options in enumerate(widths.options)]
+        chosen = widths.within(worth, self.budget, self.limit)
+        job.plan |= widths.requests(chosen)
+        return {"importance": {widths.groups[i].name: round(float(w), 6) for i, w in weight.items()},
+                "widths": {g.name: str(w) for g, w in zip(widths.groups, chosen, strict=True)}}
+
+    def _features(self, job: Job, names: list[str]) -> list[Array]:
+        """Some values of each tensor for every sample [samples, size]."""
+        weights: dict[str, Array] = {}
+        model = job.graph.model(weights)
+        del model.graph.output[:]
+        for name in names:
+            model.graph.output.add().name = name
+        runner = runtime.session(model, weights=weights)
+        assert job.calibration.data is not None
+        rows = [[y.reshape(-1)[:: max(y.size // self.features, 1)] for y in runner.run(names, feed)]
+                for feed in spread_evenly(job.calibration.data, self.samples)]
+        sizes = [min(len(row[k]) for row in rows) for k in range(len(names))]
+        return [np.stack([row[k][:size] for row in rows]) for k, size in enumerate(sizes)]
