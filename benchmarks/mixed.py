@@ -20,7 +20,7 @@ from scipy.stats import kendalltau
 
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import Result, quantize, runtime
+from onnxq_plugins import Result, load, quantize, runtime
 from onnxq_plugins.solvers.pareto import STRATEGIES
 
 BEFORE = [{"use": "scale-inputs"}, {"use": "ranges"}]
@@ -51,6 +51,16 @@ def homogeneous(case: Case) -> None:
         logits = runtime.outputs(runtime.session(made.model), feeds)[0]
         size = next(p["size"] for p in told["curve"] if "chosen" in p)
         print(f"| {label} | {size:.3f} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
+              f"{runtime.sqnr(reference, logits):.2f} | {seconds:.1f} |", flush=True)
+    for name in ("coding-length", "orthogonality"):
+        steps = [{"use": name, "limit": 0.75}, *BEFORE, {"use": "round", "method": "gptq", "sequential": False}]
+        made = quantize(case.path, {"pass": steps}, case.feeds())
+        logits = runtime.outputs(runtime.session(made.model), feeds)[0]
+        sizes = [(float(y["parameters"]), y) for y in made.report["layers"]]
+        bits = {y.name: made.plan[y.weight].bits for y in load(case.path).layers}
+        size = sum(n * bits[y["name"]] for n, y in sizes) / sum(8 * n for n, _ in sizes)
+        seconds = sum(step["seconds"] for step in made.report["steps"] if step["pass"] in (name, "round"))
+        print(f"| {name}, size 0.75 | {size:.3f} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
               f"{runtime.sqnr(reference, logits):.2f} | {seconds:.1f} |", flush=True)
 
 

@@ -136,7 +136,8 @@ def audit_openvino(model: str | Path) -> Audit:
     found = []
     for node in proto.graph.node:
         if node.op_type in LAYER_OPS:
-            kind, precision = next((ran[n.name] for n in _chain(node, readers) if n.name in ran), ("", ""))
+            kind, precision = next((ran[name] for n in _chain(node, readers) for name in (n.name, *n.output) if name in ran),
+                                   ("", ""))
             integer = precision in ("i8", "u8")
             found.append(LayerAudit(node.name, node.op_type, node.input[1] in constants,
                                     f"{kind or node.op_type} {precision or 'unknown'}", integer,

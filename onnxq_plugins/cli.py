@@ -28,7 +28,7 @@ from onnxq_plugins.graph import load
 from onnxq_plugins.graph.importer import read
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.quickstart import quickstart
-from onnxq_plugins.recipe import builtin_recipes, load_recipe
+from onnxq_plugins.recipe import builtin_recipes, default_of, load_recipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Quantize ONNX models so that they really run in integer kernels.")
@@ -199,7 +199,7 @@ def plugins_command(name: Annotated[str, typer.Argument(help="a pass or target: 
         if name in found.passes:
             _say(inspect.getdoc(found.passes[name]))
             for f in dataclasses.fields(found.passes[name]):
-                _say(f"  {f.name} = {f.default!r}")
+                _say(f"  {f.name} = {default_of(f)!r}")
         if name in found.targets:
             target = found.targets[name]
             _say(f"{target.doc}\nruns:")
@@ -320,8 +320,16 @@ def _float_lines(floats: Mapping[str, str]) -> list[str]:
 
 def _image_settings(resize: int, crop: int, mean: str, std: str, layout: str) -> list[str]:
     settings = [f"data.{key}={value}" for key, value in (("resize", resize), ("crop", crop)) if value]
-    settings += [f"data.{key}=[{value}]" for key, value in (("mean", mean), ("std", std)) if value]
+    settings += [f"data.{key}=[{_decimals(value)}]" for key, value in (("mean", mean), ("std", std)) if value]
     return settings + ([f'data.layout="{layout}"'] if layout else [])
+
+
+def _decimals(text: str) -> str:
+    """Numbers as TOML writes them: .485 is none there. What is no number is left for the recipe to complain about."""
+    try:
+        return ",".join(repr(float(part)) for part in text.split(","))
+    except ValueError:
+        return text
 
 
 def _track(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:

@@ -89,6 +89,9 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     Raises OnnxqError, one sentence a problem, before anything is written.
     """
     started = time.perf_counter()
+    for name, value in (("seed", seed), ("workers", workers or 0)):
+        if value < 0:
+            raise OnnxqError(f"{name} = {value} must not be negative.")
     found = find_plugins(plugins)
     try:
         made = load_recipe(recipe, found.passes, settings)
@@ -110,6 +113,9 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     job = Job(graph, asked.plan, calibration, chosen, made, np.random.default_rng(seed), workers,
               {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.notes if read else ())]}, track)
     steps = [_run(job, step, found, verify) for step in made.passes]
+    if verify:
+        moved = max((step["drift"] for step in steps if "drift" in step), default=0.0)
+        job.report["notes"].append(f"verified after each exact pass: the float function moved by {moved:.0e} at most")
     start = time.perf_counter()
     complete(job)
     OnnxqError.check(chosen.problems(graph, job.plan, _layer_inputs(job)))

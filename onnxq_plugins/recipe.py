@@ -7,7 +7,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -307,6 +307,11 @@ def _changed(value: Any, default: Any) -> dict[str, Any]:
     found = {}
     for f in fields(value):
         now = getattr(value, f.name)
-        if now != (getattr(default, f.name) if default is not None else f.default):
+        if now != (getattr(default, f.name) if default is not None else default_of(f)):
             found[f.name] = list(now) if isinstance(now, tuple) else dict(now) if isinstance(now, Mapping) else now
     return found
+
+
+def default_of(f: Field[Any]) -> Any:
+    """The default of a dataclass field, made by its factory where it has one."""
+    return f.default_factory() if f.default_factory is not MISSING else f.default

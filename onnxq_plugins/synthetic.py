@@ -88,7 +88,8 @@ def _made(graph: Graph, wanted: Input, wish: Wish, rng: np.random.Generator) -> 
         wants = f"it has {shape[axis]} channels" if floats and shape else "it takes one range for all"
         raise OnnxqError(f"data-free: the range of input '{wanted.name}' is declared for {declared[0].size} channels, but "
                          f"{wants}; give [LOW, HIGH], or a list of lows and a list of highs of that length.")
-    if floats and len(shape) == 4 and (declared is None or shape[axis] in (1, 3, 4)):
+    bytes_ = wanted.dtype == np.uint8 and len(shape) == 4 and shape[axis] in (1, 3, 4)  # decoded images as they are
+    if bytes_ or (floats and len(shape) == 4 and (declared is None or shape[axis] in (1, 3, 4))):
         return _images(graph, wanted, shape, axis, wish, rng)
     seeds = rng.integers(2**62, size=wish.count)
     if floats and declared is not None:
@@ -126,7 +127,7 @@ def _images(graph: Graph, wanted: Input, shape: tuple[int, ...], axis: int, wish
             noise = np.random.default_rng(int(seeds[n])).standard_normal(shape, np.float32)
             pixels = (mean.reshape(spread) + deviation.reshape(spread) * noise).astype(np.float32)
         made: Array = first + size * pixels
-        return made
+        return made if wanted.dtype.kind == "f" else np.clip(np.rint(made), 0, 255).astype(wanted.dtype)
 
     low, high = np.minimum(offset, offset + slope), np.maximum(offset, offset + slope)
     moments = Moments(offset + slope * mean, (slope * deviation) ** 2 + 0 * mean, low + 0 * mean, high + 0 * mean)
@@ -151,7 +152,12 @@ def _scale(graph: Graph, wanted: Input, wish: Wish, images: Array) -> tuple[Arra
     if (declared := wish.ranges.get(wanted.name)) is not None:
         low, high = declared
         return low, high - low, "in the declared range"
+    if wanted.dtype.kind != "f":
+        return np.zeros(1), np.full(1, 255.0), "as bytes"
     mean, std, size = np.array(wish.options.mean), np.array(wish.options.std), images.shape[1]
+    if max(*mean, *std) > 2:
+        raise OnnxqError(f"data-free: --mean and --std are of RGB/255, so values up to 1 such as 0.485 and 0.229; they are "
+                         f"{mean.tolist()} and {std.tolist()}: divide them by 255.")
     if mean.any() or (std != 1).any():
         if not np.isfinite(mean).all() or not np.isfinite(std).all() or not std.all():
             raise OnnxqError("data-free: --mean and --std must be finite, and --std not zero; give those of RGB / 255.")

@@ -23,7 +23,7 @@ Range = tuple[Array, Array]  # lowest and highest value per channel [C], or of t
 
 class Trial:
     """The quantized network for the job's present graph and plan: open activations take their extremes, open weights the
-    nearest codes and a corrected bias. The job is left alone.
+    nearest codes, and a corrected bias where the recipe has a pass that corrects biases. The job is left alone.
 
     samples   of the calibration data that errors are measured on, spread evenly
     """
@@ -38,7 +38,8 @@ class Trial:
         self.ranges: dict[str, Range] = dict(job.calibration.channel_ranges(fine))
         whole = job.calibration.ranges([n for n in names if n not in self.ranges])
         self.ranges |= {n: (np.array(low), np.array(high)) for n, (low, high) in whole.items()}
-        inputs = [y.input for y in graph.layers if y.weight in job.plan and y.op in ("Conv", "Gemm")]
+        corrects = any(step.name in ("bias-correct", "round") for step in job.recipe.passes)
+        inputs = [y.input for y in graph.layers if corrects and y.weight in job.plan and y.op in ("Conv", "Gemm")]
         self.means = dict(job.calibration.means([n for n in inputs if channels(graph, n)]))
         self.stale: set[str] = set()  # tensors of which the plan's solution holds no longer
         self.weights: Plan = Plan({})

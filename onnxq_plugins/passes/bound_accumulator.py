@@ -74,6 +74,11 @@ class BoundAccumulator(Pass):
             with runtime.blas(1):
                 told[layer.name] = self._bound(job, layer, seen)
             told[layer.name] = {"before": needs[layer.name], "after": _need(job, layer), **told[layer.name]}
+        if told:
+            worst = max(told, key=lambda name: told[name]["loss_relative_to_nearest"])
+            times = told[worst]["loss_relative_to_nearest"]
+            job.report["notes"].append(f"bound-accumulator bounded {len(told)} layers; squared errors rose most in '{worst}', "
+                                       f"to {times:.3g} times those of nearest rounding (see onnxq compare)")
         return {"bits": self.bits, "bounded": told, "fit": len(needs) - len(wide), "left_alone": left}
 
     def _seen(self, job: Job, layers: list[Layer]) -> Iterator[tuple[Layer, Gram]]:

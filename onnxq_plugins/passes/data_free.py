@@ -76,10 +76,12 @@ class DataFree(Pass):
         told: dict[str, Any] = {"source": source, "inputs": {name: one.source for name, one in made.items()}}
         inputs = "; ".join(f"'{name}': {text}" for name, text in told["inputs"].items())
         job.report["notes"].append(f"calibrated without data, by {source}; inputs: {inputs}")
-        if real.data is not None:
+        if real.data is not None and real.data.where != data.where:
             told["against_real_data"] = distance = _distance(job, real)
-            job.report["notes"].append("data-free used the data given for comparison only" + (
-                f": ranges overlap by {100 * distance['overlap_mean']:.0f} % on average" if distance else ""))
+            worst = next(iter(distance.get("worst", {}).items()), None)
+            job.report["notes"].append("the passes behind data-free do not use the data given" + (
+                f"; ranges overlap with theirs by {100 * distance['overlap_mean']:.0f} % on average, least at '{worst[0]}' "
+                f"by {100 * worst[1]['overlap']:.1f} %" if worst else ""))
         return told
 
     def _source(self, graph: Graph) -> str:
