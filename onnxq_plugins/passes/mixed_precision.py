@@ -70,6 +70,9 @@ class MixedPrecision(Pass):
         metric(self.metric)
         if self.samples < 1 or self.curve < 0:
             raise ValueError("samples must be at least 1 and curve not negative")
+        if self.budget == "metric" and self.metric == "sqnr":
+            raise ValueError("budget = 'metric' limits the drop of a metric such as 'agreement'; the float network's sqnr "
+                             "has no bound: set budget = 'sqnr' and limit to the least that will do")
 
     def apply(self, job: Job) -> dict[str, Any]:
         if job.calibration.data is None:
@@ -157,7 +160,7 @@ class _Search:
 
     def fitted(self, ranked: list[Entry]) -> Choice:
         """The choice within the budget of least noise, as noise of groups alone adds up."""
-        noise, limit = _noise(ranked), self.step.limit * getattr(self.eight, self.falling)
+        noise, limit = _noise(ranked), self.step.limit * getattr(self.eight, self.falling) * (1 + 1e-12)
         base = tuple(options[0] for options in self.widths.options)
         prices, start = [], getattr(self.widths.cost(base), self.falling)
         for i, options in enumerate(self.widths.options):
