@@ -364,10 +364,10 @@ def test_the_way_down_never_rises_in_any_cost(order):
     if order == "noise":  # the first change is the cheapest in noise for what it saves
         noise = {(i, w): 10 ** (-db / 10) for db, i, w in ranked}
         rates = {}
-        for i, w in noise:
+        for (i, w), value in noise.items():
             price = found.widths.cost((*path[0][:i], w, *path[0][i + 1:]))
             if price.size <= prices[0].size and price.bops < prices[0].bops:
-                rates[i, w] = (noise[i, w] - noise[i, path[0][i]]) / (prices[0].bops - price.bops)
+                rates[i, w] = (value - noise[i, path[0][i]]) / (prices[0].bops - price.bops)
         first, = ((i, w) for i, w in enumerate(path[1]) if w != path[0][i])
         assert rates[first] == min(rates.values())
     else:  # the list is worked off from its front
