@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxq_plugins import runtime
 from onnxq_plugins.audit import example
-from onnxq_plugins.calibration import Calibration
+from onnxq_plugins.calibration import Calibration, Gram
 from onnxq_plugins.complete import complete_ranges, complete_weight
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
@@ -29,6 +29,7 @@ from onnxq_plugins.target import STORAGE, Rule
 
 Choice = tuple[Width, ...]  # one per group
 Budget = Literal["size", "bops"]
+_POSITIONS, _LIMIT = 256, 4608  # of what a layer sees: the defaults of the pass `round`
 
 # For one group alone: decoded weights, activations of any width, and no layer that must write codes.
 ALONE = replace(STORAGE, name="alone", output_scale=frozenset(), rules=tuple(
@@ -71,20 +72,25 @@ class Widths:
         complete_ranges(self.job)
         old = self.job.calibration
         calibration = old if data is old.data else Calibration(old.graph, data, workers=old.workers, track=old.track)
-        job = replace(self.job, calibration=calibration)
-        wanted = {name: {self._bits(name, w) for w in ((only[i],) if only else options) if w.weights != FLOAT_BITS}
-                  for i, (group, options) in enumerate(zip(self.groups, self.options, strict=True)) for name in group.layers}
+        # scales are fine enough for biases beside inputs of 8 bits; trials leave no trace in the report
+        narrow = {name: self._activation(name, min(self.job.plan[name].bits, 8))
+                  for group in self.groups for name in group.activations}
+        job = replace(self.job, calibration=calibration, plan=self.job.plan | narrow,
+                      report=self.job.report if only is not None else {})
+        options = self.options if only is None else [(only[i],) for i in range(len(self.groups))]
+        wanted = {name: {self._bits(name, w) for w in each if w.weights != FLOAT_BITS}
+                  for group, each in zip(self.groups, options, strict=True) for name in group.layers}
         matrix = [y for y in solvable(self.job) if wanted.get(y.name)]
         for layer in self.layers.values():
             if wanted.get(layer.name) and layer not in matrix:
                 for bits in wanted[layer.name]:
-                    self.solved[layer.name, bits] = complete_weight(self.job, layer, self._request(layer, bits))
-        for batch in float_inputs(job, matrix, 256, 4608):
+                    self.solved[layer.name, bits] = complete_weight(job, layer, self._request(layer, bits))
+        for batch in float_inputs(job, matrix, _POSITIONS, _LIMIT):
             tasks = [(layer, bits, gram) for layer, gram in batch for bits in sorted(wanted[layer.name])]
 
-            def one(layer: Layer, bits: int, gram: object) -> QuantSpec:
+            def one(layer: Layer, bits: int, gram: Gram) -> QuantSpec:
                 asked = replace(job, plan=job.plan | {layer.weight: self._request(layer, bits)})
-                return problem(asked, layer, gram, True).solve(method, Effort())[0]  # type: ignore[arg-type]
+                return problem(asked, layer, gram, True).solve(method, Effort())[0]
 
             with runtime.blas(1):
                 found = Parallel(n_jobs=self.job.workers, prefer="threads")(delayed(one)(*task) for task in tasks)
@@ -115,7 +121,7 @@ class Widths:
     def within(self, worth: Sequence[Array], budget: Budget, limit: float) -> Choice:
         """The choice of least total `worth` (one array [options] per group) that costs at most `limit` times what 8 bits
         everywhere cost. Raises OnnxqError if there is none."""
-        found = allocate(worth, self.prices(budget), limit * getattr(self.eight, budget))
+        found = allocate(worth, self.prices(budget), limit * getattr(self.eight, budget) * (1 + 1e-12))
         if found is None:
             raise self.too_dear(budget, limit)
         return tuple(options[k] for options, k in zip(self.options, found, strict=True))
@@ -157,7 +163,12 @@ class Widths:
         return width.weights
 
     def _request(self, layer: Layer, bits: int) -> QuantSpec:
-        return weight_request(self.job.graph, self.job.recipe, self.job.target, layer, bits)
+        """What is asked for a layer's weight at a width: as the recipe has it, or in the form that a pass before gave it,
+        such as the shifts of `shift-equalize`."""
+        job, planned = self.job, self.job.plan[layer.weight].request()
+        before = weight_request(job.graph, job.recipe, job.target, layer, planned.bits)
+        asked = weight_request(job.graph, job.recipe, job.target, layer, bits)
+        return asked if before.to_dict() == planned.to_dict() else replace(planned, bits=asked.bits)
 
     def _activation(self, name: str, bits: int) -> QuantSpec:
         """An activation's entry at another width, over the same range."""

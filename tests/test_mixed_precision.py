@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from onnxq_plugins import OnnxqError, audit_model, load, planning, qdq, quantize, runtime
 from onnxq_plugins.calibration import Calibration
+from onnxq_plugins.complete import complete
 from onnxq_plugins.data import graph_inputs, open_data
 from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.job import Job
@@ -360,7 +361,16 @@ def test_the_way_down_never_rises_in_any_cost(order):
         assert sum(x != y for x, y in zip(a, b, strict=True)) == 1
     ends = [found.widths.cost(tuple(min(o, key=lambda w: w.weights * w.activations) for o in found.widths.options))]
     assert prices[-1] == ends[0]
-    if order == "sqnr":  # the list is worked off from its front
+    if order == "noise":  # the first change is the cheapest in noise for what it saves
+        noise = {(i, w): 10 ** (-db / 10) for db, i, w in ranked}
+        rates = {}
+        for (i, w), value in noise.items():
+            price = found.widths.cost((*path[0][:i], w, *path[0][i + 1:]))
+            if price.size <= prices[0].size and price.bops < prices[0].bops:
+                rates[i, w] = (value - noise[i, path[0][i]]) / (prices[0].bops - price.bops)
+        first, = ((i, w) for i, w in enumerate(path[1]) if w != path[0][i])
+        assert rates[first] == min(rates.values())
+    else:  # the list is worked off from its front
         changed = [next((i, w) for i, (old, w) in enumerate(zip(a, b, strict=True)) if w != old) for a, b in pairwise(path)]
         at = [[(i, w) for _, i, w in ranked].index(change) for change in changed]
         assert at == sorted(at)
@@ -402,7 +412,7 @@ def test_the_whole_way_on_an_npu(name):
 
 
 def test_candidates_that_the_target_cannot_run_are_left_out():
-    widths = make_widths(cnn(), ("W4A8", "W8A16", "W8A8"))
+    widths = make_widths(mobilenet(), ("W4A8", "W8A16", "W8A8"))  # one of its groups has no layer
     assert all(options == (Width(8, 8), Width(4, 8)) for options in widths.options)
     assert {w.activations for o in make_widths(cnn(), ("W8A16", "W8A8"), {"target": "npu"}).options for w in o} == {8, 16}
     with pytest.raises(OnnxqError, match="runs none of W8A16") as error:
@@ -450,10 +460,54 @@ def test_parameters_are_checked(key, value):
         metric("os.system")
 
 
+def test_a_drop_from_a_perfect_sqnr_is_no_budget():
+    with pytest.raises(OnnxqError, match="agreement"):
+        quantize(mlp(), recipe_of(budget="metric", metric="sqnr"), feeds(mlp(), 2))
+
+
 def test_nothing_to_search_is_no_error():
     model = ZOO["no_layer"]()
     for budget in ("size", "bops", "sqnr", "metric"):
-        quantize(model, recipe_of(budget=budget), feeds(model, 4))
+        quantize(model, recipe_of(budget=budget, metric="agreement"), feeds(model, 4))
+
+
+@pytest.mark.parametrize("size", range(2, 9))
+def test_a_budget_that_is_just_met_is_met(size):
+    """A share of the bits, times the bits, may be a little less in floats."""
+    net = Net(["N", 10])
+    model = net.model(net.gemm(net.gemm("x", 10, size), size, size, trans_b=0))
+    job = make_job(model, {"layer": [{"position": "last", "weights": {"bits": 8}}]}, n=1)
+    limit = (10 * 4 + size * 8) / (10 * 8 + size * 8)
+    search(job, candidates=("W4A8",), limit=limit, curve=0)
+    assert plan_cost(job, job.plan)[0] == pytest.approx(limit)
+
+
+def test_biases_fit_beside_8_bit_inputs_where_the_recipe_has_wider_ones():
+    net = Net(["N", 16])
+    weight = net.rng.normal(size=(12, 16))
+    weight[3] *= 1e-9
+    model = net.model(net.op("Gemm", "x", net.constant(weight), net.constant(np.full(12, 5.0)), transB=1))
+    job = make_job(model, {"target": "npu", "activations": {"bits": 16}})
+    search(job, candidates=("W8A8",), limit=1.0)
+    chosen = job.plan
+    complete(job)
+    assert all(np.array_equal(job.plan[name].scale, chosen[name].scale) for name in chosen)
+
+
+def test_widened_scales_are_counted_once():
+    model = ZOO["conv_transpose"]()
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        if values.shape == (8, 6, 2, 2):
+            values[:, 1] *= 1e-12
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    told = []
+    for candidates in (["W8A8"], ["W4A8", "W6A8", "W8A8"]):
+        job = make_job(model, {"target": "storage"})
+        search(job, candidates=tuple(candidates), limit=1.0)
+        complete(job)
+        told.append(job.report.get("widened", {}))
+    assert told[0] == told[1] != {}
 
 
 @pytest.mark.parametrize("name", ["cnn", "mobilenet", "mlp", "transformer", "resnet20"])
@@ -508,6 +562,14 @@ def test_an_accuracy_that_none_reaches_is_told():
     chosen, = (p for p in told["curve"] if p.get("chosen"))
     assert set(chosen["widths"].values()) == {"W8A8"}
     assert any("even the widest" in note for note in job.report["notes"])
+
+
+def test_shifts_of_a_pass_before_are_kept():
+    recipe = {"weights": {"block": "tensor"}, **recipe_of("per-tensor", candidates=["W4A8", "W8A8"])}
+    recipe["pass"].insert(0, {"use": "shift-equalize"})
+    shifted = quantize(mobilenet(), recipe, feeds(mobilenet(), 6), workers=1)
+    assert {s.bits for s in shifted.plan.values() if s.codes is not None} == {4, 8}
+    assert all((s.multiplier is not None) == (s.codes is not None) for s in shifted.plan.values())
 
 
 @pytest.mark.parametrize("behind", [[], [{"use": "bias-correct"}]])

@@ -69,6 +69,9 @@ class MixedPrecision(Pass):
         metric(self.metric)
         if self.samples < 1 or self.curve < 0:
             raise ValueError("samples must be at least 1 and curve not negative")
+        if self.budget == "metric" and self.metric == "sqnr":
+            raise ValueError("budget = 'metric' limits the drop of a metric such as 'agreement'; the float network's sqnr "
+                             "has no bound: set budget = 'sqnr' and limit to the least that will do")
 
     def apply(self, job: Job) -> dict[str, Any]:
         if job.calibration.data is None:
