@@ -77,8 +77,8 @@ class BoundAccumulator(Pass):
         if told:
             worst = max(told, key=lambda name: told[name]["loss_relative_to_nearest"])
             times = told[worst]["loss_relative_to_nearest"]
-            job.report["notes"].append(f"bound-accumulator bounded {len(told)} layers; their squared errors rose to {times:.3g} "
-                                       f"times those of nearest rounding at most, in '{worst}' (see onnxq compare)")
+            job.report["notes"].append(f"bound-accumulator bounded {len(told)} layers; squared errors are up to {times:.3g} "
+                                       f"times those of nearest rounding, in '{worst}' (see onnxq compare)")
         return {"bits": self.bits, "bounded": told, "fit": len(needs) - len(wide), "left_alone": left}
 
     def _seen(self, job: Job, layers: list[Layer]) -> Iterator[tuple[Layer, Gram]]:
