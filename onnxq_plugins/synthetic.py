@@ -155,7 +155,7 @@ def _scale(graph: Graph, wanted: Input, wish: Wish, images: Array) -> tuple[Arra
     if wanted.dtype.kind != "f":
         return np.zeros(1), np.full(1, 255.0), "as bytes"
     mean, std, size = np.array(wish.options.mean), np.array(wish.options.std), images.shape[1]
-    if max(*mean, *std) > 2:
+    if 2 < max(*mean, *std) < np.inf:
         raise OnnxqError(f"data-free: --mean and --std are of RGB/255, so values up to 1 such as 0.485 and 0.229; they are "
                          f"{mean.tolist()} and {std.tolist()}: divide them by 255.")
     if mean.any() or (std != 1).any():
