@@ -102,6 +102,12 @@ class Data:
         if empty:
             raise OnnxqError(f"{self.where} holds no sample; give at least one.")
 
+    def spread(self, count: int) -> list[dict[str, Array]]:
+        """So many samples spread evenly, or all where there are fewer; no more are held."""
+        size = self.size or sum(1 for _ in self)
+        chosen = set(_spread(size, count))
+        return [feed for n, feed in enumerate(self) if n in chosen]
+
     def _batches(self, one: Iterator[dict[str, Array]], size: int) -> Iterator[dict[str, Array]]:
         """Groups of `size` samples; the last group is filled up with its own first samples."""
         while chunk := list(itertools.islice(one, size)):

@@ -29,8 +29,7 @@ BUILTIN: dict[str, Metric] = {"sqnr": sqnr, "agreement": agreement}
 
 
 def metric(name: str) -> Metric:
-    """A built-in metric by name. Raises ValueError for an unknown one; code of the user's own is only ever named on the
-    command line or passed from Python, never by a recipe."""
+    """A built-in metric by name. Raises ValueError for an unknown one."""
     if name not in BUILTIN:
         raise ValueError(f"metric = {name!r} is unknown; known: {', '.join(BUILTIN)}")
     return BUILTIN[name]

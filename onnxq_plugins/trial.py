@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnxq_plugins import qdq, runtime
 from onnxq_plugins.calibration import channel_axis, channels
 from onnxq_plugins.complete import activation_spec, complete_weight
-from onnxq_plugins.data import Data
 from onnxq_plugins.graph import ChannelGroup, Layer
 from onnxq_plugins.job import Job
 from onnxq_plugins.layerwise import bias_shift
+from onnxq_plugins.measure import Measure
 from onnxq_plugins.planning import layer_input
 from onnxq_plugins.spec import Array, Plan, QuantSpec
 
@@ -31,8 +30,7 @@ class Trial:
     def __init__(self, job: Job, samples: int = 32) -> None:
         assert job.calibration.data is not None
         graph, self.job = job.graph, job
-        self.feeds = spread_evenly(job.calibration.data, samples)
-        self.reference = runtime.outputs(runtime.session(graph.model()), self.feeds)
+        self.measure = Measure(graph, job.target, job.calibration.data.spread(samples))
         names = [n for n in job.plan if not graph.is_constant(n)]
         fine = [n for n in names if channels(graph, n)]
         self.ranges: dict[str, Range] = dict(job.calibration.channel_ranges(fine))
@@ -82,9 +80,7 @@ class Trial:
         trial = replace(job, plan=plan | self.weights, report={})
         layers = [y for y in graph.layers if y.weight in plan and y.weight not in self.weights]
         self.weights |= {y.weight: self._weight(trial, y) for y in layers}
-        model = qdq.export(graph, trial.plan | self.weights, job.target)
-        found = runtime.outputs(runtime.session(model), self.feeds)
-        return float(np.mean([runtime.sqnr(y, z) for y, z in zip(self.reference, found, strict=True)]))
+        return self.measure.score(trial.plan | self.weights)
 
     def _weight(self, trial: Job, layer: Layer) -> QuantSpec:
         """The solved entry of a layer's weight; the mean error goes into the shift of its bias."""
@@ -96,10 +92,3 @@ class Trial:
                 trial.graph, trial.plan, trial.target, layer):
             return made
         return replace(made, shift=bias_shift(trial.graph, layer, made, self.means[layer.input]))
-
-
-def spread_evenly(data: Data, count: int) -> list[dict[str, Array]]:
-    """So many samples, or all where there are fewer; no more are held."""
-    size = data.size or sum(1 for _ in data)
-    chosen = {n * size // count for n in range(count)}
-    return [feed for n, feed in enumerate(data) if n in chosen]

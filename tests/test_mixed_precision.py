@@ -25,7 +25,6 @@ from onnxq_plugins.quantizers import Cost, Width, cost, multiply_adds, parse_wid
 from onnxq_plugins.recipe import load_recipe
 from onnxq_plugins.search import ALONE, Widths
 from onnxq_plugins.spec import Plan, from_range
-from onnxq_plugins.trial import spread_evenly
 from tests.zoo import ZOO, Net, cnn, examples, feeds, mlp, mobilenet, transformer
 
 SMALL = ["cnn", "mobilenet", "inception", "mlp", "transformer", "resnet20"]
@@ -600,7 +599,7 @@ def test_the_search_rounds_on_half_and_the_result_on_all(monkeypatch):
     half, everything = seen
     assert len(half) == 16 and len(measured[0]) == 16 and not set(half) & set(measured[0])
     assert everything == [feed["x"].tobytes() for feed in samples]
-    taken = {feed["x"].tobytes() for feed in spread_evenly(job.calibration.data, 32)}
+    taken = {feed["x"].tobytes() for feed in job.calibration.data.spread(32)}
     assert {*half, *measured[0]} == taken
 
 

@@ -16,7 +16,6 @@ from onnxq_plugins.search import ALONE, Budget, Choice, Widths
 from onnxq_plugins.solvers.pareto import Strategy, longest
 from onnxq_plugins.solvers.rounding import Method
 from onnxq_plugins.spec import Plan
-from onnxq_plugins.trial import spread_evenly
 
 Entry = tuple[float, int, Width]  # SQNR of a group alone, its number, its width
 _APART = 16  # samples from which rounding and measuring use different ones
@@ -86,7 +85,7 @@ class _Search:
     def __init__(self, step: MixedPrecision, job: Job) -> None:
         self.step, self.job = step, job
         assert job.calibration.data is not None
-        feeds = spread_evenly(job.calibration.data, step.samples)
+        feeds = job.calibration.data.spread(step.samples)
         self.rounded_on, measured_on = (feeds[::2], feeds[1::2]) if len(feeds) >= _APART else (feeds, feeds)
         self.widths = Widths(job, parse_widths(step.candidates), feeds[0])
         self.metric = metric(step.metric)

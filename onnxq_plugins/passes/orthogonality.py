@@ -14,7 +14,6 @@ from onnxq_plugins.quantizers import parse_widths
 from onnxq_plugins.search import Widths, sample
 from onnxq_plugins.solvers.orthogonality import importance, likeness
 from onnxq_plugins.spec import Array
-from onnxq_plugins.trial import spread_evenly
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,6 @@ class Orthogonality(Pass):
         runner = runtime.session(model, weights=weights)
         assert job.calibration.data is not None
         rows = [[y.reshape(-1)[:: max(y.size // self.features, 1)] for y in runner.run(names, feed)]
-                for feed in spread_evenly(job.calibration.data, self.samples)]
+                for feed in job.calibration.data.spread(self.samples)]
         sizes = [min(len(row[k]) for row in rows) for k in range(len(names))]
         return [np.stack([row[k][:size] for row in rows]) for k, size in enumerate(sizes)]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxq_plugins.calibration import channel_axis
+from onnxq_plugins.calibration import channel_axis, channels
 from onnxq_plugins.graph import ChannelGroup, channel_groups, rescale
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.planning import input_key
@@ -35,8 +35,7 @@ class ScaleInputs(Pass):
     def apply(self, job: Job) -> dict[str, Any]:
         graph, told = job.graph, {}
         planned = {graph.root(key) for y in graph.layers if (key := input_key(graph, job.plan, y.input))}
-        inputs = [n for n in graph.inputs if n in planned and len(graph.shape(n) or ()) > 1
-                  and isinstance((graph.shape(n) or ())[channel_axis(graph, n)], int)]
+        inputs = [n for n in graph.inputs if n in planned and channels(graph, n)]
         ranges = job.calibration.channel_ranges(inputs) if inputs else {}
         for name, (low, high) in ranges.items():
             size = np.maximum(np.abs(low), np.abs(high))
