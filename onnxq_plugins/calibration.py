@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +27,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.patches import add_gram, gram_shape, patches, split
 from onnxq_plugins.spec import Array
+from onnxq_plugins.store import load_arrays, save_arrays
 
 Read = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
 Run = tuple[onnx.ModelProto, dict[str, Array], Read]  # model, its large weights, what to make of its outputs
@@ -246,21 +245,21 @@ class Calibration:
         known = self._known.setdefault((digest, statistic), {})
         file = self.cache / f"{digest}-{self.data.digest()}-{statistic}.npz" if self.cache else None
         if file is not None:
-            known.update(_load(file))
+            known.update(load_arrays(file))
         have = {key.partition("|")[0] for key in known}
         missing = [n for n in dict.fromkeys(names) if n not in have]
         if missing:
             done = self._run(statistic, missing, outputs(missing), file)
             known.update(done)
             if file is not None:
-                _save(file, {**_load(file), **done})
+                save_arrays(file, {**load_arrays(file), **done})
         return known
 
     def _run(self, statistic: str, missing: Sequence[str], run: Run, file: Path | None) -> State:
         assert self.data is not None
         mark = hashlib.blake2b("\n".join(missing).encode(), digest_size=8).hexdigest()
         partial = file.with_name(f"{file.stem}-{mark}.part.npz") if file else None
-        state = _load(partial) if partial else {}
+        state = load_arrays(partial) if partial else {}
         start = int(state.pop("next", np.array(0)))
         model, weights, read = run
         _prune(model)
@@ -286,7 +285,7 @@ class Calibration:
                     merge = next(m for prefix, m in _MERGE.items() if field.startswith(prefix))
                     state[key] = merge(state[key], value)
                 if partial is not None and n % self.checkpoint == 0:
-                    _save(partial, {**state, "next": np.array(n)})
+                    save_arrays(partial, {**state, "next": np.array(n)})
         if partial is not None and partial.is_file():
             partial.unlink()
         return state
@@ -386,22 +385,3 @@ def _finite(state: State) -> None:
             raise OnnxqError(f"activation '{key.partition('|')[0]}' is not finite (NaN or Inf) on the given data: the "
                              "float model itself overflows there, so check its weights and the data's normalization.")
 
-
-def _load(file: Path) -> State:
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent or damaged: compute again
-        return {}
-
-
-def _save(file: Path, state: State) -> None:
-    """Write beside the target and move into place, so that readers never meet half a file."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{file.name}.{os.getpid()}")
-        with open(part, "wb") as stream:
-            np.savez(stream, **state)  # type: ignore[arg-type]
-        os.replace(part, file)
-    except OSError as error:
-        raise OnnxqError(f"cache '{file.parent}' cannot be written ({error.strerror}); choose another --cache.") from error

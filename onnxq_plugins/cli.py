@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from onnxq_plugins.engine import LawBroken, check_writable, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.importer import read
+from onnxq_plugins.measure import find_metric, metric_name, top1
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.quickstart import quickstart
 from onnxq_plugins.recipe import builtin_recipes, default_of, load_recipe
@@ -50,6 +52,10 @@ Resize = Annotated[int, typer.Option(help="images: shorter side after resizing, 
 Crop = Annotated[int, typer.Option(help="images: side of the square cut from the middle")]
 Mean = Annotated[str, typer.Option(help="images: mean of RGB/255, one value or three, comma-separated")]
 Std = Annotated[str, typer.Option(help="images: standard deviation of RGB/255, one value or three")]
+Labels = Annotated[Path | None, typer.Option("--labels", show_default=False, help=(
+    "one label a sample: .npy, or text with a number a line (an .npz may hold them as 'labels')"))]
+MetricName = Annotated[str, typer.Option("--metric", show_default=False, help=(
+    "how searches judge a network: sqnr, agreement, top1 (wants labels), or your package.module:function"))]
 Layout = Annotated[str, typer.Option(help="images: nchw or nhwc; read off the model's input if not given")]
 
 
@@ -88,6 +94,11 @@ def quantize_command(
     seed: Annotated[int, typer.Option(help="one seed, one result")] = 0,
     workers: Annotated[int, typer.Option(help="threads and processes at once; 0 for one per core")] = 0,
     cache: Annotated[Path | None, typer.Option(help="folder that keeps calibration results between runs")] = None,
+    labels: Labels = None,
+    metric: MetricName = "",
+    dask: Annotated[str, typer.Option("--dask", metavar="ADDRESS", show_default=False, help=(
+        "spread the work over a Dask cluster, such as tcp://host:8786"))] = "",
+    processes: Annotated[bool, typer.Option("--processes", help="workers are processes, not threads")] = False,
     float32: Annotated[bool, typer.Option("--float32", help="convert an fp16 or bf16 model to float32 first")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check after each pass that the float function stayed")] = False,
     report: Annotated[Path | None, typer.Option(help="write what was done, layer by layer, as JSON")] = None,
@@ -103,9 +114,10 @@ def quantize_command(
     if report is not None and report.resolve() == target_path.resolve():
         raise OnnxqError(f"--report and the output are both '{report}'; choose another file for one.")
     settings = [*_image_settings(resize, crop, mean, std, layout), *(set_ or [])]
-    result = quantize(model, recipe, data or None, output=target_path, target=target or None, seed=seed, samples=samples,
-                      workers=workers or None, cache=cache, verify=verify, float32=float32, settings=settings,
-                      track=_track)
+    with _spread_over(dask, processes):
+        result = quantize(model, recipe, data or None, output=target_path, target=target or None, seed=seed, samples=samples,
+                          workers=workers or None, cache=cache, verify=verify, float32=float32, settings=settings,
+                          labels=labels, metric=metric or None, track=_track)
     if report is not None:
         report.write_text(json.dumps(result.report, indent=2))
     for note in result.report["notes"]:
@@ -155,8 +167,11 @@ def compare(
     mean: Mean = "",
     std: Std = "",
     layout: Layout = "",
+    labels: Labels = None,
+    metric: MetricName = "",
 ) -> None:
-    """Compare two models on the same data: error, agreement, size, latency."""
+    """Compare two models on the same data: error, agreement, size, latency; with labels also how many each gets right."""
+    judge = find_metric(metric) if metric else None
     models = [read(a), read(b)]
     image = _image_settings(resize, crop, mean, std, layout)
     options = dataclasses.replace(load_recipe({}, {}, image).data, samples=samples)
@@ -164,7 +179,7 @@ def compare(
     if {i.name for i in inputs[0]} != {i.name for i in inputs[1]}:
         raise OnnxqError(f"'{a}' and '{b}' have different inputs: {', '.join(i.name for i in inputs[0])} and "
                          f"{', '.join(i.name for i in inputs[1])}.")
-    feeds = open_data(data, inputs[0], options)
+    feeds = open_data(data, inputs[0], options, labels)
     runners = [runtime.session(a), runtime.session(b)]
     gathered: list[list[Any]] = [[], []]
     first = None
@@ -183,6 +198,12 @@ def compare(
             raise OnnxqError(f"output '{name}' has shape {y.shape} in '{a}' and {z.shape} in '{b}'.")
         table.add_row(name, f"{runtime.sqnr(y, z):.2f}", f"{100 * runtime.agreement(y, z):.2f}%" if y.ndim > 1 else "-")
     out.print(table)
+    known = feeds.spread_labels(0)
+    judge = judge or (top1 if known is not None else None)
+    if judge is not None:
+        whole = [[np.concatenate([np.atleast_1d(r[i]) for r in rows]) for i in range(len(names))] for rows in gathered]
+        found = [judge(whole[0], one, np.concatenate(known) if known is not None else None) for one in whole]
+        _say(f"{metric_name(judge)}: {found[0]:.2f} -> {found[1]:.2f}")
     sizes = [p.stat().st_size for p in (a, b)]
     _say(f"{len(gathered[0])} samples | {sizes[0] / 1e6:.2f} -> {sizes[1] / 1e6:.2f} MB | {times[0]:.3f} -> "
          f"{times[1]:.3f} ms ({times[0] / times[1]:.2f}x, batch {len(next(iter(first.values())))}, 1 thread)")
@@ -307,6 +328,31 @@ def _complain(error: OnnxqError, code: int) -> None:
     for problem in error.problems:
         _tell(f"error: {problem}")
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _spread_over(dask: str, processes: bool) -> Iterator[None]:
+    """Where joblib's work runs: threads of this process if nothing else is asked for."""
+    import joblib
+
+    if not dask:
+        with joblib.parallel_config(backend="loky") if processes else contextlib.nullcontext():
+            yield
+        return
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise OnnxqError("--dask needs Dask; install it with: pip install 'onnxq-plugins[dask]'.") from error
+    try:
+        client = Client(dask, timeout="10s")  # type: ignore[no-untyped-call]
+    except Exception as error:  # distributed raises OSError, ValueError and others
+        raise OnnxqError(f"no Dask scheduler answers at '{dask}' ({type(error).__name__}); start one with 'dask scheduler', "
+                         "or mend the address.") from error
+    with client:
+        if not client.scheduler_info()["workers"]:
+            raise OnnxqError(f"the Dask scheduler at '{dask}' has no workers; start some with 'dask worker {dask}'.")
+        with joblib.parallel_config(backend="dask"):
+            yield
 
 
 def _float_lines(floats: Mapping[str, str]) -> list[str]:

@@ -45,6 +45,8 @@ class DataOptions:
     crop       images: side of the square cut from the middle, 0 for none
     mean, std  images: of RGB / 255, one value or three
     layout     images: ``nchw`` or ``nhwc``; "" reads it off the model's input
+    labels     an .npy file, or a text file of numbers: one label a sample of the source, in its order. An .npz file may hold
+               them itself, under the name ``labels``
     """
 
     path: str = ""
@@ -54,6 +56,7 @@ class DataOptions:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     layout: str = ""
+    labels: str = ""
 
     def __post_init__(self) -> None:
         for name in ("samples", "resize", "crop"):
@@ -83,17 +86,19 @@ class Data:
     """Samples for a model: iterate as often as you like, each item one checked feed (batch 1, or the model's own
     batch size where that is fixed).
 
+    labels   what is known of each sample, along the first axis, or None
+
     Raises OnnxqError while iterating when a sample has NaN or Inf, a wrong name, shape or dtype, or there is none.
     """
 
     def __init__(self, inputs: Sequence[Input], samples: Callable[[], Iterator[Mapping[str, Array]]],
-                 where: str = "the data", size: int | None = None) -> None:
-        self.inputs, self._samples, self.where, self.size = list(inputs), samples, where, size
+                 where: str = "the data", size: int | None = None, labels: Array | None = None) -> None:
+        self.inputs, self._samples, self.where, self.size, self.labels = list(inputs), samples, where, size, labels
         self.notes: tuple[str, ...] = ()  # what the user may want to know about how the source was read
         self._digest = ""
 
     def __iter__(self) -> Iterator[dict[str, Array]]:
-        fixed = next((i.batch for i in self.inputs if i.batch not in (None, 1)), None)
+        fixed = self._fixed
         one = (self._checked(feed, number) for number, feed in enumerate(self._samples()))
         empty = True
         for feed in one if fixed is None else self._batches(one, fixed):
@@ -103,10 +108,30 @@ class Data:
             raise OnnxqError(f"{self.where} holds no sample; give at least one.")
 
     def spread(self, count: int) -> list[dict[str, Array]]:
-        """So many samples spread evenly, or all where there are fewer; no more are held."""
-        size = self.size or sum(1 for _ in self)
-        chosen = set(_spread(size, count))
+        """So many feeds spread evenly, or all where there are fewer; no more are held."""
+        chosen = set(_spread(self._feeds(), count))
         return [feed for n, feed in enumerate(self) if n in chosen]
+
+    def spread_labels(self, count: int) -> list[Array] | None:
+        """The labels of the feeds that `spread` gives, one array [batch, ...] each; None if there are none. Raises
+        OnnxqError if there are more or fewer labels than samples."""
+        if self.labels is None:
+            return None
+        size = self._fixed or 1
+        samples = self.size or sum(1 for _ in self._samples())
+        _one_each(self.labels, samples, self.where)
+        at = [np.arange(first, min(first + size, samples)) for first in range(0, samples, size)]
+        return [self.labels[np.resize(at[n], size)] for n in _spread(self._feeds(), count)]
+
+    @property
+    def _fixed(self) -> int | None:
+        """The batch size that the model insists on, if that is not 1."""
+        return next((i.batch for i in self.inputs if i.batch not in (None, 1)), None)
+
+    def _feeds(self) -> int:
+        """How many feeds there are."""
+        samples = self.size or sum(1 for _ in self._samples())
+        return -(-samples // (self._fixed or 1))
 
     def _batches(self, one: Iterator[dict[str, Array]], size: int) -> Iterator[dict[str, Array]]:
         """Groups of `size` samples; the last group is filled up with its own first samples."""
@@ -138,7 +163,8 @@ class Data:
         return {i.name: _fit(np.asarray(feed[i.name]), i, f"{self.where}, sample {number}") for i in self.inputs}
 
 
-def open_data(source: Source, inputs: Sequence[Input], options: DataOptions | None = None) -> Data:
+def open_data(source: Source, inputs: Sequence[Input], options: DataOptions | None = None,
+              labels: str | Path | Array | None = None) -> Data:
     """Make Data of a source.
 
     source   path of an .npz or .npy file (arrays named after the inputs, first axis = samples; a single array serves
@@ -146,27 +172,30 @@ def open_data(source: Source, inputs: Sequence[Input], options: DataOptions | No
              mapping of arrays, iterable of feeds (mappings from input name to array with a batch axis), or an
              onnxruntime CalibrationDataReader. Iterators and readers without `rewind` are read into memory.
 
+    labels   one a sample of the source: an array, or a file as in `DataOptions`, which it overrides
+
     Raises OnnxqError if the source cannot be read or does not fit the inputs.
     """
     options = options or DataOptions()
+    known = labels if isinstance(labels, np.ndarray) else _load_labels(str(labels or options.labels))
     if isinstance(source, (str, Path)):
         path = Path(source)
         if isinstance(source, str) and not path.exists() and ":" in source:  # never a Path, such as a recipe's
-            return open_data(_call(source), inputs, options)
+            return open_data(_call(source), inputs, options, known)
         if not path.exists():
             raise OnnxqError(f"data '{source}' does not exist; give an .npz or .npy file, a folder of images or "
                              "package.module:callable.")
         if path.is_dir():
-            return _images(path, inputs, options)
-        return _arrays(_load_numpy(path), inputs, options, f"'{path}'")
+            return _images(path, inputs, options, known)
+        return _arrays(_load_numpy(path), inputs, options, known, f"'{path}'")
     if isinstance(source, np.ndarray):
-        return _arrays({"": source}, inputs, options, "the data")
+        return _arrays({"": source}, inputs, options, known, "the data")
     if isinstance(source, Mapping):
-        return _arrays(source, inputs, options, "the data")
+        return _arrays(source, inputs, options, known, "the data")
     if hasattr(source, "get_next"):
-        return _feeds(_reader(source), inputs, options)
+        return _feeds(_reader(source), inputs, options, known)
     if isinstance(source, Iterable):
-        return _feeds(source, inputs, options)
+        return _feeds(source, inputs, options, known)
     raise OnnxqError(f"data of type {type(source).__name__} is not understood; give a path, arrays, an iterable of "
                      "feeds or a CalibrationDataReader.")
 
@@ -194,7 +223,34 @@ def _load_numpy(path: Path) -> dict[str, Array]:
                          f"({' '.join(str(error).split())[:120]}).") from error
 
 
-def _arrays(arrays: Mapping[str, Array], inputs: Sequence[Input], options: DataOptions, where: str) -> Data:
+def _load_labels(path: str) -> Array | None:
+    """Labels along the first axis, of an .npy file or of a text file with a number a line; None for no path."""
+    if not path:
+        return None
+    try:
+        labels: Array = (np.load(path, allow_pickle=False) if Path(path).suffix == ".npy"
+                         else np.loadtxt(path, dtype=np.int64, ndmin=1))
+        if not labels.ndim:
+            raise ValueError("one number only")
+        return labels
+    except Exception as error:  # as in `_load_numpy`
+        raise OnnxqError(f"labels '{path}' are not a readable .npy file or text file with a whole number a line "
+                         f"({' '.join(str(error).split())[:120]}).") from error
+
+
+def _one_each(labels: Array | None, samples: int, where: str) -> Array | None:
+    """The labels, if there is one for each sample."""
+    if labels is not None and (not labels.ndim or len(labels) != samples):
+        raise OnnxqError(f"{where} has {samples} samples and {len(labels) if labels.ndim else 1} labels; give one label a "
+                         "sample.")
+    return labels
+
+
+def _arrays(arrays: Mapping[str, Array], inputs: Sequence[Input], options: DataOptions, labels: Array | None,
+            where: str) -> Data:
+    if "labels" in arrays and "labels" not in {i.name for i in inputs}:
+        labels = np.asarray(arrays["labels"]) if labels is None else labels
+        arrays = {name: array for name, array in arrays.items() if name != "labels"}
     if len(arrays) == 1 and len(inputs) == 1:
         arrays = {inputs[0].name: next(iter(arrays.values()))}
     if missing := {i.name for i in inputs} - set(arrays):
@@ -210,13 +266,14 @@ def _arrays(arrays: Mapping[str, Array], inputs: Sequence[Input], options: DataO
     if not total:
         raise OnnxqError(f"{where} is empty; give at least one sample along the first axis.")
     picked = _spread(total, options.samples)
+    labels = _one_each(labels, total, where)
 
     def samples() -> Iterator[Mapping[str, Array]]:
         for n in picked:
             yield {i.name: chosen[i.name][n:n + 1] if chosen[i.name].ndim == len(i.shape) else chosen[i.name][n]
                    for i in inputs}
 
-    made = Data(inputs, samples, where, len(picked))
+    made = Data(inputs, samples, where, len(picked), None if labels is None else labels[picked])
     if images:
         named = ", ".join(f"--{name}" for name in images)
         made.notes = (f"{named} apply to folders of images only; {where} is used as it is",)
@@ -236,14 +293,14 @@ def _reader(reader: Any) -> Iterable[Mapping[str, Array]]:
     return Again()
 
 
-def _feeds(source: Iterable[Any], inputs: Sequence[Input], options: DataOptions) -> Data:
+def _feeds(source: Iterable[Any], inputs: Sequence[Input], options: DataOptions, labels: Array | None) -> Data:
     feeds: Iterable[Any] = list(source) if iter(source) is source else source
 
     def samples() -> Iterator[Mapping[str, Array]]:
         made = (sample for feed in feeds for sample in _unbatch(feed, inputs))
         return itertools.islice(made, options.samples or None)
 
-    return Data(inputs, samples, "the data")
+    return Data(inputs, samples, "the data", labels=labels if labels is None else labels[:options.samples or None])
 
 
 def _unbatch(feed: Any, inputs: Sequence[Input]) -> Iterator[Any]:
@@ -262,7 +319,7 @@ def _unbatch(feed: Any, inputs: Sequence[Input]) -> Iterator[Any]:
             yield {name: np.asarray(a)[n:n + 1] for name, a in feed.items()}
 
 
-def _images(folder: Path, inputs: Sequence[Input], options: DataOptions) -> Data:
+def _images(folder: Path, inputs: Sequence[Input], options: DataOptions, labels: Array | None) -> Data:
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise OnnxqError(f"folder '{folder}' holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
@@ -279,7 +336,9 @@ def _images(folder: Path, inputs: Sequence[Input], options: DataOptions) -> Data
             raise OnnxqError(f"--{name} has {len(values)} values; give one, or one per channel, comma-separated.")
     if not all(options.std):
         raise OnnxqError("--std has a zero; give the standard deviation of RGB / 255.")
-    picked = [files[n] for n in _spread(len(files), options.samples)]
+    numbers = _spread(len(files), options.samples)
+    picked = [files[n] for n in numbers]
+    labels = _one_each(labels, len(files), f"folder '{folder}'")
     mean, std = np.array(options.mean, np.float32), np.array(options.std, np.float32)
 
     def samples() -> Iterator[Mapping[str, Array]]:
@@ -287,7 +346,7 @@ def _images(folder: Path, inputs: Sequence[Input], options: DataOptions) -> Data
             pixels = (_pixels(file, options, "L" if channels == 1 else "RGB") - mean) / std
             yield {wanted.name: (pixels.transpose(2, 0, 1) if layout == "nchw" else pixels)[None]}
 
-    made = Data(inputs, samples, f"folder '{folder}'", len(picked))
+    made = Data(inputs, samples, f"folder '{folder}'", len(picked), None if labels is None else labels[numbers])
     if (options.mean, options.std) == (DataOptions.mean, DataOptions.std):
         made.notes = ("images were read as RGB/255 in 0..1; if the model wants other values, give --mean and --std",)
     elif max(*options.mean, *options.std) > 2:

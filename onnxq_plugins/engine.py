@@ -25,6 +25,7 @@ from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer, load
 from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.measure import Metric, find_metric
 from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.recipe import Recipe, load_recipe
 from onnxq_plugins.spec import Array, Plan
@@ -68,7 +69,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
              data: Source | None = None, *, output: str | Path | None = None, target: str | None = None, seed: int = 0,
              samples: int = 0, workers: int | None = None, cache: str | Path | None = None, verify: bool = False,
              float32: bool = False, settings: Iterable[str] = (), plugins: Iterable[object] = (),
-             track: Track = silent) -> Result:
+             labels: str | Path | Array | None = None, metric: str | Metric | None = None, track: Track = silent) -> Result:
     """Quantize a float ONNX model into QDQ form.
 
     model      path, ModelProto or Graph; left alone
@@ -84,6 +85,10 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     float32    convert half-precision models first
     settings   changes to the recipe such as ``ranges.method=mse``
     plugins    further plugin objects beside the installed ones
+    labels     of the samples, for metrics that want them: an array [samples, ...], an .npy file or a text file
+    metric     how passes that search judge a network, in place of their own: a name, ``package.module:function`` (which is
+               imported), or a function of (float outputs, quantized outputs, labels), larger is better; see
+               `onnxq_plugins.measure`
     track      shows progress, see `Job.track`
 
     Raises OnnxqError, one sentence a problem, before anything is written.
@@ -92,6 +97,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     for name, value in (("seed", seed), ("workers", workers or 0)):
         if value < 0:
             raise OnnxqError(f"{name} = {value} must not be negative.")
+    judge = find_metric(metric) if metric is not None else None
     found = find_plugins(plugins)
     try:
         made = load_recipe(recipe, found.passes, settings)
@@ -105,13 +111,14 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     # a recipe may come from a stranger: its path is only ever a file, never code to import
     source = data if data is not None else Path(made.data.path) if made.data.path else None
     options = replace(made.data, samples=samples) if samples else made.data
-    read = open_data(source, graph_inputs(graph), options) if source is not None else None
+    read = open_data(source, graph_inputs(graph), options, labels) if source is not None else None
     asked = planning.request(graph, made, chosen)
     OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
     workers = workers or _cores()
     calibration = Calibration(graph, read, cache=Path(cache) if cache else None, workers=workers, track=track)
     job = Job(graph, asked.plan, calibration, chosen, made, np.random.default_rng(seed), workers,
-              {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.notes if read else ())]}, track)
+              {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.notes if read else ())]}, track,
+              judge)
     steps = [_run(job, step, found, verify) for step in made.passes]
     if verify:
         moved = max((step["drift"] for step in steps if "drift" in step), default=0.0)

@@ -13,6 +13,7 @@ from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.target import Target
 
 if TYPE_CHECKING:
+    from onnxq_plugins.measure import Metric
     from onnxq_plugins.recipe import Recipe
 
 
@@ -44,6 +45,7 @@ class Job:
     recipe        the recipe being run
     rng           the only source of randomness, seeded by the user
     workers       how many things may run at once (joblib's n_jobs)
+    metric        how the user judges a network, if he says so (`measure.Metric`); a search asks it
     report        JSON-able notes for the user, by topic
     track         wrap a long loop in it to show progress: track(items, what, total)
     """
@@ -57,6 +59,7 @@ class Job:
     workers: int = 1
     report: dict[str, Any] = field(default_factory=dict)
     track: Track = silent
+    metric: Metric | None = None
 
     def permute(self, group: ChannelGroup, order: Array) -> None:
         """Reorder the channels of a group (`graph.permute`). What was solved for the weights it moves is dropped when the

@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import importlib
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
 
 from onnxq_plugins import qdq, runtime
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph
 from onnxq_plugins.spec import Array, Plan
+from onnxq_plugins.store import digest, load_arrays, save_arrays
 from onnxq_plugins.target import Target
 
-Metric = Callable[[Sequence[Array], Sequence[Array]], float]  # (float outputs, quantized outputs) -> larger is better
+# (outputs of the float network, of the quantized one, labels or None) -> larger is better. Outputs: one array [samples, ...]
+# each; labels: [samples, ...]
+Metric = Callable[[Sequence[Array], Sequence[Array], Array | None], float]
 
 
-def sqnr(reference: Sequence[Array], found: Sequence[Array]) -> float:
+def sqnr(reference: Sequence[Array], found: Sequence[Array], labels: Array | None = None) -> float:
     """Signal to quantization noise in dB, mean over samples and outputs."""
     return float(np.mean([runtime.sqnr(y, z) for y, z in zip(reference, found, strict=True)]))
 
 
-def agreement(reference: Sequence[Array], found: Sequence[Array]) -> float:
+def agreement(reference: Sequence[Array], found: Sequence[Array], labels: Array | None = None) -> float:
     """Percent of samples whose largest value of the first output is the same."""
     return 100 * runtime.agreement(reference[0], found[0])
 
 
-BUILTIN: dict[str, Metric] = {"sqnr": sqnr, "agreement": agreement}
+def top1(reference: Sequence[Array], found: Sequence[Array], labels: Array | None = None) -> float:
+    """Percent of samples whose largest value of the first output is at their label. Raises OnnxqError without labels, or
+    where they do not fit the output."""
+    if labels is None:
+        raise OnnxqError("metric 'top1' needs labels; give --labels FILE, or an array named 'labels' in the .npz.")
+    best = np.argmax(found[0], axis=-1)
+    if best.shape != labels.shape:
+        raise OnnxqError(f"metric 'top1': the labels have shape {list(labels.shape)}, the outputs' classes "
+                         f"{list(best.shape)}; give one label for each.")
+    return 100 * float(np.mean(best == labels))
+
+
+BUILTIN: dict[str, Metric] = {"sqnr": sqnr, "agreement": agreement, "top1": top1}
 
 
 def metric(name: str) -> Metric:
@@ -35,27 +55,111 @@ def metric(name: str) -> Metric:
     return BUILTIN[name]
 
 
+def find_metric(name: str | Metric) -> Metric:
+    """A metric that the user, not a recipe, names: a function, a built-in one, or ``package.module:function``, which is
+    imported. Raises OnnxqError if there is no such thing."""
+    if callable(name):
+        return name
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        if name not in BUILTIN:
+            raise OnnxqError(f"metric '{name}' is unknown; known: {', '.join(BUILTIN)}, or package.module:function.")
+        return BUILTIN[name]
+    try:
+        made: Metric = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # the user's own code: any error is theirs
+        raise OnnxqError(f"metric '{name}' cannot be imported: {type(error).__name__}: "
+                         f"{' '.join(str(error).split())}.") from error
+    if not callable(made):
+        raise OnnxqError(f"metric '{name}' is no function of (float outputs, quantized outputs, labels).")
+    return made
+
+
+def metric_name(by: Metric) -> str:
+    """What reports call a metric."""
+    return next((name for name, known in BUILTIN.items() if known is by), getattr(by, "__name__", type(by).__name__))
+
+
 class Measure:
     """Scores plans on samples; the float outputs are computed once.
 
-    coded    as for `qdq.export`
-    scored   how many networks were run
+    coded     as for `qdq.export`
+    labels    of the samples, [samples, ...]
+    cache     folder that keeps scores between runs: those of built-in metrics, for others may change
+    scored    how many networks were run
     """
 
     def __init__(self, graph: Graph, target: Target, feeds: Sequence[Mapping[str, Array]],
-                 reference: Sequence[Array] | None = None, coded: Collection[str] = ()) -> None:
+                 reference: Sequence[Array] | None = None, coded: Collection[str] = (), labels: Array | None = None,
+                 cache: Path | None = None) -> None:
         self.graph, self.target, self.feeds, self.coded = graph, target, list(feeds), coded
         self.reference = reference or runtime.outputs(runtime.session(graph.model()), self.feeds)
+        self.labels, self.cache = labels, cache
         self.scored = 0
         self._lock = Lock()  # export borrows the graph's constants
 
     def outputs(self, plan: Plan) -> list[Array]:
         """What the exported network gives for all samples, one array an output. Callable from several threads."""
-        with self._lock:
-            model = qdq.export(self.graph, plan, self.target, self.coded)
-            self.scored += 1
-        return runtime.outputs(runtime.session(model), self.feeds)
+        return runtime.outputs(runtime.session(self._export(plan)), self.feeds)
 
     def score(self, plan: Plan, by: Metric = sqnr) -> float:
         """A metric of a plan."""
-        return by(self.reference, self.outputs(plan))
+        self.scored += 1
+        return by(self.reference, self.outputs(plan), self.labels)
+
+    def scores(self, plans: Iterable[Plan], by: Sequence[Metric], workers: int = 1) -> Iterator[dict[str, float]]:
+        """Metrics by name of each plan, in their order.
+
+        workers   networks run side by side: in threads, or wherever `joblib.parallel_config` has them run. A network goes
+                  there as bytes, so that a worker needs no more than this package
+
+        What the cache holds is not run. Each result is kept there as soon as it arrives, so that a search that was
+        interrupted goes on from the last one.
+        """
+        from joblib import Parallel, delayed
+
+        keys: deque[Path | None] = deque()
+
+        def tasks() -> Iterator[object]:
+            for plan in plans:
+                model = self._export(plan)
+                file = self._file(model, by)
+                known = load_arrays(file) if file is not None else {}
+                keys.append(None if known else file)
+                if known:
+                    yield delayed(_known)({name: float(value) for name, value in known.items()})
+                else:
+                    self.scored += 1
+                    yield delayed(measured)(model, self.feeds, self.reference, self.labels, by)
+
+        for found in Parallel(n_jobs=workers, prefer="threads", return_as="generator")(tasks()):
+            file = keys.popleft()
+            if file is not None:
+                save_arrays(file, {name: np.array(value) for name, value in found.items()})
+            yield found
+
+    def _export(self, plan: Plan) -> bytes:
+        with self._lock:
+            return bytes(qdq.export(self.graph, plan, self.target, self.coded).SerializeToString())
+
+    def _file(self, model: bytes, by: Sequence[Metric]) -> Path | None:
+        """Where the scores of a network are kept, if they are."""
+        if self.cache is None or not all(one in BUILTIN.values() for one in by):
+            return None
+        return self.cache / f"{digest(model, self._samples, [metric_name(one) for one in by])}-scores.npz"
+
+    @cached_property
+    def _samples(self) -> str:
+        arrays = [array for feed in self.feeds for name, array in sorted(feed.items())]
+        return digest(*arrays, *self.reference, self.labels)
+
+
+def measured(model: bytes, feeds: Sequence[Mapping[str, Array]], reference: Sequence[Array], labels: Array | None,
+             by: Sequence[Metric]) -> dict[str, float]:
+    """Metrics by name of a network on some samples; plain values in and out, so that it can run anywhere."""
+    found = runtime.outputs(runtime.session(model), feeds)
+    return {metric_name(one): float(one(reference, found, labels)) for one in by}
+
+
+def _known(found: dict[str, float]) -> dict[str, float]:
+    return found

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import cached_property
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from onnxq_plugins import runtime
 from onnxq_plugins.audit import example
 from onnxq_plugins.calibration import Calibration, Gram
-from onnxq_plugins.complete import complete_ranges, complete_weight
+from onnxq_plugins.complete import complete_ranges, complete_weight, scale_floor
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.core import LAYER_OPS
 from onnxq_plugins.job import Job
-from onnxq_plugins.layerwise import float_inputs, problem, solvable
+from onnxq_plugins.layerwise import Problem, float_inputs, problem, solvable
 from onnxq_plugins.planning import maker_of, pinned, weight_request
 from onnxq_plugins.qdq import integer_nodes
 from onnxq_plugins.quantizers import FLOAT_BITS, Cost, Group, Width, cost, multiply_adds, quantizer_groups
 from onnxq_plugins.solvers.allocate import allocate
 from onnxq_plugins.solvers.rounding import Effort, Method
 from onnxq_plugins.spec import Array, Plan, QuantSpec, from_range
+from onnxq_plugins.store import digest, load_arrays, save_arrays
 from onnxq_plugins.target import STORAGE, Rule
 
 Choice = tuple[Width, ...]  # one per group
@@ -41,7 +43,7 @@ class Widths:
     """The choices for a job's plan.
 
     groups    the groups of quantizers
-    options   per group the candidates that the target has kernels for, widest first
+    options   per group the candidates that the target has kernels for, widest first; one of those that come to the same
     work      multiply-adds of each layer for one sample
     coded     planned activations that are written in codes, so that all their readers see what that costs
     """
@@ -54,7 +56,7 @@ class Widths:
         self.coded = {name for group in self.groups for name in group.activations
                       if (maker := maker_of(job.graph, name)) is not None and maker.name in integer}
         self.work = multiply_adds(job.graph, feed)
-        self.options = [tuple(w for w in candidates if self._runs(group, w)) for group in self.groups]
+        self.options = [self._different(group, [w for w in candidates if self._runs(group, w)]) for group in self.groups]
         if bare := [g.name for g, options in zip(self.groups, self.options, strict=True) if not options]:
             others = f" and {len(bare) - 1} others" if len(bare) > 1 else ""
             raise OnnxqError(f"widths: target '{job.target.name}' runs none of {', '.join(map(str, candidates))} for "
@@ -67,11 +69,10 @@ class Widths:
 
         only   the width of each group (by number) where that is settled
         """
-        from joblib import Parallel, delayed
-
         complete_ranges(self.job)
         old = self.job.calibration
-        calibration = old if data is old.data else Calibration(old.graph, data, workers=old.workers, track=old.track)
+        calibration = old if data is old.data else Calibration(old.graph, data, cache=old.cache, workers=old.workers,
+                                                               track=old.track)
         # scales are fine enough for biases beside inputs of 8 bits; trials leave no trace in the report
         narrow = {name: self._activation(name, min(self.job.plan[name].bits, 8))
                   for group in self.groups for name in group.activations}
@@ -85,17 +86,49 @@ class Widths:
             if wanted.get(layer.name) and layer not in matrix:
                 for bits in wanted[layer.name]:
                     self.solved[layer.name, bits] = complete_weight(job, layer, self._request(layer, bits))
-        for batch in float_inputs(job, matrix, _POSITIONS, _LIMIT):
-            tasks = [(layer, bits, gram) for layer, gram in batch for bits in sorted(wanted[layer.name])]
-
-            def one(layer: Layer, bits: int, gram: Gram) -> QuantSpec:
-                asked = replace(job, plan=job.plan | {layer.weight: self._request(layer, bits)})
-                return problem(asked, layer, gram, True).solve(method, Effort())[0]
-
-            with runtime.blas(1):
-                found = Parallel(n_jobs=self.job.workers, prefer="threads")(delayed(one)(*task) for task in tasks)
-            for (layer, bits, _), spec in zip(tasks, found, strict=True):
+        files = {(y.name, bits): self._file(replace(job, plan=job.plan | {y.weight: self._request(y, bits)}), y, method)
+                 for y in matrix for bits in wanted[y.name]}
+        for key, file in files.items():
+            if file is not None and (known := load_arrays(file)):
+                solution: dict[str, Any] = dict(known)
+                self.solved[key] = replace(self._request(self.layers[key[0]], key[1]), **solution)
+                wanted[key[0]].discard(key[1])
+        matrix = [y for y in matrix if wanted[y.name]]
+        batches = float_inputs(job, matrix, _POSITIONS, _LIMIT)
+        for layer, found in self.job.track(self._solutions(job, batches, wanted, method), "rounding", len(matrix)):
+            for bits, spec in found.items():
                 self.solved[layer.name, bits] = spec
+                if (file := files[layer.name, bits]) is not None:
+                    save_arrays(file, {f.name: value for f in fields(spec)
+                                       if isinstance(value := getattr(spec, f.name), np.ndarray)})
+
+    def _solutions(self, job: Job, batches: Iterable[list[tuple[Layer, Gram]]], wanted: Mapping[str, Collection[int]],
+                   method: Method) -> Iterator[tuple[Layer, dict[int, QuantSpec]]]:
+        """Each layer with its solution for each number of bits, in order. A task holds all widths of a layer, which see the
+        same Gram matrix."""
+        from joblib import Parallel, delayed
+
+        def task(layer: Layer, gram: Gram) -> dict[int, Problem]:
+            asked = {bits: job.plan | {layer.weight: self._request(layer, bits)} for bits in sorted(wanted[layer.name])}
+            return {bits: problem(replace(job, plan=plan), layer, gram, True) for bits, plan in asked.items()}
+
+        for batch in batches:
+            with runtime.blas(1):
+                found = Parallel(n_jobs=self.job.workers, prefer="threads", return_as="generator")(
+                    delayed(_solve)(task(layer, gram), method) for layer, gram in batch)
+                yield from zip([layer for layer, _ in batch], found, strict=True)
+
+    def _file(self, job: Job, layer: Layer, method: Method) -> Path | None:
+        """Where the codes of a layer are kept between runs: named after all that they depend on."""
+        from onnxq_plugins import __version__
+
+        cache, data = job.calibration.cache, job.calibration.data
+        if cache is None or data is None:
+            return None
+        spec = job.plan[layer.weight]
+        name = digest(__version__, job.calibration.graph.digest(), data.digest(), layer.name, spec.to_dict(),
+                      scale_floor(job, layer, spec), method, _POSITIONS, _LIMIT)
+        return cache / f"{name}-codes.npz"
 
     def plan(self, choice: Mapping[int, Width]) -> Plan:
         """The entries of some groups (by number) at a width each. Groups in float have none."""
@@ -179,6 +212,14 @@ class Widths:
         low, high = ((np.array(code) - spec.zero_point) * spec.scale for code in spec.grid)
         return from_range(low, high, replace(spec.request(), bits=bits))
 
+    def _different(self, group: Group, candidates: Sequence[Width]) -> tuple[Width, ...]:
+        """Of candidates that come to the same, as all of one width of activations do for a group without weights, one."""
+        found: dict[object, Width] = {}
+        for width in candidates:
+            bits = tuple(self._bits(name, width) for name in group.layers)
+            found.setdefault((width.weights == FLOAT_BITS, bits, width.activations if group.activations else 0), width)
+        return tuple(found.values())
+
     def _runs(self, group: Group, width: Width) -> bool:
         """True if the target has kernels for a group at a width."""
         graph, target = self.job.graph, self.job.target
@@ -190,6 +231,11 @@ class Widths:
         known = not group.activations or activations in target.activation_bits
         return known and all(target.rule(y, self._request(y, self._bits(y.name, width)), activations) is not None
                              for y in (self.layers[name] for name in group.layers))
+
+
+def _solve(problems: Mapping[int, Problem], method: Method) -> dict[int, QuantSpec]:
+    """One layer at several widths. Plain values in and out, so that it can run anywhere."""
+    return {bits: one.solve(method, Effort())[0] for bits, one in problems.items()}
 
 
 def sample(job: Job) -> Mapping[str, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.measure import Measure, metric, sqnr
+from onnxq_plugins.measure import Measure, Metric, metric, metric_name, sqnr
 from onnxq_plugins.quantizers import FLOAT_BITS, Width, parse_widths
 from onnxq_plugins.search import ALONE, Budget, Choice, Widths
 from onnxq_plugins.solvers.pareto import Strategy, longest
@@ -35,11 +36,12 @@ class MixedPrecision(Pass):
     budget      ``size`` (bits of weights), ``bops`` (bit operations): at most `limit` times those of 8-bit weights and
                 activations everywhere. ``sqnr``: at least `limit` dB. ``metric``: at most `limit` below the float network's
     limit       see budget
-    metric      ``sqnr`` or ``agreement`` (percent of samples with the same argmax), shown with the curve
+    metric      ``sqnr``, ``agreement`` (percent of samples with the same argmax) or ``top1`` (percent right; needs labels),
+                shown with the curve; a function given to `quantize(metric=)` or ``--metric`` takes its place
     order       of changes on the way down: ``noise``, least noise added per cost saved first; ``sqnr``, the paper's list:
                 the least sensitive first, whatever it saves
     strategy    of the search: ``binary``, ``interpolation``, ``hybrid`` of both, or ``brute``, which measures every point
-    samples     of the data, spread evenly; no labels are needed
+    samples     of the data, spread evenly
     method      how weights are rounded: as in `round`, on the inputs of the float network
     curve       points of the way down to measure, evenly spread, beside those that the search visits
 
@@ -56,7 +58,7 @@ class MixedPrecision(Pass):
     candidates: tuple[str, ...] = ("W4A8", "W6A8", "W8A8")
     budget: Literal["size", "bops", "sqnr", "metric"] = "size"
     limit: float = 0.75
-    metric: Literal["sqnr", "agreement"] = "sqnr"
+    metric: Literal["sqnr", "agreement", "top1"] = "sqnr"
     order: Literal["noise", "sqnr"] = "noise"
     strategy: Strategy = "hybrid"
     samples: int = 64
@@ -68,28 +70,37 @@ class MixedPrecision(Pass):
         metric(self.metric)
         if self.samples < 1 or self.curve < 0:
             raise ValueError("samples must be at least 1 and curve not negative")
-        if self.budget == "metric" and self.metric == "sqnr":
-            raise ValueError("budget = 'metric' limits the drop of a metric such as 'agreement'; the float network's sqnr "
-                             "has no bound: set budget = 'sqnr' and limit to the least that will do")
+        if self.budget == "sqnr" and 0 < self.limit < 3:  # a limit meant for another budget
+            raise ValueError(f"limit = {self.limit:g} dB would let noise drown the outputs; give the least SQNR that will "
+                             "do, such as limit = 25")
 
     def apply(self, job: Job) -> dict[str, Any]:
         if job.calibration.data is None:
             raise OnnxqError("mixed-precision measures networks on sample inputs, and there are none; give --data PATH, or "
                              "put the pass data-free in front.")
-        return _Search(self, job).run()
+        by = job.metric or metric(self.metric)
+        if self.budget == "metric" and by is sqnr:
+            raise OnnxqError("mixed-precision: budget = 'metric' limits the drop of a metric such as 'agreement', and the "
+                             "float network's sqnr has no bound; set metric, or budget = 'sqnr' and limit to the least that "
+                             "will do.")
+        return _Search(self, job, by).run()
 
 
 class _Search:
     """The phases of one search."""
 
-    def __init__(self, step: MixedPrecision, job: Job) -> None:
-        self.step, self.job = step, job
-        assert job.calibration.data is not None
-        feeds = job.calibration.data.spread(step.samples)
-        self.rounded_on, measured_on = (feeds[::2], feeds[1::2]) if len(feeds) >= _APART else (feeds, feeds)
+    def __init__(self, step: MixedPrecision, job: Job, by: Metric) -> None:
+        self.step, self.job, self.metric = step, job, by
+        data = job.calibration.data
+        assert data is not None
+        feeds, labels = data.spread(step.samples), data.spread_labels(step.samples)
+        apart = len(feeds) >= _APART
+        self.rounded_on, measured_on = (feeds[::2], feeds[1::2]) if apart else (feeds, feeds)
         self.widths = Widths(job, parse_widths(step.candidates), feeds[0])
-        self.metric = metric(step.metric)
-        self.measure = Measure(job.graph, job.target, measured_on)
+        self.measure = Measure(job.graph, job.target, measured_on, cache=job.calibration.cache, labels=None if labels is None
+                               else np.concatenate(labels[1::2] if apart else labels))
+        self.by = [sqnr] if by is sqnr else [sqnr, by]
+        self.best = 0.0 if by is sqnr else by(self.measure.reference, self.measure.reference, self.measure.labels)
         self.eight = self.widths.eight
         self.points: dict[Choice, dict[str, Any]] = {}
         self.scores: dict[Choice, float] = {}  # what a budget on accuracy is about, not rounded for the report
@@ -103,15 +114,15 @@ class _Search:
         path = self.path(ranked)
         chosen = self.fitted(ranked) if step.budget in ("size", "bops") else self.farthest(path)
         shown = [path[round(k)] for k in np.linspace(0, len(path) - 1, step.curve)] if step.curve else []
-        for choice in self.job.track([chosen, *shown], "measuring the curve", len(shown) + 1):
-            self.point(choice)
+        self.measured([chosen, *shown])
         self.widths.round(step.method, data, dict(enumerate(chosen)))
         self.job.plan = self.whole(chosen)
         self.points[chosen]["chosen"] = True
         groups = self.widths.groups
         self.job.report["floats"] |= {name: "mixed-precision chose float" for g, w in zip(groups, chosen, strict=True)
                                       if w.weights == FLOAT_BITS for name in g.layers}
-        return {"groups": len(groups), "networks_measured": self.measure.scored,
+        float_metric = {} if self.metric is sqnr else {"float": {metric_name(self.metric): round(self.best, 3)}}
+        return {"groups": len(groups), **float_metric, "networks_measured": self.measure.scored,
                 "sensitivities": [{"group": groups[i].name, "width": str(w), "sqnr": round(s, 2)} for s, i, w in ranked],
                 "curve": sorted(self.points.values(), key=lambda p: -p[self.falling])}
 
@@ -122,14 +133,12 @@ class _Search:
 
     def sensitivities(self) -> list[Entry]:
         """(SQNR, group, candidate) with that group quantized alone, from the least sensitive to the most."""
-        from joblib import Parallel, delayed
-
-        alone = Measure(self.job.graph, ALONE, self.measure.feeds, self.measure.reference, self.widths.coded)
+        measure = self.measure
+        alone = Measure(self.job.graph, ALONE, measure.feeds, measure.reference, self.widths.coded, cache=measure.cache)
         tasks = [(i, w) for i, options in enumerate(self.widths.options) for w in options if len(options) > 1]
-        scores = Parallel(n_jobs=self.job.workers, prefer="threads", return_as="generator")(
-            delayed(alone.score)(self.widths.plan({i: w})) for i, w in tasks)
+        scores = alone.scores((self.widths.plan({i: w}) for i, w in tasks), [sqnr], self.job.workers)
         tracked = self.job.track(scores, "sensitivities", len(tasks))
-        found = [(score, i, w) for score, (i, w) in zip(tracked, tasks, strict=True)]
+        found = [(score["sqnr"], i, w) for score, (i, w) in zip(tracked, tasks, strict=True)]
         self.measure.scored += alone.scored
         return sorted(found, key=lambda f: (-f[0], -(f[2].weights + f[2].activations), f[1]))
 
@@ -161,11 +170,10 @@ class _Search:
     def farthest(self, path: list[Choice]) -> Choice:
         """The last choice on the way down that is accurate enough."""
         step = self.step
-        best = self.metric(self.measure.reference, self.measure.reference)
-        key, least = ("sqnr", step.limit) if step.budget == "sqnr" else (step.metric, best - step.limit)
+        key, least = ("sqnr", step.limit) if step.budget == "sqnr" else (metric_name(self.metric), self.best - step.limit)
 
         def score(k: int) -> float:
-            self.point(path[k])
+            self.measured([path[k]])
             return self.scores[path[k]]
 
         found = longest(score, len(path) - 1, least, step.strategy)
@@ -174,19 +182,18 @@ class _Search:
                                             f"not {least:.2f}; they were taken")
         return path[max(found, 0)]
 
-    def point(self, choice: Choice) -> dict[str, Any]:
-        """A point of the curve, measured once."""
-        if choice not in self.points:
-            outputs, reference = self.measure.outputs(self.whole(choice)), self.measure.reference
+    def measured(self, choices: Iterable[Choice]) -> None:
+        """Add points to the curve, each measured once."""
+        new = [choice for choice in dict.fromkeys(choices) if choice not in self.points]
+        found = self.measure.scores(map(self.whole, new), self.by, self.job.workers)
+        for choice, scores in zip(new, self.job.track(found, "measuring the curve", len(new)), strict=True):
             price = self.widths.cost(choice)
-            found = {"sqnr": sqnr(reference, outputs), self.step.metric: self.metric(reference, outputs)}
-            self.scores[choice] = found["sqnr" if self.step.budget == "sqnr" else self.step.metric]
+            self.scores[choice] = scores["sqnr" if self.step.budget == "sqnr" else metric_name(self.metric)]
             self.points[choice] = {
                 "size": round(price.size / max(self.eight.size, 1.0), 4),
                 "bops": round(price.bops / max(self.eight.bops, 1.0), 4),
-                **{key: round(value, 3) for key, value in found.items()},
+                **{key: round(value, 3) for key, value in scores.items()},
                 "widths": {g.name: str(w) for g, w in zip(self.widths.groups, choice, strict=True)}}
-        return self.points[choice]
 
     def whole(self, choice: Choice) -> Plan:
         """The plan of a choice, every group quantized."""
