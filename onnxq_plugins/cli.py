@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -348,6 +349,7 @@ def _spread_over(dask: str, processes: bool) -> Iterator[None]:
     except Exception as error:  # distributed raises OSError, ValueError and others
         raise OnnxqError(f"no Dask scheduler answers at '{dask}' ({type(error).__name__}); start one with 'dask scheduler', "
                          "or mend the address.") from error
+    warnings.filterwarnings("ignore", message="Sending large graph")  # a network is sent with its task
     with client:
         if not client.scheduler_info()["workers"]:
             raise OnnxqError(f"the Dask scheduler at '{dask}' has no workers; start some with 'dask worker {dask}'.")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 
@@ -14,6 +13,7 @@ import numpy as np
 from onnxq_plugins import qdq, runtime
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph
+from onnxq_plugins.parallel import in_turn
 from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.store import digest, load_arrays, save_arrays
 from onnxq_plugins.target import Target
@@ -80,6 +80,23 @@ def metric_name(by: Metric) -> str:
     return next((name for name, known in BUILTIN.items() if known is by), getattr(by, "__name__", type(by).__name__))
 
 
+class Samples:
+    """What networks are measured on: feeds, the float network's outputs for them, labels [samples, ...] or None."""
+
+    def __init__(self, feeds: Sequence[Mapping[str, Array]], reference: Sequence[Array], labels: Array | None) -> None:
+        self.feeds, self.reference, self.labels = list(feeds), list(reference), labels
+
+    @property
+    def arrays(self) -> list[Array]:
+        """All of it."""
+        rows = [array for feed in self.feeds for _, array in sorted(feed.items())]
+        return [*rows, *self.reference, *([self.labels] if self.labels is not None else [])]
+
+    def __sizeof__(self) -> int:
+        """With all arrays: by it joblib tells what to send to each Dask worker once, not with each task."""
+        return sum(array.nbytes for array in self.arrays)
+
+
 class Measure:
     """Scores plans on samples; the float outputs are computed once.
 
@@ -92,20 +109,20 @@ class Measure:
     def __init__(self, graph: Graph, target: Target, feeds: Sequence[Mapping[str, Array]],
                  reference: Sequence[Array] | None = None, coded: Collection[str] = (), labels: Array | None = None,
                  cache: Path | None = None) -> None:
-        self.graph, self.target, self.feeds, self.coded = graph, target, list(feeds), coded
-        self.reference = reference or runtime.outputs(runtime.session(graph.model()), self.feeds)
-        self.labels, self.cache = labels, cache
+        self.graph, self.target, self.coded, self.cache = graph, target, coded, cache
+        reference = reference or runtime.outputs(runtime.session(graph.model()), feeds)
+        self.samples = Samples(feeds, reference, labels)
         self.scored = 0
         self._lock = Lock()  # export borrows the graph's constants
 
     def outputs(self, plan: Plan) -> list[Array]:
         """What the exported network gives for all samples, one array an output. Callable from several threads."""
-        return runtime.outputs(runtime.session(self._export(plan)), self.feeds)
+        return runtime.outputs(runtime.session(self._export(plan)), self.samples.feeds)
 
     def score(self, plan: Plan, by: Metric = sqnr) -> float:
         """A metric of a plan."""
         self.scored += 1
-        return by(self.reference, self.outputs(plan), self.labels)
+        return by(self.samples.reference, self.outputs(plan), self.samples.labels)
 
     def scores(self, plans: Iterable[Plan], by: Sequence[Metric], workers: int = 1) -> Iterator[dict[str, float]]:
         """Metrics by name of each plan, in their order.
@@ -116,27 +133,25 @@ class Measure:
         What the cache holds is not run. Each result is kept there as soon as it arrives, so that a search that was
         interrupted goes on from the last one.
         """
-        from joblib import Parallel, delayed
+        files: list[Path | None] = []
 
-        keys: deque[Path | None] = deque()
-
-        def tasks() -> Iterator[object]:
+        def calls() -> Iterator[Callable[[], dict[str, float]]]:
             for plan in plans:
                 model = self._export(plan)
                 file = self._file(model, by)
                 known = load_arrays(file) if file is not None else {}
-                keys.append(None if known else file)
+                files.append(None if known else file)
                 if known:
-                    yield delayed(_known)({name: float(value) for name, value in known.items()})
+                    yield partial(dict, {name: float(value) for name, value in known.items()})
                 else:
                     self.scored += 1
-                    yield delayed(measured)(model, self.feeds, self.reference, self.labels, by)
+                    yield partial(measured, np.frombuffer(model, np.uint8), self.samples, by)
 
-        for found in Parallel(n_jobs=workers, prefer="threads", return_as="generator")(tasks()):
-            file = keys.popleft()
-            if file is not None:
+        def keep(number: int, found: dict[str, float]) -> None:
+            if (file := files[number]) is not None:
                 save_arrays(file, {name: np.array(value) for name, value in found.items()})
-            yield found
+
+        return in_turn(calls(), workers, keep)
 
     def _export(self, plan: Plan) -> bytes:
         with self._lock:
@@ -146,20 +161,17 @@ class Measure:
         """Where the scores of a network are kept, if they are."""
         if self.cache is None or not all(one in BUILTIN.values() for one in by):
             return None
-        return self.cache / f"{digest(model, self._samples, [metric_name(one) for one in by])}-scores.npz"
+        return self.cache / f"{digest(model, self._digest, [metric_name(one) for one in by])}-scores.npz"
 
     @cached_property
-    def _samples(self) -> str:
-        arrays = [array for feed in self.feeds for name, array in sorted(feed.items())]
-        return digest(*arrays, *self.reference, self.labels)
+    def _digest(self) -> str:
+        return digest(*self.samples.arrays)
 
 
-def measured(model: bytes, feeds: Sequence[Mapping[str, Array]], reference: Sequence[Array], labels: Array | None,
-             by: Sequence[Metric]) -> dict[str, float]:
-    """Metrics by name of a network on some samples; plain values in and out, so that it can run anywhere."""
-    found = runtime.outputs(runtime.session(model), feeds)
-    return {metric_name(one): float(one(reference, found, labels)) for one in by}
+def measured(model: Array, samples: Samples, by: Sequence[Metric]) -> dict[str, float]:
+    """Metrics by name of a network on some samples; plain values in and out, so that it can run anywhere.
 
-
-def _known(found: dict[str, float]) -> dict[str, float]:
-    return found
+    model   its bytes, uint8
+    """
+    found = runtime.outputs(runtime.session(model.tobytes()), samples.feeds)
+    return {metric_name(one): float(one(samples.reference, found, samples.labels)) for one in by}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.core import LAYER_OPS
 from onnxq_plugins.job import Job
 from onnxq_plugins.layerwise import Problem, float_inputs, problem, solvable
+from onnxq_plugins.parallel import in_turn
 from onnxq_plugins.planning import maker_of, pinned, weight_request
 from onnxq_plugins.qdq import integer_nodes
 from onnxq_plugins.quantizers import FLOAT_BITS, Cost, Group, Width, cost, multiply_adds, quantizer_groups
@@ -94,29 +95,23 @@ class Widths:
                 self.solved[key] = replace(self._request(self.layers[key[0]], key[1]), **solution)
                 wanted[key[0]].discard(key[1])
         matrix = [y for y in matrix if wanted[y.name]]
-        batches = float_inputs(job, matrix, _POSITIONS, _LIMIT)
-        for layer, found in self.job.track(self._solutions(job, batches, wanted, method), "rounding", len(matrix)):
-            for bits, spec in found.items():
-                self.solved[layer.name, bits] = spec
-                if (file := files[layer.name, bits]) is not None:
-                    save_arrays(file, {f.name: value for f in fields(spec)
-                                       if isinstance(value := getattr(spec, f.name), np.ndarray)})
+        for batch in float_inputs(job, matrix, _POSITIONS, _LIMIT):
+            def keep(number: int, found: dict[int, QuantSpec], batch: list[tuple[Layer, Gram]] = batch) -> None:
+                layer = batch[number][0]
+                for bits, spec in found.items():
+                    self.solved[layer.name, bits] = spec
+                    if (file := files[layer.name, bits]) is not None:
+                        save_arrays(file, {f.name: value for f in fields(spec)
+                                           if isinstance(value := getattr(spec, f.name), np.ndarray)})
 
-    def _solutions(self, job: Job, batches: Iterable[list[tuple[Layer, Gram]]], wanted: Mapping[str, Collection[int]],
-                   method: Method) -> Iterator[tuple[Layer, dict[int, QuantSpec]]]:
-        """Each layer with its solution for each number of bits, in order. A task holds all widths of a layer, which see the
-        same Gram matrix."""
-        from joblib import Parallel, delayed
-
-        def task(layer: Layer, gram: Gram) -> dict[int, Problem]:
-            asked = {bits: job.plan | {layer.weight: self._request(layer, bits)} for bits in sorted(wanted[layer.name])}
-            return {bits: problem(replace(job, plan=plan), layer, gram, True) for bits, plan in asked.items()}
-
-        for batch in batches:
+            calls = (partial(_solve, self._problems(job, layer, gram, wanted[layer.name]), method) for layer, gram in batch)
             with runtime.blas(1):
-                found = Parallel(n_jobs=self.job.workers, prefer="threads", return_as="generator")(
-                    delayed(_solve)(task(layer, gram), method) for layer, gram in batch)
-                yield from zip([layer for layer, _ in batch], found, strict=True)
+                list(self.job.track(in_turn(calls, self.job.workers, keep), "rounding", len(batch)))
+
+    def _problems(self, job: Job, layer: Layer, gram: Gram, widths: Collection[int]) -> dict[int, Problem]:
+        """A layer at each width. Together, since they see the same Gram matrix."""
+        asked = {bits: job.plan | {layer.weight: self._request(layer, bits)} for bits in sorted(widths)}
+        return {bits: problem(replace(job, plan=plan), layer, gram, True) for bits, plan in asked.items()}
 
     def _file(self, job: Job, layer: Layer, method: Method) -> Path | None:
         """Where the codes of a layer are kept between runs: named after all that they depend on."""

@@ -479,10 +479,10 @@ def test_a_rescaled_trial_is_a_fresh_one(name, solved):
 def test_a_trial_holds_the_samples_it_needs():
     job = make_job(mlp(), {}, 50)
     trial, data = Trial(job, 8), list(job.calibration.data)
-    assert len(trial.measure.feeds) == 8
-    for n, feed in enumerate(trial.measure.feeds):
+    assert len(trial.measure.samples.feeds) == 8
+    for n, feed in enumerate(trial.measure.samples.feeds):
         np.testing.assert_array_equal(feed["x"], data[n * 50 // 8]["x"])
-    assert len(Trial(job, 200).measure.feeds) == 50
+    assert len(Trial(job, 200).measure.samples.feeds) == 50
 
 
 # ---- beside other things --------------------------------------------------------------------------------------------

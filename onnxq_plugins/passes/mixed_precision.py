@@ -100,7 +100,8 @@ class _Search:
         self.measure = Measure(job.graph, job.target, measured_on, cache=job.calibration.cache, labels=None if labels is None
                                else np.concatenate(labels[1::2] if apart else labels))
         self.by = [sqnr] if by is sqnr else [sqnr, by]
-        self.best = 0.0 if by is sqnr else by(self.measure.reference, self.measure.reference, self.measure.labels)
+        samples = self.measure.samples
+        self.best = 0.0 if by is sqnr else by(samples.reference, samples.reference, samples.labels)
         self.eight = self.widths.eight
         self.points: dict[Choice, dict[str, Any]] = {}
         self.scores: dict[Choice, float] = {}  # what a budget on accuracy is about, not rounded for the report
@@ -133,8 +134,8 @@ class _Search:
 
     def sensitivities(self) -> list[Entry]:
         """(SQNR, group, candidate) with that group quantized alone, from the least sensitive to the most."""
-        measure = self.measure
-        alone = Measure(self.job.graph, ALONE, measure.feeds, measure.reference, self.widths.coded, cache=measure.cache)
+        samples, cache = self.measure.samples, self.measure.cache
+        alone = Measure(self.job.graph, ALONE, samples.feeds, samples.reference, self.widths.coded, cache=cache)
         tasks = [(i, w) for i, options in enumerate(self.widths.options) for w in options if len(options) > 1]
         scores = alone.scores((self.widths.plan({i: w}) for i, w in tasks), [sqnr], self.job.workers)
         tracked = self.job.track(scores, "sensitivities", len(tasks))

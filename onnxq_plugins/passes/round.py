@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from onnxq_plugins.complete import complete_ranges, complete_weight
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.layerwise import float_inputs, problem, solvable
+from onnxq_plugins.parallel import in_turn
 from onnxq_plugins.solvers.rounding import Effort, Method
 from onnxq_plugins.spec import QuantSpec
 from onnxq_plugins.sweep import sweep
@@ -80,12 +82,9 @@ class Round(Pass):
                 with runtime.blas(job.workers if _cost(layer) > _LARGE else 1):
                     keep(layer, one.solve(self.method, efforts[layer.name], self.search))
         else:
-            from joblib import Parallel, delayed
-
             for batch in float_inputs(job, layers, self.positions, self.limit):
-                solved = Parallel(n_jobs=job.workers, prefer="threads", return_as="generator")(
-                    delayed(problem(job, layer, gram, self.shift).solve)(self.method, efforts[layer.name], self.search)
-                    for layer, gram in batch)
+                solved = in_turn((partial(problem(job, layer, gram, self.shift).solve, self.method, efforts[layer.name],
+                                          self.search) for layer, gram in batch), job.workers)
                 with runtime.blas(1):
                     for (layer, _), found in zip(batch, job.track(solved, "rounding", len(batch)), strict=True):
                         keep(layer, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from onnxq_plugins import runtime
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.layerwise import DESCENT, float_inputs, problem, solvable
+from onnxq_plugins.parallel import in_turn
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,12 @@ class SubLayer(Pass):
                 raise ValueError(f"{key} = {getattr(self, key)} must be at least {least}")
 
     def apply(self, job: Job) -> dict[str, Any]:
-        from joblib import Parallel, delayed
-
         layers = [y for y in solvable(job) if not job.plan[y.weight].solved]
         tiles, multipliers = 0, 0
         for batch in float_inputs(job, layers, self.positions, self.limit):
             problems = [problem(job, layer, gram, self.shift) for layer, gram in batch]
             with runtime.blas(1):
-                solved = Parallel(n_jobs=job.workers, prefer="threads")(
-                    delayed(one.scaled)(rounds=self.rounds) for one in problems)
+                solved = list(in_turn((partial(one.scaled, rounds=self.rounds) for one in problems), job.workers))
             for one, spec in zip(problems, solved, strict=True):
                 job.plan |= {one.layer.weight: spec}
                 tiles += np.asarray(spec.scale).size
