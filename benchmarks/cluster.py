@@ -52,8 +52,8 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {"1 Dask worker": [], "2 Dask workers": [], "2 threads": []}
         for _ in range(args.rounds):
             for workers in (1, 2):
-                with (LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster),
-                      joblib.parallel_config(backend="dask")):
+                with (LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster,
+                      Client(cluster), joblib.parallel_config(backend="dask")):
                     seconds(load_case(NAMES[1], shared), 1)  # workers import what they need
                     found[f"{workers} Dask worker{'s' * (workers - 1)}"].append(seconds(case, workers))
             found["2 threads"].append(seconds(case, 2))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.mixed [--shared FOLDER] [--models NAME ...]
 
-First table: weights of 8, 6 and 4 bits everywhere, and mixed ones at the size of 6 bits and others, rounded alike (GPTQ on
+First table: weights of 8, 6, 4 and 3 bits everywhere, and mixed ones of these at sizes in between, rounded alike (GPTQ on
 the float network's inputs); accuracy and SQNR on samples that calibration never saw. Second, on MobileNetV1 with candidates
 W4A8, W8A8 and W8A16 (target npu): seconds of the whole run, and Kendall's tau of the list of sensitivities from 63 images
 against the same list from 256 others, and from fractal images. Third: networks that each strategy measures to meet an SQNR.
@@ -24,6 +24,7 @@ from onnxq_plugins import Result, load, quantize, runtime
 from onnxq_plugins.solvers.pareto import STRATEGIES
 
 BEFORE = [{"use": "scale-inputs"}, {"use": "ranges"}]
+ALL = ["W3A8", "W4A8", "W6A8", "W8A8"]
 HIGH = ["W4A8", "W8A8", "W8A16"]
 
 
@@ -44,8 +45,8 @@ def homogeneous(case: Case) -> None:
     print(f"\n| {case.name}, float top-1 {whole:.2f} | size, of 8 bits | top-1 | SQNR dB | s |\n"
           "|---|---|---|---|---|")
     rows: list[tuple[str, dict[str, Any]]] = [(f"W{bits}A8 everywhere", {"candidates": [f"W{bits}A8"], "limit": 1.0})
-                                              for bits in (8, 6, 4)]
-    rows += [(f"mixed, size {limit}", {"limit": limit}) for limit in (0.9, 0.75, 0.6, 0.5)]
+                                              for bits in (8, 6, 4, 3)]
+    rows += [(f"mixed, size {limit}", {"limit": limit, "candidates": ALL}) for limit in (0.9, 0.75, 0.6, 0.5, 0.4)]
     for label, settings in rows:
         made, told, seconds = search(case, case.feeds(), curve=0, **settings)
         logits = runtime.outputs(runtime.session(made.model), feeds)[0]
