@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
-from onnxq_plugins.planning import activation_inputs, input_key, layer_input, result_of
+from onnxq_plugins.planning import activation_inputs, input_key, layer_input, maker_of, result_of
 from onnxq_plugins.qdq import bias_values, integer_nodes, weight_values
 from onnxq_plugins.spec import Array, Plan, QuantSpec
 from onnxq_plugins.storage import settle
@@ -35,6 +35,7 @@ def ort_overrides(result: Result) -> dict[str, Any]:
 
     TensorQuantOverrides                tensor -> a list with one dictionary, or one per output channel of a weight:
                                         ``quant_type`` such as "QInt4", ``scale``, ``zero_point``, ``axis``
+    DedicatedQDQPair                    true where tensors have float readers, which then read them unrounded
     OpTypesToExcludeOutputQuantization  operators that write float
     nodes_to_quantize                   the nodes that read quantized activations, and those that only pass them on
     notes                               what the tool cannot be told
@@ -54,9 +55,10 @@ def ort_overrides(result: Result) -> dict[str, Any]:
             tensors[layer.weight] = _weight(result, layer, notes)
         elif layer.weight in plan:
             notes.add("stay float, the tool quantizes no weight beside float activations", layer.name)
-    return {"TensorQuantOverrides": tensors,
+    nodes = _nodes(graph, plan, integer)
+    return {"TensorQuantOverrides": tensors, "DedicatedQDQPair": _pairs(graph, plan, set(nodes), notes),
             "OpTypesToExcludeOutputQuantization": _float_outputs(graph, plan, integer, notes),
-            "nodes_to_quantize": _nodes(graph, plan, integer), "notes": notes.lines()}
+            "nodes_to_quantize": nodes, "notes": notes.lines()}
 
 
 def ort_model(result: Result) -> onnx.ModelProto:
@@ -117,6 +119,7 @@ def ort_arguments(overrides: Result | Mapping[str, Any] | str | Path) -> dict[st
             "extra_options": {
                 "TensorQuantOverrides": {n: [objects(e) for e in entries]
                                          for n, entries in told["TensorQuantOverrides"].items()},
+                "DedicatedQDQPair": bool(told["DedicatedQDQPair"]),
                 "OpTypesToExcludeOutputQuantization": list(told["OpTypesToExcludeOutputQuantization"])}}
 
 
@@ -162,6 +165,22 @@ def _nodes(graph: Graph, plan: Plan, integer: set[str]) -> list[str]:
         if after is not None and after.outputs[0].name in plan:
             wanted.add(after.name)
     return [str(node.name) for node in graph.nodes if node.name in wanted]
+
+
+def _pairs(graph: Graph, plan: Plan, nodes: set[str], notes: _Notes) -> bool:
+    """True if each reader should have Q and DQ of its own. Float readers of a tensor that is made in float read it unrounded
+    in our export; the tool does so only with pairs of their own, and only where two readers or more are quantized."""
+    needed = False
+    for name in plan:
+        maker = None if graph.is_constant(name) else maker_of(graph, name)
+        if graph.is_constant(name) or (maker is not None and maker.name in nodes):
+            continue
+        quantized = [reader.name in nodes for reader in graph.consumers(name)]
+        if not all(quantized) and sum(quantized) > 1:
+            needed = True
+        elif not all(quantized):
+            notes.add("have float readers that get the rounded values, too", name)
+    return needed
 
 
 def _float_outputs(graph: Graph, plan: Plan, integer: set[str], notes: _Notes) -> list[str]:
