@@ -23,12 +23,15 @@ from rich.table import Table
 
 from onnxq_plugins import __version__, planning, runtime
 from onnxq_plugins.audit import audit_model, audit_openvino
+from onnxq_plugins.curve import Curve, check_folder, point_recipe
 from onnxq_plugins.data import model_inputs, open_data
-from onnxq_plugins.engine import LawBroken, check_writable, quantize
+from onnxq_plugins.engine import LawBroken, check_writable, quantize, save_model, write_file
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.importer import read
 from onnxq_plugins.measure import find_metric, metric_name, top1
+from onnxq_plugins.overrides import ort_model, ort_overrides
+from onnxq_plugins.passes.mixed_precision import MixedPrecision
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.quickstart import quickstart
 from onnxq_plugins.recipe import builtin_recipes, default_of, load_recipe
@@ -82,8 +85,11 @@ def _command(name: str | None = None) -> Callable[[Callable[..., None]], Callabl
 def quantize_command(
     model: Model,
     output: Output = None,
-    recipe: RecipeName = "int8",
+    recipe: Annotated[str, typer.Option("-r", "--recipe", show_default="int8",
+                                        help="a built-in recipe (see onnxq recipes) or a file")] = "",
     data: DataPath = "",
+    plan: Annotated[Path | None, typer.Option(metavar="POINT", help=(
+        "instead of a recipe: a point-NN.json that --curve wrote; makes that point without a search"))] = None,
     samples: Samples = 0,
     resize: Resize = 0,
     crop: Crop = 0,
@@ -92,7 +98,7 @@ def quantize_command(
     layout: Layout = "",
     set_: Settings = None,
     target: TargetName = "",
-    seed: Annotated[int, typer.Option(help="one seed, one result")] = 0,
+    seed: Annotated[int | None, typer.Option(show_default="0", help="one seed, one result; of --plan if not given")] = None,
     workers: Annotated[int, typer.Option(help="threads and processes at once; 0 for one per core")] = 0,
     cache: Annotated[Path | None, typer.Option(help="folder that keeps calibration results between runs")] = None,
     labels: Labels = None,
@@ -103,25 +109,46 @@ def quantize_command(
     float32: Annotated[bool, typer.Option("--float32", help="convert an fp16 or bf16 model to float32 first")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check after each pass that the float function stayed")] = False,
     report: Annotated[Path | None, typer.Option(help="write what was done, layer by layer, as JSON")] = None,
+    curve: Annotated[Path | None, typer.Option(metavar="FOLDER", help=(
+        "write the points that a search over widths measured, for --plan, and a drawing"))] = None,
+    overrides: Annotated[Path | None, typer.Option(help=(
+        "write the plan for onnxruntime's quantize_static as JSON, and beside it, as .onnx, the model it is for"))] = None,
 ) -> None:
     """Quantize MODEL into a QDQ model."""
-    target_path = output or Path(f"{model.stem}.{Path(recipe).stem}.onnx")
-    for option, path in (("-o", target_path), ("--report", report)):
-        if path is not None:
-            check_writable(path)
-            for what, given in (("model", model), ("data", Path(data))):
-                if path.exists() and given.exists() and path.samefile(given):
-                    raise OnnxqError(f"output '{path}' is the {what} itself; give another file with {option}.")
-    if report is not None and report.resolve() == target_path.resolve():
-        raise OnnxqError(f"--report and the output are both '{report}'; choose another file for one.")
+    asked: str | dict[str, Any] = recipe or "int8"
+    if plan is not None:
+        for option, given in (("--recipe", recipe), ("--curve", curve)):
+            if given:
+                raise OnnxqError(f"--plan '{plan}' makes one point by the recipe in it, with no search; leave {option} out.")
+        asked, kept = point_recipe(plan)
+        seed = kept if seed is None else seed
     settings = [*_image_settings(resize, crop, mean, std, layout), *(set_ or [])]
+    target_path = output or Path(f"{model.stem}.{(plan or Path(recipe or 'int8')).stem}.onnx")
+    float_path = overrides.with_suffix(".onnx") if overrides is not None else None
+    _check_outputs({"-o": target_path, "--report": report, "--overrides": overrides, "--overrides (its model)": float_path},
+                   {"model": model, "data": Path(data), "plan": plan})
+    if curve is not None:
+        check_folder(curve)
+        if not any(isinstance(step, MixedPrecision) and not step.widths
+                   for step in load_recipe(asked, find_plugins().passes, settings).passes):
+            raise OnnxqError(f"--curve: recipe '{recipe or 'int8'}' searches no widths; give one with the pass "
+                             f"'{MixedPrecision.name}', such as -r mixed.")
     with _spread_over(dask, processes):
-        result = quantize(model, recipe, data or None, output=target_path, target=target or None, seed=seed, samples=samples,
-                          workers=workers or None, cache=cache, verify=verify, float32=float32, settings=settings,
-                          labels=labels, metric=metric or None, track=_track)
+        result = quantize(model, asked, data or None, output=target_path, target=target or None, seed=seed or 0,
+                          samples=samples, workers=workers or None, cache=cache, verify=verify, float32=float32,
+                          settings=settings, labels=labels, metric=metric or None, track=_track)
+    notes = list(result.report["notes"])
     if report is not None:
-        report.write_text(json.dumps(result.report, indent=2))
-    for note in result.report["notes"]:
+        write_file(json.dumps(result.report, indent=2).encode(), report)
+    if (found := Curve.of(result, model.name)) is not None:
+        _show_curve(found)
+        notes += found.write(curve) if curve is not None else []
+    if overrides is not None and float_path is not None:
+        told = ort_overrides(result)
+        save_model(ort_model(result), float_path)
+        write_file((json.dumps({"model": float_path.name, **told}, indent=2) + "\n").encode(), overrides)
+        notes += [f"overrides: {note}" for note in told["notes"]]
+    for note in notes:
         _tell(f"note: {note}")
     for line in _float_lines(result.report["floats"]):
         _tell(line)
@@ -355,6 +382,33 @@ def _spread_over(dask: str, processes: bool) -> Iterator[None]:
             raise OnnxqError(f"the Dask scheduler at '{dask}' has no workers; start some with 'dask worker {dask}'.")
         with joblib.parallel_config(backend="dask"):
             yield
+
+
+def _check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
+    """Complain about an output that cannot be written, is one of the inputs, or is named twice."""
+    seen: dict[Path, str] = {}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        check_writable(path)
+        for what, given in inputs.items():
+            if path.exists() and given is not None and given.exists() and path.samefile(given):
+                raise OnnxqError(f"output '{path}' is the {what} itself; give another file with {option}.")
+        if path.resolve() in seen:
+            raise OnnxqError(f"{seen[path.resolve()]} and {option} are both '{path}'; choose another file for one.")
+        seen[path.resolve()] = option
+
+
+def _show_curve(curve: Curve) -> None:
+    """The measured points as a table."""
+    columns, rows = curve.table()
+    table = Table(box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[-1] else None)
+    out.print(table)
+    _say("size and bops in parts of 8-bit weights and activations; the other columns count groups\n")
 
 
 def _float_lines(floats: Mapping[str, str]) -> list[str]:

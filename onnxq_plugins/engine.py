@@ -25,11 +25,11 @@ from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer, load
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.measure import Metric, find_metric
+from onnxq_plugins.measure import Metric, find_metric, metric_name
 from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.recipe import Recipe, load_recipe
 from onnxq_plugins.spec import Array, Plan
-from onnxq_plugins.target import Rule
+from onnxq_plugins.target import Rule, Target
 
 log = logging.getLogger("onnxq_plugins")
 DRIFT = 1e-4  # law L1, relative
@@ -46,11 +46,21 @@ class Result:
     model    the QDQ model
     plan     the solved plan
     report   what was done, as plain values that JSON can hold
+    graph    the float graph that the plan is about: canonical, and rewritten by the passes
+    target   what it was made for
     """
 
     model: onnx.ModelProto
     plan: Plan
     report: dict[str, Any]
+    graph: Graph
+    target: Target
+
+    @property
+    def float_model(self) -> onnx.ModelProto:
+        """The float model that the plan is about. Its function is that of the given model, unless a pass declares otherwise;
+        its tensors and weights need not be: BatchNorm is folded, channels may be rescaled."""
+        return self.graph.model()
 
     @property
     def summary(self) -> str:
@@ -104,14 +114,14 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     except OnnxqError as error:
         raise OnnxqError(*error.problems, *([found.excuse().strip()] if found.broken else [])) from None
     made = replace(made, target=target) if target else made
+    made = replace(made, data=replace(made.data, samples=samples)) if samples else made  # the model's recipe makes it again
     chosen = found.target(made.target)
     if output is not None:
         check_writable(Path(output))
     graph = load(model, float32=float32, flatten=chosen.flatten)
     # a recipe may come from a stranger: its path is only ever a file, never code to import
     source = data if data is not None else Path(made.data.path) if made.data.path else None
-    options = replace(made.data, samples=samples) if samples else made.data
-    read = open_data(source, graph_inputs(graph), options, labels) if source is not None else None
+    read = open_data(source, graph_inputs(graph), made.data, labels) if source is not None else None
     asked = planning.request(graph, made, chosen)
     OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
     workers = workers or _cores()
@@ -120,6 +130,8 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
               {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.notes if read else ())]}, track,
               judge)
     steps = [_run(job, step, found, verify) for step in made.passes]
+    if judge is not None and not any(hasattr(step, "metric") for step in made.passes):
+        job.report["notes"].append(f"metric '{metric_name(judge)}': no pass of the recipe searches, so none asked for it")
     if verify:
         moved = max((step["drift"] for step in steps if "drift" in step), default=0.0)
         job.report["notes"].append(f"verified after each exact pass: the float function moved by {moved:.0e} at most")
@@ -136,16 +148,21 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     path = save_model(exported, Path(output)) if output is not None else None
     job.report["seconds"] = round(time.perf_counter() - started, 3)
     found.manager.hook.onnxq_exported(job=job, model=exported, path=path)
-    return Result(exported, job.plan, job.report)
+    return Result(exported, job.plan, job.report, job.graph, chosen)
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> Path:
+    """Write a model, complete or not at all. Raises OnnxqError if that is not possible."""
+    return write_file(model.SerializeToString(), path)
+
+
+def write_file(content: bytes, path: Path) -> Path:
     """Write beside the target, then move into place. Raises OnnxqError if that is not possible."""
     check_writable(path)
     handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(model.SerializeToString())
+            stream.write(content)
         os.chmod(part, 0o666 & ~_umask())
         os.replace(part, path)
     except OSError as error:

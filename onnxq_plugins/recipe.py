@@ -278,6 +278,10 @@ def _fit(value: Any, hint: Any) -> Any:
         item = get_args(hint)[0]
         items = [_fit(v, item) for v in value] if isinstance(value, (list, tuple)) else [_fit(value, item)]
         return _WRONG if any(i is _WRONG for i in items) else tuple(items)
+    if origin is dict:
+        item = get_args(hint)[1]
+        table = {k: _fit(v, item) for k, v in value.items()} if isinstance(value, Mapping) else {"": _WRONG}
+        return _WRONG if any(v is _WRONG for v in table.values()) else table
     if hint is Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -298,6 +302,8 @@ def _type_name(hint: Any) -> str:
         return " or ".join(_type_name(h) for h in get_args(hint))
     if get_origin(hint) is tuple:
         return f"a list of {_type_name(get_args(hint)[0]).removeprefix('a ')}s"
+    if get_origin(hint) is dict:
+        return f"a table of {_type_name(get_args(hint)[1]).removeprefix('a ')}s"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}.get(
         hint, "a table")
 

@@ -43,13 +43,15 @@ ALONE = replace(STORAGE, name="alone", output_scale=frozenset(), rules=tuple(
 class Widths:
     """The choices for a job's plan.
 
+    candidates   for every group; or the width of each by name, where that is settled
+
     groups    the groups of quantizers
     options   per group the candidates that the target has kernels for, widest first; one of those that come to the same
     work      multiply-adds of each layer for one sample
     coded     planned activations that are written in codes, so that all their readers see what that costs
     """
 
-    def __init__(self, job: Job, candidates: Sequence[Width], feed: Mapping[str, Array]) -> None:
+    def __init__(self, job: Job, candidates: Sequence[Width] | Mapping[str, Width], feed: Mapping[str, Array]) -> None:
         self.job, self.layers = job, {y.name: y for y in job.graph.layers}
         self.fixed = pinned(job.graph, job.recipe)
         self.groups = quantizer_groups(job.graph, job.plan, job.target)
@@ -57,7 +59,8 @@ class Widths:
         self.coded = {name for group in self.groups for name in group.activations
                       if (maker := maker_of(job.graph, name)) is not None and maker.name in integer}
         self.work = multiply_adds(job.graph, feed)
-        self.options = [self._different(group, [w for w in candidates if self._runs(group, w)]) for group in self.groups]
+        self.options = self._named(candidates) if isinstance(candidates, Mapping) else [
+            self._different(group, [w for w in candidates if self._runs(group, w)]) for group in self.groups]
         if bare := [g.name for g, options in zip(self.groups, self.options, strict=True) if not options]:
             others = f" and {len(bare) - 1} others" if len(bare) > 1 else ""
             raise OnnxqError(f"widths: target '{job.target.name}' runs none of {', '.join(map(str, candidates))} for "
@@ -214,6 +217,21 @@ class Widths:
             bits = tuple(self._bits(name, width) for name in group.layers)
             found.setdefault((width.weights == FLOAT_BITS, bits, width.activations if group.activations else 0), width)
         return tuple(found.values())
+
+    def _named(self, wanted: Mapping[str, Width]) -> list[tuple[Width, ...]]:
+        """The one option of each group, by its name. Raises OnnxqError if names or widths do not fit."""
+        groups = {group.name: group for group in self.groups}
+        refused: dict[Width, list[str]] = {}
+        for name, width in wanted.items():
+            if name in groups and not self._runs(groups[name], width):
+                refused.setdefault(width, []).append(name)
+        wrong = {"no group is called {}": [n for n in wanted if n not in groups],
+                 "{} have no width": [n for n in groups if n not in wanted],
+                 **{f"target '{self.job.target.name}' does not run {w} for {{}}": names for w, names in refused.items()}}
+        if told := [text.format(", ".join(f"'{n}'" for n in names)) for text, names in wrong.items() if names]:
+            raise OnnxqError(f"mixed-precision: the widths do not fit this model: {'; '.join(told)}; take them from a "
+                             "search on this model, with the same passes in front and the same target.")
+        return [(wanted[name],) for name in groups]
 
     def _runs(self, group: Group, width: Width) -> bool:
         """True if the target has kernels for a group at a width."""

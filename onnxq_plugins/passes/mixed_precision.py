@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.measure import Measure, Metric, metric, metric_name, sqnr
 from onnxq_plugins.quantizers import FLOAT_BITS, Width, parse_widths
-from onnxq_plugins.search import ALONE, Budget, Choice, Widths
+from onnxq_plugins.search import ALONE, Budget, Choice, Widths, sample
 from onnxq_plugins.solvers.pareto import Strategy, longest
 from onnxq_plugins.solvers.rounding import Method
 from onnxq_plugins.spec import Plan
@@ -44,6 +44,7 @@ class MixedPrecision(Pass):
     samples     of the data, spread evenly
     method      how weights are rounded: as in `round`, on the inputs of the float network
     curve       points of the way down to measure, evenly spread, beside those that the search visits
+    widths      of each group by name, as in a point of an earlier curve: that point is made again, without a search
 
     Weights are rounded once for each layer and width, so that a choice of widths costs no new rounding. For the search they
     are rounded on half of the samples and measured on the others, since codes fit the samples they were chosen on; those of
@@ -64,10 +65,13 @@ class MixedPrecision(Pass):
     samples: int = 64
     method: Method = "gptq"
     curve: int = 9
+    widths: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         parse_widths(self.candidates)
         metric(self.metric)
+        if self.widths:
+            parse_widths(self.widths.values())
         if self.samples < 1 or self.curve < 0:
             raise ValueError("samples must be at least 1 and curve not negative")
         if self.budget == "sqnr" and 0 < self.limit < 3:  # a limit meant for another budget
@@ -78,12 +82,23 @@ class MixedPrecision(Pass):
         if job.calibration.data is None:
             raise OnnxqError("mixed-precision measures networks on sample inputs, and there are none; give --data PATH, or "
                              "put the pass data-free in front.")
+        if self.widths:
+            return self.settled(job)
         by = job.metric or metric(self.metric)
         if self.budget == "metric" and by is sqnr:
             raise OnnxqError("mixed-precision: budget = 'metric' limits the drop of a metric such as 'agreement', and the "
                              "float network's sqnr has no bound; set metric, or budget = 'sqnr' and limit to the least that "
                              "will do.")
         return _Search(self, job, by).run()
+
+    def settled(self, job: Job) -> dict[str, Any]:
+        """The point whose widths are known."""
+        widths = Widths(job, {name: Width.parse(text) for name, text in self.widths.items()}, sample(job))
+        chosen = tuple(options[0] for options in widths.options)
+        _settle(self, widths, chosen)
+        price = widths.cost(chosen)
+        return {"groups": len(chosen), "size": round(price.size / max(widths.eight.size, 1.0), 4),
+                "bops": round(price.bops / max(widths.eight.bops, 1.0), 4)}
 
 
 class _Search:
@@ -116,12 +131,9 @@ class _Search:
         chosen = self.fitted(ranked) if step.budget in ("size", "bops") else self.farthest(path)
         shown = [path[round(k)] for k in np.linspace(0, len(path) - 1, step.curve)] if step.curve else []
         self.measured([chosen, *shown])
-        self.widths.round(step.method, data, dict(enumerate(chosen)))
-        self.job.plan = self.whole(chosen)
+        _settle(step, self.widths, chosen)
         self.points[chosen]["chosen"] = True
         groups = self.widths.groups
-        self.job.report["floats"] |= {name: "mixed-precision chose float" for g, w in zip(groups, chosen, strict=True)
-                                      if w.weights == FLOAT_BITS for name in g.layers}
         float_metric = {} if self.metric is sqnr else {"float": {metric_name(self.metric): round(self.best, 3)}}
         return {"groups": len(groups), **float_metric, "networks_measured": self.measure.scored,
                 "sensitivities": [{"group": groups[i].name, "width": str(w), "sqnr": round(s, 2)} for s, i, w in ranked],
@@ -199,6 +211,16 @@ class _Search:
     def whole(self, choice: Choice) -> Plan:
         """The plan of a choice, every group quantized."""
         return self.widths.plan(dict(enumerate(choice)))
+
+
+def _settle(step: MixedPrecision, widths: Widths, chosen: Choice) -> None:
+    """Round the weights of a choice on all data, and make it the job's plan."""
+    job, numbered = widths.job, dict(enumerate(chosen))
+    assert job.calibration.data is not None
+    widths.round(step.method, job.calibration.data, numbered)
+    job.plan = widths.plan(numbered)
+    job.report["floats"] |= {name: "mixed-precision chose float" for group, width in zip(widths.groups, chosen, strict=True)
+                             if width.weights == FLOAT_BITS for name in group.layers}
 
 
 def _noise(ranked: list[Entry]) -> dict[tuple[int, Width], float]:
