@@ -50,16 +50,15 @@ class Curve:
     def of(cls, result: Result, model: str = "") -> Curve | None:
         """The curve of a result; None if no search was run."""
         report = result.report
-        told = [(step["told"]["curve"], step.get("parameters", {})) for step in report["steps"]
-                if step["pass"] == MixedPrecision.name and step["told"].get("curve")]
-        if not told:
+        steps = [step for step in report["steps"] if step["pass"] == MixedPrecision.name and step["told"].get("curve")]
+        if not steps:
             return None
-        points, parameters = told[-1]
-        budget = parameters.get("budget", MixedPrecision.budget)
+        told = steps[-1]["told"]
+        points, budget = told["curve"], steps[-1].get("parameters", {}).get("budget", MixedPrecision.budget)
         cost = budget if budget in points[0] and budget not in ("sqnr", "metric") else "bops"
         seed = next((p.value for p in result.model.metadata_props if p.key == "onnxq.seed"), "0")
-        return cls(model, report["recipe"], int(seed), cost, parameters.get("metric", MixedPrecision.metric),
-                   tuple(sorted(points, key=lambda p: -float(p[cost]))))
+        points = sorted(points, key=lambda p: -float(p[cost]))
+        return cls(model, report["recipe"], int(seed), cost, told["metric"], tuple(points))
 
     @property
     def numbers(self) -> list[str]:

@@ -219,7 +219,7 @@ def _weight(result: Result, layer: Layer, notes: _Notes) -> list[dict[str, Any]]
     bits, spec = result.plan[layer.weight].bits, _written(result, layer)
     kind = {"quant_type": "QInt4" if bits <= 4 else "QInt8" if bits <= 8 else "QInt16"}
     if bits <= 4:
-        notes.add("are stored in 4 bits and run in float: onnxruntime has no integer kernel for what its tool writes",
+        notes.add("stored in 4 bits, run in float: onnxruntime has no integer kernel for what its tool writes",
                   layer.name)
     if spec is None:
         notes.add("lose their tiles, blocks or multipliers; the tool computes one scale per output channel", layer.name)

@@ -86,7 +86,8 @@ def onnxq(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(("name", "settings"), [
     ("mlp", {}), ("mobilenet", {"method": "gptq", "front": [{"use": "scale-inputs"}, {"use": "ranges"}]}),
     ("mobilenet", {"behind": [{"use": "bias-correct"}], "budget": "sqnr", "limit": 25.0}),
-    ("transformer", {"budget": "bops"}), ("resnet20", {"candidates": ["float", "W4A8", "W8A8"], "budget": "sqnr"}),
+    ("transformer", {"budget": "bops"}),
+    ("resnet20", {"candidates": ["float", "W4A8", "W8A8"], "budget": "sqnr", "limit": 20.0}),
     ("cnn", {"target": "npu", "candidates": ["W4A8", "W8A8", "W8A16"], "budget": "bops"})])
 def test_a_point_made_again_is_the_network_that_the_search_gave(name, settings, monkeypatch):
     model = ZOO[name]()

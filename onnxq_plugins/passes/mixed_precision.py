@@ -134,8 +134,8 @@ class _Search:
         _settle(step, self.widths, chosen)
         self.points[chosen]["chosen"] = True
         groups = self.widths.groups
-        float_metric = {} if self.metric is sqnr else {"float": {metric_name(self.metric): round(self.best, 3)}}
-        return {"groups": len(groups), **float_metric, "networks_measured": self.measure.scored,
+        best = {} if self.metric is sqnr else {"float": round(self.best, 3)}  # what the float network has
+        return {"groups": len(groups), "metric": metric_name(self.metric), **best, "networks_measured": self.measure.scored,
                 "sensitivities": [{"group": groups[i].name, "width": str(w), "sqnr": round(s, 2)} for s, i, w in ranked],
                 "curve": sorted(self.points.values(), key=lambda p: -p[self.falling])}
 
