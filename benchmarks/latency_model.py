@@ -2,9 +2,10 @@
 
     python -m benchmarks.latency_model [--shared FOLDER] [--models NAME ...] [--choices 8]
 
-First table: times of groups, learned from networks of 8 bits, of 4 bits and float, against networks of widths drawn at random,
-each measured, all in turn; in parts of what 8 bits everywhere take. Second: latency of the network with one layer alone in
-float. Third: the choice within budgets on latency where layers may stay float. Prints Markdown.
+First table: times of groups, learned from networks of 8 bits, of 4 bits and float, against networks of widths drawn at
+random, each measured, all in turn; in parts of what 8 bits everywhere take, of which three sessions show how far one and the
+same network differs from itself. Then the latency of convolutional networks with one layer alone in float, and last what is
+chosen within budgets on latency where layers may stay float. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -48,18 +49,18 @@ def errors(label: str, case: Case, widths: Widths, count: int) -> None:
     """Predicted against measured, for widths drawn at random."""
     feed, rng = case.feeds()[0], np.random.default_rng(0)
     times = widths.time(feed)
-    choices = [widths.eight_bits, *(tuple(options[rng.integers(len(options))] for options in widths.options)
-                                    for _ in range(count))]
-    taken = latency.compared([widths.exported(choice) for choice in choices], feed, 10.0)
-    measured = np.array(taken[1:]) / taken[0]
-    predicted = np.array([widths.shares(choice)["latency"] for choice in choices[1:]])
-    off = 100 * (predicted / measured - 1)
-    kinds = {str(w) for options in widths.options for w in options}
-    fixed = sum(len({w for w in options if w.weights > 16}) == 0 for options in widths.options)
-    learned = " ".join(f"{100 * (b / a - 1):+.1f}" for a, b in times.networks)
-    print(f"| {label} | {len(widths.groups)} ({len(widths.groups) - fixed}) | {len(kinds)} | {taken[0]:.3f} | "
-          f"{measured.min():.3f} to {measured.max():.3f} | {np.abs(off).mean():.1f} | {off.min():+.1f} to {off.max():+.1f} | "
-          f"{learned} |", flush=True)
+    drawn = [tuple(options[rng.integers(len(options))] for options in widths.options) for _ in range(count)]
+    same = [widths.eight_bits] * 3
+    taken = latency.compared([widths.exported(choice) for choice in (*same, *drawn)], feed, 12.0)
+    eight = float(np.mean(taken[:3]))
+    measured = np.array(taken[3:]) / eight
+    off = 100 * (np.array([widths.shares(choice)["latency"] for choice in drawn]) / measured - 1)
+    free = sum(any(w.weights > 16 for w in options) for options in widths.options)
+    learned = ", ".join(f"{100 * (b / a - 1):+.1f}" for a, b in times.networks)
+    apart = 100 * (max(taken[:3]) / min(taken[:3]) - 1)
+    print(f"| {label} | {free} of {len(widths.groups)} | {eight:.3f} | {apart:.1f} | "
+          f"{measured.min():.3f} to {measured.max():.3f} | {np.abs(off).mean():.1f} | "
+          f"{off.min():+.1f} to {off.max():+.1f} | {learned} |", flush=True)
 
 
 def alone(case: Case, widths: Widths) -> None:
@@ -70,9 +71,8 @@ def alone(case: Case, widths: Widths) -> None:
     sessions = [runtime.session(qdq.export(graph, p, target)) for p in plans]
     taken = [latency.typical(own) for own in latency.in_turn(sessions, case.feeds()[0], 20.0)]
     ratio = np.array(taken[1:]) / taken[0]
-    print(f"\n{case.name}, 8 bits everywhere but for one layer, whose weight is float: {ratio.min():.3f} to {ratio.max():.3f} of "
-          f"the latency of 8 bits everywhere, median {np.median(ratio):.3f}; "
-          f"{sum(ratio < 1)} of {len(ratio)} are faster")
+    print(f"| {case.name} | {ratio.min():.3f} to {ratio.max():.3f} | {np.median(ratio):.3f} | "
+          f"{sum(ratio < 1)} of {len(ratio)} |", flush=True)
 
 
 def budgets(label: str, case: Case, recipe: dict[str, Any], limits: tuple[float, ...]) -> None:
@@ -88,9 +88,10 @@ def budgets(label: str, case: Case, recipe: dict[str, Any], limits: tuple[float,
         told = made.report["steps"][-2]["told"]
         point, = (p for p in told["curve"] if "chosen" in p)
         logits = runtime.outputs(runtime.session(made.model), feeds)[0]
-        print(f"| {limit:g} | {told['latency']['predicted']:.3f} | {told['latency']['measured']:.3f} | {point['size']:.3f} | "
-              f"{len(made.report['floats'])} of {len(made.report['layers'])} | "
-              f"{100 * np.mean(logits.argmax(1) == case.labels):.2f} | {runtime.sqnr(reference, logits):.2f} |", flush=True)
+        predicted, measured = (told["latency"][key] for key in ("predicted", "measured"))
+        print(f"| {limit:g} | {predicted:.3f} | {measured:.3f} | {point['size']:.3f} | {len(made.report['floats'])} of "
+              f"{len(made.report['layers'])} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
+              f"{runtime.sqnr(reference, logits):.2f} |", flush=True)
 
 
 def main() -> None:
@@ -100,20 +101,21 @@ def main() -> None:
     parser.add_argument("--choices", type=int, default=8)
     args = parser.parse_args()
     cases = {name: load_case(name, shared_folder(args.shared)) for name in args.models}
-    print(f"{machine()}\n\n| model | groups (of which may be float) | widths | 8 bits, ms | {args.choices} random choices, of 8 "
-          "bits | mean error % | errors % | errors on what was learned from % |\n|---|---|---|---|---|---|---|---|")
+    print(f"{machine()}\n\n| model | groups that may be float | 8 bits, ms | the same thrice, % apart | "
+          f"{args.choices} random choices, of 8 bits | mean error % | errors % | errors on what was learned from % |\n"
+          "|---|---|---|---|---|---|---|---|")
     made = {name: make_widths(case, {}) for name, case in cases.items()}
     for name, case in cases.items():
         errors(name, case, made[name], args.choices)
-    attention = next((name for name in cases if name.startswith("kwt")), None)
-    if attention:
-        errors(f"{attention}, weight-only, blocks of 32", cases[attention], make_widths(cases[attention], BLOCKS), args.choices)
-    for name, case in cases.items():
-        if name != attention:
-            alone(case, made[name])
-    if attention:
-        budgets(attention, cases[attention], {}, (1.0, 1.02, 1.05, 1.1, 1.2))
-        budgets(f"{attention}, weight-only, blocks of 32", cases[attention], BLOCKS, (0.95, 0.8, 0.6))
+    attention = [name for name in cases if name.startswith("kwt")]
+    for name in attention:
+        errors(f"{name}, weight-only", cases[name], make_widths(cases[name], BLOCKS), args.choices)
+    print("\n| one layer float, all others 8 bits | latency, of 8 bits everywhere | median | faster |\n|---|---|---|---|")
+    for name in [name for name in cases if name not in attention]:
+        alone(cases[name], made[name])
+    for name in attention:
+        budgets(name, cases[name], {}, (1.0, 1.02, 1.05, 1.1, 1.2))
+        budgets(f"{name}, weight-only", cases[name], BLOCKS, (0.95, 0.8, 0.6))
 
 
 if __name__ == "__main__":

@@ -224,9 +224,21 @@ def owners(groups: Sequence[Group], coded: Collection[str], exported: onnx.Graph
             made.append(owner)
         return made
 
-    written = {node.name: owner for node, owner in zip(exported.node, follow(exported, layers), strict=True) if node.name}
+    found = follow(exported, layers)
+    written = {node.name: owner for node, owner in zip(exported.node, found, strict=True) if node.name}
     ran = {plain_name(node.name): layers[name] for name, node in kernels(exported, optimized).items() if name in layers}
-    return follow(optimized, written | ran)
+    codes = {node.output[0]: owner for node, owner in zip(exported.node, found, strict=True)
+             if node.op_type == "QuantizeLinear"}
+    reader = {t: node for node in optimized.node for t in node.input}
+    moved = {}
+    for node in optimized.node:  # onnxruntime may quantize in front of operators that only move values
+        if node.op_type == "QuantizeLinear" and node.name not in written:
+            at: onnx.NodeProto | None = node
+            while at is not None and plain_name(at.output[0]) not in codes:
+                at = reader.get(at.output[0])
+            if at is not None:
+                moved[node.name] = codes[plain_name(at.output[0])]
+    return follow(optimized, written | ran | moved)
 
 
 def overhead(durations: Array, ports: Array, total: float) -> float:

@@ -110,9 +110,9 @@ class Widths:
             raise OnnxqError(f"latency is measured in onnxruntime on this machine, and target '{job.target.name}' stands "
                              "for another runtime; choose target ort-cpu, or a budget on bops.")
         start = self.eight_bits
-        others = [[w for w in options if w != base] for options, base in zip(self.options, start, strict=True)]
-        choices = [start, *(tuple(own[k] if k < len(own) else base for own, base in zip(others, start, strict=True))
-                            for k in range(max(map(len, others), default=0)))]
+        kinds = dict.fromkeys(w for options in self.options for w in options)
+        choices = dict.fromkeys([start, *(tuple(width if width in options else base for options, base in zip(
+            self.options, start, strict=True)) for width in kinds)])  # one width at a time, beside 8 bits
         trial = replace(job, report={})
         for group, width in zip(self.groups, start, strict=True):
             for name in group.layers if width.weights != FLOAT_BITS else ():
