@@ -48,7 +48,7 @@ def make_widths(case: Case, recipe: dict[str, Any]) -> Widths:
 def errors(label: str, case: Case, widths: Widths, count: int) -> None:
     """Predicted against measured, for widths drawn at random."""
     feed, rng = case.feeds()[0], np.random.default_rng(0)
-    times = widths.time(feed)
+    widths.time(feed)
     drawn = [tuple(options[rng.integers(len(options))] for options in widths.options) for _ in range(count)]
     same = [widths.eight_bits] * 3
     taken = latency.compared([widths.exported(choice) for choice in (*same, *drawn)], feed, 12.0)
@@ -56,11 +56,10 @@ def errors(label: str, case: Case, widths: Widths, count: int) -> None:
     measured = np.array(taken[3:]) / eight
     off = 100 * (np.array([widths.shares(choice)["latency"] for choice in drawn]) / measured - 1)
     free = sum(any(w.weights > 16 for w in options) for options in widths.options)
-    learned = ", ".join(f"{100 * (b / a - 1):+.1f}" for a, b in times.networks)
     apart = 100 * (max(taken[:3]) / min(taken[:3]) - 1)
     print(f"| {label} | {free} of {len(widths.groups)} | {eight:.3f} | {apart:.1f} | "
           f"{measured.min():.3f} to {measured.max():.3f} | {np.abs(off).mean():.1f} | "
-          f"{off.min():+.1f} to {off.max():+.1f} | {learned} |", flush=True)
+          f"{off.min():+.1f} to {off.max():+.1f} |", flush=True)
 
 
 def alone(case: Case, widths: Widths) -> None:
@@ -102,8 +101,7 @@ def main() -> None:
     args = parser.parse_args()
     cases = {name: load_case(name, shared_folder(args.shared)) for name in args.models}
     print(f"{machine()}\n\n| model | groups that may be float | 8 bits, ms | the same thrice, % apart | "
-          f"{args.choices} random choices, of 8 bits | mean error % | errors % | errors on what was learned from % |\n"
-          "|---|---|---|---|---|---|---|---|")
+          f"{args.choices} random choices, of 8 bits | mean error % | errors % |\n|---|---|---|---|---|---|---|")
     made = {name: make_widths(case, {}) for name, case in cases.items()}
     for name, case in cases.items():
         errors(name, case, made[name], args.choices)

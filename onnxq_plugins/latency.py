@@ -88,8 +88,8 @@ def measured(groups: Sequence[Group], networks: Sequence[Network], feed: Feed, c
     2. A kernel belongs to the group of the layer it runs; other kernels to that of the activation they read (a Quantize, an
        Add, a pooling) or of the layer they follow (a Relu that was not fused; a Quantize, if an integer kernel would have
        written codes itself).
-    3. What kernels of groups that kept their width take more than in the first network (layouts that no longer fit) is
-       shared by the groups that did not, in proportion to their own time.
+    3. What a network takes more than the first one, beyond that (layouts that no longer fit those of other groups), is
+       shared by the groups whose width differs, in proportion to their own time.
     4. The same kernel on the same types in several networks has one time, so that widths which run alike cost the same.
     5. Profiling adds to each kernel some tenths of a microsecond for each of its inputs and outputs, whose shapes it writes
        down: as much is taken off as makes the sum over all kernels that of the network without a profile.
@@ -161,29 +161,27 @@ def attributed(groups: Sequence[Group], coded: Collection[str], networks: Sequen
         alike[content].append(one.milliseconds)
     wholes = [float(np.mean(alike[content])) for content in contents]
     freed: dict[Kernel, list[float]] = defaultdict(list)  # of what profiling adds, network by network
-    missing = []
     for content, whole in zip(contents, wholes, strict=True):
         traced, ports = np.array([profiled[k] for k in content]), np.array([k.ports for k in content])
         extra = overhead(traced, ports, whole)
         for kernel, value in zip(content, np.maximum(traced - extra * ports, 0.0), strict=True):
             freed[kernel].append(float(value))
-        missing.append(max(whole - float(traced.sum()), 0.0))
     times = {kernel: float(np.mean(values)) for kernel, values in freed.items()}
-    parts = np.zeros((len(networks), len(groups) + 1))  # the last: what belongs to no group
+    parts = np.zeros((len(networks), len(groups) + 1))  # the last: what belongs to no group, part of the rest
     for row, content in zip(parts, contents, strict=True):
         np.add.at(row, [kernel.group for kernel in content], [times[kernel] for kernel in content])
-    parts[:, -1] += missing
     start, base = networks[0][0], parts[0]
     made = [{width: float(base[i])} for i, width in enumerate(start)]
-    for (choice, _), row in zip(networks[1:], parts[1:], strict=True):
+    for (choice, _), row, whole in zip(networks[1:], parts[1:], wholes[1:], strict=True):
         changed = np.array([a != b for a, b in zip(choice, start, strict=True)])
         own = np.where(changed, row[:-1], 0.0)
-        beside = row.sum() - own.sum() - (base.sum() - base[:-1][changed].sum())  # what changed around them
+        beside = whole - wholes[0] - (own.sum() - base[:-1][changed].sum())  # what changed around them
         share = own / own.sum() if own.sum() else changed / max(changed.sum(), 1)
         for i in np.flatnonzero(changed):
             made[i].setdefault(choice[i], max(float(own[i] + beside * share[i]), 0.0))
     if made:
-        made[0] = {width: value + float(base[-1]) for width, value in made[0].items()}
+        rest = wholes[0] - float(base[:-1].sum())
+        made[0] = {width: max(value + rest, 0.0) for width, value in made[0].items()}
     predicted = [sum(made[i][width] for i, width in enumerate(choice)) for choice, _ in networks]
     return Times(tuple(made), tuple(zip(wholes, predicted, strict=True)), rounds)
 
