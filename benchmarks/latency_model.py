@@ -111,7 +111,8 @@ def main() -> None:
         errors(f"{name}, weight-only", cases[name], make_widths(cases[name], BLOCKS), args.choices)
     for n, name in enumerate(name for name in cases if name not in attention):
         if n == 0:
-            print("\n| one layer float, all others 8 bits | latency, of 8 bits everywhere | median | faster |\n|---|---|---|---|")
+            print("\n| one layer float, all others 8 bits | latency, of 8 bits everywhere | median | faster |\n"
+                  "|---|---|---|---|")
         alone(cases[name], made[name])
     with tempfile.TemporaryDirectory() as cache:
         for name in attention:
