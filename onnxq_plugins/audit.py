@@ -165,32 +165,52 @@ def _accumulator(need: Need | None) -> tuple[int | None, bool]:
     return (None, False) if need is None else (need.bits, need.saturates)
 
 
-def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto, known: dict[str, Need]) -> list[LayerAudit]:
-    by_name: dict[str, str] = {}
-    by_output: dict[str, str] = {}
+def kernels(graph: onnx.GraphProto, optimized: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """Layers of a model by name -> the node of the runtime's optimized graph that runs them, where one is found.
+
+    graph   every node has a name
+    """
+    by_name: dict[str, onnx.NodeProto] = {}
+    by_output: dict[str, onnx.NodeProto] = {}
     for node in optimized.node:
-        name = re.sub(r"_token_\d+$|_nchwc$", "", node.name)
-        by_name.setdefault(name, node.op_type)
+        by_name.setdefault(plain_name(node.name), node)
         if node.name.endswith("_nchwc"):  # such nodes bear the name of what they write
-            by_output[name] = node.op_type
+            by_output[plain_name(node.name)] = node
         for output in node.output if node.op_type != "ReorderOutput" else ():
-            by_output.setdefault(re.sub(r"_token_\d+$|_nchwc$", "", output), node.op_type)
-    constants = _constants(graph)
+            by_output.setdefault(plain_name(output), node)
     readers = _readers(graph)
+    found = {}
+    for node in graph.node:
+        if node.op_type in LAYER_OPS and not node.domain:
+            kernel = by_name.get(node.name) or by_name.get(node.output[0]) or _fused_into(node, readers, by_output)
+            if kernel is not None:
+                found[node.name] = kernel
+    return found
+
+
+def plain_name(name: str) -> str:
+    """A name in an optimized graph without what moving to another memory layout adds to it."""
+    return re.sub(r"_token_\d+$|_nchwc$", "", name)
+
+
+def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto, known: dict[str, Need]) -> list[LayerAudit]:
+    ran = kernels(graph, optimized)
+    constants = _constants(graph)
     found = []
     for node in graph.node:
         if node.op_type not in LAYER_OPS or node.domain:
             continue
-        kernel = by_name.get(node.name) or by_name.get(node.output[0]) or _fused_into(node, readers, by_output)
+        kernel = ran[node.name].op_type if node.name in ran else "unknown"
         quantized = kernel in QUANTIZED
         found.append(LayerAudit(node.name, node.op_type, node.input[1] in constants, kernel, quantized,
                                 "" if quantized else _why(graph, node), *_accumulator(known.get(node.output[0]))))
     return found
 
 
-def _fused_into(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], by_output: dict[str, str]) -> str:
+def _fused_into(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]],
+                by_output: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
     """The operator that took a layer and its only readers (a bias, a scale, a Q) over, found by what it writes."""
-    return next((by_output[n.output[0]] for n in _chain(node, readers) if n.output[0] in by_output), "unknown")
+    return next((by_output[n.output[0]] for n in _chain(node, readers) if n.output[0] in by_output), None)
 
 
 def _chain(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]]) -> Iterator[onnx.NodeProto]:

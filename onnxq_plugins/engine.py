@@ -288,7 +288,7 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
     report |= {"recipe": job.recipe.to_dict(), "layers": rows, "bytes": {"float": before, "quantized": after},
                "kernels": kernels.counts(), "machine": {"python": platform.python_version(),
                                                         "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}
-    where = "" if job.target.name.startswith("ort-") else " in onnxruntime"  # the audit of other runtimes is a command
+    where = "" if job.target.here else " in onnxruntime"  # the audit of other runtimes is a command
     report["bits_per_weight"] = round(stored / max(sum(row["parameters"] for row in rows), 1), 3)
     wide = sum(_rule(job, y).activations > 8 and not by_name[y.name].quantized for y in job.graph.layers
                if y.weight in job.plan and y.name in by_name)

@@ -118,12 +118,14 @@ def multiply_adds(graph: Graph, feed: Mapping[str, Array]) -> dict[str, int]:
 class Cost:
     """What a choice of widths costs.
 
-    size   bits of the weights
-    bops   bit operations for one sample: multiply-adds x bits of the weight x bits of the input
+    size      bits of the weights
+    bops      bit operations for one sample: multiply-adds x bits of the weight x bits of the input
+    latency   milliseconds for one sample, as far as they were measured
     """
 
     size: float
     bops: float
+    latency: float = 0.0
 
 
 def cost(graph: Graph, widths: Mapping[str, Width], work: Mapping[str, int]) -> Cost:

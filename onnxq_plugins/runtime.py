@@ -22,7 +22,7 @@ _LARGEST_MESSAGE = 2**31 - 2**20  # protobuf's limit is 2 GiB
 
 def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, optimize: bool = True,
             dump: str | Path | None = None, weights: Mapping[str, Array] | None = None,
-            lean: bool = False, arena: bool = True) -> ort.InferenceSession:
+            lean: bool = False, arena: bool = True, profile: str | Path | None = None) -> ort.InferenceSession:
     """An onnxruntime session on the CPU.
 
     threads    intra-op threads
@@ -31,6 +31,7 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
     weights    values for placeholders in the model (`Graph.model(weights)`), used where they lie, without a copy
     lean       plan no memory ahead: less of it, a little slower
     arena      keep freed memory for the next run; without, every tensor is memory of its own
+    profile    time every kernel, which costs some microseconds each; `end_profiling` writes a file whose name begins so
 
     Raises OnnxqError if onnxruntime refuses the model.
     """
@@ -42,6 +43,9 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
     options.enable_cpu_mem_arena = arena
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     if dump is not None:
         options.optimized_model_filepath = str(dump)
     try:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields, replace
-from functools import cached_property, partial
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 
-from onnxq_plugins import runtime
+from onnxq_plugins import latency, qdq, runtime
 from onnxq_plugins.audit import example
 from onnxq_plugins.calibration import Calibration, Gram
 from onnxq_plugins.complete import complete_ranges, complete_weight, scale_floor
@@ -31,7 +32,7 @@ from onnxq_plugins.store import digest, load_arrays, save_arrays
 from onnxq_plugins.target import STORAGE, Rule
 
 Choice = tuple[Width, ...]  # one per group
-Budget = Literal["size", "bops"]
+Budget = Literal["size", "bops", "latency"]
 _POSITIONS, _LIMIT = 256, 4608  # of what a layer sees: the defaults of the pass `round`
 
 # For one group alone: decoded weights, activations of any width, and no layer that must write codes.
@@ -43,12 +44,12 @@ ALONE = replace(STORAGE, name="alone", output_scale=frozenset(), rules=tuple(
 class Widths:
     """The choices for a job's plan.
 
-    candidates   for every group; or the width of each by name, where that is settled
-
-    groups    the groups of quantizers
-    options   per group the candidates that the target has kernels for, widest first; one of those that come to the same
-    work      multiply-adds of each layer for one sample
-    coded     planned activations that are written in codes, so that all their readers see what that costs
+    groups      the groups of quantizers
+    options     per group the candidates that the target has kernels for, widest first; one of those that come to the same
+    work        multiply-adds of each layer for one sample
+    coded       planned activations that are written in codes, so that all their readers see what that costs
+    eight_bits  the choice of 8-bit weights and activations everywhere; of the widest option where the target has no such
+    times       what each group takes at each width, once `time` measured it
     """
 
     def __init__(self, job: Job, candidates: Sequence[Width] | Mapping[str, Width], feed: Mapping[str, Array]) -> None:
@@ -67,6 +68,9 @@ class Widths:
                              f"'{bare[0]}'{others}; add a candidate that it runs, such as W8A8.")
         self.solved: dict[tuple[str, int], QuantSpec] = {}  # (layer, bits of its weight) -> its entry
         self.costs: dict[tuple[int, Width], Cost] = {}  # of one group
+        self.eight_bits: Choice = tuple(Width(8, 8) if self._runs(group, Width(8, 8)) else options[0]
+                                        for group, options in zip(self.groups, self.options, strict=True))
+        self.times: latency.Times | None = None
 
     def round(self, method: Method, data: Data, only: Mapping[int, Width] | None = None) -> None:
         """Round every layer's weight once at each width it may have, on the inputs of the float network.
@@ -128,6 +132,32 @@ class Widths:
                       scale_floor(job, layer, spec), method, _POSITIONS, _LIMIT)
         return cache / f"{name}-codes.npz"
 
+    def time(self, feed: Mapping[str, Array]) -> latency.Times:
+        """Measure what the groups take in onnxruntime on this machine, for one sample: costs have a latency then. Weights
+        were rounded before. Raises OnnxqError if the target is another runtime."""
+        job = self.job
+        if not job.target.here:
+            raise OnnxqError(f"latency is measured in onnxruntime on this machine, and target '{job.target.name}' stands "
+                             "for another runtime; choose target ort-cpu, or a budget on bops.")
+        start = self.eight_bits
+        kinds = dict.fromkeys(w for options in self.options for w in options)
+        choices = dict.fromkeys([start, *(tuple(width if width in options else base for options, base in zip(
+            self.options, start, strict=True)) for width in kinds)])  # one width at a time, beside 8 bits
+        trial = replace(job, report={})
+        for group, width in zip(self.groups, start, strict=True):
+            for name in group.layers if width.weights != FLOAT_BITS else ():
+                key = name, self._bits(name, width)
+                if key not in self.solved:
+                    self.solved[key] = complete_weight(trial, self.layers[name], self._request(self.layers[name], key[1]))
+        networks = [(choice, self.exported(choice)) for choice in choices]
+        self.times = latency.measured(self.groups, networks, feed, self.coded, job.calibration.cache)
+        self.costs.clear()
+        return self.times
+
+    def exported(self, choice: Choice) -> onnx.ModelProto:
+        """The network of a choice."""
+        return qdq.export(self.job.graph, self.plan(dict(enumerate(choice))), self.job.target)
+
     def plan(self, choice: Mapping[int, Width]) -> Plan:
         """The entries of some groups (by number) at a width each. Groups in float have none."""
         specs: dict[str, QuantSpec] = {}
@@ -164,19 +194,26 @@ class Widths:
 
     def too_dear(self, budget: Budget, limit: float) -> OnnxqError:
         """The complaint that no choice is cheap enough."""
-        least = sum(float(p.min()) for p in self.prices(budget)) / max(getattr(self.eight, budget), 1.0)
-        return OnnxqError(f"widths: {budget} cannot fall to {limit} of 8 bits everywhere, the narrowest candidates have "
-                          f"{least:.3f}; raise limit, or add candidates of fewer bits.")
+        whole = getattr(self.eight, budget)
+        least = sum(float(p.min()) for p in self.prices(budget)) / (whole or 1.0)
+        kind, better = ("fastest", "that run faster") if budget == "latency" else ("narrowest", "of fewer bits")
+        return OnnxqError(f"widths: {budget} cannot fall to {limit} of 8 bits everywhere, the {kind} candidates have "
+                          f"{least:.3f}; raise limit, or add candidates {better}.")
 
-    @cached_property
+    def shares(self, choice: Choice) -> dict[str, float]:
+        """What a choice costs, in parts of what 8 bits everywhere cost; latency only if it was measured."""
+        price, whole = asdict(self.cost(choice)), asdict(self.eight)
+        return {key: value / (whole[key] or 1.0) for key, value in price.items() if key != "latency" or self.times}
+
+    @property
     def eight(self) -> Cost:
         """The cost of 8-bit weights and activations everywhere."""
         return self.cost(tuple(Width(8, 8) for _ in self.groups))
 
     def cost(self, choice: Choice) -> Cost:
-        """Size of the weights and bit operations of a choice."""
+        """Size of the weights, bit operations and latency of a choice."""
         parts = [self._cost(i, width) for i, width in enumerate(choice)]
-        return Cost(sum(p.size for p in parts), sum(p.bops for p in parts))
+        return Cost(sum(p.size for p in parts), sum(p.bops for p in parts), sum(p.latency for p in parts))
 
     def _cost(self, number: int, width: Width) -> Cost:
         """The cost of one group. Weight-only layers read float."""
@@ -184,7 +221,8 @@ class Widths:
             group = self.groups[number]
             activations = width.activations if group.activations else FLOAT_BITS
             widths = {name: Width(self._bits(name, width), activations) for name in group.layers}
-            self.costs[number, width] = cost(self.job.graph, widths, self.work)
+            taken = self.times.of(number, width) if self.times is not None else 0.0
+            self.costs[number, width] = replace(cost(self.job.graph, widths, self.work), latency=taken)
         return self.costs[number, width]
 
     def _bits(self, name: str, width: Width) -> int:

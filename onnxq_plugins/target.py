@@ -68,6 +68,11 @@ class Target:
     opset: int = 21
 
     @property
+    def here(self) -> bool:
+        """True if it stands for onnxruntime on a CPU, so that its models run here as they will there."""
+        return self.name.startswith("ort-")
+
+    @property
     def code_bits(self) -> int:
         """Widest symmetric code that stays within `max_code`."""
         return (self.max_code + 1).bit_length()

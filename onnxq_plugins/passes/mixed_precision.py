@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from onnxq_plugins import latency
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Job, Pass
@@ -34,10 +35,12 @@ class MixedPrecision(Pass):
 
     candidates  such as W4A8, W8A8, W8A16, float; per group those that the target has kernels for
     budget      ``size`` (bits of weights), ``bops`` (bit operations): at most `limit` times those of 8-bit weights and
-                activations everywhere. ``sqnr``: at least `limit` dB. ``metric``: at most `limit` below the float network's
+                activations everywhere. ``latency``: the same of milliseconds, measured in onnxruntime on this machine.
+                ``sqnr``: at least `limit` dB. ``metric``: at most `limit` below the float network's
     limit       see budget
     metric      ``sqnr``, ``agreement`` (percent of samples with the same argmax) or ``top1`` (percent right; needs labels),
                 shown with the curve; a function given to `quantize(metric=)` or ``--metric`` takes its place
+    cost        what is to fall where the budget is on accuracy: ``bops``, ``size`` or ``latency``
     order       of changes on the way down: ``noise``, least noise added per cost saved first; ``sqnr``, the paper's list:
                 the least sensitive first, whatever it saves
     strategy    of the search: ``binary``, ``interpolation``, ``hybrid`` of both, or ``brute``, which measures every point
@@ -57,8 +60,9 @@ class MixedPrecision(Pass):
 
     name: ClassVar[str] = "mixed-precision"
     candidates: tuple[str, ...] = ("W4A8", "W6A8", "W8A8")
-    budget: Literal["size", "bops", "sqnr", "metric"] = "size"
+    budget: Literal["size", "bops", "latency", "sqnr", "metric"] = "size"
     limit: float = 0.75
+    cost: Budget = "bops"
     metric: Literal["sqnr", "agreement", "top1"] = "sqnr"
     order: Literal["noise", "sqnr"] = "noise"
     strategy: Strategy = "hybrid"
@@ -96,9 +100,7 @@ class MixedPrecision(Pass):
         widths = Widths(job, {name: Width.parse(text) for name, text in self.widths.items()}, sample(job))
         chosen = tuple(options[0] for options in widths.options)
         _settle(self, widths, chosen)
-        price = widths.cost(chosen)
-        return {"groups": len(chosen), "size": round(price.size / max(widths.eight.size, 1.0), 4),
-                "bops": round(price.bops / max(widths.eight.bops, 1.0), 4)}
+        return {"groups": len(chosen), **{key: round(value, 4) for key, value in widths.shares(chosen).items()}}
 
 
 class _Search:
@@ -117,7 +119,7 @@ class _Search:
         self.by = [sqnr] if by is sqnr else [sqnr, by]
         samples = self.measure.samples
         self.best = 0.0 if by is sqnr else by(samples.reference, samples.reference, samples.labels)
-        self.eight = self.widths.eight
+        self.feed = feeds[0]
         self.points: dict[Choice, dict[str, Any]] = {}
         self.scores: dict[Choice, float] = {}  # what a budget on accuracy is about, not rounded for the report
 
@@ -126,23 +128,27 @@ class _Search:
         assert data is not None
         half = Data(data.inputs, lambda: iter(self.rounded_on), "half of the data", len(self.rounded_on))
         self.widths.round(step.method, half)
+        if self.falling == "latency":
+            self.widths.time(self.feed)
         ranked = self.sensitivities()
         path = self.path(ranked)
-        chosen = self.fitted(ranked) if step.budget in ("size", "bops") else self.farthest(path)
+        chosen = self.fitted(ranked) if step.budget == self.falling else self.farthest(path)
         shown = [path[round(k)] for k in np.linspace(0, len(path) - 1, step.curve)] if step.curve else []
         self.measured([chosen, *shown])
+        timed = {"latency": self.latency(chosen)} if self.widths.times is not None else {}
         _settle(step, self.widths, chosen)
         self.points[chosen]["chosen"] = True
         groups = self.widths.groups
         best = {} if self.metric is sqnr else {"float": round(self.best, 3)}  # what the float network has
         return {"groups": len(groups), "metric": metric_name(self.metric), **best, "networks_measured": self.measure.scored,
                 "sensitivities": [{"group": groups[i].name, "width": str(w), "sqnr": round(s, 2)} for s, i, w in ranked],
-                "curve": sorted(self.points.values(), key=lambda p: -p[self.falling])}
+                "curve": sorted(self.points.values(), key=lambda p: -p[self.falling]), **timed}
 
     @property
     def falling(self) -> Budget:
-        """The cost that is to fall: size, or bit operations where the budget is on accuracy."""
-        return "size" if self.step.budget == "size" else "bops"
+        """The cost that is to fall."""
+        step = self.step
+        return step.cost if step.budget == "sqnr" or step.budget == "metric" else step.budget  # noqa: PLR1714 - mypy narrows
 
     def sensitivities(self) -> list[Entry]:
         """(SQNR, group, candidate) with that group quantized alone, from the least sensitive to the most."""
@@ -157,6 +163,7 @@ class _Search:
 
     def path(self, ranked: list[Entry]) -> list[Choice]:
         """The choices on the way down, from the widest everywhere on; changes that lower no cost are left out."""
+        may_not_rise = ("latency",) if self.falling == "latency" else ("size", "bops")
         now = tuple(options[0] for options in self.widths.options)
         path, spent, noise = [now], self.widths.cost(now), _noise(ranked)
         left = [(i, w) for _, i, w in ranked]
@@ -165,7 +172,8 @@ class _Search:
             for i, w in left:
                 tried = (*now[:i], w, *now[i + 1:])
                 price = self.widths.cost(tried)
-                if price.size <= spent.size and price.bops <= spent.bops and price != spent:
+                saves = [getattr(spent, key) - getattr(price, key) for key in may_not_rise]
+                if min(saves) >= 0 and max(saves) > 0:
                     saved = max(getattr(spent, self.falling) - getattr(price, self.falling), 1e-9)
                     found.append(((noise[i, w] - noise[i, now[i]]) / saved, i, w, tried, price))
             if not found:
@@ -200,13 +208,27 @@ class _Search:
         new = [choice for choice in dict.fromkeys(choices) if choice not in self.points]
         found = self.measure.scores(map(self.whole, new), self.by, self.job.workers)
         for choice, scores in zip(new, self.job.track(found, "measuring the curve", len(new)), strict=True):
-            price = self.widths.cost(choice)
             self.scores[choice] = scores["sqnr" if self.step.budget == "sqnr" else metric_name(self.metric)]
             self.points[choice] = {
-                "size": round(price.size / max(self.eight.size, 1.0), 4),
-                "bops": round(price.bops / max(self.eight.bops, 1.0), 4),
+                **{key: round(value, 4) for key, value in self.widths.shares(choice).items()},
                 **{key: round(value, 3) for key, value in scores.items()},
                 "widths": {g.name: str(w) for g, w in zip(self.widths.groups, choice, strict=True)}}
+
+    def latency(self, chosen: Choice) -> dict[str, Any]:
+        """What the chosen network takes, and how far off the sum over its groups was; likewise for the networks from which
+        times of groups were learned."""
+        widths = self.widths
+        assert widths.times is not None
+        ms, eight = latency.compared([widths.exported(chosen), widths.exported(widths.eight_bits)], self.feed)
+        share, found = widths.shares(chosen)["latency"], ms / eight
+        if self.step.budget == "latency" and found > 1.05 * self.step.limit:
+            self.job.report["notes"].append(f"mixed-precision: the chosen network takes {found:.3f} of 8 bits everywhere, "
+                                            f"more than the {share:.3f} that times of its groups add up to")
+        error = 100 * (share / found - 1)
+        return {"predicted": round(share, 4), "measured": round(found, 4), "error_percent": round(error, 2),
+                "ms": round(ms, 4), "ms_of_8_bits": round(eight, 4), "rounds": widths.times.rounds,
+                "networks": [{"ms": round(a, 4), "predicted_ms": round(b, 4)} for a, b in widths.times.networks],
+                "machine": latency.machine()}
 
     def whole(self, choice: Choice) -> Plan:
         """The plan of a choice, every group quantized."""
