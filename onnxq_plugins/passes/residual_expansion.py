@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins.calibration import channel_axis
+from onnxq_plugins.complete import activation_spec
 from onnxq_plugins.graph import Layer, channel_groups, replace_with_sum, split_outputs
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass
@@ -72,8 +73,8 @@ class ResidualExpansion(Pass):
                            moved, a Gather restores their order. Dense layers, up to half of the channels
              ``branches``  a layer for every order, on the same input, and an Add
 
-    With ``branches`` and ``sparse`` each layer of a sum writes 8-bit outputs with a range of its own and an integer Add joins
-    them: two roundings of activations more. Beside 8-bit activations ``auto`` leaves weights of 8 bits alone: activations
+    With ``branches`` and ``sparse`` each layer of a sum writes 8-bit outputs with a range of its own, and an integer Add
+    joins them: two roundings of activations more. Beside 8-bit activations ``auto`` leaves weights of 8 bits alone: activations
     are then the floor, and a second order gains nothing. Layers with multipliers, or with scales that are powers of two or
     solved, stay as they are, and are told. Grouped and depthwise convolutions are never ``sparse``.
 
@@ -81,6 +82,8 @@ class ResidualExpansion(Pass):
     leave in float, so that the float function stays and passes behind see the error of the whole: `bias-correct` takes its
     mean back; `round` learns the codes of the last order anew (those before it lie on their grid). Put it behind passes that
     change weights (`scale-inputs`, `equalize`), and behind `ranges` where the form is ``sparse``.
+
+    The range of a term leaves out what the range of the sum cuts off anyway: behind a Relu, most of its negative values.
 
     Source: REx (Yvinec et al., arXiv 2203.14645); the folded form, and the budget over layers, are our own.
     Cost: below a second for a hundred layers; with a choice of channels by data one run over it. At run time: see `form`.
@@ -120,6 +123,7 @@ class ResidualExpansion(Pass):
         chosen, moved = _gather_channels(job, chosen)
         told: dict[str, dict[str, Any]] = {}
         apart: list[str] = []
+        sums: list[list[str]] = []
         for one in chosen:
             made = solver.orders(job.graph.constant(one.layer.weight), one.asked, one.spread)
             if one.form == "folded":
@@ -127,13 +131,14 @@ class ResidualExpansion(Pass):
                 job.plan |= {one.layer.weight: made[0]}
             told[one.layer.name] = _tell(job, one, made)
             if one.form == "sparse":
-                apart += [one.layer.name] * _sparse(job, one)
+                apart += [one.layer.name] * _sparse(job, one, sums)
             elif one.form == "branches":
-                _branches(job, one.layer, made)
+                _branches(job, one.layer, made, sums)
+        _narrow_ranges(job, sums)
         if apart:
-            job.report["notes"].append(f"residual-expansion: channels of {len(apart)} layers cannot be moved side by side, so "
-                                       f"that a Gather restores their order ({', '.join(apart[:4])}"
-                                       f"{' ...' if len(apart) > 4 else ''})")
+            shown = f"{', '.join(apart[:4])}{' ...' if len(apart) > 4 else ''}"
+            job.report["notes"].append(f"residual-expansion: channels of {len(apart)} layers cannot be moved side by side; "
+                                       f"a Gather restores their order ({shown})")
         return {"layers": told, "left_alone": left, "channel_groups_reordered": moved}
 
     def _candidates(self, job: Job, left: dict[str, str]) -> list[_Expansion]:
@@ -183,12 +188,12 @@ class ResidualExpansion(Pass):
         """The form of a layer, or None and why it stays as it is."""
         if one.depth.max() == 1:
             return None, "none of its channels earned a second order"
-        if self.form != "auto":
-            form: Form = "branches" if self.form == "sparse" and one.depth.min() == one.depth.max() else self.form
-            reason = _unfit(job, one, form)
-            return (None, reason) if reason else (form, "")
-        some = float(np.mean(one.depth > 1))
-        forms: list[Form] = ["folded", "sparse", "branches"] if some <= _SPARSE else ["folded", "branches"]
+        even, some = one.depth.min() == one.depth.max(), float(np.mean(one.depth > 1))
+        forms: list[Form] = [self.form]
+        if self.form == "auto":
+            forms = ["folded", "sparse", "branches"] if some <= _SPARSE else ["folded", "branches"]
+        elif self.form == "sparse":  # it takes dense layers, and some of their channels
+            forms = ["branches"] if even else ["sparse"] if one.layer.kind == "dense" else ["folded", "branches"]
         reasons = [_unfit(job, one, form) for form in forms]
         possible = [form for form, reason in zip(forms, reasons, strict=True) if not reason]
         return (possible[0], "") if possible else (None, "; ".join(dict.fromkeys(reasons)))
@@ -253,9 +258,10 @@ def _tell(job: Job, one: _Expansion, made: list[QuantSpec]) -> dict[str, Any]:
 # ---- the forms ------------------------------------------------------------------------------------------------------------
 
 
-def _branches(job: Job, layer: Layer, made: list[QuantSpec]) -> None:
+def _branches(job: Job, layer: Layer, made: list[QuantSpec], sums: list[list[str]]) -> None:
     """A layer for each order. The last one has what the others leave of the weight, and the codes of its order; the result
-    keeps its entry: the sum is the same tensor."""
+    keeps its entry: the sum is the same tensor. Where it is quantized, `sums` gets the tensors that make it up: the output
+    of each order, the sums of the first two, three, ..., and the result."""
     if len(made) == 1:
         job.plan |= {layer.weight: made[0]}
         return
@@ -267,10 +273,38 @@ def _branches(job: Job, layer: Layer, made: list[QuantSpec]) -> None:
     if whole is not None:
         job.plan |= {layer.result: replace(whole)}  # put anew: a range that was solved is not stale
         if quantized:
-            job.plan |= {y.output: whole.request() for y in layers}
+            names = [y.output for y in layers]
+            names += [str(job.graph.consumers(y.output)[0].outputs[0].name) for y in layers[1:-1]]
+            job.plan |= {name: whole.request() for name in names}
+            sums.append([*names, layer.result])
 
 
-def _sparse(job: Job, one: _Expansion) -> bool:
+def _narrow_ranges(job: Job, sums: list[list[str]]) -> None:
+    """Leave out of the range of a term what the range of the result cuts off anyway: with the others within [-r, r], it is
+    enough to know it between low - r and high + r. Behind a Relu, half of a term's values, and more behind a Relu6."""
+    if not sums or not job.calibration.ready:
+        return
+    exact = job.calibration.ranges(sorted({name for names in sums for name in names}))
+    for *terms, result in sums:
+        low, high = limits(job.plan[result]) if job.plan[result].solved else exact[result]
+        orders = terms[:(len(terms) + 2) // 2]  # then the partial sums, of the first two orders on
+        reach = [max(map(abs, exact[name])) for name in orders]
+        for i, name in enumerate(terms):
+            rest = sum(reach[j] for j in range(len(orders)) if (j != i if i < len(orders) else j > i - len(orders) + 1))
+            lo, hi = exact[name]
+            if low - rest < high + rest and (lo < low - rest or hi > high + rest):
+                kept = min(max(lo, low - rest), 0.0), max(min(hi, high + rest), 0.0)
+                job.plan |= {name: activation_spec(kept, job.plan[name])}
+
+
+def limits(spec: QuantSpec) -> tuple[float, float]:
+    """The smallest and the largest value of a solved activation."""
+    assert spec.scale is not None and spec.zero_point is not None
+    first, last = spec.grid
+    return float(spec.scale * (first - spec.zero_point)), float(spec.scale * (last - spec.zero_point))
+
+
+def _sparse(job: Job, one: _Expansion, sums: list[list[str]]) -> bool:
     """A layer for the channels of each depth, joined by Concat; those with more than one order become sums. True if a Gather
     has to restore the order of the channels."""
     layer, spec, whole = one.layer, job.plan[one.layer.weight], job.plan.get(one.layer.result)
@@ -282,7 +316,8 @@ def _sparse(job: Job, one: _Expansion) -> bool:
         results = [*(y.result for y in made), concat.outputs[0].name]  # a Gather behind carries the codes of the Concat
         job.plan |= {name: replace(whole) for name in results}
     for part, depth in zip(made, depths, strict=True):
-        _branches(job, part, solver.orders(job.graph.constant(part.weight), one.asked[:depth], np.array(depth)))
+        _branches(job, part, solver.orders(job.graph.constant(part.weight), one.asked[:depth], np.array(depth)),
+                  sums)
     return bool((np.diff(one.depth) > 0).any())
 
 
