@@ -3,8 +3,8 @@
     python -m benchmarks.expansion_cost [--seconds 3]
 
 Chains of convolutions with a Relu behind each, random weights, 8-bit activations, batch 1, one thread; all forms of a shape
-are timed in turn, the median of each is divided by that of int8. "Gather": channels kept where they are, as where they cannot
-be moved. Prints Markdown.
+are timed in turn, and the median of each is divided by that of int8. "Gather": channels stay where they are, as where they
+cannot be moved. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def chain(size: int, layers: list[tuple[int, int, int, int]]) -> onnx.ModelProto
     nodes += [helper.make_node("GlobalAveragePool", [name], ["mean"], "pool"),
               helper.make_node("Flatten", ["mean"], ["flat"], "flatten"),
               helper.make_node("Gemm", ["flat", constant(rng.normal(size=(layers[-1][1], 10)))], ["y"], "head")]
-    graph = helper.make_graph(nodes, "chain", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, layers[0][0], size,
-                                                                                                        size])],
-                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 10])], constants)
+    ends = [helper.make_tensor_value_info(tensor, TensorProto.FLOAT, shape)
+            for tensor, shape in (("x", [1, layers[0][0], size, size]), ("y", [1, 10]))]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
@@ -92,8 +92,8 @@ def main() -> None:
         times = dict(zip(made, runtime.latency([runtime.session(m) for m in made.values()], feed,
                                                args.seconds * len(made)), strict=True))
         base = times.pop("int8")
-        print(f"| {shape} | {base:.2f} | " + " | ".join(f"{times[n] / base:.2f}" if n in times else "-" for n in FORMS) + " |",
-              flush=True)
+        ratios = (f"{times[name] / base:.2f}" if name in times else "-" for name in FORMS)
+        print(f"| {shape} | {base:.2f} | {' | '.join(ratios)} |", flush=True)
 
 
 if __name__ == "__main__":

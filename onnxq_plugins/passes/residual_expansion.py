@@ -74,16 +74,16 @@ class ResidualExpansion(Pass):
              ``branches``  a layer for every order, on the same input, and an Add
 
     With ``branches`` and ``sparse`` each layer of a sum writes 8-bit outputs with a range of its own, and an integer Add
-    joins them: two roundings of activations more. Beside 8-bit activations ``auto`` leaves weights of 8 bits alone: activations
-    are then the floor, and a second order gains nothing. Layers with multipliers, or with scales that are powers of two or
-    solved, stay as they are, and are told. Grouped and depthwise convolutions are never ``sparse``.
+    joins them: two roundings of activations more. The range of a term leaves out what that of the sum cuts off anyway:
+    behind a Relu, most of its negative values. Beside 8-bit activations ``auto`` leaves weights of 8 bits alone: activations are
+    then the floor, and a second order gains nothing. Layers with multipliers, or with scales that are powers of two or
+    solved, stay as they are, and are told. Grouped and depthwise convolutions and ConvTranspose are never ``sparse``:
+    where that is asked for, they are ``folded``, or else ``branches``.
 
     The report has, for each layer, the largest bound and the largest error of its weights. The last order carries what all
     leave in float, so that the float function stays and passes behind see the error of the whole: `bias-correct` takes its
     mean back; `round` learns the codes of the last order anew (those before it lie on their grid). Put it behind passes that
     change weights (`scale-inputs`, `equalize`), and behind `ranges` where the form is ``sparse``.
-
-    The range of a term leaves out what the range of the sum cuts off anyway: behind a Relu, most of its negative values.
 
     Source: REx (Yvinec et al., arXiv 2203.14645); the folded form, and the budget over layers, are our own.
     Cost: below a second for a hundred layers; with a choice of channels by data one run over it. At run time: see `form`.
@@ -193,7 +193,8 @@ class ResidualExpansion(Pass):
         if self.form == "auto":
             forms = ["folded", "sparse", "branches"] if some <= _SPARSE else ["folded", "branches"]
         elif self.form == "sparse":  # it takes dense layers, and some of their channels
-            forms = ["branches"] if even else ["sparse"] if one.layer.kind == "dense" else ["folded", "branches"]
+            dense = splittable(one.layer) and one.layer.kind == "dense"
+            forms = ["branches"] if even else ["sparse"] if dense else ["folded", "branches"]
         reasons = [_unfit(job, one, form) for form in forms]
         possible = [form for form, reason in zip(forms, reasons, strict=True) if not reason]
         return (possible[0], "") if possible else (None, "; ".join(dict.fromkeys(reasons)))
