@@ -75,10 +75,10 @@ class ResidualExpansion(Pass):
 
     With ``branches`` and ``sparse`` each layer of a sum writes 8-bit outputs with a range of its own, and an integer Add
     joins them: two roundings of activations more. The range of a term leaves out what that of the sum cuts off anyway:
-    behind a Relu, most of its negative values. Beside 8-bit activations ``auto`` leaves weights of 8 bits alone: activations are
-    then the floor, and a second order gains nothing. Layers with multipliers, or with scales that are powers of two or
-    solved, stay as they are, and are told. Grouped and depthwise convolutions and ConvTranspose are never ``sparse``:
-    where that is asked for, they are ``folded``, or else ``branches``.
+    behind a Relu, most of its negative values. Beside 8-bit activations ``auto`` leaves weights of 8 bits alone: then
+    activations are the floor, and a second order gains nothing. Layers with multipliers, or with scales that are powers
+    of two or solved, stay as they are, and are told. Grouped and depthwise convolutions and ConvTranspose are never
+    ``sparse``: where that is asked for, they are ``folded``, or else ``branches``.
 
     The report has, for each layer, the largest bound and the largest error of its weights. The last order carries what all
     leave in float, so that the float function stays and passes behind see the error of the whole: `bias-correct` takes its
