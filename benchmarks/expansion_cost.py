@@ -1,10 +1,10 @@
 """What the forms of `residual-expansion` cost at run time, against the same layers with 8-bit weights.
 
-    python -m benchmarks.expansion_cost [--seconds 3]
+    python -m benchmarks.expansion_cost [--seconds 1] [--rounds 5]
 
 Chains of convolutions with a Relu behind each, random weights, 8-bit activations, batch 1, one thread; all forms of a shape
-are timed in turn, and the median of each is divided by that of int8. "Gather": channels stay where they are, as where they
-cannot be moved. Prints Markdown.
+are timed in turn, several rounds, and the least median of each is divided by that of int8. "Gather": channels stay where
+they are, as where they cannot be moved. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def recipe(step: dict[str, Any] | None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timing per model")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timing per model and round")
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     print(f"{machine()}\n\n| layers | int8 ms | {' | '.join(FORMS)} |\n|{'---|' * (len(FORMS) + 2)}", flush=True)
     for shape, (size, layers) in SHAPES.items():
@@ -89,8 +90,9 @@ def main() -> None:
             fixed = mock.patch("onnxq_plugins.passes.residual_expansion.channel_groups", lambda *_: [])
             with fixed if "Gather" in name else nullcontext():
                 made[name] = onnxq.quantize(model, recipe(step), [feed]).model
-        times = dict(zip(made, runtime.latency([runtime.session(m) for m in made.values()], feed,
-                                               args.seconds * len(made)), strict=True))
+        runners = [runtime.session(m) for m in made.values()]
+        rounds = [runtime.latency(runners, feed, args.seconds * len(made)) for _ in range(args.rounds)]
+        times = dict(zip(made, np.min(rounds, axis=0), strict=True))
         base = times.pop("int8")
         ratios = (f"{times[name] / base:.2f}" if name in times else "-" for name in FORMS)
         print(f"| {shape} | {base:.2f} | {' | '.join(ratios)} |", flush=True)

@@ -283,12 +283,23 @@ def test_left_alone_with_a_reason():
              "would gain nothing": recipe(bits=8),
              "do not fold": recipe({"form": "folded"}, bits=8),
              "not defined": recipe(weights={"bits": 4, "sub_block": 4}),
+             "orders are not": recipe({"bits": [4]}, weights={"bits": 8, "sub_block": 4}),
              "earned a second order": recipe({"share": 0.0})}
     for why, asked in cases.items():
         reasons = told(quantize(model, asked, samples))["left_alone"]
         assert any(why in reason for reason in reasons.values()), (why, reasons)
     fold = quantize(model, recipe(target="ort-cpu-avx2"), samples)
     assert {row["form"] for row in told(fold)["layers"].values()} == {"branches"}  # 98 > 63
+
+
+def test_auto_takes_the_cheapest_form():
+    """Six bits twice do not fold: wide layers are sparse, narrow ones and those with most channels refined are branches."""
+    net = Net([1, 16])
+    x = net.op("Relu", net.gemm("x", 16, 80))
+    model = net.model(net.gemm(net.op("Relu", net.gemm(x, 80, 20)), 20, 64))
+    for share, forms in ((0.25, ["sparse", "branches", "sparse"]), (0.75, ["branches"] * 3)):
+        made = quantize(model, recipe({"share": share}, bits=6), feeds(model, 3), verify=True)
+        assert [row["form"] for row in told(made)["layers"].values()] == forms
 
 
 def test_layers_with_widths_of_their_own_keep_them():

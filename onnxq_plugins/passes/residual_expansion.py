@@ -22,7 +22,8 @@ from onnxq_plugins.spec import Array, QuantSpec, decode
 
 Form = Literal["auto", "branches", "sparse", "folded"]
 _POSITIONS, _LIMIT = 256, 4608  # of what a layer sees: the defaults of the pass `round`
-_SPARSE = 0.5  # share of a layer's channels up to which `sparse` is cheaper than `branches` (benchmarks/expansion_cost.py)
+# Where `sparse` is cheaper than `branches` (benchmarks/expansion_cost.py): share of channels with more orders, and channels.
+_SPARSE, _WIDE = 0.5, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,8 @@ class ResidualExpansion(Pass):
                            of the next. Where the codes fit the target (two orders of 4 bits, three of 3, seven of 2), free
              ``sparse``    the channels with more orders apart: they are a sum of layers, the others one layer, and a Concat
                            joins them. Channels are reordered first so that they lie side by side; where they cannot be
-                           moved, a Gather restores their order. Dense layers, up to half of the channels
+                           moved, a Gather restores their order. Dense layers of 64 channels or more, up to
+                           half of which have more orders
              ``branches``  a layer for every order, on the same input, and an Add
 
     With ``branches`` and ``sparse`` each layer of a sum writes 8-bit outputs with a range of its own, and an integer Add
@@ -82,8 +84,9 @@ class ResidualExpansion(Pass):
 
     The report has, for each layer, the largest bound and the largest error of its weights. The last order carries what all
     leave in float, so that the float function stays and passes behind see the error of the whole: `bias-correct` takes its
-    mean back; `round` learns the codes of the last order anew (those before it lie on their grid). Put it behind passes that
-    change weights (`scale-inputs`, `equalize`), and behind `ranges` where the form is ``sparse``.
+    mean back; `round` learns the codes of the last order anew, while those before it lie on their grid (sequential, it
+    moves a few of them, too, where that makes up for errors of the layer's input). Put it behind passes that change weights
+    (`scale-inputs`, `equalize`), and behind `ranges` where the form is ``sparse``.
 
     Source: REx (Yvinec et al., arXiv 2203.14645); the folded form, and the budget over layers, are our own.
     Cost: below a second for a hundred layers; with a choice of channels by data one run over it. At run time: see `form`.
@@ -148,17 +151,18 @@ class ResidualExpansion(Pass):
             spec, key = job.plan[layer.weight], layer_input(job.graph, job.plan, job.target, layer)
             bits = [spec.bits] if layer.name in fixed or not self.bits else list(self.bits)
             bits += bits[-1:] * (self.orders - len(bits))
+            asked = tuple(spec if n == spec.bits else weight_request(job.graph, job.recipe, job.target, layer, n)
+                          for n in bits)
+            strange = next((one for one in asked if not one.symmetric or one.pow2 or one.sub_block is not None), None)
             if spec.solved:
                 left[layer.name] = "its scales are solved"
-            elif not spec.symmetric or spec.pow2 or spec.sub_block is not None:
-                left[layer.name] = f"orders are not defined for {spec.describe()}{' of powers of two' * spec.pow2}"
+            elif strange is not None:
+                left[layer.name] = f"orders are not defined for {strange.describe()}{' of powers of two' * strange.pow2}"
             elif not np.isfinite(job.graph.constant(layer.weight)).all():
                 left[layer.name] = "its weights are not finite"
             elif self.form == "auto" and key and job.plan[key].bits <= 8 and bits[0] >= job.target.code_bits:
                 left[layer.name] = f"beside 8-bit activations, {bits[0]}-bit weights would gain nothing"
             else:
-                asked = tuple(spec if n == spec.bits else weight_request(job.graph, job.recipe, job.target, layer, n)
-                              for n in bits)
                 channels = layer.shape[layer.out_axis]
                 found.append(_Expansion(layer, asked, job.plan[key].bits if key else 0,
                                         np.zeros((self.orders, channels)), np.full(channels, self.orders)))
@@ -191,7 +195,8 @@ class ResidualExpansion(Pass):
         even, some = one.depth.min() == one.depth.max(), float(np.mean(one.depth > 1))
         forms: list[Form] = [self.form]
         if self.form == "auto":
-            forms = ["folded", "sparse", "branches"] if some <= _SPARSE else ["folded", "branches"]
+            pays = some <= _SPARSE and one.layer.channels >= _WIDE
+            forms = ["folded", "sparse", "branches"] if pays else ["folded", "branches"]
         elif self.form == "sparse":  # it takes dense layers, and some of their channels
             dense = splittable(one.layer) and one.layer.kind == "dense"
             forms = ["branches"] if even else ["sparse"] if dense else ["folded", "branches"]
