@@ -20,7 +20,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.planning import activation_inputs, input_key, layer_input, maker_of, result_of
 from onnxq_plugins.spec import Array, Block, Plan, QuantSpec, step
-from onnxq_plugins.storage import Layout, codes_type, int8_codes, multiplier_type, settle, shifts
+from onnxq_plugins.storage import Layout, codes_type, int8_codes, multiplier_type, narrow_channels, settle, shifts
 from onnxq_plugins.target import Rule, Target, granularity
 
 # What onnxruntime fuses a Gemm or MatMul with before it looks for integer kernels.
@@ -258,6 +258,8 @@ class Writer:
         name = layer.weight
         if rule.storage == "int4":
             codes = self._int4_codes(layer, spec)
+        elif self.graph.opset >= 21 and (narrow := narrow_channels(layer, spec, rule)) is not None:
+            codes = self._mixed_codes(layer, spec, narrow)
         else:
             codes = self._constant(f"{name}_codes", int8_codes(layer, spec))
         scale_values = np.asarray(spec.scale, np.float32)
@@ -287,6 +289,26 @@ class Writer:
         factors = spec.multiplier.astype(multiplier_type(spec.multiplier))
         product = self._product(layer, spec.codes.astype(ml_dtypes.int4), factors, spec.sub_block, TensorProto.INT32)
         self._add("Cast", [product], [made], to=TensorProto.INT8)
+        return made
+
+    def _mixed_codes(self, layer: Layer, spec: QuantSpec, narrow: Array) -> str:
+        """int8 codes of which some output channels are stored in 4 bits: Concat, and where they are mixed, Gather."""
+        assert spec.codes is not None
+        name, axis, parts = layer.weight, layer.out_axis, []
+        for chosen, kind in ((~narrow, np.int8), (narrow, ml_dtypes.int4)):
+            if chosen.any():
+                stored = self._constant(f"{name}_codes", np.compress(chosen, spec.codes, axis=axis).astype(kind))
+                parts.append(stored)
+                if kind is not np.int8:
+                    parts[-1] = self._fresh(f"{name}_int8")
+                    self._add("Cast", [stored], [parts[-1]], to=TensorProto.INT8)
+        if len(parts) == 1:
+            return parts[0]
+        made, lies = self._fresh(f"{name}_joined"), np.argsort(narrow, kind="stable")  # the channel that lies at each place
+        self._add("Concat", parts, [made], axis=axis)
+        if (np.diff(lies) < 0).any():
+            joined, made = made, self._fresh(f"{name}_ordered")
+            self._add("Gather", [joined, self._constant(f"{name}_order", np.argsort(lies))], [made], axis=axis)
         return made
 
     def _decoded(self, layer: Layer, spec: QuantSpec) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.spec import Array, Block, QuantSpec, expand
-from onnxq_plugins.target import Rule, channel_multipliers
+from onnxq_plugins.target import Rule, channel_multipliers, granularity
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,16 @@ def shifts(layer: Layer, spec: QuantSpec) -> Array | None:
     return np.asarray(np.log2(spec.multiplier.max() / spec.multiplier.reshape(-1))).astype(int)
 
 
+def narrow_channels(layer: Layer, spec: QuantSpec, rule: Rule) -> Array | None:
+    """Which output channels [outputs] of a weight with int8 codes are stored in 4 bits, as their codes fit; None if the rule
+    does not store them so, or these are less than a quarter: channels that a residual expansion left with one order. Scales
+    per tensor are left out, where it would be chance."""
+    if not rule.narrow or spec.codes is None or spec.multiplier is not None or granularity(layer, spec) != "channel":
+        return None
+    fits = np.abs(np.moveaxis(spec.codes, layer.out_axis, 0)).reshape(layer.shape[layer.out_axis], -1).max(axis=1) <= 7
+    return np.asarray(fits) if 4 * fits.sum() >= fits.size else None
+
+
 def stored_bits(layer: Layer, spec: QuantSpec, rule: Rule) -> float:
     """Bits per weight on disk under a rule: codes (filled up to whole blocks where they are divided), multipliers and
     scales."""
@@ -101,5 +111,7 @@ def stored_bits(layer: Layer, spec: QuantSpec, rule: Rule) -> float:
         bits += (4 if multiplier_type(spec.multiplier) is ml_dtypes.uint4 else 8) * spec.multiplier.size
     elif storage == "float":
         shape = Layout.of(shape, spec.block).whole
-    width = 4 if spec.bits <= 4 and storage != "int8" else 8
+    width = 4.0 if spec.bits <= 4 and storage != "int8" else 8.0
+    if (narrow := narrow_channels(layer, spec, rule)) is not None:
+        width -= 4.0 * float(narrow.mean())
     return float((width * np.prod(shape) + bits) / np.prod(layer.shape))

@@ -30,6 +30,8 @@ class Rule:
                   float weight at load
     blocks        block sizes along the inputs that `granularity` ``block`` allows; empty: any
     multipliers   integer multipliers per sub-block may refine a scale per tensor or channel
+    narrow        beside ``int8``: channels whose codes fit 4 bits are stored as INT4 -> Cast(INT8), and a Concat with the
+                  others is folded at load
     """
 
     op: str
@@ -40,6 +42,7 @@ class Rule:
     storage: Storage
     blocks: tuple[int, ...] = ()
     multipliers: bool = False
+    narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,7 @@ def channel_multipliers(layer: Layer, spec: QuantSpec) -> bool:
 
 
 def _dense(op: str, kernel: str, activations: int = 8) -> tuple[Rule, ...]:
-    return (Rule(op, kernel, activations, (5, 6, 7, 8), ("tensor", "channel"), "int8", multipliers=True),
+    return (Rule(op, kernel, activations, (5, 6, 7, 8), ("tensor", "channel"), "int8", multipliers=True, narrow=True),
             Rule(op, kernel, activations, (2, 3, 4), ("tensor", "channel"), "int4", multipliers=True))
 
 

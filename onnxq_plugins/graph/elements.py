@@ -57,6 +57,15 @@ class ChannelGroup:
         """The constants in the group."""
         return [m for m in self.members if m.constant]
 
+    def order_by(self, tensor: str, axis: int, wanted: Array) -> Array | None:
+        """The order, for `permute`, by which position p of an axis of a tensor gets the channel that is now at wanted[p];
+        None if the group does not move every channel there by itself."""
+        index = next((m.index for m in self.members if (m.tensor, m.axis, m.constant) == (tensor, axis, False)), None)
+        if index is None or index.shape[1] != 1 or not np.array_equal(np.sort(index[:, 0]), np.arange(len(wanted))):
+            return None
+        at = index[:, 0]
+        return np.asarray(np.argsort(at)[wanted[at]])
+
 
 class Elements:
     """The elements of a graph, collected axis by axis."""

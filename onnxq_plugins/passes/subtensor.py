@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from onnxq_plugins.calibration import channel_axis
 from onnxq_plugins.graph import Layer, channel_groups, split_outputs
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass
@@ -130,14 +131,14 @@ class Subtensor(Pass):
         for group in channel_groups(job.graph, "permute"):
             if any(m.tensor in job.plan and job.plan[m.tensor].solved for m in group.weights):
                 continue  # moving solved weights would throw their solution away
-            index = {(m.tensor, m.axis): m.index for m in group.members if not m.constant}
-            inside = [y for y in layers if _covers(index.get(_channels(job, y)), y.channels)]
-            if inside:
-                layer = min(inside, key=lambda y: y.kind != "depthwise")
-                if (np.diff(labels[layer.name]) < 0).any():
-                    moved += 1
-                    at, wanted = index[_channels(job, layer)][:, 0], np.argsort(labels[layer.name], kind="stable")
-                    job.permute(group, np.argsort(at)[wanted[at]])  # position p gets the channel that was at wanted[p]
+            for layer in sorted(layers, key=lambda y: y.kind != "depthwise"):
+                label = labels[layer.name]
+                order = group.order_by(layer.output, channel_axis(job.graph, layer.output), np.argsort(label, kind="stable"))
+                if order is not None:
+                    if (np.diff(label) < 0).any():
+                        moved += 1
+                        job.permute(group, order)
+                    break
         return moved
 
 
@@ -153,16 +154,6 @@ def _clustered(layer: Layer, spec: QuantSpec, top: Array, labels: Array) -> Quan
     spec = replace(spec, block=channel_block(layer))
     each = largest[labels].reshape([n if b else 1 for n, b in zip(layer.shape, spec.block or (), strict=True)])
     return from_range(-each, each, spec)
-
-
-def _channels(job: Job, layer: Layer) -> tuple[str, int]:
-    """The tensor and the axis in which a layer writes its channels."""
-    return layer.output, 1 if layer.op.startswith("Conv") else len(job.graph.shape(layer.output) or ()) - 1
-
-
-def _covers(index: Array | None, channels: int) -> bool:
-    """True if a group moves every channel of a tensor, each by itself."""
-    return index is not None and index.shape[1] == 1 and np.array_equal(np.sort(index[:, 0]), np.arange(channels))
 
 
 def _split(job: Job, layer: Layer, parts: list[Array]) -> None:
