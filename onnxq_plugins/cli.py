@@ -23,6 +23,8 @@ from rich.table import Table
 
 from onnxq_plugins import __version__, planning, runtime
 from onnxq_plugins.audit import audit_model, audit_openvino
+from onnxq_plugins.auto import RECIPES, auto
+from onnxq_plugins.auto import Trial as AutoTrial
 from onnxq_plugins.curve import Curve, check_folder, point_recipe
 from onnxq_plugins.data import model_inputs, open_data
 from onnxq_plugins.engine import LawBroken, check_writable, quantize, save_model, write_file
@@ -153,6 +155,63 @@ def quantize_command(
     for line in _float_lines(result.report["floats"]):
         _tell(line)
     _say(f"{target_path}: {result.summary} | {result.report['seconds']:.1f} s")
+
+
+@_command("auto")
+def auto_command(
+    model: Model,
+    data: DataPath,
+    output: Annotated[Path | None, typer.Option("-o", "--output", show_default=False, help=(
+        "where to write; MODEL.auto.onnx in this folder if not given"))] = None,
+    max_drop: Annotated[float, typer.Option(help="how far the metric may fall: percent of samples, mostly")] = 1.0,
+    prefer: Annotated[str, typer.Option(help="speed or size")] = "speed",
+    test: Annotated[str, typer.Option(metavar="PATH", show_default=False, help=(
+        "samples to judge by, as --data; every second one of --data if not given"))] = "",
+    labels: Labels = None,
+    metric: MetricName = "",
+    recipe: Annotated[list[str] | None, typer.Option("-r", "--recipe", show_default=False, help=(
+        "try these instead of the built-in choice; may be given several times"))] = None,
+    resize: Resize = 0,
+    crop: Crop = 0,
+    mean: Mean = "",
+    std: Std = "",
+    layout: Layout = "",
+    target: TargetName = "",
+    seed: Annotated[int, typer.Option(help="one seed, one result")] = 0,
+    workers: Annotated[int, typer.Option(help="threads and processes at once; 0 for one per core")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="folder that keeps calibration results between runs")] = None,
+    float32: Annotated[bool, typer.Option("--float32", help="convert an fp16 or bf16 model to float32 first")] = False,
+) -> None:
+    """Try recipes on MODEL from cheap to costly, measure each, and keep the best within a drop of accuracy."""
+    target_path = output or Path(f"{model.stem}.auto.onnx")
+    _check_outputs({"-o": target_path}, {"model": model, "data": Path(data), "test": Path(test) if test else None})
+    if prefer not in RECIPES:
+        raise OnnxqError(f"--prefer {prefer} is unknown; known: {', '.join(RECIPES)}.")
+    columns = ("recipe", "drop", "SQNR dB", "MB", "x float", "seconds", "")
+    wide = max(len(name) for name in recipe or RECIPES[prefer])
+
+    def tell(trial: AutoTrial) -> None:
+        _tell(f"{trial.recipe:{wide}}  {_auto_line(trial)}")
+
+    found = auto(model, data, max_drop=max_drop, prefer=prefer, test=test or None, labels=labels, metric=metric or None,
+                 recipes=recipe or (), target=target or None, seed=seed, workers=workers or None, cache=cache,
+                 float32=float32, options=load_recipe({}, {}, _image_settings(resize, crop, mean, std, layout)).data,
+                 track=_track, tell=tell)
+    found.result.save(target_path)
+    table = Table(*columns, box=None, header_style="bold")
+    for trial in found.trials:
+        kept = trial is found.best
+        cells = ["-"] * 5 if trial.why else [f"{trial.drop:.2f}", f"{trial.sqnr:.1f}", f"{trial.size / 1e6:.2f}",
+                                             f"{trial.speed:.2f}", f"{trial.seconds:.1f}"]
+        table.add_row(trial.recipe, *cells, "kept" if kept else "", style="bold" if kept else None)
+    out.print(table)
+    _say(f"drop is of {found.metric} (float: {found.reference:.2f}); x float is the speed in onnxruntime, batch 1, 1 thread")
+    for note in found.notes:
+        _tell(f"note: {note}")
+    _say(f"{target_path}: {found.result.summary}")
+    if not found.met:
+        _complain(OnnxqError(f"no recipe stays within a drop of {max_drop:g}; the most accurate one was written. Raise "
+                             "--max-drop, or look at onnxq diagnose."), 1)
 
 
 @_command("audit")
@@ -409,6 +468,14 @@ def _show_curve(curve: Curve) -> None:
         table.add_row(*row, style="bold" if row[-1] else None)
     out.print(table)
     _say("size and bops in parts of 8-bit weights and activations; the other columns count groups\n")
+
+
+def _auto_line(trial: AutoTrial) -> str:
+    """What a recipe gave, in a line."""
+    if trial.why:
+        return f"not possible: {trial.why}"
+    return (f"drop {trial.drop:.2f}, {trial.sqnr:.1f} dB, {trial.size / 1e6:.2f} MB, {trial.speed:.2f} x float, "
+            f"{trial.seconds:.1f} s")
 
 
 def _float_lines(floats: Mapping[str, str]) -> list[str]:

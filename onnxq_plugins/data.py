@@ -169,14 +169,17 @@ def open_data(source: Source, inputs: Sequence[Input], options: DataOptions | No
 
     source   path of an .npz or .npy file (arrays named after the inputs, first axis = samples; a single array serves
              a single input), folder of images, ``package.module:callable`` that returns any of the others, array,
-             mapping of arrays, iterable of feeds (mappings from input name to array with a batch axis), or an
-             onnxruntime CalibrationDataReader. Iterators and readers without `rewind` are read into memory.
+             mapping of arrays, iterable of feeds (mappings from input name to array with a batch axis), an
+             onnxruntime CalibrationDataReader, or Data, which is taken as it is. Iterators and readers without `rewind`
+             are read into memory.
 
     labels   one a sample of the source: an array, or a file as in `DataOptions`, which it overrides
 
     Raises OnnxqError if the source cannot be read or does not fit the inputs.
     """
     options = options or DataOptions()
+    if isinstance(source, Data):
+        return source
     known = labels if isinstance(labels, np.ndarray) else _load_labels(str(labels or options.labels))
     if isinstance(source, (str, Path)):
         path = Path(source)
