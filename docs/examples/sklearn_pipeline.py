@@ -1,0 +1,24 @@
+"""A scikit-learn pipeline, converted by skl2onnx, with its matrix products in int8. Needs: pip install skl2onnx."""
+
+import numpy as np
+from sklearn.datasets import load_breast_cancer
+from sklearn.model_selection import train_test_split
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from skl2onnx import to_onnx
+
+import onnxq_plugins as onnxq
+from onnxq_plugins import runtime
+
+features, classes = load_breast_cancer(return_X_y=True)
+train, test, train_classes, test_classes = train_test_split(features.astype(np.float32), classes, random_state=0)
+pipeline = make_pipeline(StandardScaler(), MLPClassifier((64, 32), max_iter=300, random_state=0)).fit(train, train_classes)
+
+model = to_onnx(pipeline, train[:1], options={"zipmap": False})  # without ZipMap outputs are plain arrays
+result = onnxq.quantize(model, "int8", train[:200])
+print(result.summary)
+
+found = runtime.session(result.model).run(["label"], {"X": test})[0]
+print(f"scikit-learn: accuracy {pipeline.score(test, test_classes):.4f}")
+print(f"int8: accuracy {np.mean(found == test_classes):.4f}")
