@@ -1,6 +1,5 @@
 """Only the float rewrites: equalize the channels of a model, then quantize it with onnxruntime's own tool as before."""
 
-import numpy as np
 import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -34,7 +33,8 @@ original = onnx.load(digits_model_path())
 rewritten = onnxq.quantize(original, {"pass": [{"use": "equalize"}]}, images).float_model
 
 reference = runtime.outputs(runtime.session(original), [test])[0]
-print(f"the rewritten float model differs by {runtime.drift([reference], runtime.outputs(runtime.session(rewritten), [test])):.0e}")
+after = runtime.outputs(runtime.session(rewritten), [test])[0]
+print(f"the rewritten float model differs by {runtime.drift([reference], [after]):.0e}")
 for name, model in (("plain", original), ("equalized", rewritten)):
     made = by_onnxruntime(model, f"{name}.onnx", images)
     outputs = runtime.outputs(runtime.session(made), [test])[0]

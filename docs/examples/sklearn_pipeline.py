@@ -1,12 +1,12 @@
 """A scikit-learn pipeline, converted by skl2onnx, with its matrix products in int8. Needs: pip install skl2onnx."""
 
 import numpy as np
+from skl2onnx import to_onnx
 from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from skl2onnx import to_onnx
 
 import onnxq_plugins as onnxq
 from onnxq_plugins import runtime
