@@ -1,13 +1,18 @@
-"""Recipes int8 and int8-rounded beside tools that learn the rounding with torch: AMD Quark and AIMET, in one run.
+"""This package beside other tools on models given by name or path, side by side in one run: accuracy, SQNR, size, latency,
+kernels, seconds and peak memory.
 
-    python -m benchmarks.learned [--shared FOLDER] [--models ...] [--iterations 100] [--python TOOL=PATH ...]
+    python -m benchmarks.peers [--shared FOLDER] [--models NAME ...] [--iterations 100] [--python TOOL=PATH ...]
+    python -m benchmarks.peers --models model.onnx --data calibration.npz --test test.npz
 
-TOOL is quark or aimet (or any other of the tools), PATH the python that has it installed: they need torch, and an onnx
-and onnxruntime of their own liking. A tool that its python does not have is left out. Each tool quantizes once in a
-process of its own, to int8 per channel and uint8 activations, on the same images; the models are judged here, as in
-benchmarks.int8. The peers equalize across layers, then learn each layer's rounding in `iterations` steps of one image:
-their defaults are 1000 (Quark) and 10000 (AIMET). Across Clip(0, 6), all that MobileNetV1 has, neither finds layers to
-equalize. Prints Markdown.
+Tools: onnxruntime (quantize_static, per channel, after its pre-process), onnxsim (quantize_full_qdq), nncf (nncf.quantize,
+defaults), quark (AMD Quark) and aimet with AdaRound, and our recipes. PATH is the python that has a tool installed, where
+that is not this one: several want torch, or an onnx and onnxruntime of their own liking. A tool that its python does not have
+is left out. Each tool quantizes once in a process of its own, to int8 per channel and uint8 activations, on the same
+samples; the models are judged here, on samples that none of them saw, as in benchmarks.int8. Quark and AIMET equalize across
+layers, then learn each layer's rounding in `iterations` steps of one sample: their defaults are 1000 and 10000. Prints
+Markdown.
+
+A model's test.npz holds its samples under the name of its input, and `labels`; it must have one input and classes as output.
 """
 
 from __future__ import annotations
@@ -21,12 +26,26 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.int8 import judge, machine, quantize_with, reader
 from benchmarks.models import NAMES, Case, load_case, peak_memory, shared_folder
 
-PACKAGES = {"onnxruntime": "onnxruntime", "onnxq int8": "onnx", "onnxq int8-rounded": "onnx", "quark": "amd-quark",
-            "aimet": "aimet-onnx"}
-COLUMNS = ("model", "tool", "top-1", "loss", "SQNR dB", "agree", "ms", "MB", "quantize s", "MB before", "peak MB", "kernels")
+PACKAGES = {"onnxruntime": "onnxruntime", "onnxsim": "onnxsim", "nncf": "nncf", "quark": "amd-quark", "aimet": "aimet-onnx",
+            "onnxq int8": "onnx", "onnxq int8-rounded": "onnx"}
+COLUMNS = ("model", "tool", "top-1", "loss", "SQNR dB", "agree", "ms", "speed-up", "MB", "quantize s", "MB before", "peak MB",
+           "kernels")
+
+
+def with_nncf(case: Case, out: Path, iterations: int) -> float:
+    """Quantize with NNCF's defaults; seconds of the call."""
+    import nncf
+    import onnx
+
+    start = time.perf_counter()
+    feeds = case.feeds()
+    onnx.save(nncf.quantize(onnx.load(case.path), nncf.Dataset(feeds), subset_size=len(feeds)), str(out))
+    return time.perf_counter() - start
 
 
 def with_quark(case: Case, out: Path, iterations: int) -> float:
@@ -59,12 +78,24 @@ def with_aimet(case: Case, out: Path, iterations: int) -> float:
     return time.perf_counter() - start
 
 
-def child(tool: str, name: str, shared: Path, out: Path, iterations: int) -> None:
+def load_any(name: str, shared: Path, data: str, test: str) -> Case:
+    """A case by name, or a model by path with its samples; without test samples where `test` is ""."""
+    if not name.endswith(".onnx"):
+        return load_case(name, shared, test=bool(test))
+    import onnx
+
+    model = onnx.load(name, load_external_data=False)
+    constants = {t.name for t in model.graph.initializer}
+    key = next(i.name for i in model.graph.input if i.name not in constants)
+    judged = np.load(test) if test else {key: np.zeros(0), "labels": np.zeros(0)}
+    return Case(Path(name).stem, Path(name), key, np.load(data)[key], judged[key], judged["labels"])
+
+
+def child(tool: str, case: Case, out: Path, iterations: int) -> None:
     """What the process of one tool does: quantize and print its figures."""
-    case = load_case(name, shared, test=False)
     before = peak_memory()
-    learned = {"quark": with_quark, "aimet": with_aimet}.get(tool)
-    seconds = learned(case, out, iterations) if learned else quantize_with(tool, case, out)
+    own = {"quark": with_quark, "aimet": with_aimet, "nncf": with_nncf}.get(tool)
+    seconds = own(case, out, iterations) if own else quantize_with(tool, case, out)
     print("\n" + json.dumps({"seconds": seconds, "before": before, "peak": peak_memory()}))
 
 
@@ -78,33 +109,41 @@ def release(tool: str, python: str) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared")
-    parser.add_argument("--models", nargs="*", default=[NAMES[0]])
+    parser.add_argument("--models", nargs="*", default=list(NAMES))
+    parser.add_argument("--data", default="", help="calibration samples of a model given by path, .npz")
+    parser.add_argument("--test", default="", help="its test samples and labels, .npz")
+    parser.add_argument("--tools", nargs="*", default=list(PACKAGES))
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--python", nargs="*", action="extend", default=[], metavar="TOOL=PATH")
     parser.add_argument("--child", nargs=3, metavar=("TOOL", "MODEL", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if any(name.endswith(".onnx") for name in args.models) and not (args.data and args.test):
+        parser.error("a model given by path needs --data and --test")
     shared = shared_folder(args.shared)
     if args.child:
-        child(args.child[0], args.child[1], shared, Path(args.child[2]), args.iterations)
+        tool, name, out = args.child
+        child(tool, load_any(name, shared, args.data, ""), Path(out), args.iterations)
         return
     pythons = dict.fromkeys(PACKAGES, sys.executable) | dict(given.split("=", 1) for given in args.python)
     if unknown := set(pythons) - set(PACKAGES):
         parser.error(f"--python knows {', '.join(PACKAGES)}, not {', '.join(sorted(unknown))}")
-    releases = {tool: release(tool, pythons[tool]) for tool in PACKAGES}
+    releases = {tool: release(tool, pythons[tool]) for tool in PACKAGES if tool in args.tools}
     for tool in (t for t, found in releases.items() if found is None):
         print(f"{tool} left out: {pythons[tool]} has no {PACKAGES[tool]}", file=sys.stderr)
-    peers = [f"{PACKAGES[t]} {releases[t]}" for t in ("quark", "aimet") if releases[t]]
+    peers = [f"{PACKAGES[t]} {releases[t]}" for t in ("nncf", "quark", "aimet") if releases.get(t)]
     print(f"{', '.join([machine(), *peers])}; {args.iterations} iterations\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    data, test = (str(Path(given).resolve()) if given else "" for given in (args.data, args.test))
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
-            case = load_case(name, shared)
+            case = load_any(name, shared, data, test or "theirs")
             models, costs = {"float": case.path}, {}
             for tool in (t for t, found in releases.items() if found):
                 out = Path(folder) / f"{tool.replace(' ', '_')}.onnx"
-                command = [pythons[tool], "-m", "benchmarks.learned", "--shared", str(shared.resolve()), "--iterations",
-                           str(args.iterations), "--child", tool, name, str(out)]
+                command = [pythons[tool], "-m", "benchmarks.peers", "--shared", str(shared.resolve()), "--iterations",
+                           str(args.iterations), "--data", data, "--test", test, "--models", "--child", tool,
+                           str(case.path.resolve()) if name.endswith(".onnx") else name, str(out)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=env)
                 if done.returncode or not out.is_file():
                     print(f"{tool} failed on {name}: {(done.stderr.strip() or '-').splitlines()[-1]}", file=sys.stderr)
@@ -114,8 +153,9 @@ def main() -> None:
                 costs[tool] = f"{figures['seconds']:.2f} | {figures['before']:.0f} | {figures['peak']:.0f}"
             rows = judge(case, models)
         for tool, row in rows.items():
-            print(f"| {name} | {tool} | {row['top1']:.2f} | {float(rows['float']['top1']) - float(row['top1']):.2f} | "
-                  f"{row['sqnr']} | {row['agree']:.1f} | {row['ms']:.3f} | {row['mb']:.2f} | "
+            loss, slow = (float(rows["float"][key]) for key in ("top1", "ms"))
+            print(f"| {case.name} | {tool} | {row['top1']:.2f} | {loss - float(row['top1']):.2f} | {row['sqnr']} | "
+                  f"{row['agree']:.1f} | {row['ms']:.3f} | {slow / float(row['ms']):.2f} | {row['mb']:.2f} | "
                   f"{costs.get(tool, '- | - | -')} | {row['kernels']} |", flush=True)
 
 
