@@ -5,12 +5,11 @@ kernels, seconds and peak memory.
     python -m benchmarks.peers --models model.onnx --data calibration.npz --test test.npz
 
 Tools: onnxruntime (quantize_static, per channel, after its pre-process), onnxsim (quantize_full_qdq), nncf (nncf.quantize,
-defaults), quark (AMD Quark) and aimet with AdaRound, and our recipes. PATH is the python that has a tool installed, where
-that is not this one: several want torch, or an onnx and onnxruntime of their own liking. A tool that its python does not have
-is left out. Each tool quantizes once in a process of its own, to int8 per channel and uint8 activations, on the same
-samples; the models are judged here, on samples that none of them saw, as in benchmarks.int8. Quark and AIMET equalize across
-layers, then learn each layer's rounding in `iterations` steps of one sample: their defaults are 1000 and 10000. Prints
-Markdown.
+defaults), quark (AMD Quark) and aimet with AdaRound, and our recipes. PATH is the python that has a tool installed, if this
+one has not: several want torch, or an onnx and onnxruntime of their own liking. A tool that its python does not have is left
+out. Each tool quantizes once in a process of its own, to int8 per channel and uint8 activations, on the same samples; the
+models are judged here, on samples that none of them saw, as in benchmarks.int8. Quark and AIMET equalize across layers, then
+learn each layer's rounding in `iterations` steps of one sample: their defaults are 1000 and 10000. Prints Markdown.
 
 A model's test.npz holds its samples under the name of its input, and `labels`; it must have one input and classes as output.
 """
@@ -31,10 +30,10 @@ import numpy as np
 from benchmarks.int8 import judge, machine, quantize_with, reader
 from benchmarks.models import NAMES, Case, load_case, peak_memory, shared_folder
 
-PACKAGES = {"onnxruntime": "onnxruntime", "onnxsim": "onnxsim", "nncf": "nncf", "quark": "amd-quark", "aimet": "aimet-onnx",
-            "onnxq int8": "onnx", "onnxq int8-rounded": "onnx"}
-COLUMNS = ("model", "tool", "top-1", "loss", "SQNR dB", "agree", "ms", "speed-up", "MB", "quantize s", "MB before", "peak MB",
-           "kernels")
+PACKAGES = {"onnxruntime": "onnxruntime", "onnxsim": "onnxsim", "nncf": "nncf", "quark": "amd-quark",
+            "aimet": "aimet-onnx", "onnxq int8": "onnx", "onnxq int8-rounded": "onnx"}
+COLUMNS = ("model", "tool", "top-1", "loss", "SQNR dB", "agree", "ms", "speed-up", "MB", "quantize s", "MB before",
+           "peak MB", "kernels")
 
 
 def with_nncf(case: Case, out: Path, iterations: int) -> float:
