@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import os
 import re
+import subprocess
 import sys
 import tomllib
 import types
@@ -77,3 +81,37 @@ def test_numpy_is_not_needed_to_read_a_result():
         value = todo.pop()
         assert not isinstance(value, np.generic)
         todo += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def test_the_tutorial_runs_as_it_is_typed(tmp_path):
+    page = ROOT / "docs" / "tutorial.md"
+    for block in re.findall(r"```(?:console|python)\n.*?```", page.read_text("utf-8"), re.DOTALL):
+        language, code = block.strip("`").split("\n", 1)
+        lines = [["-c", code]] if language == "python" else [["-m", "onnxq_plugins.cli", *line.split()[1:]]
+                                                             for line in code.splitlines()]
+        for line in lines:
+            done = subprocess.run([sys.executable, *line], cwd=tmp_path, capture_output=True, text=True, check=False,
+                                  env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+            assert done.returncode == 0, (line, done.stderr)
+
+
+def test_the_error_messages_of_the_page_are_those_of_the_code():
+    sources = "".join(file.read_text("utf-8") for file in sorted((ROOT / "onnxq_plugins").rglob("*.py")))
+    plain = re.sub(r'"\s*f?"', "", sources)  # strings over several lines
+    for heading in re.findall(r"^### `(.*)`$", (ROOT / "docs" / "troubleshooting.md").read_text("utf-8"), re.MULTILINE):
+        parts = [part.strip(" '") for part in heading.split("...")]
+        assert all(part in plain for part in parts) or heading == "wants float32, the data is uint8", heading
+
+
+def test_the_site_has_a_page_for_every_pass_and_target():
+    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "docs" / "site.py")
+    site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(site)
+    made, found = site.pages(), find_plugins()
+    for name, kind in found.passes.items():
+        page = made[f"passes/{name}.md"]
+        for f in dataclasses.fields(kind):
+            row, = (line for line in page.splitlines() if line.startswith(f"| `{f.name}` |"))
+            assert row.rstrip("| ").count("|") >= 4, f"{name}.{f.name} is not explained"  # a text, not only its default
+    for name in found.targets:
+        assert f"## {name}\n" in made["targets.md"]

@@ -1,0 +1,148 @@
+"""Pages of the site that are made when it is built: one per pass from its docstring, the targets from their rules, README,
+CHANGELOG and CONTRIBUTING from the folder above. A hook of mkdocs."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+from onnxq_plugins.plugins import find_plugins
+from onnxq_plugins.recipe import builtin_recipes, default_of
+
+ROOT = Path(__file__).parent.parent
+GUIDES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in (
+    "design", "benchmarks", "pipelines", "plugins", "recipes", "troubleshooting", "tutorial"))
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the generated pages."""
+    from mkdocs.structure.files import File
+
+    for name, text in pages().items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def pages() -> dict[str, str]:
+    """Path -> Markdown of each generated page."""
+    found = find_plugins()
+    made = {f"passes/{name}.md": pass_page(name, kind) for name, kind in found.passes.items()}
+    rows = [f"| [{name}]({name}.md) | {first_sentence(kind)} |" for name, kind in sorted(found.passes.items())]
+    made["passes/index.md"] = "\n".join([
+        "# Passes", "", "One published algorithm each; a recipe says which run, in which order.", "",
+        "| pass | what it does |", "|---|---|", *rows])
+    made["targets.md"] = targets_page(found.targets)
+    above = {"docs/": "", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+    made["index.md"] = moved(ROOT / "README.md", above)
+    made["changelog.md"] = moved(ROOT / "CHANGELOG.md", {"docs/": ""})
+    made["contributing.md"] = moved(ROOT / "CONTRIBUTING.md", {"docs/": ""})
+    return made
+
+
+def pass_page(name: str, kind: type) -> str:
+    """What a pass does, its parameters, and where it is used and measured."""
+    sections = re.split(r"\n\s*\n", inspect.getdoc(kind) or "")
+    parameters = {f.name: f for f in dataclasses.fields(kind)}
+    told: dict[str, str] = {}
+    body = []
+    for section in sections:
+        mine = parameter_list(section, set(parameters))
+        told |= mine
+        if not mine:
+            body.append(markdown(section))
+    hints = typing.get_type_hints(kind)
+    rows = [f"| `{key}` | {type_name(hints[key])} | `{default_of(f)!r}` | {told.get(key, '')} |"
+            for key, f in parameters.items()]
+    used = [f"`{recipe}`" for recipe, file in builtin_recipes().items() if f'use = "{name}"' in file.read_text("utf-8")]
+    named = re.compile(rf"`{re.escape(name)}[`.]|use = \"{name}\"")
+    guides = [f"[{title(page)}](../{page.name})" for page in GUIDES if named.search(page.read_text("utf-8"))]
+    exact = "stays as it is (`--verify` checks it)" if getattr(kind, "exact", True) else "changes; the report shows it"
+    parts = [f"# {name}", *body, f"The float function {exact}."]
+    if rows:
+        parts += ["## Parameters", "\n".join(["| parameter | type | default | |", "|---|---|---|---|", *rows])]
+    parts.append("## In a recipe\n\n```toml\n[[pass]]\nuse = \"" + name + "\"\n```")
+    if used:
+        parts.append(f"Built-in recipes with it: {', '.join(used)}.")
+    if guides:
+        parts.append(f"When to use it, with measured numbers: {', '.join(guides)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def type_name(hint: Any) -> str:
+    """A type as a reader of recipes sees it."""
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(hint))
+    return f"`{hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else hint}`".replace("|", "\\|")
+
+
+def parameter_list(section: str, names: set[str]) -> dict[str, str]:
+    """Name -> text of a section that lists parameters: a name, two spaces or more, its text; empty if it does not."""
+    found: dict[str, str] = {}
+    last: list[str] = []
+    for line in section.splitlines():
+        start = re.match(r"([a-z_0-9]+(?:, [a-z_0-9]+)*)\s{2,}(\S.*)", line)
+        if start and set(start[1].split(", ")) <= names:
+            last = start[1].split(", ")
+            found |= dict.fromkeys(last, start[2])
+        elif found and line.startswith("  "):
+            found |= {key: f"{found[key]} {line.strip()}" for key in last}
+        else:
+            return {}
+    return {key: markdown(text).replace("|", "\\|") for key, text in found.items()}
+
+
+def markdown(text: str) -> str:
+    """A part of a docstring as Markdown: double backticks become single ones, indented formulas stay blocks."""
+    lines = text.splitlines()
+    if all(line.startswith("    ") for line in lines):
+        return "```text\n" + inspect.cleandoc(text) + "\n```"
+    return re.sub(r"^(Source|Cost):", r"**\1:**", text.replace("``", "`"), flags=re.MULTILINE)
+
+
+def first_sentence(kind: type) -> str:
+    """The first sentence of a docstring."""
+    text = " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
+    return re.split(r"(?<=[.:])\s", text)[0].rstrip(":.").replace("``", "`").replace("|", "\\|") + "."
+
+
+def targets_page(targets: Any) -> str:
+    """The rules of every target as tables. tests/test_export.py runs them in onnxruntime and reads its kernels."""
+    parts = ["# Targets", "What each target runs quantized, as its rules say. Tests export every form, load it in onnxruntime "
+             "or OpenVINO, and read which kernels these take; [runtime.md](runtime.md) tells what they found."]
+    for name, target in targets.items():
+        rows = [f"| {rule.op} | {'float' if not rule.activations else f'{rule.activations} bits'} | {spans(rule.weights)} | "
+                f"{', '.join(rule.granularity)} | {'yes' if rule.multipliers else ''} | {rule.storage} | {rule.kernel} |"
+                for rule in target.rules]
+        parts += [f"## {name}", target.doc + ("" if target.doc.endswith(".") else "."),
+                  "\n".join(["| layer | input | weight bits | scales | multipliers | stored as | runs as |",
+                             "|---|---|---|---|---|---|---|", *dict.fromkeys(rows)]),
+                  f"Other operators that stay integer: {', '.join(sorted(target.integer_ops)) or 'none'}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def spans(values: Any) -> str:
+    """Numbers with runs written short: 2-8."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def title(page: Path) -> str:
+    """The heading of a page."""
+    return page.read_text("utf-8").partition("\n")[0].lstrip("# ")
+
+
+def moved(page: Path, links: dict[str, str]) -> str:
+    """A page of the folder above, its links seen from docs/."""
+    text = page.read_text("utf-8")
+    for old, new in links.items():
+        text = text.replace(f"]({old}", f"]({new}")
+    return text
