@@ -111,8 +111,8 @@ def first_sentence(kind: type) -> str:
 
 def targets_page(targets: Any) -> str:
     """The rules of every target as tables. tests/test_export.py runs them in onnxruntime and reads its kernels."""
-    parts = ["# Targets", "What each target runs quantized, as its rules say. Tests export every form, load it in onnxruntime "
-             "or OpenVINO, and read which kernels these take; [runtime.md](runtime.md) tells what they found."]
+    parts = ["# Targets", "What each target runs quantized, as its rules say. Tests export every form, load it in "
+             "onnxruntime or OpenVINO, and read which kernels these take; [runtime.md](runtime.md) tells what they found."]
     for name, target in targets.items():
         rows = [f"| {rule.op} | {'float' if not rule.activations else f'{rule.activations} bits'} | {spans(rule.weights)} | "
                 f"{', '.join(rule.granularity)} | {'yes' if rule.multipliers else ''} | {rule.storage} | {rule.kernel} |"
