@@ -7,8 +7,9 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -48,6 +49,8 @@ class Result:
     report   what was done, as plain values that JSON can hold
     graph    the float graph that the plan is about: canonical, and rewritten by the passes
     target   what it was made for
+    data     the samples it was calibrated with, if any
+    again    quantizes the same model on the same data by another recipe: again(recipe, settings=())
     """
 
     model: onnx.ModelProto
@@ -55,12 +58,19 @@ class Result:
     report: dict[str, Any]
     graph: Graph
     target: Target
+    data: Data | None = None
+    again: Callable[..., Result] | None = None
 
     @property
     def float_model(self) -> onnx.ModelProto:
         """The float model that the plan is about. Its function is that of the given model, unless a pass declares otherwise;
         its tensors and weights need not be: BatchNorm is folded, channels may be rescaled."""
         return self.graph.model()
+
+    @property
+    def recipe_name(self) -> str:
+        """Name of the recipe's file; "" if it came from none."""
+        return str(self.report.get("recipe_name", ""))
 
     @property
     def summary(self) -> str:
@@ -70,6 +80,13 @@ class Result:
     def save(self, path: str | Path) -> Path:
         """Write the model; an existing file is replaced only when the new one is complete."""
         return save_model(self.model, Path(path))
+
+    def save_report(self, path: str | Path, data: Source | None = None, **options: Any) -> Path:
+        """Write what was done and what it gave as one page of HTML, and the same beside it as JSON; see
+        `onnxq_plugins.report.write_report`. Needs the extra ``report``."""
+        from onnxq_plugins.report import write_report  # it stands above the engine
+
+        return write_report(self, Path(path), data, **options)
 
     def __repr__(self) -> str:
         return f"<Result: {self.summary}>"
@@ -108,7 +125,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
         if value < 0:
             raise OnnxqError(f"{name} = {value} must not be negative.")
     judge = find_metric(metric) if metric is not None else None
-    found = find_plugins(plugins)
+    found = find_plugins(plugins := list(plugins))
     try:
         made = load_recipe(recipe, found.passes, settings)
     except OnnxqError as error:
@@ -148,7 +165,8 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     path = save_model(exported, Path(output)) if output is not None else None
     job.report["seconds"] = round(time.perf_counter() - started, 3)
     found.manager.hook.onnxq_exported(job=job, model=exported, path=path)
-    return Result(exported, job.plan, job.report, job.graph, chosen)
+    again = partial(quantize, model, data=read, seed=seed, workers=workers, cache=cache, float32=float32, plugins=plugins)
+    return Result(exported, job.plan, job.report, job.graph, chosen, job.calibration.data, again)
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> Path:
@@ -285,7 +303,8 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
     weights: dict[str, Array] = {}
     before = job.graph.model(weights).ByteSize() + sum(w.nbytes for w in weights.values())
     after = model.ByteSize()
-    report |= {"recipe": job.recipe.to_dict(), "layers": rows, "bytes": {"float": before, "quantized": after},
+    report |= {"recipe_name": job.recipe.name, "recipe": job.recipe.to_dict(), "layers": rows,
+               "bytes": {"float": before, "quantized": after},
                "kernels": kernels.counts(), "machine": {"python": platform.python_version(),
                                                         "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}
     where = "" if job.target.name.startswith("ort-") else " in onnxruntime"  # the audit of other runtimes is a command
