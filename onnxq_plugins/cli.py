@@ -27,7 +27,7 @@ from onnxq_plugins.audit import audit_model, audit_openvino
 from onnxq_plugins.curve import Curve, check_folder, point_recipe
 from onnxq_plugins.data import model_inputs, open_data
 from onnxq_plugins.diagnose import Diagnosis, diagnose
-from onnxq_plugins.engine import LawBroken, check_writable, quantize, save_model, write_file
+from onnxq_plugins.engine import LawBroken, check_writable, quantize, recipe_of, save_model, write_file
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.importer import read
@@ -202,7 +202,10 @@ def audit_command(
 def diagnose_command(
     model: Model,
     data: DataPath,
-    recipe: RecipeName = "int8",
+    recipe: Annotated[str, typer.Option("-r", "--recipe", show_default="int8",
+                                        help="a built-in recipe (see onnxq recipes) or a file")] = "",
+    quantized: Annotated[Path | None, typer.Option(metavar="Q.ONNX", show_default=False, help=(
+        "instead of a recipe: a model that onnxq made of MODEL on the same data; it is made again"))] = None,
     samples: Samples = 0,
     resize: Resize = 0,
     crop: Crop = 0,
@@ -211,7 +214,7 @@ def diagnose_command(
     layout: Layout = "",
     set_: Settings = None,
     target: TargetName = "",
-    seed: Annotated[int, typer.Option(help="one seed, one result")] = 0,
+    seed: Annotated[int | None, typer.Option(show_default="0", help="one seed, one result")] = None,
     workers: Annotated[int, typer.Option(help="threads at once; 0 for one per core")] = 0,
     cache: Annotated[Path | None, typer.Option(help="folder that keeps calibration results between runs")] = None,
     measured: Annotated[int, typer.Option(help="measure errors on so many of the samples")] = 8,
@@ -223,8 +226,17 @@ def diagnose_command(
     if measured < 1 or try_ < 0:
         raise OnnxqError("--measured must be at least 1, and --try not negative.")
     settings = [*_image_settings(resize, crop, mean, std, layout), *(set_ or [])]
-    result = quantize(model, recipe, data, target=target or None, seed=seed, samples=samples, workers=workers or None,
+    asked: str | dict[str, Any] = recipe or "int8"
+    if quantized is not None:
+        if recipe:
+            raise OnnxqError(f"--quantized '{quantized}' brings its own recipe; leave --recipe out.")
+        asked, kept = recipe_of(quantized)
+        seed = kept if seed is None else seed
+    result = quantize(model, asked, data, target=target or None, seed=seed or 0, samples=samples, workers=workers or None,
                       cache=cache, settings=settings, track=_track)
+    if quantized is not None and read(quantized).graph != result.model.graph:
+        _tell(f"note: '{quantized}' is not what its recipe makes of '{model}' on these samples; what is told is about the "
+              "latter")
     found = diagnose(result, samples=measured, attempts=try_, workers=workers or 1, track=_track)
     if json_:
         out.print(json.dumps(found.to_dict(), indent=2), highlight=False, markup=False, soft_wrap=True)

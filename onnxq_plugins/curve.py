@@ -113,7 +113,7 @@ class Curve:
         try:
             import matplotlib
         except ImportError:
-            return {}, ["the curve was not drawn, matplotlib is not installed: pip install onnxq-plugins[plot]"]
+            return {}, ["the curve was not drawn, matplotlib is not installed: pip install onnxq-plugins[report]"]
         made = {}
         with matplotlib.rc_context({"svg.hashsalt": "onnxq", "font.size": 10}):
             figure = self.figure()

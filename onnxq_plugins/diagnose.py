@@ -266,8 +266,11 @@ def _floats(result: Result, feed: Mapping[str, Array]) -> tuple[FloatLayer, ...]
 def _try(result: Result, found: Diagnosis, data: Data, samples: int, attempts: int,
          track: Track) -> tuple[Trial, ...]:
     """Quantize anew with the first remedies of the worst layers, which is all that tells what they are worth."""
-    each = {y.remedies[0].typed: (y.name, y.remedies[0]) for y in reversed(found.layers) if y.remedies}
-    wanted = list(each.values())[::-1][:attempts]
+    each: dict[str, tuple[str, Remedy]] = {}  # many layers may name the same pass
+    for y in found.layers:
+        for remedy in y.remedies[:1]:
+            each.setdefault(remedy.typed, (y.name, remedy))
+    wanted = list(each.values())[:attempts]
     tried = []
     feeds = data.spread(samples)
     again = result.again or partial(quantize, result.graph, data=data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -24,7 +25,7 @@ from onnxq_plugins.calibration import Calibration, Track, silent
 from onnxq_plugins.complete import complete
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph import Graph, Layer, load
+from onnxq_plugins.graph import Graph, Layer, importer, load
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.measure import Metric, find_metric, metric_name
 from onnxq_plugins.plugins import Plugins, find_plugins
@@ -274,6 +275,17 @@ def _sign(model: onnx.ModelProto, recipe: Recipe, found: Plugins, seed: int) -> 
     model.metadata_props.extend(kept)
     for key, value in values.items():
         model.metadata_props.add(key=key, value=value)
+
+
+def recipe_of(path: str | Path) -> tuple[dict[str, Any], int]:
+    """The recipe (plain values) and the seed that made a model. Raises OnnxqError if it does not tell."""
+    props = {p.key: p.value for p in importer.read(Path(path)).metadata_props}
+    try:
+        recipe, seed = json.loads(props["onnxq.recipe"]), int(props.get("onnxq.seed", 0))
+    except (KeyError, ValueError) as error:
+        raise OnnxqError(f"model '{path}' has no recipe in its metadata; give a model that onnxq made, or a recipe with -r."
+                         ) from error
+    return recipe, seed
 
 
 def _version(name: str) -> str:

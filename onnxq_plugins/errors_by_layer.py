@@ -32,7 +32,7 @@ _SILENT = 200.0  # dB that stand for equality, as in runtime.sqnr
 @dataclass(frozen=True)
 class Own:
     """Signal to noise in dB at a layer's output that its own quantizers make, each alone and together; `mean_share` is the
-    part of the noise (0..1, before a Relu) that is a constant error per channel, which a bias could take back."""
+    part of the weight's noise (0..1, before a Relu) that is a constant error per channel, which a bias could take back."""
 
     weight: float
     input: float
@@ -162,7 +162,7 @@ class _Copies:
             if inputs[0]:
                 plain, after = self._copy(layer, what, [name for name in inputs if name])
                 self._difference(layer.name, what, after, layer.result)
-                if what == "both":
+                if what == "weight":
                     self._means(layer, plain)
 
     def add_tensor(self, name: str) -> None:

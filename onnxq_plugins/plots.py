@@ -75,11 +75,13 @@ def _shares(found: Diagnosis, order: Sequence[str]) -> Plot:
     by_name = {y.name: y for y in found.layers}
     worst = {y.name for y in found.layers[:5]}
     values = [100 * (by_name[name].share or 0.0) for name in order]
+    labelled = -len(order)  # the last one with its number: beside it there may be no room for another
     for n, (name, value) in enumerate(zip(order, values, strict=True), 1):
         bar, = axes.bar(n, value, width=0.72, color=_ORANGE if name in worst else _GREY)
         alone = by_name[name].alone
         bar.set_gid(_tooltip(f"{n} {name}: {value:.1f} % of the noise; alone {alone:.1f} dB" if alone is not None else name))
-        if name in worst and value > 0:
+        if name in worst and value > 0 and n - labelled > len(order) / 40:
+            labelled = n
             axes.annotate(f"{n}", (n, value), (0, 2), textcoords="offset points", ha="center", color=_INK, size=9)
     axes.set_ylabel("noise alone, %")
     axes.margins(y=0.15)
@@ -113,9 +115,10 @@ def _ranges(found: Diagnosis) -> Plot:
     axes.set_ylim(max(min(ends), -3) * 1.05 - 0.04, min(max(ends), 3) * 1.05)  # what lies far beyond is cut off
     axes.set_ylabel("value / end of the codes")
     _depth(axes, len(names), "activation, in the order of the network")
-    return Plot("Ranges of activations", _svg(figure, "ranges"), "Values of the float network against the codes: thin line, "
-                "all; pale bar, all but 0.1 % at each end; full bar, all but 5 %; ticks, where the codes end. What lies beyond "
-                "the ticks is clipped; a short bar between wide ticks means that most codes serve few values.")
+    text = ("Values of the float network against the codes: thin line, all; pale bar, all but 0.1 % at each end; full bar, "
+            "all but 5 %; ticks, where the codes end. What lies beyond the ticks is clipped; a short bar between wide ticks "
+            "means that most codes serve few values.")
+    return Plot("Ranges of activations", _svg(figure, "ranges"), text)
 
 
 def _bits(order: Sequence[str], bits: Sequence[tuple[float, float]]) -> Plot:

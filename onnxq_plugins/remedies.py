@@ -58,11 +58,10 @@ class Remedy:
         lines = [" ".join(f"--set {_quoted(setting)}" for setting in self.settings)] if self.settings else []
         for title, tables in (("pass", self.passes), ("layer", self.layers)):
             for table in tables:
-                where = ""
                 if title == "pass":
-                    where = "  # behind the others (bias-correct stays last)" if table["use"] in _SOLVERS else (
-                        "  # in front of ranges and what chooses codes")
-                lines += [f"[[{title}]]{where}", *_lines(table)]
+                    lines.append("# behind the others (bias-correct stays last)" if table["use"] in _SOLVERS else
+                                 "# in front of ranges")
+                lines += [f"[[{title}]]", *_lines(table)]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,16 +208,16 @@ def causes(layer: Layer | None, weight: Array | None, spec: QuantSpec | None, ac
     spec         its solved entry
     activation   what the layer reads, if that is planned
     shares       parts of the noise that come from rounding the weight and the input
-    mean_share   part of it that is constant per channel
+    mean_share   part of the weight's noise that is constant per channel
     """
     by_weight, by_input = (max(share, 0.0) / max(sum(shares), 1e-300) for share in shares)
     found = []
     if layer is not None and weight is not None and spec is not None and by_weight > 0:
         found += [_lowered(cause, by_weight) for cause in _weight_causes(layer, weight, spec, scene)]
     if activation is not None and by_input > 0:
-        found += [_lowered(cause, by_input) for cause in _input_causes(layer, activation, scene)]
-    if layer is not None and mean_share > 0.3 and not scene.has("round"):  # which fits biases to the errors before a layer
-        found.append(_mean_error(mean_share, scene))
+        found += [_lowered(cause, by_input) for cause in _input_causes(layer, weight, activation, scene)]
+    if layer is not None and mean_share > 0.2 and by_weight > 0 and not scene.has("round"):  # it solves biases, too
+        found.append(_lowered(_mean_error(mean_share, scene), by_weight))
     found = sorted((c for c in found if c.gain >= 0.5), key=lambda c: -c.gain)
     if found or layer is None:
         return tuple(found) or (Cause("rounding", "Nothing stands out: the codes are used evenly.", 0.0),)
@@ -280,7 +279,7 @@ def _per_channel(layer: Layer, scene: Scene) -> list[Remedy]:
                                                             passes=({"use": "equalize"},))])
 
 
-def _input_causes(layer: Layer | None, x: Activation, scene: Scene) -> list[Cause]:
+def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scene: Scene) -> list[Cause]:
     found: list[Cause] = []
     h, bits, (low, high) = x.histogram, x.spec.bits, grid(x.spec)
     rounding, clipping = x.noise(low, high)
@@ -305,11 +304,12 @@ def _input_causes(layer: Layer | None, x: Activation, scene: Scene) -> list[Caus
     spread = x.deviations
     if x.channels is not None and len(x.channels[0]) > 1:
         reach = np.maximum(np.abs(x.channels[0]), np.abs(x.channels[1]))
-        gain = -10 * np.log10(max(float(np.mean((reach / max(float(reach.max()), 1e-30)) ** 2)), 1e-20))
-        few = int((reach > reach.max() / 2).sum())
+        part = reach / max(float(reach.max()), 1e-30)
+        gain = -10 * np.log10(max(float(np.average(part**2, weights=_energies(layer, weight, len(part)))), 1e-20))
+        few = int((part > 0.5).sum())
         if gain > 8:
             text = (f"{few} of the {len(reach)} channels of its input '{x.name}' {'hold' if few > 1 else 'holds'} the "
-                    f"range; the median channel reaches {float(np.median(reach / max(reach.max(), 1e-30))):.0%} of it.")
+                    f"range; the median channel reaches {float(np.median(part)):.0%} of it.")
             found.append(Cause("outlier-channels", text, float(gain), tuple(_even_out(x, scene) + wide)))
     if spread > 16:
         text = (f"The range of its input '{x.name}', {low:.3g} to {high:.3g}, spans {spread:.0f} standard deviations: few "
@@ -317,6 +317,20 @@ def _input_causes(layer: Layer | None, x: Activation, scene: Scene) -> list[Caus
         found.append(Cause("heavy-tail", text, float(20 * np.log10(spread / 10)),
                            tuple((ranges if ranged and better > 0.5 else []) + wide)))
     return found
+
+
+def _energies(layer: Layer | None, weight: Array | None, count: int) -> Array:
+    """How much of an error in each input channel [count] reaches a layer's output: squares of the weights that read it."""
+    equal = np.ones(count)
+    if layer is None or weight is None or layer.op == "ConvTranspose":
+        return equal
+    groups, outputs, _ = layer.matrix_shape
+    per_group = layer.shape[layer.in_axis]
+    if groups * per_group != count:
+        return equal
+    squares = np.square(layer.matrix(weight), dtype=np.float64).reshape(groups, outputs, per_group, -1)
+    found: Array = squares.sum(axis=(1, 3)).reshape(-1)
+    return found if found.sum() > 0 else equal
 
 
 def _even_out(x: Activation, scene: Scene) -> list[Remedy]:
@@ -330,11 +344,12 @@ def _even_out(x: Activation, scene: Scene) -> list[Remedy]:
 
 
 def _mean_error(share: float, scene: Scene) -> Cause:
-    text = f"{share:.0%} of its error is constant per output channel, which a bias could take back."
+    text = (f"{share:.0%} of what rounding its weight costs is a constant error per output channel, which a bias could take "
+            "back.")
     ways = [] if scene.has("bias-correct") or scene.has("round") else [
         Remedy("mean errors taken back by the bias", passes=({"use": "bias-correct"},))]
     ways += _round(scene, "codes and biases by the inputs that the quantized layers before make")
-    return Cause("mean-error", text, round(float(-10 * np.log10(max(1 - share, 1e-3))), 1), tuple(ways))
+    return Cause("mean-error", text, float(-10 * np.log10(max(1 - share, 1e-3))), tuple(ways))
 
 
 def _plain(layer: Layer, by_weight: float, x: Activation | None, scene: Scene) -> Cause:

@@ -29,7 +29,8 @@ _SECONDS = 0.6  # of interleaved runs for the latencies
 _SHOWN = 5  # layers that are explained
 _COLUMNS = (("#", "number"), ("layer", ""), ("op", ""), ("weight", ""), ("bits per weight", "number"),
             ("input bits", "number"), ("gathered dB", "number"), ("own dB", "number"), ("weight dB", "number"),
-            ("input dB", "number"), ("alone dB", "number"), ("noise %", "number"), ("kernel", ""), ("integer", ""), ("why float", "wide"))
+            ("input dB", "number"), ("alone dB", "number"), ("noise %", "number"), ("kernel", ""), ("integer", ""),
+            ("why float", "wide"))
 
 
 def check_page() -> None:
@@ -125,7 +126,7 @@ def _page(result: Result, found: Diagnosis, measured: Mapping[str, Any], name: s
     template = environment.from_string((Path(__file__).parent / "report.html").read_text("utf-8"))
     made: str = template.render(
         title=name or "Quantized model", recipe=result.recipe_name or "of your own", target=result.target.name,
-        summary=result.summary, cards=_cards(result, measured), measured=_sentence(measured),
+        summary=result.summary.replace("->", "→"), cards=_cards(result, measured), measured=_sentence(measured),
         worst=[_explained(found, y, number) for y in shown], tried=bool(found.tried), adds_up=found.adds_up,
         floats=[{"name": y.name, "op": y.op, "why": y.why, "work": f"{100 * y.work:.1f} %",
                  "remedies": [_way(found, r) for r in y.remedies]} for y in found.floats],
