@@ -152,7 +152,7 @@ def quantize_command(
                           settings=settings, labels=labels, metric=metric or None, track=_track)
     notes = list(result.report["notes"])
     if report is not None:
-        write_report(result, report, name=model.name, command=shlex.join(["onnxq", *sys.argv[1:]]), workers=workers or 1,
+        write_report(result, report, name=model.name, command=shlex.join(["onnxq", *sys.argv[1:]]), workers=workers or None,
                      track=_track)
     if (found := Curve.of(result, model.name)) is not None:
         _show_curve(found)
@@ -237,7 +237,7 @@ def diagnose_command(
     if quantized is not None and read(quantized).graph != result.model.graph:
         _tell(f"note: '{quantized}' is not what its recipe makes of '{model}' on these samples; what is told is about the "
               "latter")
-    found = diagnose(result, samples=measured, attempts=try_, workers=workers or 1, track=_track)
+    found = diagnose(result, samples=measured, attempts=try_, workers=workers or None, track=_track)
     if json_:
         out.print(json.dumps(found.to_dict(), indent=2), highlight=False, markup=False, soft_wrap=True)
     else:

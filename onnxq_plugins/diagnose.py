@@ -12,7 +12,7 @@ from onnxq_plugins import runtime
 from onnxq_plugins.accumulators import needs
 from onnxq_plugins.calibration import Calibration, Track, channels, silent
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
-from onnxq_plugins.engine import Result, quantize
+from onnxq_plugins.engine import Result, cores, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.errors_by_layer import Own, gathered, own
 from onnxq_plugins.graph import Graph, Layer, channel_groups
@@ -159,7 +159,7 @@ class Diagnosis:
 
 
 def diagnose(result: Result, data: Source | Data | None = None, *, samples: int = 8, alone: int | None = None,
-             attempts: int = 0, workers: int = 1, track: Track = silent) -> Diagnosis:
+             attempts: int = 0, workers: int | None = None, track: Track = silent) -> Diagnosis:
     """Find where the error of a quantized network comes from.
 
     data      sample inputs, as for `quantize`; those it was calibrated with if not given
@@ -167,12 +167,12 @@ def diagnose(result: Result, data: Source | Data | None = None, *, samples: int 
     alone     measure the network with one layer quantized alone, for so many layers of the largest own error (None: all);
               each costs an export and 4 runs
     attempts  try so many of the remedies, those of the worst layers first: each costs a quantization
-    workers   networks measured side by side
+    workers   networks measured side by side; None: one per core
 
     Cost: the float network eight times and the quantized one twice for each sample; and `alone`.
     Raises OnnxqError if there are no samples.
     """
-    start = time.perf_counter()
+    start, workers = time.perf_counter(), workers or cores()
     graph, plan = result.graph, result.plan
     data = samples_of(result, data)
     feeds = data.spread(samples)

@@ -142,7 +142,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     read = open_data(source, graph_inputs(graph), made.data, labels) if source is not None else None
     asked = planning.request(graph, made, chosen)
     OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
-    workers = workers or _cores()
+    workers = workers or cores()
     calibration = Calibration(graph, read, cache=Path(cache) if cache else None, workers=workers, track=track)
     job = Job(graph, asked.plan, calibration, chosen, made, np.random.default_rng(seed), workers,
               {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.notes if read else ())]}, track,
@@ -338,7 +338,7 @@ def _rule(job: Job, layer: Layer) -> Rule:
     return rule
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -46,7 +46,7 @@ def plots(found: Diagnosis, order: Sequence[str], bits: Sequence[tuple[float, fl
 
 
 def _sqnr(found: Diagnosis, order: Sequence[str]) -> Plot:
-    figure, axes = _axes(2.7)
+    figure, axes = _axes(2.8, legend=True)
     by_name = {y.name: y for y in found.layers}
     x = np.arange(1, len(order) + 1)
     rows = [by_name[name] for name in order]
@@ -122,7 +122,7 @@ def _ranges(found: Diagnosis) -> Plot:
 
 
 def _bits(order: Sequence[str], bits: Sequence[tuple[float, float]]) -> Plot:
-    figure, axes = _axes(1.6)
+    figure, axes = _axes(1.75, legend=True)
     x = np.arange(1, len(order) + 1)
     for n, (name, (weight, inner)) in enumerate(zip(order, bits, strict=True), 1):
         for at, value, color in ((n - 0.2, weight, _ORANGE), (n + 0.2, inner, _BLUE)):
@@ -150,11 +150,13 @@ def drawing(figure: Any, prefix: str, colors: dict[str, str]) -> str:
 # ---- helpers --------------------------------------------------------------------------------------------------------------
 
 
-def _axes(height: float) -> tuple[Any, Any]:
+def _axes(height: float, legend: bool = False) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDE, height), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(_WIDE, height))  # margins by hand: matplotlib's own would draw everything twice
+    left, low, top = 0.62, 0.43, 0.28 if legend else 0.08
+    axes = figure.add_axes((left / _WIDE, low / height, 1 - (left + 0.04) / _WIDE, 1 - (low + top) / height))
+    axes.yaxis.set_label_coords(-0.42 / (_WIDE - left), 0.5)
     axes.grid(axis="y", color=_FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(colors=_INK, length=0, labelsize=9)

@@ -49,7 +49,7 @@ def is_page(path: Path) -> bool:
 
 
 def write_report(result: Result, path: str | Path, data: Source | Data | None = None, *, name: str = "", command: str = "",
-                 samples: int = 8, attempts: int = 0, workers: int = 1, track: Track = silent) -> Path:
+                 samples: int = 8, attempts: int = 0, workers: int | None = None, track: Track = silent) -> Path:
     """Write the report of a result. A name that ends in .html gives the page and, beside it, .json with the same in numbers;
     any other name gives what `Result.report` holds as JSON, without measuring anything.
 
