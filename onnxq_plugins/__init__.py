@@ -7,6 +7,7 @@ from onnxq_plugins.audit import Audit, LayerAudit, audit_model
 from onnxq_plugins.calibration import Calibration, Gram, Histogram, Moments
 from onnxq_plugins.curve import Curve, point_recipe
 from onnxq_plugins.data import Data, DataOptions, open_data
+from onnxq_plugins.diagnose import Diagnosis, diagnose
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import (
@@ -29,8 +30,8 @@ from onnxq_plugins.spec import Plan, QuantSpec
 from onnxq_plugins.target import Rule, Target
 
 __version__ = "0.1.0"
-__all__ = ["Audit", "BatchNorm", "Calibration", "ChannelGroup", "Curve", "Data", "DataOptions", "Gram", "Graph",
-           "Histogram", "Job", "Layer", "LayerAudit", "Moments", "OnnxqError", "Pass", "Plan", "QuantSpec", "Recipe",
-           "Result", "Rule", "Target", "audit_model", "channel_groups", "hookimpl", "load", "open_data", "ort_arguments",
-           "ort_model", "ort_overrides", "permute", "point_recipe", "quantize", "replace_with_sum", "rescale",
-           "split_outputs"]
+__all__ = ["Audit", "BatchNorm", "Calibration", "ChannelGroup", "Curve", "Data", "DataOptions", "Diagnosis", "Gram",
+           "Graph", "Histogram", "Job", "Layer", "LayerAudit", "Moments", "OnnxqError", "Pass", "Plan", "QuantSpec",
+           "Recipe", "Result", "Rule", "Target", "audit_model", "channel_groups", "diagnose", "hookimpl", "load",
+           "open_data", "ort_arguments", "ort_model", "ort_overrides", "permute", "point_recipe", "quantize",
+           "replace_with_sum", "rescale", "split_outputs"]

@@ -179,7 +179,7 @@ class Calibration:
                 shape = self.graph.shape(name)
                 for label, op, per_channel in wanted:
                     axes = _other_axes(self.graph, name, statistic) if per_channel and shape is not None else None
-                    _add_reduction(model, op, name, f"{name}|{label}", axes, self.graph.opset)
+                    add_reduction(model, op, name, f"{name}|{label}", axes, self.graph.opset)
                 if "sum" in labels:
                     model.graph.node.append(helper.make_node("Size", [name], [f"{name}|size"]))
                     model.graph.output.append(helper.make_tensor_value_info(f"{name}|size", onnx.TensorProto.INT64, []))
@@ -331,7 +331,7 @@ def _other_axes(graph: Graph, name: str, statistic: str) -> tuple[int, ...]:
     return tuple(a for a in range(len(shape)) if a != keep)
 
 
-def _add_reduction(model: onnx.ModelProto, op: str, name: str, output: str, axes: tuple[int, ...] | None,
+def add_reduction(model: onnx.ModelProto, op: str, name: str, output: str, axes: tuple[int, ...] | None,
                    opset: int) -> None:
     inputs: list[str] = [name]
     attrs: dict[str, Any] = {"keepdims": 0}

@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +28,8 @@ from onnxq_plugins.auto import RECIPES, auto
 from onnxq_plugins.auto import Trial as AutoTrial
 from onnxq_plugins.curve import Curve, check_folder, point_recipe
 from onnxq_plugins.data import model_inputs, open_data
-from onnxq_plugins.engine import LawBroken, check_writable, quantize, save_model, write_file
+from onnxq_plugins.diagnose import Diagnosis, diagnose
+from onnxq_plugins.engine import LawBroken, check_writable, quantize, recipe_of, save_model, write_file
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.importer import read
@@ -37,6 +39,7 @@ from onnxq_plugins.passes.mixed_precision import MixedPrecision
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.quickstart import quickstart
 from onnxq_plugins.recipe import builtin_recipes, default_of, load_recipe
+from onnxq_plugins.report import check_page, is_page, write_report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Quantize ONNX models so that they really run in integer kernels.")
@@ -110,7 +113,9 @@ def quantize_command(
     processes: Annotated[bool, typer.Option("--processes", help="workers are processes, not threads")] = False,
     float32: Annotated[bool, typer.Option("--float32", help="convert an fp16 or bf16 model to float32 first")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check after each pass that the float function stayed")] = False,
-    report: Annotated[Path | None, typer.Option(help="write what was done, layer by layer, as JSON")] = None,
+    report: Annotated[Path | None, typer.Option(help=(
+        "write what was done, layer by layer: .html measures the result and gives a page, with the same as .json beside it; "
+        "any other name gives JSON alone"))] = None,
     curve: Annotated[Path | None, typer.Option(metavar="FOLDER", help=(
         "write the points that a search over widths measured, for --plan, and a drawing"))] = None,
     overrides: Annotated[Path | None, typer.Option(help=(
@@ -127,7 +132,9 @@ def quantize_command(
     settings = [*_image_settings(resize, crop, mean, std, layout), *(set_ or [])]
     target_path = output or Path(f"{model.stem}.{(plan or Path(recipe or 'int8')).stem}.onnx")
     float_path = overrides.with_suffix(".onnx") if overrides is not None else None
-    _check_outputs({"-o": target_path, "--report": report, "--overrides": overrides, "--overrides (its model)": float_path},
+    beside = report.with_suffix(".json") if report is not None and is_page(report) else None
+    _check_outputs({"-o": target_path, "--report": report, "--report (its numbers)": beside,
+                    "--overrides": overrides, "--overrides (its model)": float_path},
                    {"model": model, "data": Path(data), "plan": plan})
     if curve is not None:
         check_folder(curve)
@@ -135,13 +142,20 @@ def quantize_command(
                    for step in load_recipe(asked, find_plugins().passes, settings).passes):
             raise OnnxqError(f"--curve: recipe '{recipe or 'int8'}' searches no widths; give one with the pass "
                              f"'{MixedPrecision.name}', such as -r mixed.")
+    if beside is not None:
+        check_page()
+        made = load_recipe(asked, find_plugins().passes, settings)
+        if not data and not made.data.path and not any(step.name == "data-free" for step in made.passes):
+            raise OnnxqError(f"--report '{report}' measures the result on sample inputs, and there are none; give --data "
+                             "PATH, or a name that ends in .json.")
     with _spread_over(dask, processes):
         result = quantize(model, asked, data or None, output=target_path, target=target or None, seed=seed or 0,
                           samples=samples, workers=workers or None, cache=cache, verify=verify, float32=float32,
                           settings=settings, labels=labels, metric=metric or None, track=_track)
     notes = list(result.report["notes"])
     if report is not None:
-        write_file(json.dumps(result.report, indent=2).encode(), report)
+        write_report(result, report, name=model.name, command=shlex.join(["onnxq", *sys.argv[1:]]), workers=workers or None,
+                     track=_track)
     if (found := Curve.of(result, model.name)) is not None:
         _show_curve(found)
         notes += found.write(curve) if curve is not None else []
@@ -241,6 +255,52 @@ def audit_command(
     if found.speedup is not None and found.milliseconds is not None:
         slow, fast = found.milliseconds
         _say(f"{found.speedup:.2f}x the speed of {against} ({slow:.3f} -> {fast:.3f} ms, batch 1, 1 thread)")
+
+
+@_command("diagnose")
+def diagnose_command(
+    model: Model,
+    data: DataPath,
+    recipe: Annotated[str, typer.Option("-r", "--recipe", show_default="int8",
+                                        help="a built-in recipe (see onnxq recipes) or a file")] = "",
+    quantized: Annotated[Path | None, typer.Option(metavar="Q.ONNX", show_default=False, help=(
+        "instead of a recipe: a model that onnxq made of MODEL on the same data; it is made again"))] = None,
+    samples: Samples = 0,
+    resize: Resize = 0,
+    crop: Crop = 0,
+    mean: Mean = "",
+    std: Std = "",
+    layout: Layout = "",
+    set_: Settings = None,
+    target: TargetName = "",
+    seed: Annotated[int | None, typer.Option(show_default="0", help="one seed, one result")] = None,
+    workers: Annotated[int, typer.Option(help="threads at once; 0 for one per core")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="folder that keeps calibration results between runs")] = None,
+    measured: Annotated[int, typer.Option(help="measure errors on so many of the samples")] = 8,
+    try_: Annotated[int, typer.Option("--try", help=(
+        "try so many of the remedies, those of the worst layers first; each is a quantization"))] = 0,
+    json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Quantize MODEL and tell which layers hold its error, why, and what to try; writes no model."""
+    if measured < 1 or try_ < 0:
+        raise OnnxqError("--measured must be at least 1, and --try not negative.")
+    settings = [*_image_settings(resize, crop, mean, std, layout), *(set_ or [])]
+    asked: str | dict[str, Any] = recipe or "int8"
+    if quantized is not None:
+        if recipe:
+            raise OnnxqError(f"--quantized '{quantized}' brings its own recipe; leave --recipe out.")
+        asked, kept = recipe_of(quantized)
+        seed = kept if seed is None else seed
+    result = quantize(model, asked, data, target=target or None, seed=seed or 0, samples=samples, workers=workers or None,
+                      cache=cache, settings=settings, track=_track)
+    if quantized is not None and read(quantized).graph != result.model.graph:
+        _tell(f"note: '{quantized}' is not what its recipe makes of '{model}' on these samples; what is told is about the "
+              "latter")
+    found = diagnose(result, samples=measured, attempts=try_, workers=workers or None, track=_track)
+    if json_:
+        out.print(json.dumps(found.to_dict(), indent=2), highlight=False, markup=False, soft_wrap=True)
+    else:
+        _show_diagnosis(found, result.summary)
 
 
 @_command()
@@ -370,17 +430,20 @@ def quickstart_command(
     recipe: RecipeName = "int8",
 ) -> None:
     """Quantize a small digits model that comes along, and show what that gives."""
-    rows = quickstart(output, recipe, _track)
+    rows, report = quickstart(output, recipe, _track)
     table = Table("model", "accuracy", "SQNR dB", "KB", "ms", box=None, header_style="bold")
     for row in rows:
         table.add_row(row.name, f"{100 * row.accuracy:.2f}%", "-" if row is rows[0] else f"{row.sqnr:.1f}",
                       f"{row.size / 1e3:.0f}", f"{row.milliseconds:.3f}")
     out.print(table)
     _say(f"{rows[1].kernels} | {rows[0].milliseconds / rows[1].milliseconds:.2f}x the speed of float")
+    if report is not None:
+        _say(f"layer by layer, with drawings: {report}")
     _say(f"\n{rows[0].path} and {rows[1].path} are yours to look at. Next, by hand:\n"
          f"  onnxq quantize {rows[0].path} --data {output / 'calibration.npz'} -o my.onnx\n"
          f"  onnxq audit my.onnx --against {rows[0].path}\n"
-         f"  onnxq compare {rows[0].path} my.onnx --data {output / 'test.npz'}")
+         f"  onnxq compare {rows[0].path} my.onnx --data {output / 'test.npz'}\n"
+         f"  onnxq diagnose {rows[0].path} --data {output / 'calibration.npz'}")
 
 
 @app.callback(invoke_without_command=True)
@@ -476,6 +539,42 @@ def _auto_line(trial: AutoTrial) -> str:
         return f"not possible: {trial.why}"
     return (f"drop {trial.drop:.2f}, {trial.sqnr:.1f} dB, {trial.size / 1e6:.2f} MB, {trial.speed:.2f} x float, "
             f"{trial.seconds:.1f} s")
+
+
+def _show_diagnosis(found: Diagnosis, summary: str) -> None:
+    """All layers as a table, the worst first, then what is known of the five worst."""
+    table = Table(box=None, header_style="bold")
+    for column in ("layer", "op", "alone dB", "noise %", "own dB", "weight dB", "input dB", "gathered dB", "cause"):
+        table.add_column(column, justify="right" if column[-1] in "B%" else "left")
+
+    def decibels(value: float | None) -> str:
+        return "" if value is None or value >= 200 else f"{value:.1f}"
+
+    for y in found.layers:
+        own = y.own
+        table.add_row(escape(y.name), y.op, decibels(y.alone), "" if y.share is None else f"{100 * y.share:.1f}",
+                      *(decibels(v) for v in ((own.both, own.weight, own.input) if own else (None,) * 3)), decibels(y.sqnr),
+                      ", ".join(cause.kind for cause in y.causes) if own else "float")
+    out.print(table)
+    _say("alone: SQNR of the outputs with only this layer quantized, and its part of their noise; own: at the layer's "
+         "output, of rounding its weight and its input; gathered: there in the quantized network\n")
+    for y in [y for y in found.layers if y.own is not None][:5]:
+        _say(f"{y.name}: {found.told(y)}")
+        for remedy in y.remedies[:3]:
+            _say(f"  {remedy.text}:\n" + "\n".join(f"    {line}" for line in remedy.typed.splitlines()))
+    for slow in found.floats[:5]:
+        _say(f"{slow.name}: runs in float ({100 * slow.work:.1f}% of the multiply-adds): {slow.why}.")
+        for remedy in slow.remedies:
+            _say(f"  {remedy.text}:\n" + "\n".join(f"    {line}" for line in remedy.typed.splitlines()))
+    if found.saturating:
+        _say(f"{len(found.saturating)} layers could saturate on x86-64 without VNNI: --target ort-cpu-avx2 avoids that.")
+    for tried in found.tried:
+        _say(f"tried for {tried.layer} ({tried.remedy.text}): " + (
+            f"{found.sqnr:.2f} -> {tried.sqnr:.2f} dB" if tried.sqnr is not None else f"refused: {tried.refused}"))
+    for note in found.notes:
+        _say(note)
+    _say(f"{summary}\n{found.sqnr:.2f} dB at the outputs, on {found.samples} of the calibration samples | "
+         f"{found.seconds:.1f} s")
 
 
 def _float_lines(floats: Mapping[str, str]) -> list[str]:

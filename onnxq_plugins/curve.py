@@ -24,6 +24,7 @@ _UNITS = {"sqnr": "SQNR, dB", "agreement": "same argmax as float, %", "size": "b
           "bops": "bit operations (8 bits everywhere: 1)"}
 # Read on white and on black alike: the drawings have no background.
 _TEXT, _LINE, _CHOSEN = "#808080", "#3f88c5", "#e07a3f"
+COLORS = {_TEXT: "soft", _LINE: "blue", _CHOSEN: "orange"}  # what they are on a page that has colours of its own
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Curve:
         try:
             import matplotlib
         except ImportError:
-            return {}, ["the curve was not drawn, matplotlib is not installed: pip install onnxq-plugins[plot]"]
+            return {}, ["the curve was not drawn, matplotlib is not installed: pip install onnxq-plugins[report]"]
         made = {}
         with matplotlib.rc_context({"svg.hashsalt": "onnxq", "font.size": 10}):
             figure = self.figure()

@@ -167,19 +167,18 @@ def open_data(source: Source, inputs: Sequence[Input], options: DataOptions | No
               labels: str | Path | Array | None = None) -> Data:
     """Make Data of a source.
 
-    source   path of an .npz or .npy file (arrays named after the inputs, first axis = samples; a single array serves
-             a single input), folder of images, ``package.module:callable`` that returns any of the others, array,
-             mapping of arrays, iterable of feeds (mappings from input name to array with a batch axis), an
-             onnxruntime CalibrationDataReader, or Data, which is taken as it is. Iterators and readers without `rewind`
-             are read into memory.
+    source   Data, taken as it is; path of an .npz or .npy file (arrays named after the inputs, first axis = samples; a
+             single array serves a single input), folder of images, ``package.module:callable`` that returns any of the
+             others, array, mapping of arrays, iterable of feeds (mappings from input name to array with a batch axis), or an
+             onnxruntime CalibrationDataReader. Iterators and readers without `rewind` are read into memory.
 
     labels   one a sample of the source: an array, or a file as in `DataOptions`, which it overrides
 
     Raises OnnxqError if the source cannot be read or does not fit the inputs.
     """
-    options = options or DataOptions()
     if isinstance(source, Data):
         return source
+    options = options or DataOptions()
     known = labels if isinstance(labels, np.ndarray) else _load_labels(str(labels or options.labels))
     if isinstance(source, (str, Path)):
         path = Path(source)

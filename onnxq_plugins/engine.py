@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -23,7 +25,7 @@ from onnxq_plugins.calibration import Calibration, Track, silent
 from onnxq_plugins.complete import complete
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph import Graph, Layer, load
+from onnxq_plugins.graph import Graph, Layer, importer, load
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.measure import Metric, find_metric, metric_name
 from onnxq_plugins.plugins import Plugins, find_plugins
@@ -48,6 +50,8 @@ class Result:
     report   what was done, as plain values that JSON can hold
     graph    the float graph that the plan is about: canonical, and rewritten by the passes
     target   what it was made for
+    data     the samples it was calibrated with, if any
+    again    quantizes the same model on the same data by another recipe: again(recipe, settings=())
     """
 
     model: onnx.ModelProto
@@ -55,12 +59,19 @@ class Result:
     report: dict[str, Any]
     graph: Graph
     target: Target
+    data: Data | None = None
+    again: Callable[..., Result] | None = None
 
     @property
     def float_model(self) -> onnx.ModelProto:
         """The float model that the plan is about. Its function is that of the given model, unless a pass declares otherwise;
         its tensors and weights need not be: BatchNorm is folded, channels may be rescaled."""
         return self.graph.model()
+
+    @property
+    def recipe_name(self) -> str:
+        """Name of the recipe's file; "" if it came from none."""
+        return str(self.report.get("recipe_name", ""))
 
     @property
     def summary(self) -> str:
@@ -70,6 +81,13 @@ class Result:
     def save(self, path: str | Path) -> Path:
         """Write the model; an existing file is replaced only when the new one is complete."""
         return save_model(self.model, Path(path))
+
+    def save_report(self, path: str | Path, data: Source | None = None, **options: Any) -> Path:
+        """Write what was done and what it gave as one page of HTML, and the same beside it as JSON; see
+        `onnxq_plugins.report.write_report`. Needs the extra ``report``."""
+        from onnxq_plugins.report import write_report  # it stands above the engine
+
+        return write_report(self, Path(path), data, **options)
 
     def __repr__(self) -> str:
         return f"<Result: {self.summary}>"
@@ -108,7 +126,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
         if value < 0:
             raise OnnxqError(f"{name} = {value} must not be negative.")
     judge = find_metric(metric) if metric is not None else None
-    found = find_plugins(plugins)
+    found = find_plugins(plugins := list(plugins))
     try:
         made = load_recipe(recipe, found.passes, settings)
     except OnnxqError as error:
@@ -124,7 +142,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     read = open_data(source, graph_inputs(graph), made.data, labels) if source is not None else None
     asked = planning.request(graph, made, chosen)
     OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
-    workers = workers or _cores()
+    workers = workers or cores()
     calibration = Calibration(graph, read, cache=Path(cache) if cache else None, workers=workers, track=track)
     job = Job(graph, asked.plan, calibration, chosen, made, np.random.default_rng(seed), workers,
               {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.notes if read else ())]}, track,
@@ -148,7 +166,8 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     path = save_model(exported, Path(output)) if output is not None else None
     job.report["seconds"] = round(time.perf_counter() - started, 3)
     found.manager.hook.onnxq_exported(job=job, model=exported, path=path)
-    return Result(exported, job.plan, job.report, job.graph, chosen)
+    again = partial(quantize, model, data=read, seed=seed, workers=workers, cache=cache, float32=float32, plugins=plugins)
+    return Result(exported, job.plan, job.report, job.graph, chosen, job.calibration.data, again)
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> Path:
@@ -258,6 +277,17 @@ def _sign(model: onnx.ModelProto, recipe: Recipe, found: Plugins, seed: int) -> 
         model.metadata_props.add(key=key, value=value)
 
 
+def recipe_of(path: str | Path) -> tuple[dict[str, Any], int]:
+    """The recipe (plain values) and the seed that made a model. Raises OnnxqError if it does not tell."""
+    props = {p.key: p.value for p in importer.read(Path(path)).metadata_props}
+    try:
+        recipe, seed = json.loads(props["onnxq.recipe"]), int(props.get("onnxq.seed", 0))
+    except (KeyError, ValueError) as error:
+        raise OnnxqError(f"model '{path}' has no recipe in its metadata; give a model that onnxq made, or a recipe with -r."
+                         ) from error
+    return recipe, seed
+
+
 def _version(name: str) -> str:
     try:
         return version(name)
@@ -285,7 +315,8 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
     weights: dict[str, Array] = {}
     before = job.graph.model(weights).ByteSize() + sum(w.nbytes for w in weights.values())
     after = model.ByteSize()
-    report |= {"recipe": job.recipe.to_dict(), "layers": rows, "bytes": {"float": before, "quantized": after},
+    report |= {"recipe_name": job.recipe.name, "recipe": job.recipe.to_dict(), "layers": rows,
+               "bytes": {"float": before, "quantized": after},
                "kernels": kernels.counts(), "machine": {"python": platform.python_version(),
                                                         "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}
     where = "" if job.target.here else " in onnxruntime"  # the audit of other runtimes is a command
@@ -307,7 +338,7 @@ def _rule(job: Job, layer: Layer) -> Rule:
     return rule
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -14,6 +14,7 @@ from onnxq_plugins.calibration import Track, silent
 from onnxq_plugins.digits import digits_model_path, digits_split
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.report import check_page
 from onnxq_plugins.spec import Array
 
 
@@ -30,10 +31,10 @@ class Row:
     kernels: str
 
 
-def quickstart(folder: Path, recipe: str = "int8", track: Track = silent) -> list[Row]:
+def quickstart(folder: Path, recipe: str = "int8", track: Track = silent) -> tuple[list[Row], Path | None]:
     """Quantize scikit-learn's digits model into `folder`; rows for the float and the quantized model, measured on
-    the 450 test images that neither training nor calibration saw. Also leaves calibration.npz there, to try
-    `onnxq quantize` by hand."""
+    the 450 test images that neither training nor calibration saw; and the report page, if the extra ``report`` is there.
+    Also leaves calibration.npz there, to try `onnxq quantize` by hand."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         data = digits_split()
@@ -52,7 +53,12 @@ def quickstart(folder: Path, recipe: str = "int8", track: Track = silent) -> lis
                                                ("", result.summary.partition(" | ")[0]), strict=True):
         made = runtime.outputs(runner, [{"image": data["test_images"]}])[0]
         rows.append(Row(name, path, _accuracy(made, data), runtime.sqnr(reference, made), path.stat().st_size, ms, kernels))
-    return rows
+    try:
+        check_page()
+    except OnnxqError:
+        return rows, None
+    return rows, result.save_report(folder / "report.html", name="digits.onnx", track=track, command=(
+        f"onnxq quantize {original} -r {recipe} --data {folder / 'calibration.npz'} --report {folder / 'report.html'}"))
 
 
 def _accuracy(logits: Array, data: Mapping[str, Array]) -> float:

@@ -120,7 +120,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, passes: Mapping
         table, where, name = *_read(recipe), Path(recipe).stem
     problems: list[str] = []
     for setting in settings:
-        _apply(table, setting, problems)
+        apply_setting(table, setting, problems)
     return parse(table, passes, where, name, problems)
 
 
@@ -188,7 +188,7 @@ def _read(recipe: str | Path) -> tuple[dict[str, Any], str]:
     return table, f"recipe '{recipe}'"
 
 
-def _apply(table: dict[str, Any], setting: str, problems: list[str]) -> None:
+def apply_setting(table: dict[str, Any], setting: str, problems: list[str]) -> None:
     """One ``--set name.key=value``: of a table, or of every pass of that name."""
     left, equals, right = setting.partition("=")
     name, dot, key = left.strip().rpartition(".")

@@ -743,9 +743,9 @@ def test_quickstart(onnxq):
     assert float_accuracy > 95
     assert int8_accuracy > float_accuracy - 1
     assert sorted(listing()) == ["start", "start/calibration.npz", "start/digits.int8.onnx", "start/digits.onnx",
-                                 "start/test.npz"]
+                                 "start/report.html", "start/report.json", "start/test.npz"]
     commands = [line.split()[1:] for line in ran.out.splitlines() if line.startswith("  onnxq ")]
-    assert [c[0] for c in commands] == ["quantize", "audit", "compare"]
+    assert [c[0] for c in commands] == ["quantize", "audit", "compare", "diagnose"]
     for command in commands:  # what it tells you to type next
         assert onnxq(*command).code == 0, command
 

@@ -257,7 +257,7 @@ def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch):
     curve.write(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     note, = curve.write(tmp_path)
-    assert "pip install onnxq-plugins[plot]" in note
+    assert "pip install onnxq-plugins[report]" in note
     assert (tmp_path / "curve.json").exists() and not (tmp_path / "curve.png").exists()  # none of an earlier curve
 
 
