@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -91,6 +92,14 @@ class Result:
 
     def __repr__(self) -> str:
         return f"<Result: {self.summary}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the summary, and the layers in a fold."""
+        columns = ("name", "op", "weights", "bits_per_weight", "kernel", "why_float")
+        rows = ("".join(f"<td>{escape(str(row.get(key, '')))}</td>" for key in columns) for row in self.report["layers"])
+        head = "".join(f"<th>{key.replace('_', ' ')}</th>" for key in columns)
+        return (f"<p>{escape(self.summary)}</p><details><summary>{len(self.report['layers'])} layers</summary>"
+                f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table></details>")
 
 
 def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | Mapping[str, Any] | Recipe = "int8",

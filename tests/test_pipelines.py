@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import onnxq_plugins as onnxq
+from tests.zoo import feeds, mlp
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
 
@@ -60,6 +63,16 @@ def test_a_scikit_learn_pipeline(tmp_path):
 def test_a_pass_of_olive(tmp_path):
     pytest.importorskip("olive", reason="needs olive-ai")
     assert numbers(run("olive_pass.py", tmp_path), "accuracy")[0] > 0.97
+
+
+def test_what_a_notebook_shows():
+    model = mlp()
+    for node in model.graph.node:
+        node.name = f"<b>{node.name}</b>"
+    result = onnxq.quantize(model, "int8", feeds(model, 4))
+    page = result._repr_html_()
+    assert "&lt;b&gt;" in page and "<b>" not in page and "QGemm" in page
+    assert page.count("<tr>") == len(result.report["layers"]) + 1
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
