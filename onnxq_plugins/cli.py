@@ -25,6 +25,7 @@ from onnxq_plugins import __version__, planning, runtime
 from onnxq_plugins.audit import audit_model, audit_openvino
 from onnxq_plugins.curve import Curve, check_folder, point_recipe
 from onnxq_plugins.data import model_inputs, open_data
+from onnxq_plugins.digits import digits_model_path, digits_split
 from onnxq_plugins.engine import LawBroken, check_writable, quantize, save_model, write_file
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import load
@@ -108,6 +109,7 @@ def quantize_command(
     processes: Annotated[bool, typer.Option("--processes", help="workers are processes, not threads")] = False,
     float32: Annotated[bool, typer.Option("--float32", help="convert an fp16 or bf16 model to float32 first")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check after each pass that the float function stayed")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="show each hook call of a plugin")] = False,
     report: Annotated[Path | None, typer.Option(help="write what was done, layer by layer, as JSON")] = None,
     curve: Annotated[Path | None, typer.Option(metavar="FOLDER", help=(
         "write the points that a search over widths measured, for --plan, and a drawing"))] = None,
@@ -136,7 +138,8 @@ def quantize_command(
     with _spread_over(dask, processes):
         result = quantize(model, asked, data or None, output=target_path, target=target or None, seed=seed or 0,
                           samples=samples, workers=workers or None, cache=cache, verify=verify, float32=float32,
-                          settings=settings, labels=labels, metric=metric or None, track=_track)
+                          settings=settings, labels=labels, metric=metric or None, track=_track,
+                          trace=_tell if trace else None)
     notes = list(result.report["notes"])
     if report is not None:
         write_file(json.dumps(result.report, indent=2).encode(), report)
@@ -238,8 +241,19 @@ def compare(
 
 
 @_command("plugins")
-def plugins_command(name: Annotated[str, typer.Argument(help="a pass or target: shows its documentation")] = "") -> None:
+def plugins_command(
+    name: Annotated[str, typer.Argument(help="a pass or target: shows its documentation")] = "",
+    trace: Annotated[bool, typer.Option("--trace", help=(
+        "quantize the quickstart model and show each hook call, with who answered it"))] = False,
+    recipe: Annotated[str, typer.Option("-r", "--recipe", help="the recipe that --trace runs")] = "int8",
+) -> None:
     """List the passes and targets that are installed, or explain one."""
+    if trace:
+        if name:
+            raise OnnxqError(f"--trace shows all plugins at work; leave '{name}' out.")
+        result = quantize(digits_model_path(), recipe, digits_split()["calibration_images"], trace=_say)
+        _say(f"recipe '{recipe}' on the quickstart model: {result.summary}")
+        return
     found = find_plugins()
     if name:
         if name not in found.passes and name not in found.targets:
