@@ -31,6 +31,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.importer import read
 from onnxq_plugins.measure import find_metric, metric_name, top1
+from onnxq_plugins.new_plugin import new_plugin
 from onnxq_plugins.overrides import ort_model, ort_overrides
 from onnxq_plugins.passes.mixed_precision import MixedPrecision
 from onnxq_plugins.plugins import find_plugins
@@ -278,6 +279,15 @@ def plugins_command(
     for key, why in found.broken.items():
         table.add_row("broken", key, "", why, style="yellow")
     out.print(table)
+
+
+@_command("new-plugin")
+def new_plugin_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="vendor and word, such as acme-clip", show_default=False)],
+) -> None:
+    """Write a plugin package into ./NAME: a working pass, tests with the conformance kit, README."""
+    made = new_plugin(name)
+    _say(f"{made} has a pass, its tests and a README; next:\n  cd {made}\n  pip install -e '.[test]'\n  pytest")
 
 
 @_command("recipes")
