@@ -68,14 +68,14 @@ def test_a_new_plugin_installs_passes_its_tests_and_runs_from_a_recipe(tmp_path)
 def test_the_samples_install_pass_their_tests_and_show_in_a_trace(tmp_path):
     copies = [Path(shutil.copytree(file.parent, tmp_path / file.parent.name, ignore=shutil.ignore_patterns("__pycache__")))
               for file in sorted(SAMPLES.glob("*/pyproject.toml"))]
-    assert [copy.name for copy in copies] == ["acme-aciq", "acme-edge"]
+    assert [copy.name for copy in copies] == ["acme-edge", "acme-keep"]
     environment = Environment(tmp_path / "venv", *copies)
     for copy in copies:
         environment.run(copy, "-m", "ruff", "check", ".")
     assert " passed" in environment.run(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider",
                                         *(f"{copy.name}/tests" for copy in copies)).stdout
-    shown = environment.run(tmp_path, "-m", "onnxq_plugins.cli", "plugins", "--trace", "-r", "acme-aciq/recipe.toml").stdout
-    assert "onnxq_run_pass(step=acme.aciq" in shown and "acme-edge [wrapper], built-in (onnxq-plugins)" in shown
+    shown = environment.run(tmp_path, "-m", "onnxq_plugins.cli", "plugins", "--trace", "-r", "acme-keep/recipe.toml").stdout
+    assert "onnxq_run_pass(step=acme.keep-worst" in shown and "acme-edge [wrapper], built-in (onnxq-plugins)" in shown
     assert "onnxq_exported(" in shown and "by acme-edge ->" in shown
 
 

@@ -121,18 +121,23 @@ def check_plan(step: Pass, bench: Bench) -> None:
     Why: an entry that names nothing quantizes nothing, silently; a scale of 0 or a code off the grid is found by nobody.
     """
     for name in PLAIN:
-        watch = Watch(step.name)
+        watch, crashed = Watch(step.name), None
         try:
             bench.quantize((step,), name, watch=watch)
         except OnnxqError as error:
             _sentences(step, name, error)
-        assert watch.seen, f"pass '{step.name}' was not run on model '{name}'; give the kit a recipe that fits (recipe=...)."
+        except AssertionError as error:  # a wrong entry may bring the export down; it says more about the reason
+            crashed = error
+        assert watch.seen or crashed, (
+            f"pass '{step.name}' was not run on model '{name}'; give the kit a recipe that fits (recipe=...).")
         for before, plan, graph, _ in watch.seen:
             assert isinstance(plan, Plan), (f"pass '{step.name}' leaves a {type(plan).__name__} in job.plan; write "
                                             "job.plan |= {name: spec}, which makes a new Plan.")
             for tensor, spec in plan.items():
                 wrong = "" if spec is before.get(tensor) else _entry_problem(graph, tensor, spec)
                 assert not wrong, f"pass '{step.name}' on model '{name}': the planned entry of '{tensor}' {wrong}."
+        if crashed is not None:
+            raise crashed
 
 
 def check_repeatable(step: Pass, bench: Bench) -> None:
