@@ -15,7 +15,7 @@ from onnxq_plugins.recipe import builtin_recipes, default_of
 
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in (
-    "design", "benchmarks", "pipelines", "plugins", "recipes", "report", "troubleshooting", "tutorial"))
+    "design", "benchmarks", "pipelines", "write-a-plugin", "recipes", "report", "troubleshooting", "tutorial"))
 
 
 def on_files(files: Any, config: Any) -> Any:

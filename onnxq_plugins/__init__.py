@@ -1,6 +1,6 @@
 """onnxq-plugins: post-training quantization of ONNX models as a set of plugins.
 
-The public names are all here; everything else may change.
+The public names are all here, and in the modules that docs/write-a-plugin.md names for plugins; everything else may change.
 """
 
 from onnxq_plugins.audit import Audit, LayerAudit, audit_model

@@ -146,7 +146,6 @@ def _apart(data: Data, test: Data | None) -> tuple[Data, Data, tuple[str, ...]]:
                 f"{_APART} samples or more")
         return data, data, (note,)
     flat = None if labels is None else np.concatenate(labels[1::2])
-    halves = [Data(data.inputs, lambda half=half: iter(half), data.where, None, one)  # type: ignore[misc]
-              for half, one in ((feeds[::2], None), (feeds[1::2], flat))]
+    halves = open_data(feeds[::2], data.inputs), open_data(feeds[1::2], data.inputs, labels=flat)
     note = f"made with {len(feeds[::2])} samples, judged by the other {len(feeds[1::2])}"
     return halves[0], halves[1], (note,)

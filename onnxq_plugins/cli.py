@@ -29,11 +29,13 @@ from onnxq_plugins.auto import Trial as AutoTrial
 from onnxq_plugins.curve import Curve, check_folder, point_recipe
 from onnxq_plugins.data import model_inputs, open_data
 from onnxq_plugins.diagnose import Diagnosis, diagnose
+from onnxq_plugins.digits import digits_model_path, digits_split
 from onnxq_plugins.engine import LawBroken, check_writable, quantize, recipe_of, save_model, write_file
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.importer import read
 from onnxq_plugins.measure import find_metric, metric_name, top1
+from onnxq_plugins.new_plugin import new_plugin
 from onnxq_plugins.overrides import ort_model, ort_overrides
 from onnxq_plugins.passes.mixed_precision import MixedPrecision
 from onnxq_plugins.plugins import find_plugins
@@ -113,6 +115,7 @@ def quantize_command(
     processes: Annotated[bool, typer.Option("--processes", help="workers are processes, not threads")] = False,
     float32: Annotated[bool, typer.Option("--float32", help="convert an fp16 or bf16 model to float32 first")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check after each pass that the float function stayed")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="show each hook call of a plugin")] = False,
     report: Annotated[Path | None, typer.Option(help=(
         "write what was done, layer by layer: .html measures the result and gives a page, with the same as .json beside it; "
         "any other name gives JSON alone"))] = None,
@@ -151,7 +154,8 @@ def quantize_command(
     with _spread_over(dask, processes):
         result = quantize(model, asked, data or None, output=target_path, target=target or None, seed=seed or 0,
                           samples=samples, workers=workers or None, cache=cache, verify=verify, float32=float32,
-                          settings=settings, labels=labels, metric=metric or None, track=_track)
+                          settings=settings, labels=labels, metric=metric or None, track=_track,
+                          trace=_tell if trace else None)
     notes = list(result.report["notes"])
     if report is not None:
         write_report(result, report, name=model.name, command=shlex.join(["onnxq", *sys.argv[1:]]), workers=workers or None,
@@ -357,8 +361,19 @@ def compare(
 
 
 @_command("plugins")
-def plugins_command(name: Annotated[str, typer.Argument(help="a pass or target: shows its documentation")] = "") -> None:
+def plugins_command(
+    name: Annotated[str, typer.Argument(help="a pass or target: shows its documentation")] = "",
+    trace: Annotated[bool, typer.Option("--trace", help=(
+        "quantize the quickstart model and show each hook call, with who answered it"))] = False,
+    recipe: Annotated[str, typer.Option("-r", "--recipe", help="the recipe that --trace runs")] = "int8",
+) -> None:
     """List the passes and targets that are installed, or explain one."""
+    if trace:
+        if name:
+            raise OnnxqError(f"--trace shows all plugins at work; leave '{name}' out.")
+        result = quantize(digits_model_path(), recipe, digits_split()["calibration_images"], trace=_say)
+        _say(f"recipe '{recipe}' on the quickstart model: {result.summary}")
+        return
     found = find_plugins()
     if name:
         if name not in found.passes and name not in found.targets:
@@ -383,6 +398,15 @@ def plugins_command(name: Annotated[str, typer.Argument(help="a pass or target: 
     for key, why in found.broken.items():
         table.add_row("broken", key, "", why, style="yellow")
     out.print(table)
+
+
+@_command("new-plugin")
+def new_plugin_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="vendor and word, such as acme-clip", show_default=False)],
+) -> None:
+    """Write a plugin package into ./NAME: a working pass, tests with the conformance kit, README."""
+    made = new_plugin(name)
+    _say(f"{made} has a pass, its tests and a README; next:\n  cd {made}\n  pip install -e '.[test]'\n  pytest")
 
 
 @_command("recipes")

@@ -33,6 +33,7 @@ from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.recipe import Recipe, load_recipe
 from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.target import Rule, Target
+from onnxq_plugins.trace import Trace
 
 log = logging.getLogger("onnxq_plugins")
 DRIFT = 1e-4  # law L1, relative
@@ -106,7 +107,8 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
              data: Source | None = None, *, output: str | Path | None = None, target: str | None = None, seed: int = 0,
              samples: int = 0, workers: int | None = None, cache: str | Path | None = None, verify: bool = False,
              float32: bool = False, settings: Iterable[str] = (), plugins: Iterable[object] = (),
-             labels: str | Path | Array | None = None, metric: str | Metric | None = None, track: Track = silent) -> Result:
+             labels: str | Path | Array | None = None, metric: str | Metric | None = None, track: Track = silent,
+             trace: Trace | None = None) -> Result:
     """Quantize a float ONNX model into QDQ form.
 
     model      path, ModelProto or Graph; left alone
@@ -127,6 +129,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
                imported), or a function of (float outputs, quantized outputs, labels), larger is better; see
                `onnxq_plugins.measure`
     track      shows progress, see `Job.track`
+    trace      takes a line of text for each hook call of a plugin
 
     Raises OnnxqError, one sentence a problem, before anything is written.
     """
@@ -135,7 +138,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
         if value < 0:
             raise OnnxqError(f"{name} = {value} must not be negative.")
     judge = find_metric(metric) if metric is not None else None
-    found = find_plugins(plugins := list(plugins))
+    found = find_plugins(plugins := list(plugins), trace)
     try:
         made = load_recipe(recipe, found.passes, settings)
     except OnnxqError as error:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, is_dataclass
 from importlib.metadata import entry_points
+from itertools import chain
 from typing import Any
 
 import pluggy
@@ -19,6 +20,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Pass
 from onnxq_plugins.passes import BUILTIN
 from onnxq_plugins.target import Target
+from onnxq_plugins.trace import Trace, follow
 
 GROUP = "onnxq_plugins"
 log = logging.getLogger("onnxq_plugins")
@@ -50,6 +52,7 @@ class Plugins:
     sources: dict[str, str]  # "pass NAME" or "target NAME" -> distribution
     versions: dict[str, str]  # distribution -> version
     broken: dict[str, str]  # entry point -> what is wrong
+    labels: dict[str, str]  # what the manager calls a plugin -> distribution
 
     def target(self, name: str) -> Target:
         """The target of that name. Raises OnnxqError listing the known ones."""
@@ -62,15 +65,16 @@ class Plugins:
         return "".join(f" Plugin '{name}' is broken: {why}." for name, why in self.broken.items())
 
 
-def find_plugins(extra: Iterable[object] = ()) -> Plugins:
+def find_plugins(extra: Iterable[object] = (), trace: Trace | None = None) -> Plugins:
     """Built-ins, entry points, then `extra` plugin objects (modules or instances), merged by name.
+
+    trace   takes a line of text for each hook call
 
     Raises OnnxqError if two plugins bring the same name.
     """
-    manager = pluggy.PluginManager("onnxq_plugins")
-    manager.add_hookspecs(hookspecs)
-    found = Plugins(manager, {}, {}, {}, {}, {})
-    _add(found, _Builtins(), "built-in", "onnxq-plugins", guest=False)
+    labels: dict[str, str] = {}
+    found = Plugins(_manager(labels, trace), {}, {}, {}, {}, {}, labels)
+    _add(found, _Builtins(), "built-in", "onnxq-plugins", trace, guest=False)
     for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
         source = point.dist.name if point.dist is not None else point.name
         if point.dist is not None:
@@ -80,26 +84,34 @@ def find_plugins(extra: Iterable[object] = ()) -> Plugins:
         except Exception as error:  # whatever a stranger's module raises on import
             _broken(found, point.name, f"import failed with {type(error).__name__}: {error}")
         else:
-            _add(found, plugin, point.name, source)
+            _add(found, plugin, point.name, source, trace)
     for plugin in extra:
-        _add(found, plugin, getattr(plugin, "__name__", type(plugin).__name__), "given in Python")
+        _add(found, plugin, getattr(plugin, "__name__", type(plugin).__name__), "given in Python", trace)
     return found
 
 
-def _add(found: Plugins, plugin: object, name: str, source: str, guest: bool = True) -> None:
-    """Register one plugin, or set it aside whole."""
+def _manager(labels: dict[str, str], trace: Trace | None) -> pluggy.PluginManager:
+    manager = pluggy.PluginManager("onnxq_plugins")
+    manager.add_hookspecs(hookspecs)
+    if trace is not None:
+        follow(manager, labels, trace)
+    return manager
+
+
+def _add(found: Plugins, plugin: object, name: str, source: str, trace: Trace | None, guest: bool = True) -> None:
+    """Register one plugin, or set it aside whole. It is asked alone, so that what goes wrong is known to be its own."""
     label, i = name, 1
     while found.manager.has_plugin(label):  # two packages may give their entry points one name
         label, i = f"{name} {i + 1}", i + 1
-    registered = False
+    found.labels[label] = source
     try:
-        if found.manager.register(plugin, label) is None:
-            raise ValueError("it is blocked")
-        registered = True
-        found.manager.check_pending()
-        hooks = {caller.name for caller in found.manager.get_hookcallers(plugin) or ()}
-        passes = list(plugin.onnxq_passes()) if "onnxq_passes" in hooks else []  # type: ignore[attr-defined]
-        targets = list(plugin.onnxq_targets()) if "onnxq_targets" in hooks else []  # type: ignore[attr-defined]
+        alone = _manager(found.labels, trace)
+        if found.manager.is_registered(plugin) or alone.register(plugin, label) is None:
+            raise ValueError("it is registered already")
+        alone.check_pending()
+        hooks = {caller.name for caller in alone.get_hookcallers(plugin) or ()}
+        passes = list(chain(*alone.hook.onnxq_passes())) if "onnxq_passes" in hooks else []
+        targets = list(chain(*alone.hook.onnxq_targets())) if "onnxq_targets" in hooks else []
         for kind in passes:
             if not (isinstance(kind, type) and issubclass(kind, Pass) and is_dataclass(kind) and kind.name
                     and getattr(vars(kind).get("__dataclass_params__"), "frozen", False)):
@@ -111,9 +123,8 @@ def _add(found: Plugins, plugin: object, name: str, source: str, guest: bool = T
                 raise TypeError(f"{made!r} is not a Target")
         if not hooks:
             raise ValueError("it implements no hook; mark functions with @onnxq_plugins.hookimpl")
+        found.manager.register(plugin, label)
     except Exception as error:  # a plugin's own code ran
-        if registered:
-            found.manager.unregister(name=label)
         _broken(found, label, " ".join(str(error).split()) or type(error).__name__)
         return
     registries: tuple[tuple[str, dict[str, Any], list[Any]], ...] = (

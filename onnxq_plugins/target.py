@@ -121,6 +121,10 @@ class Target:
                     found.append(f"{layer.op} '{layer.name}': {weight.bits}-bit codes times multipliers up to {largest} "
                                  f"reach {largest * weight.grid[1]}, target '{self.name}' runs codes up to {self.max_code}; "
                                  f"set max_multiplier = {self.max_code // weight.grid[1]}.")
+            elif bits == 8 and rule.storage != "float" and (reach := _reach(weight)) > self.max_code:
+                found.append(f"{layer.op} '{layer.name}' is planned with {weight.bits}-bit codes up to {reach}, target "
+                             f"'{self.name}' runs codes up to {self.max_code} beside 8-bit activations; plan "
+                             f"{self.code_bits} bits.")
             if weight.shift is not None and not layer.takes_bias:
                 found.append(f"{layer.op} '{layer.name}' has no bias that its planned shift could be added to; leave the "
                              "shift of its weight out.")
@@ -183,6 +187,11 @@ class Target:
 def _blocks(sizes: tuple[int, ...]) -> str:
     *first, last = map(str, sizes)
     return f"per {', '.join(first)}{' or ' * bool(first)}{last} inputs"
+
+
+def _reach(weight: QuantSpec) -> int:
+    """Largest |code| that a weight has or, while it is open, may get."""
+    return int(np.abs(weight.codes).max(initial=0)) if weight.codes is not None else weight.grid[1]
 
 
 def _widths(widths: set[int]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -33,7 +34,7 @@ from onnxq_plugins.solvers.accumulator import (
 )
 from onnxq_plugins.solvers.descent import descent
 from onnxq_plugins.solvers.gram import row_loss
-from onnxq_plugins.spec import from_range
+from onnxq_plugins.spec import encode, from_range, solve_minmax
 from onnxq_plugins.storage import int8_codes
 from tests.zoo import ZOO, Net, cnn, conv_transpose, examples, feeds, grouped, mlp, mobilenet, run
 
@@ -433,3 +434,34 @@ def test_openvino_tells_the_same(tmp_path):
     result = quantize(model, "int8", feeds(model, 2), output=tmp_path / "m.onnx", target="openvino")
     expected = {y.name: (y.accumulator, y.saturates) for y in audit_model(result.model).layers}
     assert {y.name: (y.accumulator, y.saturates) for y in audit_openvino(tmp_path / "m.onnx").layers} == expected
+
+
+def test_a_plan_with_codes_that_saturate_is_refused():
+    """Whoever plans 8 bits for a target that runs codes up to 64 is told, unless the codes stay within."""
+
+    @dataclass(frozen=True)
+    class Widen(Pass):
+        name: ClassVar[str] = "acme.widen"
+        top: int = 0
+
+        def apply(self, job):
+            layer = job.graph.layers[0]
+            spec = replace(job.plan[layer.weight].request(), bits=8)
+            if self.top:
+                spec = solve_minmax(job.graph.constant(layer.weight), replace(spec, bits=7))
+                codes = np.clip(encode(job.graph.constant(layer.weight), spec), -self.top, self.top)
+                spec = replace(spec, bits=8, codes=codes)
+            job.plan |= {layer.weight: spec}
+
+    class Vendor:
+        @hookimpl
+        def onnxq_passes(self):
+            return [Widen]
+
+    def run(**step):
+        return quantize(cnn(), {"target": "ort-cpu-avx2", "pass": [{"use": "acme.widen", **step}]}, feeds(cnn(), 4),
+                        plugins=[Vendor()], workers=1)
+
+    with pytest.raises(OnnxqError, match=r"8-bit codes up to 127, target 'ort-cpu-avx2' runs codes up to 64.*plan 7 bits\."):
+        run()
+    assert run(top=63).plan

@@ -641,6 +641,7 @@ def test_audit(ready):
     (["compare", "model.onnx", "wide.onnx", "--data", "data.npz"], "has shape (4, 10) in 'model.onnx' and (4, 4, 12, 12)"),
     (["compare", "model.onnx", "model.onnx", "--data", "nowhere.npz"], "does not exist"),
     (["plugins", "nope"], "'nope' is neither a pass nor a target"),
+    (["new-plugin", "Nope"], "plugin name 'Nope' must be lower-case words"),
     (["recipes", "nope"], "recipe 'nope' is unknown"),
     (["check", "nope"], "neither a built-in"),
     (["check", "int8", "nowhere.onnx"], "does not exist"),
@@ -750,11 +751,24 @@ def test_quickstart(onnxq):
         assert onnxq(*command).code == 0, command
 
 
+def test_a_trace_shows_hook_calls_and_leaves_the_model_as_it_is(ready):
+    shown = ready("plugins", "--trace")
+    steps = tomllib.loads(ready("recipes", "int8").out)["pass"]
+    assert shown.code == 0 and shown.out.count("onnxq_run_pass(step=") == len(steps)
+    assert "onnxq_exported(" in shown.out and not list(Path().glob("*.onnx"))[1:]
+    assert "leave 'ranges' out" in ready("plugins", "ranges", "--trace").err
+    plain, traced = (ready("quantize", "model.onnx", "--data", "data.npz", "-o", f"{name}.onnx", *options)
+                     for name, options in (("a", ()), ("b", ("--trace",))))
+    assert "onnxq_run_pass(" in traced.err and "onnxq_run_pass(" not in plain.err + traced.out
+    assert Path("a.onnx").read_bytes() == Path("b.onnx").read_bytes()
+
+
 def test_version(onnxq):
     assert onnxq("--version").out == f"onnxq-plugins {onnxq_plugins.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["quantize", "audit", "compare", "plugins", "recipes", "check", "quickstart"])
+@pytest.mark.parametrize("command", ["quantize", "audit", "compare", "plugins", "new-plugin", "recipes", "check",
+                                     "quickstart"])
 def test_every_command_has_help(onnxq, command):
     ran = onnxq(command, "--help")
     assert ran.code == 0

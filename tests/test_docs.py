@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from onnxq_plugins.cli import app
 from onnxq_plugins.digits import digits_model_path, digits_split
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import builtin_recipes, parse
+from onnxq_plugins.testing import CHECKS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,15 +40,40 @@ def test_python_example_of_the_readme(tmp_path, monkeypatch):
     assert Path("model.int8.onnx").is_file()
 
 
-def test_plugin_example(monkeypatch):
-    code, = blocks(ROOT / "docs" / "plugins.md", "python")
+@pytest.fixture
+def acme(monkeypatch):
+    """The smallest plugin, as the page on plugins has it."""
     module = types.ModuleType("acme")
     monkeypatch.setitem(sys.modules, "acme", module)
-    exec(code, module.__dict__)
-    data = digits_split()["calibration_images"][:8]
-    result = onnxq.quantize(digits_model_path(), {"pass": [{"use": "acme.halve", "limit": 500}]}, data, plugins=[module])
-    bits = [spec.bits for name, spec in result.plan.items() if spec.codes is not None]
-    assert bits.count(4) == result.report["steps"][0]["told"]["layers"] > 0 and bits.count(8) > 0
+    exec(blocks(ROOT / "docs" / "write-a-plugin.md", "python")[0], module.__dict__)
+    return module
+
+
+def test_the_smallest_plugin_has_11_lines_and_works(acme, tmp_path, monkeypatch):
+    smallest, example, _ = blocks(ROOT / "docs" / "write-a-plugin.md", "python")
+    assert sum(bool(line.strip()) for line in smallest.splitlines()) == 11
+    monkeypatch.chdir(tmp_path)
+    Path("model.onnx").write_bytes(digits_model_path().read_bytes())
+    np.savez("samples.npz", image=digits_split()["calibration_images"][:8])
+    told: dict[str, onnxq.Result] = {}
+    exec(example, told)
+    bits = [spec.bits for spec in told["result"].plan.values() if spec.codes is not None]
+    assert bits.count(8) == 1 and bits.count(4) == len(bits) - 1 > 0
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_smallest_plugin_conforms(acme, name):
+    made: dict[str, Callable[..., None]] = {}
+    exec(blocks(ROOT / "docs" / "write-a-plugin.md", "python")[2], made)
+    mark, = made["test_keep_last"].pytestmark
+    step, check = next(case.values for case in mark.args[1] if case.id == f"acme.keep-last-{name.removeprefix('check_')}")
+    made["test_keep_last"](step, check)
+
+
+def test_every_check_is_documented():
+    text = (ROOT / "docs" / "write-a-plugin.md").read_text("utf-8")
+    assert re.findall(r"^\| `(check_\w+)` ", text, re.MULTILINE) == list(CHECKS)
+    assert all(check.__doc__ and "Why:" in check.__doc__ for check in CHECKS.values())
 
 
 def test_recipe_example_is_valid():
@@ -59,7 +86,7 @@ def test_recipe_example_is_valid():
 def test_commands_and_links_exist(page):
     text = page.read_text("utf-8")
     known = {command.name or command.callback.__name__ for command in app.registered_commands}
-    used = set(re.findall(r"^onnxq (\w+)", text, re.MULTILINE)) | set(re.findall(r"`onnxq (\w+)", text))
+    used = set(re.findall(r"^onnxq ([\w-]+)", text, re.MULTILINE)) | set(re.findall(r"`onnxq ([\w-]+)", text))
     assert used <= known
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (page.parent / target).exists(), target

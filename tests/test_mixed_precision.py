@@ -624,3 +624,12 @@ def test_agreement_is_a_percentage():
     a = np.eye(4, dtype=np.float32)
     assert agreement([a], [a]) == 100
     assert agreement([a], [a[[0, 1, 3, 2]]]) == 50
+
+
+def test_a_model_that_insists_on_its_batch_size_is_searched():
+    """Samples are put into batches once: not those that are batches already."""
+    net = Net([4, 13])
+    model = net.model(net.gemm(net.op("Relu", net.gemm("x", 13, 24)), 24, 7))
+    result = quantize(model, {"pass": [{"use": "mixed-precision", "limit": 0.8}]}, feeds(model, 9), workers=1)
+    told = result.report["steps"][0]["told"]
+    assert told["groups"] == 2 and min(point["size"] for point in told["curve"]) <= 0.8

@@ -308,3 +308,47 @@ def test_passes_found_can_be_read_by_recipes(install):
     found = find_plugins([Vendor()])
     recipe = load_recipe({"pass": [{"use": "vendor.note"}]}, found.passes, ["vendor.note.text=other"])
     assert recipe.passes == (Note("other"),)
+
+
+# ---- tracing ------------------------------------------------------------------------------------------------------------
+
+
+class Timer:
+    @hookimpl(wrapper=True)
+    def onnxq_run_pass(self, step, job):
+        told = yield
+        return {**told, "timed": True}
+
+    @hookimpl
+    def onnxq_exported(self, job, model, path):
+        pass
+
+
+def test_a_trace_shows_each_hook_call_with_who_answered_it(install):
+    install(Entry("vendor", Vendor(), "vendor-package"))
+    lines: list[str] = []
+    recipe = {"pass": [{"use": "vendor.note", "text": "it ran"}, {"use": "ranges"}]}
+    quantize(cnn(), recipe, feeds(cnn(), 2), workers=1, plugins=[Timer()], trace=lines.append)
+    calls = [line.partition("(")[0] for line in lines]
+    assert calls == ["onnxq_passes", "onnxq_targets", "onnxq_passes", "onnxq_run_pass", "onnxq_run_pass", "onnxq_exported"]
+    assert "by vendor (vendor-package) -> [[vendor.note]]" in lines[2]
+    assert "step=vendor.note text='it ran'" in lines[3] and "by Timer (given in Python) [wrapper], built-in" in lines[3]
+    assert "'timed': True" in lines[3] and "path=None" in lines[5] and "by Timer" in lines[5]
+    assert all(line.endswith(" ms") for line in lines)
+
+
+def test_a_trace_changes_no_model_and_shows_what_is_raised(install):
+    plain, traced = (quantize(cnn(), "int8", feeds(cnn(), 2), workers=1, trace=trace) for trace in (None, [].append))
+    assert plain.model.SerializeToString() == traced.model.SerializeToString()
+    lines: list[str] = []
+    assert find_plugins([Raises(RuntimeError("no licence"))], lines.append).broken
+    assert any("raises RuntimeError: no licence" in line for line in lines)
+
+
+def test_a_hook_may_be_implemented_under_another_name(install):
+    class Renamed:
+        @hookimpl(specname="onnxq_passes")
+        def my_passes(self):
+            return [Note]
+
+    assert find_plugins([Renamed()]).passes["vendor.note"] is Note

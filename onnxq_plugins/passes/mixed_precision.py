@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins import latency
-from onnxq_plugins.data import Data
+from onnxq_plugins.data import open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.measure import Measure, Metric, metric, metric_name, sqnr
@@ -126,7 +126,7 @@ class _Search:
     def run(self) -> dict[str, Any]:
         step, data = self.step, self.job.calibration.data
         assert data is not None
-        half = Data(data.inputs, lambda: iter(self.rounded_on), "half of the data", len(self.rounded_on))
+        half = open_data(self.rounded_on, data.inputs)  # sample by sample: a model may insist on its own batch size
         self.widths.round(step.method, half)
         if self.falling == "latency":
             self.widths.time(self.feed)

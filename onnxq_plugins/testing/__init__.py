@@ -1,0 +1,69 @@
+"""The conformance kit: what users, recipes and other passes rely on, as tests for your pass.
+
+    from onnxq_plugins.testing import parametrize_with_checks
+
+    @parametrize_with_checks([MyPass(), MyPass(alpha=2)])
+    def test_my_pass(step, check):
+        check(step)
+
+`checks.CHECKS` lists the checks; each is a function whose docstring says what is required, and why. `models.ZOO` holds the
+small models they run on, `models.Net` writes further ones for tests of your own. pytest is needed here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.job import Pass
+from onnxq_plugins.recipe import Recipe
+from onnxq_plugins.testing.bench import Bench
+from onnxq_plugins.testing.checks import CHECKS
+
+__all__ = ["CHECKS", "cases", "parametrize_with_checks"]
+
+
+def parametrize_with_checks(steps: Iterable[Pass], *, expected_failures: Mapping[str, str] | None = None,
+                            recipe: Mapping[str, Any] | None = None, plugins: Iterable[object] = ()) -> Callable[..., Any]:
+    """Decorate a test function of (step, check) that calls ``check(step)``: one test for each pass and check.
+
+    steps               passes, with the parameters to try
+    expected_failures   name of a check -> reason why these passes cannot meet it; such a test must fail, or it is an error
+    recipe              tables of the recipe that the passes are for, such as {"weights": {"bits": 4}}, perhaps with passes
+                        that run before; int8 if not given
+    plugins             plugin objects that are needed beside the installed ones; passes need not be installed
+
+    Raises OnnxqError for a check that does not exist.
+    """
+    import pytest
+
+    plugins = tuple(plugins)
+    return pytest.mark.parametrize(("step", "check"), [case for step in steps for case in cases(
+        step, expected_failures=expected_failures, recipe=recipe, plugins=plugins)])
+
+
+def cases(step: Pass, *, expected_failures: Mapping[str, str] | None = None, recipe: Mapping[str, Any] | None = None,
+          plugins: Iterable[object] = ()) -> list[Any]:
+    """The tests of one pass as values of ``pytest.mark.parametrize(("step", "check"), ...)``, to join those of passes that
+    need different recipes. Parameters as in `parametrize_with_checks`."""
+    import pytest
+
+    expected = dict(expected_failures or {})
+    if unknown := [name for name in expected if name not in CHECKS]:
+        raise OnnxqError(f"expected_failures: there is no check '{unknown[0]}'; known: {', '.join(CHECKS)}.")
+    if not isinstance(step, Pass):
+        raise OnnxqError(f"{step!r} is no pass; give instances, such as MyPass().")
+    bench = Bench(dict(recipe or {}), tuple(plugins))
+    return [pytest.param(step, partial(check, bench=bench), id=f"{_label(step)}-{name.removeprefix('check_')}",
+                         marks=[pytest.mark.xfail(strict=True, raises=AssertionError, reason=expected[name])]
+                         if name in expected else [])
+            for name, check in CHECKS.items()]
+
+
+def _label(step: Pass) -> str:
+    """The pass as a test's name tells it, with what differs from the defaults."""
+    values = Recipe(passes=(step,)).to_dict()["pass"][0]
+    shown = ",".join(f"{key}={value}" for key, value in values.items() if key != "use")
+    return f"{step.name}({shown})" if shown else step.name

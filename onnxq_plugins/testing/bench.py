@@ -1,0 +1,131 @@
+"""Where a pass is tried: the recipe around it, the plugins beside it, the models it runs on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxq_plugins import runtime
+from onnxq_plugins.engine import LawBroken, Result, quantize
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph import Graph
+from onnxq_plugins.hookspecs import hookimpl
+from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.plugins import Plugins, find_plugins
+from onnxq_plugins.recipe import Recipe
+from onnxq_plugins.spec import Array
+from onnxq_plugins.testing.models import feeds, make
+
+SAMPLES = 8  # of calibration data
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What surrounds the pass under test.
+
+    recipe    tables of the recipe that the pass is for, such as {"weights": {"bits": 4}}; the pass runs behind its passes
+    plugins   plugin objects that recipe and pass need beside the installed ones, for instance with their target
+    """
+
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    plugins: tuple[object, ...] = ()
+
+    @functools.cached_property
+    def known(self) -> Plugins:
+        """What is installed, and given."""
+        return find_plugins(self.plugins)
+
+    def table(self, *steps: Pass, **changes: Any) -> dict[str, Any]:
+        """The recipe with some passes at its end and some tables changed."""
+        used = Recipe(passes=steps).to_dict().get("pass", [])
+        return {**self.recipe, **changes, "pass": [*self.recipe.get("pass", []), *used]}
+
+    def guests(self, *steps: Pass) -> list[object]:
+        """Plugin objects to hand to the engine, so that it knows the passes. Fails if one is installed as another class."""
+        unknown: list[type[Pass]] = []
+        for kind in dict.fromkeys(type(step) for step in steps):
+            found = self.known.passes.get(kind.name)
+            if found is not None and found is not kind:
+                raise AssertionError(f"pass '{kind.name}' is known from '{self.known.sources[f'pass {kind.name}']}' as "
+                                     f"another class, {found.__module__}.{found.__qualname__}; uninstall that package, or "
+                                     "install this one with: pip install -e .")
+            unknown += [kind] if found is None else []
+        return [*self.plugins, *([Brings(tuple(unknown))] if unknown else [])]
+
+    def quantize(self, steps: Sequence[Pass], name: str, *, model: onnx.ModelProto | None = None, data: object = ...,
+                 changes: Mapping[str, Any] | None = None, watch: object = None, **options: Any) -> Result:
+        """The model of that name through the recipe and the passes. What the engine refuses is an OnnxqError, a pass that
+        raises anything else an AssertionError.
+
+        model     in place of the one of that name
+        data      in place of eight random samples
+        changes   tables to put into the recipe
+        watch     a further plugin object
+        """
+        model = make(name) if model is None else model
+        plugins = [*self.guests(*steps), *([] if watch is None else [watch])]
+        try:
+            return quantize(model, self.table(*steps, **(changes or {})), feeds(model, SAMPLES) if data is ... else data,
+                            plugins=plugins, **{"workers": 1, **options})
+        except LawBroken as error:
+            raise AssertionError(f"on model '{name}', {error}") from error
+        except (OnnxqError, AssertionError):
+            raise
+        except Exception as error:  # whatever a stranger's pass raises
+            raise AssertionError(f"{_named(steps)} raises {type(error).__name__} ({error}) on model '{name}'; let it leave "
+                                 "alone what it cannot handle and say so in job.report['notes'].") from error
+
+    def must(self, steps: Sequence[Pass], name: str, **options: Any) -> Result:
+        """`quantize` where a refusal is a failure too."""
+        try:
+            return self.quantize(steps, name, **options)
+        except OnnxqError as error:
+            raise AssertionError(f"{_named(steps)} ends in an error on model '{name}' ({error.problems[0]}) where it must "
+                                 "work; give it a recipe that fits (recipe=...), or plan only what job.target.rule "
+                                 "accepts.") from error
+
+
+@dataclass(frozen=True)
+class Brings:
+    """A plugin with some passes."""
+
+    passes: tuple[type[Pass], ...]
+
+    @hookimpl
+    def onnxq_passes(self) -> list[type[Pass]]:
+        return list(self.passes)
+
+
+@dataclass
+class Watch:
+    """A plugin that keeps what one pass finds and leaves: plans before and after, the graph after, what it told."""
+
+    name: str
+    seen: list[tuple[Any, Any, Graph, object]] = field(default_factory=list)
+
+    @hookimpl(wrapper=True)
+    def onnxq_run_pass(self, step: Pass, job: Job) -> Generator[None, dict[str, Any], dict[str, Any]]:
+        before = job.plan
+        told = yield
+        if step.name == self.name:
+            self.seen.append((before, job.plan, job.graph.copy(), told))
+        return told
+
+
+def _named(steps: Sequence[Pass]) -> str:
+    return f"pass '{steps[0].name}'" if steps else "the recipe, without the pass,"
+
+
+def outputs(model: onnx.ModelProto, samples: Sequence[Mapping[str, Array]], optimize: bool = True) -> list[Array]:
+    """Every output over the samples."""
+    return runtime.outputs(runtime.session(model, optimize=optimize), samples)
+
+
+def sqnr(reference: Sequence[Array], found: Sequence[Array]) -> float:
+    """In dB, the mean over the outputs."""
+    return float(np.mean([runtime.sqnr(y, z) for y, z in zip(reference, found, strict=True)]))

@@ -1,0 +1,389 @@
+"""What a pass must do, one function a requirement: check(step, bench). Each returns, or fails with an AssertionError of one
+sentence that says what is wrong and what to do.
+
+A requirement is here because a user's model, an older recipe or another pass in the same recipe relies on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import random
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxq_plugins import runtime
+from onnxq_plugins.engine import DRIFT, Result
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph import Graph
+from onnxq_plugins.job import Pass
+from onnxq_plugins.passes import BUILTIN
+from onnxq_plugins.recipe import Recipe, default_of, parse
+from onnxq_plugins.spec import Plan, QuantSpec, block_shape
+from onnxq_plugins.target import BUILTIN as TARGETS
+from onnxq_plugins.testing.bench import SAMPLES, Bench, Watch, outputs, sqnr
+from onnxq_plugins.testing.models import ZOO, batch, feeds, make
+
+PLAIN = ("cnn", "mobilenet", "mlp")
+HARM = 1.0  # dB that a pass may lose on average over the plain models, whose outputs are few
+AGREE = 35.0  # dB between two ways of running one model: kernels round ties apart by one code
+
+
+def check_declaration(step: Pass, bench: Bench) -> None:
+    """A frozen dataclass with a name ``vendor.pass``, a docstring, and a default for every parameter that a recipe can hold.
+
+    Why: recipes are text. Whatever a recipe cannot write, users cannot set, and the model's metadata cannot tell; a pass
+    without defaults cannot be listed with ``use = "..."`` alone; the vendor keeps two packages apart.
+    """
+    kind = type(step)
+    where = f"class {kind.__qualname__}"
+    frozen = is_dataclass(kind) and getattr(vars(kind).get("__dataclass_params__"), "frozen", False)
+    assert isinstance(step, Pass) and frozen, f"{where} must be a frozen dataclass: write @dataclass(frozen=True) above it."
+    assert isinstance(kind.name, str) and "name" not in [f.name for f in fields(kind)], (
+        f"{where}: name must belong to the class and not be a parameter; write name: ClassVar[str] = \"vendor.pass\".")
+    word = r"[a-z0-9]+(-[a-z0-9]+)*"
+    assert re.fullmatch(word if kind in BUILTIN else rf"{word}(\.{word})+", kind.name), (
+        f"{where}: name '{kind.name}' must be lower-case words with a vendor in front, such as acme.clip-weights.")
+    assert isinstance(kind.exact, bool), f"{where}: exact must be True or False, it is {kind.exact!r}."
+    own = vars(kind).get("__doc__") or ""
+    assert own.strip() and not own.startswith(f"{kind.__name__}("), (
+        f"{where} needs a docstring, which 'onnxq plugins {kind.name}' shows; tell what it does, with what parameters.")
+    for field in fields(kind):
+        assert not field.init or field.default is not MISSING or field.default_factory is not MISSING, (
+            f"{where}: parameter '{field.name}' has no default; give it one, so that a recipe may leave it out.")
+    every = {f.name: default_of(f) for f in fields(kind) if f.init}
+    for source in ({k: v for k, v in every.items() if v is not None}, bench.table(step)["pass"][-1]):
+        for key, value in source.items():
+            try:
+                again = tomllib.loads(f"v = {_toml(value)}")["v"]
+            except (TypeError, ValueError):
+                again = None
+            assert json.dumps(again, sort_keys=True) == json.dumps(_plain(value), sort_keys=True), (
+                f"{where}: {key} = {value!r} cannot be written in TOML and JSON; use numbers, text, booleans, and tuples or "
+                "dicts of these.")
+
+
+def check_recipe_round_trip(step: Pass, bench: Bench) -> None:
+    """Written as a table, as JSON and into a model's metadata, and read again, the pass is the same one.
+
+    Why: a model tells the recipe it was made by, and that recipe must make the same model again.
+    """
+    passes = {**bench.known.passes, type(step).name: type(step)}
+    recipe = Recipe(passes=(step,))
+    for how, table in (("a recipe", recipe.to_dict()), ("JSON", json.loads(recipe.to_json()))):
+        try:
+            again = parse(table, passes).passes[0]
+        except OnnxqError as error:
+            raise AssertionError(f"pass '{step.name}' cannot be read from {how} that it wrote itself ({error.problems[0]}); "
+                                 "annotate each parameter with the type of its values.") from error
+        assert again == step, (f"pass '{step.name}' comes back from {how} as {again!r} instead of {step!r}; let parameters "
+                               "be plain values that __post_init__ does not change.")
+    result = bench.must((step,), "cnn")
+    kept = json.loads(next(p.value for p in result.model.metadata_props if p.key == "onnxq.recipe"))
+    again = parse(kept, passes).passes[-1]
+    assert again == step, (
+        f"pass '{step.name}' is {again!r} in the model's metadata instead of {step!r}; keep parameters plain.")
+
+
+def check_float_function(step: Pass, bench: Bench) -> None:
+    """The float model behind the pass has the same inputs and outputs, and with ``exact = True`` the same values, to 1e-4 of
+    the largest output, on the calibration data (law L1). What is lossy belongs into the plan.
+
+    Why: a wrong rewrite may hide in the noise of quantization for long; compared in float, it cannot.
+    """
+    for name in (*PLAIN, "transformer"):
+        original, samples = make(name), feeds(make(name), SAMPLES)
+        result = bench.must((step,), name)
+        made = result.float_model
+        for kind in ("input", "output"):
+            old, new = ([port.name for port in getattr(m.graph, kind)] for m in (original, made))
+            assert old == new, (f"pass '{step.name}' changes the {kind}s of model '{name}' from {old} to {new}; keep their "
+                                "names and order.")
+        found = outputs(made, samples)
+        assert all(np.isfinite(y).all() for y in found), (
+            f"behind pass '{step.name}' the float model '{name}' gives NaN or Inf; check the pass for divisions by 0.")
+        moved = runtime.drift(outputs(original, samples), found)
+        assert not step.exact or moved <= DRIFT, (
+            f"pass '{step.name}' moves the float outputs of model '{name}' by {moved:.1e} (limit {DRIFT:.0e}) though it "
+            "says exact = True; mend the rewrite, or declare exact = False if the change is meant.")
+
+
+def check_plan(step: Pass, bench: Bench) -> None:
+    """Each entry of the plan that the pass makes or changes is about the weight of a layer or about an activation of the
+    graph as the pass leaves it, is within its own grid, and the whole can be exported, or is refused in sentences.
+
+    Why: an entry that names nothing quantizes nothing, silently; a scale of 0 or a code off the grid is found by nobody.
+    """
+    for name in PLAIN:
+        watch, crashed = Watch(step.name), None
+        try:
+            bench.quantize((step,), name, watch=watch)
+        except OnnxqError as error:
+            _sentences(step, name, error)
+        except AssertionError as error:  # a wrong entry may bring the export down; it says more about the reason
+            crashed = error
+        assert watch.seen or crashed, (
+            f"pass '{step.name}' was not run on model '{name}'; give the kit a recipe that fits (recipe=...).")
+        for before, plan, graph, _ in watch.seen:
+            assert isinstance(plan, Plan), (f"pass '{step.name}' leaves a {type(plan).__name__} in job.plan; write "
+                                            "job.plan |= {name: spec}, which makes a new Plan.")
+            for tensor, spec in plan.items():
+                wrong = "" if spec is before.get(tensor) else _entry_problem(graph, tensor, spec)
+                assert not wrong, f"pass '{step.name}' on model '{name}': the planned entry of '{tensor}' {wrong}."
+        if crashed is not None:
+            raise crashed
+
+
+def check_repeatable(step: Pass, bench: Bench) -> None:
+    """One seed, one result: the same bytes in a second run, with two workers, and whatever numpy's global generator holds.
+
+    Why: a model that cannot be made again cannot be debugged. Draw from ``job.rng``, and before work is handed to workers.
+    """
+    first = _bytes(bench.must((step,), "mobilenet"))
+    with _global_random_state():
+        np.random.seed(12345)  # noqa: NPY002  it is what must not matter
+        random.seed(12345)
+        assert _bytes(bench.must((step,), "mobilenet")) == first, (
+            f"pass '{step.name}' gives another model when it runs again with the same seed; draw random numbers from "
+            "job.rng, depend on no clock, and loop over no set.")
+    assert _bytes(bench.must((step,), "mobilenet", workers=2)) == first, (
+        f"pass '{step.name}' gives another model with two workers than with one; draw random numbers before the work is "
+        "handed out, and collect results in the order of the layers.")
+
+
+def check_inputs_left_alone(step: Pass, bench: Bench) -> None:
+    """The given model, the data and the global random states are after the run as before.
+
+    Why: they belong to the caller, who goes on using them.
+    """
+    for name in PLAIN[:2]:
+        model = type(make(name)).FromString(make(name).SerializeToString())
+        data = feeds(model, SAMPLES)
+        copies = [{k: v.copy() for k, v in feed.items()} for feed in data]
+        with _global_random_state() as same:
+            bench.must((step,), name, model=model, data=data)
+            assert same(), f"pass '{step.name}' uses or sets a global random generator; draw from job.rng instead."
+        assert model.SerializeToString() == make(name).SerializeToString(), (
+            f"pass '{step.name}' changes the model it was given; change job.graph through its methods (set_constant ...), "
+            "not the arrays in it.")
+        assert all(np.array_equal(a[k], b[k]) for a, b in zip(data, copies, strict=True) for k in a), (
+            f"pass '{step.name}' changes the calibration data; copy a sample before you write into it.")
+
+
+def check_targets(step: Pass, bench: Bench) -> None:
+    """For every built-in target (and the recipe's own), the model is refused with sentences or onnxruntime runs it, and
+    gives the same with and without its graph optimizations.
+
+    Why: unoptimized, the model computes what the file says; optimized, what the integer kernels make of it. A pass that
+    plans what kernels do differently is wrong on one of the two.
+    """
+    for target in dict.fromkeys([*(t.name for t in TARGETS), str(bench.recipe.get("target", Recipe.target))]):
+        for name in PLAIN[:2]:
+            changes = {"target": target}
+            try:
+                made = bench.quantize((step,), name, changes=changes)
+            except OnnxqError as error:
+                _sentences(step, name, error)
+                continue
+            apart = _apart(made, name, step, f" for target '{target}'")
+            # a processor without VNNI saturates with some codes, whatever the pass
+            assert apart > AGREE or apart > _apart(bench.quantize((), name, changes=changes), name, step, "") - 6, (
+                f"behind pass '{step.name}', model '{name}' for target '{target}' runs {apart:.0f} dB apart with and "
+                "without onnxruntime's optimizations; see docs/runtime.md for what its kernels round.")
+
+
+def check_twice(step: Pass, bench: Bench) -> None:
+    """Twice in a row in one recipe, the pass works, and keeps its promise about the float function.
+
+    Why: recipes are assembled by people and by tools. The second time, scales and codes may be solved, layers replaced and
+    names taken.
+    """
+    for name in PLAIN:
+        made = bench.must((step, step), name, verify=step.exact)
+        _apart(made, name, step, " run twice in a row")
+
+
+def check_odd_graphs(step: Pass, bench: Bench) -> None:
+    """The pass works, and changes no float function if it is exact, on graphs with shared weights, no layer at all, dead
+    channels, channel counts that no block divides, grouped and depthwise convolutions, ConvTranspose, attention, control
+    flow and a fixed batch size, and where the recipe leaves every layer float.
+
+    Why: real models have all of these. What a pass cannot handle it leaves alone and reports; it does not refuse the model.
+    """
+    everything_float = {"layer": [{"quantize": False}]}
+    cases: list[tuple[str, dict[str, Any], str]] = [(name, {}, "") for name in (*ZOO, "fixed_batch") if name not in PLAIN]
+    for name, changes, how in [*cases, ("cnn", everything_float, " with all layers left float")]:
+        try:
+            made = bench.quantize((step,), name, changes=changes, verify=step.exact)
+        except OnnxqError as error:
+            try:
+                bench.quantize((), name, changes=changes)
+            except OnnxqError:
+                continue  # the recipe does not fit, whatever the pass
+            raise AssertionError(f"pass '{step.name}' ends in an error on model '{name}'{how}, which works without it "
+                                 f"({error.problems[0]}); leave alone what it cannot handle.") from error
+        _apart(made, name, step, how)
+
+
+def check_not_harmful(step: Pass, bench: Bench) -> None:
+    """With the pass the outputs are no more than 1 dB further from float, on the average of three small models, than with
+    the same recipe without it.
+
+    Why: users add a pass to win something. A pass that trades accuracy for something else (size, narrow accumulators) fails
+    here by design: list this check in ``expected_failures`` and say what it buys.
+    """
+    gains = []
+    for name in PLAIN:
+        samples = feeds(make(name), 16, seed=1)
+        reference = outputs(make(name), samples)
+        without, behind = (sqnr(reference, outputs(bench.must(steps, name).model, samples)) for steps in ((), (step,)))
+        gains.append(behind - without)
+    each = ", ".join(f"{name} {gain:+.1f}" for name, gain in zip(PLAIN, gains, strict=True))
+    assert np.mean(gains) >= -HARM, (
+        f"pass '{step.name}' loses {-np.mean(gains):.1f} dB against the recipe without it ({each}); if it trades that for "
+        "something else, say so in expected_failures.")
+
+
+def check_report(step: Pass, bench: Bench) -> None:
+    """`apply` returns a dict (or None), and the whole report is JSON without NaN.
+
+    Why: ``--report`` writes it, and tools read it.
+    """
+    watch = Watch(step.name)
+    result = bench.must((step,), "mobilenet", watch=watch)
+    for *_, told in watch.seen:
+        assert isinstance(told, dict), f"pass '{step.name}' returns a {type(told).__name__}; return a dict, or nothing."
+        assert all(isinstance(key, str) for key in told), f"pass '{step.name}' reports under keys that are no text."
+    try:
+        json.dumps(result.report, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise AssertionError(f"behind pass '{step.name}' the report is no JSON ({error}); turn numpy values into int, float "
+                             "or list.") from error
+
+
+def check_without_data(step: Pass, bench: Bench) -> None:
+    """Without calibration data the pass works, or the user is told in a sentence that data are needed. Tried with
+    activations that need ranges, and with weights alone, which need none.
+
+    Why: weights can be quantized without data, and people do. ``job.calibration.ready`` tells.
+    """
+    for how, changes in (("", {}), (" with weights alone", {"target": "storage", "activations": {"bits": 32}})):
+        try:
+            made = bench.quantize((step,), "cnn", data=None, changes=changes)
+        except OnnxqError as error:
+            _sentences(step, "cnn", error)
+            assert re.search(r"\bdata\b", str(error)), (
+                f"pass '{step.name}'{how} ends without data in an error that does not mention them ({error.problems[0]}); "
+                "ask job.calibration, which says so, or leave out what needs data and note it.")
+        else:
+            _apart(made, "cnn", step, f" without data{how}")
+
+
+CHECKS: dict[str, Callable[..., None]] = {name: check for name, check in list(globals().items())
+                            if name.startswith("check_") and inspect.isfunction(check)}
+
+
+# ---- details --------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _global_random_state() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether the global generators are untouched so far; behind it they are as before."""
+    kept = np.random.get_state(), random.getstate()  # noqa: NPY002
+    before = _random_key()
+    try:
+        yield lambda: _random_key() == before
+    finally:
+        np.random.set_state(kept[0])  # noqa: NPY002
+        random.setstate(kept[1])
+
+
+def _random_key() -> str:
+    numpys: Iterable[Any] = np.random.get_state()  # noqa: NPY002
+    return repr([x.tobytes() if isinstance(x, np.ndarray) else x for x in numpys]) + repr(random.getstate())
+
+
+def _bytes(result: Result) -> bytes:
+    return bytes(result.model.SerializeToString())
+
+
+def _apart(made: Result, name: str, step: Pass, how: str) -> float:
+    """SQNR between the optimized and the plain run, in dB. Fails if outputs are not finite or have the wrong shape; a model
+    with a dynamic batch is run with one sample and with three."""
+    model = make(name)
+    samples = feeds(model, 3, seed=1)
+    fixed = model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
+    wanted = outputs(model, samples)
+    found = [outputs(made.model, samples, optimize) for optimize in (True, False)]
+    found += [] if fixed else [outputs(made.model, [batch(samples)])]
+    for one in found:
+        assert [y.shape for y in one] == [y.shape for y in wanted] and all(np.isfinite(y).all() for y in one), (
+            f"behind pass '{step.name}'{how}, model '{name}' gives outputs of another shape, or NaN or Inf; compare "
+            "result.float_model with the original.")
+    return sqnr(found[0], found[1])
+
+
+def _sentences(step: Pass, name: str, error: OnnxqError) -> None:
+    """Fails if a refusal is not made of whole sentences on one line each."""
+    for problem in error.problems or ("",):
+        assert problem.strip().endswith(".") and "\n" not in problem, (
+            f"pass '{step.name}' refuses model '{name}' with {problem!r}; raise OnnxqError with one sentence on one line: "
+            "what is wrong, where, and what to do.")
+
+
+def _entry_problem(graph: Graph, tensor: str, spec: QuantSpec) -> str:
+    """What is wrong with one entry of the plan; "" if nothing."""
+    if tensor not in graph:
+        return "names no tensor of the graph; take names from job.graph.layers"
+    layer = next((y for y in graph.layers if y.weight == tensor), None)
+    if layer is None and graph.is_constant(tensor):
+        return "is about a constant that is no layer's weight; plan weights and activations, biases follow from them"
+    if not spec.solved:
+        return ""
+    if layer is None:
+        shape: tuple[int, ...] = ()
+        if spec.block is not None:
+            return f"has block {spec.block}; activations have one scale, block = None"
+    else:
+        shape = layer.shape
+    scale = np.asarray(spec.scale)
+    if scale.shape != block_shape(shape, spec.block):
+        return f"has scales of shape {scale.shape}, its block asks for {block_shape(shape, spec.block)}; see QuantSpec"
+    if not (np.isfinite(scale).all() and (scale > 0).all()):
+        return "has scales that are not positive numbers; use scale 1 where all values are 0"
+    if spec.multiplier is not None and not np.isin(spec.multiplier, spec.multipliers).all():
+        return f"has multipliers other than {spec.multipliers.tolist()}; keep to QuantSpec.multipliers"
+    low, high = spec.grid
+    for what, codes, wanted in (("codes", spec.codes, shape), ("zero points", spec.zero_point, scale.shape)):
+        if codes is not None and not (codes.shape == wanted and np.issubdtype(codes.dtype, np.integer)
+                                      and (codes >= low).all() and (codes <= high).all()):
+            return f"has {what} that are not integers of shape {wanted} in [{low}, {high}]; clip them to QuantSpec.grid"
+    if spec.shift is not None and layer is not None and np.shape(spec.shift) != (layer.channels,):
+        return f"has a shift of shape {np.shape(spec.shift)}; give one value per output channel, ({layer.channels},)"
+    return ""
+
+
+def _toml(value: object) -> str:
+    """A value as TOML writes it inline. Raises TypeError if it cannot."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, (bool, int, float, str)):
+        return json.dumps(value, allow_nan=False)
+    raise TypeError(f"{value!r} has no place in TOML")
+
+
+def _plain(value: object) -> object:
+    """Tuples as lists, mappings as dicts; what is not plain as text, which equals nothing that was read."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str)) else repr(value)

@@ -1,0 +1,66 @@
+"""Every built-in pass goes through the conformance kit."""
+
+from __future__ import annotations
+
+import pytest
+
+from onnxq_plugins.passes import (
+    BUILTIN,
+    AbsorbBias,
+    BiasCorrect,
+    BoundAccumulator,
+    CodingLength,
+    DataFree,
+    Equalize,
+    MixedPrecision,
+    Orthogonality,
+    Ranges,
+    Reorder,
+    Round,
+    ScaleInputs,
+    ShiftEqualize,
+    SplitWeights,
+    SubLayer,
+    Subtensor,
+    VectorScale,
+)
+from onnxq_plugins.testing import CHECKS, cases
+
+TILES = {"weights": {"bits": 4, "sub_block": [1, 16]}}
+TENSOR = {"weights": {"block": "tensor"}}
+NARROWER = {"check_not_harmful": "it makes weights narrower: size for accuracy"}
+
+CASES = [
+    cases(AbsorbBias()),
+    cases(BiasCorrect()),
+    cases(BiasCorrect(method="analytic"), expected_failures={
+        "check_not_harmful": "the BatchNorm statistics of random models are not those of their data"}),
+    cases(BoundAccumulator(), expected_failures={"check_not_harmful": "codes that fit 16-bit accumulators lose accuracy"}),
+    cases(CodingLength(), expected_failures=NARROWER),
+    cases(DataFree(samples=8, inputs={"x": [-4.0, 4.0]}), expected_failures={
+        "check_not_harmful": "its images are not the random numbers that count as data here"}),
+    cases(Equalize(), recipe=TENSOR),
+    cases(Equalize(by="activations", samples=4), recipe=TENSOR),
+    cases(MixedPrecision(samples=4, strategy="binary", curve=2), expected_failures=NARROWER),
+    cases(Orthogonality(samples=8), expected_failures=NARROWER),
+    cases(Ranges(method="mse")),
+    cases(Reorder(sweeps=1), recipe=TILES),
+    cases(Round(method="gptq", samples=8)),
+    cases(ScaleInputs()),
+    cases(ShiftEqualize(), recipe=TENSOR),
+    cases(SplitWeights(gain=1.0, below=200.0)),
+    cases(SubLayer(rounds=1), recipe=TILES),
+    cases(Subtensor(), recipe=TENSOR),
+    cases(Subtensor(split=True), recipe=TENSOR),
+    cases(VectorScale(), recipe=TILES),
+]
+
+
+@pytest.mark.parametrize(("step", "check"), [case for several in CASES for case in several])
+def test_builtin(step, check):
+    check(step)
+
+
+def test_every_builtin_pass_is_here():
+    assert {type(several[0].values[0]) for several in CASES} == set(BUILTIN)
+    assert all(len(several) == len(CHECKS) for several in CASES)

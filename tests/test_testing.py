@@ -1,0 +1,246 @@
+"""The conformance kit fails where a pass breaks a promise: for each check, passes that are wrong in one way."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from onnxq_plugins import OnnxqError, Pass, QuantSpec, hookimpl
+from onnxq_plugins.passes import Ranges
+from onnxq_plugins.testing import CHECKS, cases, checks, parametrize_with_checks
+from onnxq_plugins.testing.bench import Bench
+
+GLOBAL: Any = np.random  # the generator that no pass may touch
+MEMORY: Any = itertools.count()
+
+
+def bad(apply=lambda self, job: None, **more):
+    """An instance of a pass that is in order but for `apply` and what is given."""
+    body = {"__doc__": "Wrong.", "__annotations__": {}, "name": "acme.bad", "apply": apply, **more}
+    return dataclass(frozen=True)(type("Bad", (Pass,), body))()
+
+
+def planned(job):
+    return next(y for y in job.graph.layers if y.weight in job.plan)
+
+
+def plans(made):
+    """A pass that puts something into the plan, made of (job, first planned layer)."""
+    def apply(self, job):
+        job.plan |= made(job, planned(job))
+    return bad(apply)
+
+
+def entry(**values):
+    def made(job, layer):
+        weight = job.graph.constant(layer.weight)
+        return {layer.weight: QuantSpec(codes=np.zeros(weight.shape, np.int64), scale=np.float32(1), zero_point=np.int64(0))
+                if not values else replace(QuantSpec(scale=np.array(1, np.float32)), **{
+                    key: value(weight) if callable(value) else value for key, value in values.items()})}
+    return plans(made)
+
+
+def function(body):
+    """A pass whose `apply` is that function of the job."""
+    return bad(lambda self, job: body(job))
+
+
+def scale_a_weight(job):
+    layer = planned(job)
+    job.graph.set_constant(layer.weight, job.graph.constant(layer.weight) * np.float32(1.01))
+
+
+def assign_a_dict(job):
+    job.plan = dict(job.plan)
+
+
+def spoil_data(job):
+    for feed in job.calibration.data or ():
+        feed["x"] *= 2
+
+
+def by_chance(draw):
+    def made(job, layer):
+        return {layer.weight: QuantSpec(scale=np.array(0.01 * (1 + draw(job)), np.float32))}
+    return plans(made)
+
+
+def once(job):
+    if job.plan[planned(job).weight].solved:
+        raise RuntimeError("not again")
+    job.plan |= {planned(job).weight: QuantSpec(scale=np.array(0.1, np.float32))}
+
+
+def refuse(text):
+    def body(job):
+        raise OnnxqError(text)
+    return function(body)
+
+
+def needs_data(job):
+    return {"samples": len(list(job.calibration.data))}
+
+
+@dataclass(frozen=True)
+class NoDefault(Pass):
+    """Wrong."""
+
+    name: ClassVar[str] = "acme.bad"
+    value: int
+
+
+class NoDataclass(Pass):
+    """Wrong."""
+
+    name: ClassVar[str] = "acme.bad"
+
+
+@dataclass(frozen=True)
+class NameIsField(Pass):
+    """Wrong."""
+
+    name: str = "acme.bad"
+
+
+def doubled(self):
+    object.__setattr__(self, "value", 2 * self.value)
+
+
+def parameter(kind, value, **more):
+    return bad(__annotations__={"value": kind}, value=value, **more)
+
+
+WRONG = [
+    ("declaration", NoDataclass(), "must be a frozen dataclass"),
+    ("declaration", NameIsField(), "name must belong to the class"),
+    ("declaration", bad(name="bad"), "with a vendor in front"),
+    ("declaration", bad(name="Acme.Bad"), "must be lower-case words"),
+    ("declaration", bad(__doc__=None), "needs a docstring"),
+    ("declaration", bad(exact="yes"), "exact must be True or False"),
+    ("declaration", NoDefault(1), "'value' has no default"),
+    ("declaration", parameter("complex", 1j), "cannot be written in TOML"),
+    ("declaration", parameter("float", float("nan")), "cannot be written in TOML"),
+    ("recipe_round_trip", parameter("int", 1, __post_init__=doubled), "comes back from a recipe"),
+    ("recipe_round_trip", replace(parameter("int", 1), value=0.5), "cannot be read from a recipe"),
+    ("float_function", function(scale_a_weight), "though it"),
+    ("plan", function(assign_a_dict), "a dict in job.plan"),
+    ("plan", plans(lambda job, layer: {"nothing": QuantSpec()}), "names no tensor"),
+    ("plan", plans(lambda job, layer: {layer.bias or "t": QuantSpec()}), "no layer's weight"),
+    ("plan", plans(lambda job, layer: {layer.output: QuantSpec(block=(1,), scale=np.ones(1))}), "activations have one"),
+    ("plan", entry(scale=np.array(0, np.float32)), "not positive"),
+    ("plan", entry(block=(1, 0, 0, 0)), "scales of shape"),
+    ("plan", entry(codes=lambda w: np.full(w.shape, 128)), "codes that are not integers"),
+    ("plan", entry(codes=lambda w: np.zeros(w.shape)), "codes that are not integers"),
+    ("plan", entry(shift=np.ones(1)), "shift of shape"),
+    ("plan", refuse("bad"), "one sentence on one line"),
+    ("plan", refuse("It is bad."), "was not run"),
+    ("repeatable", by_chance(lambda job: next(MEMORY) / 100), "another model when it runs again"),
+    ("repeatable", by_chance(lambda job: GLOBAL.random()), "another model when it runs again"),
+    ("repeatable", by_chance(lambda job: job.workers), "with two workers than with one"),
+    ("inputs_left_alone", by_chance(lambda job: GLOBAL.random()), "global random generator"),
+    ("inputs_left_alone", function(lambda job: GLOBAL.seed(0)), "global random generator"),
+    ("inputs_left_alone", function(spoil_data), "changes the calibration data"),
+    ("targets", refuse("bad"), "one sentence on one line"),
+    ("twice", function(once), "raises RuntimeError (not again)"),
+    ("odd_graphs", function(lambda job: {"first": job.graph.layers[0].name}), "raises IndexError"),
+    ("odd_graphs", function(lambda job: {"first": planned(job).name}), "raises StopIteration"),
+    ("odd_graphs", refuse("It is bad."), "which works without it"),
+    ("not_harmful", plans(lambda job, layer: {y.weight: QuantSpec(bits=2) for y in job.graph.layers}), "dB against"),
+    ("report", function(lambda job: [1]), "returns a list"),
+    ("report", function(lambda job: {1: 2}), "no text"),
+    ("report", function(lambda job: {"x": np.int64(1)}), "is no JSON"),
+    ("report", function(lambda job: {"x": float("nan")}), "is no JSON"),
+    ("without_data", function(needs_data), "raises TypeError"),
+    ("without_data", refuse("It is bad."), "does not mention them"),
+]
+
+
+@pytest.mark.parametrize(("name", "step", "words"), WRONG, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_wrong_pass_fails_in_one_sentence(name, step, words):
+    with pytest.raises(AssertionError) as caught:
+        CHECKS[f"check_{name}"](step, Bench())
+    text = str(caught.value)
+    assert words in text and "\n" not in text and text.endswith(".")
+
+
+def test_each_check_is_seen_to_fail():
+    assert {f"check_{name}" for name, *_ in WRONG} == set(CHECKS)
+
+
+def test_runs_apart_with_and_without_optimization_are_found(monkeypatch):
+    plain = checks.outputs
+
+    def outputs(model, samples, optimize=True):
+        mine = "acme.bad" in next((p.value for p in model.metadata_props if p.key == "onnxq.recipe"), "")
+        return [y * (1 + 0.1 * (optimize and mine)) for y in plain(model, samples, optimize)]
+
+    monkeypatch.setattr(checks, "outputs", outputs)
+    with pytest.raises(AssertionError, match="dB apart with and without"):
+        CHECKS["check_targets"](bad(), Bench())
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_pass_that_does_nothing_conforms(name):
+    CHECKS[name](bad(), Bench())
+
+
+def test_the_global_random_state_is_as_before():
+    GLOBAL.seed(3)
+    before = GLOBAL.get_state()[1].copy()
+    CHECKS["check_repeatable"](bad(), Bench())
+    assert (GLOBAL.get_state()[1] == before).all()
+
+
+# ---- the decorator --------------------------------------------------------------------------------------------------------
+
+
+def test_one_case_for_each_pass_and_check_with_a_name_that_tells_both():
+    @parametrize_with_checks([Ranges(), Ranges(method="mse")])
+    def decorated(step, check):
+        check(step)
+
+    mark, = decorated.pytestmark
+    assert len(mark.args[1]) == 2 * len(CHECKS)
+    assert {"ranges-plan", "ranges(method=mse)-plan"} <= {case.id for case in mark.args[1]}
+
+
+def test_what_is_expected_to_fail_must_fail():
+    marked = {case.id: case.marks for case in cases(Ranges(), expected_failures={"check_plan": "why"})}
+    (mark,) = marked.pop("ranges-plan")
+    assert mark.name == "xfail" and mark.kwargs == {"strict": True, "raises": AssertionError, "reason": "why"}
+    assert not any(marked.values())
+
+
+def test_mistakes_are_told():
+    with pytest.raises(OnnxqError, match=r"no check 'check_nothing'; known: check_declaration"):
+        parametrize_with_checks([Ranges()], expected_failures={"check_nothing": ""})
+    with pytest.raises(OnnxqError, match=r"give instances, such as MyPass\(\)"):
+        parametrize_with_checks([Ranges])
+
+
+def test_a_pass_of_that_name_that_is_installed_is_not_tested_in_its_place():
+    class Vendor:
+        @hookimpl
+        def onnxq_passes(self):
+            return [type(bad())]
+
+    with pytest.raises(AssertionError, match=r"pass 'acme\.bad' is known from 'given in Python' as another class"):
+        CHECKS["check_plan"](bad(), Bench(plugins=(Vendor(),)))
+
+
+def test_recipe_and_plugins_surround_the_pass():
+    seen = []
+
+    class Spy:
+        @hookimpl(wrapper=True)
+        def onnxq_run_pass(self, step, job):
+            seen.append((step.name, job.recipe.weights.bits))
+            return (yield)
+
+    bench = Bench({"weights": {"bits": 4}, "pass": [{"use": "ranges"}]}, (Spy(),))
+    CHECKS["check_report"](bad(), bench)
+    assert seen == [("ranges", 4), ("acme.bad", 4)]
