@@ -157,4 +157,5 @@ def _summed(graph: Graph, end: str, others: Sequence[gs.Tensor], tail: set[str])
 def _holds_zero(node: gs.Node) -> bool:
     """True if a Clip has constant bounds with 0 between them, or none."""
     given = [t for t in node.inputs[1:] if not t.is_empty()]
-    return all(isinstance(t, gs.Constant) and (1 if t is node.inputs[1] else -1) * float(t.values.item()) <= 0 for t in given)
+    return all(isinstance(t, gs.Constant) and float(t.values.item()) * (1 if t is node.inputs[1] else -1) <= 0
+               for t in given)

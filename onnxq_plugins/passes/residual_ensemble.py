@@ -79,7 +79,7 @@ class ResidualEnsemble(Pass):
         self._plan(job, {layers[name].weight: specs for name, specs in made.items()}, maps, firsts)
         told: dict[str, Any] = {"networks": len(self.groups), "layers": len(made), "left_alone": left}
         if not feeds:
-            job.report["notes"].append("residual-ensemble: without data the error of the ensemble itself could not be measured")
+            job.report["notes"].append("residual-ensemble: without data its own error could not be measured")
             return told
         after = runtime.outputs(runtime.session(graph.model()), feeds)
         decibel, same = sqnr(before, after), agreement(before, after)
