@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from onnxq_plugins import OnnxqError, audit_model, hookimpl, quantize, runtime
 from onnxq_plugins.graph import channel_groups, load, split_input, split_values
 from onnxq_plugins.passes import ResidualExpansion
-from onnxq_plugins.passes.residual_expansion import limits
 from onnxq_plugins.solvers import expansion as solver
 from onnxq_plugins.spec import QuantSpec, decode, encode, fake, from_range
+from onnxq_plugins.sums import limits
 from onnxq_plugins.target import NPU4
 from tests.zoo import ZOO, Net, cnn, conv_transpose, examples, feeds, mlp, mobilenet, resnet20, run, transformer
 

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins.calibration import channel_axis
-from onnxq_plugins.complete import activation_spec
 from onnxq_plugins.graph import Layer, channel_groups, replace_with_sum, split_input, split_outputs, split_values
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass
@@ -20,6 +19,7 @@ from onnxq_plugins.search import sample
 from onnxq_plugins.solvers import expansion as solver
 from onnxq_plugins.solvers.gram import narrow, row_loss
 from onnxq_plugins.spec import Array, QuantSpec, decode
+from onnxq_plugins.sums import limits, narrow_ranges
 
 Form = Literal["auto", "branches", "sparse", "folded"]
 _POSITIONS, _LIMIT = 256, 4608  # of what a layer sees: the defaults of the pass `round`
@@ -146,7 +146,7 @@ class ResidualExpansion(Pass):
                 apart += [one.layer.name] * _sparse(job, one, sums)
             elif one.form == "branches":
                 _branches(job, one.layer, made, sums)
-        _narrow_ranges(job, sums)
+        narrow_ranges(job, sums)
         if apart:
             shown = f"{', '.join(apart[:4])}{' ...' if len(apart) > 4 else ''}"
             job.report["notes"].append(f"residual-expansion: channels of {len(apart)} layers cannot be moved side by side; "
@@ -293,31 +293,6 @@ def _branches(job: Job, layer: Layer, made: list[QuantSpec], sums: list[list[str
             names += [str(job.graph.consumers(y.output)[0].outputs[0].name) for y in layers[1:-1]]
             job.plan |= {name: whole.request() for name in names}
             sums.append([*names, layer.result])
-
-
-def _narrow_ranges(job: Job, sums: list[list[str]]) -> None:
-    """Leave out of the range of a term what the range of the result cuts off anyway: with the others within [-r, r], it is
-    enough to know it between low - r and high + r. Behind a Relu, half of a term's values, and more behind a Relu6."""
-    if not sums or not job.calibration.ready:
-        return
-    exact = job.calibration.ranges(sorted({name for names in sums for name in names}))
-    for *terms, result in sums:
-        low, high = limits(job.plan[result]) if job.plan[result].solved else exact[result]
-        orders = terms[:(len(terms) + 2) // 2]  # then the partial sums, of the first two orders on
-        reach = [max(map(abs, exact[name])) for name in orders]
-        for i, name in enumerate(terms):
-            rest = sum(reach[j] for j in range(len(orders)) if (j != i if i < len(orders) else j > i - len(orders) + 1))
-            lo, hi = exact[name]
-            if low - rest < high + rest and (lo < low - rest or hi > high + rest):
-                kept = min(max(lo, low - rest), 0.0), max(min(hi, high + rest), 0.0)
-                job.plan |= {name: activation_spec(kept, job.plan[name])}
-
-
-def limits(spec: QuantSpec) -> tuple[float, float]:
-    """The smallest and the largest value of a solved activation."""
-    assert spec.scale is not None and spec.zero_point is not None
-    first, last = spec.grid
-    return float(spec.scale * (first - spec.zero_point)), float(spec.scale * (last - spec.zero_point))
 
 
 def _sparse(job: Job, one: _Expansion, sums: list[list[str]]) -> bool:
