@@ -128,7 +128,8 @@ def ensembles(judge: Judge, seconds: float) -> None:
         own = f"{told[0]:.1f}" if told else "-"
         rows.append((made, f"| {label} | {own} | {judge.cells(made)}"))
     times = judge.times([made for made, _ in rows], seconds)
-    print(f"\n| {case.name}, weights of 4 bits | the ensemble itself, dB | top-1 | SQNR dB | latency |\n|---|---|---|---|---|")
+    columns = (f"{case.name}, weights of 4 bits", "the ensemble itself, dB", "top-1", "SQNR dB", "latency")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for (_, cells), time in zip(rows, times, strict=True):
         print(f"{cells} | {time / times[0]:.2f} |", flush=True)
 

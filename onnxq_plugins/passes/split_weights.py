@@ -34,17 +34,18 @@ class SplitWeights(Pass):
     below   and, beside quantized activations, if the SQNR of the weights, rounded as they are, is below so many dB
 
     Both parts write 8-bit outputs with ranges of their own, and an integer Add joins them on the scale of the layer's old
-    output: two roundings of activations more, which cost more than the split gains where the weights are fine enough as they
-    are. The default of `below` is about where gain and loss cancelled in `python -m benchmarks.split_weights`, for dense and
-    depthwise layers alike. Layers stay as they are, and are told, that have no odd kernel, pads below half of it, solved
-    scales, or, beside quantized activations, a target without an integer Add. Put this pass before all that solve scales.
+    output: two roundings of activations more, though their ranges leave out what that of the result cuts off. They cost
+    more than the split gains where the weights are fine enough as they are. The default of `below` is about where gain and
+    loss cancelled in `python -m benchmarks.split_weights`, for dense and depthwise layers alike. Layers stay as they are,
+    and are told, that have no odd kernel, pads below half of it, solved scales, or, beside quantized activations, a target
+    without an integer Add. Put this pass before all that solve scales.
 
     The bias goes to the fine part, whose scales are smaller, and int32 codes for it finer. Only where a channel of that part
     is empty, hence has the scale 1, does it go to the coarse one.
 
     Source: Coarse & Fine Weight Splitting (arXiv 2312.10588); the coarse part as a pointwise convolution, and the rule which
     layers to split, are our own.
-    Cost: milliseconds a layer. At run time one pointwise convolution (1 / kernel taps of the multiply-adds; of a depthwise
+    Cost: milliseconds a layer, and one run over the data. At run time one pointwise convolution (1 / kernel taps of the multiply-adds; of a depthwise
     convolution, which gains least, likewise) and one Add for each layer that is split.
     """
 
