@@ -14,7 +14,7 @@ def narrow_ranges(job: Job, sums: Sequence[Sequence[str]]) -> None:
     enough to know it between low - r and high + r. Behind a Relu, half of a term's values, and more behind a Relu6. Terms
     without anything to cut off stay open; without calibration data, all.
 
-    sums   for each: names of the n terms, of the sums of the first 2, 3, ... n - 1, and of the result, all of them planned.
+    sums   for each: names of the n terms, of the sums of the last n - 1, n - 2, ... 2, and of the result, all planned.
            The result is what is kept of the sum, perhaps behind a Relu or Clip
     """
     if not sums or not job.calibration.ready:
@@ -22,10 +22,10 @@ def narrow_ranges(job: Job, sums: Sequence[Sequence[str]]) -> None:
     exact = job.calibration.ranges(sorted({name for names in sums for name in names}))
     for *terms, result in sums:
         low, high = limits(job.plan[result]) if job.plan[result].solved else exact[result]
-        orders = terms[:(len(terms) + 2) // 2]  # then the partial sums, of the first two orders on
+        orders = terms[:(len(terms) + 2) // 2]  # then the partial sums, from the second term on, the third ...
         reach = [max(map(abs, exact[name])) for name in orders]
         for i, name in enumerate(terms):
-            rest = sum(reach[j] for j in range(len(orders)) if (j != i if i < len(orders) else j > i - len(orders) + 1))
+            rest = sum(reach[j] for j in range(len(orders)) if (j != i if i < len(orders) else j < i - len(orders) + 1))
             lo, hi = exact[name]
             if low - rest < high + rest and (lo < low - rest or hi > high + rest):
                 kept = min(max(lo, low - rest), 0.0), max(min(hi, high + rest), 0.0)

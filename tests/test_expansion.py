@@ -251,6 +251,16 @@ def test_ranges_of_terms_leave_out_what_is_cut_off():
     assert limits(made.plan[first])[0] > -high and low == 0
 
 
+def test_sums_run_from_the_finest_order_to_the_first():
+    """Partial sums then have small steps, and their rounding is not heard."""
+    made = quantize(mobilenet(), recipe({"form": "branches", "orders": 4}), feeds(mobilenet(), 6))
+    sums = [name for name in made.plan if name.endswith("_sum")]
+    assert len(sums) == 2 * 8
+    for name in sums:
+        first = name.replace("_part2_sum", "_part1_out").replace("_part3_sum", "_part2_out")
+        assert made.plan[name].scale < made.plan[first].scale / 3
+
+
 def test_orders_left_for_passes_behind():
     """`bias-correct` takes the mean error of the whole back by the last order; `round` leaves the orders before it alone."""
     model, samples = mobilenet(), feeds(mobilenet(), 6)

@@ -66,6 +66,7 @@ def replace_with_sum(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list
             [OC, IC/groups, 1, ...]: such a part becomes a pointwise convolution. ValueError if their sum differs from the
             weight by more than 1e-5 relative, or where a pointwise convolution cannot do it (`centre_pads`)
 
+    The first part has the bias. Sums run from the last part to the first: where parts become smaller, so are partial sums.
     Statistics of a folded BatchNormalization stay with the sum, which bears the layer's output name.
     """
     weight, parts = graph.constant(layer.weight), [np.asarray(part, np.float32) for part in parts]
@@ -75,9 +76,8 @@ def replace_with_sum(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list
     pads = centre_pads(graph, layer) if any(part.shape != layer.shape for part in parts) else []
     node = graph.producer(layer.output)
     assert node is not None
-    output, names = node.outputs[0], []
+    output, names, written = node.outputs[0], [], []
     node.outputs.clear()
-    total_so_far: gs.Tensor | None = None
     for k, part in enumerate(parts):
         name, attrs = f"{layer.name}_part{k + 1}", dict(node.attrs)
         if part.shape != layer.shape:
@@ -89,14 +89,14 @@ def replace_with_sum(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list
         y = graph.add_variable(f"{name}_out", like=output)
         graph.add_node(layer.op, name, inputs, [y], before=node, **attrs)
         names.append(name)
-        if total_so_far is not None:
-            last = k == len(parts) - 1
-            joined = output if last else graph.add_variable(f"{name}_sum", like=output)
-            graph.add_node("Add", f"{layer.name}_sum{k}", [total_so_far, y], [joined], before=node)
-            y = joined
-        total_so_far = y
+        written.append(y)
+    total = written[-1]
+    for k in reversed(range(len(parts) - 1)):
+        joined = graph.add_variable(f"{names[k]}_sum", like=output) if k else output
+        graph.add_node("Add", f"{layer.name}_sum{k + 1}", [written[k], total], [joined], before=node)
+        total = joined
     if len(parts) == 1:
-        graph.add_node("Identity", f"{layer.name}_sum", [total_so_far], [output], before=node)
+        graph.add_node("Identity", f"{layer.name}_sum", [total], [output], before=node)
     graph.tidy()
     graph.touched.update([layer.weight, output.name])
     return [graph.layer(name) for name in names]

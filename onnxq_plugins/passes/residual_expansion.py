@@ -277,7 +277,7 @@ def _tell(job: Job, one: _Expansion, made: list[QuantSpec]) -> dict[str, Any]:
 def _branches(job: Job, layer: Layer, made: list[QuantSpec], sums: list[list[str]]) -> None:
     """A layer for each order. The last one has what the others leave of the weight, and the codes of its order; the result
     keeps its entry: the sum is the same tensor. Where it is quantized, `sums` gets the tensors that make it up: the output
-    of each order, the sums of the first two, three, ..., and the result."""
+    of each order, the sums of all from the second, the third, ... on, and the result."""
     if len(made) == 1:
         job.plan |= {layer.weight: made[0]}
         return

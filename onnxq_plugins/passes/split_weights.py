@@ -45,8 +45,8 @@ class SplitWeights(Pass):
 
     Source: Coarse & Fine Weight Splitting (arXiv 2312.10588); the coarse part as a pointwise convolution, and the rule which
     layers to split, are our own.
-    Cost: milliseconds a layer, and one run over the data. At run time one pointwise convolution (1 / kernel taps of the multiply-adds; of a depthwise
-    convolution, which gains least, likewise) and one Add for each layer that is split.
+    Cost: milliseconds a layer, and one run over the data. At run time one pointwise convolution (1 / kernel taps of the
+    multiply-adds; of a depthwise convolution, which gains least, likewise) and one Add for each layer that is split.
     """
 
     name: ClassVar[str] = "split-weights"
