@@ -440,9 +440,10 @@ class Writer:
 
 
 def bias_scale(layer: Layer, weight: QuantSpec, activation: QuantSpec) -> Array:
-    """s_x * s_w as float32: [OC], or a scalar where the weight has one scale."""
+    """s_x * s_w as float32: [OC], or a scalar where the weight has one scale. Not 0, where both are all but 0."""
     assert weight.scale is not None and activation.scale is not None
     product = np.asarray(weight.scale, np.float32) * np.float32(activation.scale)
+    product = np.maximum(product, np.finfo(np.float32).tiny)
     return np.asarray(product if product.ndim == 0 else product.reshape(-1))
 
 

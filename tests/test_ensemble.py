@@ -12,6 +12,7 @@ from onnxq_plugins import OnnxqError, audit_model, quantize, runtime
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.ensemble import side_by_side, unfit
 from onnxq_plugins.passes import ResidualEnsemble
+from onnxq_plugins.qdq import bias_scale
 from onnxq_plugins.solvers import expansion as solver
 from onnxq_plugins.spec import QuantSpec
 from tests.zoo import ZOO, Net, cnn, conv_transpose, feeds, mlp, resnet20, run, transformer
@@ -180,6 +181,14 @@ def test_its_own_error_is_told():
     blind = quantize(model, {"weights": {"bits": 4}, "target": "storage", "activations": {"bits": 32},
                              "pass": [{"use": "residual-ensemble"}]})
     assert "ensemble_db" not in told(blind) and any("without data its own error" in n for n in blind.report["notes"])
+
+
+def test_scales_whose_product_underflows():
+    """Each further network is so much smaller than the one before that products of its scales would be 0 in the end."""
+    net = Net(["N", 16])
+    graph = load(net.model(net.gemm("x", 16, 4)))
+    tiny = QuantSpec(scale=np.array(1e-30, np.float32), zero_point=np.array(0))
+    assert bias_scale(graph.layers[0], tiny, tiny) > 0
 
 
 def test_layers_that_do_not_fold_are_the_same_in_every_network():

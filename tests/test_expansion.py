@@ -255,7 +255,7 @@ def test_sums_run_from_the_finest_order_to_the_first():
     """Partial sums then have small steps, and their rounding is not heard."""
     made = quantize(mobilenet(), recipe({"form": "branches", "orders": 4}), feeds(mobilenet(), 6))
     sums = [name for name in made.plan if name.endswith("_sum")]
-    assert len(sums) == 2 * 8
+    assert len(sums) == 2 * 7  # the last layer writes float
     for name in sums:
         first = name.replace("_part2_sum", "_part1_out").replace("_part3_sum", "_part2_out")
         assert made.plan[name].scale < made.plan[first].scale / 3
