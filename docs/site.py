@@ -84,12 +84,12 @@ def parameter_list(section: str, names: set[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     last: list[str] = []
     for line in section.splitlines():
-        start = re.match(r"([a-z_0-9]+(?:, [a-z_0-9]+)*)\s{2,}(\S.*)", line)
+        start = re.match(r"([a-z_0-9]+(?:, [a-z_0-9]+)*)(?:\s{2,}(\S.*))?$", line)
         if start and set(start[1].split(", ")) <= names:
             last = start[1].split(", ")
-            found |= dict.fromkeys(last, start[2])
+            found |= dict.fromkeys(last, start[2] or "")
         elif found and line.startswith("  "):
-            found |= {key: f"{found[key]} {line.strip()}" for key in last}
+            found |= {key: f"{found[key]} {line.strip()}".strip() for key in last}
         else:
             return {}
     return {key: markdown(text).replace("|", "\\|") for key, text in found.items()}

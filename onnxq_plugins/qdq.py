@@ -171,9 +171,20 @@ class Writer:
         zero = self._constant(f"{key}_zero_point", np.asarray(spec.zero_point).astype(_code_type(spec)))
         codes = self._fresh(f"{name}_quantized")
         values = name if renamed else self._fresh(f"{name}_dequantized")
+        if spec.bits < 8:  # codes are uint8, which would go on beyond the grid
+            source = self._clipped(name, source, spec)
         self._add("QuantizeLinear", [source, scale, zero], [codes])
         self._add("DequantizeLinear", [codes, scale, zero], [values])
         self.dequantized[name] = values
+
+    def _clipped(self, name: str, source: str, spec: QuantSpec) -> str:
+        """A tensor held within the grid of its codes. Not 4-bit codes: few operators of onnxruntime take them."""
+        assert spec.scale is not None and spec.zero_point is not None
+        ends = [np.asarray(spec.scale * (code - spec.zero_point), np.float32) for code in spec.grid]
+        bounds = [self._constant(f"{name}_{what}", end) for what, end in zip(("low", "high"), ends, strict=True)]
+        made = self._fresh(f"{name}_clipped")
+        self._add("Clip", [source, *bounds], [made])
+        return made
 
     def _made_by_integer(self, name: str) -> bool:
         """True if an integer operator writes the tensor, perhaps through the Relu or Clip it absorbs, or would."""
@@ -429,9 +440,10 @@ class Writer:
 
 
 def bias_scale(layer: Layer, weight: QuantSpec, activation: QuantSpec) -> Array:
-    """s_x * s_w as float32: [OC], or a scalar where the weight has one scale."""
+    """s_x * s_w as float32: [OC], or a scalar where the weight has one scale. Not 0, where both are all but 0."""
     assert weight.scale is not None and activation.scale is not None
     product = np.asarray(weight.scale, np.float32) * np.float32(activation.scale)
+    product = np.maximum(product, np.finfo(np.float32).tiny)
     return np.asarray(product if product.ndim == 0 else product.reshape(-1))
 
 

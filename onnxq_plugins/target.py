@@ -153,6 +153,8 @@ class Target:
     def _help(self, layer: Layer, weight: QuantSpec, activations: int) -> str:
         """The setting nearest to a refused one."""
         shape = granularity(layer, weight)
+        if 0 < activations < min(self.activation_bits, default=0):
+            return f" Target 'npu4' reads {activations}-bit activations." if activations in NPU4.activation_bits else ""
         if not weight.symmetric:
             return " Set weights.symmetric = true."
         if shape == "channel" and "channel" not in granularities(self, layer.op):
@@ -262,4 +264,9 @@ NPU = Target("npu", "NPUs with 8- and 16-bit activations; in onnxruntime layers 
              tuple(rule for op in ("Conv", "Gemm", "MatMul")
                    for rule in (*_dense(op, "int8"), *_dense(op, "W2..8A16, float in onnxruntime", 16))),
              _CHAIN, flatten=False)
-BUILTIN = (ORT_CPU, ORT_CPU_AVX2, OPENVINO, PER_TENSOR, NPU, STORAGE)
+NPU4 = Target("npu4", "hardware whose products have 4 bits: layers read activations of 4 bits, with weights of up to 4, or "
+              "of 8; what they write is wider; in onnxruntime codes are uint8, and convolutions run in float",
+              tuple(rule for op in ("Conv", "Gemm", "MatMul") for rule in (*_dense(op, "int8"), Rule(
+                  op, "4-bit products", 4, (2, 3, 4), ("tensor", "channel"), "int4"))),
+              output_scale=frozenset(), flatten=False)
+BUILTIN = (ORT_CPU, ORT_CPU_AVX2, OPENVINO, PER_TENSOR, NPU, NPU4, STORAGE)

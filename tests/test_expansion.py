@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxq_plugins import audit_model, quantize, runtime
-from onnxq_plugins.graph import channel_groups, load
+from onnxq_plugins import OnnxqError, audit_model, hookimpl, quantize, runtime
+from onnxq_plugins.graph import channel_groups, load, split_input, split_values
 from onnxq_plugins.passes import ResidualExpansion
-from onnxq_plugins.passes.residual_expansion import limits
 from onnxq_plugins.solvers import expansion as solver
-from onnxq_plugins.spec import QuantSpec, decode
-from tests.zoo import ZOO, Net, conv_transpose, examples, feeds, mlp, mobilenet, resnet20, run
+from onnxq_plugins.spec import QuantSpec, decode, encode, fake, from_range
+from onnxq_plugins.sums import limits
+from onnxq_plugins.target import NPU4
+from tests.zoo import ZOO, Net, cnn, conv_transpose, examples, feeds, mlp, mobilenet, resnet20, run, transformer
 
 BLOCKS = st.sampled_from([None, (1, 0, 0), (1, 2, 0)])
 BITS = st.lists(st.integers(2, 8), min_size=1, max_size=4)
@@ -250,6 +251,16 @@ def test_ranges_of_terms_leave_out_what_is_cut_off():
     assert limits(made.plan[first])[0] > -high and low == 0
 
 
+def test_sums_run_from_the_finest_order_to_the_first():
+    """Partial sums then have small steps, and their rounding is not heard."""
+    made = quantize(mobilenet(), recipe({"form": "branches", "orders": 4}), feeds(mobilenet(), 6))
+    sums = [name for name in made.plan if name.endswith("_sum")]
+    assert len(sums) == 2 * 7  # the last layer writes float
+    for name in sums:
+        first = name.replace("_part2_sum", "_part1_out").replace("_part3_sum", "_part2_out")
+        assert made.plan[name].scale < made.plan[first].scale / 3
+
+
 def test_orders_left_for_passes_behind():
     """`bias-correct` takes the mean error of the whole back by the last order; `round` leaves the orders before it alone."""
     model, samples = mobilenet(), feeds(mobilenet(), 6)
@@ -321,7 +332,137 @@ def test_conv_transpose_and_blocks_of_weights():
 
 @pytest.mark.parametrize("given_, why", [({"orders": 0}, "orders"), ({"bits": (1,)}, "bits"), ({"bits": (4, 4, 4)}, "bits"),
                                          ({"share": 1.5}, "share"), ({"budget": -1.0}, "budget"),
-                                         ({"budget": 1.0, "share": 0.5}, "set one")])
+                                         ({"budget": 1.0, "share": 0.5}, "set one"), ({"activations": 3}, "1 or 2")])
 def test_parameters_are_checked(given_, why):
     with pytest.raises(ValueError, match=why):
         replace(ResidualExpansion(), **given_)
+
+
+# ---- activations ----------------------------------------------------------------------------------------------------
+
+
+@examples(200)
+@given(low=st.floats(-10, 0), span=st.floats(1e-3, 20), bits=st.integers(2, 4), size=st.floats(1e-4, 1e4))
+def test_two_orders_of_an_activation_are_the_halves_of_a_code(low, span, bits, size):
+    low, high = low * size, (low + span) * size
+    first, second, shift = solver.halves(low, high, bits)
+    whole = from_range(low, high, QuantSpec(2 * bits, symmetric=False))
+    x = np.random.default_rng(0).uniform(low, high, 500).astype(np.float32)
+    step = float(first.scale)
+    least, most = (code - int(first.zero_point) for code in first.grid)
+    coarse = (step * np.clip(np.floor(x / np.float32(step) + np.float32(shift)), least, most)).astype(np.float32)
+    np.testing.assert_array_equal(fake(coarse, first), coarse)  # the first order is on its grid
+    error = np.abs(coarse + fake(x - coarse, second).astype(np.float64) - x)
+    inside = (x >= min(low, 0) + whole.scale / 2) & (x <= max(high, 0) - whole.scale / 2)
+    assert error[inside].max(initial=0) <= step / (2 * 2**bits) * (1 + 1e-3)
+    codes = 2**bits * encode(coarse, first) + encode(x - coarse, second)
+    assert np.mean(codes == encode(x, whole)) > 0.99 and np.abs(codes - encode(x, whole)).max() <= 1  # ties may differ
+
+
+@pytest.mark.parametrize("shift", [0.5, 0.03])
+@pytest.mark.parametrize("name", ["mobilenet", "grouped", "mlp", "transformer", "conv_transpose", "shared_weights",
+                                  "control_flow"])
+def test_split_inputs_leave_the_function(name, shift):
+    model = ZOO[name]()
+    graph = load(model)
+    for layer in graph.layers:
+        before = graph.constant(layer.weight)
+        parts = split_values(graph, layer.input, 0.3, shift, -3, 12)
+        made = split_input(graph, layer, parts)
+        assert len(made) == 2 and [y.input for y in made] == list(parts) and made[0].weight != made[1].weight
+        assert made[0].bias is None and made[1].bias == layer.bias
+        assert all(np.array_equal(graph.constant(y.weight), before) for y in made)
+    for feed in feeds(model, 3):
+        assert runtime.drift(run(model, feed), run(graph, feed)) < 1e-5
+
+
+def test_split_inputs_check_their_arguments():
+    graph = load(mlp())
+    layer = graph.layers[0]
+    with pytest.raises(ValueError, match="sum of parts"):
+        split_input(graph, layer, [])
+    with pytest.raises(ValueError, match="sum of parts"):
+        split_input(graph, graph.layers[0], [graph.layers[2].input])
+    with pytest.raises(ValueError, match="positive"):
+        split_values(graph, layer.input, 0.0, 0.5, -3, 12)
+
+
+def narrow(bits=4, activations=1, target="npu4", ranges="minmax", **more):
+    """Weights so fine that activations are what is heard."""
+    step = {"use": "residual-expansion", "orders": 4, "form": "branches", "activations": activations}
+    return {"target": target, "weights": {"bits": 4}, "activations": {"bits": bits},
+            "pass": [{"use": "ranges", "method": ranges}, step, {"use": "bias-correct"}], **more}
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "mlp", "transformer", "conv1d", "cnn", "resnet20"])
+def test_two_orders_of_four_bit_activations_are_eight_bits(name):
+    model, samples = ZOO[name](), feeds(ZOO[name](), 6)
+    made = {key: quantize(model, r, samples, verify=True)
+            for key, r in {"one": narrow(), "two": narrow(activations=2), "eight": narrow(8)}.items()}
+    table = told(made["two"])
+    assert table["inputs"] and not table["inputs_left_alone"]
+    assert all(row["error_bound"] == pytest.approx(row["step"] / 32) for row in table["inputs"].values())
+    grids = {s.bits for n, s in made["two"].plan.items() if not made["two"].graph.is_constant(n)}
+    assert grids == {4}
+    outputs = {key: [run(m.model, f)[0] for f in samples] for key, m in made.items()}
+    noise = {key: np.mean([runtime.sqnr(run(model, f)[0], y) for f, y in zip(samples, ys, strict=True)])
+             for key, ys in outputs.items()}
+    assert abs(noise["two"] - noise["eight"]) < 0.5 and noise["one"] < noise["eight"] - 15
+    for f in samples[:2]:  # codes of 4 bits stay within 4 bits, for any input
+        wild = {k: 3 * v for k, v in f.items()}
+        assert runtime.drift(run(made["eight"].model, wild), run(made["two"].model, wild)) < 0.02
+        assert runtime.drift(run(made["two"].model, wild), run(made["two"].model, wild, optimize=False)) < 1e-4
+
+
+def test_one_order_of_activations_is_the_plain_network():
+    model, samples = cnn(), feeds(cnn(), 4)
+    plain = narrow()
+    without = {**plain, "pass": [plain["pass"][0], {k: v for k, v in plain["pass"][1].items() if k != "activations"},
+                                 plain["pass"][2]]}
+    a, b = (quantize(model, r, samples).model for r in (plain, without))
+    assert all(np.array_equal(run(a, f)[0], run(b, f)[0]) for f in samples)
+
+
+def test_chosen_ranges_of_activations_are_kept():
+    """Where `ranges` cut the extremes off, so do the two orders; where it only met a coarse grid, the extremes are back."""
+    model, samples = resnet20(), feeds(resnet20(), 6)
+    cut, whole = (told(quantize(model, narrow(activations=2, ranges=method), samples))["inputs"]
+                  for method in ("mse", "minmax"))
+    assert cut.keys() == whole.keys()
+    assert any(cut[n]["step"] < 0.9 * whole[n]["step"] for n in cut)
+    assert all(cut[n]["step"] <= 1.05 * whole[n]["step"] for n in cut)
+
+
+def test_layers_share_the_parts_of_an_input():
+    made = quantize(transformer(), narrow(activations=2), feeds(transformer(), 3))
+    counts = sorted(row["layers"] for row in told(made)["inputs"].values())
+    assert counts[-1] == 12  # query, key and value, of four orders each
+    floors = [n for n in made.float_model.graph.node if n.op_type == "Floor"]
+    assert len(floors) == len(counts)
+
+
+def test_inputs_left_alone_with_a_reason():
+    model, samples = cnn(), feeds(cnn(), 2)
+    eight = told(quantize(model, recipe({"activations": 2}), samples))
+    assert not eight["inputs"] and all("8 bits" in reason for reason in eight["inputs_left_alone"].values())
+    net = Net(["N", 6, 16])
+    y = net.op("Relu", net.linear("x", 16, 16))
+    product = net.op("MatMul", y, net.op("Transpose", y, perm=[0, 2, 1]))
+    both = net.model(net.linear(y, 16, 5), product)
+    asked = narrow(activations=2, layer=[{"op": "Attention", "quantize": True}])
+    attention = quantize(both, asked, feeds(both, 2), verify=True)
+    assert list(told(attention)["inputs"]) == ["x"]
+    reason, = told(attention)["inputs_left_alone"].values()
+    assert "MatMul" in reason and "takes one code" in reason
+    coded = replace(NPU4, name="vendor.npu", output_scale=frozenset({"Conv"}))
+    class Vendor:
+        @hookimpl
+        def onnxq_targets(self):
+            return [coded]
+
+    forced = told(quantize(model, narrow(activations=2, target="vendor.npu"), samples, plugins=[Vendor()]))
+    assert any("rounds what a Conv writes" in reason for reason in forced["inputs_left_alone"].values())
+    with pytest.raises(OnnxqError, match="Target 'npu4' reads 4-bit activations"):
+        quantize(model, narrow(target="ort-cpu"), samples)
+    with pytest.raises(OnnxqError, match=r"2 to 4-bit weights.*with 4-bit activations"):
+        quantize(model, {"target": "npu4", "activations": {"bits": 4}}, samples)

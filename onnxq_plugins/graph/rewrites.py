@@ -1,5 +1,5 @@
-"""The four exact rewrites that carry every graph algorithm: permute, rescale, replace a layer by a sum of layers, split a
-layer by its output channels."""
+"""The exact rewrites that carry every graph algorithm: permute, rescale, replace a layer by a sum of layers, split a layer
+by its output channels, or by parts of its input."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ def replace_with_sum(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list
             [OC, IC/groups, 1, ...]: such a part becomes a pointwise convolution. ValueError if their sum differs from the
             weight by more than 1e-5 relative, or where a pointwise convolution cannot do it (`centre_pads`)
 
+    The first part has the bias. Sums run from the last part to the first: where parts become smaller, so are partial sums.
     Statistics of a folded BatchNormalization stay with the sum, which bears the layer's output name.
     """
     weight, parts = graph.constant(layer.weight), [np.asarray(part, np.float32) for part in parts]
@@ -75,9 +76,8 @@ def replace_with_sum(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list
     pads = centre_pads(graph, layer) if any(part.shape != layer.shape for part in parts) else []
     node = graph.producer(layer.output)
     assert node is not None
-    output, names = node.outputs[0], []
+    output, names, written = node.outputs[0], [], []
     node.outputs.clear()
-    total_so_far: gs.Tensor | None = None
     for k, part in enumerate(parts):
         name, attrs = f"{layer.name}_part{k + 1}", dict(node.attrs)
         if part.shape != layer.shape:
@@ -89,14 +89,14 @@ def replace_with_sum(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list
         y = graph.add_variable(f"{name}_out", like=output)
         graph.add_node(layer.op, name, inputs, [y], before=node, **attrs)
         names.append(name)
-        if total_so_far is not None:
-            last = k == len(parts) - 1
-            joined = output if last else graph.add_variable(f"{name}_sum", like=output)
-            graph.add_node("Add", f"{layer.name}_sum{k}", [total_so_far, y], [joined], before=node)
-            y = joined
-        total_so_far = y
+        written.append(y)
+    total = written[-1]
+    for k in reversed(range(len(parts) - 1)):
+        joined = graph.add_variable(f"{names[k]}_sum", like=output) if k else output
+        graph.add_node("Add", f"{layer.name}_sum{k + 1}", [written[k], total], [joined], before=node)
+        total = joined
     if len(parts) == 1:
-        graph.add_node("Identity", f"{layer.name}_sum", [total_so_far], [output], before=node)
+        graph.add_node("Identity", f"{layer.name}_sum", [total], [output], before=node)
     graph.tidy()
     graph.touched.update([layer.weight, output.name])
     return [graph.layer(name) for name in names]
@@ -139,6 +139,69 @@ def _total(layer: Layer, parts: Sequence[Array]) -> Array | None:
         else:
             return None
     return total if len(parts) else None
+
+
+def split_values(graph: Graph, name: str, step: float, shift: float, low: int, high: int) -> tuple[str, str]:
+    """A tensor x as a sum of two, x1 on a coarse grid and x2 what that leaves; returns their names.
+
+        x1 = step * clip(floor(x / step + shift), low, high),   x2 = x - x1
+
+    With shift 1/2 x1 is the nearest multiple of the step. Where nothing is clipped x2 lies in [-shift, 1 - shift) steps.
+    ValueError if the step is not positive and finite.
+    """
+    if not (np.isfinite(step) and step > 0):
+        raise ValueError(f"step = {step} must be positive and finite")
+    x = graph.tensor(name)
+    before = graph.consumers(name)[0] if graph.consumers(name) else None
+
+    def constant(what: str, value: float) -> gs.Tensor:
+        return graph.add_constant(f"{name}_{what}", np.array(value, np.float32))
+
+    coarse, rest = graph.add_variable(f"{name}_coarse", like=x), graph.add_variable(f"{name}_rest", like=x)
+    size, made = constant("step", step), x
+    for op, *others in (("Div", size), ("Add", constant("shift", shift)), ("Floor",),
+                        ("Clip", constant("low", low), constant("high", high)), ("Mul", size)):
+        y = coarse if op == "Mul" else graph.add_variable(f"{name}_{op.lower()}", like=x)
+        graph.add_node(op, f"{coarse.name}_{op.lower()}", [made, *others], [y], before=before)
+        made = y
+    graph.add_node("Sub", f"{rest.name}_sub", [x, coarse], [rest], before=before)
+    return str(coarse.name), str(rest.name)
+
+
+def split_input(graph: Graph, layer: Layer, parts: Sequence[str]) -> list[Layer]:
+    """Layer W x + b becomes W x_1 + W x_2 + ... + b, each with a weight of its own; returns the new layers. The last one has
+    the bias: int32 codes for it are finest where the input's step is.
+
+    parts   names of tensors that add up to the layer's input, of its shape; that they do is the caller's to see to.
+            ValueError without any, or if the shape of one differs
+
+    Statistics of a folded BatchNormalization stay with the sum, which bears the layer's output name.
+    """
+    node = graph.producer(layer.output)
+    assert node is not None
+    if not parts or any(graph.shape(name) != graph.shape(layer.input) for name in parts):
+        raise ValueError(f"layer '{layer.name}': its input must be the sum of parts of its own shape")
+    output, weight, names = node.outputs[0], graph.constant(layer.weight), []
+    node.outputs.clear()
+    total: gs.Tensor | None = None
+    for k, part in enumerate(parts):
+        name = f"{layer.name}_input{k + 1}"
+        inputs = [graph.tensor(part), graph.add_constant(f"{layer.weight}_input{k + 1}", weight.copy())]
+        if k == len(parts) - 1 and layer.bias is not None:
+            inputs.append(node.inputs[2])
+        y = graph.add_variable(f"{name}_out", like=output)
+        graph.add_node(layer.op, name, inputs, [y], before=node, **dict(node.attrs))
+        names.append(name)
+        if total is not None:
+            joined = output if k == len(parts) - 1 else graph.add_variable(f"{name}_sum", like=output)
+            graph.add_node("Add", f"{layer.name}_inputs{k}", [total, y], [joined], before=node)
+            y = joined
+        total = y
+    if len(parts) == 1:
+        graph.add_node("Identity", f"{layer.name}_inputs", [total], [output], before=node)
+    graph.tidy()
+    graph.touched.update([layer.weight, output.name])
+    return [graph.layer(name) for name in names]
 
 
 def split_outputs(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list[Layer]:

@@ -11,6 +11,7 @@ from onnxq_plugins.passes.mixed_precision import MixedPrecision
 from onnxq_plugins.passes.orthogonality import Orthogonality
 from onnxq_plugins.passes.ranges import Ranges
 from onnxq_plugins.passes.reorder import Reorder
+from onnxq_plugins.passes.residual_ensemble import ResidualEnsemble
 from onnxq_plugins.passes.residual_expansion import ResidualExpansion
 from onnxq_plugins.passes.round import Round
 from onnxq_plugins.passes.scale_inputs import ScaleInputs
@@ -21,9 +22,9 @@ from onnxq_plugins.passes.subtensor import Subtensor
 from onnxq_plugins.passes.vector_scale import VectorScale
 
 BUILTIN: tuple[type[Pass], ...] = (AbsorbBias, BiasCorrect, BoundAccumulator, CodingLength, DataFree, Equalize,
-                                   MixedPrecision, Orthogonality, Ranges, Reorder, ResidualExpansion, Round,
-                                   ScaleInputs, ShiftEqualize, SplitWeights, SubLayer, Subtensor, VectorScale)
+                                   MixedPrecision, Orthogonality, Ranges, Reorder, ResidualEnsemble, ResidualExpansion,
+                                   Round, ScaleInputs, ShiftEqualize, SplitWeights, SubLayer, Subtensor, VectorScale)
 
 __all__ = ["BUILTIN", "AbsorbBias", "BiasCorrect", "BoundAccumulator", "CodingLength", "DataFree", "Equalize",
-           "MixedPrecision", "Orthogonality", "Pass", "Ranges", "Reorder", "ResidualExpansion", "Round",
+           "MixedPrecision", "Orthogonality", "Pass", "Ranges", "Reorder", "ResidualEnsemble", "ResidualExpansion", "Round",
            "ScaleInputs", "ShiftEqualize", "SplitWeights", "SubLayer", "Subtensor", "VectorScale"]

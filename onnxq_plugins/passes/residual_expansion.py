@@ -1,4 +1,4 @@
-"""residual-expansion: a weight of few bits as a sum of orders, each of which rounds what those before it leave."""
+"""residual-expansion: weights, and layers' inputs, of few bits as sums of orders that round what those before them leave."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins.calibration import channel_axis
-from onnxq_plugins.complete import activation_spec
-from onnxq_plugins.graph import Layer, channel_groups, replace_with_sum, split_outputs
+from onnxq_plugins.graph import Layer, channel_groups, replace_with_sum, split_input, split_outputs, split_values
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.layerwise import float_inputs
-from onnxq_plugins.planning import layer_input, pinned, weight_request
+from onnxq_plugins.planning import activation_inputs, input_key, layer_input, maker_of, pinned, weight_request
+from onnxq_plugins.qdq import integer_nodes
 from onnxq_plugins.quantizers import FLOAT_BITS, multiply_adds
 from onnxq_plugins.search import sample
 from onnxq_plugins.solvers import expansion as solver
 from onnxq_plugins.solvers.gram import narrow, row_loss
 from onnxq_plugins.spec import Array, QuantSpec, decode
+from onnxq_plugins.sums import limits, narrow_ranges
 
 Form = Literal["auto", "branches", "sparse", "folded"]
 _POSITIONS, _LIMIT = 256, 4608  # of what a layer sees: the defaults of the pass `round`
@@ -74,6 +75,11 @@ class ResidualExpansion(Pass):
                            moved, a Gather restores their order. Dense layers of 64 channels or more, up to
                            half of which have more orders
              ``branches``  a layer for every order, on the same input, and an Add
+    activations
+             orders of layers' inputs of 4 bits or fewer: 1 or 2. With 2 a layer becomes a sum of two with the same weight:
+             x = x1 + x2, x1 on a grid 2^bits times as coarse as that of x2. The codes of both are the halves of one code of
+             twice as many bits, and so is their error. They take the extremes of x, or the range that `ranges` chose.
+             Targets with 4-bit activations: ``npu4``
 
     With ``branches`` and ``sparse`` each layer of a sum writes 8-bit outputs with a range of its own, and an integer Add
     joins them: two roundings of activations more. The range of a term leaves out what that of the sum cuts off anyway:
@@ -99,6 +105,7 @@ class ResidualExpansion(Pass):
     budget: float = 0.0
     data: bool = True
     form: Form = "auto"
+    activations: int = 1
 
     def __post_init__(self) -> None:
         if self.orders < 1:
@@ -107,6 +114,8 @@ class ResidualExpansion(Pass):
             raise ValueError(f"bits = {list(self.bits)} must hold widths from 2 to 8, for {self.orders} orders at most")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share = {self.share} must lie in [0, 1]")
+        if self.activations not in (1, 2):
+            raise ValueError(f"activations = {self.activations} must be 1 or 2")
         if not self.budget >= 0:
             raise ValueError(f"budget = {self.budget} must not be negative")
         if self.budget and self.share != 1:
@@ -137,12 +146,13 @@ class ResidualExpansion(Pass):
                 apart += [one.layer.name] * _sparse(job, one, sums)
             elif one.form == "branches":
                 _branches(job, one.layer, made, sums)
-        _narrow_ranges(job, sums)
+        narrow_ranges(job, sums)
         if apart:
             shown = f"{', '.join(apart[:4])}{' ...' if len(apart) > 4 else ''}"
             job.report["notes"].append(f"residual-expansion: channels of {len(apart)} layers cannot be moved side by side; "
                                        f"a Gather restores their order ({shown})")
-        return {"layers": told, "left_alone": left, "channel_groups_reordered": moved}
+        inputs = _expand_inputs(job) if self.activations == 2 else {}
+        return {"layers": told, "left_alone": left, "channel_groups_reordered": moved, **inputs}
 
     def _candidates(self, job: Job, left: dict[str, str]) -> list[_Expansion]:
         """The layers that can be expanded, every channel with all orders; why others cannot goes to `left`."""
@@ -191,7 +201,7 @@ class ResidualExpansion(Pass):
     def _form(self, job: Job, one: _Expansion) -> tuple[Form | None, str]:
         """The form of a layer, or None and why it stays as it is."""
         if one.depth.max() == 1:
-            return None, "none of its channels earned a second order"
+            return None, "none of its channels earned a second order" if len(one.asked) > 1 else "one order was asked for"
         even, some = one.depth.min() == one.depth.max(), float(np.mean(one.depth > 1))
         forms: list[Form] = [self.form]
         if self.form == "auto":
@@ -241,7 +251,7 @@ def _unfit(job: Job, one: _Expansion, form: Form) -> str:
         wanted = list(one.asked)
         joins = ["Add", "Concat"] if form == "sparse" else ["Add"]
         missing = [op for op in joins if layer.result in job.plan and op not in target.integer_ops]
-        if missing and one.activations:
+        if missing and one.activations and layer.op in target.output_scale:
             return f"target '{target.name}' has no integer {' and '.join(missing)} that would join its orders"
         if form == "sparse" and not (splittable(layer) and layer.kind == "dense"):
             return f"a {layer.kind} {layer.op} is not worth splitting by output channels"
@@ -267,7 +277,7 @@ def _tell(job: Job, one: _Expansion, made: list[QuantSpec]) -> dict[str, Any]:
 def _branches(job: Job, layer: Layer, made: list[QuantSpec], sums: list[list[str]]) -> None:
     """A layer for each order. The last one has what the others leave of the weight, and the codes of its order; the result
     keeps its entry: the sum is the same tensor. Where it is quantized, `sums` gets the tensors that make it up: the output
-    of each order, the sums of the first two, three, ..., and the result."""
+    of each order, the sums of all from the second, the third, ... on, and the result."""
     if len(made) == 1:
         job.plan |= {layer.weight: made[0]}
         return
@@ -278,36 +288,11 @@ def _branches(job: Job, layer: Layer, made: list[QuantSpec], sums: list[list[str
     job.plan = job.plan.without(layer.weight) | {y.weight: spec for y, spec in zip(layers, made, strict=True)}
     if whole is not None:
         job.plan |= {layer.result: replace(whole)}  # put anew: a range that was solved is not stale
-        if quantized:
+        if quantized and "Add" in job.target.integer_ops:
             names = [y.output for y in layers]
             names += [str(job.graph.consumers(y.output)[0].outputs[0].name) for y in layers[1:-1]]
             job.plan |= {name: whole.request() for name in names}
             sums.append([*names, layer.result])
-
-
-def _narrow_ranges(job: Job, sums: list[list[str]]) -> None:
-    """Leave out of the range of a term what the range of the result cuts off anyway: with the others within [-r, r], it is
-    enough to know it between low - r and high + r. Behind a Relu, half of a term's values, and more behind a Relu6."""
-    if not sums or not job.calibration.ready:
-        return
-    exact = job.calibration.ranges(sorted({name for names in sums for name in names}))
-    for *terms, result in sums:
-        low, high = limits(job.plan[result]) if job.plan[result].solved else exact[result]
-        orders = terms[:(len(terms) + 2) // 2]  # then the partial sums, of the first two orders on
-        reach = [max(map(abs, exact[name])) for name in orders]
-        for i, name in enumerate(terms):
-            rest = sum(reach[j] for j in range(len(orders)) if (j != i if i < len(orders) else j > i - len(orders) + 1))
-            lo, hi = exact[name]
-            if low - rest < high + rest and (lo < low - rest or hi > high + rest):
-                kept = min(max(lo, low - rest), 0.0), max(min(hi, high + rest), 0.0)
-                job.plan |= {name: activation_spec(kept, job.plan[name])}
-
-
-def limits(spec: QuantSpec) -> tuple[float, float]:
-    """The smallest and the largest value of a solved activation."""
-    assert spec.scale is not None and spec.zero_point is not None
-    first, last = spec.grid
-    return float(spec.scale * (first - spec.zero_point)), float(spec.scale * (last - spec.zero_point))
 
 
 def _sparse(job: Job, one: _Expansion, sums: list[list[str]]) -> bool:
@@ -318,8 +303,9 @@ def _sparse(job: Job, one: _Expansion, sums: list[list[str]]) -> bool:
     made = split_outputs(job.graph, layer, [np.flatnonzero(one.depth == d) for d in depths])
     job.plan = job.plan.without(layer.weight, layer.result) | {y.weight: spec for y in made}
     concat, = job.graph.consumers(made[0].result)
-    if whole is not None:
-        results = [*(y.result for y in made), concat.outputs[0].name]  # a Gather behind carries the codes of the Concat
+    if whole is not None:  # a Gather behind carries the codes of the Concat
+        inner = "Concat" in job.target.integer_ops
+        results = [*(y.result for y in made), concat.outputs[0].name] if inner else [layer.result]
         job.plan |= {name: replace(whole) for name in results}
     for part, depth in zip(made, depths, strict=True):
         _branches(job, part, solver.orders(job.graph.constant(part.weight), one.asked[:depth], np.array(depth)),
@@ -350,3 +336,62 @@ def _gather_channels(job: Job, chosen: list[_Expansion]) -> tuple[list[_Expansio
                 depth[index.ravel()] = depth[index[order].ravel()]
                 depths[one.layer.name] = depth
     return [replace(one, depth=depths[one.layer.name]) for one in chosen], moved
+
+
+# ---- activations ----------------------------------------------------------------------------------------------------------
+
+
+def _expand_inputs(job: Job) -> dict[str, Any]:
+    """Two orders for every input of 4 bits or fewer that layers alone read. What is told: tensors with the largest error
+    within their range, and why others stay as they are."""
+    graph, readers, told, left = job.graph, dict[str, list[Layer]](), dict[str, dict[str, Any]](), dict[str, str]()
+    for layer in [y for y in graph.layers if y.weight in job.plan]:
+        if key := layer_input(graph, job.plan, job.target, layer):
+            readers.setdefault(key, []).append(layer)
+    reasons = {key: _whole(job, key, layers) for key, layers in readers.items()}
+    chosen = [key for key, reason in reasons.items() if not reason]
+    exact = job.calibration.ranges(chosen) if chosen else {}
+    for key in readers:
+        if reasons[key]:
+            left[key] = reasons[key]
+            continue
+        first, second, shift = solver.halves(*_span(job.plan[key], exact[key]), job.plan[key].bits)
+        assert first.scale is not None and second.scale is not None and first.zero_point is not None
+        low, high = (int(code - first.zero_point) for code in first.grid)
+        for name in dict.fromkeys(y.input for y in readers[key]):
+            parts = split_values(graph, name, float(first.scale), shift, low, high)
+            job.plan |= dict(zip(parts, (first, second), strict=True))
+            for layer in [y for y in readers[key] if y.input == name]:
+                spec = job.plan[layer.weight]
+                ends = {n: replace(job.plan[n]) for n in (layer.output, layer.result) if n in job.plan}  # not stale
+                made = split_input(graph, layer, parts)
+                job.plan = job.plan.without(layer.weight) | ends | {made[0].weight: replace(spec, shift=None)}
+                job.plan |= {made[1].weight: spec}
+        job.plan = job.plan.without(key)
+        told[key] = {"layers": len(readers[key]), "step": float(first.scale), "error_bound": float(second.scale) / 2}
+    return {"inputs": told, "inputs_left_alone": left}
+
+
+def _whole(job: Job, key: str, layers: list[Layer]) -> str:
+    """Why an activation keeps one order; "" if it can have two."""
+    graph, target, bits = job.graph, job.target, job.plan[key].bits
+    if bits > 4:
+        return f"it has {bits} bits: two orders are for 4 bits or fewer"
+    maker = maker_of(graph, key)
+    ops = [*(y.op for y in layers), *([maker.op] if maker is not None else [])]
+    if coded := next((op for op in ops if op in target.output_scale), ""):
+        return f"target '{target.name}' rounds what a {coded} writes to one code"
+    names, integer = {y.name for y in layers}, integer_nodes(graph, job.plan, target)
+    other = next((n for n in graph.nodes if n.name in integer - names
+                  and key in [input_key(graph, job.plan, name) for name in activation_inputs(graph, n)]), None)
+    return f"{other.op} '{other.name}' reads it, too, and takes one code" if other is not None else ""
+
+
+def _span(spec: QuantSpec, exact: tuple[float, float]) -> tuple[float, float]:
+    """The range of an activation: a chosen end where it was cut, else the extreme, which a coarse grid misses by up to half
+    a step."""
+    if not spec.solved:
+        return exact
+    half = 0.501 * float(np.asarray(spec.scale))
+    low, high = (e if abs(e - chosen) <= half else chosen for e, chosen in zip(exact, limits(spec), strict=True))
+    return low, high

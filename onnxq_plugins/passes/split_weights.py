@@ -12,6 +12,7 @@ from onnxq_plugins.graph.rewrites import centre_of, centre_pads
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.planning import layer_input
 from onnxq_plugins.spec import Array, QuantSpec, decode, encode, fake, solve_minmax
+from onnxq_plugins.sums import narrow_ranges
 from onnxq_plugins.target import channel_block
 
 MOST = 200.0  # dB that stand for "no error left"
@@ -33,18 +34,19 @@ class SplitWeights(Pass):
     below   and, beside quantized activations, if the SQNR of the weights, rounded as they are, is below so many dB
 
     Both parts write 8-bit outputs with ranges of their own, and an integer Add joins them on the scale of the layer's old
-    output: two roundings of activations more, which cost more than the split gains where the weights are fine enough as they
-    are. The default of `below` is about where gain and loss cancelled in `python -m benchmarks.split_weights`, for dense and
-    depthwise layers alike. Layers stay as they are, and are told, that have no odd kernel, pads below half of it, solved
-    scales, or, beside quantized activations, a target without an integer Add. Put this pass before all that solve scales.
+    output: two roundings of activations more, though their ranges leave out what that of the result cuts off. They cost
+    more than the split gains where the weights are fine enough as they are. The default of `below` is about where gain and
+    loss cancelled in `python -m benchmarks.split_weights`, for dense and depthwise layers alike. Layers stay as they are,
+    and are told, that have no odd kernel, pads below half of it, solved scales, or, beside quantized activations, a target
+    without an integer Add. Put this pass before all that solve scales.
 
     The bias goes to the fine part, whose scales are smaller, and int32 codes for it finer. Only where a channel of that part
     is empty, hence has the scale 1, does it go to the coarse one.
 
     Source: Coarse & Fine Weight Splitting (arXiv 2312.10588); the coarse part as a pointwise convolution, and the rule which
     layers to split, are our own.
-    Cost: milliseconds a layer. At run time one pointwise convolution (1 / kernel taps of the multiply-adds; of a depthwise
-    convolution, which gains least, likewise) and one Add for each layer that is split.
+    Cost: milliseconds a layer, and one run over the data. At run time one pointwise convolution (1 / kernel taps of the
+    multiply-adds; of a depthwise convolution, which gains least, likewise) and one Add for each layer that is split.
     """
 
     name: ClassVar[str] = "split-weights"
@@ -60,6 +62,7 @@ class SplitWeights(Pass):
     def apply(self, job: Job) -> dict[str, Any]:
         told: dict[str, dict[str, float]] = {}
         left: dict[str, str] = {}
+        sums: list[list[str]] = []
         for layer in [y for y in job.graph.layers if y.weight in job.plan]:
             reason = _unfit(job, layer)
             if not reason:
@@ -69,11 +72,12 @@ class SplitWeights(Pass):
                 gain, fits = decibel(before, after), decibel(float(np.mean(weight.astype(np.float64) ** 2)), before)
                 reason = self._worthless(gain, fits, bool(layer_input(job.graph, job.plan, job.target, layer)))
                 if not reason:
-                    _replace(job, layer, coarse, fine)
+                    _replace(job, layer, coarse, fine, sums)
                     told[layer.name] = {"gain_db": round(gain, 2), "weights_db_before": round(fits, 2),
                                         "more_multiply_adds": round(1 / float(np.prod(layer.shape[2:])), 4)}
                     continue
             left[layer.name] = reason
+        narrow_ranges(job, sums)
         return {"layers": told, "left_alone": left}
 
     def _worthless(self, gain: float, fits: float, quantized: bool) -> str:
@@ -138,8 +142,9 @@ def _unfit(job: Job, layer: Layer) -> str:
     return ""
 
 
-def _replace(job: Job, layer: Layer, coarse: QuantSpec, fine: Array) -> None:
-    """Split a layer and plan what it becomes. The result keeps its entry: the sum is the same tensor."""
+def _replace(job: Job, layer: Layer, coarse: QuantSpec, fine: Array, sums: list[list[str]]) -> None:
+    """Split a layer and plan what it becomes. The result keeps its entry: the sum is the same tensor. Where it is quantized,
+    `sums` gets the outputs of both parts and the result."""
     assert coarse.codes is not None
     spec, whole = job.plan[layer.weight], job.plan.get(layer.result)
     quantized = bool(layer_input(job.graph, job.plan, job.target, layer))
@@ -152,3 +157,4 @@ def _replace(job: Job, layer: Layer, coarse: QuantSpec, fine: Array) -> None:
         job.plan |= {layer.result: replace(whole)}  # put anew: a range that was solved is not stale
         if quantized:
             job.plan |= {y.output: whole.request() for y in made.values()}
+            sums.append([*(y.output for y in made.values()), layer.result])

@@ -8,6 +8,8 @@ channel), with n_k = 2^(bits_k - 1) - 1,
     max |W - W^(K)|  <=  max |W| / prod_k (2 n_k)
 
 Not every channel needs every order: `depth` is how many each one has. Source: REx (Yvinec et al., arXiv 2203.14645).
+
+An activation has two orders: the halves of a code of twice as many bits (`halves`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnxq_plugins.spec import Array, QuantSpec, decode, encode, expand, reduce_blocks, solve_minmax
+from onnxq_plugins.spec import Array, QuantSpec, decode, encode, expand, from_range, reduce_blocks, solve_minmax
 
 
 def orders(weight: Array, asked: Sequence[QuantSpec], depth: Array) -> list[QuantSpec]:
@@ -94,6 +96,20 @@ def value(made: Sequence[QuantSpec]) -> Array:
     """W^(K), the weight that the orders add up to, float64."""
     parts = [decode(spec.codes, spec) for spec in made if spec.codes is not None]
     return np.asarray(np.sum(parts, axis=0, dtype=np.float64))
+
+
+def halves(low: float, high: float, bits: int) -> tuple[QuantSpec, QuantSpec, float]:
+    """Two orders of an activation in [low, high]: solved entries of `bits` bits each, unsigned, one scale 2^bits times the
+    other, and the share of a coarse step that is added before x is rounded down to the first order (`split_values`).
+
+    The codes of both are the upper and the lower half of the code of 2 * bits bits that x has over the same range, so
+    that the error is that of this code: half of the fine step.
+    """
+    whole, base = from_range(low, high, QuantSpec(2 * bits, symmetric=False)), 2**bits
+    assert whole.scale is not None and whole.zero_point is not None
+    upper, lower = divmod(int(whole.zero_point), base)
+    first = replace(whole, bits=bits, scale=np.asarray(whole.scale * np.float32(base)), zero_point=np.asarray(upper))
+    return first, replace(whole, bits=bits, zero_point=np.asarray(lower)), (lower + 0.5) / base
 
 
 # ---- which channels have how many orders --------------------------------------------------------------------------------

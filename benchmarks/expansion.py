@@ -1,0 +1,156 @@
+"""What the orders of `residual-expansion` buy: weights, activations, and ensembles, on real networks.
+
+    python -m benchmarks.expansion [--shared FOLDER] [--models NAME ...] [--seconds 0.25]
+
+Weights of 2, 3 and 4 bits in every layer, orders 1 to 4, the second and later ones on 25, 50 or 100 % of the output channels
+(chosen without data), 8-bit activations, bias-correct as in recipe int8; first row int8 per channel with the same passes.
+Second table: 4-bit activations with one and two orders, and 8-bit ones (target npu4). Third: ensembles. Accuracy and SQNR on
+samples that calibration never saw. Bit operations: multiply-adds x bits of the weight x bits of the input, summed over
+orders, relative to int8 everywhere: what hardware with products of so few bits would do; onnxruntime computes in int8.
+Latency: batch 1, one thread, all networks of a table in turn, relative to int8; the least of three medians each. Prints
+Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.int8 import machine
+from benchmarks.models import NAMES, Case, load_case, shared_folder
+from onnxq_plugins import Result, load, quantize, runtime
+from onnxq_plugins.quantizers import multiply_adds
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A network's labelled test samples, its float outputs, and the multiply-adds of its layers."""
+
+    case: Case
+    reference: np.ndarray
+    work: Mapping[str, int]
+
+    @staticmethod
+    def of(case: Case) -> Judge:
+        return Judge(case, outputs(case, case.path), multiply_adds(load(case.path), {case.input: case.test[:1]}))
+
+    def cells(self, made: Result) -> str:
+        """Top-1 and SQNR."""
+        found = outputs(self.case, made.model)
+        return f"{self.accuracy(found):.2f} | {runtime.sqnr(self.reference, found):.1f}"
+
+    def stored(self, made: Result) -> float:
+        """Bits on disk for each weight of the float network."""
+        held = sum(row["parameters"] for row in made.report["layers"])
+        return float(made.report["bits_per_weight"]) * held / sum(int(np.prod(y.shape)) for y in load(self.case.path).layers)
+
+    def accuracy(self, found: np.ndarray) -> float:
+        return 100 * float(np.mean(found.argmax(1) == self.case.labels))
+
+    def times(self, made: Sequence[Result], seconds: float) -> np.ndarray:
+        """Milliseconds of each network, measured in turn."""
+        runners = [runtime.session(one.model) for one in made]
+        feed = {self.case.input: self.case.test[:1]}
+        return np.min([runtime.latency(runners, feed, seconds / 3 * len(made)) for _ in range(3)], axis=0)
+
+    def operations(self, made: Result, bits: int, activations: int = 8, inputs: int = 1) -> float:
+        """Bit operations relative to int8. Layers that the pass left alone have one order of `bits`."""
+        told = next((s["told"] for s in made.report["steps"] if s["pass"] == "residual-expansion"), {"layers": {}})
+        spent = 0.0
+        for name, work in self.work.items():
+            row = told["layers"].get(name, {"bits": [bits], "channels": [1]})
+            spent += work * sum(b * n / row["channels"][0] for b, n in zip(row["bits"], row["channels"], strict=True))
+        return spent * activations * inputs / (64 * sum(self.work.values()))
+
+
+def outputs(case: Case, model: Any) -> np.ndarray:
+    runner = runtime.session(model, threads=2)
+    feeds = [{case.input: case.test[i:i + BATCH]} for i in range(0, len(case.test), BATCH)]
+    return np.asarray(runtime.outputs(runner, feeds)[0])
+
+
+def make(case: Case, bits: int, step: dict[str, Any] | None = None, **more: Any) -> Result:
+    """Recipe int8 with weights of other widths, and the pass in front of its last one."""
+    passes = [{"use": "scale-inputs"}, *([step] if step and step["use"] == "residual-ensemble" else []), {"use": "ranges"},
+              *([step] if step and step["use"] == "residual-expansion" else []), {"use": "bias-correct"}]
+    return quantize(case.path, {"weights": {"bits": bits}, "pass": passes, **more}, case.feeds())
+
+
+def weights(judge: Judge, seconds: float) -> None:
+    case, rows = judge.case, []
+    settings = [(8, 1, 1.0)] + [(bits, orders, share) for bits in (4, 3, 2) for orders in (1, 2, 3, 4)
+                                for share in ((0.25, 0.5, 1.0) if orders > 1 else (1.0,))]
+    for bits, orders, share in settings:
+        step = {"use": "residual-expansion", "orders": orders, "share": share, "data": False} if orders > 1 else None
+        made = make(case, bits, step)
+        told = next((s["told"] for s in made.report["steps"] if s["pass"] == "residual-expansion"), {"layers": {}})
+        forms = [row["form"] for row in told["layers"].values()]
+        used = ", ".join(f"{forms.count(f)} {f}" if len(set(forms)) > 1 else f for f in sorted(set(forms))) or "-"
+        rows.append((made, f"{bits} | {orders} | {f'{100 * share:.0f} %' if orders > 1 else '-'} | {judge.cells(made)} | "
+                           f"{judge.operations(made, bits):.2f} | {judge.stored(made):.1f}", used))
+    times = judge.times([made for made, *_ in rows], seconds)
+    columns = (f"{case.name}, float top-1 {judge.accuracy(judge.reference):.2f}", "orders", "share", "top-1", "SQNR dB",
+               "bit operations", "bits stored", "latency", "form")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for (_, cells, used), time in zip(rows, times, strict=True):
+        print(f"| weights of {cells} | {time / times[0]:.2f} | {used} |")
+    print(f"\nint8 latency {times[0]:.3f} ms", flush=True)
+
+
+def activations(judge: Judge) -> None:
+    columns = (f"{judge.case.name}, weights of 4 bits, 2 orders in branches", "top-1", "SQNR dB", "bit operations")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for bits, inputs, method in ((8, 1, "minmax"), (4, 1, "minmax"), (4, 1, "mse"), (4, 2, "minmax")):
+        passes = [{"use": "scale-inputs"}, {"use": "ranges", "method": method},
+                  {"use": "residual-expansion", "form": "branches", "activations": inputs}, {"use": "bias-correct"}]
+        made = quantize(judge.case.path, {"target": "npu4", "weights": {"bits": 4}, "activations": {"bits": bits},
+                                          "pass": passes}, judge.case.feeds())
+        print(f"| activations of {bits} bits, {inputs} order{'s' * (inputs > 1)}, ranges {method} | {judge.cells(made)} | "
+              f"{judge.operations(made, 4, bits, inputs):.2f} |", flush=True)
+
+
+def ensembles(judge: Judge, seconds: float) -> None:
+    case, rows = judge.case, []
+    for label, bits, step in (
+            ("int8", 8, None), ("one network of 1 order", 4, None),
+            ("sum of two networks of 1 order", 4, {"use": "residual-ensemble", "groups": [1, 1]}),
+            ("sum of four networks of 1 order", 4, {"use": "residual-ensemble", "groups": [1, 1, 1, 1]}),
+            ("one network of 2 orders (residual-expansion)", 4, {"use": "residual-expansion"}),
+            ("sum of two networks of 2 orders", 4, {"use": "residual-ensemble", "groups": [2, 2]})):
+        made = make(case, bits, step)
+        told = [s["told"]["ensemble_db"] for s in made.report["steps"] if s["pass"] == "residual-ensemble"]
+        own = f"{told[0]:.1f}" if told else "-"
+        rows.append((made, f"| {label} | {own} | {judge.cells(made)}"))
+    times = judge.times([made for made, _ in rows], seconds)
+    columns = (f"{case.name}, weights of 4 bits", "the ensemble itself, dB", "top-1", "SQNR dB", "latency")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for (_, cells), time in zip(rows, times, strict=True):
+        print(f"{cells} | {time / times[0]:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared")
+    parser.add_argument("--models", nargs="*", default=list(NAMES))
+    parser.add_argument("--seconds", type=float, default=0.5, help="of timing per network")
+    args = parser.parse_args()
+    shared = shared_folder(args.shared)
+    print(machine())
+    judges = [Judge.of(load_case(name, shared)) for name in args.models]
+    for judge in judges:
+        weights(judge, args.seconds)
+    for judge in judges:
+        activations(judge)
+    for judge in judges:
+        if not judge.case.name.startswith("kwt"):  # its LayerNormalizations do not commute with sums
+            ensembles(judge, args.seconds)
+
+
+if __name__ == "__main__":
+    main()

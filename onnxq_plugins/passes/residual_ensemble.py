@@ -1,0 +1,140 @@
+"""residual-ensemble: the orders of a residual expansion spread over networks of their own, whose outputs are summed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from onnxq_plugins import runtime
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph import Layer
+from onnxq_plugins.graph.ensemble import side_by_side, unfit
+from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.measure import agreement, sqnr
+from onnxq_plugins.planning import layer_input
+from onnxq_plugins.solvers import expansion as solver
+from onnxq_plugins.spec import Array, QuantSpec, decode
+
+
+@dataclass(frozen=True)
+class ResidualEnsemble(Pass):
+    """Ensembles of expansions: network m has, in every layer, the orders of group m of the weights' residual expansion,
+    folded into one integer code. All read the same input, the first one alone has the biases, and the outputs are summed:
+
+        f(x) ~ f_1(x) + f_2(x) + ...,   W = W_1 + W_2 + ...,   W_1 = sum of the first groups[0] orders, and so on
+
+    groups    orders of each network; each order has the bits that the recipe asks for
+    samples   of the calibration data that the ensemble's own error is measured on; 0: all
+
+    The networks run side by side, also on devices of their own: the model may be cut at the last Add. Layers whose orders do
+    not fold into the codes of the target (8 bits each, say), or that are solved, have the same weight in every network.
+
+    This is an approximation, and a loose one: relu(a + e) is replaced by relu(a) + relu(e), and what the second network's
+    layers do to the first one's activations is left out, so that it gains next to nothing over the first network alone.
+    Its error, before any rounding, is measured, reported and noted. `residual-expansion` sums the orders of each layer
+    instead, which is exact, and whose branches a runtime may run side by side, too.
+
+    It takes operators that commute with sums, or nearly do: layers, Add, Concat, pooling, Relu, Clip with 0 inside,
+    products with constants, and what moves values. A Softmax or Sigmoid at the end stays behind the sum. Raises
+    OnnxqError, naming the operator, for others. Put it in front of `ranges`: further networks have ranges of their own.
+
+    Source: REx (Yvinec et al., arXiv 2203.14645) and PIPE (arXiv 2311.15806), as far as their abstracts tell.
+    Cost: two runs over the samples. At run time, and on disk, as many times the network as there are groups.
+    """
+
+    name: ClassVar[str] = "residual-ensemble"
+    exact: ClassVar[bool] = False
+    groups: tuple[int, ...] = (2, 2)
+    samples: int = 64
+
+    def __post_init__(self) -> None:
+        if len(self.groups) < 2 or any(n < 1 for n in self.groups):
+            raise ValueError(f"groups = {list(self.groups)} must hold the orders of two networks or more, each at least 1")
+        if self.samples < 0:
+            raise ValueError(f"samples = {self.samples} must not be negative")
+
+    def apply(self, job: Job) -> dict[str, Any]:
+        graph, left = job.graph, dict[str, str]()
+        made: dict[str, list[QuantSpec]] = {}
+        for layer in [y for y in graph.layers if y.weight in job.plan]:
+            reason = self._unfit(job, layer)
+            if reason:
+                left[layer.name] = reason
+            else:
+                made[layer.name] = self._solve(job, layer)
+        if not made:
+            job.report["notes"].append("residual-ensemble: no layer can be expanded, so that there is still one network")
+            return {"networks": 1, "left_alone": left}
+        if why := unfit(graph, list(made)):
+            raise OnnxqError(f"residual-ensemble: {why}, so that the network cannot be a sum of networks; use "
+                             "residual-expansion, which sums the orders of each layer.")
+        layers = {y.name: y for y in graph.layers}
+        data = job.calibration.data
+        feeds = list(data.spread(self.samples) if self.samples else data) if data is not None else []
+        before = runtime.outputs(runtime.session(graph.model()), feeds)
+        maps, firsts = side_by_side(graph, {name: _parts(graph.constant(layers[name].weight), specs)
+                                            for name, specs in made.items()})
+        self._plan(job, {layers[name].weight: specs for name, specs in made.items()}, maps, firsts)
+        told: dict[str, Any] = {"networks": len(self.groups), "layers": len(made), "left_alone": left}
+        if not feeds:
+            job.report["notes"].append("residual-ensemble: without data its own error could not be measured")
+            return told
+        after = runtime.outputs(runtime.session(graph.model()), feeds)
+        decibel, same = sqnr(before, after), agreement(before, after)
+        job.report["notes"].append(f"residual-ensemble: the ensemble itself, before any rounding, reaches {decibel:.1f} dB, "
+                                   f"and its largest output is the network's in {same:.1f} % of {len(feeds)} samples")
+        return told | {"ensemble_db": round(decibel, 2), "ensemble_agreement": round(same, 2), "samples": len(feeds)}
+
+    def _unfit(self, job: Job, layer: Layer) -> str:
+        """Why a layer has the same weight in every network; "" if it is expanded."""
+        spec, key = job.plan[layer.weight], layer_input(job.graph, job.plan, job.target, layer)
+        bits = job.target.code_bits if key else 8
+        if spec.solved:
+            return "its scales are solved"
+        if not spec.symmetric or spec.pow2 or spec.sub_block is not None:
+            return f"orders are not defined for {spec.describe()}{' of powers of two' * spec.pow2}"
+        if not np.isfinite(job.graph.constant(layer.weight)).all():
+            return "its weights are not finite"
+        for orders in self.groups:
+            if not solver.foldable([spec.bits] * orders, bits):
+                return f"{orders} orders of {spec.bits} bits do not fold into codes of {bits} bits"
+            wanted = spec if orders == 1 else replace(spec, bits=bits)
+            if job.target.rule(layer, wanted, job.plan[key].bits if key else 0) is None:
+                return f"target '{job.target.name}' cannot run it as {wanted.describe()}"
+        return ""
+
+    def _solve(self, job: Job, layer: Layer) -> list[QuantSpec]:
+        """The solved entries, with codes, of a layer's weight in each network."""
+        spec, whole = job.plan[layer.weight], np.array(max(self.groups))
+        bits = job.target.code_bits if layer_input(job.graph, job.plan, job.target, layer) else 8
+        rest, made = job.graph.constant(layer.weight).astype(np.float64), list[QuantSpec]()
+        for orders in self.groups:
+            made.append(solver.orders(rest, [spec], whole)[0] if orders == 1 else
+                        solver.folded(rest, [spec] * orders, whole, bits))
+            rest = rest - solver.value(made[-1:])
+        return made
+
+    def _plan(self, job: Job, weights: dict[str, list[QuantSpec]], maps: list[dict[str, str]],
+              firsts: dict[str, str]) -> None:
+        """Entries of every network; a sum has none. Ranges of the first network stay, others are open."""
+        plan = dict(job.plan)
+        for m, table in enumerate(maps):
+            for old, new in table.items():
+                if old in weights:
+                    plan[new] = weights[old][m + 1]
+                elif old in job.plan:
+                    plan[new] = job.plan[old] if job.graph.is_constant(new) else job.plan[old].request()
+        for old, specs in weights.items():
+            plan[old] = specs[0]
+        for end, first in firsts.items():
+            if end in plan:
+                plan[first] = plan.pop(end)
+        job.plan = job.plan.without(*job.plan) | {name: replace(spec) for name, spec in plan.items()}  # new: not stale
+
+
+def _parts(weight: Array, made: list[QuantSpec]) -> list[Array]:
+    """What each network has of a weight; the last one has what the others leave, so that they add up to it."""
+    parts = [decode(spec.codes, spec) for spec in made[:-1] if spec.codes is not None]
+    return [*parts, (weight - np.sum(parts, axis=0, dtype=np.float64)).astype(np.float32)]
