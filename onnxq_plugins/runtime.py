@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,9 +21,33 @@ Feed = Mapping[str, Array]
 _LARGEST_MESSAGE = 2**31 - 2**20  # protobuf's limit is 2 GiB
 
 
+class Session(ort.InferenceSession):  # type: ignore[misc]
+    """A session whose runs fail with OnnxqError: shapes that do not fit each other show only there."""
+
+    def run(self, *args: Any, **more: Any) -> list[Any]:
+        try:
+            found: list[Any] = super().run(*args, **more)
+        except Exception as error:  # onnxruntime raises a dozen types
+            raise _failed(error) from error
+        return found
+
+    def run_with_ort_values(self, *args: Any, **more: Any) -> list[Any]:
+        try:
+            found: list[Any] = super().run_with_ort_values(*args, **more)
+        except Exception as error:
+            raise _failed(error) from error
+        return found
+
+
+def _failed(error: Exception) -> OnnxqError:
+    text = " ".join(str(error).split())[:300].rstrip(".")
+    return OnnxqError(f"onnxruntime {ort.__version__} cannot run the model on this input ({text}); check that the float "
+                      "model runs on it.")
+
+
 def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, optimize: bool = True,
             dump: str | Path | None = None, weights: Mapping[str, Array] | None = None,
-            lean: bool = False, arena: bool = True, profile: str | Path | None = None) -> ort.InferenceSession:
+            lean: bool = False, arena: bool = True, profile: str | Path | None = None) -> Session:
     """An onnxruntime session on the CPU.
 
     threads    intra-op threads
@@ -33,7 +58,7 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
     arena      keep freed memory for the next run; without, every tensor is memory of its own
     profile    time every kernel, which costs some microseconds each; `end_profiling` writes a file whose name begins so
 
-    Raises OnnxqError if onnxruntime refuses the model.
+    Raises OnnxqError if onnxruntime refuses the model; so do its runs if they fail.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -53,16 +78,16 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "model.onnx"
                 onnx.save(model, str(path), save_as_external_data=True, location="weights")
-                return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+                return Session(str(path), options, providers=["CPUExecutionProvider"])
         if weights:
             values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
             options.add_external_initializers(list(weights), values)
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
-        return ort.InferenceSession(str(source) if isinstance(source, Path) else source, options,
+        return Session(str(source) if isinstance(source, Path) else source, options,
                                     providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen types
         text = " ".join(str(error).split())
-        raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300]}") from error
+        raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300].rstrip('.')}.") from error
 
 
 def blas(threads: int) -> contextlib.AbstractContextManager[object]:

@@ -20,7 +20,7 @@ from onnxq_plugins.spec import Array
 
 def canonicalize(graph: Graph, flatten: bool = True) -> None:
     """Bring a freshly imported graph into canonical form, in place; `flatten` includes `flatten_matmul`."""
-    graph._graph.fold_constants(error_ok=True).cleanup()
+    graph._graph.fold_constants(error_ok=True, size_threshold=2**31).cleanup()
     graph.tidy()
     split_shared_weights(graph)
     normalize_gemm(graph)
@@ -79,6 +79,8 @@ def fold_batchnorm(graph: Graph) -> None:
         if layer.op == "MatMul":  # on tokens BatchNormalization is over axis 1, not over the outputs, and MatMul has no bias
             continue
         gamma, beta, mean, variance = (graph.constant(t.name).astype(np.float64) for t in node.inputs[1:5])
+        if any(v.shape != (layer.channels,) for v in (gamma, beta, mean, variance)):
+            continue  # it cannot run; onnxruntime tells why
         factor = gamma / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
         scale_outputs(graph, layer.name, factor)
         add_bias(graph, layer.name, beta - mean * factor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from onnx.external_data_helper import load_external_data_for_model, uses_externa
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.canonical import canonicalize
-from onnxq_plugins.graph.core import Graph
+from onnxq_plugins.graph.core import LAYER_OPS, Graph
 
 # What onnxruntime 1.31 reads (docs/runtime.md), and the version from which int4 tensors, Gelu and LayerNormalization exist.
 WANTED_OPSET, OLDEST_OPSET, NEWEST_OPSET = 21, 7, 26
@@ -42,6 +43,13 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
         where = "the given model"
     else:
         proto, where = read(Path(model)), f"'{model}'"
+    try:
+        return _imported(proto, where, float32, flatten)
+    except UnicodeDecodeError as error:
+        raise OnnxqError(f"{where} has names that are no text (corrupt?); export or download it again.") from error
+
+
+def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool) -> Graph:
     notes: list[str] = []
     OnnxqError.check(_problems(proto, where, float32))
     if float32 and _half(proto):
@@ -57,6 +65,7 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
     _name_nodes(proto.graph)  # those the converter added
     try:
         shell = _without_weights(proto)
+        _check_sizes(proto, onnx.shape_inference.infer_shapes(shell), where)  # what follows computes small tensors
         inferred = onnx.shape_inference.infer_shapes(shell, data_prop=True)
         onnx.checker.check_model(inferred)  # after inference: runtimes accept outputs without a shape, the checker does not
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
@@ -79,6 +88,7 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
     graph = Graph(imported, header, notes=notes)
     del proto, inferred
     graph.load_constants()
+    OnnxqError.check(_misfits(graph, where))
     canonicalize(graph, flatten)
     return graph
 
@@ -96,26 +106,78 @@ def read(path: Path) -> onnx.ModelProto:
                          "again.") from error
     if not proto.graph.node or not proto.opset_import:
         raise OnnxqError(f"'{path}' holds no ONNX graph (corrupt, truncated or another format?); export it again.")
-    folder = path.parent.resolve()
-    for tensor in proto.graph.initializer:
-        if uses_external_data(tensor):
-            place = next((e.value for e in tensor.external_data if e.key == "location"), "")
-            target = (folder / place).resolve()
-            if not target.is_relative_to(folder):
-                raise OnnxqError(f"'{path}': weight '{tensor.name}' points to '{place}', outside the model's folder; "
-                                 "for safety only files beside the model are read, so save the model again.")
-            if not target.is_file():
-                raise OnnxqError(f"'{path}': the file '{place}' with the data of weight '{tensor.name}' is missing; "
-                                 "put it beside the model.")
     try:
-        load_external_data_for_model(proto, str(folder))
+        _check_external(proto, path)
+        load_external_data_for_model(proto, str(path.parent.resolve()))
         for tensor in proto.graph.initializer:  # a truncated raw_data shows only when it is read
             if tensor.HasField("raw_data"):
                 _ = numpy_helper.to_array(tensor)
+    except OnnxqError:
+        raise
     except Exception as error:
         raise OnnxqError(f"'{path}': its weights cannot be read ({_first_line(error)}); export or download it "
                          "again.") from error
     return proto
+
+
+def _check_external(proto: onnx.ModelProto, path: Path) -> None:
+    """Raise OnnxqError if weights lie in a file that is not there, or outside the model's folder."""
+    folder = path.parent.resolve()
+    for tensor in proto.graph.initializer:
+        if uses_external_data(tensor):
+            place = next((e.value for e in tensor.external_data if e.key == "location"), "")
+            shown = repr(place if len(place) < 200 else f"{place[:200]}...")
+            try:
+                target = (folder / place).resolve()
+                there = target.is_file()
+            except (OSError, ValueError):  # too long, or with a zero byte
+                target, there = folder / "?", False
+            if not target.is_relative_to(folder):
+                raise OnnxqError(f"'{path}': weight '{tensor.name}' points to {shown}, outside the model's folder; "
+                                 "for safety only files beside the model are read, so save the model again.")
+            if not there:
+                raise OnnxqError(f"'{path}': the file {shown} with the data of weight '{tensor.name}' is missing; "
+                                 "put it beside the model.")
+
+
+def _check_sizes(proto: onnx.ModelProto, inferred: onnx.ModelProto, where: str) -> None:
+    """Raise OnnxqError for tensors that no machine holds: inference of values and constant folding would make them."""
+    weights = {t.name for t in proto.graph.initializer}
+    for values, limit in ((inferred.graph.input, 2**28), (inferred.graph.value_info, 2**31), (inferred.graph.output, 2**31)):
+        for value in values:
+            shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+            if math.prod(abs(n) for n in shape if n) > limit and value.name not in weights:
+                raise OnnxqError(f"{where}: tensor '{value.name}' of shape {shape} is too large to compute; mend the shapes "
+                                 "in the model.")
+
+
+def _misfits(graph: Graph, where: str) -> list[str]:
+    """Layers whose weight, groups, bias or input do not fit each other: onnx's checker does not look at constants."""
+    found = []
+    for node in graph.nodes:
+        if node.op not in LAYER_OPS or node.domain or len(node.inputs) < 2 or not isinstance(node.inputs[1], gs.Constant):
+            continue
+        x, weight, attrs = node.inputs[0], node.inputs[1].values.shape, node.attrs
+        groups, inputs, at = attrs.get("group", 1), 0, -1
+        if node.op.startswith("Conv"):
+            fits = len(weight) > 2 and groups > 0 and weight[0] % groups == 0
+            inputs, at = (weight[1] * groups if node.op == "Conv" else weight[0]) if fits else 0, 1
+            kernel = attrs.get("kernel_shape")
+            fits = fits and (kernel is None or list(kernel) == list(weight[2:])) and (
+                x.shape is None or len(x.shape) == len(weight)) and min(weight, default=0) > 0
+        elif node.op == "Gemm":
+            fits = len(weight) == 2
+            inputs, at = weight[1 if attrs.get("transB", 0) else 0] if fits else 0, 0 if attrs.get("transA", 0) else 1
+        else:
+            fits = len(weight) > 0
+            inputs = weight[max(len(weight) - 2, 0)] if fits else 0
+        if fits and x.shape is not None:
+            given = x.shape[at] if len(x.shape) > max(at, 0) else None
+            fits = len(x.shape) > max(at, 0) and (not isinstance(given, int) or given == inputs)
+        if not fits:
+            found.append(f"{where}: {node.op} '{node.name}' cannot run: its weight of shape {list(weight)} does not fit its "
+                         f"input of shape {x.shape} and its attributes; export the model again.")
+    return found
 
 
 def _problems(proto: onnx.ModelProto, where: str, float32: bool) -> list[str]:
@@ -133,6 +195,11 @@ def _problems(proto: onnx.ModelProto, where: str, float32: bool) -> list[str]:
     if found:
         problems.append(f"{where} is already quantized (it has {', '.join(sorted(found))}); give the float model it was "
                         "made from.")
+    narrow = {TensorProto.DataType.Name(t) for t in (*(t.data_type for t in proto.graph.initializer), *(
+        v.type.tensor_type.elem_type for v in proto.graph.input)) if t >= TensorProto.FLOAT8E4M3FN}
+    if narrow:
+        problems.append(f"{where} holds tensors of type {', '.join(sorted(narrow))}, so it is no float model; give the "
+                        "float32 model it was made from.")
     if (half := _half(proto)) and not float32:
         problems.append(f"{where} is an {half} model; quantize its float32 original, or pass --float32 to convert it "
                         "first.")
