@@ -121,6 +121,39 @@ def test_an_enormous_constant_is_refused_before_it_is_computed() -> None:
     assert "too large" in broken(model)
 
 
+@pytest.mark.parametrize("op", ["Conv", "Pad"])
+def test_sizes_below_zero_are_told(op: str) -> None:
+    """onnx's own shape inference aborts the process when it meets a Slice of such a tensor."""
+    net = zoo.Net(["N", 3, 4, 4])
+    y = net.op("Conv", "x", net.weight(3, 3, 9, 9)) if op == "Conv" else net.op(
+        "Pad", "x", net.constant([0, 0, 0, 0, 0, 0, -9, 0], np.int64))
+    y = net.op("Slice", y, *(net.constant([v], np.int64) for v in (0, 9, 2)))
+    out = helper.make_tensor_value_info(y, TensorProto.FLOAT, None)
+    with pytest.raises(OnnxqError, match="cannot be"):
+        onnxq.load(helper.make_model(helper.make_graph(net.nodes, "g", [net.input], [out], net.constants),
+                                     opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+
+
+def test_a_condition_and_bounds_that_are_no_single_number_are_told() -> None:
+    model = zoo.control_flow()
+    branch = next(n for n in model.graph.node if n.op_type == "If")
+    branch.input[0] = "flags"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([True, False]), "flags"))
+    broken(model)
+    model = zoo.mobilenet()
+    clip = next(n for n in model.graph.node if n.op_type == "Clip")
+    clip.input[1] = "low"
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(2, np.float32), "low"))
+    assert "Clip" in broken(model)
+
+
+def test_an_empty_list_as_attribute_is_told() -> None:
+    model = zoo.cnn()
+    pool = next(n for n in model.graph.node if n.op_type == "MaxPool")
+    next(a for a in pool.attribute if a.name == "kernel_shape").ClearField("ints")
+    broken(model)
+
+
 def test_types_that_no_float_model_has_are_told() -> None:
     model = zoo.mlp()
     model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT8E4M3FN

@@ -14,13 +14,18 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.core import BatchNorm, Graph
 from onnxq_plugins.spec import Array
 
 
 def canonicalize(graph: Graph, flatten: bool = True) -> None:
     """Bring a freshly imported graph into canonical form, in place; `flatten` includes `flatten_matmul`."""
-    graph._graph.fold_constants(error_ok=True, size_threshold=2**31).cleanup()
+    try:
+        graph._graph.fold_constants(error_ok=True, size_threshold=2**31).cleanup()
+    except Exception as error:  # graphsurgeon looks into control flow without asking what is there
+        raise OnnxqError(f"the constants of the model cannot be folded ({' '.join(str(error).split())[:200]}); check it with "
+                         "onnx.checker.check_model.") from error
     graph.tidy()
     split_shared_weights(graph)
     normalize_gemm(graph)

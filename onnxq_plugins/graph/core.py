@@ -14,6 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
 
 LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -346,6 +347,9 @@ class Graph:
             tensor.values = LazyValues(stub)
         try:
             model: onnx.ModelProto = gs.export_onnx(self._graph, do_type_check=False)
+        except (TypeError, ValueError) as error:  # an empty list as an attribute, say
+            raise OnnxqError(f"the model cannot be written as ONNX ({' '.join(str(error).split())[:200]}); check it with "
+                             "onnx.checker.check_model.") from error
         finally:
             for tensor, values in zip(large, kept, strict=True):
                 tensor.values = values

@@ -60,12 +60,16 @@ def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool) 
     del proto.graph.input[:]
     proto.graph.input.extend(inputs)
     proto.ir_version = max(proto.ir_version, 4)
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_value < 0:  # dynamic, as onnxruntime has it
+                size.Clear()
     _name_nodes(proto.graph)
     proto = _raise_opset(proto, where, notes)
     _name_nodes(proto.graph)  # those the converter added
     try:
         shell = _without_weights(proto)
-        _check_sizes(proto, onnx.shape_inference.infer_shapes(shell), where)  # what follows computes small tensors
+        _check_sizes(shell, where)
         inferred = onnx.shape_inference.infer_shapes(shell, data_prop=True)
         onnx.checker.check_model(inferred)  # after inference: runtimes accept outputs without a shape, the checker does not
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
@@ -140,13 +144,23 @@ def _check_external(proto: onnx.ModelProto, path: Path) -> None:
                                  "put it beside the model.")
 
 
-def _check_sizes(proto: onnx.ModelProto, inferred: onnx.ModelProto, where: str) -> None:
-    """Raise OnnxqError for tensors that no machine holds: inference of values and constant folding would make them."""
+def _check_sizes(shell: onnx.ModelProto, where: str) -> None:
+    """Raise OnnxqError for tensors that no machine holds, which inference of values and constant folding would make, and for
+    negative sizes, such as of a kernel larger than its input: onnx 1.22 aborts the process when it infers a Slice of those,
+    so Slices are hidden here."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(shell)
+    for node in proto.graph.node:
+        if node.op_type == "Slice":
+            node.domain = "hidden"
+    inferred = onnx.shape_inference.infer_shapes(proto)
     weights = {t.name for t in proto.graph.initializer}
     for values, limit in ((inferred.graph.input, 2**28), (inferred.graph.value_info, 2**31), (inferred.graph.output, 2**31)):
         for value in values:
             shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
-            if math.prod(abs(n) for n in shape if n) > limit and value.name not in weights:
+            if min(shape, default=0) < 0:
+                raise OnnxqError(f"{where}: tensor '{value.name}' has the shape {shape}, which cannot be; mend what makes it.")
+            if math.prod(n for n in shape if n) > limit and value.name not in weights:
                 raise OnnxqError(f"{where}: tensor '{value.name}' of shape {shape} is too large to compute; mend the shapes "
                                  "in the model.")
 
@@ -155,6 +169,8 @@ def _misfits(graph: Graph, where: str) -> list[str]:
     """Layers whose weight, groups, bias or input do not fit each other: onnx's checker does not look at constants."""
     found = []
     for node in graph.nodes:
+        if node.op == "Clip" and any(isinstance(t, gs.Constant) and t.values.size != 1 for t in node.inputs[1:]):
+            found.append(f"{where}: Clip '{node.name}' cannot run: its bounds must be single numbers; export the model again.")
         if node.op not in LAYER_OPS or node.domain or len(node.inputs) < 2 or not isinstance(node.inputs[1], gs.Constant):
             continue
         x, weight, attrs = node.inputs[0], node.inputs[1].values.shape, node.attrs
