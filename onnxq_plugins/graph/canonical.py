@@ -24,8 +24,8 @@ def canonicalize(graph: Graph, flatten: bool = True) -> None:
     try:
         graph._graph.fold_constants(error_ok=True, size_threshold=2**31).cleanup()
     except Exception as error:  # graphsurgeon looks into control flow without asking what is there
-        raise OnnxqError(f"the constants of the model cannot be folded ({' '.join(str(error).split())[:200]}); check it with "
-                         "onnx.checker.check_model.") from error
+        raise OnnxqError(f"the constants of the model cannot be folded ({' '.join(str(error).split())[:200]}); check it "
+                         "with onnx.checker.check_model.") from error
     graph.tidy()
     split_shared_weights(graph)
     normalize_gemm(graph)

@@ -22,6 +22,7 @@ WANTED_OPSET, OLDEST_OPSET, NEWEST_OPSET = 21, 7, 26
 IR_OF_OPSET = {21: 10, 22: 10, 23: 11, 24: 11, 25: 12, 26: 13}
 QUANTIZED_OPS = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
                  "DynamicQuantizeLinear", "QGemm", "MatMulNBits", "QLinearAdd"}
+_INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError)
 HALF = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 
 
@@ -65,16 +66,15 @@ def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool) 
             if size.dim_value < 0:  # dynamic, as onnxruntime has it
                 size.Clear()
     _name_nodes(proto.graph)
+    _check_sizes(_without_weights(proto), where)
     proto = _raise_opset(proto, where, notes)
     _name_nodes(proto.graph)  # those the converter added
     try:
         shell = _without_weights(proto)
-        _check_sizes(shell, where)
         inferred = onnx.shape_inference.infer_shapes(shell, data_prop=True)
         onnx.checker.check_model(inferred)  # after inference: runtimes accept outputs without a shape, the checker does not
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        raise OnnxqError(f"{where} is not a valid ONNX model: {_first_line(error)}; export it again and check it with "
-                         "onnx.checker.check_model.") from error
+    except _INVALID as error:
+        raise _invalid(where, error) from error
     for mine, theirs in ((proto.graph.value_info, inferred.graph.value_info), (proto.graph.output, inferred.graph.output)):
         del mine[:]
         mine.extend(theirs)
@@ -95,6 +95,11 @@ def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool) 
     OnnxqError.check(_misfits(graph, where))
     canonicalize(graph, flatten)
     return graph
+
+
+def _invalid(where: str, error: Exception) -> OnnxqError:
+    return OnnxqError(f"{where} is not a valid ONNX model: {_first_line(error)}; export it again and check it with "
+                      "onnx.checker.check_model.")
 
 
 def read(path: Path) -> onnx.ModelProto:
@@ -146,20 +151,23 @@ def _check_external(proto: onnx.ModelProto, path: Path) -> None:
 
 def _check_sizes(shell: onnx.ModelProto, where: str) -> None:
     """Raise OnnxqError for tensors that no machine holds, which inference of values and constant folding would make, and for
-    negative sizes, such as of a kernel larger than its input: onnx 1.22 aborts the process when it infers a Slice of those,
-    so Slices are hidden here."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(shell)
-    for node in proto.graph.node:
+    negative sizes, such as of a kernel larger than its input: onnx aborts the process when it infers a Slice of those, so
+    Slices are hidden here."""
+    shell.opset_import.add(domain="hidden", version=1)
+    for node in shell.graph.node:
         if node.op_type == "Slice":
             node.domain = "hidden"
-    inferred = onnx.shape_inference.infer_shapes(proto)
-    weights = {t.name for t in proto.graph.initializer}
+    try:
+        inferred = onnx.shape_inference.infer_shapes(shell)
+    except _INVALID as error:
+        raise _invalid(where, error) from error
+    weights = {t.name for t in shell.graph.initializer}
     for values, limit in ((inferred.graph.input, 2**28), (inferred.graph.value_info, 2**31), (inferred.graph.output, 2**31)):
         for value in values:
             shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
             if min(shape, default=0) < 0:
-                raise OnnxqError(f"{where}: tensor '{value.name}' has the shape {shape}, which cannot be; mend what makes it.")
+                raise OnnxqError(f"{where}: tensor '{value.name}' has the shape {shape}, which cannot be; mend what "
+                                 "makes it.")
             if math.prod(n for n in shape if n) > limit and value.name not in weights:
                 raise OnnxqError(f"{where}: tensor '{value.name}' of shape {shape} is too large to compute; mend the shapes "
                                  "in the model.")
@@ -170,7 +178,8 @@ def _misfits(graph: Graph, where: str) -> list[str]:
     found = []
     for node in graph.nodes:
         if node.op == "Clip" and any(isinstance(t, gs.Constant) and t.values.size != 1 for t in node.inputs[1:]):
-            found.append(f"{where}: Clip '{node.name}' cannot run: its bounds must be single numbers; export the model again.")
+            found.append(f"{where}: Clip '{node.name}' cannot run: its bounds must be single numbers; export the model "
+                         "again.")
         if node.op not in LAYER_OPS or node.domain or len(node.inputs) < 2 or not isinstance(node.inputs[1], gs.Constant):
             continue
         x, weight, attrs = node.inputs[0], node.inputs[1].values.shape, node.attrs
