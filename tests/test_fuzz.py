@@ -137,8 +137,7 @@ def test_sizes_below_zero_are_told(op: str) -> None:
 def test_a_condition_and_bounds_that_are_no_single_number_are_told() -> None:
     model = zoo.control_flow()
     branch = next(n for n in model.graph.node if n.op_type == "If")
-    branch.input[0] = "flags"
-    model.graph.initializer.append(numpy_helper.from_array(np.array([True, False]), "flags"))
+    branch.input[0] = next(n for n in model.graph.node if n.op_type == "Conv").input[1]
     broken(model)
     model = zoo.mobilenet()
     clip = next(n for n in model.graph.node if n.op_type == "Clip")
