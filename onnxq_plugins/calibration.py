@@ -286,8 +286,8 @@ class Calibration:
                     state[key] = merge(state[key], value)
                 if partial is not None and n % self.checkpoint == 0:
                     save_arrays(partial, {**state, "next": np.array(n)})
-        if partial is not None and partial.is_file():
-            partial.unlink()
+        if partial is not None:
+            partial.unlink(missing_ok=True)  # another process may have done the same fold
         return state
 
 

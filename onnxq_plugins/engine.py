@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from onnxq_plugins.measure import Metric, find_metric, metric_name
 from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.recipe import Recipe, load_recipe
 from onnxq_plugins.spec import Array, Plan
+from onnxq_plugins.store import clear_leftovers, replacing
 from onnxq_plugins.target import Rule, Target
 
 log = logging.getLogger("onnxq_plugins")
@@ -125,6 +125,8 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     asked = planning.request(graph, made, chosen)
     OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
     workers = workers or _cores()
+    if cache:
+        clear_leftovers(Path(cache))
     calibration = Calibration(graph, read, cache=Path(cache) if cache else None, workers=workers, track=track)
     job = Job(graph, asked.plan, calibration, chosen, made, np.random.default_rng(seed), workers,
               {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.notes if read else ())]}, track,
@@ -159,16 +161,11 @@ def save_model(model: onnx.ModelProto, path: Path) -> Path:
 def write_file(content: bytes, path: Path) -> Path:
     """Write beside the target, then move into place. Raises OnnxqError if that is not possible."""
     check_writable(path)
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with replacing(path) as stream:
             stream.write(content)
-        os.chmod(part, 0o666 & ~_umask())
-        os.replace(part, path)
     except OSError as error:
         raise OnnxqError(f"output '{path}' cannot be written: {error.strerror}.") from error
-    finally:
-        Path(part).unlink(missing_ok=True)
     return path
 
 
@@ -310,9 +307,3 @@ def _rule(job: Job, layer: Layer) -> Rule:
 def _cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
