@@ -90,6 +90,7 @@ def test_the_command_line_may(planted: Path, tmp_path: Path, monkeypatch: pytest
     (tmp_path / "m.onnx").write_bytes(MODEL.SerializeToString())
     np.savez(tmp_path / "d.npz", **zoo.batch(zoo.feeds(MODEL, 2)))
     files = [str(tmp_path / name) for name in ("m.onnx", "q.onnx", "d.npz")]
+    files = [str(tmp_path / name) for name in ("m.onnx", "q.onnx", "d.npz")]
     monkeypatch.setattr(sys, "argv", ["onnxq", "quantize", files[0], "-o", files[1], "--data", files[2], "--metric", VALUES[0]])
     with pytest.raises(SystemExit) as left:
         cli.main()
