@@ -90,10 +90,12 @@ def audit_model(model: onnx.ModelProto | str | Path, against: str | Path | onnx.
     Raises OnnxqError if onnxruntime cannot load or run it.
     """
     proto = onnx.load(str(model)) if isinstance(model, (str, Path)) else model
-    named = onnx.ModelProto()
-    named.CopyFrom(proto)
-    for i, node in enumerate(named.graph.node):
-        node.name = node.name or f"{node.op_type}_{node.output[0] if node.output else i}"
+    named = proto
+    if not all(node.name for node in proto.graph.node):
+        named = onnx.ModelProto()
+        named.CopyFrom(proto)
+        for i, node in enumerate(named.graph.node):
+            node.name = node.name or f"{node.op_type}_{node.output[0] if node.output else i}"
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) / "optimized.onnx"
         session = runtime.session(named, dump=dump)

@@ -211,7 +211,9 @@ def _run(job: Job, step: Pass, found: Plugins, verify: bool) -> dict[str, Any]:
 
 def _weights(graph: Graph) -> dict[str, int]:
     """A quick fingerprint of each layer's weight."""
-    return {layer.weight: hash(graph.constant(layer.weight).tobytes()) for layer in graph.layers}
+    arrays = {layer.weight: graph.constant(layer.weight) for layer in graph.layers}
+    files = {id(array) for array in graph.mapped.arrays.values()}  # they cannot change: they are mapped for reading
+    return {name: id(array) if id(array) in files else hash(array.tobytes()) for name, array in arrays.items()}
 
 
 def _probe(graph: Graph, data: Data | None) -> list[Array]:

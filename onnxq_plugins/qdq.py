@@ -7,6 +7,7 @@ never a float layer between a DQ and a Q.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -410,7 +411,7 @@ class Writer:
 
     def _constant(self, name: str, values: Array) -> str:
         values = np.ascontiguousarray(values) if values.ndim else values
-        content = (str(values.dtype), values.shape, values.tobytes())
+        content = (str(values.dtype), values.shape, hashlib.sha256(values.tobytes()).digest())
         if content not in self.constants:
             self.constants[content] = self._fresh(name)
             self.made.append(numpy_helper.from_array(values, self.constants[content]))

@@ -15,7 +15,7 @@ from onnx.external_data_helper import load_external_data_for_model, uses_externa
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.canonical import canonicalize
-from onnxq_plugins.graph.core import LAYER_OPS, Graph
+from onnxq_plugins.graph.core import LAYER_OPS, Graph, Mapped
 
 # What onnxruntime 1.31 reads (docs/runtime.md), and the version from which int4 tensors, Gelu and LayerNormalization exist.
 WANTED_OPSET, OLDEST_OPSET, NEWEST_OPSET = 21, 7, 26
@@ -38,19 +38,20 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
     """
     if isinstance(model, Graph):
         return model.copy()
+    mapped = Mapped()
     if isinstance(model, onnx.ModelProto):
         proto = onnx.ModelProto()
         proto.CopyFrom(model)
         where = "the given model"
     else:
-        proto, where = read(Path(model)), f"'{model}'"
+        proto, where = read(Path(model), mapped), f"'{model}'"
     try:
-        return _imported(proto, where, float32, flatten)
+        return _imported(proto, where, float32, flatten, mapped)
     except UnicodeDecodeError as error:
         raise OnnxqError(f"{where} has names that are no text (corrupt?); export or download it again.") from error
 
 
-def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool) -> Graph:
+def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool, mapped: Mapped) -> Graph:
     notes: list[str] = []
     OnnxqError.check(_problems(proto, where, float32))
     if float32 and _half(proto):
@@ -89,7 +90,7 @@ def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool) 
     imported = gs.import_onnx(proto)
     # a part of a message keeps the whole of it in memory, weights and all
     imported.import_domains = [onnx.helper.make_opsetid(o.domain, o.version) for o in proto.opset_import]
-    graph = Graph(imported, header, notes=notes)
+    graph = Graph(imported, header, notes=notes, mapped=mapped)
     del proto, inferred
     graph.load_constants()
     OnnxqError.check(_misfits(graph, where))
@@ -102,8 +103,11 @@ def _invalid(where: str, error: Exception) -> OnnxqError:
                       "onnx.checker.check_model.")
 
 
-def read(path: Path) -> onnx.ModelProto:
-    """The file as a ModelProto with its external data. Raises OnnxqError in one sentence if that fails."""
+def read(path: Path, mapped: Mapped | None = None) -> onnx.ModelProto:
+    """The file as a ModelProto with its external data. Raises OnnxqError in one sentence if that fails.
+
+    mapped   takes the large float32 weights of external data, which then stay in their files: the ModelProto refers to them
+    """
     if path.is_dir():
         raise OnnxqError(f"model '{path}' is a folder; give the path of an .onnx file.")
     if not path.is_file():
@@ -117,7 +121,12 @@ def read(path: Path) -> onnx.ModelProto:
         raise OnnxqError(f"'{path}' holds no ONNX graph (corrupt, truncated or another format?); export it again.")
     try:
         _check_external(proto, path)
+        left = [t for t in proto.graph.initializer if mapped is not None and mapped.take(t, path.parent)]
+        for tensor in left:  # not to be loaded
+            tensor.data_location = TensorProto.DEFAULT
         load_external_data_for_model(proto, str(path.parent.resolve()))
+        for tensor in left:
+            tensor.data_location = TensorProto.EXTERNAL
         for tensor in proto.graph.initializer:  # a truncated raw_data shows only when it is read
             if tensor.HasField("raw_data"):
                 _ = numpy_helper.to_array(tensor)
