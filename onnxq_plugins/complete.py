@@ -34,7 +34,10 @@ def complete(job: Job) -> None:
     solved = {}
     for layer in job.graph.layers:
         if layer.weight in job.plan:
-            solved[layer.weight] = complete_weight(job, layer, job.plan[layer.weight])
+            spec = complete_weight(job, layer, job.plan[layer.weight])
+            if layer.weight in job.graph.mapped.arrays and spec.codes is not None:
+                spec = replace(spec, codes=job.graph.mapped.keep(spec.codes))
+            solved[layer.weight] = spec
             job.graph.mapped.release()
     job.plan |= solved
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -23,16 +24,18 @@ from onnxq_plugins.complete import complete
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer, load
+from onnxq_plugins.graph.importer import skeleton
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.measure import Metric, find_metric, metric_name
 from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.recipe import Recipe, load_recipe
 from onnxq_plugins.spec import Array, Plan
-from onnxq_plugins.store import clear_leftovers, replacing
+from onnxq_plugins.store import DataFile, clear_leftovers, replacing
 from onnxq_plugins.target import Rule, Target
 
 log = logging.getLogger("onnxq_plugins")
 DRIFT = 1e-4  # law L1, relative
+LARGE = 2**30  # bytes of weights in files from which an output's constants are written as they are made
 
 
 class LawBroken(OnnxqError):
@@ -140,32 +143,51 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     start = time.perf_counter()
     complete(job)
     OnnxqError.check(chosen.problems(graph, job.plan, _layer_inputs(job)))
-    exported = qdq.export(graph, job.plan, chosen)
-    _sign(exported, made, found, seed)
-    job.report["steps"] = [*steps, {"pass": "export", "seconds": round(time.perf_counter() - start, 3)}]
     if widened := job.report.pop("widened", {}):
         job.report["notes"].append(f"scales of {sum(widened.values())} all but empty channels in {len(widened)} layers "
                                    "were widened so that their biases fit int32")
-    _describe(job, exported)
-    path = save_model(exported, Path(output)) if output is not None else None
+    beside = DataFile(Path(output)) if output is not None and graph.mapped.size > LARGE else None
+    with beside or contextlib.nullcontext(), _writing(output):
+        exported = qdq.export(graph, job.plan, chosen, data=beside)
+        _sign(exported, made, found, seed)
+        job.report["steps"] = [*steps, {"pass": "export", "seconds": round(time.perf_counter() - start, 3)}]
+        _describe(job, exported, beside)
+        path = None if output is None else save_model(exported, Path(output)) if beside is None else beside.finish(exported)
     job.report["seconds"] = round(time.perf_counter() - started, 3)
     found.manager.hook.onnxq_exported(job=job, model=exported, path=path)
     return Result(exported, job.plan, job.report, job.graph, chosen)
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> Path:
-    """Write a model, complete or not at all. Raises OnnxqError if that is not possible."""
-    return write_file(model.SerializeToString(), path)
+    """Write a model, complete or not at all; one that is too large for a protobuf message with external data beside it.
+    Raises OnnxqError if that is not possible."""
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise OnnxqError(f"output '{path}': the model's weights lie beside the output it was made for; copy both files.")
+    if runtime.size_of(model) <= runtime.LARGEST_MESSAGE:
+        return write_file(model.SerializeToString(), path)
+    check_writable(path)
+    shell = skeleton(model)
+    with DataFile(path) as data, _writing(path):
+        for tensor in model.graph.initializer:
+            stored = shell.graph.initializer.add()
+            stored.CopyFrom(tensor)
+            data.take(stored)
+        return data.finish(shell)
+
+
+@contextlib.contextmanager
+def _writing(path: str | Path | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OnnxqError(f"output '{path}' cannot be written: {error.strerror or error}.") from error
 
 
 def write_file(content: bytes, path: Path) -> Path:
     """Write beside the target, then move into place. Raises OnnxqError if that is not possible."""
     check_writable(path)
-    try:
-        with replacing(path) as stream:
-            stream.write(content)
-    except OSError as error:
-        raise OnnxqError(f"output '{path}' cannot be written: {error.strerror}.") from error
+    with _writing(path), replacing(path) as stream:
+        stream.write(content)
     return path
 
 
@@ -264,10 +286,13 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def _describe(job: Job, model: onnx.ModelProto) -> None:
+def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None) -> None:
     """Per-layer table, sizes, kernels and the one-line summary."""
     report = job.report
-    kernels = audit_model(model)
+    if beside is not None:
+        beside.flush()
+    kernels = audit_model(model, folder=beside.path.parent if beside is not None else None)
+    job.graph.mapped.release()
     by_name = {entry.name: entry for entry in kernels.layers}
     rows, stored = [], 0.0
     for layer in job.graph.layers:
@@ -283,7 +308,7 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
         rows.append(row | ({"why_float": why} if why else {}))
     weights: dict[str, Array] = {}
     before = job.graph.model(weights).ByteSize() + sum(w.nbytes for w in weights.values())
-    after = model.ByteSize()
+    after = runtime.size_of(model) + (beside.size if beside is not None else 0)
     report |= {"recipe": job.recipe.to_dict(), "layers": rows, "bytes": {"float": before, "quantized": after},
                "kernels": kernels.counts(), "machine": {"python": platform.python_version(),
                                                         "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import onnx
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
@@ -29,6 +31,64 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+class DataFile:
+    """The large constants of a model that is being written to `path`, in a file beside it ("external data"). It bears a part
+    of their fingerprint in its name, so that a model never meets the data of another, whenever a run is killed.
+
+    Used in a with statement: without `finish` nothing is left.
+    """
+
+    least = 2**16  # bytes of a constant that is worth it
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, 0
+        self.part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
+        self._seen = hashlib.blake2b(digest_size=4)
+
+    def __enter__(self) -> DataFile:
+        self._stream = open(self.part, "xb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+        self.part.unlink(missing_ok=True)
+
+    def take(self, tensor: onnx.TensorProto) -> None:
+        """Move the data of a tensor, if it is large, to the file: the tensor then refers to it."""
+        raw = tensor.raw_data
+        if len(raw) < self.least:
+            return
+        pad = bytes(-self.size % 4096)  # whole pages: runtimes map the file
+        self._stream.write(pad)
+        self._stream.write(raw)
+        self._seen.update(pad + raw if pad else raw)
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", self.part.name), ("offset", self.size + len(pad)), ("length", len(raw))):
+            tensor.external_data.add(key=key, value=str(value))
+        self.size += len(pad) + len(raw)
+
+    def flush(self) -> None:
+        """From now on the file can be read, under its temporary name."""
+        self._stream.flush()
+
+    def finish(self, model: onnx.ModelProto) -> Path:
+        """Write the model whose tensors were taken, first the data, then what refers to them. The data of an earlier model
+        under this path give way. Raises OSError."""
+        name = f"{self.path.name}.{self._seen.hexdigest()}.data"
+        self._stream.close()
+        os.replace(self.part, self.path.with_name(name))
+        for entry in (e for tensor in model.graph.initializer for e in tensor.external_data):
+            if entry.key == "location" and entry.value == self.part.name:
+                entry.value = name
+        with replacing(self.path) as stream:
+            stream.write(model.SerializeToString())
+        for file in self.path.parent.iterdir():
+            if file.name != name and re.fullmatch(re.escape(self.path.name) + r"\.[0-9a-f]{8}\.data", file.name):
+                file.unlink(missing_ok=True)
+        return self.path
 
 
 def clear_leftovers(folder: Path, seconds: float = 86400.0) -> None:

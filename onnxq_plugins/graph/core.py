@@ -7,11 +7,12 @@ import hashlib
 import math
 import mmap
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import onnx
@@ -120,14 +121,15 @@ class Layer:
 
 
 class Mapped:
-    """Large float32 weights of external data, by name, where they lie: arrays on the mapped files, read when they are looked at.
-    `release` gives the memory of what was read back; so a model may be larger than memory."""
+    """Large float32 weights of external data, by name, where they lie: arrays on the mapped files, read when they are looked
+    at. `release` gives the memory of what was read back; so a model may be larger than memory."""
 
     least = 2**20  # bytes of a weight that is worth it
 
     def __init__(self) -> None:
         self.arrays: dict[str, Array] = {}
         self._files: dict[Path, mmap.mmap] = {}
+        self._scratch: IO[bytes] | None = None
 
     def take(self, tensor: onnx.TensorProto, folder: Path) -> bool:
         """Map a tensor's data; False if it is small, no float32, or not as it should be. The file must be there."""
@@ -145,6 +147,23 @@ class Mapped:
                 self._files[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self.arrays[tensor.name] = np.frombuffer(self._files[file], np.float32, count, first).reshape(tensor.dims)
         return True
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def keep(self, array: Array) -> Array:
+        """The same values, for reading only, in a temporary file: what is made of all weights need not fit memory."""
+        self._scratch = self._scratch or tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the graph
+        page = mmap.ALLOCATIONGRANULARITY
+        first = -(-self._scratch.seek(0, 2) // page) * page
+        self._scratch.seek(first)
+        self._scratch.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._scratch.flush()
+        kept = mmap.mmap(self._scratch.fileno(), array.nbytes, access=mmap.ACCESS_READ, offset=first)
+        self._files[Path(f"{first}")] = kept
+        return np.frombuffer(kept, array.dtype).reshape(array.shape)
 
     def release(self) -> None:
         """Give back the memory of what was read; it is read again when it is looked at."""

@@ -301,6 +301,17 @@ def _raise_opset(proto: onnx.ModelProto, where: str, notes: list[str]) -> onnx.M
 
 def _without_weights(proto: onnx.ModelProto, limit: int = 1024) -> onnx.ModelProto:
     """The model with its larger weights as inputs: onnx's tools copy everything they are given several times."""
+    shell = skeleton(proto)
+    for tensor in proto.graph.initializer:
+        if np.prod(tensor.dims) > limit:
+            shell.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            shell.graph.initializer.append(tensor)
+    return shell
+
+
+def skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a model without its initializers."""
     shell = onnx.ModelProto()
     for part, whole, heavy in ((shell, proto, "graph"), (shell.graph, proto.graph, "initializer")):
         for field, value in whole.ListFields():
@@ -312,11 +323,6 @@ def _without_weights(proto: onnx.ModelProto, limit: int = 1024) -> onnx.ModelPro
                 getattr(part, field.name).CopyFrom(value)
             else:
                 setattr(part, field.name, value)
-    for tensor in proto.graph.initializer:
-        if np.prod(tensor.dims) > limit:
-            shell.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        else:
-            shell.graph.initializer.append(tensor)
     return shell
 
 
