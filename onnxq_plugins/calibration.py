@@ -270,7 +270,9 @@ class Calibration:
         runtime.trim()
 
         def one(numbered: tuple[int, dict[str, Array]]) -> State:
-            return read(runner.run(None, numbered[1]), numbered[0])
+            found = read(runner.run(None, numbered[1]), numbered[0])
+            self.graph.mapped.release()
+            return found
 
         total = None if self.data.size is None else self.data.size - start
         results = in_order(one, itertools.islice(enumerate(self.data), start, None), self.workers)

@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -30,7 +30,7 @@ from onnxq_plugins.measure import Metric, find_metric, metric_name
 from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.recipe import Recipe, load_recipe
 from onnxq_plugins.spec import Array, Plan
-from onnxq_plugins.store import DataFile, clear_leftovers, replacing
+from onnxq_plugins.store import DataFile, clear_leftovers, replacing, writing
 from onnxq_plugins.target import Rule, Target
 
 log = logging.getLogger("onnxq_plugins")
@@ -147,7 +147,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
         job.report["notes"].append(f"scales of {sum(widened.values())} all but empty channels in {len(widened)} layers "
                                    "were widened so that their biases fit int32")
     beside = DataFile(Path(output)) if output is not None and graph.mapped.size > LARGE else None
-    with beside or contextlib.nullcontext(), _writing(output):
+    with beside or contextlib.nullcontext():
         exported = qdq.export(graph, job.plan, chosen, data=beside)
         _sign(exported, made, found, seed)
         job.report["steps"] = [*steps, {"pass": "export", "seconds": round(time.perf_counter() - start, 3)}]
@@ -167,7 +167,7 @@ def save_model(model: onnx.ModelProto, path: Path) -> Path:
         return write_file(model.SerializeToString(), path)
     check_writable(path)
     shell = skeleton(model)
-    with DataFile(path) as data, _writing(path):
+    with DataFile(path) as data:
         for tensor in model.graph.initializer:
             stored = shell.graph.initializer.add()
             stored.CopyFrom(tensor)
@@ -175,18 +175,10 @@ def save_model(model: onnx.ModelProto, path: Path) -> Path:
         return data.finish(shell)
 
 
-@contextlib.contextmanager
-def _writing(path: str | Path | None) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OnnxqError(f"output '{path}' cannot be written: {error.strerror or error}.") from error
-
-
 def write_file(content: bytes, path: Path) -> Path:
     """Write beside the target, then move into place. Raises OnnxqError if that is not possible."""
     check_writable(path)
-    with _writing(path), replacing(path) as stream:
+    with writing(path), replacing(path) as stream:
         stream.write(content)
     return path
 
@@ -250,7 +242,8 @@ def _probe(graph: Graph, data: Data | None) -> list[Array]:
                   for i in graph_inputs(graph)}
         feeds = [{i.name: (rng.standard_normal(shapes[i.name]) if i.dtype.kind == "f" else np.ones(shapes[i.name]))
                   .astype(i.dtype) for i in graph_inputs(graph)}]
-    return runtime.outputs(runtime.session(graph.model()), feeds)
+    weights: dict[str, Array] = {}
+    return runtime.outputs(runtime.session(graph.model(weights), weights=weights), feeds)
 
 
 def _parameters(step: Pass) -> dict[str, Any]:

@@ -86,6 +86,8 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
                 path = Path(scratch) / "model.onnx"
                 onnx.save(model, str(path), save_as_external_data=True, location="weights")
                 return Session(str(path), options, providers=["CPUExecutionProvider"])
+        if weights and sum(array.nbytes for array in weights.values()) > 2**30:
+            options.add_session_config_entry("session.disable_prepacking", "1")  # packed anew they are there twice
         if weights:
             values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
             options.add_external_initializers(list(weights), values)

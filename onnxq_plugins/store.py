@@ -33,11 +33,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it an OSError means that the output cannot be written: OnnxqError."""
+    try:
+        yield
+    except OSError as error:
+        raise OnnxqError(f"output '{path}' cannot be written: {error.strerror or error}.") from error
+
+
 class DataFile:
     """The large constants of a model that is being written to `path`, in a file beside it ("external data"). It bears a part
     of their fingerprint in its name, so that a model never meets the data of another, whenever a run is killed.
 
-    Used in a with statement: without `finish` nothing is left.
+    Used in a with statement: without `finish` nothing is left. Raises OnnxqError if the files cannot be written.
     """
 
     least = 2**16  # bytes of a constant that is worth it
@@ -48,7 +57,8 @@ class DataFile:
         self._seen = hashlib.blake2b(digest_size=4)
 
     def __enter__(self) -> DataFile:
-        self._stream = open(self.part, "xb")
+        with writing(self.path):
+            self._stream = open(self.part, "xb")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,8 +71,9 @@ class DataFile:
         if len(raw) < self.least:
             return
         pad = bytes(-self.size % 4096)  # whole pages: runtimes map the file
-        self._stream.write(pad)
-        self._stream.write(raw)
+        with writing(self.path):
+            self._stream.write(pad)
+            self._stream.write(raw)
         self._seen.update(pad + raw if pad else raw)
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -72,18 +83,20 @@ class DataFile:
 
     def flush(self) -> None:
         """From now on the file can be read, under its temporary name."""
-        self._stream.flush()
+        with writing(self.path):
+            self._stream.flush()
 
     def finish(self, model: onnx.ModelProto) -> Path:
         """Write the model whose tensors were taken, first the data, then what refers to them. The data of an earlier model
-        under this path give way. Raises OSError."""
+        under this path give way."""
         name = f"{self.path.name}.{self._seen.hexdigest()}.data"
-        self._stream.close()
-        os.replace(self.part, self.path.with_name(name))
+        with writing(self.path):
+            self._stream.close()
+            os.replace(self.part, self.path.with_name(name))
         for entry in (e for tensor in model.graph.initializer for e in tensor.external_data):
             if entry.key == "location" and entry.value == self.part.name:
                 entry.value = name
-        with replacing(self.path) as stream:
+        with writing(self.path), replacing(self.path) as stream:
             stream.write(model.SerializeToString())
         for file in self.path.parent.iterdir():
             if file.name != name and re.fullmatch(re.escape(self.path.name) + r"\.[0-9a-f]{8}\.data", file.name):

@@ -91,7 +91,8 @@ def test_the_command_line_may(planted: Path, tmp_path: Path, monkeypatch: pytest
     np.savez(tmp_path / "d.npz", **zoo.batch(zoo.feeds(MODEL, 2)))
     files = [str(tmp_path / name) for name in ("m.onnx", "q.onnx", "d.npz")]
     files = [str(tmp_path / name) for name in ("m.onnx", "q.onnx", "d.npz")]
-    monkeypatch.setattr(sys, "argv", ["onnxq", "quantize", files[0], "-o", files[1], "--data", files[2], "--metric", VALUES[0]])
+    command = ["onnxq", "quantize", files[0], "-o", files[1], "--data", files[2], "--metric", VALUES[0]]
+    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code in (0, None) and (planted / "mark").exists()

@@ -380,7 +380,7 @@ class Graph:
         for tensor in self._tensors.values():
             if isinstance(tensor, gs.Constant):
                 if tensor.name in self.mapped.arrays:
-                    tensor.values = self.mapped.arrays[tensor.name]
+                    tensor.values, tensor.data_location = self.mapped.arrays[tensor.name], None
                 _ = tensor.values
 
     def tidy(self) -> None:

@@ -303,7 +303,7 @@ def _without_weights(proto: onnx.ModelProto, limit: int = 1024) -> onnx.ModelPro
     """The model with its larger weights as inputs: onnx's tools copy everything they are given several times."""
     shell = skeleton(proto)
     for tensor in proto.graph.initializer:
-        if np.prod(tensor.dims) > limit:
+        if np.prod(tensor.dims) > limit or tensor.data_location == TensorProto.EXTERNAL:
             shell.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         else:
             shell.graph.initializer.append(tensor)
