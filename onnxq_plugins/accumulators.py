@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -27,13 +28,15 @@ class Need:
     saturates: bool
 
 
-def needs(model: onnx.ModelProto) -> dict[str, Need]:
+def needs(model: onnx.ModelProto, folder: Path | None = None) -> dict[str, Need]:
     """Output of a layer -> what it needs, for Conv, Gemm and MatMul whose 8-bit input and constant weight both come from a
     DequantizeLinear. 16-bit inputs, ConvTranspose, blocked scales and weights decoded to float are left out.
 
+    folder   where its external data lie
+
     Weights that small operators decode (INT4 -> Cast -> Mul ...) are computed by onnxruntime, one at a time.
     """
-    source = _Source(model)
+    source = _Source(model, folder)
     found = {}
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul") or node.domain:
@@ -73,8 +76,8 @@ def _rows(node: onnx.NodeProto, codes: Array) -> Iterator[Array]:
 class _Source:
     """Where the tensors of a model come from."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
+    def __init__(self, model: onnx.ModelProto, folder: Path | None) -> None:
+        self.model, self.folder = model, folder
         self.stored = {t.name: t for t in model.graph.initializer}
         self.made = {o: n for n in model.graph.node for o in n.output}
         self.place = {o: i for i, n in enumerate(model.graph.node) for o in n.output}
@@ -94,7 +97,9 @@ class _Source:
     def values(self, name: str) -> Array | None:
         """8- or 4-bit codes of a constant, perhaps computed from others; None for anything else."""
         if name in self.stored:
-            codes = numpy_helper.to_array(self.stored[name])
+            tensor = onnx.TensorProto()
+            tensor.CopyFrom(self.stored[name])  # to_array may read its data into it
+            codes = numpy_helper.to_array(tensor, str(self.folder or ""))
             if self.stored[name].data_type in (TensorProto.INT4, TensorProto.UINT4):
                 codes = codes.astype(np.int8)
         else:
@@ -123,5 +128,5 @@ class _Source:
                                   [self.stored[i] for i in constants])
         model = helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version,
                                   functions=list(self.model.functions))
-        values: Array = runtime.session(model).run(None, {})[0]
+        values: Array = runtime.session(model, folder=self.folder).run(None, {})[0]
         return values

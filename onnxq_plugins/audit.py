@@ -81,24 +81,27 @@ class Audit:
 
 
 def audit_model(model: onnx.ModelProto | str | Path, against: str | Path | onnx.ModelProto | None = None,
-          seconds: float = 2.0) -> Audit:
+          seconds: float = 2.0, folder: Path | None = None) -> Audit:
     """Audit a model in onnxruntime.
 
     model     QDQ (or any) model
+    folder    where the external data of a ModelProto lie
     against   the float model: the latency ratio at batch 1 is measured too, interleaved, one thread
 
     Raises OnnxqError if onnxruntime cannot load or run it.
     """
     proto = onnx.load(str(model)) if isinstance(model, (str, Path)) else model
-    named = onnx.ModelProto()
-    named.CopyFrom(proto)
-    for i, node in enumerate(named.graph.node):
-        node.name = node.name or f"{node.op_type}_{node.output[0] if node.output else i}"
-    with tempfile.TemporaryDirectory() as folder:
-        dump = Path(folder) / "optimized.onnx"
-        session = runtime.session(named, dump=dump)
+    named = proto
+    if not all(node.name for node in proto.graph.node):
+        named = onnx.ModelProto()
+        named.CopyFrom(proto)
+        for i, node in enumerate(named.graph.node):
+            node.name = node.name or f"{node.op_type}_{node.output[0] if node.output else i}"
+    with tempfile.TemporaryDirectory() as scratch:
+        dump = Path(scratch) / "optimized.onnx"
+        session = runtime.session(named, dump=dump, folder=folder)
         optimized = onnx.load(str(dump), load_external_data=False)
-    found = tuple(_layers(named.graph, optimized.graph, needs(named)))
+    found = tuple(_layers(named.graph, optimized.graph, needs(named, folder)))
     other = Counter(n.op_type for n in optimized.graph.node if n.op_type not in QUANTIZED)
     if against is None:
         return Audit(found, dict(other))

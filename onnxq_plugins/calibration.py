@@ -270,7 +270,9 @@ class Calibration:
         runtime.trim()
 
         def one(numbered: tuple[int, dict[str, Array]]) -> State:
-            return read(runner.run(None, numbered[1]), numbered[0])
+            found = read(runner.run(None, numbered[1]), numbered[0])
+            self.graph.mapped.release()
+            return found
 
         total = None if self.data.size is None else self.data.size - start
         results = in_order(one, itertools.islice(enumerate(self.data), start, None), self.workers)
@@ -286,8 +288,8 @@ class Calibration:
                     state[key] = merge(state[key], value)
                 if partial is not None and n % self.checkpoint == 0:
                     save_arrays(partial, {**state, "next": np.array(n)})
-        if partial is not None and partial.is_file():
-            partial.unlink()
+        if partial is not None:
+            partial.unlink(missing_ok=True)  # another process may have done the same fold
         return state
 
 

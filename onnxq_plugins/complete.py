@@ -11,7 +11,17 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.planning import layer_input
 from onnxq_plugins.qdq import bias_values
-from onnxq_plugins.spec import Array, QuantSpec, block_shape, encode, expand, from_range, reduce_blocks, solve_minmax
+from onnxq_plugins.spec import (
+    Array,
+    QuantSpec,
+    block_shape,
+    encode,
+    expand,
+    from_range,
+    reduce_blocks,
+    solve_minmax,
+    weight_codes,
+)
 from onnxq_plugins.target import channel_multipliers
 
 if TYPE_CHECKING:
@@ -21,7 +31,15 @@ if TYPE_CHECKING:
 def complete(job: Job) -> None:
     """Law L4: solve whatever the passes left open."""
     complete_ranges(job)
-    job.plan |= {y.weight: complete_weight(job, y, job.plan[y.weight]) for y in job.graph.layers if y.weight in job.plan}
+    solved = {}
+    for layer in job.graph.layers:
+        if layer.weight in job.plan:
+            spec = complete_weight(job, layer, job.plan[layer.weight])
+            if layer.weight in job.graph.mapped.arrays and spec.codes is not None:
+                spec = replace(spec, codes=job.graph.mapped.keep(spec.codes))
+            solved[layer.weight] = spec
+            job.graph.mapped.release()
+    job.plan |= solved
 
 
 def complete_ranges(job: Job) -> None:
@@ -42,7 +60,7 @@ def complete_weight(job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec:
     if not spec.solved:
         spec = solve_minmax(weight, spec)
     spec = _lower_shifts(job, layer, spec, weight)
-    spec = replace(spec, codes=encode(weight, spec) if spec.codes is None else spec.codes)
+    spec = replace(spec, codes=weight_codes(weight, spec) if spec.codes is None else spec.codes)
     codes, scale, floor = spec.codes, np.asarray(spec.scale), scale_floor(job, layer, spec)
     assert codes is not None
     empty = np.asarray(reduce_blocks(np.abs(codes), spec.block, np.maximum) == 0)
@@ -55,7 +73,7 @@ def complete_weight(job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec:
         widened = job.report.setdefault("widened", {})
         widened[layer.name] = widened.get(layer.name, 0) + int(over.sum())
         spec = replace(spec, scale=np.maximum(scale, floor).astype(np.float32))
-        again = encode(weight, replace(spec, codes=None))
+        again = weight_codes(weight, replace(spec, codes=None))
         codes = np.where(expand(over, weight.shape, spec.block), again, codes)
     return replace(spec, codes=codes)
 

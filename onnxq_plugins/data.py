@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ class DataOptions:
 def graph_inputs(graph: Graph) -> list[Input]:
     """The inputs of a Graph."""
     return [Input(name, np.dtype(graph.tensor(name).dtype or np.float32),
-                  tuple(n if isinstance(n, int) else None for n in graph.shape(name) or ())) for name in graph.inputs]
+                  tuple(n if isinstance(n, int) and n >= 0 else None for n in graph.shape(name) or ()))
+            for name in graph.inputs]
 
 
 def model_inputs(model: onnx.ModelProto) -> list[Input]:
@@ -77,7 +79,7 @@ def model_inputs(model: onnx.ModelProto) -> list[Input]:
     for value in model.graph.input:
         if value.name not in constants:
             kind = value.type.tensor_type
-            shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
+            shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in kind.shape.dim)
             found.append(Input(value.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape))
     return found
 
@@ -230,10 +232,13 @@ def _load_labels(path: str) -> Array | None:
     if not path:
         return None
     try:
-        labels: Array = (np.load(path, allow_pickle=False) if Path(path).suffix == ".npy"
-                         else np.loadtxt(path, dtype=np.int64, ndmin=1))
+        with warnings.catch_warnings(action="ignore"):  # numpy warns of empty files
+            labels: Array = (np.load(path, allow_pickle=False) if Path(path).suffix == ".npy"
+                             else np.loadtxt(path, dtype=np.int64, ndmin=1))
         if not labels.ndim:
             raise ValueError("one number only")
+        if not labels.size:
+            raise ValueError("no number")
         return labels
     except Exception as error:  # as in `_load_numpy`
         raise OnnxqError(f"labels '{path}' are not a readable .npy file or text file with a whole number a line "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -27,16 +27,19 @@ from onnxq_plugins.complete import complete
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer, importer, load
+from onnxq_plugins.graph.importer import skeleton
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.measure import Metric, find_metric, metric_name
 from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.recipe import Recipe, load_recipe
 from onnxq_plugins.spec import Array, Plan
+from onnxq_plugins.store import DataFile, clear_leftovers, replacing, writing
 from onnxq_plugins.target import Rule, Target
 from onnxq_plugins.trace import Trace
 
 log = logging.getLogger("onnxq_plugins")
 DRIFT = 1e-4  # law L1, relative
+LARGE = 2**30  # bytes of weights in files from which an output's constants are written as they are made
 
 
 class LawBroken(OnnxqError):
@@ -155,6 +158,8 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     asked = planning.request(graph, made, chosen)
     OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
     workers = workers or cores()
+    if cache:
+        clear_leftovers(Path(cache))
     calibration = Calibration(graph, read, cache=Path(cache) if cache else None, workers=workers, track=track)
     job = Job(graph, asked.plan, calibration, chosen, made, np.random.default_rng(seed), workers,
               {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.notes if read else ())]}, track,
@@ -168,14 +173,16 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     start = time.perf_counter()
     complete(job)
     OnnxqError.check(chosen.problems(graph, job.plan, _layer_inputs(job)))
-    exported = qdq.export(graph, job.plan, chosen)
-    _sign(exported, made, found, seed)
-    job.report["steps"] = [*steps, {"pass": "export", "seconds": round(time.perf_counter() - start, 3)}]
     if widened := job.report.pop("widened", {}):
         job.report["notes"].append(f"scales of {sum(widened.values())} all but empty channels in {len(widened)} layers "
                                    "were widened so that their biases fit int32")
-    _describe(job, exported)
-    path = save_model(exported, Path(output)) if output is not None else None
+    beside = DataFile(Path(output)) if output is not None and graph.mapped.size > LARGE else None
+    with beside or contextlib.nullcontext():
+        exported = qdq.export(graph, job.plan, chosen, data=beside)
+        _sign(exported, made, found, seed)
+        job.report["steps"] = [*steps, {"pass": "export", "seconds": round(time.perf_counter() - start, 3)}]
+        _describe(job, exported, beside)
+        path = None if output is None else save_model(exported, Path(output)) if beside is None else beside.finish(exported)
     job.report["seconds"] = round(time.perf_counter() - started, 3)
     found.manager.hook.onnxq_exported(job=job, model=exported, path=path)
     again = partial(quantize, model, data=read, seed=seed, workers=workers, cache=cache, float32=float32, plugins=plugins)
@@ -183,23 +190,27 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> Path:
-    """Write a model, complete or not at all. Raises OnnxqError if that is not possible."""
-    return write_file(model.SerializeToString(), path)
+    """Write a model, complete or not at all; one that is too large for a protobuf message with external data beside it.
+    Raises OnnxqError if that is not possible."""
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise OnnxqError(f"output '{path}': the model's weights lie beside the output it was made for; copy both files.")
+    if runtime.size_of(model) <= runtime.LARGEST_MESSAGE:
+        return write_file(model.SerializeToString(), path)
+    check_writable(path)
+    shell = skeleton(model)
+    with DataFile(path) as data:
+        for tensor in model.graph.initializer:
+            stored = shell.graph.initializer.add()
+            stored.CopyFrom(tensor)
+            data.take(stored)
+        return data.finish(shell)
 
 
 def write_file(content: bytes, path: Path) -> Path:
     """Write beside the target, then move into place. Raises OnnxqError if that is not possible."""
     check_writable(path)
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(part, 0o666 & ~_umask())
-        os.replace(part, path)
-    except OSError as error:
-        raise OnnxqError(f"output '{path}' cannot be written: {error.strerror}.") from error
-    finally:
-        Path(part).unlink(missing_ok=True)
+    with writing(path), replacing(path) as stream:
+        stream.write(content)
     return path
 
 
@@ -245,7 +256,9 @@ def _run(job: Job, step: Pass, found: Plugins, verify: bool) -> dict[str, Any]:
 
 def _weights(graph: Graph) -> dict[str, int]:
     """A quick fingerprint of each layer's weight."""
-    return {layer.weight: hash(graph.constant(layer.weight).tobytes()) for layer in graph.layers}
+    arrays = {layer.weight: graph.constant(layer.weight) for layer in graph.layers}
+    files = {id(array) for array in graph.mapped.arrays.values()}  # they cannot change: they are mapped for reading
+    return {name: id(array) if id(array) in files else hash(array.tobytes()) for name, array in arrays.items()}
 
 
 def _probe(graph: Graph, data: Data | None) -> list[Array]:
@@ -260,7 +273,8 @@ def _probe(graph: Graph, data: Data | None) -> list[Array]:
                   for i in graph_inputs(graph)}
         feeds = [{i.name: (rng.standard_normal(shapes[i.name]) if i.dtype.kind == "f" else np.ones(shapes[i.name]))
                   .astype(i.dtype) for i in graph_inputs(graph)}]
-    return runtime.outputs(runtime.session(graph.model()), feeds)
+    weights: dict[str, Array] = {}
+    return runtime.outputs(runtime.session(graph.model(weights), weights=weights), feeds)
 
 
 def _parameters(step: Pass) -> dict[str, Any]:
@@ -307,10 +321,13 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def _describe(job: Job, model: onnx.ModelProto) -> None:
+def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None) -> None:
     """Per-layer table, sizes, kernels and the one-line summary."""
     report = job.report
-    kernels = audit_model(model)
+    if beside is not None:
+        beside.flush()
+    kernels = audit_model(model, folder=beside.path.parent if beside is not None else None)
+    job.graph.mapped.release()
     by_name = {entry.name: entry for entry in kernels.layers}
     rows, stored = [], 0.0
     for layer in job.graph.layers:
@@ -326,7 +343,7 @@ def _describe(job: Job, model: onnx.ModelProto) -> None:
         rows.append(row | ({"why_float": why} if why else {}))
     weights: dict[str, Array] = {}
     before = job.graph.model(weights).ByteSize() + sum(w.nbytes for w in weights.values())
-    after = model.ByteSize()
+    after = runtime.size_of(model) + (beside.size if beside is not None else 0)
     report |= {"recipe_name": job.recipe.name, "recipe": job.recipe.to_dict(), "layers": rows,
                "bytes": {"float": before, "quantized": after},
                "kernels": kernels.counts(), "machine": {"python": platform.python_version(),
@@ -353,9 +370,3 @@ def _rule(job: Job, layer: Layer) -> Rule:
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -13,8 +13,8 @@ class OnnxqError(Exception):
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
+        self.problems = tuple(" ".join(problem.splitlines()) for problem in problems)  # a name may hold a line break
+        super().__init__("\n".join(self.problems))
 
     @classmethod
     def check(cls, problems: Iterable[str]) -> None:

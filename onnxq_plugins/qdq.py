@@ -7,6 +7,7 @@ never a float layer between a DQ and a Q.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.planning import activation_inputs, input_key, layer_input, maker_of, result_of
 from onnxq_plugins.spec import Array, Block, Plan, QuantSpec, step
 from onnxq_plugins.storage import Layout, codes_type, int8_codes, multiplier_type, narrow_channels, settle, shifts
+from onnxq_plugins.store import DataFile
 from onnxq_plugins.target import Rule, Target, granularity
 
 # What onnxruntime fuses a Gemm or MatMul with before it looks for integer kernels.
@@ -31,15 +33,17 @@ _FUSED_IN_FLOAT = {
 }
 
 
-def export(graph: Graph, plan: Plan, target: Target, coded: Collection[str] = ()) -> onnx.ModelProto:
+def export(graph: Graph, plan: Plan, target: Target, coded: Collection[str] = (),
+           data: DataFile | None = None) -> onnx.ModelProto:
     """The QDQ model of a plan in which every entry is solved and which `target.problems` accepts.
 
     coded   planned activations that are written in codes, and read so by all, though what makes them may not be planned:
             one part of a larger plan then does what it does there
+    data    takes the large constants as they are made
 
     The graph is left alone. Inputs, outputs, metadata and names of operators are those of the float model.
     """
-    return Writer(graph, plan, target, coded).write()
+    return Writer(graph, plan, target, coded, data).write()
 
 
 def integer_nodes(graph: Graph, plan: Plan, target: Target) -> set[str]:
@@ -74,8 +78,9 @@ class Writer:
     dequantized  tensor -> the output of its DequantizeLinear
     """
 
-    def __init__(self, graph: Graph, plan: Plan, target: Target, coded: Collection[str] = ()) -> None:
-        self.graph, self.plan, self.target, self.coded = graph, plan, target, coded
+    def __init__(self, graph: Graph, plan: Plan, target: Target, coded: Collection[str] = (),
+                 data: DataFile | None = None) -> None:
+        self.graph, self.plan, self.target, self.coded, self.data = graph, plan, target, coded, data
         self.integer = integer_nodes(graph, plan, target)
         self.layers = {layer.name: layer for layer in graph.layers}
         self.floats: dict[str, Array] = {}  # most are replaced by codes: only what stays float is copied, at the end
@@ -118,7 +123,7 @@ class Writer:
         del proto.node[:]
         proto.node.extend(self.nodes)
         used = {name for node in proto.node for name in node.input} | self.outputs
-        kept = [numpy_helper.from_array(self.floats[t.name], t.name) if t.name in self.floats else t
+        kept = [self._stored(self.floats[t.name], t.name) if t.name in self.floats else t
                 for t in proto.initializer if t.name in used]
         del proto.initializer[:]
         proto.initializer.extend(kept)
@@ -421,11 +426,18 @@ class Writer:
 
     def _constant(self, name: str, values: Array) -> str:
         values = np.ascontiguousarray(values) if values.ndim else values
-        content = (str(values.dtype), values.shape, values.tobytes())
+        content = (str(values.dtype), values.shape, hashlib.sha256(values.tobytes()).digest())
         if content not in self.constants:
             self.constants[content] = self._fresh(name)
-            self.made.append(numpy_helper.from_array(values, self.constants[content]))
+            self.made.append(self._stored(values, self.constants[content]))
         return self.constants[content]
+
+    def _stored(self, values: Array, name: str) -> TensorProto:
+        tensor = numpy_helper.from_array(values, name)
+        if self.data is not None:
+            self.data.take(tensor)
+            self.graph.mapped.release()
+        return tensor
 
     def _add(self, op: str, inputs: Sequence[str], outputs: Sequence[str], name: str = "", **attrs: Any) -> None:
         name = name or self._fresh(f"{outputs[0]}_node")

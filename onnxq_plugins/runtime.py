@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,12 +18,37 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
 
 Feed = Mapping[str, Array]
-_LARGEST_MESSAGE = 2**31 - 2**20  # protobuf's limit is 2 GiB
+LARGEST_MESSAGE = 2**31 - 2**20  # protobuf's limit is 2 GiB
+
+
+class Session(ort.InferenceSession):  # type: ignore[misc]
+    """A session whose runs fail with OnnxqError: shapes that do not fit each other show only there."""
+
+    def run(self, *args: Any, **more: Any) -> list[Any]:
+        try:
+            found: list[Any] = super().run(*args, **more)
+        except Exception as error:  # onnxruntime raises a dozen types
+            raise _failed(error) from error
+        return found
+
+    def run_with_ort_values(self, *args: Any, **more: Any) -> list[Any]:
+        try:
+            found: list[Any] = super().run_with_ort_values(*args, **more)
+        except Exception as error:
+            raise _failed(error) from error
+        return found
+
+
+def _failed(error: Exception) -> OnnxqError:
+    text = " ".join(str(error).split())[:300].rstrip(".")
+    return OnnxqError(f"onnxruntime {ort.__version__} cannot run the model on this input ({text}); check that the float "
+                      "model runs on it.")
 
 
 def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, optimize: bool = True,
             dump: str | Path | None = None, weights: Mapping[str, Array] | None = None,
-            lean: bool = False, arena: bool = True, profile: str | Path | None = None) -> ort.InferenceSession:
+            lean: bool = False, arena: bool = True, profile: str | Path | None = None,
+            folder: Path | None = None) -> Session:
     """An onnxruntime session on the CPU.
 
     threads    intra-op threads
@@ -31,9 +57,10 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
     weights    values for placeholders in the model (`Graph.model(weights)`), used where they lie, without a copy
     lean       plan no memory ahead: less of it, a little slower
     arena      keep freed memory for the next run; without, every tensor is memory of its own
+    folder     where the external data of the model lie, if it is no path; they are mapped, not read, and not packed anew
     profile    time every kernel, which costs some microseconds each; `end_profiling` writes a file whose name begins so
 
-    Raises OnnxqError if onnxruntime refuses the model.
+    Raises OnnxqError if onnxruntime refuses the model; so do its runs if they fail.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -43,26 +70,39 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
     options.enable_cpu_mem_arena = arena
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     if dump is not None:
         options.optimized_model_filepath = str(dump)
+        if folder is not None:
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
     try:
-        if isinstance(model, onnx.ModelProto) and model.ByteSize() > _LARGEST_MESSAGE:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "model.onnx"
+        if isinstance(model, onnx.ModelProto) and size_of(model) > LARGEST_MESSAGE:
+            with tempfile.TemporaryDirectory() as scratch:
+                path = Path(scratch) / "model.onnx"
                 onnx.save(model, str(path), save_as_external_data=True, location="weights")
-                return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+                return Session(str(path), options, providers=["CPUExecutionProvider"])
+        if weights and sum(array.nbytes for array in weights.values()) > 2**30:
+            options.add_session_config_entry("session.disable_prepacking", "1")  # packed anew they are there twice
         if weights:
             values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
             options.add_external_initializers(list(weights), values)
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
-        return ort.InferenceSession(str(source) if isinstance(source, Path) else source, options,
+        return Session(str(source) if isinstance(source, Path) else source, options,
                                     providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen types
         text = " ".join(str(error).split())
-        raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300]}") from error
+        raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300].rstrip('.')}.") from error
+
+
+def size_of(model: onnx.ModelProto) -> int:
+    """Bytes of a model in a file, external data left out; of any size, which `ByteSize` is not."""
+    rest = onnx.ModelProto(graph=onnx.GraphProto(node=model.graph.node), metadata_props=model.metadata_props)
+    return int(rest.ByteSize()) + sum(int(tensor.ByteSize()) for tensor in model.graph.initializer)
 
 
 def blas(threads: int) -> contextlib.AbstractContextManager[object]:

@@ -221,9 +221,20 @@ def from_range(low: Array | float, high: Array | float, spec: QuantSpec) -> Quan
 
 def encode(x: Array, spec: QuantSpec) -> Array:
     """Integer codes of `x`, rounding half to even as ONNX's QuantizeLinear does; int64."""
-    size = step(spec, x.shape)
-    zero = expand(spec.zero_point, x.shape, spec.block) if spec.zero_point is not None else 0
-    return np.clip(np.rint(x / size) + zero, *spec.grid).astype(np.int64)
+    return _encoded(x, spec).astype(np.int64)
+
+
+def weight_codes(x: Array, spec: QuantSpec) -> Array:
+    """`encode` in the smallest type, int8 where that holds the codes: large weights are encoded with little memory."""
+    return _encoded(x, spec).astype(np.int8 if spec.grid[0] >= -128 and spec.grid[1] <= 127 else np.int32)
+
+
+def _encoded(x: Array, spec: QuantSpec) -> Array:
+    codes = np.asarray(x / step(spec, x.shape))
+    np.rint(codes, out=codes)
+    if spec.zero_point is not None and np.any(spec.zero_point):
+        codes = codes + expand(spec.zero_point, x.shape, spec.block)
+    return np.clip(codes, *spec.grid, out=codes)
 
 
 def decode(codes: Array, spec: QuantSpec) -> Array:

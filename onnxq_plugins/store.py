@@ -1,17 +1,115 @@
-"""Arrays kept in a folder between runs: written whole or not at all, and missing when damaged."""
+"""Files written whole or not at all, and arrays kept in a folder between runs, which count as missing when damaged."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import zipfile
-from collections.abc import Mapping
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import onnx
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
+
+_PART = ".part"  # ends the names of files that are being written
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A stream to a new file beside `path` that takes its place when the block ends, and is gone when it fails. Any number
+    of processes and threads may do so at once: readers meet one whole file or another. Raises OSError."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
+    try:
+        with open(part, "xb") as stream:
+            yield stream
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it an OSError means that the output cannot be written: OnnxqError."""
+    try:
+        yield
+    except OSError as error:
+        raise OnnxqError(f"output '{path}' cannot be written: {error.strerror or error}.") from error
+
+
+class DataFile:
+    """The large constants of a model that is being written to `path`, in a file beside it ("external data"). It bears a part
+    of their fingerprint in its name, so that a model never meets the data of another, whenever a run is killed.
+
+    Used in a with statement: without `finish` nothing is left. Raises OnnxqError if the files cannot be written.
+    """
+
+    least = 2**16  # bytes of a constant that is worth it
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, 0
+        self.part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
+        self._seen = hashlib.blake2b(digest_size=4)
+
+    def __enter__(self) -> DataFile:
+        with writing(self.path):
+            self._stream = open(self.part, "xb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+        self.part.unlink(missing_ok=True)
+
+    def take(self, tensor: onnx.TensorProto) -> None:
+        """Move the data of a tensor, if it is large, to the file: the tensor then refers to it."""
+        raw = tensor.raw_data
+        if len(raw) < self.least:
+            return
+        pad = bytes(-self.size % 4096)  # whole pages: runtimes map the file
+        with writing(self.path):
+            self._stream.write(pad)
+            self._stream.write(raw)
+        self._seen.update(pad + raw if pad else raw)
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", self.part.name), ("offset", self.size + len(pad)), ("length", len(raw))):
+            tensor.external_data.add(key=key, value=str(value))
+        self.size += len(pad) + len(raw)
+
+    def flush(self) -> None:
+        """From now on the file can be read, under its temporary name."""
+        with writing(self.path):
+            self._stream.flush()
+
+    def finish(self, model: onnx.ModelProto) -> Path:
+        """Write the model whose tensors were taken, first the data, then what refers to them. The data of an earlier model
+        under this path give way."""
+        name = f"{self.path.name}.{self._seen.hexdigest()}.data"
+        with writing(self.path):
+            self._stream.close()
+            os.replace(self.part, self.path.with_name(name))
+        for entry in (e for tensor in model.graph.initializer for e in tensor.external_data):
+            if entry.key == "location" and entry.value == self.part.name:
+                entry.value = name
+        with writing(self.path), replacing(self.path) as stream:
+            stream.write(model.SerializeToString())
+        for file in self.path.parent.iterdir():
+            if file.name != name and re.fullmatch(re.escape(self.path.name) + r"\.[0-9a-f]{8}\.data", file.name):
+                file.unlink(missing_ok=True)
+        return self.path
+
+
+def clear_leftovers(folder: Path, seconds: float = 86400.0) -> None:
+    """Remove what writers that were killed left in a cache so long ago: nobody writes it any more."""
+    for part in folder.glob(f".*{_PART}"):
+        with contextlib.suppress(OSError):  # another process may be as tidy
+            if time.time() - part.stat().st_mtime > seconds:
+                part.unlink()
 
 
 def load_arrays(file: Path) -> dict[str, Array]:
@@ -19,19 +117,16 @@ def load_arrays(file: Path) -> dict[str, Array]:
     try:
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # numpy, zipfile, zlib and struct each raise their own
         return {}
 
 
 def save_arrays(file: Path, arrays: Mapping[str, Array]) -> None:
-    """Write beside the target and move into place, so that readers never meet half a file. Raises OnnxqError if the folder
-    cannot be written."""
-    part = file.with_name(f".{file.name}.{os.getpid()}")
+    """Keep arrays in a file, whole or not at all. Raises OnnxqError if the folder cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as stream:
+        with replacing(file) as stream:
             np.savez(stream, **arrays)  # type: ignore[arg-type]
-        os.replace(part, file)
     except OSError as error:
         raise OnnxqError(f"cache '{file.parent}' cannot be written ({error.strerror}); choose another --cache.") from error
 

@@ -421,8 +421,8 @@ def test_a_crash_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, w
 def test_a_model_the_runtime_refuses_is_not_written(tmp_path, monkeypatch):
     real = engine.qdq.export
 
-    def broken(*arguments):
-        model = real(*arguments)
+    def broken(*arguments, **more):
+        model = real(*arguments, **more)
         model.graph.node[0].op_type = "NoSuchOperator"
         return model
 

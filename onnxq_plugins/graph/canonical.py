@@ -14,13 +14,18 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.core import BatchNorm, Graph
 from onnxq_plugins.spec import Array
 
 
 def canonicalize(graph: Graph, flatten: bool = True) -> None:
     """Bring a freshly imported graph into canonical form, in place; `flatten` includes `flatten_matmul`."""
-    graph._graph.fold_constants(error_ok=True).cleanup()
+    try:
+        graph._graph.fold_constants(error_ok=True, size_threshold=2**31).cleanup()
+    except Exception as error:  # graphsurgeon looks into control flow without asking what is there
+        raise OnnxqError(f"the constants of the model cannot be folded ({' '.join(str(error).split())[:200]}); check it "
+                         "with onnx.checker.check_model.") from error
     graph.tidy()
     split_shared_weights(graph)
     normalize_gemm(graph)
@@ -79,6 +84,8 @@ def fold_batchnorm(graph: Graph) -> None:
         if layer.op == "MatMul":  # on tokens BatchNormalization is over axis 1, not over the outputs, and MatMul has no bias
             continue
         gamma, beta, mean, variance = (graph.constant(t.name).astype(np.float64) for t in node.inputs[1:5])
+        if any(v.shape != (layer.channels,) for v in (gamma, beta, mean, variance)):
+            continue  # it cannot run; onnxruntime tells why
         factor = gamma / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
         scale_outputs(graph, layer.name, factor)
         add_bias(graph, layer.name, beta - mean * factor)

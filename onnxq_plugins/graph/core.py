@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
+import mmap
+import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
 
 LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -114,6 +120,58 @@ class Layer:
         return kernel, strides, dilations, list(zip(flat[:rank], flat[rank:], strict=True))
 
 
+class Mapped:
+    """Large float32 weights of external data, by name, where they lie: arrays on the mapped files, read when they are looked
+    at. `release` gives the memory of what was read back; so a model may be larger than memory."""
+
+    least = 2**20  # bytes of a weight that is worth it
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, Array] = {}
+        self._files: dict[Path, mmap.mmap] = {}
+        self._scratch: IO[bytes] | None = None
+
+    def take(self, tensor: onnx.TensorProto, folder: Path) -> bool:
+        """Map a tensor's data; False if it is small, no float32, or not as it should be. The file must be there."""
+        told = {e.key: e.value for e in tensor.external_data}
+        count = math.prod(tensor.dims)
+        if (tensor.data_location != onnx.TensorProto.EXTERNAL or tensor.data_type != onnx.TensorProto.FLOAT
+                or 4 * count < self.least or sys.byteorder != "little" or min(tensor.dims, default=0) < 1):
+            return False
+        file, first = (folder / told["location"]).resolve(), int(told.get("offset") or 0)
+        if first < 0 or first % 4 or int(told.get("length") or 4 * count) != 4 * count or (
+                first + 4 * count > file.stat().st_size):
+            return False
+        if file not in self._files:
+            with open(file, "rb") as stream:
+                self._files[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self.arrays[tensor.name] = np.frombuffer(self._files[file], np.float32, count, first).reshape(tensor.dims)
+        return True
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def keep(self, array: Array) -> Array:
+        """The same values, for reading only, in a temporary file: what is made of all weights need not fit memory."""
+        self._scratch = self._scratch or tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the graph
+        page = mmap.ALLOCATIONGRANULARITY
+        first = -(-self._scratch.seek(0, 2) // page) * page
+        self._scratch.seek(first)
+        self._scratch.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._scratch.flush()
+        kept = mmap.mmap(self._scratch.fileno(), array.nbytes, access=mmap.ACCESS_READ, offset=first)
+        self._files[Path(f"{first}")] = kept
+        return np.frombuffer(kept, array.dtype).reshape(array.shape)
+
+    def release(self) -> None:
+        """Give back the memory of what was read; it is read again when it is looked at."""
+        for file in self._files.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                file.madvise(mmap.MADV_DONTNEED)
+
+
 class Graph:
     """The float model. Rewrites change it in place and keep its function; `touched` collects the names of the tensors
     whose values they changed, so that the engine can drop what was solved for the old values.
@@ -122,12 +180,13 @@ class Graph:
     """
 
     def __init__(self, graph: gs.Graph, header: onnx.ModelProto, batchnorms: dict[str, BatchNorm] | None = None,
-                 notes: Iterable[str] = ()) -> None:
+                 notes: Iterable[str] = (), mapped: Mapped | None = None) -> None:
         self._graph = graph
         self._header = header  # a ModelProto without nodes and weights: names, metadata, documentation
         self.batchnorms = dict(batchnorms or {})  # by name of the layer output that absorbed it
         self.notes = list(notes)  # what import did or could not do, for the report
         self.touched: set[str] = set()
+        self.mapped = mapped or Mapped()  # weights that lie in files
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
@@ -320,6 +379,8 @@ class Graph:
         """Read every constant now: one that is still lazy keeps the whole imported model in memory."""
         for tensor in self._tensors.values():
             if isinstance(tensor, gs.Constant):
+                if tensor.name in self.mapped.arrays:
+                    tensor.values, tensor.data_location = self.mapped.arrays[tensor.name], None
                 _ = tensor.values
 
     def tidy(self) -> None:
@@ -346,6 +407,9 @@ class Graph:
             tensor.values = LazyValues(stub)
         try:
             model: onnx.ModelProto = gs.export_onnx(self._graph, do_type_check=False)
+        except (TypeError, ValueError) as error:  # an empty list as an attribute, say
+            raise OnnxqError(f"the model cannot be written as ONNX ({' '.join(str(error).split())[:200]}); check it with "
+                             "onnx.checker.check_model.") from error
         finally:
             for tensor, values in zip(large, kept, strict=True):
                 tensor.values = values

@@ -84,7 +84,7 @@ class Elements:
         key: Key = (tensor.name, axis, role, rows)
         if key not in self.start:
             size = tensor.shape[axis] if tensor.shape is not None and -1 < axis < len(tensor.shape) else None
-            size = size if isinstance(size, int) else 0
+            size = size if isinstance(size, int) and size < 2**24 else 0  # no channels, but length of a signal
             self.start[key], self.count[key] = self.total, size
             self.total += size
             if rows is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from onnx.external_data_helper import load_external_data_for_model, uses_externa
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.canonical import canonicalize
-from onnxq_plugins.graph.core import Graph
+from onnxq_plugins.graph.core import LAYER_OPS, Graph, Mapped
 
 # What onnxruntime 1.31 reads (docs/runtime.md), and the version from which int4 tensors, Gelu and LayerNormalization exist.
 WANTED_OPSET, OLDEST_OPSET, NEWEST_OPSET = 21, 7, 26
 IR_OF_OPSET = {21: 10, 22: 10, 23: 11, 24: 11, 25: 12, 26: 13}
 QUANTIZED_OPS = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
                  "DynamicQuantizeLinear", "QGemm", "MatMulNBits", "QLinearAdd"}
+_INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError)
 HALF = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 
 
@@ -36,12 +38,20 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
     """
     if isinstance(model, Graph):
         return model.copy()
+    mapped = Mapped()
     if isinstance(model, onnx.ModelProto):
         proto = onnx.ModelProto()
         proto.CopyFrom(model)
         where = "the given model"
     else:
-        proto, where = read(Path(model)), f"'{model}'"
+        proto, where = read(Path(model), mapped), f"'{model}'"
+    try:
+        return _imported(proto, where, float32, flatten, mapped)
+    except UnicodeDecodeError as error:
+        raise OnnxqError(f"{where} has names that are no text (corrupt?); export or download it again.") from error
+
+
+def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool, mapped: Mapped) -> Graph:
     notes: list[str] = []
     OnnxqError.check(_problems(proto, where, float32))
     if float32 and _half(proto):
@@ -52,16 +62,20 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
     del proto.graph.input[:]
     proto.graph.input.extend(inputs)
     proto.ir_version = max(proto.ir_version, 4)
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_value < 0:  # dynamic, as onnxruntime has it
+                size.Clear()
     _name_nodes(proto.graph)
+    _check_sizes(_without_weights(proto), where)
     proto = _raise_opset(proto, where, notes)
     _name_nodes(proto.graph)  # those the converter added
     try:
         shell = _without_weights(proto)
         inferred = onnx.shape_inference.infer_shapes(shell, data_prop=True)
         onnx.checker.check_model(inferred)  # after inference: runtimes accept outputs without a shape, the checker does not
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
-        raise OnnxqError(f"{where} is not a valid ONNX model: {_first_line(error)}; export it again and check it with "
-                         "onnx.checker.check_model.") from error
+    except _INVALID as error:
+        raise _invalid(where, error) from error
     for mine, theirs in ((proto.graph.value_info, inferred.graph.value_info), (proto.graph.output, inferred.graph.output)):
         del mine[:]
         mine.extend(theirs)
@@ -76,15 +90,24 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
     imported = gs.import_onnx(proto)
     # a part of a message keeps the whole of it in memory, weights and all
     imported.import_domains = [onnx.helper.make_opsetid(o.domain, o.version) for o in proto.opset_import]
-    graph = Graph(imported, header, notes=notes)
+    graph = Graph(imported, header, notes=notes, mapped=mapped)
     del proto, inferred
     graph.load_constants()
+    OnnxqError.check(_misfits(graph, where))
     canonicalize(graph, flatten)
     return graph
 
 
-def read(path: Path) -> onnx.ModelProto:
-    """The file as a ModelProto with its external data. Raises OnnxqError in one sentence if that fails."""
+def _invalid(where: str, error: Exception) -> OnnxqError:
+    return OnnxqError(f"{where} is not a valid ONNX model: {_first_line(error)}; export it again and check it with "
+                      "onnx.checker.check_model.")
+
+
+def read(path: Path, mapped: Mapped | None = None) -> onnx.ModelProto:
+    """The file as a ModelProto with its external data. Raises OnnxqError in one sentence if that fails.
+
+    mapped   takes the large float32 weights of external data, which then stay in their files: the ModelProto refers to them
+    """
     if path.is_dir():
         raise OnnxqError(f"model '{path}' is a folder; give the path of an .onnx file.")
     if not path.is_file():
@@ -96,26 +119,99 @@ def read(path: Path) -> onnx.ModelProto:
                          "again.") from error
     if not proto.graph.node or not proto.opset_import:
         raise OnnxqError(f"'{path}' holds no ONNX graph (corrupt, truncated or another format?); export it again.")
-    folder = path.parent.resolve()
-    for tensor in proto.graph.initializer:
-        if uses_external_data(tensor):
-            place = next((e.value for e in tensor.external_data if e.key == "location"), "")
-            target = (folder / place).resolve()
-            if not target.is_relative_to(folder):
-                raise OnnxqError(f"'{path}': weight '{tensor.name}' points to '{place}', outside the model's folder; "
-                                 "for safety only files beside the model are read, so save the model again.")
-            if not target.is_file():
-                raise OnnxqError(f"'{path}': the file '{place}' with the data of weight '{tensor.name}' is missing; "
-                                 "put it beside the model.")
     try:
-        load_external_data_for_model(proto, str(folder))
+        _check_external(proto, path)
+        left = [t for t in proto.graph.initializer if mapped is not None and mapped.take(t, path.parent)]
+        for tensor in left:  # not to be loaded
+            tensor.data_location = TensorProto.DEFAULT
+        load_external_data_for_model(proto, str(path.parent.resolve()))
+        for tensor in left:
+            tensor.data_location = TensorProto.EXTERNAL
         for tensor in proto.graph.initializer:  # a truncated raw_data shows only when it is read
             if tensor.HasField("raw_data"):
                 _ = numpy_helper.to_array(tensor)
+    except OnnxqError:
+        raise
     except Exception as error:
         raise OnnxqError(f"'{path}': its weights cannot be read ({_first_line(error)}); export or download it "
                          "again.") from error
     return proto
+
+
+def _check_external(proto: onnx.ModelProto, path: Path) -> None:
+    """Raise OnnxqError if weights lie in a file that is not there, or outside the model's folder."""
+    folder = path.parent.resolve()
+    for tensor in proto.graph.initializer:
+        if uses_external_data(tensor):
+            place = next((e.value for e in tensor.external_data if e.key == "location"), "")
+            shown = repr(place if len(place) < 200 else f"{place[:200]}...")
+            try:
+                target = (folder / place).resolve()
+                there = target.is_file()
+            except (OSError, ValueError):  # too long, or with a zero byte
+                target, there = folder / "?", False
+            if not target.is_relative_to(folder):
+                raise OnnxqError(f"'{path}': weight '{tensor.name}' points to {shown}, outside the model's folder; "
+                                 "for safety only files beside the model are read, so save the model again.")
+            if not there:
+                raise OnnxqError(f"'{path}': the file {shown} with the data of weight '{tensor.name}' is missing; "
+                                 "put it beside the model.")
+
+
+def _check_sizes(shell: onnx.ModelProto, where: str) -> None:
+    """Raise OnnxqError for tensors that no machine holds, which inference of values and constant folding would make, and for
+    negative sizes, such as of a kernel larger than its input: onnx aborts the process when it infers a Slice of those, so
+    Slices are hidden here."""
+    shell.opset_import.add(domain="hidden", version=1)
+    for node in shell.graph.node:
+        if node.op_type == "Slice":
+            node.domain = "hidden"
+    try:
+        inferred = onnx.shape_inference.infer_shapes(shell)
+    except _INVALID as error:
+        raise _invalid(where, error) from error
+    weights = {t.name for t in shell.graph.initializer}
+    for values, limit in ((inferred.graph.input, 2**28), (inferred.graph.value_info, 2**31), (inferred.graph.output, 2**31)):
+        for value in values:
+            shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+            if min(shape, default=0) < 0:
+                raise OnnxqError(f"{where}: tensor '{value.name}' has the shape {shape}, which cannot be; mend what "
+                                 "makes it.")
+            if math.prod(n for n in shape if n) > limit and value.name not in weights:
+                raise OnnxqError(f"{where}: tensor '{value.name}' of shape {shape} is too large to compute; mend the shapes "
+                                 "in the model.")
+
+
+def _misfits(graph: Graph, where: str) -> list[str]:
+    """Layers whose weight, groups, bias or input do not fit each other: onnx's checker does not look at constants."""
+    found = []
+    for node in graph.nodes:
+        if node.op == "Clip" and any(isinstance(t, gs.Constant) and t.values.size != 1 for t in node.inputs[1:]):
+            found.append(f"{where}: Clip '{node.name}' cannot run: its bounds must be single numbers; export the model "
+                         "again.")
+        if node.op not in LAYER_OPS or node.domain or len(node.inputs) < 2 or not isinstance(node.inputs[1], gs.Constant):
+            continue
+        x, weight, attrs = node.inputs[0], node.inputs[1].values.shape, node.attrs
+        groups, inputs, at = attrs.get("group", 1), 0, -1
+        if node.op.startswith("Conv"):
+            fits = len(weight) > 2 and groups > 0 and weight[0] % groups == 0
+            inputs, at = (weight[1] * groups if node.op == "Conv" else weight[0]) if fits else 0, 1
+            kernel = attrs.get("kernel_shape")
+            fits = fits and (kernel is None or list(kernel) == list(weight[2:])) and (
+                x.shape is None or len(x.shape) == len(weight)) and min(weight, default=0) > 0
+        elif node.op == "Gemm":
+            fits = len(weight) == 2
+            inputs, at = weight[1 if attrs.get("transB", 0) else 0] if fits else 0, 0 if attrs.get("transA", 0) else 1
+        else:
+            fits = len(weight) > 0
+            inputs = weight[max(len(weight) - 2, 0)] if fits else 0
+        if fits and x.shape is not None:
+            given = x.shape[at] if len(x.shape) > max(at, 0) else None
+            fits = len(x.shape) > max(at, 0) and (not isinstance(given, int) or given == inputs)
+        if not fits:
+            found.append(f"{where}: {node.op} '{node.name}' cannot run: its weight of shape {list(weight)} does not fit its "
+                         f"input of shape {x.shape} and its attributes; export the model again.")
+    return found
 
 
 def _problems(proto: onnx.ModelProto, where: str, float32: bool) -> list[str]:
@@ -133,6 +229,11 @@ def _problems(proto: onnx.ModelProto, where: str, float32: bool) -> list[str]:
     if found:
         problems.append(f"{where} is already quantized (it has {', '.join(sorted(found))}); give the float model it was "
                         "made from.")
+    narrow = {TensorProto.DataType.Name(t) for t in (*(t.data_type for t in proto.graph.initializer), *(
+        v.type.tensor_type.elem_type for v in proto.graph.input)) if t >= TensorProto.FLOAT8E4M3FN}
+    if narrow:
+        problems.append(f"{where} holds tensors of type {', '.join(sorted(narrow))}, so it is no float model; give the "
+                        "float32 model it was made from.")
     if (half := _half(proto)) and not float32:
         problems.append(f"{where} is an {half} model; quantize its float32 original, or pass --float32 to convert it "
                         "first.")
@@ -200,6 +301,17 @@ def _raise_opset(proto: onnx.ModelProto, where: str, notes: list[str]) -> onnx.M
 
 def _without_weights(proto: onnx.ModelProto, limit: int = 1024) -> onnx.ModelProto:
     """The model with its larger weights as inputs: onnx's tools copy everything they are given several times."""
+    shell = skeleton(proto)
+    for tensor in proto.graph.initializer:
+        if np.prod(tensor.dims) > limit or tensor.data_location == TensorProto.EXTERNAL:
+            shell.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            shell.graph.initializer.append(tensor)
+    return shell
+
+
+def skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a model without its initializers."""
     shell = onnx.ModelProto()
     for part, whole, heavy in ((shell, proto, "graph"), (shell.graph, proto.graph, "initializer")):
         for field, value in whole.ListFields():
@@ -211,11 +323,6 @@ def _without_weights(proto: onnx.ModelProto, limit: int = 1024) -> onnx.ModelPro
                 getattr(part, field.name).CopyFrom(value)
             else:
                 setattr(part, field.name, value)
-    for tensor in proto.graph.initializer:
-        if np.prod(tensor.dims) > limit:
-            shell.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        else:
-            shell.graph.initializer.append(tensor)
     return shell
 
 

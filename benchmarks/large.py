@@ -1,0 +1,93 @@
+"""Peak memory of quantizing a large model, weights only, against a limit: one and a half times the largest layer, and 1 GB.
+
+    python -m benchmarks.large [--layers 12] [--size 8192] [--bits 4 8] [--folder FOLDER]
+
+A chain of MatMuls of size x size with external data (4 * layers * size^2 bytes; 3.2 GB by default) is made in a temporary
+folder, and each run is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+import onnxq_plugins as onnxq
+
+
+def chain(folder: Path, layers: int, size: int) -> Path:
+    """Write a chain of MatMul and Relu with its weights as external data, one layer at a time."""
+    tile = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32) / np.float32(size**0.5)
+    nodes, weights, x = [], [], "x"
+    with open(folder / "weights.bin", "wb") as stream:
+        for n in range(layers):
+            weight = TensorProto(name=f"w{n}", data_type=TensorProto.FLOAT, dims=tile.shape,
+                                 data_location=TensorProto.EXTERNAL)
+            for key, value in (("location", "weights.bin"), ("offset", stream.tell()), ("length", tile.nbytes)):
+                weight.external_data.add(key=key, value=str(value))
+            stream.write(np.roll(tile, 7 * n, axis=0).data)
+            weights.append(weight)
+            nodes += [helper.make_node("MatMul", [x, f"w{n}"], [f"y{n}"], f"layer{n}"),
+                      helper.make_node("Relu", [f"y{n}"], [f"r{n}"], f"relu{n}")]
+            x = f"r{n}"
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", size]) for name in ("x", x)]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    path = folder / "float.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def child(model: str, output: str, bits: int) -> None:
+    """Quantize, and print the peak in MB, seconds, and the summary."""
+    start = time.perf_counter()
+    recipe = {"weights": {"bits": bits, "block": 32}, "activations": {"bits": 32}}
+    result = onnxq.quantize(model, recipe, output=output)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{peak:.0f} {time.perf_counter() - start:.1f} {result.summary}")
+
+
+def measured(model: Path, bits: int) -> tuple[float, float, str]:
+    """Peak in MB, seconds and summary of a run in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.large", "--child", str(model), str(model.with_name("q.onnx")), str(bits)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True,
+                          cwd=Path(__file__).parent.parent).stdout.split(" ", 2)
+    return float(told[0]), float(told[1]), told[2].strip()
+
+
+def limit(size: int) -> float:
+    """One and a half times a layer, and 1 GB; in MB."""
+    return 1.5 * 4 * size**2 / 2**20 + 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--size", type=int, default=8192)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--folder", help="where to make the temporary folder")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(*args.child[:2], int(args.child[2]))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        model = chain(Path(folder), args.layers, args.size)
+        print(f"{args.layers} layers of {4 * args.size**2 / 2**20:.0f} MB\n\n| bits | peak MB | limit MB | seconds | |")
+        print("|---|---|---|---|---|")
+        for bits in args.bits:
+            peak, seconds, summary = measured(model, bits)
+            told = summary.replace("|", ",")
+            print(f"| {bits} | {peak:.0f} | {limit(args.size):.0f} | {seconds:.1f} | {told} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
