@@ -47,7 +47,8 @@ CASES = [
     cases(Orthogonality(samples=8), expected_failures=NARROWER),
     cases(Ranges(method="mse")),
     cases(Reorder(sweeps=1), recipe=TILES),
-    cases(ResidualEnsemble(groups=(1, 1), samples=4), recipe={"weights": {"bits": 4}}, expected_failures=dict.fromkeys(("check_float_function", "check_odd_graphs"), "it refuses networks whose operators rule a sum of networks out")),
+    cases(ResidualEnsemble(groups=(1, 1), samples=4), recipe={"weights": {"bits": 4}}, expected_failures=dict.fromkeys(
+        ("check_float_function", "check_odd_graphs"), "it refuses networks whose operators rule a sum of networks out")),
     cases(ResidualExpansion(), recipe={"weights": {"bits": 4}}),
     cases(ResidualExpansion(form="branches", share=0.5), recipe={"weights": {"bits": 4}}),
     cases(Round(method="gptq", samples=8)),
