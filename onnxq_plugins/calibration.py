@@ -288,7 +288,7 @@ class Calibration:
                     state[key] = merge(state[key], value)
                 if partial is not None and n % self.checkpoint == 0:
                     save_arrays(partial, {**state, "next": np.array(n)})
-        if partial is not None:
+        if partial is not None and partial.is_file():
             partial.unlink(missing_ok=True)  # another process may have done the same fold
         return state
 
