@@ -480,6 +480,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="show the v
 def main() -> None:
     """Run the command line; complaints about input become one line each on standard error."""
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's: what is not finite is told in a sentence
+    runtime.quiet()
     try:
         app()
     except LawBroken as error:

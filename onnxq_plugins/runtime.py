@@ -21,6 +21,11 @@ Feed = Mapping[str, Array]
 LARGEST_MESSAGE = 2**31 - 2**20  # protobuf's limit is 2 GiB
 
 
+def quiet() -> None:
+    """No log of onnxruntime on standard error, in the whole process: what it complains about is raised."""
+    ort.set_default_logger_severity(4)
+
+
 class Session(ort.InferenceSession):  # type: ignore[misc]
     """A session whose runs fail with OnnxqError: shapes that do not fit each other show only there."""
 

@@ -106,7 +106,7 @@ class DataFile:
 
 def clear_leftovers(folder: Path, seconds: float = 86400.0) -> None:
     """Remove what writers that were killed left in a cache so long ago: nobody writes it any more."""
-    for part in folder.glob(f".*{_PART}"):
+    for part in folder.glob(f".*{_PART}") if folder.is_dir() else ():
         with contextlib.suppress(OSError):  # another process may be as tidy
             if time.time() - part.stat().st_mtime > seconds:
                 part.unlink()
