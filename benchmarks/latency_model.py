@@ -69,7 +69,7 @@ def alone(case: Case, widths: Widths) -> None:
     graph, target = widths.job.graph, widths.job.target
     plans = [plan, *(plan.without(y.weight) for y in graph.layers)]
     sessions = [runtime.session(qdq.export(graph, p, target)) for p in plans]
-    taken = [latency.typical(own) for own in latency.in_turn(sessions, case.feeds()[0], 20.0)]
+    taken = [latency.typical(own) for own in latency.interleaved(sessions, case.feeds()[0], 20.0)]
     ratio = np.array(taken[1:]) / taken[0]
     print(f"| {case.name} | {ratio.min():.3f} to {ratio.max():.3f} | {np.median(ratio):.3f} | "
           f"{sum(ratio < 1)} of {len(ratio)} |", flush=True)

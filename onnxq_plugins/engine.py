@@ -26,7 +26,8 @@ from onnxq_plugins.calibration import Calibration, Track, silent
 from onnxq_plugins.complete import complete
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph import Graph, Layer, importer, load
+from onnxq_plugins.graph import Graph, Layer, load
+from onnxq_plugins.graph.importer import read as read_model
 from onnxq_plugins.graph.importer import skeleton
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.measure import Metric, find_metric, metric_name
@@ -305,7 +306,7 @@ def _sign(model: onnx.ModelProto, recipe: Recipe, found: Plugins, seed: int) -> 
 
 def recipe_of(path: str | Path) -> tuple[dict[str, Any], int]:
     """The recipe (plain values) and the seed that made a model. Raises OnnxqError if it does not tell."""
-    props = {p.key: p.value for p in importer.read(Path(path)).metadata_props}
+    props = {p.key: p.value for p in read_model(Path(path)).metadata_props}
     try:
         recipe, seed = json.loads(props["onnxq.recipe"]), int(props.get("onnxq.seed", 0))
     except (KeyError, ValueError) as error:

@@ -3,7 +3,6 @@ networks, with their caches and fusions."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.quantizers import Group, Width
 from onnxq_plugins.runtime import Feed
 from onnxq_plugins.spec import Array
+from onnxq_plugins.store import digest, replacing
 
 Network = tuple[tuple[Width, ...], onnx.ModelProto]  # the width of each group, the exported model
 _EVENTS = 400_000  # of kernels that a session's profile may hold; onnxruntime drops what is beyond a million
@@ -117,13 +117,13 @@ def profile(models: Sequence[onnx.ModelProto], feed: Feed, seconds: float) -> tu
                     for k, model in enumerate(models)]
         optimized = [onnx.load(str(Path(folder) / f"{k}.onnx"), load_external_data=False).graph for k in range(len(models))]
         most = _EVENTS // max((len(graph.node) for graph in optimized), default=1)
-        taken = in_turn([*plain, *profiled], feed, seconds, most)
+        taken = interleaved([*plain, *profiled], feed, seconds, most)
         files = [Path(runner.end_profiling()) for runner in profiled]
         return [Ran(typical(own), graph, *_events(graph, json.loads(file.read_text(encoding="utf-8"))))
                 for own, graph, file in zip(taken, optimized, files, strict=False)], len(taken[0])
 
 
-def in_turn(runners: Sequence[ort.InferenceSession], feed: Feed, seconds: float, most: int = 10_000) -> list[Array]:
+def interleaved(runners: Sequence[ort.InferenceSession], feed: Feed, seconds: float, most: int = 10_000) -> list[Array]:
     """Milliseconds of each run of each session [rounds]. They take turns, so that a noisy machine hits all alike, each
     some runs at a time: the first one, which finds the caches full of another's weights, is not counted.
 
@@ -143,7 +143,7 @@ def in_turn(runners: Sequence[ort.InferenceSession], feed: Feed, seconds: float,
 
 def compared(models: Sequence[onnx.ModelProto], feed: Feed, seconds: float = 2.0) -> list[float]:
     """Milliseconds of each network, run in turn."""
-    return [typical(taken) for taken in in_turn([runtime.session(model) for model in models], feed, seconds)]
+    return [typical(taken) for taken in interleaved([runtime.session(model) for model in models], feed, seconds)]
 
 
 def attributed(groups: Sequence[Group], coded: Collection[str], networks: Sequence[Network], ran: Sequence[Ran],
@@ -249,7 +249,7 @@ def overhead(durations: Array, ports: Array, total: float) -> float:
     if durations.sum() <= total:
         return 0.0
     level = (np.cumsum(durations) - total) / np.cumsum(ports)  # x, if the first so many stay above zero
-    return float(level[np.flatnonzero(durations > level * ports)[-1]])
+    return float(level.max())  # more or fewer of them would need less
 
 
 def typical(milliseconds: Array) -> float:
@@ -315,11 +315,9 @@ def _events(graph: onnx.GraphProto, events: Sequence[Mapping[str, object]]) -> t
 def _digest(networks: Sequence[Network]) -> str:
     told = _processor()  # one name may stand for processors of unlike instructions
     mark = [platform.machine(), machine(), *(told.get(key, "") for key in ("cpu family", "model", "flags", "Features"))]
-    seen = hashlib.blake2b("|".join(mark).encode(), digest_size=16)
-    for choice, model in networks:
-        seen.update(" ".join(map(str, choice)).encode())
-        seen.update(model.SerializeToString(deterministic=True))
-    return seen.hexdigest()
+    said = (part for choice, model in networks for part in (" ".join(map(str, choice)),
+                                                            bytes(model.SerializeToString(deterministic=True))))
+    return digest(*mark, *said)
 
 
 def _load(file: Path, networks: Sequence[Network]) -> Times | None:
@@ -342,8 +340,7 @@ def _save(file: Path, times: Times) -> None:
             "networks": times.networks, "rounds": times.rounds}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{file.name}.{os.getpid()}")
-        part.write_text(json.dumps(told), encoding="utf-8")
-        os.replace(part, file)
+        with replacing(file) as stream:
+            stream.write(json.dumps(told).encode())
     except OSError as error:
         raise OnnxqError(f"cache '{file.parent}' cannot be written ({error.strerror}); choose another --cache.") from error

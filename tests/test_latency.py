@@ -25,8 +25,8 @@ FLOAT, EIGHT = Width(32, 32), Width(8, 8)
 @pytest.fixture
 def quick(monkeypatch):
     """No more rounds than needed."""
-    turns = latency.in_turn
-    monkeypatch.setattr(latency, "in_turn", lambda runners, feed, seconds, most=100: turns(runners, feed, 0.0, most))
+    turns = latency.interleaved
+    monkeypatch.setattr(latency, "interleaved", lambda runners, feed, seconds, most=100: turns(runners, feed, 0.0, most))
 
 
 def fake(taken):
@@ -71,6 +71,7 @@ def test_overhead_makes_the_sum_what_it_should_be(parts, share):
 def test_nothing_is_taken_off_where_nothing_was_added():
     assert latency.overhead(np.array([1.0, 2.0]), np.ones(2), 5.0) == 0
     assert latency.overhead(np.zeros(3), np.ones(3), 0.0) == 0
+    assert latency.overhead(np.array([5e-324]), np.ones(1), 0.0) >= 0
 
 
 def test_typical_is_not_moved_by_disturbed_runs():
@@ -309,6 +310,6 @@ def test_nothing_to_time_is_no_error(quick):
 
 
 def test_without_that_budget_nothing_is_timed(monkeypatch):
-    monkeypatch.setattr(latency, "in_turn", None)
+    monkeypatch.setattr(latency, "interleaved", None)
     told = search(make_job(mobilenet()), candidates=("W4A8", "W8A8"))
     assert "latency" not in told and all("latency" not in p for p in told["curve"])
