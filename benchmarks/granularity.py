@@ -97,8 +97,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for model, bits in dict.fromkeys((r["model"], r["width"]) for r in rows):
         mine = [r for r in rows if (r["model"], r["width"]) == (model, bits)]
-        lines += [f"\n{model}, {bits} bits (float top-1 {mine[0]['float']:.2f})\n",
-                  "| granularity | scales | reordered | number | bits/weight | PTQ-SL: SQNR dB | top-1 | "
+        lines += ["", f"| {model}, {bits} bits, float top-1 {mine[0]['float']:.2f} "
+                  "| scales | reordered | number | bits/weight | PTQ-SL: SQNR dB | top-1 | "
                   "learned: SQNR dB | top-1 | ms / int8 |", "|---|---|---|---|---|---|---|---|---|---|"]
         for key in dict.fromkeys((r["granularity"], r["kind"], r["reordered"]) for r in mine):
             pair = {r["solver"]: r for r in mine if (r["granularity"], r["kind"], r["reordered"]) == key}

@@ -1,12 +1,14 @@
 """Solver against solver, at few bits: what each way of rounding weights gains, and what it costs.
 
-    python -m benchmarks.rounding [--shared FOLDER] [--bits 4 3 2] [--models ...] [--alone]
+    python -m benchmarks.rounding [--shared FOLDER] [--bits 4 3 2] [--models ...] [--alone] [--multipliers 16]
 
 Recipe int4-rounded with other methods and widths: first, last and depthwise layers at 8 bits, activations at 8. The rows
 "plain" are the smallest scale without clipping and the nearest codes, without and with bias correction; "nearest" has the
 searched scales, the solved biases and the weights fitted to the quantized inputs, but rounds to the nearest, so that the
 rows below it show what rounding itself adds. --all quantizes first and last layers like the others; --alone solves each
-layer on float inputs (sequential = false). Samples of the measurement are never those of calibration. Prints Markdown.
+layer on float inputs (sequential = false). --multipliers N refines the scale of each channel by an integer for every N
+inputs, and adds the ways in which pass vector-scale chooses them. Samples of the measurement are never those of calibration.
+Prints Markdown.
 """
 
 from __future__ import annotations
@@ -25,19 +27,22 @@ from onnxq_plugins import runtime
 METHODS = ("nearest", "gpfq", "gptq", "descent", "attention", "adaround", "auto")
 
 
-def recipe(bits: int, passes: list[dict[str, Any]], everywhere: bool) -> dict[str, Any]:
+def recipe(bits: int, passes: list[dict[str, Any]], everywhere: bool, multipliers: int) -> dict[str, Any]:
     """Weights at `bits`, first, last and depthwise layers at 8 unless `everywhere`."""
+    weights = {"bits": bits, **({"sub_block": multipliers} if multipliers else {})}
     kept = [{"kind": "depthwise", "weights": {"bits": 8}}]
     kept += [] if everywhere else [{"position": end, "weights": {"bits": 8}} for end in ("first", "last")]
     start = [{"use": "scale-inputs"}, {"use": "ranges", "method": "mse"}]
-    return {"weights": {"bits": bits}, "pass": start + passes, "layer": kept}
+    return {"weights": weights, "pass": start + passes, "layer": kept}
 
 
-def variants(alone: bool) -> dict[str, list[dict[str, Any]]]:
+def variants(alone: bool, multipliers: bool) -> dict[str, list[dict[str, Any]]]:
     """Label -> passes behind the ranges."""
     extra = {"sequential": False} if alone else {}
-    return {"plain": [], "plain + bias": [{"use": "bias-correct"}], "scales + bias": [
-        {"use": "sub-layer", "shift": True}, {"use": "bias-correct"}],
+    vectors = {f"vector-scale {method} + bias": [{"use": "vector-scale", "method": method}, {"use": "bias-correct"}]
+               for method in ("minmax", "mse")} if multipliers else {}
+    return {"plain": [], "plain + bias": [{"use": "bias-correct"}], **vectors,
+            "scales + bias": [{"use": "sub-layer", "shift": True}, {"use": "bias-correct"}],
             **{method: [{"use": "round", "method": method, **extra}] for method in METHODS}}
 
 
@@ -58,7 +63,8 @@ def main() -> None:
     parser.add_argument("--shared")
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
     parser.add_argument("--models", nargs="*", default=list(NAMES))
-    parser.add_argument("--methods", nargs="*", default=list(variants(False)))
+    parser.add_argument("--methods", nargs="*", default=list(variants(False, True)))
+    parser.add_argument("--multipliers", type=int, default=0)
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--alone", action="store_true")
     args = parser.parse_args()
@@ -67,9 +73,9 @@ def main() -> None:
     for name in args.models:
         case = load_case(name, shared_folder(args.shared))
         print(f"| {name} | {' | '.join(columns)} |\n|---|{'---|' * 4 * len(columns)}")
-        for label, passes in variants(args.alone).items():
+        for label, passes in variants(args.alone, bool(args.multipliers)).items():
             if label in args.methods:
-                found = [measure(case, recipe(bits, passes, args.all)) for bits in args.bits]
+                found = [measure(case, recipe(bits, passes, args.all, args.multipliers)) for bits in args.bits]
                 cells = [f"{db:.2f} | {agree:.1f} | {top1:.2f} | {seconds:.1f}" for db, agree, top1, seconds in found]
                 print(f"| {label} | {' | '.join(cells)} |", flush=True)
         print()

@@ -1,5 +1,5 @@
-"""Pages of the site that are made when it is built: one per pass from its docstring, the targets from their rules, README,
-CHANGELOG and CONTRIBUTING from the folder above. A hook of mkdocs."""
+"""Pages of the site that are made when it is built: one per pass from its docstring and what was measured of it,
+README, CHANGELOG and CONTRIBUTING from the folder above. A hook of mkdocs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ def pages() -> dict[str, str]:
     made["passes/index.md"] = "\n".join([
         "# Passes", "", "One published algorithm each; a recipe says which run, in which order.", "",
         "| pass | what it does |", "|---|---|", *rows])
-    made["targets.md"] = targets_page(found.targets)
     above = {"docs/": "", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
     made["index.md"] = moved(ROOT / "README.md", above)
     made["changelog.md"] = moved(ROOT / "CHANGELOG.md", {"docs/": ""})
@@ -68,8 +67,27 @@ def pass_page(name: str, kind: type) -> str:
     if used:
         parts.append(f"Built-in recipes with it: {', '.join(used)}.")
     if guides:
-        parts.append(f"When to use it, with measured numbers: {', '.join(guides)}.")
+        parts.append(f"When to use it, and when not: {', '.join(guides)}.")
+    found = measured(name)
+    if found:
+        parts += ["## Measured", *found]
     return "\n\n".join(parts) + "\n"
+
+
+def measured(name: str) -> list[str]:
+    """The tables about a pass that the guides hold, each behind the command that made it. A comment in front of a table,
+    ``measured: passes; command; rows: pattern``, says which; without a pattern all rows are meant."""
+    table = re.compile(r"^<!-- measured: (.+?); (.+?)(?:; rows: (.+))? -->\n\n((?:\|.*\n)+)", re.MULTILINE)
+    parts, last = [], ""
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for names, command, pattern, text in table.findall(page.read_text("utf-8")):
+            if name in names.split(", "):
+                head, rule, *rows = text.splitlines()
+                rows = [row for row in rows if re.search(pattern, row)]
+                source = f"`{command}`; all of it, and on which machine: [{title(page)}](../{page.name})."
+                parts += [source] * (source != last) + ["\n".join([head, rule, *rows])]
+                last = source
+    return parts
 
 
 def type_name(hint: Any) -> str:
@@ -107,32 +125,6 @@ def first_sentence(kind: type) -> str:
     """The first sentence of a docstring."""
     text = " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
     return re.split(r"(?<=[.:])\s", text)[0].rstrip(":.").replace("``", "`").replace("|", "\\|") + "."
-
-
-def targets_page(targets: Any) -> str:
-    """The rules of every target as tables. tests/test_export.py runs them in onnxruntime and reads its kernels."""
-    parts = ["# Targets", "What each target runs quantized, as its rules say. Tests export every form, load it in "
-             "onnxruntime or OpenVINO, and read which kernels these take; [runtime.md](runtime.md) tells what they found."]
-    for name, target in targets.items():
-        rows = [f"| {rule.op} | {'float' if not rule.activations else f'{rule.activations} bits'} | {spans(rule.weights)} | "
-                f"{', '.join(rule.granularity)} | {'yes' if rule.multipliers else ''} | {rule.storage} | {rule.kernel} |"
-                for rule in target.rules]
-        parts += [f"## {name}", target.doc + ("" if target.doc.endswith(".") else "."),
-                  "\n".join(["| layer | input | weight bits | scales | multipliers | stored as | runs as |",
-                             "|---|---|---|---|---|---|---|", *dict.fromkeys(rows)]),
-                  f"Other operators that stay integer: {', '.join(sorted(target.integer_ops)) or 'none'}."]
-    return "\n\n".join(parts) + "\n"
-
-
-def spans(values: Any) -> str:
-    """Numbers with runs written short: 2-8."""
-    runs: list[list[int]] = []
-    for value in sorted(values):
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def title(page: Path) -> str:

@@ -22,6 +22,8 @@ class BiasCorrect(Pass):
              that were folded into the layers before (a model exported without folding them), as means of clipped normal
              distributions; no data needed
 
+        b <- b + (W - Wq) E[x];    E[max(x, 0)] = mu Phi(mu / sigma) + sigma phi(mu / sigma)   (``analytic``)
+
     A channel with few weights (depthwise: 9) cannot average its rounding errors out; their sum, times the mean of an
     input that a ReLU made positive, shifts the whole channel. Weights must have their codes before, so what is still
     open is solved first. MatMul has no bias, hence no correction. The pass `round` solves biases itself: this one behind

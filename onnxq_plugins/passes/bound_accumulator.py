@@ -31,6 +31,8 @@ class BoundAccumulator(Pass):
     positions   patches per sample at most
     limit       largest D with a full Gram matrix (8 D^2 bytes); above it, blocks of a quarter of that on its diagonal
 
+        sum of the positive codes of an output, and of the negative ones  <=  (2^(bits-1) - 1) / (2^N - 1)
+
     With N-bit unsigned inputs the positive codes of an output, and the negative ones, may each sum to
     (2^(bits-1) - 1) / (2^N - 1): 128 for 16 bits. Scales stay; outputs that fit keep their codes; the others are projected,
     rounded toward zero, and what is left over is spent where it lowers the error of the layer's output most (of the weights,

@@ -24,6 +24,8 @@ class CodingLength(Pass):
     limit        see budget
     distortion   mean squared error per weight, in parts of the weights' variance
 
+        L(W) = (m + n) / 2 log2 det(I + n / (m eps^2) W W^T),   n outputs, m inputs, eps^2 the distortion
+
     Weights are taken relative to the largest of their output channel, as a scale per channel sees them. A heuristic: it
     knows nothing of what a layer does to the output. `mixed-precision` measures that.
 

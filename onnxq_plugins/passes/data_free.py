@@ -33,6 +33,8 @@ class DataFree(Pass):
     deviations  how many the span of an activation reaches beyond its mean (``statistics``)
     size        of dynamic axes other than the batch; 0: 224 for images, 128 elsewhere
 
+        range of a channel (``statistics``) = beta -+ deviations |gamma|,   within the activation that follows
+
     Images get their declared range, or the scale that --mean and --std give, or else the one that the first layer's
     statistics, or weights, imply. A mean of 0 and a std of 1 are those that count as not given: images that are RGB/255 as
     they are need {image = [0, 1]}.

@@ -39,6 +39,9 @@ class Equalize(Pass):
     samples    of the data that errors are measured on (``activations``)
     margin     how far a channel may go beyond its calibrated range, in parts of that range, before a Clip counts as idle
 
+        W1 <- F W1,  b1 <- F b1,  W2 <- W2 F^-1;   f_c = sqrt(r2_c / r1_c) makes both ranges equal   (``weights``)
+                                                   f_c = (r_c / max r)^-e                            (``activations``)
+
     Groups are sets of channels that must scale together: layer to layer, through a depthwise layer (whose rows take up a
     factor on either side), a whole residual stream, LayerNormalization to MatMul (SmoothQuant's case).
 

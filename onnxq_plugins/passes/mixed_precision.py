@@ -49,6 +49,8 @@ class MixedPrecision(Pass):
     curve       points of the way down to measure, evenly spread, beside those that the search visits
     widths      of each group by name, as in a point of an earlier curve: that point is made again, without a search
 
+        sensitivity of a group at a width = 10 log10(E[y^2] / E[(y - yq)^2]),   y the outputs, yq with that group quantized
+
     Weights are rounded once for each layer and width, so that a choice of widths costs no new rounding. For the search they
     are rounded on half of the samples and measured on the others, since codes fit the samples they were chosen on; those of
     the chosen point are rounded again on all data. Layers whose weights.bits a [[layer]] rule sets keep them.

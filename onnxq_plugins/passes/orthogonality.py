@@ -29,6 +29,9 @@ class Orthogonality(Pass):
     samples      of the data, spread evenly
     features     values kept of each layer's output and sample, spread evenly
 
+        alike(i, j) = <K_i, K_j> / (|K_i| |K_j|),   K = F F^T of the centred outputs F [samples, values]
+        importance_i = mean over j >= i of exp(-beta mean over k != j of alike(j, k))
+
     A heuristic: it knows nothing of what rounding does to the output. `mixed-precision` measures that.
 
     Source: OMPQ (arXiv 2109.07865). Dynamic programming replaces its linear program

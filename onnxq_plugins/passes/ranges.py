@@ -22,6 +22,8 @@ class Ranges(Pass):
     percentile   for ``percentile``, in percent
     bins         of the histograms behind all but ``minmax``
 
+        s = (max(high, 0) - min(low, 0)) / (2^bits - 1),   z = round(-min(low, 0) / s)
+
     Source: common practice; ``kl`` with the joint-non-zero metric of Coarse & Fine Weight Splitting (arXiv 2312.10588).
     Cost: one run over the data for ``minmax``, two for the others.
     """

@@ -25,6 +25,8 @@ class Reorder(Pass):
     data      weigh each tile with the mean squares of the inputs it meets, where there are data: the diagonal of the Gram
               matrix; False counts all inputs alike
 
+        cost = sum over tiles of max |w|^2 sum of E[x^2] over its inputs
+
     Every group is sorted by range (by the one of its weights, or their mean, that serves best), then improved by swaps that
     lower sum over tiles of max |w|^2 sum E[x^2], the rounding noise of all weights of the group; twice over all groups,
     since a weight lies between two. Layers count whose tiles (`block` or `sub_block` in the recipe) hold several channels

@@ -38,6 +38,8 @@ class Round(Pass):
     limit        largest D with a full Gram matrix (8 D^2 bytes); above it, blocks of a quarter of that on its diagonal
     samples      of the data that the sweep uses at most: their activations are held, a few MB each for images
 
+        least (w - wq) H (w - wq)^T for each row w,   H = E[x x^T]
+
     No row of a layer is worse than rounded to the nearest, by that measure. ConvTranspose is left to the default solver.
 
     Source: GPTQ (arXiv 2210.17323), GPFQ (arXiv 2201.11113), AdaRound (arXiv 2004.10568), Attention Round (arXiv

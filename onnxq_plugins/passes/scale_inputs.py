@@ -23,6 +23,8 @@ class ScaleInputs(Pass):
     With a = the largest |value| of a channel and w = the norm of the weights that read it, the factors (w / a)^0.5
     minimise the noise that one step for all channels brings to the layer's output, sum_c step^2 w_c^2 / 12.
 
+        x_c <- f_c x_c,   W_c <- W_c / f_c,   f_c = sqrt(w_c / a_c)
+
     gain   least ratio of that noise before and after for which the extra operator is put in
 
     Source: SmoothQuant (arXiv 2211.10438), with alpha = 0.5, at the model's input instead of behind a LayerNorm.

@@ -25,6 +25,8 @@ class SubLayer(Pass):
     positions    patches per sample at most
     limit        largest D with a full Gram matrix, see `round`
 
+        L = d H d^T,   d = w - wq,   H = E[x x^T];   a change E of a tile adds -2 E (d H)^T + E H E^T
+
     Which tiles, the recipe says: ``weights.block = [16, 16]`` asks for free scales (a target that stores them),
     ``weights.sub_block = [16, 16]`` for integer multipliers of a coarse scale per tensor or channel (targets with integer
     kernels), ``weights.pow2`` for powers of two. With the loss L = d H d^T of each row d = w - wq and E the change of a

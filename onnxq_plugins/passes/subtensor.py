@@ -29,6 +29,8 @@ class Subtensor(Pass):
     gain       a layer is clustered if that divides the cost by this much at least; the others keep what the recipe asks for
     balance    a channel counts range^-balance: 0 minimises the squared error of the weights, 2 that relative to each channel
 
+        cost = sum_c r_c^-balance R_k(c)^2,   R_k = max r_c over cluster k
+
     The cost is the sum over channels of what each counts * (largest |weight| of its cluster)^2: in proportion to the
     expected squared error of rounding, step^2 / 12 a weight. Clusters are runs of the channels sorted by range, and dynamic
     programming finds the best. Often the inputs of a channel with small weights are large, or its output is scaled up

@@ -21,6 +21,8 @@ class VectorScale(Pass):
     method   ``minmax``: each vector's integer is the smallest without clipping. ``mse``: integers and coarse scales with the
              least squared error of the weights
 
+        w = s[channel] m[vector] q,   m in 1 .. 2^M - 1
+
     V and M are asked for in the recipe: ``weights.sub_block = [1, V]`` and ``weights.max_multiplier = 2^M - 1``; the codes
     times their integers must fit int8, so integers reach at most 127 / (2^(bits - 1) - 1): 18 at 4 bits, 42 at 3, 127 at 2.
     ``weights.block = [1, V]`` gives each vector a float scale instead (M without limit). No data are needed; where there
