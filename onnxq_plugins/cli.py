@@ -31,7 +31,7 @@ from onnxq_plugins.data import model_inputs, open_data
 from onnxq_plugins.diagnose import Diagnosis, diagnose
 from onnxq_plugins.digits import digits_model_path, digits_split
 from onnxq_plugins.engine import LawBroken, check_writable, quantize, recipe_of, save_model, write_file
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.importer import read
 from onnxq_plugins.measure import find_metric, metric_name, top1
@@ -204,7 +204,7 @@ def auto_command(
     target_path = output or Path(f"{model.stem}.auto.onnx")
     _check_outputs({"-o": target_path}, {"model": model, "data": Path(data), "test": Path(test) if test else None})
     if prefer not in RECIPES:
-        raise OnnxqError(f"--prefer {prefer} is unknown; known: {', '.join(RECIPES)}.")
+        raise OnnxqError(f"--prefer {prefer} is unknown; {known(prefer, RECIPES)}.")
     columns = ("recipe", "drop", "SQNR dB", "MB", "x float", "seconds", "")
     wide = max(len(name) for name in recipe or RECIPES[prefer])
 
@@ -349,11 +349,11 @@ def compare(
             raise OnnxqError(f"output '{name}' has shape {y.shape} in '{a}' and {z.shape} in '{b}'.")
         table.add_row(name, f"{runtime.sqnr(y, z):.2f}", f"{100 * runtime.agreement(y, z):.2f}%" if y.ndim > 1 else "-")
     out.print(table)
-    known = feeds.spread_labels(0)
-    judge = judge or (top1 if known is not None else None)
+    truth = feeds.spread_labels(0)
+    judge = judge or (top1 if truth is not None else None)
     if judge is not None:
         whole = [[np.concatenate([np.atleast_1d(r[i]) for r in rows]) for i in range(len(names))] for rows in gathered]
-        found = [judge(whole[0], one, np.concatenate(known) if known is not None else None) for one in whole]
+        found = [judge(whole[0], one, np.concatenate(truth) if truth is not None else None) for one in whole]
         _say(f"{metric_name(judge)}: {found[0]:.2f} -> {found[1]:.2f}")
     sizes = [p.stat().st_size for p in (a, b)]
     _say(f"{len(gathered[0])} samples | {sizes[0] / 1e6:.2f} -> {sizes[1] / 1e6:.2f} MB | {times[0]:.3f} -> "
@@ -377,8 +377,8 @@ def plugins_command(
     found = find_plugins()
     if name:
         if name not in found.passes and name not in found.targets:
-            raise OnnxqError(f"'{name}' is neither a pass nor a target; known: "
-                             f"{', '.join([*sorted(found.passes), *sorted(found.targets)])}." + found.excuse())
+            raise OnnxqError(f"'{name}' is neither a pass nor a target; "
+                             f"{known(name, [*sorted(found.passes), *sorted(found.targets)])}." + found.excuse())
         if name in found.passes:
             _say(inspect.getdoc(found.passes[name]))
             for f in dataclasses.fields(found.passes[name]):
@@ -412,14 +412,14 @@ def new_plugin_command(
 @_command("recipes")
 def recipes_command(name: Annotated[str, typer.Argument(help="a recipe: prints it")] = "") -> None:
     """List the built-in recipes, or print one (a start for your own)."""
-    known = builtin_recipes()
+    recipes = builtin_recipes()
     if name:
-        if name not in known:
-            raise OnnxqError(f"recipe '{name}' is unknown; known: {', '.join(known)}.")
-        _say(known[name].read_text("utf-8").rstrip())
+        if name not in recipes:
+            raise OnnxqError(f"recipe '{name}' is unknown; {known(name, recipes)}.")
+        _say(recipes[name].read_text("utf-8").rstrip())
         return
     table = Table("recipe", "about", box=None, header_style="bold")
-    for key, file in known.items():
+    for key, file in recipes.items():
         lines = file.read_text("utf-8").splitlines()
         table.add_row(key, " ".join(line.lstrip("# ") for line in lines if line.startswith("#")))
     out.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -22,3 +23,10 @@ class OnnxqError(Exception):
         found = tuple(problems)
         if found:
             raise cls(*found)
+
+
+def known(given: str, names: Iterable[str]) -> str:
+    """The end of a sentence about a name that there is not: what there is, and which of it may have been meant."""
+    there = list(names)
+    near = difflib.get_close_matches(given, there, 1)
+    return f"known: {', '.join(there) or 'none'}" + (f" (did you mean '{near[0]}'?)" if near else "")

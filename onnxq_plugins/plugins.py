@@ -16,7 +16,7 @@ from typing import Any
 import pluggy
 
 from onnxq_plugins import hookspecs, target
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.job import Pass
 from onnxq_plugins.passes import BUILTIN
 from onnxq_plugins.target import Target
@@ -57,7 +57,7 @@ class Plugins:
     def target(self, name: str) -> Target:
         """The target of that name. Raises OnnxqError listing the known ones."""
         if name not in self.targets:
-            raise OnnxqError(f"target '{name}' is unknown; known: {', '.join(sorted(self.targets))}." + self.excuse())
+            raise OnnxqError(f"target '{name}' is unknown; {known(name, sorted(self.targets))}." + self.excuse())
         return self.targets[name]
 
     def excuse(self) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from onnxq_plugins.data import DataOptions
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.job import Pass
 
 BlockRequest = Literal["tensor", "channel"] | int | tuple[int, ...]
@@ -128,8 +128,7 @@ def parse(table: Mapping[str, Any], passes: Mapping[str, type[Pass]], where: str
           problems: list[str] | None = None) -> Recipe:
     """The tables of a recipe as a Recipe. Raises OnnxqError with all problems at once."""
     problems = [] if problems is None else problems
-    known = ("recipe", "target", "weights", "activations", "data", "pass", "layer")
-    _unknown(table, known, where, problems)
+    _unknown(table, ("recipe", "target", "weights", "activations", "data", "pass", "layer"), where, problems)
     if table.get("recipe", 1) != 1:
         problems.append(f"{where}: recipe = {table['recipe']!r} is a version this release does not know; use 1.")
     steps: list[Pass] = []
@@ -138,8 +137,8 @@ def parse(table: Mapping[str, Any], passes: Mapping[str, type[Pass]], where: str
         if "use" not in step:
             problems.append(f"{where}, pass {number}: write use = \"NAME\"; known: {', '.join(sorted(passes))}.")
         elif kind is None:
-            problems.append(f"{where}, pass {number}: {step['use']!r} is not a known pass; known: "
-                            f"{', '.join(sorted(passes))}. Is its package installed?")
+            problems.append(f"{where}, pass {number}: {step['use']!r} is not a known pass; "
+                            f"{known(str(step['use']), sorted(passes))}. Is its package installed?")
         else:
             place = f"{where}, pass '{kind.name}'"
             made = _build(kind, {k: v for k, v in step.items() if k != "use"}, place, problems)
@@ -177,7 +176,7 @@ def _read(recipe: str | Path) -> tuple[dict[str, Any], str]:
     if str(recipe) in builtin:
         path = builtin[str(recipe)]
     elif not path.is_file():
-        raise OnnxqError(f"recipe '{recipe}' is neither a built-in ({', '.join(builtin)}) nor a file.")
+        raise OnnxqError(f"recipe '{recipe}' is neither a built-in nor a file; {known(str(recipe), builtin)}.")
     try:
         text = path.read_text("utf-8")
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
@@ -220,11 +219,9 @@ def _tables(table: Mapping[str, Any], key: str, where: str, problems: list[str])
     return []
 
 
-def _unknown(table: Mapping[str, Any], known: Iterable[str], where: str, problems: list[str]) -> None:
-    known = tuple(known)
-    for key in table:
-        if key not in known:
-            problems.append(f"{where}: unknown key '{key}'; known: {', '.join(known) or 'none'}.")
+def _unknown(table: Mapping[str, Any], keys: Iterable[str], where: str, problems: list[str]) -> None:
+    there = tuple(keys)
+    problems += [f"{where}: unknown key '{key}'; {known(key, there)}." for key in table if key not in there]
 
 
 def _build(base: Any, table: Mapping[str, Any], where: str, problems: list[str]) -> Any:

@@ -418,7 +418,7 @@ def output_is_the_data():
     return ["-o", "data.npz"]
 
 
-@bad("recipe 'int9' is neither a built-in (", "int8")
+@bad("recipe 'int9' is neither a built-in nor a file; known: ", "(did you mean 'int8'?)")
 def unknown_recipe():
     return ["-r", "int9"]
 
@@ -432,7 +432,7 @@ def bad_recipe(name: str, text: str, *phrases: str) -> None:
 
 
 bad_recipe("broken", "[weights\nbits = 8", "cannot be read", "line 1")
-bad_recipe("unknown_key", "[weights]\nbit = 8", "unknown key 'bit'", "bits")
+bad_recipe("unknown_key", "[weights]\nbit = 8", "unknown key 'bit'", "(did you mean 'bits'?)")
 bad_recipe("unknown_pass", "[[pass]]\nuse = 'magic'", "'magic' is not a known pass", "ranges")
 bad_recipe("wrong_type", "[weights]\nbits = 'eight'", "must be a whole number")
 

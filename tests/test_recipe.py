@@ -127,7 +127,7 @@ def test_json_that_holds_no_tables(tmp_path):
 
 def test_neither_builtin_nor_file():
     (problem,) = problems("int9")
-    assert "neither a built-in (" in problem
+    assert "neither a built-in nor a file; known: " in problem
     assert "int8" in problem
 
 
