@@ -38,7 +38,7 @@ def onnxq(monkeypatch, capsys, tmp_path) -> Callable[..., Ran]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plugins, "entry_points", lambda group: ())
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(cli, "out", Console(soft_wrap=True, width=300))  # tables would wrap at 80
+    monkeypatch.setattr(cli.console, "out", Console(soft_wrap=True, width=300))  # tables would wrap at 80
     latency = runtime.latency
     monkeypatch.setattr(runtime, "latency", lambda runners, feed, seconds=1.0: latency(runners, feed, 0.02))
 
@@ -591,7 +591,7 @@ def test_options_reach_the_engine(ready, monkeypatch):
         seen.update(options, recipe=recipe, data=data)
         return quantize(model, recipe, data, **{**options, "track": onnxq_plugins.calibration.silent})
 
-    monkeypatch.setattr(cli, "quantize", spy)
+    monkeypatch.setattr(cli.make, "quantize", spy)
     ran = ready("quantize", "model.onnx", "--data", "data.npz", "--samples", 2, "--seed", 5, "--workers", 1, "--cache", "c",
                 "--verify", "--set", "ranges.method=mse", "--mean", "0.5", "--resize", 9)
     assert ran.code == 0
@@ -780,7 +780,7 @@ def test_interruption_is_one_line(ready, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "quantize", interrupt)
+    monkeypatch.setattr(cli.make, "quantize", interrupt)
     before = listing()
     ran = ready("quantize", "model.onnx", "--data", "data.npz")
     assert ran.code not in (0, 2)
@@ -792,7 +792,7 @@ def test_a_bug_of_a_pass_is_not_the_users_fault(ready, monkeypatch):
     def broken(*_, **__):
         raise LawBroken("pass 'x' changed the float function")
 
-    monkeypatch.setattr(cli, "quantize", broken)
+    monkeypatch.setattr(cli.make, "quantize", broken)
     ran = ready("quantize", "model.onnx", "--data", "data.npz")
     assert (ran.code, ran.err) == (1, "error: pass 'x' changed the float function\n")
 

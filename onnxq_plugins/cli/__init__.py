@@ -1,0 +1,29 @@
+"""The command line. Exit codes: 0 done, 1 something went wrong inside, 2 the input cannot be used."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+# isort: off
+from onnxq_plugins import runtime
+from onnxq_plugins.cli import make, look, about  # the help lists commands in the order of these imports
+# isort: on
+from onnxq_plugins.cli.console import app, complain
+from onnxq_plugins.engine import LawBroken
+from onnxq_plugins.errors import OnnxqError
+
+__all__ = ["about", "app", "look", "main", "make"]
+
+
+def main() -> None:
+    """Run the command line; complaints about input become one line each on standard error."""
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's: what is not finite is told in a sentence
+    runtime.quiet()
+    try:
+        app()
+    except LawBroken as error:
+        complain(error, 1)
+    except OnnxqError as error:
+        complain(error, 2)

@@ -1,0 +1,5 @@
+"""python -m onnxq_plugins.cli"""
+
+from onnxq_plugins.cli import main
+
+main()
