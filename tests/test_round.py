@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import onnxq_plugins as onnxq
 from onnxq_plugins import OnnxqError, layerwise, planning, qdq, quantize, runtime
@@ -17,6 +20,7 @@ from onnxq_plugins.digits import digits_model_path, digits_split
 from onnxq_plugins.graph import load
 from onnxq_plugins.job import Job
 from onnxq_plugins.moments import expected
+from onnxq_plugins.passes.round import shared_steps
 from onnxq_plugins.patches import gram, output_columns, patches, split
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import parse
@@ -323,8 +327,18 @@ def test_steps_that_do_not_fit_the_time_are_left_out(monkeypatch):
     model = mlp()
     for seconds in (0, 1e-6, 1e6):
         quantize(model, {"weights": {"bits": 4}, "pass": [rounding(seconds=seconds)]}, feeds(model, 3))
-    layers = len(load(model).layers)
-    assert tried.count(1000) == layers and len(tried) == 3 * layers  # a trial in two cases, all steps in one
+    assert tried == [1000] * len(load(model).layers)
+
+
+@given(st.lists(st.floats(1e-6, 10.0), max_size=8), st.integers(1, 2000), st.floats(0, 1e4))
+def test_shared_steps(prices, most, budget):
+    steps = shared_steps(prices, most, budget)
+    assert sum(n * price for n, price in zip(steps, prices, strict=True)) <= budget * (1 + 1e-9)
+    assert all(n == 0 or most / 4 <= n <= most for n in steps)
+    if sum(prices) * most <= budget * (1 - 1e-9):
+        assert steps == [most] * len(prices)  # what is enough for all is given to all
+    first = [steps[i] for i in np.argsort(prices, kind="stable")]
+    assert all(a >= b - 1 for a, b in itertools.pairwise(first))  # dearer layers take no more (but for rounding)
 
 
 # ---- shifts ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -30,8 +31,9 @@ class Round(Pass):
                  through both networks). False: every layer sees float inputs; layers are solved side by side
     search       choose scales that are still open by the output error they cause, too
     shift        solve biases along with the codes
-    seconds      what ``auto`` may spend on AdaRound in all; 0 leaves it out. With a limit that binds, codes depend on the
-                 speed of the machine
+    seconds      what ``auto`` may spend on AdaRound in all; 0 leaves it out. Work is counted, as if a core made 20 billion
+                 multiplications a second, and not timed, so that codes are the same on every machine. Layers with cheap
+                 steps take theirs first: a quarter of `steps` at least, or none
     steps        of AdaRound and Attention Round
     damping      share of the mean diagonal that GPTQ adds to the Gram matrix
     positions    patches per sample at most; a layer with D weights per output takes no more than D, or 64
@@ -93,11 +95,11 @@ class Round(Pass):
         return {"method": self.method, "loss_relative_to_nearest": told}
 
     def _efforts(self, job: Job, layers: list[Layer]) -> dict[str, Effort]:
-        """What each layer gets of the time, by the cost of a step; and a seed."""
-        cost = np.array([_cost(y) for y in layers])
+        """How hard each layer is tried."""
         seeds = job.rng.integers(2**31, size=len(layers))
-        return {y.name: Effort(self.damping, self.steps, self.seconds * float(share), int(seed))
-                for y, share, seed in zip(layers, cost / max(cost.sum(), 1.0), seeds, strict=True)}
+        learned = shared_steps([_seconds(y) for y in layers], self.steps, self.seconds)
+        return {y.name: Effort(self.damping, self.steps, steps, int(seed))
+                for y, steps, seed in zip(layers, learned, seeds, strict=True)}
 
 
 _LARGE = 1e9  # multiplications from which a product is worth several threads, which wait for each other on a busy machine
@@ -106,3 +108,19 @@ _LARGE = 1e9  # multiplications from which a product is worth several threads, w
 def _cost(layer: Layer) -> float:
     """Multiplications of the layer's weight with its Gram matrix."""
     return float(np.prod(layer.shape)) ** 2 / layer.channels
+
+
+def _seconds(layer: Layer) -> float:
+    """Nominal seconds of a step of AdaRound: a product, what is done to each weight, and calls."""
+    return _cost(layer) / 20e9 + 25e-9 * float(np.prod(layer.shape)) + 5e-5
+
+
+def shared_steps(prices: Sequence[float], most: int, budget: float) -> list[int]:
+    """Steps of each layer, at most `most`, that cost no more than `budget` in all. In turn, the cheapest layer first, each
+    takes what it needs of an equal share, and leaves the rest to those behind; a quarter of `most` at least, or none."""
+    steps, left = [0] * len(prices), budget
+    for turn, i in enumerate(np.argsort(prices, kind="stable")):
+        wanted = max(int(min(most, left / (len(prices) - turn) / prices[i])), -(-most // 4))
+        steps[i] = wanted if wanted * prices[i] <= left else 0
+        left -= steps[i] * prices[i]
+    return steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +16,6 @@ from onnxq_plugins.solvers.gram import Grid, better, nearest
 from onnxq_plugins.spec import Array
 
 Method = Literal["nearest", "gptq", "gpfq", "descent", "adaround", "attention", "auto"]
-_TRIAL = 10  # steps by which AdaRound's speed is measured
-
 
 @dataclass(frozen=True)
 class Effort:
@@ -26,13 +23,13 @@ class Effort:
 
     damping   share of the mean diagonal of the Gram matrix that GPTQ adds to it
     steps     of AdaRound and Attention Round
-    seconds   what `auto` may spend on AdaRound for this layer
+    learned   steps of AdaRound that `auto` may take for this layer; 0 leaves it out
     seed      of Attention Round's offsets
     """
 
     damping: float = 0.01
     steps: int = 1000
-    seconds: float = 1.0
+    learned: int = 0
     seed: int = 0
 
 
@@ -42,7 +39,7 @@ def solve(method: Method, w: Array, h: Array, step: Array, grid: Grid, effort: E
     w, h, step, grid   see `solvers.gram`
     start              codes to fall back on [g, O, D]
 
-    ``auto``: GPTQ, coordinate descent from there, AdaRound with as many steps as the time allows and descent from there:
+    ``auto``: GPTQ, coordinate descent from there, AdaRound with as many steps as it may take and descent from there:
     the best of each row.
     """
     if method == "gptq":
@@ -64,13 +61,7 @@ def solve(method: Method, w: Array, h: Array, step: Array, grid: Grid, effort: E
 
 def _auto(w: Array, h: Array, step: Array, grid: Grid, effort: Effort) -> Array:
     codes = descent(w, h, step, grid, start=gptq(w, h, step, grid, damping=effort.damping))
-    if effort.seconds <= 0:
+    if not effort.learned:
         return codes
-    begun = time.perf_counter()
-    adaround(w, h, step, grid, steps=_TRIAL)
-    possible = effort.seconds * _TRIAL / max(time.perf_counter() - begun, 1e-9)
-    steps = next((n for n in (effort.steps, effort.steps // 2, effort.steps // 4) if 100 <= n <= possible), 0)
-    if not steps:
-        return codes
-    learned = descent(w, h, step, grid, start=adaround(w, h, step, grid, steps=steps))
+    learned = descent(w, h, step, grid, start=adaround(w, h, step, grid, steps=effort.learned))
     return np.where(better(w, h, step, learned, codes)[..., None], learned, codes)
