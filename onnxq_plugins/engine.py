@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,14 +26,14 @@ from onnxq_plugins.audit import audit_model
 from onnxq_plugins.calibration import Calibration, Track, silent
 from onnxq_plugins.complete import complete
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, raised
 from onnxq_plugins.graph import Graph, Layer, load
 from onnxq_plugins.graph.importer import read as read_model
 from onnxq_plugins.graph.importer import skeleton
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.measure import Metric, find_metric, metric_name
 from onnxq_plugins.plugins import Plugins, find_plugins
-from onnxq_plugins.recipe import Recipe, load_recipe
+from onnxq_plugins.recipe import Recipe
 from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.store import DataFile, clear_leftovers, replacing, writing
 from onnxq_plugins.target import Rule, Target
@@ -44,7 +45,7 @@ LARGE = 2**30  # bytes of weights in files from which an output's constants are 
 
 
 class LawBroken(OnnxqError):
-    """A pass did what its declaration rules out: a bug of the pass, not of the input."""
+    """A pass fails, or does what its declaration or the rules for passes rule out: a bug of the pass, not of the input."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,10 +144,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
             raise OnnxqError(f"{name} = {value} must not be negative.")
     judge = find_metric(metric) if metric is not None else None
     found = find_plugins(plugins := list(plugins), trace)
-    try:
-        made = load_recipe(recipe, found.passes, settings)
-    except OnnxqError as error:
-        raise OnnxqError(*error.problems, *([found.excuse().strip()] if found.broken else [])) from None
+    made = found.recipe(recipe, settings)
     made = replace(made, target=target) if target else made
     made = replace(made, data=replace(made.data, samples=samples)) if samples else made  # the model's recipe makes it again
     chosen = found.target(made.target)
@@ -238,21 +236,50 @@ def _run(job: Job, step: Pass, found: Plugins, verify: bool) -> dict[str, Any]:
     reference = _probe(job.graph, data) if verify and step.exact else None
     job.graph.touched.clear()
     start = time.perf_counter()
-    told = found.manager.hook.onnxq_run_pass(step=step, job=job)
+    gave = _guarded(step, lambda: found.manager.hook.onnxq_run_pass(step=step, job=job), found)
     entry = {"pass": step.name, "seconds": round(time.perf_counter() - start, 3), "exact": step.exact,
-             **({"parameters": _parameters(step)} if _parameters(step) else {}), "told": told or {}}
+             **({"parameters": _parameters(step)} if _parameters(step) else {}), "told": gave}
     if reference is not None:
         moved = runtime.drift(reference, _probe(job.graph, data))
         entry["drift"] = moved
         if moved > DRIFT:
             raise LawBroken(f"pass '{step.name}' changed the float function by {moved:.1e} (limit {DRIFT:.0e}) though "
-                             "it declares exact = True; this is a bug of the pass.")
+                            "it declares exact = True; this is a bug of the pass: mend it, or declare exact = False.")
+    if not isinstance(job.plan, Plan):
+        raise LawBroken(f"pass '{step.name}' leaves a {type(job.plan).__name__} in job.plan; write job.plan |= "
+                        "{name: spec}, which makes a new Plan.")
     touched = job.graph.touched | {n for n, w in _weights(job.graph).items() if n in weights and w != weights[n]}
     stale = [n for n in touched if n in job.plan and job.plan[n].solved and job.plan[n] is before_plan.get(n)]
     job.plan |= {n: job.plan[n].request() for n in stale}
-    if gone := [n for n in job.plan if n not in job.graph]:
+    if gone := [n for n in job.plan if n not in job.graph and n in before_plan]:
         job.plan = job.plan.without(*gone)
+    for name, spec in job.plan.items():
+        if spec is not before_plan.get(name) and (wrong := planning.entry_problem(job.graph, name, spec)):
+            raise LawBroken(f"the planned entry of '{name}' that pass '{step.name}' leaves {wrong}; this is a bug of the "
+                            "pass.")
     return entry
+
+
+def _guarded(step: Pass, run: Callable[[], Any], found: Plugins) -> dict[str, Any]:
+    """What a pass tells. Raises LawBroken where it fails by anything but an OnnxqError, and where reports cannot hold it."""
+    try:
+        gave = run() or {}
+    except OnnxqError:
+        raise
+    except Exception as error:  # whatever a stranger's code raises
+        source = found.sources.get(f"pass {step.name}", "")
+        by = f" ({source} {found.versions[source]})" if source in found.versions else ""
+        file = getattr(sys.modules.get(type(step).__module__), "__file__", None)
+        home = None if file is None else Path(file).parent if Path(file).name == "__init__.py" else Path(file)
+        raise LawBroken(f"pass '{step.name}'{by} fails with {raised(error, home)}; this is a bug of the pass.") from error
+    try:
+        if not isinstance(gave, dict):
+            raise TypeError(f"it is a {type(gave).__name__}")
+        json.dumps(gave, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise LawBroken(f"pass '{step.name}' returns what a report cannot hold ({error}); return a dict of plain numbers, "
+                        "text, lists and dicts, such as int(n) for a numpy number.") from error
+    return gave
 
 
 def _weights(graph: Graph) -> dict[str, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class OnnxqError(Exception):
@@ -30,3 +32,14 @@ def known(given: str, names: Iterable[str]) -> str:
     there = list(names)
     near = difflib.get_close_matches(given, there, 1)
     return f"known: {', '.join(there) or 'none'}" + (f" (did you mean '{near[0]}'?)" if near else "")
+
+
+def raised(error: BaseException, home: Path | None = None) -> str:
+    """What a plugin's code raised, in a few words: the type, the innermost line in `home`, or of a module that is being
+    imported, or of all, and what it says."""
+    frames = traceback.extract_tb(error.__traceback__)
+    mine = [f for f in frames if home is not None and Path(f.filename).is_relative_to(home)]
+    at = (mine or [f for f in frames if f.name == "<module>"] or frames)[-1:]
+    where = f" in {'/'.join(Path(at[0].filename).parts[-2:])}, line {at[0].lineno}" if at else ""
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}{where}" + (f": {text}" if text else "")

@@ -7,22 +7,25 @@ warning; it is an error only when a recipe asks for one of its passes or targets
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib.metadata import entry_points
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pluggy
 
 from onnxq_plugins import hookspecs, target
-from onnxq_plugins.errors import OnnxqError, known
+from onnxq_plugins.errors import OnnxqError, known, raised
 from onnxq_plugins.job import Pass
 from onnxq_plugins.passes import BUILTIN
+from onnxq_plugins.recipe import Recipe, load_recipe
 from onnxq_plugins.target import Target
 from onnxq_plugins.trace import Trace, follow
 
 GROUP = "onnxq_plugins"
+BUILTIN_SOURCE = "onnxq-plugins"
 log = logging.getLogger("onnxq_plugins")
 
 
@@ -60,6 +63,13 @@ class Plugins:
             raise OnnxqError(f"target '{name}' is unknown; {known(name, sorted(self.targets))}." + self.excuse())
         return self.targets[name]
 
+    def recipe(self, recipe: str | Path | Mapping[str, Any] | Recipe, settings: Iterable[str] = ()) -> Recipe:
+        """`load_recipe` with these passes. Raises OnnxqError, broken plugins first: they may be the reason."""
+        try:
+            return load_recipe(recipe, self.passes, settings)
+        except OnnxqError as error:
+            raise OnnxqError(*([self.excuse().strip()] if self.broken else []), *error.problems) from None
+
     def excuse(self) -> str:
         """A sentence about broken plugins, for errors that they may explain."""
         return "".join(f" Plugin '{name}' is broken: {why}." for name, why in self.broken.items())
@@ -70,11 +80,11 @@ def find_plugins(extra: Iterable[object] = (), trace: Trace | None = None) -> Pl
 
     trace   takes a line of text for each hook call
 
-    Raises OnnxqError if two plugins bring the same name.
+    A name that two plugins bring belongs to neither: both are left out, and recipes that use it are told.
     """
     labels: dict[str, str] = {}
     found = Plugins(_manager(labels, trace), {}, {}, {}, {}, {}, labels)
-    _add(found, _Builtins(), "built-in", "onnxq-plugins", trace, guest=False)
+    _add(found, _Builtins(), "built-in", BUILTIN_SOURCE, trace, guest=False)
     for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
         source = point.dist.name if point.dist is not None else point.name
         if point.dist is not None:
@@ -82,7 +92,7 @@ def find_plugins(extra: Iterable[object] = (), trace: Trace | None = None) -> Pl
         try:
             plugin = point.load()
         except Exception as error:  # whatever a stranger's module raises on import
-            _broken(found, point.name, f"import failed with {type(error).__name__}: {error}")
+            _broken(found, point.name, f"import failed with {raised(error)}" + _hint(error))
         else:
             _add(found, plugin, point.name, source, trace)
     for plugin in extra:
@@ -115,9 +125,13 @@ def _add(found: Plugins, plugin: object, name: str, source: str, trace: Trace | 
         for kind in passes:
             if not (isinstance(kind, type) and issubclass(kind, Pass) and is_dataclass(kind) and kind.name
                     and getattr(vars(kind).get("__dataclass_params__"), "frozen", False)):
-                raise TypeError(f"{kind!r} is not a frozen dataclass that derives from Pass and has a name")
+                raise TypeError(f"{kind!r} is not a frozen dataclass that derives from Pass and has a name: write "
+                                "@dataclass(frozen=True) above it")
             if guest and "." not in kind.name:
-                raise ValueError(f"pass '{kind.name}' needs a name like vendor.{kind.name}")
+                raise ValueError(f"pass '{kind.name}' of class {kind.__qualname__} needs a name like vendor.{kind.name}")
+            for f in fields(kind):
+                if f.init and f.default is MISSING and f.default_factory is MISSING:
+                    raise ValueError(f"parameter '{f.name}' of pass '{kind.name}' has no default; give it one")
         for made in targets:
             if not isinstance(made, Target):
                 raise TypeError(f"{made!r} is not a Target")
@@ -125,18 +139,26 @@ def _add(found: Plugins, plugin: object, name: str, source: str, trace: Trace | 
             raise ValueError("it implements no hook; mark functions with @onnxq_plugins.hookimpl")
         found.manager.register(plugin, label)
     except Exception as error:  # a plugin's own code ran
-        _broken(found, label, " ".join(str(error).split()) or type(error).__name__)
+        _broken(found, label, " ".join(str(error).split()).rstrip(".") or type(error).__name__)
         return
     registries: tuple[tuple[str, dict[str, Any], list[Any]], ...] = (
         ("pass", found.passes, passes), ("target", found.targets, targets))
+    seen = set(found.sources)
     for what, registry, items in registries:
         for item in items:
-            key = f"{what} {item.name}"
-            if item.name in registry:
-                raise OnnxqError(f"{what} '{item.name}' comes from both '{found.sources[key]}' and '{source}'; "
-                                 "uninstall one of them.")
-            registry[item.name] = item
-            found.sources[key] = source
+            first = found.sources.setdefault(key := f"{what} {item.name}", source)
+            if key not in seen:
+                seen.add(key)
+                registry[item.name] = item
+                continue
+            if first != BUILTIN_SOURCE:  # of several nobody knows which one a recipe means
+                registry.pop(item.name, None)
+            _broken(found, label, f"{what} '{item.name}' comes from both '{first}' and '{source}'; uninstall one of them")
+
+
+def _hint(error: Exception) -> str:
+    """What to do about an import error that many make once."""
+    return "; passes are frozen dataclasses: write @dataclass(frozen=True)" if "non-frozen dataclass" in str(error) else ""
 
 
 def _broken(found: Plugins, name: str, why: str) -> None:

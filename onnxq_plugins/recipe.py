@@ -119,8 +119,10 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, passes: Mapping
     else:
         table, where, name = *_read(recipe), Path(recipe).stem
     problems: list[str] = []
+    settings = tuple(settings)
     for setting in settings:
         apply_setting(table, setting, problems)
+    where += f" (with --set {' '.join(settings)})" * bool(settings)
     return parse(table, passes, where, name, problems)
 
 

@@ -178,11 +178,12 @@ def step(spec: QuantSpec, shape: tuple[int, ...]) -> Array:
 
 
 def solve_minmax(x: Array, spec: QuantSpec) -> QuantSpec:
-    """The smallest scale whose grid still covers every value of `x`: nothing is clipped.
+    """The smallest scale whose grid still covers every value of `x`: nothing is clipped. An older solution is dropped.
 
     Two levels: the largest multiplier covers the largest value of each block, every sub-block gets the smallest
     multiplier that covers its own. Source: VS-Quant (arXiv 2102.04503), rounding up.
     """
+    spec = spec.request()
     if spec.sub_block is not None:
         values, scale = spec.multipliers, from_range(0.0, reduce_blocks(np.abs(x), spec.block, np.maximum),
                                                      replace(spec, symmetric=True)).scale

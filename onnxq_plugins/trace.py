@@ -30,7 +30,7 @@ def follow(manager: pluggy.PluginManager, sources: Mapping[str, str], trace: Tra
               arguments: Mapping[str, Any]) -> None:
         taken = 1e3 * (time.perf_counter() - started.pop())
         # pluggy calls the last one first
-        called = ", ".join(_who(one, sources) for one in reversed(implementations)) or "nobody"
+        called = ", ".join(_who(one, sources, name) for one in reversed(implementations)) or "nobody"
         told = ", ".join(f"{key}={short(value)}" for key, value in arguments.items())
         gave = f"raises {short(outcome.exception)}" if outcome.exception else f"-> {short(outcome.get_result())}"
         trace(f"{'  ' * len(started)}{name}({told}) by {called} {gave}  {taken:.1f} ms")
@@ -38,7 +38,9 @@ def follow(manager: pluggy.PluginManager, sources: Mapping[str, str], trace: Tra
     manager.add_hookcall_monitoring(before, after)
 
 
-def _who(one: pluggy.HookImpl, sources: Mapping[str, str]) -> str:
+def _who(one: pluggy.HookImpl, sources: Mapping[str, str], hook: str) -> str:
+    if hook == "onnxq_run_pass" and one.plugin_name == "built-in":
+        return "the pass itself"
     source = sources.get(one.plugin_name, "")
     label = one.plugin_name if source in ("", one.plugin_name) else f"{one.plugin_name} ({source})"
     return f"{label} [wrapper]" if one.wrapper or one.hookwrapper else label

@@ -504,7 +504,8 @@ def test_a_broken_plugin_that_the_recipe_needs(onnxq, monkeypatch):
     ran = onnxq("quantize", "model.onnx", "--data", "data.npz", "-r", "my.toml")
     assert ran.code == 2
     assert "'vendor.magic' is not a known pass" in ran.err
-    assert "Plugin 'vendor' is broken: import failed with ImportError: no module named torch" in ran.err
+    assert "Plugin 'vendor' is broken: import failed with ImportError in " in ran.err
+    assert ": no module named torch." in ran.err
     assert onnxq("quantize", "model.onnx", "--data", "data.npz").code == 0  # others do not need it
 
 

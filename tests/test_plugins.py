@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -10,6 +11,7 @@ from typing import ClassVar
 import pytest
 
 from onnxq_plugins import OnnxqError, Pass, hookimpl, plugins, quantize
+from onnxq_plugins.engine import LawBroken
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
 from onnxq_plugins.target import BUILTIN, ORT_CPU
@@ -195,10 +197,16 @@ class NoHooks:
         return [Note]
 
 
+@dataclass(frozen=True)
+class NoDefault(Pass):
+    name: ClassVar[str] = "vendor.value"
+    value: int
+
+
 @pytest.mark.parametrize(("plugin", "words"), [
-    (ImportError("no module named torch"), "import failed with ImportError: no module named torch"),
+    (ImportError("no module named torch"), ": no module named torch"),
     (SyntaxError("bad"), "import failed with SyntaxError"),
-    (brings(NoDot), "pass 'note' needs a name like vendor.note"),
+    (brings(NoDot), "pass 'note' of class NoDot needs a name like vendor.note"),
     (brings(NoName), "has a name"),
     (brings(NoDataclass), "is not a frozen dataclass"),
     (brings(int), "is not a frozen dataclass"),
@@ -208,6 +216,7 @@ class NoHooks:
     (Raises(RuntimeError("no licence")), "no licence"),
     (Misspelt(), "onnxq_pases"),
     (WrongArguments(), "nonsense"),
+    (brings(NoDefault), "parameter 'value' of pass 'vendor.value' has no default"),
     (NoHooks(), "implements no hook"),
     (None, ""),
 ])
@@ -235,8 +244,9 @@ def test_a_recipe_that_needs_a_broken_plugin_names_it(install):
     install(Entry("vendor", ImportError("no module named torch")))
     with pytest.raises(OnnxqError) as caught:
         quantize(cnn(), {"pass": [{"use": "vendor.note"}]}, feeds(cnn(), 2))
-    assert "'vendor.note' is not a known pass" in caught.value.problems[0]
-    assert "Plugin 'vendor' is broken: import failed with ImportError: no module named torch" in str(caught.value)
+    assert re.match(r"Plugin 'vendor' is broken: import failed with ImportError .*: no module named torch\.",
+                    caught.value.problems[0])  # the cause first
+    assert "'vendor.note' is not a known pass" in caught.value.problems[1]
 
 
 def test_a_target_of_a_broken_plugin_names_it(install):
@@ -245,8 +255,8 @@ def test_a_target_of_a_broken_plugin_names_it(install):
         quantize(cnn(), {"target": "vendor.npu"}, feeds(cnn(), 2))
 
 
-def test_a_pass_that_crashes_is_not_dressed_up(install):
-    """A bug in a stranger's pass is a traceback, not a sentence about the user's input."""
+def test_a_pass_that_crashes_is_named_with_the_line(install):
+    """A bug in a stranger's pass is told as one, of the pass; what it raised is the cause."""
 
     @dataclass(frozen=True)
     class Crash(Pass):
@@ -255,8 +265,11 @@ def test_a_pass_that_crashes_is_not_dressed_up(install):
         def apply(self, job):
             raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        quantize(cnn(), {"pass": [{"use": "vendor.crash"}]}, feeds(cnn(), 2), plugins=[brings(Crash)])
+    install(Entry("vendor", brings(Crash), "vendor-package"))
+    with pytest.raises(LawBroken, match=r"pass 'vendor.crash' \(vendor-package 1\.2\.3\) fails with ZeroDivisionError in "
+                                        r"tests/test_plugins.py, line \d+; this is a bug of the pass") as caught:
+        quantize(cnn(), {"pass": [{"use": "vendor.crash"}]}, feeds(cnn(), 2))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 # ---- clashes ------------------------------------------------------------------------------------------------------------
@@ -267,16 +280,26 @@ class OtherNote(Note):
     name: ClassVar[str] = "vendor.note"
 
 
-def test_one_name_from_two_distributions_is_an_error_naming_both(install):
-    install(Entry("a", brings(Note), "first-package"), Entry("b", brings(OtherNote), "second-package"))
-    with pytest.raises(OnnxqError, match=r"'vendor\.note' comes from both 'first-package' and 'second-package'"):
-        find_plugins()
+@dataclass(frozen=True)
+class ThirdNote(Note):
+    name: ClassVar[str] = "vendor.note"
 
 
-def test_one_target_name_from_two_distributions_is_an_error_naming_both(install):
-    install(Entry("a", targets(replace(ORT_CPU)), "second-package"))
-    with pytest.raises(OnnxqError, match="target 'ort-cpu' comes from both 'onnxq-plugins' and 'second-package'"):
-        find_plugins()
+def test_a_name_from_two_distributions_belongs_to_neither(install, warnings):
+    install(Entry("a", brings(Note), "first-package"), Entry("b", brings(OtherNote, Fine), "second-package"),
+            Entry("c", brings(ThirdNote), "third-package"))
+    found = find_plugins()
+    assert "vendor.note" not in found.passes and "vendor.fine" in found.passes
+    assert len(warnings()) == len(found.broken) == 2
+    assert quantize(cnn(), "int8", feeds(cnn(), 2), workers=1).report["kernels"]  # who does not use it has no trouble
+    with pytest.raises(OnnxqError, match=r"'vendor\.note' comes from both 'first-package' and 'second-package'; uninstall"):
+        quantize(cnn(), {"pass": [{"use": "vendor.note"}]}, feeds(cnn(), 2))
+
+
+def test_a_target_of_the_name_of_a_built_in_changes_nothing(install, warnings):
+    install(Entry("a", targets(replace(ORT_CPU, doc="another")), "second-package"))
+    assert find_plugins().targets["ort-cpu"] is ORT_CPU
+    assert "target 'ort-cpu' comes from both 'onnxq-plugins' and 'second-package'" in warnings()[0]
 
 
 def test_the_same_plugin_object_twice_is_set_aside_once(install, warnings):
@@ -332,7 +355,8 @@ def test_a_trace_shows_each_hook_call_with_who_answered_it(install):
     calls = [line.partition("(")[0] for line in lines]
     assert calls == ["onnxq_passes", "onnxq_targets", "onnxq_passes", "onnxq_run_pass", "onnxq_run_pass", "onnxq_exported"]
     assert "by vendor (vendor-package) -> [[vendor.note]]" in lines[2]
-    assert "step=vendor.note text='it ran'" in lines[3] and "by Timer (given in Python) [wrapper], built-in" in lines[3]
+    assert "step=vendor.note text='it ran'" in lines[3]
+    assert "by Timer (given in Python) [wrapper], the pass itself" in lines[3]
     assert "'timed': True" in lines[3] and "path=None" in lines[5] and "by Timer" in lines[5]
     assert all(line.endswith(" ms") for line in lines)
 

@@ -11,6 +11,7 @@ import pytest
 
 from onnxq_plugins import OnnxqError, Pass, QuantSpec, hookimpl
 from onnxq_plugins.passes import Ranges
+from onnxq_plugins.spec import solve_minmax
 from onnxq_plugins.testing import CHECKS, cases, checks, parametrize_with_checks
 from onnxq_plugins.testing.bench import Bench
 
@@ -75,6 +76,13 @@ def once(job):
     job.plan |= {planned(job).weight: QuantSpec(scale=np.array(0.1, np.float32))}
 
 
+def ignores_pow2(job):
+    """Right but for recipes that ask for powers of two."""
+    layer = planned(job)
+    spec = solve_minmax(job.graph.constant(layer.weight), job.plan[layer.weight])
+    job.plan |= {layer.weight: replace(spec, scale=spec.scale * np.float32(1.1))}
+
+
 def refuse(text):
     def body(job):
         raise OnnxqError(text)
@@ -114,6 +122,7 @@ def parameter(kind, value, **more):
     return bad(__annotations__={"value": kind}, value=value, **more)
 
 
+HERE = "tests/test_testing.py, line "
 WRONG = [
     ("declaration", NoDataclass(), "must be a frozen dataclass"),
     ("declaration", NameIsField(), "name must belong to the class"),
@@ -132,6 +141,9 @@ WRONG = [
     ("plan", plans(lambda job, layer: {layer.bias or "t": QuantSpec()}), "no layer's weight"),
     ("plan", plans(lambda job, layer: {layer.output: QuantSpec(block=(1,), scale=np.ones(1))}), "activations have one"),
     ("plan", entry(scale=np.array(0, np.float32)), "not positive"),
+    ("plan", entry(scale=np.array(np.nan, np.float32)), "not positive"),
+    ("plan", entry(scale=np.array(-1, np.float32)), "not positive"),
+    ("plan", function(ignores_pow2), "no powers of two"),
     ("plan", entry(block=(1, 0, 0, 0)), "scales of shape"),
     ("plan", entry(codes=lambda w: np.full(w.shape, 128)), "codes that are not integers"),
     ("plan", entry(codes=lambda w: np.zeros(w.shape)), "codes that are not integers"),
@@ -145,16 +157,16 @@ WRONG = [
     ("inputs_left_alone", function(lambda job: GLOBAL.seed(0)), "global random generator"),
     ("inputs_left_alone", function(spoil_data), "changes the calibration data"),
     ("targets", refuse("bad"), "one sentence on one line"),
-    ("twice", function(once), "raises RuntimeError (not again)"),
-    ("odd_graphs", function(lambda job: {"first": job.graph.layers[0].name}), "raises IndexError"),
-    ("odd_graphs", function(lambda job: {"first": planned(job).name}), "raises StopIteration"),
+    ("twice", function(once), f"RuntimeError in {HERE}"),
+    ("odd_graphs", function(lambda job: {"first": job.graph.layers[0].name}), f"IndexError in {HERE}"),
+    ("odd_graphs", function(lambda job: {"first": planned(job).name}), f"StopIteration in {HERE}"),
     ("odd_graphs", refuse("It is bad."), "which works without it"),
     ("not_harmful", plans(lambda job, layer: {y.weight: QuantSpec(bits=2) for y in job.graph.layers}), "dB against"),
-    ("report", function(lambda job: [1]), "returns a list"),
+    ("report", function(lambda job: [1]), "it is a list"),
     ("report", function(lambda job: {1: 2}), "no text"),
-    ("report", function(lambda job: {"x": np.int64(1)}), "is no JSON"),
-    ("report", function(lambda job: {"x": float("nan")}), "is no JSON"),
-    ("without_data", function(needs_data), "raises TypeError"),
+    ("report", function(lambda job: {"x": np.int64(1)}), "hold (Object of type int64 is not JSON"),
+    ("report", function(lambda job: {"x": float("nan")}), "hold (Out of range float values"),
+    ("without_data", function(needs_data), f"TypeError in {HERE}"),
     ("without_data", refuse("It is bad."), "does not mention them"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 import warnings
 
 # isort: off
@@ -24,6 +25,8 @@ def main() -> None:
     try:
         app()
     except LawBroken as error:
+        if error.__cause__ is not None:  # whoever writes the pass wants to see where
+            traceback.print_exception(error.__cause__, limit=-3)
         complain(error, 1)
     except OnnxqError as error:
         complain(error, 2)

@@ -21,7 +21,7 @@ from onnxq_plugins.graph import load
 from onnxq_plugins.new_plugin import new_plugin
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.quickstart import quickstart
-from onnxq_plugins.recipe import builtin_recipes, default_of, load_recipe
+from onnxq_plugins.recipe import builtin_recipes, default_of
 
 
 @command("plugins")
@@ -98,7 +98,7 @@ def check(
 ) -> None:
     """Check a recipe, and whether it fits a model, without data and without quantizing."""
     found = find_plugins()
-    made = load_recipe(recipe, found.passes, [*(set_ or ()), *([f"target={target}"] if target else [])])
+    made = found.recipe(recipe, [*(set_ or ()), *([f"target={target}"] if target else [])])
     chosen = found.target(made.target)
     steps = ", ".join(step.name for step in made.passes) or "none"
     say(f"recipe '{recipe}' is valid: target {made.target}, passes: {steps}")

@@ -96,12 +96,12 @@ def quantize_command(
     if curve is not None:
         check_folder(curve)
         if not any(isinstance(step, MixedPrecision) and not step.widths
-                   for step in load_recipe(asked, find_plugins().passes, settings).passes):
+                   for step in find_plugins().recipe(asked, settings).passes):
             raise OnnxqError(f"--curve: recipe '{recipe or 'int8'}' searches no widths; give one with the pass "
                              f"'{MixedPrecision.name}', such as -r mixed.")
     if beside is not None:
         check_page()
-        made = load_recipe(asked, find_plugins().passes, settings)
+        made = find_plugins().recipe(asked, settings)
         if not data and not made.data.path and not any(step.name == "data-free" for step in made.passes):
             raise OnnxqError(f"--report '{report}' measures the result on sample inputs, and there are none; give --data "
                              "PATH, or a name that ends in .json.")
