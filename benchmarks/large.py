@@ -1,9 +1,10 @@
-"""Peak memory of quantizing a large model, weights only, against a limit: one and a half times the largest layer, and 1 GB.
+"""Peak memory of quantizing a large model against a limit: one and a half times the largest layer, and 1 GB.
 
-    python -m benchmarks.large [--layers 12] [--size 8192] [--bits 4 8] [--folder FOLDER]
+    python -m benchmarks.large [--layers 12] [--size 8192] [--runs 4 8 calibrated] [--folder FOLDER]
 
 A chain of MatMuls of size x size with external data (4 * layers * size^2 bytes; 3.2 GB by default) is made in a temporary
-folder, and each run is a process of its own.
+folder, and each run is a process of its own: 4 or 8 bits, weights only; or ``calibrated``, 8 bits with activations, on four
+samples. `own MB` leaves out pages of files, which the system takes back when others need memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +23,9 @@ import onnx
 from onnx import TensorProto, helper
 
 import onnxq_plugins as onnxq
+from benchmarks.int8 import machine
+
+WEIGHTS = {"activations": {"bits": 32}}
 
 
 def chain(folder: Path, layers: int, size: int) -> Path:
@@ -46,21 +51,32 @@ def chain(folder: Path, layers: int, size: int) -> Path:
     return path
 
 
-def child(model: str, output: str, bits: int) -> None:
-    """Quantize, and print the peak in MB, seconds, and the summary."""
-    start = time.perf_counter()
-    recipe = {"weights": {"bits": bits, "block": 32}, "activations": {"bits": 32}}
-    result = onnxq.quantize(model, recipe, output=output)
+def child(model: str, output: str, run: str) -> None:
+    """Quantize, and print the peaks in MB, seconds, and the summary."""
+    start, own, done = time.perf_counter(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            told = Path("/proc/self/status").read_text("ascii")
+            own[0] = max(own[0], int(told.partition("RssAnon:")[2].split()[0]) // 1024)
+
+    threading.Thread(target=watch, daemon=True).start()
+    recipe, data = WEIGHTS | {"weights": {"bits": int(run), "block": 32}} if run.isdigit() else "int8", None
+    if run == "calibrated":
+        size = onnx.load(model, load_external_data=False).graph.input[0].type.tensor_type.shape.dim[1].dim_value
+        data = np.random.default_rng(0).standard_normal((4, size), dtype=np.float32)
+    result = onnxq.quantize(model, recipe, data, output=output)
+    done.set()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{peak:.0f} {time.perf_counter() - start:.1f} {result.summary}")
+    print(f"{peak:.0f} {own[0]} {time.perf_counter() - start:.1f} {result.summary}")
 
 
-def measured(model: Path, bits: int) -> tuple[float, float, str]:
-    """Peak in MB, seconds and summary of a run in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.large", "--child", str(model), str(model.with_name("q.onnx")), str(bits)]
+def measured(model: Path, run: str) -> tuple[float, float, float, str]:
+    """Peak in MB, that without pages of files, seconds and summary of a run in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.large", "--child", str(model), str(model.with_name("q.onnx")), run]
     told = subprocess.run(command, capture_output=True, text=True, check=True,
-                          cwd=Path(__file__).parent.parent).stdout.split(" ", 2)
-    return float(told[0]), float(told[1]), told[2].strip()
+                          cwd=Path(__file__).parent.parent).stdout.split(" ", 3)
+    return float(told[0]), float(told[1]), float(told[2]), told[3].strip()
 
 
 def limit(size: int) -> float:
@@ -72,21 +88,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--size", type=int, default=8192)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--runs", nargs="+", choices=["4", "8", "calibrated"], default=["4", "8", "calibrated"])
     parser.add_argument("--folder", help="where to make the temporary folder")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(*args.child[:2], int(args.child[2]))
+        child(*args.child)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         model = chain(Path(folder), args.layers, args.size)
-        print(f"{args.layers} layers of {4 * args.size**2 / 2**20:.0f} MB\n\n| bits | peak MB | limit MB | seconds | |")
-        print("|---|---|---|---|---|")
-        for bits in args.bits:
-            peak, seconds, summary = measured(model, bits)
+        print(f"{machine()}; {args.layers} layers of {4 * args.size**2 / 2**20:.0f} MB\n")
+        print("| run | peak MB | own MB | limit MB | seconds | |\n|---|---|---|---|---|---|")
+        for run in args.runs:
+            peak, own, seconds, summary = measured(model, run)
             told = summary.replace("|", ",")
-            print(f"| {bits} | {peak:.0f} | {limit(args.size):.0f} | {seconds:.1f} | {told} |", flush=True)
+            label = f"{run} bits, weights only" if run.isdigit() else "8 bits, calibrated"
+            print(f"| {label} | {peak:.0f} | {own:.0f} | {limit(args.size):.0f} | {seconds:.1f} | {told} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, passes: Mapping
     settings = tuple(settings)
     for setting in settings:
         apply_setting(table, setting, problems)
-    where += f" (with --set {' '.join(settings)})" * bool(settings)
+    where += f" (with {', '.join(settings)})" * bool(settings)
     return parse(table, passes, where, name, problems)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,8 +17,10 @@ import onnxruntime as ort
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
+from onnxq_plugins.store import origin
 
 Feed = Mapping[str, Array]
+LARGE = 2**30  # bytes of weights from which a second copy of them is too much
 LARGEST_MESSAGE = 2**31 - 2**20  # protobuf's limit is 2 GiB
 
 
@@ -91,8 +94,11 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
                 path = Path(scratch) / "model.onnx"
                 onnx.save(model, str(path), save_as_external_data=True, location="weights")
                 return Session(str(path), options, providers=["CPUExecutionProvider"])
-        if weights and sum(array.nbytes for array in weights.values()) > 2**30:
+        if weights and sum(array.nbytes for array in weights.values()) > LARGE:
             options.add_session_config_entry("session.disable_prepacking", "1")  # packed anew they are there twice
+            model, weights, root = _from_files(model, weights)
+            if root is not None:
+                options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(root))
         if weights:
             values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
             options.add_external_initializers(list(weights), values)
@@ -102,6 +108,26 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
     except Exception as error:  # onnxruntime raises a dozen types
         text = " ".join(str(error).split())
         raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300].rstrip('.')}.") from error
+
+
+def _from_files(model: onnx.ModelProto | bytes | str | Path, weights: Mapping[str, Array]) -> tuple[
+        onnx.ModelProto | bytes | str | Path, dict[str, Array], Path | None]:
+    """A model that refers to weights where they lie in files, the other weights, and the folder that it names files from:
+    onnxruntime copies arrays that it is handed, but maps files."""
+    found = {name: place for name, array in weights.items() if (place := origin(array)) is not None}
+    if not found or not isinstance(model, onnx.ModelProto):
+        return model, dict(weights), None
+    root = Path(os.path.commonpath([file.parent for file, _ in found.values()]))
+    made = onnx.ModelProto()
+    made.CopyFrom(model)  # placeholders only
+    for tensor in made.graph.initializer:
+        if tensor.name in found:
+            file, first = found[tensor.name]
+            del tensor.external_data[:]
+            for key, value in (("location", file.relative_to(root).as_posix()), ("offset", first),
+                               ("length", weights[tensor.name].nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+    return made, {name: array for name, array in weights.items() if name not in found}, root
 
 
 def size_of(model: onnx.ModelProto) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 import re
 import secrets
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -40,6 +42,29 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OnnxqError(f"output '{path}' cannot be written: {error.strerror or error}.") from error
+
+
+_files: weakref.WeakKeyDictionary[mmap.mmap, Path] = weakref.WeakKeyDictionary()
+
+
+def mapped(file: Path) -> mmap.mmap:
+    """A file, for reading only, where it lies; `origin` finds it again."""
+    with open(file, "rb") as stream:
+        view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    _files[view] = file
+    return view
+
+
+def origin(array: Array) -> tuple[Path, int] | None:
+    """The file of a `mapped` array and where it begins there, in bytes; None for an array that is in memory or has gaps."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
+    file = _files.get(base) if isinstance(base, mmap.mmap) else None
+    if file is None or not array.flags.c_contiguous:
+        return None
+    return file, array.ctypes.data - np.frombuffer(base, np.uint8, 1).ctypes.data
 
 
 class DataFile:

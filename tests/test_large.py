@@ -14,7 +14,7 @@ from benchmarks.large import chain, limit, measured
 from onnxq_plugins import OnnxqError, engine, quantize, runtime
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.core import Mapped
-from onnxq_plugins.store import DataFile
+from onnxq_plugins.store import DataFile, origin
 from tests import zoo
 
 WEIGHTS = {"weights": {"bits": 4, "block": 32}, "activations": {"bits": 32}}
@@ -68,6 +68,25 @@ def test_weights_in_files_equal_weights_in_memory(small: None, tmp_path: Path) -
         np.testing.assert_array_equal(zoo.run(inside, feed)[0], zoo.run(graph, feed)[0])
     mapped.mapped.release()
     assert inside.digest() == mapped.digest()
+
+
+def test_sessions_map_weights_that_lie_in_files(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was changed in memory is handed over beside them."""
+    graph = load(outside(zoo.cnn(), tmp_path))
+    first, second = (layer.weight for layer in graph.layers[:2])
+    file, start = origin(graph.constant(second)) or (None, -1)
+    assert file == (tmp_path / "weights").resolve() and start >= 0
+    stored = np.fromfile(file, np.float32, graph.constant(second).size, offset=start)
+    np.testing.assert_array_equal(stored, graph.constant(second).ravel())
+    assert origin(graph.constant(second).T) is None  # its order is another one
+    graph.set_constant(first, graph.constant(first) * np.float32(2))
+    assert origin(graph.constant(first)) is None
+    found = []
+    for least in (2**60, 0):
+        monkeypatch.setattr(runtime, "LARGE", least)
+        weights: dict[str, np.ndarray] = {}
+        found.append(runtime.session(graph.model(weights), weights=weights).run(None, zoo.feeds(zoo.cnn(), 1)[0])[0])
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)  # kernels differ with packed weights
 
 
 def test_external_data_of_the_wrong_size_is_told(small: None, tmp_path: Path) -> None:
@@ -146,11 +165,12 @@ def test_size_of_counts_what_a_file_holds() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, 8])
-def test_three_gigabytes_need_little_memory(tmp_path: Path, bits: int) -> None:
+@pytest.mark.parametrize(("run", "kernels"), [("4", "12/12 MatMul as MatMulNBits"), ("8", "12/12 MatMul as MatMulNBits"),
+                                              ("calibrated", "12/12 MatMul as 11 QLinearMatMul")])
+def test_three_gigabytes_need_little_memory(tmp_path: Path, run: str, kernels: str) -> None:
     model = chain(tmp_path, 12, 8192)
-    peak, _, summary = measured(model, bits)
-    assert peak < limit(8192)
-    assert "12/12 MatMul as MatMulNBits" in summary
+    peak, own, _, summary = measured(model, run)
+    assert (own if run == "calibrated" else peak) < limit(8192)
+    assert kernels in summary
     feed = {"x": np.random.default_rng(1).standard_normal((1, 8192), dtype=np.float32)}
     assert np.isfinite(answers(tmp_path / "q.onnx", feed)[0]).all()

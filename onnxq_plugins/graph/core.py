@@ -21,6 +21,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
+from onnxq_plugins.store import mapped
 
 LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -143,8 +144,7 @@ class Mapped:
                 first + 4 * count > file.stat().st_size):
             return False
         if file not in self._files:
-            with open(file, "rb") as stream:
-                self._files[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            self._files[file] = mapped(file)
         self.arrays[tensor.name] = np.frombuffer(self._files[file], np.float32, count, first).reshape(tensor.dims)
         return True
 
