@@ -11,8 +11,6 @@ from __future__ import annotations
 import pathlib
 
 import numpy as np
-from sklearn.datasets import load_digits  # type: ignore[import-untyped, unused-ignore]
-from sklearn.model_selection import train_test_split  # type: ignore[import-untyped, unused-ignore]
 
 TEST_SIZE = 450
 CALIBRATION_SIZE = 64
@@ -25,6 +23,10 @@ def digits_split() -> dict[str, np.ndarray]:
     `train_images`, `train_labels` (1347), `calibration_images` (64, also in the training part),
     `test_images`, `test_labels` (450).
     """
+    # late: importing scikit-learn takes longer than all the rest, and only the quickstart needs it
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped, unused-ignore]
+    from sklearn.model_selection import train_test_split  # type: ignore[import-untyped, unused-ignore]
+
     digits = load_digits()
     # Pixels are whole numbers in 0..16.
     images = (digits.images / 16.0).astype(np.float32)[:, None, :, :]

@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 something went wrong inside, 2 the input cannot be used."""
+"""The command line. Exit codes: 0 done, 1 something went wrong inside, 2 the input cannot be used, 130 interrupted."""
 
 from __future__ import annotations
 

@@ -22,21 +22,32 @@ err = Console(stderr=True, soft_wrap=True)
 
 
 def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command; Ctrl-C in it ends with one line and exit code 1."""
+    """Register a command; Ctrl-C in it ends with one line and exit code 130."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> None:
             try:
                 function(*args, **kwargs)
-            except KeyboardInterrupt:
+            except BaseException as error:
+                if not _interrupted(error):
+                    raise
                 tell("interrupted; nothing was written (with --cache, finished statistics are kept)")
-                raise typer.Exit(1) from None
+                raise typer.Exit(130) from None
 
         app.command(name)(run)
         return function
 
     return register
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """True for Ctrl-C, also where it came in the middle of something that then failed (a lock, a pass)."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def say(text: str | None) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from scipy import ndimage
 
 from onnxq_plugins.spec import Array
 
@@ -92,6 +91,8 @@ def _orbit(maps: Array, chains: int, rng: np.random.Generator) -> tuple[Array, A
 
 def _draw(maps: Array, height: int, width: int, channels: int, rng: np.random.Generator) -> Array:
     """An image [height, width, channels] of a system [_MAPS, 6]: the attractor in front of a blurred part of itself."""
+    from scipy import ndimage  # late: it takes a while, and only fractals need it
+
     size, unit = np.array([height, width]), np.sqrt(height * width) / 224  # blurs are told for 224 x 224
     points, which = _orbit(maps[None], max(4 * height * width // _STEPS, 1000), rng)
     points, which = points.transpose(1, 2, 0, 3).reshape(2, -1), which.ravel()
@@ -139,6 +140,8 @@ def _stamp(counts: Array, rng: np.random.Generator) -> tuple[Array, Array, Array
     scale, and how much is hidden behind.
 
     A point is stamped as a patch of 3 x 3, a random one for each map: a filter on the map's own plane."""
+    from scipy import ndimage  # late: it takes a while, and only fractals need it
+
     used, height, width = counts.shape
     total, mixed = np.zeros((2, height, width), np.float32)
     neighbours = np.float32(min(height * width / 224**2, 1))  # small images show detail pixel by pixel
