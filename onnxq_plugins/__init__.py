@@ -4,6 +4,7 @@ The public names are all here, and in the modules that docs/write-a-plugin.md na
 """
 
 from onnxq_plugins.audit import Audit, LayerAudit, audit_model
+from onnxq_plugins.auto import auto
 from onnxq_plugins.calibration import Calibration, Gram, Histogram, Moments
 from onnxq_plugins.curve import Curve, point_recipe
 from onnxq_plugins.data import Data, DataOptions, open_data
@@ -32,6 +33,6 @@ from onnxq_plugins.target import Rule, Target
 __version__ = "0.1.0"
 __all__ = ["Audit", "BatchNorm", "Calibration", "ChannelGroup", "Curve", "Data", "DataOptions", "Diagnosis", "Gram",
            "Graph", "Histogram", "Job", "Layer", "LayerAudit", "Moments", "OnnxqError", "Pass", "Plan", "QuantSpec",
-           "Recipe", "Result", "Rule", "Target", "audit_model", "channel_groups", "diagnose", "hookimpl", "load",
+           "Recipe", "Result", "Rule", "Target", "audit_model", "auto", "channel_groups", "diagnose", "hookimpl", "load",
            "open_data", "ort_arguments", "ort_model", "ort_overrides", "permute", "point_recipe", "quantize",
            "replace_with_sum", "rescale", "split_outputs"]
