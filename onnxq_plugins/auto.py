@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import onnx
 
 from onnxq_plugins import runtime
 from onnxq_plugins.calibration import Track, silent
-from onnxq_plugins.data import Data, DataOptions, Source, graph_inputs, model_inputs, open_data
+from onnxq_plugins.data import Data, DataOptions, Source, graph_inputs, open_data
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, load
-from onnxq_plugins.graph.importer import read
 from onnxq_plugins.measure import Metric, agreement, find_metric, metric_name, sqnr, top1
-from onnxq_plugins.runtime import Feed
 from onnxq_plugins.spec import Array
 
 Prefer = Literal["speed", "size"]
@@ -97,7 +95,8 @@ def auto(model: str | Path | onnx.ModelProto | Graph, data: Source, *, max_drop:
     right = None if known is None else np.concatenate(known)
     by = find_metric(metric) if metric is not None else agreement if right is None else top1
     reference = runtime.outputs(runtime.session(graph.model()), feeds)
-    given, first = _as_given(model, graph, feeds[0])
+    # the user's own model, which may be slower than its canonical form
+    given = runtime.session(graph.model() if isinstance(model, Graph) else Path(model) if isinstance(model, str) else model)
     best = by(reference, reference, right)
     trials: list[Trial] = []
     results: dict[str, Result] = {}
@@ -110,9 +109,9 @@ def auto(model: str | Path | onnx.ModelProto | Graph, data: Source, *, max_drop:
         else:
             own = runtime.session(result.model)
             outputs = runtime.outputs(own, feeds)
-            slow, fast = runtime.latency([given, own], [first, feeds[0]], _SECONDS)
+            slow, fast = runtime.latency([given, own], [runtime.wanted(given, feeds[0]), feeds[0]], _SECONDS)
             trials.append(Trial(recipe, best - by(reference, outputs, right), sqnr(reference, outputs),
-                                result.model.ByteSize(), slow / fast, float(result.report["seconds"])))
+                                int(result.report["bytes"]["quantized"]), slow / fast, float(result.report["seconds"])))
             results[recipe] = result
         tell(trials[-1])
         if prefer == "speed" and trials[-1].drop <= max_drop:
@@ -123,12 +122,6 @@ def auto(model: str | Path | onnx.ModelProto | Graph, data: Source, *, max_drop:
     fit = [trial for trial in usable if trial.drop <= max_drop]
     found = min(fit or usable, key=_order(prefer) if fit else lambda trial: trial.drop)
     return AutoResult(tuple(trials), metric_name(by), best, found, results[found.recipe], bool(fit), notes)
-
-
-def _as_given(model: str | Path | onnx.ModelProto | Graph, graph: Graph, feed: Feed) -> tuple[Any, Feed]:
-    """A session of the user's own model, which may be slower than its canonical form, and a sample in its types."""
-    source = graph.model() if isinstance(model, Graph) else read(Path(model)) if isinstance(model, (str, Path)) else model
-    return runtime.session(source), {i.name: feed[i.name].astype(i.dtype) for i in model_inputs(source)}
 
 
 def _order(prefer: Prefer) -> Callable[[Trial], float]:

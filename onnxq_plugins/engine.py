@@ -28,8 +28,8 @@ from onnxq_plugins.complete import complete
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError, raised
 from onnxq_plugins.graph import Graph, Layer, load
+from onnxq_plugins.graph.importer import bytes_on_disk, skeleton
 from onnxq_plugins.graph.importer import read as read_model
-from onnxq_plugins.graph.importer import skeleton
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.measure import Metric, find_metric, metric_name
 from onnxq_plugins.plugins import Plugins, find_plugins
@@ -58,6 +58,7 @@ class Result:
     graph    the float graph that the plan is about: canonical, and rewritten by the passes
     target   what it was made for
     data     the samples it was calibrated with, if any
+    source   the user's own model: its path, or what was given; None for a Graph
     again    quantizes the same model on the same data by another recipe: again(recipe, settings=())
     """
 
@@ -67,6 +68,7 @@ class Result:
     graph: Graph
     target: Target
     data: Data | None = None
+    source: Path | onnx.ModelProto | None = None
     again: Callable[..., Result] | None = None
 
     @property
@@ -74,6 +76,12 @@ class Result:
         """The float model that the plan is about. Its function is that of the given model, unless a pass declares otherwise;
         its tensors and weights need not be: BatchNorm is folded, channels may be rescaled."""
         return self.graph.model()
+
+    @property
+    def original(self) -> Path | onnx.ModelProto:
+        """What latency and accuracy are compared with: the user's own model; `float_model` where it is not there any more."""
+        gone = self.source is None or (isinstance(self.source, Path) and not self.source.is_file())
+        return self.float_model if gone or self.source is None else self.source
 
     @property
     def recipe_name(self) -> str:
@@ -151,6 +159,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     if output is not None:
         check_writable(Path(output))
     graph = load(model, float32=float32, flatten=chosen.flatten)
+    given = Path(model).absolute() if isinstance(model, (str, Path)) else None if isinstance(model, Graph) else model
     # a recipe may come from a stranger: its path is only ever a file, never code to import
     source = data if data is not None else Path(made.data.path) if made.data.path else None
     read = open_data(source, graph_inputs(graph), made.data, labels) if source is not None else None
@@ -180,12 +189,12 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
         exported = qdq.export(graph, job.plan, chosen, data=beside)
         _sign(exported, made, found, seed)
         job.report["steps"] = [*steps, {"pass": "export", "seconds": round(time.perf_counter() - start, 3)}]
-        _describe(job, exported, beside)
+        _describe(job, exported, beside, given)
         path = None if output is None else save_model(exported, Path(output)) if beside is None else beside.finish(exported)
     job.report["seconds"] = round(time.perf_counter() - started, 3)
     found.manager.hook.onnxq_exported(job=job, model=exported, path=path)
     again = partial(quantize, model, data=read, seed=seed, workers=workers, cache=cache, float32=float32, plugins=plugins)
-    return Result(exported, job.plan, job.report, job.graph, chosen, job.calibration.data, again)
+    return Result(exported, job.plan, job.report, job.graph, chosen, job.calibration.data, given, again)
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> Path:
@@ -349,7 +358,7 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None) -> None:
+def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None, given: Path | onnx.ModelProto | None) -> None:
     """Per-layer table, sizes, kernels and the one-line summary."""
     report = job.report
     if beside is not None:
@@ -369,8 +378,7 @@ def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None) -> None
             row |= {"weights": spec.describe((layer.out_axis, layer.in_axis)), "bits_per_weight": round(bits, 3)}
         why = report["floats"].get(layer.name) or (entry.why if entry and not entry.quantized else "")
         rows.append(row | ({"why_float": why} if why else {}))
-    weights: dict[str, Array] = {}
-    before = job.graph.model(weights).ByteSize() + sum(w.nbytes for w in weights.values())
+    before = _bytes(job.graph, given)
     after = runtime.size_of(model) + (beside.size if beside is not None else 0)
     report |= {"recipe_name": job.recipe.name, "recipe": job.recipe.to_dict(), "layers": rows,
                "bytes": {"float": before, "quantized": after},
@@ -385,6 +393,16 @@ def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None) -> None
     ran += f"; {wide}/{len(rows)} layers with 16-bit activations run in float there" if wide else ""
     report["summary"] = (f"{ran} | {before / 1e6:.2f} -> {after / 1e6:.2f} MB, "
                          f"{report['bits_per_weight']:.1f} bits per weight")
+
+
+def _bytes(graph: Graph, given: Path | onnx.ModelProto | None) -> int:
+    """Size of the user's own model; of the graph where none was given."""
+    if isinstance(given, Path):
+        return bytes_on_disk(given)
+    if given is not None:
+        return runtime.size_of(given)
+    weights: dict[str, Array] = {}
+    return graph.model(weights).ByteSize() + sum(w.nbytes for w in weights.values())
 
 
 def _rule(job: Job, layer: Layer) -> Rule:

@@ -34,7 +34,7 @@ from onnxq_plugins.data import model_inputs, open_data
 from onnxq_plugins.diagnose import Diagnosis, diagnose
 from onnxq_plugins.engine import quantize, recipe_of
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph.importer import read
+from onnxq_plugins.graph.importer import bytes_on_disk, read
 from onnxq_plugins.measure import find_metric, metric_name, top1
 from onnxq_plugins.recipe import load_recipe
 
@@ -162,7 +162,7 @@ def compare(
         whole = [[np.concatenate([np.atleast_1d(r[i]) for r in rows]) for i in range(len(names))] for rows in gathered]
         found = [judge(whole[0], one, np.concatenate(truth) if truth is not None else None) for one in whole]
         say(f"{metric_name(judge)}: {found[0]:.2f} -> {found[1]:.2f}")
-    sizes = [p.stat().st_size for p in (a, b)]
+    sizes = [bytes_on_disk(p) for p in (a, b)]
     say(f"{len(gathered[0])} samples | {sizes[0] / 1e6:.2f} -> {sizes[1] / 1e6:.2f} MB | {times[0]:.3f} -> "
          f"{times[1]:.3f} ms ({times[0] / times[1]:.2f}x, batch {len(next(iter(first.values())))}, 1 thread)")
 
