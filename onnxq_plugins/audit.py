@@ -22,11 +22,14 @@ from onnxq_plugins.graph.core import LAYER_OPS
 QUANTIZED = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulNBits", "ConvInteger",
              "MatMulInteger", "DynamicQuantizeMatMul", "QAttention", "int8"}
 
+_PRODUCT = 'a product of two activations; [[layer]] op = "Attention" quantize = true makes it integer'
+
 
 @dataclass(frozen=True)
 class LayerAudit:
     """One layer: its operator, whether its weight is constant, the kernel that runs it, and why it is float.
 
+    product       it multiplies two activations, as attention does: no layer, but multiply-adds all the same
     accumulator   bits of the smallest signed accumulator that no input overflows (without the bias); None where the model
                   does not hold the layer's weight as integer codes beside an 8-bit input
     saturates     two products can exceed the 16-bit sums that AVX2 makes of them
@@ -40,6 +43,7 @@ class LayerAudit:
     why: str = ""
     accumulator: int | None = None
     saturates: bool = False
+    product: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,13 @@ class Audit:
         """Kernel -> number of layers."""
         return dict(Counter(layer.kernel for layer in self.layers))
 
+    def products(self) -> list[str]:
+        """Names of the products of two activations that run in float."""
+        return [layer.name for layer in self.layers if layer.product and not layer.quantized]
+
     def summary(self) -> str:
-        """One line: how many layers of each operator run quantized, and in what."""
+        """One line: how many layers of each operator run quantized, in what, and how many products of two activations do
+        not."""
         parts = []
         for op in LAYER_OPS:
             rows = [layer for layer in self.layers if layer.op == op and layer.constant_weight]
@@ -65,7 +74,10 @@ class Audit:
                 names = ", ".join(f"{n} {k}" if len(kernels) > 1 else k for k, n in kernels.most_common())
                 done = sum(layer.quantized for layer in rows)
                 parts.append(f"{done}/{len(rows)} {op}" + (f" as {names}" if names else " quantized"))
-        return "; ".join(parts) or "no layer with a constant weight"
+        parts = parts or ["no layer with a constant weight"]
+        if n := len(self.products()):
+            parts.append(f"{n} product{'s' * (n > 1)} of two activations stay{'s' * (n == 1)} float")
+        return "; ".join(parts)
 
     def accumulators(self) -> str:
         """One line: what accumulators the quantized layers need, and how many depend on VNNI; "" if none is known."""
@@ -145,7 +157,7 @@ def audit_openvino(model: str | Path) -> Audit:
             found.append(LayerAudit(node.name, node.op_type, node.input[1] in constants,
                                     f"{kind or node.op_type} {precision or 'unknown'}", integer,
                                     "" if integer else "OpenVINO runs it in floating point",
-                                    *_accumulator(known.get(node.output[0]))))
+                                    *_accumulator(known.get(node.output[0])), _product(node, constants)))
     return Audit(tuple(found), {})
 
 
@@ -206,8 +218,13 @@ def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto, known: dict[str,
         kernel = ran[node.name].op_type if node.name in ran else "unknown"
         quantized = kernel in QUANTIZED
         found.append(LayerAudit(node.name, node.op_type, node.input[1] in constants, kernel, quantized,
-                                "" if quantized else _why(graph, node), *_accumulator(known.get(node.output[0]))))
+                                "" if quantized else _why(graph, node), *_accumulator(known.get(node.output[0])),
+                                _product(node, constants)))
     return found
+
+
+def _product(node: onnx.NodeProto, constants: set[str]) -> bool:
+    return node.op_type == "MatMul" and not any(name in constants for name in node.input)
 
 
 def _fused_into(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]],
@@ -254,6 +271,8 @@ def _why(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
     if node.op_type == "ConvTranspose":
         return "onnxruntime has no integer ConvTranspose"
     weight, source = made.get(node.input[1]), made.get(node.input[0])
+    if _product(node, _constants(graph)) and "DequantizeLinear" not in {n.op_type for n in (weight, source) if n is not None}:
+        return _PRODUCT
     if source is None or source.op_type != "DequantizeLinear":
         origin = f"operator '{source.name or source.op_type}'" if source is not None else "the model's input"
         if weight is None or weight.op_type != "DequantizeLinear":

@@ -33,6 +33,7 @@ from onnxq_plugins.graph.importer import read as read_model
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.measure import Metric, find_metric, metric_name
 from onnxq_plugins.plugins import Plugins, find_plugins
+from onnxq_plugins.quantizers import share_of_work
 from onnxq_plugins.recipe import Recipe
 from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.store import DataFile, clear_leftovers, replacing, writing
@@ -365,6 +366,12 @@ def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None, given: 
         beside.flush()
     kernels = audit_model(model, folder=beside.path.parent if beside is not None else None)
     job.graph.mapped.release()
+    if (products := kernels.products()) and any(not job.graph.is_constant(name) for name in job.plan):
+        share = share_of_work(job.graph, products)
+        work = "" if share is None else f", {100 * share:.1f} % of the multiply-adds"
+        report["notes"].append(
+            f"products of two activations that run in float: {len(products)}{work}; at their size integer kernels mostly do not "
+            'pay, [[layer]] op = "Attention" quantize = true takes them all the same')
     by_name = {entry.name: entry for entry in kernels.layers}
     rows, stored = [], 0.0
     for layer in job.graph.layers:

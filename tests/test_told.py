@@ -12,7 +12,6 @@ import pytest
 from onnx import helper
 
 from onnxq_plugins import OnnxqError, cli, quantize, runtime
-from onnxq_plugins.testing.models import Net
 from tests.zoo import cnn, feeds, mlp, mobilenet, transformer
 
 
@@ -102,3 +101,41 @@ def test_compare_counts_external_data(onnxq):
     np.savez("d.npz", x=rows(mlp(), 4))
     code, out, _ = onnxq("compare", "a.onnx", "b.onnx", "--data", "d.npz")
     assert code == 0 and "-> 4.0" in out
+
+
+# ---- what runs in float ---------------------------------------------------------------------------------------------------
+
+
+def test_products_of_two_activations_that_stay_float_are_told(onnxq):
+    model = transformer()
+    products = {node.name for node in model.graph.node if node.op_type == "MatMul" and not
+                {t.name for t in model.graph.initializer} & set(node.input)}
+    onnx.save(model, "m.onnx")
+    name = model.graph.input[0].name
+    np.savez("d.npz", **{name: rows(model, 4)})
+    code, out, err = onnxq("quantize", "m.onnx", "--data", "d.npz", "-o", "q.onnx")
+    assert code == 0 and f"{len(products)} products of two activations stay float" in out
+    assert f"products of two activations that run in float: {len(products)}, " in err and "% of the multiply-adds" in err
+    _, out, _ = onnxq("audit", "q.onnx")
+    assert out.count('[[layer]] op = "Attention" quantize = true') == len(products)
+    Path("r.toml").write_text('[[layer]]\nop = "Attention"\nquantize = true\n')
+    _, out, err = onnxq("quantize", "m.onnx", "--data", "d.npz", "-r", "r.toml", "-o", "q2.onnx")
+    assert "product" not in out + err
+
+
+def test_the_share_of_products_is_that_of_a_run():
+    from onnxq_plugins.graph import load
+    from onnxq_plugins.quantizers import multiply_adds, share_of_work
+
+    model = transformer()
+    graph, feed = load(model), feeds(model, 1)[0]
+    products = [n for n in graph.nodes if n.op == "MatMul" and not any(graph.is_constant(t.name) for t in n.inputs)]
+    layers = sum(multiply_adds(graph, feed).values())
+    shown = graph.model()
+    del shown.graph.output[:]
+    wanted = [name for n in products for name in (n.inputs[0].name, n.outputs[0].name)]
+    shown.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted)
+    ran = dict(zip(wanted, runtime.session(shown).run(None, feed), strict=True))
+    work = sum(ran[n.inputs[0].name].shape[-1] * ran[n.outputs[0].name].size for n in products)
+    assert products and share_of_work(graph, [n.name for n in products]) == pytest.approx(work / (work + layers))
+    assert share_of_work(graph, []) == 0 and share_of_work(graph, ["no such node"]) is None

@@ -54,9 +54,10 @@ def audit_command(
     found = audit_openvino(model) if runtime_name == "openvino" else audit_model(model, against)
     table = Table("layer", "operator", "kernel", "accumulator", "why float", box=None, header_style="bold")
     for layer in found.layers:
-        if layer.constant_weight or layer.quantized:
+        if layer.constant_weight or layer.quantized or layer.product:
             bits = f"{layer.accumulator} bits" if layer.accumulator is not None else ""
-            table.add_row(layer.name, layer.op, layer.kernel, bits, layer.why, style=None if layer.quantized else "yellow")
+            table.add_row(escape(layer.name), layer.op, layer.kernel, bits, escape(layer.why),
+                          style=None if layer.quantized else "yellow")
     show(table)
     rest = ", ".join(f"{n} {op}" for op, n in sorted(found.other.items(), key=lambda item: -item[1])[:12])
     say(f"\nother operators: {rest or 'none'}")
