@@ -16,7 +16,7 @@ from onnxq_plugins.data import Data, DataOptions, Source, graph_inputs, open_dat
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, load
-from onnxq_plugins.measure import Metric, agreement, find_metric, metric_name, sqnr, top1
+from onnxq_plugins.measure import Metric, agreement, chance, check_labels, find_metric, metric_name, sqnr, top1
 from onnxq_plugins.spec import Array
 
 Prefer = Literal["speed", "size"]
@@ -89,8 +89,11 @@ def auto(model: str | Path | onnx.ModelProto | Graph, data: Source, *, max_drop:
         raise OnnxqError(f"max_drop = {max_drop} must be 0 or more.")
     graph = load(model, float32=float32)
     inputs = graph_inputs(graph)
-    made_with, judged_on, notes = _apart(open_data(data, inputs, options, None if test is not None else labels),
-                                         None if test is None else open_data(test, inputs, options, labels))
+    opened = open_data(data, inputs, options, None if test is not None else labels)
+    apart = None if test is None else open_data(test, inputs, options, labels)
+    if metric in (None, "top1", top1):
+        check_labels((opened if apart is None else apart).labels, graph.shape(graph.outputs[0]), graph.outputs[0])
+    made_with, judged_on, notes = _apart(opened, apart)
     feeds, known = judged_on.spread(_MOST), judged_on.spread_labels(_MOST)
     right = None if known is None else np.concatenate(known)
     by = find_metric(metric) if metric is not None else agreement if right is None else top1
@@ -98,6 +101,8 @@ def auto(model: str | Path | onnx.ModelProto | Graph, data: Source, *, max_drop:
     # the user's own model, which may be slower than its canonical form
     given = runtime.session(graph.model() if isinstance(model, Graph) else Path(model) if isinstance(model, str) else model)
     best = by(reference, reference, right)
+    if by is top1 and (remark := chance(best, reference[0].shape[-1], len(reference[0]))):
+        notes += (remark,)
     trials: list[Trial] = []
     results: dict[str, Result] = {}
     for recipe in recipes or RECIPES[prefer]:

@@ -31,7 +31,7 @@ from onnxq_plugins.graph import Graph, Layer, load
 from onnxq_plugins.graph.importer import bytes_on_disk, skeleton
 from onnxq_plugins.graph.importer import read as read_model
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.measure import Metric, find_metric, metric_name
+from onnxq_plugins.measure import Metric, check_labels, find_metric, metric_name, top1
 from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.quantizers import share_of_work
 from onnxq_plugins.recipe import Recipe
@@ -164,6 +164,8 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     # a recipe may come from a stranger: its path is only ever a file, never code to import
     source = data if data is not None else Path(made.data.path) if made.data.path else None
     read = open_data(source, graph_inputs(graph), made.data, labels) if source is not None else None
+    if read is not None and judge in (None, top1):
+        check_labels(read.labels, graph.shape(graph.outputs[0]), graph.outputs[0])
     asked = planning.request(graph, made, chosen)
     OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
     workers = workers or cores()

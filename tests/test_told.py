@@ -139,3 +139,52 @@ def test_the_share_of_products_is_that_of_a_run():
     work = sum(ran[n.inputs[0].name].shape[-1] * ran[n.outputs[0].name].size for n in products)
     assert products and share_of_work(graph, [n.name for n in products]) == pytest.approx(work / (work + layers))
     assert share_of_work(graph, []) == 0 and share_of_work(graph, ["no such node"]) is None
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------------
+
+
+def labelled(n: int = 40, wrong: bool = False) -> tuple[onnx.ModelProto, np.ndarray, np.ndarray]:
+    """A model, samples, and what the model says of them, or never says."""
+    model = mlp()
+    outputs = runtime.outputs(runtime.session(model), feeds(model, n))[0]
+    return model, rows(model, n), outputs.argmin(-1) if wrong else outputs.argmax(-1)
+
+
+@pytest.mark.parametrize("command", ["quantize", "auto", "compare"])
+@pytest.mark.parametrize(("spoil", "phrase"), [
+    (lambda y, n: np.where(np.arange(len(y)) == 3, n, y), "label {n} of sample {at}, but output '{out}' has {n} classes, 0..{m}"),
+    (lambda y, n: y * 0 + n, "count from 1: subtract 1"),
+    (lambda y, n: np.where(np.arange(len(y)) == 3, -1, y), "label -1"),
+    (lambda y, n: np.eye(n)[y], "one-hot"),
+])
+def test_labels_that_are_no_classes_are_refused_before_any_output(onnxq, command, spoil, phrase):
+    model, x, y = labelled()
+    shape = runtime.session(model).get_outputs()[0]
+    onnx.save(model, "m.onnx")
+    np.save("y.npy", spoil(y, shape.shape[-1]))
+    np.savez("d.npz", x=x)
+    given = {"quantize": ["-o", "q.onnx"], "auto": ["-o", "q.onnx"], "compare": ["m.onnx"]}[command]
+    code, out, err = onnxq(command, "m.onnx", *given, "--data", "d.npz", "--labels", "y.npy")
+    n = shape.shape[-1]
+    assert code == 2 and not out and not Path("q.onnx").exists()
+    assert phrase.format(n=n, m=n - 1, out=shape.name, at=3) in err
+
+
+def test_labels_of_a_metric_of_ones_own_are_its_own_affair():
+    model, x, y = labelled()
+    quantize(model, "int8", {"x": x}, labels=y + 100, metric=lambda a, b, labels: 0.0, workers=1)
+    quantize(model, "int8", {"x": x}, labels=np.stack([y, y], 1), workers=1)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_float_model_at_chance_is_told(onnxq, wrong):
+    model, x, y = labelled(wrong=wrong)
+    onnx.save(model, "m.onnx")
+    np.savez("d.npz", x=x, labels=y)
+    _, _, err = onnxq("compare", "m.onnx", "m.onnx", "--data", "d.npz")
+    assert ("'m.onnx' gets 0.0% of 40 labels right" in err) == wrong
+    _, _, err = onnxq("auto", "m.onnx", "--data", "d.npz", "--test", "d.npz", "-r", "int8", "--max-drop", "50")
+    assert ("gets 0.0% of 40 labels right" in err) == wrong
+    np.savez("d.npz", x=x[:20], labels=y[:20])
+    assert "guessing" not in onnxq("compare", "m.onnx", "m.onnx", "--data", "d.npz")[2]
