@@ -16,6 +16,7 @@ from onnx import TensorProto
 
 from onnxq_plugins import runtime
 from onnxq_plugins.accumulators import Need, needs
+from onnxq_plugins.data import Input, model_inputs
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.core import LAYER_OPS
 
@@ -118,12 +119,17 @@ def audit_model(model: onnx.ModelProto | str | Path, against: str | Path | onnx.
     if against is None:
         return Audit(found, dict(other))
     reference = onnx.load(str(against)) if isinstance(against, (str, Path)) else against
+    if not _alike(own := model_inputs(proto), theirs := model_inputs(reference)):
+        raise OnnxqError(f"the two models cannot be timed on the same input, one reads {_shapes(own)}, the other "
+                         f"{_shapes(theirs)}; give the float model that this one was made of.")
     feed = example(proto)
     try:
-        slow, fast = runtime.latency([runtime.session(reference), session], feed, seconds)
+        before = runtime.session(reference)
+        slow, fast = runtime.latency([before, session], [runtime.wanted(before, feed), feed], seconds)
     except Exception as error:  # onnxruntime's run() raises its own types
-        reason = " ".join(str(error).split())[:200]
-        raise OnnxqError(f"the two models cannot be timed on the same input: {reason}") from error
+        reason = " ".join(str(error).split())[:200].partition("; check that")[0]
+        raise OnnxqError(f"the two models cannot be timed on the same input: {reason}; give the float model that this one "
+                         "was made of.") from error
     return Audit(found, dict(other), slow / fast, (slow, fast))
 
 
@@ -174,6 +180,18 @@ def example(model: onnx.ModelProto) -> dict[str, np.ndarray]:
             floats = np.dtype(dtype).kind == "f"
             feed[value.name] = rng.standard_normal(shape).astype(dtype) if floats else np.zeros(shape, dtype)
     return feed
+
+
+def _alike(own: list[Input], theirs: list[Input]) -> bool:
+    """True if one feed could serve both."""
+    others = {i.name: i.shape for i in theirs}
+    return {i.name for i in own} == set(others) and all(
+        len(i.shape) == len(others[i.name]) and all(n is None or m is None or n == m
+                                                    for n, m in zip(i.shape, others[i.name], strict=True)) for i in own)
+
+
+def _shapes(inputs: list[Input]) -> str:
+    return ", ".join(f"'{i.name}' {[n if n is not None else 'any' for n in i.shape]}" for i in inputs)
 
 
 def _accumulator(need: Need | None) -> tuple[int | None, bool]:
@@ -271,7 +289,8 @@ def _why(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
     if node.op_type == "ConvTranspose":
         return "onnxruntime has no integer ConvTranspose"
     weight, source = made.get(node.input[1]), made.get(node.input[0])
-    if _product(node, _constants(graph)) and "DequantizeLinear" not in {n.op_type for n in (weight, source) if n is not None}:
+    decoded = any(n is not None and n.op_type == "DequantizeLinear" for n in (weight, source))
+    if _product(node, _constants(graph)) and not decoded:
         return _PRODUCT
     if source is None or source.op_type != "DequantizeLinear":
         origin = f"operator '{source.name or source.op_type}'" if source is not None else "the model's input"

@@ -80,7 +80,7 @@ class Result:
 
     @property
     def original(self) -> Path | onnx.ModelProto:
-        """What latency and accuracy are compared with: the user's own model; `float_model` where it is not there any more."""
+        """What latency and accuracy are compared with: the user's own model, or `float_model` where that is gone."""
         gone = self.source is None or (isinstance(self.source, Path) and not self.source.is_file())
         return self.float_model if gone or self.source is None else self.source
 
@@ -173,8 +173,8 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
         clear_leftovers(Path(cache))
     calibration = Calibration(graph, read, cache=Path(cache) if cache else None, workers=workers, track=track)
     job = Job(graph, asked.plan, calibration, chosen, made, np.random.default_rng(seed), workers,
-              {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.notes if read else ())]}, track,
-              judge)
+              {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.remarks() if read else ())]},
+              track, judge)
     steps = [_run(job, step, found, verify) for step in made.passes]
     if judge is not None and not any(hasattr(step, "metric") for step in made.passes):
         job.report["notes"].append(f"metric '{metric_name(judge)}': no pass of the recipe searches, so none asked for it")
@@ -372,8 +372,8 @@ def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None, given: 
         share = share_of_work(job.graph, products)
         work = "" if share is None else f", {100 * share:.1f} % of the multiply-adds"
         report["notes"].append(
-            f"products of two activations that run in float: {len(products)}{work}; at their size integer kernels mostly do not "
-            'pay, [[layer]] op = "Attention" quantize = true takes them all the same')
+            f"products of two activations that run in float: {len(products)}{work}; at their size integer kernels mostly do "
+            'not pay, [[layer]] op = "Attention" quantize = true takes them all the same')
     by_name = {entry.name: entry for entry in kernels.layers}
     rows, stored = [], 0.0
     for layer in job.graph.layers:
@@ -411,7 +411,7 @@ def _bytes(graph: Graph, given: Path | onnx.ModelProto | None) -> int:
     if given is not None:
         return runtime.size_of(given)
     weights: dict[str, Array] = {}
-    return graph.model(weights).ByteSize() + sum(w.nbytes for w in weights.values())
+    return int(graph.model(weights).ByteSize()) + sum(w.nbytes for w in weights.values())
 
 
 def _rule(job: Job, layer: Layer) -> Rule:

@@ -59,8 +59,8 @@ def check_labels(labels: Array | None, shape: Sequence[Any] | None, name: str = 
     output = f"output '{name}'" if name else "the first output"
     values = np.asarray(labels)
     if values.shape[1:] == (classes,) and values.ndim == len(shape) and ((values != 0).sum(axis=-1) == 1).all():
-        raise OnnxqError(f"the labels have shape {list(values.shape)}, one-hot it seems, and {output} has {classes} classes; "
-                         "give the number of the class, such as labels.argmax(-1).")
+        raise OnnxqError(f"the labels have shape {list(values.shape)}, one-hot it seems, and {output} has {classes} "
+                         "classes; give the number of the class, such as labels.argmax(-1).")
     if values.ndim != len(shape) - 1 or values.dtype.kind not in "iuf":
         return
     wrong = (values < 0) | (values >= classes) | (values != np.round(values))
@@ -79,8 +79,8 @@ def chance(score: float, classes: int, samples: int) -> str:
     """
     if samples < 30 or classes < 2 or score > 150 / classes:
         return ""
-    return (f"the float model gets {score:.1f}% of {samples} labels right, which guessing among {classes} classes does, too: "
-            "check that labels are in the samples' order and count classes as the model does, and how the samples were "
+    return (f"the float model gets {score:.1f}% of {samples} labels right, which guessing among {classes} classes does, "
+            "too: check that labels are in the samples' order and count classes as the model does, and how the samples were "
             "normalized")
 
 

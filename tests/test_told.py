@@ -12,7 +12,7 @@ import pytest
 from onnx import helper
 
 from onnxq_plugins import OnnxqError, cli, quantize, runtime
-from tests.zoo import cnn, feeds, mlp, mobilenet, transformer
+from tests.zoo import cnn, feeds, mlp, transformer
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +153,8 @@ def labelled(n: int = 40, wrong: bool = False) -> tuple[onnx.ModelProto, np.ndar
 
 @pytest.mark.parametrize("command", ["quantize", "auto", "compare"])
 @pytest.mark.parametrize(("spoil", "phrase"), [
-    (lambda y, n: np.where(np.arange(len(y)) == 3, n, y), "label {n} of sample {at}, but output '{out}' has {n} classes, 0..{m}"),
+    (lambda y, n: np.where(np.arange(len(y)) == 3, n, y),
+     "label {n} of sample 3, but output '{out}' has {n} classes, 0..{m}"),
     (lambda y, n: y * 0 + n, "count from 1: subtract 1"),
     (lambda y, n: np.where(np.arange(len(y)) == 3, -1, y), "label -1"),
     (lambda y, n: np.eye(n)[y], "one-hot"),
@@ -168,7 +169,7 @@ def test_labels_that_are_no_classes_are_refused_before_any_output(onnxq, command
     code, out, err = onnxq(command, "m.onnx", *given, "--data", "d.npz", "--labels", "y.npy")
     n = shape.shape[-1]
     assert code == 2 and not out and not Path("q.onnx").exists()
-    assert phrase.format(n=n, m=n - 1, out=shape.name, at=3) in err
+    assert phrase.format(n=n, m=n - 1, out=shape.name) in err
 
 
 def test_labels_of_a_metric_of_ones_own_are_its_own_affair():
@@ -188,3 +189,82 @@ def test_a_float_model_at_chance_is_told(onnxq, wrong):
     assert ("gets 0.0% of 40 labels right" in err) == wrong
     np.savez("d.npz", x=x[:20], labels=y[:20])
     assert "guessing" not in onnxq("compare", "m.onnx", "m.onnx", "--data", "d.npz")[2]
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("spoil", "phrase"), [
+    (lambda x: x[:3], "holds 3 samples only"),
+    (lambda x: x[:1].repeat(12, 0), "are all equal"),
+    (lambda x: np.arange(12, dtype=np.float32)[:, None, None, None] * np.ones_like(x), "are one value everywhere"),
+    (lambda x: x, ""),
+])
+def test_samples_that_tell_little_are_remarked(spoil, phrase):
+    x = np.random.default_rng(0).standard_normal((12, 3, 12, 12)).astype(np.float32)
+    for data in (spoil(x), [{"x": one[None]} for one in spoil(x)]):
+        told = " ".join(quantize(cnn(), "int8", data, workers=1).report["notes"])
+        assert phrase in told and (phrase or not told)
+
+
+@pytest.mark.parametrize(("mean", "std", "right"), [
+    ("127.5", "127.5", "--mean 0.5 --std 0.5"), ("124,116,104", "1", "--mean 0.4863,0.4549,0.4078 --std 0.003922")])
+def test_normalization_of_raw_pixels_is_refused_with_the_right_numbers(onnxq, mean, std, right):
+    from PIL import Image
+
+    Path("p").mkdir()
+    Image.fromarray(np.zeros((12, 12, 3), np.uint8)).save("p/a.png")
+    onnx.save(cnn(), "m.onnx")
+    code, _, err = onnxq("quantize", "m.onnx", "--data", "p", "--mean", mean, "--std", std)
+    assert code == 2 and f"give {right}." in err and not list(Path().glob("*int8*"))
+
+
+def test_all_broken_images_are_told_at_once(onnxq):
+    from PIL import Image
+
+    Path("p").mkdir()
+    Image.fromarray(np.zeros((12, 12, 3), np.uint8)).save("p/good.png")
+    for n in range(7):
+        Path(f"p/x{n}.png").write_bytes(b"no image")
+    onnx.save(cnn(), "m.onnx")
+    code, _, err = onnxq("quantize", "m.onnx", "--data", "p")
+    assert code == 2 and "7 images cannot be read: 'p/x0.png' (" in err and "'p/x4.png'" in err and "x5" not in err
+    assert "and 2 more" in err
+
+
+@pytest.mark.parametrize(("shape", "phrase"), [
+    ((4, 12, 12, 3), "transpose to NCHW: x.transpose(0, 3, 1, 2)"), ((4, 8, 8, 3), "transpose to NCHW"),
+    ((3, 12, 12), "add a batch axis: x[None]"), ((4, 3, 8, 8), "the data has [1, 3, 8, 8].")])
+def test_shapes_that_nearly_fit_are_told_how_to(shape, phrase):
+    with pytest.raises(OnnxqError) as told:
+        quantize(cnn(), "int8", np.ones(shape, np.float32), workers=1)
+    assert phrase in str(told.value)
+    if len(shape) == 3:
+        with pytest.raises(OnnxqError) as told:
+            quantize(cnn(), "int8", [np.ones(shape, np.float32)], workers=1)
+        assert phrase in str(told.value)
+
+
+def test_files_that_cannot_be_used_are_told_plainly(onnxq):
+    onnx.save(cnn(), "m.onnx")
+    Path("t.npz").write_text("1,2")
+    np.savez("o.npz", x=np.array([{}], object))
+    np.savez("d.npz", x=np.zeros((9, 3, 12, 12), np.float32))
+    for arguments, phrase in ((["--data", "d.npz", "--labels", "none.txt"], "labels 'none.txt' do not exist"),
+                              (["--data", "t.npz"], "not in numpy's format"), (["--data", "o.npz"], "holds Python objects"),
+                              (["--data", "d.npz", "--mean", "a"], "--mean 'a' must be a number"),
+                              ([], "give data (--data PATH)")):
+        code, _, err = onnxq("quantize", "m.onnx", *arguments)
+        assert code == 2 and phrase in err and "pickle" not in err
+
+
+# ---- audit ----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_audit_against_another_model_is_refused(onnxq):
+    onnx.save(cnn(), "m.onnx")
+    onnx.save(mlp(), "other.onnx")
+    code, _, err = onnxq("audit", "m.onnx", "--against", "other.onnx")
+    assert code == 2 and "give the float model that this one was made of" in err and "check that" not in err
+    code, _, err = onnxq("audit", "m.onnx", "--runtime", "openvino", "--against", "m.onnx")
+    assert code == 2 and "leave it out beside --runtime openvino" in err

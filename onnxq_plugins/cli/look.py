@@ -51,6 +51,9 @@ def audit_command(
             read(path)
     if runtime_name not in ("onnxruntime", "openvino"):
         raise OnnxqError(f"runtime '{runtime_name}' is unknown; known: onnxruntime, openvino.")
+    if runtime_name == "openvino" and against is not None:
+        raise OnnxqError("--against measures in onnxruntime; leave it out beside --runtime openvino (OpenVINO's own "
+                         "benchmark_app measures there).")
     found = audit_openvino(model) if runtime_name == "openvino" else audit_model(model, against)
     table = Table("layer", "operator", "kernel", "accumulator", "why float", box=None, header_style="bold")
     for layer in found.layers:

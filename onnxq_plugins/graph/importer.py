@@ -107,7 +107,7 @@ def bytes_on_disk(path: Path) -> int:
     """Size of a model's file and of the files beside it that hold its external data."""
     beside = {entry.value for tensor in onnx.load(str(path), load_external_data=False).graph.initializer
               if uses_external_data(tensor) for entry in tensor.external_data if entry.key == "location"}
-    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside)
+    return sum(file.stat().st_size for file in (path, *(path.parent / name for name in beside)))
 
 
 def read(path: Path, mapped: Mapped | None = None) -> onnx.ModelProto:

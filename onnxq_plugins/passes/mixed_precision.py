@@ -86,8 +86,8 @@ class MixedPrecision(Pass):
 
     def apply(self, job: Job) -> dict[str, Any]:
         if job.calibration.data is None:
-            raise OnnxqError("mixed-precision measures networks on sample inputs, and there are none; give --data PATH, or "
-                             "put the pass data-free in front.")
+            raise OnnxqError("mixed-precision measures networks on sample inputs, and there are none; give data (--data "
+                             "PATH), or put the pass data-free in front.")
         if self.widths:
             return self.settled(job)
         by = job.metric or metric(self.metric)
