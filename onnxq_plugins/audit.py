@@ -74,7 +74,7 @@ class Audit:
                 kernels = Counter(layer.kernel for layer in rows if layer.quantized)
                 names = ", ".join(f"{n} {k}" if len(kernels) > 1 else k for k, n in kernels.most_common())
                 done = sum(layer.quantized for layer in rows)
-                parts.append(f"{done}/{len(rows)} {op}" + (f" as {names}" if names else " quantized"))
+                parts.append(f"{done}/{len(rows)} {op}" + (f" as {names}" if names else " in integer kernels"))
         parts = parts or ["no layer with a constant weight"]
         if n := len(self.products()):
             parts.append(f"{n} product{'s' * (n > 1)} of two activations stay{'s' * (n == 1)} float")
@@ -311,8 +311,18 @@ def _why(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
         return "its 4-bit weight goes straight into DequantizeLinear; put a Cast to INT8 between"
     if node.op_type == "Conv" and (not readers or any(n.op_type != "QuantizeLinear" for n in readers)):
         other = next((n.name or n.op_type for n in readers if n.op_type != "QuantizeLinear"), "the model's output")
+        if len(readers) == 1 and _shifts(graph, readers[0]):
+            return (f"Mul '{other}' shifts its channels, as target per-tensor has it for one scale per weight, which "
+                    "onnxruntime runs in float")
         return f"its output is read in float by {other}; quantize it"
     return "onnxruntime did not fuse it (check zero points and the bias scale s_x * s_w)"
+
+
+def _shifts(graph: onnx.GraphProto, node: onnx.NodeProto) -> bool:
+    """True if a node multiplies by constant powers of two."""
+    found = [onnx.numpy_helper.to_array(t) for t in graph.initializer if node.op_type == "Mul" and t.name in node.input
+             and t.data_location != TensorProto.EXTERNAL]
+    return bool(found) and bool((np.frexp(found[0])[0] == 0.5).all())
 
 
 def _sixteen(types: dict[str, int], node: onnx.NodeProto) -> bool:

@@ -26,6 +26,7 @@ RECIPES: dict[Prefer, tuple[str, ...]] = {
     "speed": ("int8", "int8-rounded"), "size": ("int8", "mixed-coding-length", "mixed", "int4-rounded", "int4-storage")}
 _APART = 16  # samples from which making and judging use different ones
 _MOST = 512  # samples to judge by
+_FINE = 0.2  # points below which a sample's worth matters to no decision
 _SECONDS = 1.0  # of latency measurement for each model
 
 
@@ -87,6 +88,9 @@ def auto(model: str | Path | onnx.ModelProto | Graph, data: Source, *, max_drop:
         raise OnnxqError(f"prefer = '{prefer}' is unknown; known: {', '.join(get_args(Prefer))}.")
     if not max_drop >= 0:
         raise OnnxqError(f"max_drop = {max_drop} must be 0 or more.")
+    if metric in ("sqnr", sqnr):
+        raise OnnxqError("metric 'sqnr' has no drop: the float model's own has no bound; give another metric, such as "
+                         "agreement, and read the dB off the table.")
     graph = load(model, float32=float32)
     inputs = graph_inputs(graph)
     opened = open_data(data, inputs, options, None if test is not None else labels)
@@ -100,6 +104,12 @@ def auto(model: str | Path | onnx.ModelProto | Graph, data: Source, *, max_drop:
     reference = runtime.outputs(runtime.session(graph.model()), feeds)
     # the user's own model, which may be slower than its canonical form
     given = runtime.session(graph.model() if isinstance(model, Graph) else Path(model) if isinstance(model, str) else model)
+    if data is test or (isinstance(data, (str, Path)) and isinstance(test, (str, Path)) and Path(data) == Path(test)):
+        notes += ("the samples to judge by are those that models are made with, which flatters them",)
+    judged = int(np.argmax(reference[0], axis=-1).size)
+    if by in (top1, agreement) and 100 / judged > max(max_drop, _FINE):
+        notes += (f"one of {judged} samples is {100 / judged:.1f} points, more than the drop of {max_drop:g} to decide on: "
+                  "give more --test samples for a decision this fine",)
     best = by(reference, reference, right)
     if by is top1 and (remark := chance(best, reference[0].shape[-1], len(reference[0]))):
         notes += (remark,)

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +23,7 @@ import numpy as np
 import onnx
 
 from onnxq_plugins import planning, qdq, runtime, storage
-from onnxq_plugins.audit import audit_model
+from onnxq_plugins.audit import Audit, audit_model
 from onnxq_plugins.calibration import Calibration, Track, silent
 from onnxq_plugins.complete import complete
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
@@ -393,15 +394,29 @@ def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None, given: 
                "bytes": {"float": before, "quantized": after},
                "kernels": kernels.counts(), "machine": {"python": platform.python_version(),
                                                         "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}
-    where = "" if job.target.here else " in onnxruntime"  # the audit of other runtimes is a command
     report["bits_per_weight"] = round(stored / max(sum(row["parameters"] for row in rows), 1), 3)
     wide = sum(_rule(job, y).activations > 8 and not by_name[y.name].quantized for y in job.graph.layers
                if y.weight in job.plan and y.name in by_name)
     decoded = sum(_rule(job, y).storage == "float" for y in job.graph.layers if y.weight in job.plan)
-    ran = f"{decoded}/{len(rows)} layers decoded at load, run in float" if decoded else f"{kernels.summary()}{where}"
+    ran = f"{decoded}/{len(rows)} layers decoded at load, run in float" if decoded else (
+        kernels.summary() if job.target.here else _elsewhere(job, kernels, wide))
     ran += f"; {wide}/{len(rows)} layers with 16-bit activations run in float there" if wide else ""
     report["summary"] = (f"{ran} | {before / 1e6:.2f} -> {after / 1e6:.2f} MB, "
                          f"{report['bits_per_weight']:.1f} bits per weight")
+
+
+def _elsewhere(job: Job, kernels: Audit, wide: int) -> str:
+    """What is told of a model for another runtime, which onnxruntime may run otherwise; the audit of that is a command.
+
+    wide   layers in float there that the summary tells of anyhow
+    """
+    planned = {y.name: y.op for y in job.graph.layers if y.weight in job.plan}
+    floats = sum(entry.name in planned and not entry.quantized for entry in kernels.layers) - wide
+    if floats <= 0:
+        return f"{kernels.summary()} in onnxruntime"
+    whole, done = Counter(y.op for y in job.graph.layers), Counter(planned.values())
+    counts = "; ".join(f"{done[op]}/{n} {op}" for op, n in whole.items())
+    return f"{counts} quantized for {job.target.name}; {floats} run in float in onnxruntime"
 
 
 def _bytes(graph: Graph, given: Path | onnx.ModelProto | None) -> int:

@@ -12,7 +12,7 @@ import pytest
 from onnx import helper
 
 from onnxq_plugins import OnnxqError, cli, quantize, runtime
-from tests.zoo import cnn, feeds, mlp, transformer
+from tests.zoo import cnn, feeds, mlp, mobilenet, transformer
 
 
 @pytest.fixture(autouse=True)
@@ -268,3 +268,66 @@ def test_an_audit_against_another_model_is_refused(onnxq):
     assert code == 2 and "give the float model that this one was made of" in err and "check that" not in err
     code, _, err = onnxq("audit", "m.onnx", "--runtime", "openvino", "--against", "m.onnx")
     assert code == 2 and "leave it out beside --runtime openvino" in err
+
+
+def test_shifts_for_other_targets_are_not_blamed(onnxq):
+    model = mobilenet()
+    for t in model.graph.initializer:  # channels of unequal ranges, so that there is something to shift
+        if len(t.dims) == 4:
+            w = onnx.numpy_helper.to_array(t)
+            t.CopyFrom(onnx.numpy_helper.from_array(
+                (w * np.geomspace(1, 0.01, len(w)).reshape(-1, 1, 1, 1)).astype(np.float32), t.name))
+    onnx.save(model, "m.onnx")
+    np.savez("d.npz", x=rows(model, 8))
+    Path("r.toml").write_text('target = "per-tensor"\n[weights]\nblock = "tensor"\n[[pass]]\nuse = "shift-equalize"\n')
+    code, out, _ = onnxq("quantize", "m.onnx", "-r", "r.toml", "--data", "d.npz", "-o", "q.onnx")
+    convs = sum(n.op_type == "Conv" for n in model.graph.node)
+    assert code == 0 and f"{convs}/{convs} Conv" in out and " quantized for per-tensor; " in out
+    assert "run in float in onnxruntime" in out
+    _, out, _ = onnxq("audit", "q.onnx")
+    assert "shifts its channels, as target per-tensor has it" in out and "is read in float by" not in out
+
+
+# ---- auto -----------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_tells_what_its_samples_can_decide(onnxq):
+    model, x, _ = labelled(62)
+    onnx.save(model, "m.onnx")
+    np.savez("d.npz", x=x)
+    code, out, err = onnxq("auto", "m.onnx", "--data", "d.npz", "--max-drop", "0")
+    assert "one of 31 samples is 3.2 points, more than the drop of 0" in err and " kB" in out
+    assert out.count("int8 ") == 1 and "int8  drop" not in err  # told once
+    _, _, err = onnxq("auto", "m.onnx", "--data", "d.npz", "--max-drop", "5", "-r", "int8", "-r", "nope")
+    assert "points" not in err
+    _, _, err = onnxq("auto", "m.onnx", "--data", "d.npz", "--test", "./d.npz", "-r", "nope", "-r", "int8")
+    assert "models are made with, which flatters" in err and "recipe 'nope' is not possible" in err
+    code, _, err = onnxq("auto", "m.onnx", "--data", "d.npz", "--metric", "sqnr", "--max-drop", "0")
+    assert code == 2 and "has no drop" in err and Path("m.auto.onnx").exists()
+
+
+def test_a_drop_below_zero_is_explained(onnxq, monkeypatch):
+    model, x, _ = labelled(20)
+    onnx.save(model, "m.onnx")
+    np.savez("d.npz", x=x)
+    scores = iter([1.0, 3.0])
+    Path("mine.py").write_text("scores = iter([1.0, 3.0])\ndef judge(*_):\n    return next(scores)\n")
+    monkeypatch.syspath_prepend(Path().absolute())
+    _, out, _ = onnxq("auto", "m.onnx", "--data", "d.npz", "--metric", "mine:judge")
+    assert "-2.00" in out and "below 0: better than float on these samples" in out and next(scores) == 1
+
+
+# ---- what was written -----------------------------------------------------------------------------------------------------
+
+
+def test_what_was_written_and_how_long_it_took_is_told(onnxq):
+    onnx.save(cnn(), "m.onnx")
+    np.savez("d.npz", x=rows(cnn(), 8))
+    _, out, _ = onnxq("quantize", "m.onnx", "--data", "d.npz", "--report", "r.html", "--overrides", "o.json")
+    lines = out.splitlines()
+    assert lines[-2].startswith("report: r.html, r.json (") and lines[-2].endswith(" s)")
+    assert lines[-1] == "overrides: o.json, for o.onnx" and all(Path(f).exists() for f in ("r.html", "r.json", "o.onnx"))
+    _, out, _ = onnxq("quantize", "m.onnx", "--data", "d.npz", "--report", "only.json")
+    assert out.splitlines()[-1].startswith("report: only.json (")
+    code, _, err = onnxq("quantize", "m.onnx", "--data", "d.npz", "--report", "r.pdf", "-o", "none.onnx")
+    assert code == 2 and "--report 'r.pdf': a report is a page or JSON" in err and not Path("none.onnx").exists()
