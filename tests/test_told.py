@@ -331,3 +331,40 @@ def test_what_was_written_and_how_long_it_took_is_told(onnxq):
     assert out.splitlines()[-1].startswith("report: only.json (")
     code, _, err = onnxq("quantize", "m.onnx", "--data", "d.npz", "--report", "r.pdf", "-o", "none.onnx")
     assert code == 2 and "--report 'r.pdf': a report is a page or JSON" in err and not Path("none.onnx").exists()
+
+
+# ---- widths ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("candidates", "told"), [(["W6A8", "W8A8"], True), (["W4A8", "W8A8"], False)])
+def test_a_search_tells_what_its_widths_take_in_the_file(candidates, told):
+    model = mlp()
+    step = {"use": "mixed-precision", "candidates": candidates, "limit": 0.9, "method": "nearest", "curve": 3}
+    result = quantize(model, {"pass": [step]}, feeds(model, 8), workers=1)
+    point, = (p for p in result.report["steps"][0]["told"]["curve"] if p.get("chosen"))
+    eight = quantize(model, "int8", feeds(model, 8), workers=1)
+    counts = {y.weight: y.shape for y in result.graph.layers}
+
+    def stored(made) -> float:
+        types = {t.name: t.data_type for t in made.graph.initializer}
+        sizes = {t.name: np.prod(t.dims) * (0.5 if types[t.name] == onnx.TensorProto.INT4 else 1)
+                 for t in made.graph.initializer
+                 if types[t.name] in (onnx.TensorProto.INT4, onnx.TensorProto.INT8) and len(t.dims) == 2}
+        assert len(sizes) == len(counts)
+        return float(sum(sizes.values()))
+
+    assert point["stored"] == pytest.approx(stored(result.model) / stored(eight.model), abs=1e-4)
+    assert point["size"] <= 0.9 and (point["stored"] == 1) == told
+    assert any("codes of 5 to 7 bits take a byte" in note for note in result.report["notes"]) == told
+
+
+def test_the_curve_shows_what_lies_in_the_file():
+    from onnxq_plugins.curve import Curve
+
+    model = mlp()
+    step = {"use": "mixed-precision", "method": "nearest", "curve": 3}
+    curve = Curve.of(quantize(model, {"pass": [step]}, feeds(model, 8), workers=1))
+    assert curve is not None and curve.numbers[:3] == ["size", "stored", "bops"]
+    columns, rows = curve.table()
+    assert [row[columns.index("file")] for row in rows] == [f"{p['stored']:.3f}" for p in curve.points]
+    assert all(p["stored"] >= p["size"] for p in curve.points)

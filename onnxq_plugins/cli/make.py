@@ -211,7 +211,8 @@ def _show_curve(curve: Curve) -> None:
     for row in rows:
         table.add_row(*row, style="bold" if row[-1] else None)
     show(table)
-    say("size and bops in parts of 8-bit weights and activations; the other columns count groups\n")
+    say("size (bits), file (as stored: codes of 5 to 7 bits take a byte) and bops in parts of 8-bit weights and "
+        "activations; the other columns count groups\n")
 
 
 def _auto_line(trial: AutoTrial) -> str:

@@ -140,6 +140,12 @@ class _Search:
         timed = {"latency": self.latency(chosen)} if self.widths.times is not None else {}
         _settle(step, self.widths, chosen)
         self.points[chosen]["chosen"] = True
+        size, stored = self.points[chosen]["size"], self.points[chosen]["stored"]
+        if self.falling == "size" and stored > size + 0.005:
+            self.job.report["notes"].append(
+                f"mixed-precision: size {size:.3f} counts bits of codes; in the file for target '{self.job.target.name}' "
+                f"they take {stored:.3f} of 8 bits, as codes of 5 to 7 bits take a byte there: for small files use "
+                "candidates W4A8 and W8A8")
         groups = self.widths.groups
         best = {} if self.metric is sqnr else {"float": round(self.best, 3)}  # what the float network has
         return {"groups": len(groups), "metric": metric_name(self.metric), **best, "networks_measured": self.measure.scored,
@@ -211,8 +217,10 @@ class _Search:
         found = self.measure.scores(map(self.whole, new), self.by, self.job.workers)
         for choice, scores in zip(new, self.job.track(found, "measuring the curve", len(new)), strict=True):
             self.scores[choice] = scores["sqnr" if self.step.budget == "sqnr" else metric_name(self.metric)]
+            shares = self.widths.shares(choice)
             self.points[choice] = {
-                **{key: round(value, 4) for key, value in self.widths.shares(choice).items()},
+                **{key: round(value, 4) for key, value in {"size": shares["size"], "stored": self.widths.stored(choice),
+                                                           **shares}.items()},
                 **{key: round(value, 3) for key, value in scores.items()},
                 "widths": {g.name: str(w) for g, w in zip(self.widths.groups, choice, strict=True)}}
 
