@@ -12,7 +12,7 @@ from onnxq_plugins import latency
 from onnxq_plugins.data import open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.measure import Measure, Metric, metric, metric_name, sqnr
+from onnxq_plugins.measure import Measure, Metric, chance, metric, metric_name, sqnr, top1
 from onnxq_plugins.quantizers import FLOAT_BITS, Width, parse_widths
 from onnxq_plugins.search import ALONE, Budget, Choice, Widths, sample
 from onnxq_plugins.solvers.pareto import Strategy, longest
@@ -121,6 +121,8 @@ class _Search:
         self.by = [sqnr] if by is sqnr else [sqnr, by]
         samples = self.measure.samples
         self.best = 0.0 if by is sqnr else by(samples.reference, samples.reference, samples.labels)
+        if by is top1 and (remark := chance(self.best, samples.reference[0].shape[-1], len(samples.reference[0]))):
+            job.report["notes"].append(remark)
         self.feed = feeds[0]
         self.points: dict[Choice, dict[str, Any]] = {}
         self.scores: dict[Choice, float] = {}  # what a budget on accuracy is about, not rounded for the report
