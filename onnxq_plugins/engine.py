@@ -162,6 +162,9 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
         check_writable(Path(output))
     graph = load(model, float32=float32, flatten=chosen.flatten)
     given = Path(model).absolute() if isinstance(model, (str, Path)) else None if isinstance(model, Graph) else model
+    before = _bytes(graph, given)
+    if isinstance(given, Path) and output is not None and given.resolve() == Path(output).resolve():
+        given = None  # it will not be there any more
     # a recipe may come from a stranger: its path is only ever a file, never code to import
     source = data if data is not None else Path(made.data.path) if made.data.path else None
     read = open_data(source, graph_inputs(graph), made.data, labels) if source is not None else None
@@ -193,7 +196,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
         exported = qdq.export(graph, job.plan, chosen, data=beside)
         _sign(exported, made, found, seed)
         job.report["steps"] = [*steps, {"pass": "export", "seconds": round(time.perf_counter() - start, 3)}]
-        _describe(job, exported, beside, given)
+        _describe(job, exported, beside, before)
         path = None if output is None else save_model(exported, Path(output)) if beside is None else beside.finish(exported)
     job.report["seconds"] = round(time.perf_counter() - started, 3)
     found.manager.hook.onnxq_exported(job=job, model=exported, path=path)
@@ -362,8 +365,11 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None, given: Path | onnx.ModelProto | None) -> None:
-    """Per-layer table, sizes, kernels and the one-line summary."""
+def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None, before: int) -> None:
+    """Per-layer table, sizes, kernels and the one-line summary.
+
+    before   bytes of the user's own model
+    """
     report = job.report
     if beside is not None:
         beside.flush()
@@ -388,7 +394,6 @@ def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None, given: 
             row |= {"weights": spec.describe((layer.out_axis, layer.in_axis)), "bits_per_weight": round(bits, 3)}
         why = report["floats"].get(layer.name) or (entry.why if entry and not entry.quantized else "")
         rows.append(row | ({"why_float": why} if why else {}))
-    before = _bytes(job.graph, given)
     after = runtime.size_of(model) + (beside.size if beside is not None else 0)
     report |= {"recipe_name": job.recipe.name, "recipe": job.recipe.to_dict(), "layers": rows,
                "bytes": {"float": before, "quantized": after},

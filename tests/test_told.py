@@ -86,6 +86,13 @@ def test_a_file_that_is_gone_is_replaced_by_what_was_made_of_it(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["measured"]["sqnr"] > 10
 
 
+def test_a_model_that_is_written_over_is_not_taken_for_the_original(tmp_path):
+    onnx.save(padded(mlp()), tmp_path / "m.onnx")
+    size = (tmp_path / "m.onnx").stat().st_size
+    result = quantize(tmp_path / "m.onnx", "int8", feeds(mlp(), 4), workers=1, output=tmp_path / "m.onnx")
+    assert result.report["bytes"]["float"] == size and isinstance(result.original, onnx.ModelProto)
+
+
 def test_half_precision_models_can_be_reported(tmp_path):
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
