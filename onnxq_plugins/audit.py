@@ -16,17 +16,21 @@ from onnx import TensorProto
 
 from onnxq_plugins import runtime
 from onnxq_plugins.accumulators import Need, needs
+from onnxq_plugins.data import Input, model_inputs
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.core import LAYER_OPS
 
 QUANTIZED = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulNBits", "ConvInteger",
              "MatMulInteger", "DynamicQuantizeMatMul", "QAttention", "int8"}
 
+_PRODUCT = 'a product of two activations; [[layer]] op = "Attention" quantize = true makes it integer'
+
 
 @dataclass(frozen=True)
 class LayerAudit:
     """One layer: its operator, whether its weight is constant, the kernel that runs it, and why it is float.
 
+    product       it multiplies two activations, as attention does: no layer, but multiply-adds all the same
     accumulator   bits of the smallest signed accumulator that no input overflows (without the bias); None where the model
                   does not hold the layer's weight as integer codes beside an 8-bit input
     saturates     two products can exceed the 16-bit sums that AVX2 makes of them
@@ -40,6 +44,7 @@ class LayerAudit:
     why: str = ""
     accumulator: int | None = None
     saturates: bool = False
+    product: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,13 @@ class Audit:
         """Kernel -> number of layers."""
         return dict(Counter(layer.kernel for layer in self.layers))
 
+    def products(self) -> list[str]:
+        """Names of the products of two activations that run in float."""
+        return [layer.name for layer in self.layers if layer.product and not layer.quantized]
+
     def summary(self) -> str:
-        """One line: how many layers of each operator run quantized, and in what."""
+        """One line: how many layers of each operator run quantized, in what, and how many products of two activations do
+        not."""
         parts = []
         for op in LAYER_OPS:
             rows = [layer for layer in self.layers if layer.op == op and layer.constant_weight]
@@ -64,8 +74,11 @@ class Audit:
                 kernels = Counter(layer.kernel for layer in rows if layer.quantized)
                 names = ", ".join(f"{n} {k}" if len(kernels) > 1 else k for k, n in kernels.most_common())
                 done = sum(layer.quantized for layer in rows)
-                parts.append(f"{done}/{len(rows)} {op}" + (f" as {names}" if names else " quantized"))
-        return "; ".join(parts) or "no layer with a constant weight"
+                parts.append(f"{done}/{len(rows)} {op}" + (f" as {names}" if names else " in integer kernels"))
+        parts = parts or ["no layer with a constant weight"]
+        if n := len(self.products()):
+            parts.append(f"{n} product{'s' * (n > 1)} of two activations stay{'s' * (n == 1)} float")
+        return "; ".join(parts)
 
     def accumulators(self) -> str:
         """One line: what accumulators the quantized layers need, and how many depend on VNNI; "" if none is known."""
@@ -106,12 +119,17 @@ def audit_model(model: onnx.ModelProto | str | Path, against: str | Path | onnx.
     if against is None:
         return Audit(found, dict(other))
     reference = onnx.load(str(against)) if isinstance(against, (str, Path)) else against
+    if not _alike(own := model_inputs(proto), theirs := model_inputs(reference)):
+        raise OnnxqError(f"the two models cannot be timed on the same input, one reads {_shapes(own)}, the other "
+                         f"{_shapes(theirs)}; give the float model that this one was made of.")
     feed = example(proto)
     try:
-        slow, fast = runtime.latency([runtime.session(reference), session], feed, seconds)
+        before = runtime.session(reference)
+        slow, fast = runtime.latency([before, session], [runtime.wanted(before, feed), feed], seconds)
     except Exception as error:  # onnxruntime's run() raises its own types
-        reason = " ".join(str(error).split())[:200]
-        raise OnnxqError(f"the two models cannot be timed on the same input: {reason}") from error
+        reason = " ".join(str(error).split())[:200].partition("; check that")[0]
+        raise OnnxqError(f"the two models cannot be timed on the same input: {reason}; give the float model that this one "
+                         "was made of.") from error
     return Audit(found, dict(other), slow / fast, (slow, fast))
 
 
@@ -145,7 +163,7 @@ def audit_openvino(model: str | Path) -> Audit:
             found.append(LayerAudit(node.name, node.op_type, node.input[1] in constants,
                                     f"{kind or node.op_type} {precision or 'unknown'}", integer,
                                     "" if integer else "OpenVINO runs it in floating point",
-                                    *_accumulator(known.get(node.output[0]))))
+                                    *_accumulator(known.get(node.output[0])), _product(node, constants)))
     return Audit(tuple(found), {})
 
 
@@ -162,6 +180,18 @@ def example(model: onnx.ModelProto) -> dict[str, np.ndarray]:
             floats = np.dtype(dtype).kind == "f"
             feed[value.name] = rng.standard_normal(shape).astype(dtype) if floats else np.zeros(shape, dtype)
     return feed
+
+
+def _alike(own: list[Input], theirs: list[Input]) -> bool:
+    """True if one feed could serve both."""
+    others = {i.name: i.shape for i in theirs}
+    return {i.name for i in own} == set(others) and all(
+        len(i.shape) == len(others[i.name]) and all(n is None or m is None or n == m
+                                                    for n, m in zip(i.shape, others[i.name], strict=True)) for i in own)
+
+
+def _shapes(inputs: list[Input]) -> str:
+    return ", ".join(f"'{i.name}' {[n if n is not None else 'any' for n in i.shape]}" for i in inputs)
 
 
 def _accumulator(need: Need | None) -> tuple[int | None, bool]:
@@ -206,8 +236,13 @@ def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto, known: dict[str,
         kernel = ran[node.name].op_type if node.name in ran else "unknown"
         quantized = kernel in QUANTIZED
         found.append(LayerAudit(node.name, node.op_type, node.input[1] in constants, kernel, quantized,
-                                "" if quantized else _why(graph, node), *_accumulator(known.get(node.output[0]))))
+                                "" if quantized else _why(graph, node), *_accumulator(known.get(node.output[0])),
+                                _product(node, constants)))
     return found
+
+
+def _product(node: onnx.NodeProto, constants: set[str]) -> bool:
+    return node.op_type == "MatMul" and not any(name in constants for name in node.input)
 
 
 def _fused_into(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]],
@@ -254,6 +289,9 @@ def _why(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
     if node.op_type == "ConvTranspose":
         return "onnxruntime has no integer ConvTranspose"
     weight, source = made.get(node.input[1]), made.get(node.input[0])
+    decoded = any(n is not None and n.op_type == "DequantizeLinear" for n in (weight, source))
+    if _product(node, _constants(graph)) and not decoded:
+        return _PRODUCT
     if source is None or source.op_type != "DequantizeLinear":
         origin = f"operator '{source.name or source.op_type}'" if source is not None else "the model's input"
         if weight is None or weight.op_type != "DequantizeLinear":
@@ -273,8 +311,18 @@ def _why(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
         return "its 4-bit weight goes straight into DequantizeLinear; put a Cast to INT8 between"
     if node.op_type == "Conv" and (not readers or any(n.op_type != "QuantizeLinear" for n in readers)):
         other = next((n.name or n.op_type for n in readers if n.op_type != "QuantizeLinear"), "the model's output")
+        if len(readers) == 1 and _shifts(graph, readers[0]):
+            return (f"Mul '{other}' shifts its channels, as target per-tensor has it for one scale per weight, which "
+                    "onnxruntime runs in float")
         return f"its output is read in float by {other}; quantize it"
     return "onnxruntime did not fuse it (check zero points and the bias scale s_x * s_w)"
+
+
+def _shifts(graph: onnx.GraphProto, node: onnx.NodeProto) -> bool:
+    """True if a node multiplies by constant powers of two."""
+    found = [onnx.numpy_helper.to_array(t) for t in graph.initializer if node.op_type == "Mul" and t.name in node.input
+             and t.data_location != TensorProto.EXTERNAL]
+    return bool(found) and bool((np.frexp(found[0])[0] == 0.5).all())
 
 
 def _sixteen(types: dict[str, int], node: onnx.NodeProto) -> bool:

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import onnx
 
 from onnxq_plugins import runtime
 from onnxq_plugins.calibration import Track, silent
-from onnxq_plugins.data import Data, DataOptions, Source, graph_inputs, model_inputs, open_data
+from onnxq_plugins.data import Data, DataOptions, Source, graph_inputs, open_data
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, load
-from onnxq_plugins.graph.importer import read
-from onnxq_plugins.measure import Metric, agreement, find_metric, metric_name, sqnr, top1
-from onnxq_plugins.runtime import Feed
+from onnxq_plugins.measure import Metric, agreement, chance, check_labels, find_metric, metric_name, sqnr, top1
 from onnxq_plugins.spec import Array
 
 Prefer = Literal["speed", "size"]
@@ -28,6 +26,7 @@ RECIPES: dict[Prefer, tuple[str, ...]] = {
     "speed": ("int8", "int8-rounded"), "size": ("int8", "mixed-coding-length", "mixed", "int4-rounded", "int4-storage")}
 _APART = 16  # samples from which making and judging use different ones
 _MOST = 512  # samples to judge by
+_FINE = 0.2  # points below which a sample's worth matters to no decision
 _SECONDS = 1.0  # of latency measurement for each model
 
 
@@ -89,16 +88,31 @@ def auto(model: str | Path | onnx.ModelProto | Graph, data: Source, *, max_drop:
         raise OnnxqError(f"prefer = '{prefer}' is unknown; known: {', '.join(get_args(Prefer))}.")
     if not max_drop >= 0:
         raise OnnxqError(f"max_drop = {max_drop} must be 0 or more.")
+    if metric in ("sqnr", sqnr):
+        raise OnnxqError("metric 'sqnr' has no drop: the float model's own has no bound; give another metric, such as "
+                         "agreement, and read the dB off the table.")
     graph = load(model, float32=float32)
     inputs = graph_inputs(graph)
-    made_with, judged_on, notes = _apart(open_data(data, inputs, options, None if test is not None else labels),
-                                         None if test is None else open_data(test, inputs, options, labels))
+    opened = open_data(data, inputs, options, None if test is not None else labels)
+    apart = None if test is None else open_data(test, inputs, options, labels)
+    if metric in (None, "top1", top1):
+        check_labels((opened if apart is None else apart).labels, graph.shape(graph.outputs[0]), graph.outputs[0])
+    made_with, judged_on, notes = _apart(opened, apart)
     feeds, known = judged_on.spread(_MOST), judged_on.spread_labels(_MOST)
     right = None if known is None else np.concatenate(known)
     by = find_metric(metric) if metric is not None else agreement if right is None else top1
     reference = runtime.outputs(runtime.session(graph.model()), feeds)
-    given, first = _as_given(model, graph, feeds[0])
+    # the user's own model, which may be slower than its canonical form
+    given = runtime.session(graph.model() if isinstance(model, Graph) else Path(model) if isinstance(model, str) else model)
+    if data is test or (isinstance(data, (str, Path)) and isinstance(test, (str, Path)) and Path(data) == Path(test)):
+        notes += ("the samples to judge by are those that models are made with, which flatters them",)
+    judged = int(np.argmax(reference[0], axis=-1).size)
+    if by in (top1, agreement) and 100 / judged > max(max_drop, _FINE):
+        notes += (f"one of {judged} samples is {100 / judged:.1f} points, more than the drop of {max_drop:g} to decide on: "
+                  "give more --test samples for a decision this fine",)
     best = by(reference, reference, right)
+    if by is top1 and (remark := chance(best, reference[0].shape[-1], len(reference[0]))):
+        notes += (remark,)
     trials: list[Trial] = []
     results: dict[str, Result] = {}
     for recipe in recipes or RECIPES[prefer]:
@@ -110,9 +124,9 @@ def auto(model: str | Path | onnx.ModelProto | Graph, data: Source, *, max_drop:
         else:
             own = runtime.session(result.model)
             outputs = runtime.outputs(own, feeds)
-            slow, fast = runtime.latency([given, own], [first, feeds[0]], _SECONDS)
+            slow, fast = runtime.latency([given, own], [runtime.wanted(given, feeds[0]), feeds[0]], _SECONDS)
             trials.append(Trial(recipe, best - by(reference, outputs, right), sqnr(reference, outputs),
-                                result.model.ByteSize(), slow / fast, float(result.report["seconds"])))
+                                int(result.report["bytes"]["quantized"]), slow / fast, float(result.report["seconds"])))
             results[recipe] = result
         tell(trials[-1])
         if prefer == "speed" and trials[-1].drop <= max_drop:
@@ -123,12 +137,6 @@ def auto(model: str | Path | onnx.ModelProto | Graph, data: Source, *, max_drop:
     fit = [trial for trial in usable if trial.drop <= max_drop]
     found = min(fit or usable, key=_order(prefer) if fit else lambda trial: trial.drop)
     return AutoResult(tuple(trials), metric_name(by), best, found, results[found.recipe], bool(fit), notes)
-
-
-def _as_given(model: str | Path | onnx.ModelProto | Graph, graph: Graph, feed: Feed) -> tuple[Any, Feed]:
-    """A session of the user's own model, which may be slower than its canonical form, and a sample in its types."""
-    source = graph.model() if isinstance(model, Graph) else read(Path(model)) if isinstance(model, (str, Path)) else model
-    return runtime.session(source), {i.name: feed[i.name].astype(i.dtype) for i in model_inputs(source)}
 
 
 def _order(prefer: Prefer) -> Callable[[Trial], float]:

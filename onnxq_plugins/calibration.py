@@ -238,7 +238,7 @@ class Calibration:
         if not names:
             return {}
         if self.data is None:
-            raise OnnxqError("calibration needs sample inputs, and there are none; give --data PATH, or use recipe "
+            raise OnnxqError("calibration needs sample inputs, and there are none; give data (--data PATH), or use recipe "
                              "int8-data-free, which needs none.")
         digest = self.graph.digest()
         self._known = {key: state for key, state in self._known.items() if key[0] == digest}

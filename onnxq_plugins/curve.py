@@ -21,6 +21,7 @@ from onnxq_plugins.spec import Array
 
 _OTHER = ("widths", "chosen")  # what a point holds beside numbers
 _UNITS = {"sqnr": "SQNR, dB", "agreement": "same argmax as float, %", "size": "bits of the weights (8 bits everywhere: 1)",
+          "stored": "weights in the file (8 bits everywhere: 1)",
           "bops": "bit operations (8 bits everywhere: 1)"}
 # Read on white and on black alike: the drawings have no background.
 _TEXT, _LINE, _CHOSEN = "#808080", "#3f88c5", "#e07a3f"
@@ -77,7 +78,7 @@ class Curve:
             counts = Counter(point["widths"].values())
             rows.append([str(number), *(_shown(key, point.get(key)) for key in self.numbers),
                          *(str(counts[name] or "") for name in names), "chosen" if point.get("chosen") else ""])
-        return ["point", *({"sqnr": "SQNR dB"}.get(key, key) for key in self.numbers), *names, ""], rows
+        return ["point", *({"sqnr": "SQNR dB", "stored": "file"}.get(key, key) for key in self.numbers), *names, ""], rows
 
     def files(self) -> tuple[dict[str, bytes], list[str]]:
         """Content of all files by name, ``curve.json`` last, and remarks: drawings need matplotlib."""

@@ -19,6 +19,7 @@ from onnxq_plugins.graph import Graph
 from onnxq_plugins.spec import Array
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+_FEW = 8  # samples below which their number is remarked
 Source = Any  # str | Path | ndarray | mapping of arrays | iterable of feeds | CalibrationDataReader
 
 
@@ -108,6 +109,22 @@ class Data:
             yield feed
         if empty:
             raise OnnxqError(f"{self.where} holds no sample; give at least one.")
+
+    def remarks(self) -> list[str]:
+        """What the user may want to know about the samples, seen from the first eight. Raises OnnxqError as iterating
+        does."""
+        first = [self._checked(feed, n) for n, feed in enumerate(itertools.islice(self._samples(), _FEW))]
+        found = list(self.notes)
+        if 0 < len(first) < _FEW:
+            found.append(f"{self.where} holds {len(first)} sample{'s' * (len(first) > 1)} only, which all ranges and codes "
+                         "will rest on; give 32 or more")
+        alike = len(first) > 1 and all(np.array_equal(first[0][name], x) for feed in first for name, x in feed.items())
+        flat = all((x == x.flat[0]).all() for feed in first for x in feed.values() if x.size)
+        large = any(x.size > 1 for feed in first for x in feed.values())
+        if alike or (flat and large):
+            found.append(f"the first samples of {self.where} are " + ("all equal" if alike else "one value everywhere")
+                         + "; calibrate on inputs as the model will see them")
+        return found
 
     def spread(self, count: int) -> list[dict[str, Array]]:
         """So many feeds spread evenly, or all where there are fewer; no more are held."""
@@ -223,14 +240,24 @@ def _load_numpy(path: Path) -> dict[str, Array]:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # numpy, zipfile and zlib each raise their own
-        raise OnnxqError(f"data '{path}' is not a readable .npz or .npy file "
-                         f"({' '.join(str(error).split())[:120]}).") from error
+        raise OnnxqError(f"data '{path}' is not a readable .npz or .npy file ({_unreadable(error)}); save arrays of numbers "
+                         "with numpy.savez.") from error
+
+
+def _unreadable(error: Exception) -> str:
+    """What numpy says of a file; its advice to allow pickles, which run code, is left out."""
+    text = " ".join(str(error).split())
+    if "pickle" in text.lower():
+        return "it holds Python objects" if text.startswith("Object arrays") else "it is not in numpy's format"
+    return text[:120].rstrip(".")
 
 
 def _load_labels(path: str) -> Array | None:
     """Labels along the first axis, of an .npy file or of a text file with a number a line; None for no path."""
     if not path:
         return None
+    if not Path(path).exists():
+        raise OnnxqError(f"labels '{path}' do not exist; give an .npy file, or a text file with a whole number a line.")
     try:
         with warnings.catch_warnings(action="ignore"):  # numpy warns of empty files
             labels: Array = (np.load(path, allow_pickle=False) if Path(path).suffix == ".npy"
@@ -242,7 +269,7 @@ def _load_labels(path: str) -> Array | None:
         return labels
     except Exception as error:  # as in `_load_numpy`
         raise OnnxqError(f"labels '{path}' are not a readable .npy file or text file with a whole number a line "
-                         f"({' '.join(str(error).split())[:120]}).") from error
+                         f"({_unreadable(error)}).") from error
 
 
 def _one_each(labels: Array | None, samples: int, where: str) -> Array | None:
@@ -343,33 +370,60 @@ def _images(folder: Path, inputs: Sequence[Input], options: DataOptions, labels:
             raise OnnxqError(f"--{name} has {len(values)} values; give one, or one per channel, comma-separated.")
     if not all(options.std):
         raise OnnxqError("--std has a zero; give the standard deviation of RGB / 255.")
+    if max(*options.mean, *options.std) > 2:
+        said, right = ([f"--{name} {','.join(f'{v / by:.4g}' for v in values)}" for name, values in (
+            ("mean", options.mean), ("std", options.std))] for by in (1, 255))
+        raise OnnxqError(f"{' '.join(said)} are of RGB in 0..255, and images are read as RGB/255: give {' '.join(right)}.")
     numbers = _spread(len(files), options.samples)
     picked = [files[n] for n in numbers]
     labels = _one_each(labels, len(files), f"folder '{folder}'")
-    mean, std = np.array(options.mean, np.float32), np.array(options.std, np.float32)
+    mode, mean, std = "L" if channels == 1 else "RGB", np.array(options.mean, np.float32), np.array(options.std, np.float32)
 
     def samples() -> Iterator[Mapping[str, Array]]:
         for file in picked:
-            pixels = (_pixels(file, options, "L" if channels == 1 else "RGB") - mean) / std
+            try:
+                image = _pixels(file, options, mode)
+            except OSError as error:
+                raise _broken(picked, mode) from error
+            pixels = (image - mean) / std
             yield {wanted.name: (pixels.transpose(2, 0, 1) if layout == "nchw" else pixels)[None]}
 
     made = Data(inputs, samples, f"folder '{folder}'", len(picked), None if labels is None else labels[numbers])
     if (options.mean, options.std) == (DataOptions.mean, DataOptions.std):
         made.notes = ("images were read as RGB/255 in 0..1; if the model wants other values, give --mean and --std",)
-    elif max(*options.mean, *options.std) > 2:
-        made.notes = ("--mean and --std are of RGB/255: values such as 0.485 and 0.229, not 124 and 58",)
     return made
 
 
-def _pixels(file: Path, options: DataOptions, mode: str) -> Array:
-    """One image as float32 [height, width, channels] in 0..1."""
+def _opened(file: Path, mode: str) -> Any:
+    """A Pillow image. Raises OSError for a broken file."""
     from PIL import Image  # imported late: half of all users have no images
 
     try:
         with Image.open(file) as opened:
-            image = opened.convert(mode)
+            return opened.convert(mode)
     except Exception as error:  # Pillow raises several types for broken files
-        raise OnnxqError(f"image '{file}' cannot be read ({type(error).__name__}); remove or replace it.") from error
+        raise OSError(type(error).__name__) from error
+
+
+def _broken(files: Iterable[Path], mode: str) -> OnnxqError:
+    """What is said of images that cannot be read: all at once, the first five by name."""
+    found = []
+    for file in files:
+        try:
+            _opened(file, mode)
+        except OSError as error:
+            found.append(f"'{file}' ({error})")
+    if len(found) == 1:
+        return OnnxqError(f"image {found[0].replace(' (', ' cannot be read (')}; remove or replace it.")
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return OnnxqError(f"{len(found)} images cannot be read: {', '.join(found[:5])}{more}; remove or replace them.")
+
+
+def _pixels(file: Path, options: DataOptions, mode: str) -> Array:
+    """One image as float32 [height, width, channels] in 0..1. Raises OSError for a broken file."""
+    from PIL import Image
+
+    image = _opened(file, mode)
     if options.resize:
         ratio = options.resize / min(image.size)
         size = (max(round(image.width * ratio), 1), max(round(image.height * ratio), 1))
@@ -407,12 +461,25 @@ def _fit(array: Array, wanted: Input, where: str) -> Array:
         shape = (1, *shape[1:])  # batches of a fixed size are put together later
     if len(shape) != array.ndim or any(n is not None and n != m for n, m in zip(shape, array.shape, strict=True)):
         want = [n if n is not None else "any" for n in wanted.shape]
-        hint = "; see --resize, --crop and --layout" if where.startswith("folder") else ""
+        hint = "; see --resize, --crop and --layout" if where.startswith("folder") else _misfit(array.shape, wanted.shape)
         raise OnnxqError(f"{where}: input '{wanted.name}' wants shape {want}, the data has {list(array.shape)}{hint}.")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         kind = "NaN" if np.isnan(array).any() else "Inf"
         raise OnnxqError(f"{where}: input '{wanted.name}' has {kind}; remove that sample or mend it.")
     return array
+
+
+def _misfit(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> str:
+    """What would make an array of a shape fit, where that can be told."""
+    if len(shape) == len(wanted) == 4 and wanted[1] == shape[3] != shape[1]:
+        return "; transpose to NCHW: x.transpose(0, 3, 1, 2)"
+    if len(shape) == len(wanted) == 4 and wanted[3] == shape[1] != shape[3]:
+        return "; transpose to NHWC: x.transpose(0, 2, 3, 1)"
+    # where the first axis of an array counts samples, one sample without it has been taken apart
+    missing = len(wanted) - len(shape)
+    if missing in (1, 2) and all(n is None or n == m for n, m in zip(wanted[missing:], shape, strict=True)):
+        return "; add a batch axis: x[None]"
+    return ""
 
 
 def _names(names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,17 +23,18 @@ import numpy as np
 import onnx
 
 from onnxq_plugins import planning, qdq, runtime, storage
-from onnxq_plugins.audit import audit_model
+from onnxq_plugins.audit import Audit, audit_model
 from onnxq_plugins.calibration import Calibration, Track, silent
 from onnxq_plugins.complete import complete
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError, raised
 from onnxq_plugins.graph import Graph, Layer, load
+from onnxq_plugins.graph.importer import bytes_on_disk, skeleton
 from onnxq_plugins.graph.importer import read as read_model
-from onnxq_plugins.graph.importer import skeleton
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.measure import Metric, find_metric, metric_name
+from onnxq_plugins.measure import Metric, check_labels, find_metric, metric_name, top1
 from onnxq_plugins.plugins import Plugins, find_plugins
+from onnxq_plugins.quantizers import share_of_work
 from onnxq_plugins.recipe import Recipe
 from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.store import DataFile, clear_leftovers, replacing, writing
@@ -58,6 +60,7 @@ class Result:
     graph    the float graph that the plan is about: canonical, and rewritten by the passes
     target   what it was made for
     data     the samples it was calibrated with, if any
+    source   the user's own model: its path, or what was given; None for a Graph
     again    quantizes the same model on the same data by another recipe: again(recipe, settings=())
     """
 
@@ -67,6 +70,7 @@ class Result:
     graph: Graph
     target: Target
     data: Data | None = None
+    source: Path | onnx.ModelProto | None = None
     again: Callable[..., Result] | None = None
 
     @property
@@ -74,6 +78,12 @@ class Result:
         """The float model that the plan is about. Its function is that of the given model, unless a pass declares otherwise;
         its tensors and weights need not be: BatchNorm is folded, channels may be rescaled."""
         return self.graph.model()
+
+    @property
+    def original(self) -> Path | onnx.ModelProto:
+        """What latency and accuracy are compared with: the user's own model, or `float_model` where that is gone."""
+        gone = self.source is None or (isinstance(self.source, Path) and not self.source.is_file())
+        return self.float_model if gone or self.source is None else self.source
 
     @property
     def recipe_name(self) -> str:
@@ -151,9 +161,15 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     if output is not None:
         check_writable(Path(output))
     graph = load(model, float32=float32, flatten=chosen.flatten)
+    given = Path(model).absolute() if isinstance(model, (str, Path)) else None if isinstance(model, Graph) else model
+    before = _bytes(graph, given)
+    if isinstance(given, Path) and output is not None and given.resolve() == Path(output).resolve():
+        given = None  # it will not be there any more
     # a recipe may come from a stranger: its path is only ever a file, never code to import
     source = data if data is not None else Path(made.data.path) if made.data.path else None
     read = open_data(source, graph_inputs(graph), made.data, labels) if source is not None else None
+    if read is not None and judge in (None, top1):
+        check_labels(read.labels, graph.shape(graph.outputs[0]), graph.outputs[0])
     asked = planning.request(graph, made, chosen)
     OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
     workers = workers or cores()
@@ -161,8 +177,8 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
         clear_leftovers(Path(cache))
     calibration = Calibration(graph, read, cache=Path(cache) if cache else None, workers=workers, track=track)
     job = Job(graph, asked.plan, calibration, chosen, made, np.random.default_rng(seed), workers,
-              {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.notes if read else ())]}, track,
-              judge)
+              {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.remarks() if read else ())]},
+              track, judge)
     steps = [_run(job, step, found, verify) for step in made.passes]
     if judge is not None and not any(hasattr(step, "metric") for step in made.passes):
         job.report["notes"].append(f"metric '{metric_name(judge)}': no pass of the recipe searches, so none asked for it")
@@ -180,12 +196,12 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
         exported = qdq.export(graph, job.plan, chosen, data=beside)
         _sign(exported, made, found, seed)
         job.report["steps"] = [*steps, {"pass": "export", "seconds": round(time.perf_counter() - start, 3)}]
-        _describe(job, exported, beside)
+        _describe(job, exported, beside, before)
         path = None if output is None else save_model(exported, Path(output)) if beside is None else beside.finish(exported)
     job.report["seconds"] = round(time.perf_counter() - started, 3)
     found.manager.hook.onnxq_exported(job=job, model=exported, path=path)
     again = partial(quantize, model, data=read, seed=seed, workers=workers, cache=cache, float32=float32, plugins=plugins)
-    return Result(exported, job.plan, job.report, job.graph, chosen, job.calibration.data, again)
+    return Result(exported, job.plan, job.report, job.graph, chosen, job.calibration.data, given, again)
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> Path:
@@ -349,13 +365,22 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None) -> None:
-    """Per-layer table, sizes, kernels and the one-line summary."""
+def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None, before: int) -> None:
+    """Per-layer table, sizes, kernels and the one-line summary.
+
+    before   bytes of the user's own model
+    """
     report = job.report
     if beside is not None:
         beside.flush()
     kernels = audit_model(model, folder=beside.path.parent if beside is not None else None)
     job.graph.mapped.release()
+    if (products := kernels.products()) and any(not job.graph.is_constant(name) for name in job.plan):
+        share = share_of_work(job.graph, products)
+        work = "" if share is None else f", {100 * share:.1f} % of the multiply-adds"
+        report["notes"].append(
+            f"products of two activations that run in float: {len(products)}{work}; at their size integer kernels mostly do "
+            'not pay, [[layer]] op = "Attention" quantize = true takes them all the same')
     by_name = {entry.name: entry for entry in kernels.layers}
     rows, stored = [], 0.0
     for layer in job.graph.layers:
@@ -369,22 +394,44 @@ def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None) -> None
             row |= {"weights": spec.describe((layer.out_axis, layer.in_axis)), "bits_per_weight": round(bits, 3)}
         why = report["floats"].get(layer.name) or (entry.why if entry and not entry.quantized else "")
         rows.append(row | ({"why_float": why} if why else {}))
-    weights: dict[str, Array] = {}
-    before = job.graph.model(weights).ByteSize() + sum(w.nbytes for w in weights.values())
     after = runtime.size_of(model) + (beside.size if beside is not None else 0)
     report |= {"recipe_name": job.recipe.name, "recipe": job.recipe.to_dict(), "layers": rows,
                "bytes": {"float": before, "quantized": after},
                "kernels": kernels.counts(), "machine": {"python": platform.python_version(),
                                                         "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}
-    where = "" if job.target.here else " in onnxruntime"  # the audit of other runtimes is a command
     report["bits_per_weight"] = round(stored / max(sum(row["parameters"] for row in rows), 1), 3)
     wide = sum(_rule(job, y).activations > 8 and not by_name[y.name].quantized for y in job.graph.layers
                if y.weight in job.plan and y.name in by_name)
     decoded = sum(_rule(job, y).storage == "float" for y in job.graph.layers if y.weight in job.plan)
-    ran = f"{decoded}/{len(rows)} layers decoded at load, run in float" if decoded else f"{kernels.summary()}{where}"
+    ran = f"{decoded}/{len(rows)} layers decoded at load, run in float" if decoded else (
+        kernels.summary() if job.target.here else _elsewhere(job, kernels, wide))
     ran += f"; {wide}/{len(rows)} layers with 16-bit activations run in float there" if wide else ""
     report["summary"] = (f"{ran} | {before / 1e6:.2f} -> {after / 1e6:.2f} MB, "
                          f"{report['bits_per_weight']:.1f} bits per weight")
+
+
+def _elsewhere(job: Job, kernels: Audit, wide: int) -> str:
+    """What is told of a model for another runtime, which onnxruntime may run otherwise; the audit of that is a command.
+
+    wide   layers in float there that the summary tells of anyhow
+    """
+    planned = {y.name: y.op for y in job.graph.layers if y.weight in job.plan}
+    floats = sum(entry.name in planned and not entry.quantized for entry in kernels.layers) - wide
+    if floats <= 0:
+        return f"{kernels.summary()} in onnxruntime"
+    whole, done = Counter(y.op for y in job.graph.layers), Counter(planned.values())
+    counts = "; ".join(f"{done[op]}/{n} {op}" for op, n in whole.items())
+    return f"{counts} quantized for {job.target.name}; {floats} run in float in onnxruntime"
+
+
+def _bytes(graph: Graph, given: Path | onnx.ModelProto | None) -> int:
+    """Size of the user's own model; of the graph where none was given."""
+    if isinstance(given, Path):
+        return bytes_on_disk(given)
+    if given is not None:
+        return runtime.size_of(given)
+    weights: dict[str, Array] = {}
+    return int(graph.model(weights).ByteSize()) + sum(w.nbytes for w in weights.values())
 
 
 def _rule(job: Job, layer: Layer) -> Rule:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
@@ -38,11 +39,49 @@ def top1(reference: Sequence[Array], found: Sequence[Array], labels: Array | Non
     where they do not fit the output."""
     if labels is None:
         raise OnnxqError("metric 'top1' needs labels; give --labels FILE, or an array named 'labels' in the .npz.")
+    check_labels(labels, found[0].shape)
     best = np.argmax(found[0], axis=-1)
     if best.shape != labels.shape:
         raise OnnxqError(f"metric 'top1': the labels have shape {list(labels.shape)}, the outputs' classes "
                          f"{list(best.shape)}; give one label for each.")
     return 100 * float(np.mean(best == labels))
+
+
+def check_labels(labels: Array | None, shape: Sequence[Any] | None, name: str = "") -> None:
+    """Raise OnnxqError for labels that are no classes of an output.
+
+    labels   [samples, ...] or None
+    shape    of the output, classes last; sizes that are not known are no int
+    name     of the output
+    """
+    if labels is None or not shape or len(shape) < 2 or not isinstance(classes := shape[-1], int) or classes < 2:
+        return
+    output = f"output '{name}'" if name else "the first output"
+    values = np.asarray(labels)
+    if values.shape[1:] == (classes,) and values.ndim == len(shape) and ((values != 0).sum(axis=-1) == 1).all():
+        raise OnnxqError(f"the labels have shape {list(values.shape)}, one-hot it seems, and {output} has {classes} "
+                         "classes; give the number of the class, such as labels.argmax(-1).")
+    if values.ndim != len(shape) - 1 or values.dtype.kind not in "iuf":
+        return
+    wrong = (values < 0) | (values >= classes) | (values != np.round(values))
+    if wrong.any():
+        at = tuple(int(n) for n in np.argwhere(wrong)[0])
+        ones = wrong[values != classes].sum() == 0 and values.min() >= 1
+        raise OnnxqError(f"label {values[at]:g} of sample {at[0]}, but {output} has {classes} classes, 0..{classes - 1}; "
+                         + ("the labels seem to count from 1: subtract 1." if ones else "give the number of the class."))
+
+
+def chance(score: float, classes: int, samples: int) -> str:
+    """A remark where a float network gets no more labels right than guessing would; "" elsewhere, and for fewer than 30
+    samples.
+
+    score   percent of samples
+    """
+    if samples < 30 or classes < 2 or score > 150 / classes:
+        return ""
+    return (f"the float model gets {score:.1f}% of {samples} labels right, which guessing among {classes} classes does, "
+            "too: check that labels are in the samples' order and count classes as the model does, and how the samples were "
+            "normalized")
 
 
 BUILTIN: dict[str, Metric] = {"sqnr": sqnr, "agreement": agreement, "top1": top1}

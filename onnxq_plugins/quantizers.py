@@ -114,6 +114,34 @@ def multiply_adds(graph: Graph, feed: Mapping[str, Array]) -> dict[str, int]:
             for y, size in zip(graph.layers, sizes, strict=True)}
 
 
+def share_of_work(graph: Graph, products: Iterable[str]) -> float | None:
+    """The part of a network's multiply-adds that some products of two activations have, from shapes inferred at batch 1,
+    without a run; None where these do not tell.
+
+    products   names of MatMul nodes
+    """
+    model = graph.model({})  # placeholders for large weights
+    del model.graph.value_info[:]
+    for value in model.graph.input:
+        for dim in value.type.tensor_type.shape.dim[:1]:
+            dim.dim_value = dim.dim_value or 1
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except (ValueError, onnx.shape_inference.InferenceError):
+        return None
+    shapes = {v.name: [d.dim_value if d.HasField("dim_value") else np.nan for d in v.type.tensor_type.shape.dim]
+              for v in (*inferred.input, *inferred.value_info, *inferred.output)}
+    layers = [np.prod(shapes.get(y.input, [np.nan])) * np.prod(y.shape) / y.shape[0] if y.op == "ConvTranspose"
+              else np.prod(shapes.get(y.output, [np.nan])) * np.prod(y.shape) / y.channels for y in graph.layers]
+    work = {node.name: np.prod(shapes.get(node.outputs[0].name, [np.nan])) * shapes.get(node.inputs[0].name, [np.nan])[-1]
+            for node in graph.nodes
+            if node.op == "MatMul" and not node.domain and not any(graph.is_constant(t.name) for t in node.inputs)}
+    share = sum(work.get(name, np.nan) for name in products) / max(sum(layers) + sum(work.values()), 1)
+    return float(share) if np.isfinite(share) else None
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a choice of widths costs.

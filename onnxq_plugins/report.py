@@ -76,10 +76,10 @@ def write_report(result: Result, path: str | Path, data: Source | Data | None = 
 
 
 def _measured(result: Result, data: Data) -> dict[str, Any]:
-    """Accuracy and latency of the quantized network beside the float one."""
+    """Accuracy and latency of the quantized network beside the user's own model."""
     feeds, labels = data.spread(_MEASURED), data.spread_labels(_MEASURED)
-    runners = [runtime.session(result.float_model), runtime.session(result.model)]
-    exact, quantized = (runtime.outputs(runner, feeds) for runner in runners)
+    runners = [runtime.session(result.original), runtime.session(result.model)]
+    exact, quantized = (runtime.outputs(runner, (runtime.wanted(runner, feed) for feed in feeds)) for runner in runners)
     found: dict[str, Any] = {"samples": len(feeds), "of": data.size, "where": data.where,
                              "calibrated_on_them": data is result.data, "sqnr": round(sqnr(exact, quantized), 2)}
     if exact[0].ndim > 1 and exact[0].shape[-1] > 1:
@@ -87,7 +87,7 @@ def _measured(result: Result, data: Data) -> dict[str, Any]:
     if labels is not None:
         right = np.concatenate(labels)
         found["top1"] = {"float": round(top1(exact, exact, right), 2), "quantized": round(top1(exact, quantized, right), 2)}
-    slow, fast = runtime.latency(runners, feeds[0], _SECONDS)
+    slow, fast = runtime.latency(runners, [runtime.wanted(runner, feeds[0]) for runner in runners], _SECONDS)
     found["milliseconds"] = {"float": round(slow, 4), "quantized": round(fast, 4), "machine": platform.machine()}
     return found
 

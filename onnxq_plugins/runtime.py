@@ -132,6 +132,8 @@ def _from_files(model: onnx.ModelProto | bytes | str | Path, weights: Mapping[st
 
 def size_of(model: onnx.ModelProto) -> int:
     """Bytes of a model in a file, external data left out; of any size, which `ByteSize` is not."""
+    if sum(int(tensor.ByteSize()) for tensor in model.graph.initializer) < LARGE:
+        return int(model.ByteSize())
     rest = onnx.ModelProto(graph=onnx.GraphProto(node=model.graph.node), metadata_props=model.metadata_props)
     return int(rest.ByteSize()) + sum(int(tensor.ByteSize()) for tensor in model.graph.initializer)
 
@@ -192,6 +194,12 @@ def drift(reference: Sequence[Array], other: Sequence[Array]) -> float:
     found = [float(np.max(np.abs(a - b), initial=0.0) / max(float(np.max(np.abs(a), initial=0.0)), 1e-30))
              for a, b in zip(reference, other, strict=True)]
     return max(found, default=0.0) if np.isfinite(found).all() else float("inf")
+
+
+def wanted(runner: ort.InferenceSession, feed: Feed) -> Feed:
+    """A feed in the types of a session's inputs: a user's own model may be in half precision."""
+    types = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(double)": np.float64}
+    return {i.name: feed[i.name].astype(types.get(i.type, feed[i.name].dtype), copy=False) for i in runner.get_inputs()}
 
 
 def latency(runners: Sequence[ort.InferenceSession], feed: Feed | Sequence[Feed], seconds: float = 1.0) -> list[float]:

@@ -28,6 +28,7 @@ from onnxq_plugins.quantizers import FLOAT_BITS, Cost, Group, Width, cost, multi
 from onnxq_plugins.solvers.allocate import allocate
 from onnxq_plugins.solvers.rounding import Effort, Method
 from onnxq_plugins.spec import Array, Plan, QuantSpec, from_range
+from onnxq_plugins.storage import code_bits
 from onnxq_plugins.store import digest, load_arrays, save_arrays
 from onnxq_plugins.target import STORAGE, Rule
 
@@ -204,6 +205,18 @@ class Widths:
         """What a choice costs, in parts of what 8 bits everywhere cost; latency only if it was measured."""
         price, whole = asdict(self.cost(choice)), asdict(self.eight)
         return {key: value / (whole[key] or 1.0) for key, value in price.items() if key != "latency" or self.times}
+
+    def stored(self, choice: Choice) -> float:
+        """Bits of the weights' codes as they lie in a file of the target, in parts of 8 bits each: widths of 5 to 7 bits
+        take a byte there."""
+        taken, whole = 0.0, 0.0
+        for group, width in zip(self.groups, choice, strict=True):
+            for layer in (self.layers[name] for name in group.layers):
+                count, asked = float(np.prod(layer.shape)), self._request(layer, self._bits(layer.name, width))
+                rule = self.job.target.rule(layer, asked, width.activations if group.activations else 0)
+                taken += count * (float(FLOAT_BITS) if rule is None else code_bits(asked.bits, rule))
+                whole += 8 * count
+        return taken / (whole or 1.0)
 
     @property
     def eight(self) -> Cost:

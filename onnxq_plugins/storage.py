@@ -99,6 +99,11 @@ def narrow_channels(layer: Layer, spec: QuantSpec, rule: Rule) -> Array | None:
     return np.asarray(fits) if 4 * fits.sum() >= fits.size else None
 
 
+def code_bits(bits: int, rule: Rule) -> float:
+    """Bits that a code of some width takes on disk under a rule: files know 4 and 8."""
+    return 4.0 if bits <= 4 and rule.storage != "int8" else 8.0
+
+
 def stored_bits(layer: Layer, spec: QuantSpec, rule: Rule) -> float:
     """Bits per weight on disk under a rule: codes (filled up to whole blocks where they are divided), multipliers and
     scales."""
@@ -111,7 +116,7 @@ def stored_bits(layer: Layer, spec: QuantSpec, rule: Rule) -> float:
         bits += (4 if multiplier_type(spec.multiplier) is ml_dtypes.uint4 else 8) * spec.multiplier.size
     elif storage == "float":
         shape = Layout.of(shape, spec.block).whole
-    width = 4.0 if spec.bits <= 4 and storage != "int8" else 8.0
+    width = code_bits(spec.bits, rule)
     if (narrow := narrow_channels(layer, spec, rule)) is not None:
         width -= 4.0 * float(narrow.mean())
     return float((width * np.prod(shape) + bits) / np.prod(layer.shape))

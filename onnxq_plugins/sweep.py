@@ -116,7 +116,7 @@ def sweep(job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 
     """
     wanted = {layer.name for layer in layers}
     if job.calibration.data is None:
-        raise OnnxqError("rounding by what layers see needs sample inputs, and there are none; give --data PATH.")
+        raise OnnxqError("rounding by what layers see needs sample inputs, and there are none; give data (--data PATH).")
     feeds = _choose(job, job.calibration.data, samples)
     floats: dict[str, Array] = {}
     proto = job.graph.model(floats)

@@ -216,7 +216,7 @@ def test_activations_the_target_cannot_run_are_refused(activations, words):
 
 
 def test_activations_without_data_are_refused():
-    with pytest.raises(OnnxqError, match=r"needs? sample inputs.*give --data"):
+    with pytest.raises(OnnxqError, match=r"needs? sample inputs.*give data \(--data"):
         quantize(cnn(), {})
 
 

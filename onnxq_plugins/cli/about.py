@@ -124,7 +124,9 @@ def quickstart_command(
         table.add_row(row.name, f"{100 * row.accuracy:.2f}%", "-" if row is rows[0] else f"{row.sqnr:.1f}",
                       f"{row.size / 1e3:.0f}", f"{row.milliseconds:.3f}")
     show(table)
-    say(f"{rows[1].kernels} | {rows[0].milliseconds / rows[1].milliseconds:.2f}x the speed of float")
+    speed = rows[0].milliseconds / rows[1].milliseconds
+    small = ": this model is too small to gain, larger ones do" if speed < 1.2 else ""
+    say(f"{rows[1].kernels} | {speed:.2f}x the speed of float{small}")
     if report is not None:
         say(f"layer by layer, with drawings: {report}")
     say(f"\n{rows[0].path} and {rows[1].path} are yours to look at. Next, by hand:\n"

@@ -34,8 +34,8 @@ from onnxq_plugins.data import model_inputs, open_data
 from onnxq_plugins.diagnose import Diagnosis, diagnose
 from onnxq_plugins.engine import quantize, recipe_of
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph.importer import read
-from onnxq_plugins.measure import find_metric, metric_name, top1
+from onnxq_plugins.graph.importer import bytes_on_disk, read
+from onnxq_plugins.measure import chance, check_labels, find_metric, metric_name, top1
 from onnxq_plugins.recipe import load_recipe
 
 
@@ -51,12 +51,16 @@ def audit_command(
             read(path)
     if runtime_name not in ("onnxruntime", "openvino"):
         raise OnnxqError(f"runtime '{runtime_name}' is unknown; known: onnxruntime, openvino.")
+    if runtime_name == "openvino" and against is not None:
+        raise OnnxqError("--against measures in onnxruntime; leave it out beside --runtime openvino (OpenVINO's own "
+                         "benchmark_app measures there).")
     found = audit_openvino(model) if runtime_name == "openvino" else audit_model(model, against)
     table = Table("layer", "operator", "kernel", "accumulator", "why float", box=None, header_style="bold")
     for layer in found.layers:
-        if layer.constant_weight or layer.quantized:
+        if layer.constant_weight or layer.quantized or layer.product:
             bits = f"{layer.accumulator} bits" if layer.accumulator is not None else ""
-            table.add_row(layer.name, layer.op, layer.kernel, bits, layer.why, style=None if layer.quantized else "yellow")
+            table.add_row(escape(layer.name), layer.op, layer.kernel, bits, escape(layer.why),
+                          style=None if layer.quantized else "yellow")
     show(table)
     rest = ", ".join(f"{n} {op}" for op, n in sorted(found.other.items(), key=lambda item: -item[1])[:12])
     say(f"\nother operators: {rest or 'none'}")
@@ -149,6 +153,11 @@ def compare(
     own = [{i.name: first[i.name].astype(i.dtype) for i in wanted} for wanted in inputs]
     times = runtime.latency(runners, own, 2.0)
     names = [o.name for o in runners[0].get_outputs()]
+    truth = feeds.spread_labels(0)
+    right = None if truth is None else np.concatenate(truth)
+    judge = judge or (top1 if right is not None else None)
+    if judge is top1:
+        check_labels(right, (len(gathered[0]), *np.shape(gathered[0][0][0])[1:]), names[0])
     table = Table("output", "SQNR dB", "same argmax", box=None, header_style="bold")
     for i, name in enumerate(names):
         y, z = (np.concatenate([np.atleast_1d(r[i]) for r in rows]) for rows in gathered)
@@ -156,13 +165,13 @@ def compare(
             raise OnnxqError(f"output '{name}' has shape {y.shape} in '{a}' and {z.shape} in '{b}'.")
         table.add_row(name, f"{runtime.sqnr(y, z):.2f}", f"{100 * runtime.agreement(y, z):.2f}%" if y.ndim > 1 else "-")
     show(table)
-    truth = feeds.spread_labels(0)
-    judge = judge or (top1 if truth is not None else None)
     if judge is not None:
         whole = [[np.concatenate([np.atleast_1d(r[i]) for r in rows]) for i in range(len(names))] for rows in gathered]
-        found = [judge(whole[0], one, np.concatenate(truth) if truth is not None else None) for one in whole]
+        found = [judge(whole[0], one, right) for one in whole]
         say(f"{metric_name(judge)}: {found[0]:.2f} -> {found[1]:.2f}")
-    sizes = [p.stat().st_size for p in (a, b)]
+        if judge is top1 and (remark := chance(found[0], whole[0][0].shape[-1], len(whole[0][0]))):
+            tell("note: " + remark.replace("the float model", f"'{a}'"))
+    sizes = [bytes_on_disk(p) for p in (a, b)]
     say(f"{len(gathered[0])} samples | {sizes[0] / 1e6:.2f} -> {sizes[1] / 1e6:.2f} MB | {times[0]:.3f} -> "
          f"{times[1]:.3f} ms ({times[0] / times[1]:.2f}x, batch {len(next(iter(first.values())))}, 1 thread)")
 

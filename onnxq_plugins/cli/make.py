@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from onnxq_plugins.auto import RECIPES, auto
 from onnxq_plugins.auto import Trial as AutoTrial
-from onnxq_plugins.cli.console import command, complain, float_lines, say, show, tell, track
+from onnxq_plugins.cli.console import command, complain, err, float_lines, say, show, tell, track
 from onnxq_plugins.cli.options import (
     Crop,
     DataPath,
@@ -72,7 +73,7 @@ def quantize_command(
     trace: Annotated[bool, typer.Option("--trace", help="show each hook call of a plugin")] = False,
     report: Annotated[Path | None, typer.Option(help=(
         "write what was done, layer by layer: .html measures the result and gives a page, with the same as .json beside it; "
-        "any other name gives JSON alone"))] = None,
+        ".json gives that alone"))] = None,
     curve: Annotated[Path | None, typer.Option(metavar="FOLDER", help=(
         "write the points that a search over widths measured, for --plan, and a drawing"))] = None,
     overrides: Annotated[Path | None, typer.Option(help=(
@@ -88,6 +89,8 @@ def quantize_command(
         seed = kept if seed is None else seed
     settings = [*image_settings(resize, crop, mean, std, layout), *(set_ or [])]
     target_path = output or Path(f"{model.stem}.{(plan or Path(recipe or 'int8')).stem}.onnx")
+    if report is not None and not is_page(report) and report.suffix.lower() != ".json":
+        raise OnnxqError(f"--report '{report}': a report is a page or JSON; give a name that ends in .html or .json.")
     float_path = overrides.with_suffix(".onnx") if overrides is not None else None
     beside = report.with_suffix(".json") if report is not None and is_page(report) else None
     check_outputs({"-o": target_path, "--report": report, "--report (its numbers)": beside,
@@ -110,23 +113,30 @@ def quantize_command(
                           samples=samples, workers=workers or None, cache=cache, verify=verify, float32=float32,
                           settings=settings, labels=labels, metric=metric or None, track=track,
                           trace=tell if trace else None)
-    notes = list(result.report["notes"])
+    notes, wrote = list(result.report["notes"]), []
     if report is not None:
+        start = time.perf_counter()
         write_report(result, report, name=model.name, command=shlex.join(["onnxq", *sys.argv[1:]]), workers=workers or None,
                      track=track)
+        wrote.append(f"report: {report}{f', {beside}' if beside else ''} ({time.perf_counter() - start:.1f} s)")
     if (found := Curve.of(result, model.name)) is not None:
         _show_curve(found)
-        notes += found.write(curve) if curve is not None else []
+        if curve is not None:
+            notes += found.write(curve)
+            wrote.append(f"curve: {len(found.points)} points for --plan in {curve}")
     if overrides is not None and float_path is not None:
         told = ort_overrides(result)
         save_model(ort_model(result), float_path)
         write_file((json.dumps({"model": float_path.name, **told}, indent=2) + "\n").encode(), overrides)
         notes += [f"overrides: {note}" for note in told["notes"]]
+        wrote.append(f"overrides: {overrides}, for {float_path}")
     for note in notes:
         tell(f"note: {note}")
     for line in float_lines(result.report["floats"]):
         tell(line)
     say(f"{target_path}: {result.summary} | {result.report['seconds']:.1f} s")
+    for line in wrote:
+        say(line)
 
 
 @command("auto")
@@ -159,11 +169,12 @@ def auto_command(
     check_outputs({"-o": target_path}, {"model": model, "data": Path(data), "test": Path(test) if test else None})
     if prefer not in RECIPES:
         raise OnnxqError(f"--prefer {prefer} is unknown; {known(prefer, RECIPES)}.")
-    columns = ("recipe", "drop", "SQNR dB", "MB", "x float", "seconds", "")
+    columns = ("recipe", "drop", "SQNR dB", "size", "x float", "seconds", "")
     wide = max(len(name) for name in recipe or RECIPES[prefer])
 
     def progress(trial: AutoTrial) -> None:
-        tell(f"{trial.recipe:{wide}}  {_auto_line(trial)}")
+        if err.is_terminal:  # where somebody waits; the table tells the same
+            tell(f"{trial.recipe:{wide}}  {_auto_line(trial)}")
 
     found = auto(model, data, max_drop=max_drop, prefer=prefer, test=test or None, labels=labels, metric=metric or None,
                  recipes=recipe or (), target=target or None, seed=seed, workers=workers or None, cache=cache,
@@ -173,13 +184,18 @@ def auto_command(
     table = Table(*columns, box=None, header_style="bold")
     for trial in found.trials:
         kept = trial is found.best
-        cells = ["-"] * 5 if trial.why else [f"{trial.drop:.2f}", f"{trial.sqnr:.1f}", f"{trial.size / 1e6:.2f}",
+        cells = ["-"] * 5 if trial.why else [f"{trial.drop:.2f}", f"{trial.sqnr:.1f}", _size(trial.size),
                                              f"{trial.speed:.2f}", f"{trial.seconds:.1f}"]
         table.add_row(trial.recipe, *cells, "kept" if kept else "", style="bold" if kept else None)
     show(table)
-    say(f"drop is of {found.metric} (float: {found.reference:.2f}); x float is the speed in onnxruntime, batch 1, 1 thread")
+    better = " (below 0: better than float on these samples)" if any(trial.drop < 0 for trial in found.trials) else ""
+    say(f"drop{better} is of {found.metric} (float: {found.reference:.2f}); x float is the speed in onnxruntime, batch 1, 1 "
+        "thread")
     for note in found.notes:
         tell(f"note: {note}")
+    for trial in found.trials:
+        if trial.why:
+            tell(f"note: recipe '{trial.recipe}' is not possible: {trial.why}")
     say(f"{target_path}: {found.result.summary}")
     if not found.met:
         complain(OnnxqError(f"no recipe stays within a drop of {max_drop:g}; the most accurate one was written. Raise "
@@ -195,12 +211,18 @@ def _show_curve(curve: Curve) -> None:
     for row in rows:
         table.add_row(*row, style="bold" if row[-1] else None)
     show(table)
-    say("size and bops in parts of 8-bit weights and activations; the other columns count groups\n")
+    say("size (bits), file (as stored: codes of 5 to 7 bits take a byte) and bops in parts of 8-bit weights and "
+        "activations; the other columns count groups\n")
 
 
 def _auto_line(trial: AutoTrial) -> str:
     """What a recipe gave, in a line."""
     if trial.why:
         return f"not possible: {trial.why}"
-    return (f"drop {trial.drop:.2f}, {trial.sqnr:.1f} dB, {trial.size / 1e6:.2f} MB, {trial.speed:.2f} x float, "
+    return (f"drop {trial.drop:.2f}, {trial.sqnr:.1f} dB, {_size(trial.size)}, {trial.speed:.2f} x float, "
             f"{trial.seconds:.1f} s")
+
+
+def _size(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"

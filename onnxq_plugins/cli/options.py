@@ -36,16 +36,17 @@ Layout = Annotated[str, typer.Option(help="images: nchw or nhwc; read off the mo
 
 def image_settings(resize: int, crop: int, mean: str, std: str, layout: str) -> list[str]:
     settings = [f"data.{key}={value}" for key, value in (("resize", resize), ("crop", crop)) if value]
-    settings += [f"data.{key}=[{_decimals(value)}]" for key, value in (("mean", mean), ("std", std)) if value]
+    settings += [f"data.{key}=[{_decimals(key, value)}]" for key, value in (("mean", mean), ("std", std)) if value]
     return settings + ([f'data.layout="{layout}"'] if layout else [])
 
 
-def _decimals(text: str) -> str:
-    """Numbers as TOML writes them: .485 is none there. What is no number is left for the recipe to complain about."""
+def _decimals(name: str, text: str) -> str:
+    """Numbers as TOML writes them: .485 is none there."""
     try:
         return ",".join(repr(float(part)) for part in text.split(","))
     except ValueError:
-        return text
+        raise OnnxqError(f"--{name} '{text}' must be a number or a list of numbers, such as 0.5 or 0.485,0.456,0.406."
+                         ) from None
 
 
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:

@@ -103,6 +103,13 @@ def _invalid(where: str, error: Exception) -> OnnxqError:
                       "onnx.checker.check_model.")
 
 
+def bytes_on_disk(path: Path) -> int:
+    """Size of a model's file and of the files beside it that hold its external data."""
+    beside = {entry.value for tensor in onnx.load(str(path), load_external_data=False).graph.initializer
+              if uses_external_data(tensor) for entry in tensor.external_data if entry.key == "location"}
+    return sum(file.stat().st_size for file in (path, *(path.parent / name for name in beside)))
+
+
 def read(path: Path, mapped: Mapped | None = None) -> onnx.ModelProto:
     """The file as a ModelProto with its external data. Raises OnnxqError in one sentence if that fails.
 

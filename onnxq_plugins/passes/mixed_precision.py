@@ -12,7 +12,7 @@ from onnxq_plugins import latency
 from onnxq_plugins.data import open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.measure import Measure, Metric, metric, metric_name, sqnr
+from onnxq_plugins.measure import Measure, Metric, chance, metric, metric_name, sqnr, top1
 from onnxq_plugins.quantizers import FLOAT_BITS, Width, parse_widths
 from onnxq_plugins.search import ALONE, Budget, Choice, Widths, sample
 from onnxq_plugins.solvers.pareto import Strategy, longest
@@ -86,8 +86,8 @@ class MixedPrecision(Pass):
 
     def apply(self, job: Job) -> dict[str, Any]:
         if job.calibration.data is None:
-            raise OnnxqError("mixed-precision measures networks on sample inputs, and there are none; give --data PATH, or "
-                             "put the pass data-free in front.")
+            raise OnnxqError("mixed-precision measures networks on sample inputs, and there are none; give data (--data "
+                             "PATH), or put the pass data-free in front.")
         if self.widths:
             return self.settled(job)
         by = job.metric or metric(self.metric)
@@ -121,6 +121,8 @@ class _Search:
         self.by = [sqnr] if by is sqnr else [sqnr, by]
         samples = self.measure.samples
         self.best = 0.0 if by is sqnr else by(samples.reference, samples.reference, samples.labels)
+        if by is top1 and (remark := chance(self.best, samples.reference[0].shape[-1], len(samples.reference[0]))):
+            job.report["notes"].append(remark)
         self.feed = feeds[0]
         self.points: dict[Choice, dict[str, Any]] = {}
         self.scores: dict[Choice, float] = {}  # what a budget on accuracy is about, not rounded for the report
@@ -140,6 +142,12 @@ class _Search:
         timed = {"latency": self.latency(chosen)} if self.widths.times is not None else {}
         _settle(step, self.widths, chosen)
         self.points[chosen]["chosen"] = True
+        size, stored = self.points[chosen]["size"], self.points[chosen]["stored"]
+        if self.falling == "size" and stored > size + 0.005:
+            self.job.report["notes"].append(
+                f"mixed-precision: size {size:.3f} counts bits of codes; in the file for target '{self.job.target.name}' "
+                f"they take {stored:.3f} of 8 bits, as codes of 5 to 7 bits take a byte there: for small files use "
+                "candidates W4A8 and W8A8")
         groups = self.widths.groups
         best = {} if self.metric is sqnr else {"float": round(self.best, 3)}  # what the float network has
         return {"groups": len(groups), "metric": metric_name(self.metric), **best, "networks_measured": self.measure.scored,
@@ -211,8 +219,10 @@ class _Search:
         found = self.measure.scores(map(self.whole, new), self.by, self.job.workers)
         for choice, scores in zip(new, self.job.track(found, "measuring the curve", len(new)), strict=True):
             self.scores[choice] = scores["sqnr" if self.step.budget == "sqnr" else metric_name(self.metric)]
+            shares = self.widths.shares(choice)
             self.points[choice] = {
-                **{key: round(value, 4) for key, value in self.widths.shares(choice).items()},
+                **{key: round(value, 4) for key, value in {"size": shares["size"], "stored": self.widths.stored(choice),
+                                                           **shares}.items()},
                 **{key: round(value, 3) for key, value in scores.items()},
                 "widths": {g.name: str(w) for g, w in zip(self.widths.groups, choice, strict=True)}}
 
