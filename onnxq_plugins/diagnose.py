@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from html import escape
 from typing import Any
 
 from onnxq_plugins import planning, runtime
@@ -155,6 +156,42 @@ class Diagnosis:
         """True if the layers' parts of the noise can be read as parts. Layers that were solved to make up for the errors
         before them (`round` does so) show more error alone than they add."""
         return sum(y.share or 0.0 for y in self.layers) < 1.5
+
+    def part(self, layer: LayerError) -> float | None:
+        """A layer's noise alone in percent: of the noise of the outputs, or, where parts do not add up, of the worst
+        layer's."""
+        if layer.share is None:
+            return None
+        worst = max((y.share or 0.0 for y in self.layers), default=0.0)
+        return 100 * layer.share / (1.0 if self.adds_up else max(worst, 1e-30))
+
+    @property
+    def part_of(self) -> str:
+        """Heading of `part`."""
+        return "noise %" if self.adds_up else "% of worst"
+
+    @property
+    def explained(self) -> tuple[LayerError, ...]:
+        """The five worst layers, which are worth some words."""
+        return tuple(y for y in self.layers if y.own is not None)[:5]
+
+    def __repr__(self) -> str:
+        worst = ", ".join(y.name for y in self.explained[:3])
+        return (f"<Diagnosis: {self.sqnr:.1f} dB at the outputs of {len(self.layers)} layers, {len(self.floats)} in float"
+                + (f"; worst: {worst}>" if worst else ">"))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the worst layers with cause and remedy."""
+        rows = []
+        for y in self.explained:
+            part, ways = self.part(y), y.remedies[:1]
+            cells = [escape(y.name), "" if part is None else f"{part:.1f}", escape(self.told(y)),
+                     "".join(f"{escape(way.text)}<pre>{escape(way.typed)}</pre>" for way in ways)]
+            rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        head = "".join(f"<th>{name}</th>" for name in ("layer", self.part_of, "why", "to try"))
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return (f"<p>{self.sqnr:.1f} dB at the outputs, on {self.samples} samples</p>"
+                f"<table><tr>{head}</tr>{''.join(rows)}</table>{notes}")
 
     def told(self, layer: LayerError) -> str:
         """A layer in one paragraph: its error, its cause, what to try."""

@@ -15,11 +15,11 @@ import onnxq_plugins as onnxq
 from onnxq_plugins import OnnxqError, cli, plugins, runtime
 from onnxq_plugins.data import open_data
 from onnxq_plugins.diagnose import Diagnosis, LayerError, Trial, diagnose
-from onnxq_plugins.errors_by_layer import gathered, own
+from onnxq_plugins.errors_by_layer import Own, gathered, own
 from onnxq_plugins.measure import sqnr
 from onnxq_plugins.qdq import export
 from onnxq_plugins.recipe import load_recipe, parse
-from onnxq_plugins.remedies import Remedy, recipe_toml
+from onnxq_plugins.remedies import Cause, Remedy, recipe_toml
 from onnxq_plugins.search import ALONE
 from onnxq_plugins.spec import Plan
 from tests.zoo import Net, conv_transpose, feeds, grouped, inception, mlp, mobilenet, resnet20, transformer
@@ -464,7 +464,37 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert {y["name"] for y in table["layers"]} >= {"conv0", "conv2", "conv4"}
     text = run("--set", "weights.bits=4", "--try", "1")
     assert "few-bits" in text and "weights.bits = 8" in text and "tried for" in text and "dB at the outputs" in text
+    assert "helps: +" in text and "-r my.toml" in text
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+NAMES = ["layer1_0_residual_branch_conv1", "tensor layer1_0_residual_branch_out", "fc"]
+
+
+@pytest.mark.parametrize("adds_up", [True, False])
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_narrow_terminal_shortens_no_name(width, adds_up):
+    from onnxq_plugins.cli.look import _fitting, _table
+
+    share = 0.3 if adds_up else 3.0
+    layers = [LayerError(name, "ConvTranspose", name, "x", 21.25, Own(45.5, 40.25, 38.125, 0.0), 30.0, share, (
+                         Cause("uneven-channels", "", 1.0), Cause("heavy-tail", "", 1.0)))
+              for name in NAMES]
+    found = Diagnosis(30.0, tuple(layers), (), {}, (), 8, 0.0)
+    lines = _fitting(_table(found, found.layers), width)
+    for n, (name, line) in enumerate(zip(NAMES, lines[1:], strict=True), 1):
+        assert line.split()[0] == f"{n}" and name in line and "uneven-channels, heavy-tail" in line
+    assert max(map(len, lines)) <= max(width, 79)
+    assert ("gathered dB" in lines[0]) == (width == 200) and found.part_of in lines[0]
+
+
+def test_a_diagnosis_in_a_notebook():
+    found = diagnose(quantized(chain(), n=4), samples=2)
+    assert len(repr(found)) < 300 and found.layers[0].name in repr(found)
+    html = found._repr_html_()
+    assert found.layers[0].name in html and html.count("<tr>") == 1 + min(5, len(found.layers)) and "[[layer]]" in html
+    odd = dataclasses.replace(found, layers=(dataclasses.replace(found.layers[0], name="<b>"),))
+    assert "<b>" not in odd._repr_html_()
 
 
 def test_a_layer_in_a_list_of_none():
