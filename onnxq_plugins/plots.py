@@ -187,8 +187,8 @@ def _depth(axes: Any, count: int, text: str = "layer, by its number in the table
 
 def _legend(axes: Any, order: int = -1) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::order], labels[::order], loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9,
-                labelcolor=_INK, borderaxespad=0, borderpad=0.2, handlelength=1.2, columnspacing=1.6)
+    axes.legend(handles[::order], labels[::order], loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False,
+                fontsize=9, labelcolor=_INK, borderaxespad=0, borderpad=0.2, handlelength=1.2, columnspacing=1.6)
 
 
 def _hidden(axes: Any, x: float, y: float, text: str) -> None:

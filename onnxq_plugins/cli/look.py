@@ -192,12 +192,14 @@ def _show_diagnosis(found: Diagnosis, summary: str, everything: bool) -> None:
     for slow in found.floats[:5]:
         say(f"{slow.name}: runs in float ({100 * slow.work:.1f}% of the multiply-adds): {slow.why}.")
         _show_remedies(slow.remedies)
-    if any(remedy.passes or remedy.layers for y in (*found.explained, *found.floats[:5]) for remedy in y.remedies[:3]):
-        say("\nBlocks in [[ ]] belong in a recipe's file: onnxq recipes int8 > my.toml, put the block in, and use it with -r "
-            "my.toml; what begins with --set belongs on the command line.")
+    ways = [*(r for y in found.explained for r in y.remedies[:3]), *(r for y in found.floats[:5] for r in y.remedies)]
+    if any(remedy.passes or remedy.layers for remedy in ways):
+        say("\nBlocks in [[ ]] belong in a recipe's file: onnxq recipes int8 > my.toml, put the block in, and use it with "
+            "-r my.toml; what begins with --set belongs on the command line.")
     if found.saturating:
-        here = " (not on this machine, which has VNNI)" if has_vnni() else ""
-        say(f"{len(found.saturating)} layers could saturate on x86-64 without VNNI{here}: --target ort-cpu-avx2 avoids that.")
+        here = " (not on this machine, which has it)" if has_vnni() else ""
+        say(f"{len(found.saturating)} layers could saturate on x86-64 without VNNI{here}: --target ort-cpu-avx2 avoids "
+            "that.")
     for tried in found.tried:
         say(f"tried for {tried.layer}, {tried.remedy.text}: {tried.verdict(found.sqnr)}")
     for note in found.notes:
@@ -220,13 +222,13 @@ def _table(found: Diagnosis, layers: Sequence[LayerError]) -> dict[str, list[str
     def decibels(values: Iterable[float | None]) -> list[str]:
         return ["" if value is None or value >= 200 else f"{value:.1f}" for value in values]
 
-    parts = [found.part(y) for y in layers]
+    parts, owns = [found.part(y) for y in layers], [y.own for y in layers]
     return {"#": [f"{n}" for n in range(1, len(layers) + 1)], "layer": [y.name for y in layers],
             "op": [y.op if y.at != y.input else "" for y in layers],
             found.part_of: ["" if part is None else f"{part:.1f}" for part in parts],
-            "alone dB": decibels(y.alone for y in layers), "own dB": decibels(y.own and y.own.both for y in layers),
-            "weight dB": decibels(y.own and y.own.weight for y in layers),
-            "input dB": decibels(y.own and y.own.input for y in layers), "gathered dB": decibels(y.sqnr for y in layers),
+            "alone dB": decibels(y.alone for y in layers), "own dB": decibels(own.both if own else None for own in owns),
+            "weight dB": decibels(own.weight if own else None for own in owns),
+            "input dB": decibels(own.input if own else None for own in owns), "gathered dB": decibels(y.sqnr for y in layers),
             "cause": [", ".join(c.kind for c in y.causes[:2]) if y.own else "float" for y in layers]}
 
 
