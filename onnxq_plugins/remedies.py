@@ -1,5 +1,5 @@
 """What may be done about a layer's error: causes, and changes of the recipe that address them. Rules of thumb on what was
-measured; nothing here has been tried."""
+measured; nothing here has been tried. None undoes what the recipe says on purpose."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _wider(layer: Layer | None, x: Activation, scene: Scene) -> list[Remedy]:
         return [] if layer is None else [Remedy(text, layers=(layer_rule(layer.name, activations={"bits": 16}),))]
     # a layer in float still reads what an integer layer rounded: that one must write float, too
     names = scene.floating(x.name)
-    text = f"nothing rounds '{x.name}' with {_these(names)} in float, at the cost of speed"
+    text = f"{_these(names)} in float, so that nothing rounds '{x.name}'; may cost speed"
     return [Remedy(text, layers=tuple(layer_rule(name, quantize=False) for name in names))] if names else []
 
 
@@ -198,7 +198,8 @@ def _these(names: tuple[str, ...]) -> str:
 
 
 def _float(name: str) -> Remedy:
-    return Remedy("its weight in float, at the cost of speed and size", layers=(layer_rule(name, quantize=False),))
+    return Remedy("this layer in float, so that nothing rounds its weight; costs size and may cost speed",
+                  layers=(layer_rule(name, quantize=False),))
 
 
 def _range(scene: Scene, method: str, text: str) -> Remedy:
@@ -311,10 +312,10 @@ def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scen
     found: list[Cause] = []
     h, bits, (low, high) = x.histogram, x.spec.bits, grid(x.spec)
     rounding, clipping = x.noise(low, high)
-    now = max(rounding + clipping, 1e-300)
+    now, it = max(rounding + clipping, 1e-300), f"its input '{x.name}'" if layer is not None else "this tensor"
     wide = _wider(layer, x, scene)
     if bits < 8:
-        text = f"Its input '{x.name}' has {bits} bits."
+        text = f"{it[0].upper()}{it[1:]} has {bits} bits."
         found.append(Cause("few-bits", text, (8 - bits) * _BIT, tuple([Remedy("8 bits for this layer's input", layers=(
             layer_rule(layer.name, activations={"bits": 8}),))] if layer is not None else [])))
     best = mse_range(h.counts, h.low, h.high, 2**bits) if h.high > h.low else (low, high)
@@ -325,7 +326,7 @@ def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scen
     worded = "ranges by least squared error" if method == "mse" else "ranges that clip nothing"
     ranges = [_range(scene, method, worded)]
     if clipping > rounding and better > 0.5:
-        text = (f"{_percent(x.clipped)} of its input '{x.name}' is clipped: values reach {h.low:.3g} to {h.high:.3g}, codes "
+        text = (f"{_percent(x.clipped)} of {it} is clipped: values reach {h.low:.3g} to {h.high:.3g}, codes "
                 f"{low:.3g} to {high:.3g}.")
         found.append(Cause("clipped", text, better, tuple((ranges if ranged else []) + wide)))
         return found
@@ -336,14 +337,14 @@ def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scen
         gain = -10 * np.log10(max(float(np.average(part**2, weights=_energies(layer, weight, len(part)))), 1e-20))
         few = int((part > 0.5).sum())
         if gain > 8:
-            text = (f"{few} of the {len(reach)} channels of its input '{x.name}' {'hold' if few > 1 else 'holds'} the "
+            text = (f"{few} of the {len(reach)} channels of {it} {'hold' if few > 1 else 'holds'} the "
                     f"range; the median channel reaches {float(np.median(part)):.0%} of it." if _few(part) else
-                    f"The channels of its input '{x.name}' that its weights amplify most use little of the range: "
+                    f"The channels of {it} that its weights amplify most use little of the range: "
                     f"a scale for each channel would leave {gain:.0f} dB less error, which one scale for all cannot.")
             found.append(Cause("outlier-channels" if _few(part) else "uneven-channels", text, float(gain),
                                tuple(_even_out(x, scene) + wide)))
     if spread > 16:
-        text = (f"The range of its input '{x.name}', {low:.3g} to {high:.3g}, spans {spread:.0f} standard deviations: few "
+        text = (f"The range of {it}, {low:.3g} to {high:.3g}, spans {spread:.0f} standard deviations: few "
                 "codes are left for most values.")
         found.append(Cause("heavy-tail", text, float(20 * np.log10(spread / 10)),
                            tuple((ranges if ranged and better > 0.5 else []) + wide)))

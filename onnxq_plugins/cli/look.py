@@ -228,7 +228,8 @@ def _table(found: Diagnosis, layers: Sequence[LayerError]) -> dict[str, list[str
             found.part_of: ["" if part is None else f"{part:.1f}" for part in parts],
             "alone dB": decibels(y.alone for y in layers), "own dB": decibels(own.both if own else None for own in owns),
             "weight dB": decibels(own.weight if own else None for own in owns),
-            "input dB": decibels(own.input if own else None for own in owns), "gathered dB": decibels(y.sqnr for y in layers),
+            "input dB": decibels(own.input if own else None for own in owns),
+            "gathered dB": decibels(y.sqnr for y in layers),
             "cause": [", ".join(c.kind for c in y.causes[:2]) if y.own else "float" for y in layers]}
 
 
