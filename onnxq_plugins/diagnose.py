@@ -6,9 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from html import escape
 from typing import Any
 
-from onnxq_plugins import runtime
+from onnxq_plugins import planning, runtime
 from onnxq_plugins.accumulators import needs
 from onnxq_plugins.calibration import Calibration, Track, channels, silent
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
@@ -17,13 +18,17 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.errors_by_layer import Own, gathered, own
 from onnxq_plugins.graph import Graph, Layer, channel_groups
 from onnxq_plugins.measure import Measure, sqnr
-from onnxq_plugins.planning import layer_input, maker_of
+from onnxq_plugins.planning import activation_inputs, layer_input, maker_of
 from onnxq_plugins.qdq import integer_nodes
 from onnxq_plugins.quantizers import multiply_adds
-from onnxq_plugins.remedies import Activation, Cause, Remedy, Scene, causes, float_remedies
+from onnxq_plugins.recipe import LayerRule, Recipe, parse
+from onnxq_plugins.remedies import Activation, Cause, Remedy, Scene, causes, float_remedies, layer_rule
 from onnxq_plugins.search import ALONE
 from onnxq_plugins.spec import Array, Plan
 
+_MOST_FLOAT = 4  # layers that a remedy may name
+_TOP = 3  # remedies of a layer that are shown and tried
+_NO_USE = 0.1  # dB that the choice of samples moves
 _ALONE = 4  # of the samples, for networks with one layer quantized: enough to rank layers
 
 
@@ -98,6 +103,14 @@ class Trial:
     sqnr: float | None
     refused: str = ""
 
+    def verdict(self, before: float) -> str:
+        """In words what it was worth, where the outputs had so many dB before."""
+        if self.sqnr is None:
+            return f"refused: {self.refused}"
+        gain = self.sqnr - before
+        word = "no use" if abs(gain) < _NO_USE else "helps" if gain > 0 else "harms"
+        return f"{word}: {gain:+.2f} dB, {before:.2f} -> {self.sqnr:.2f}"
+
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
@@ -144,6 +157,42 @@ class Diagnosis:
         before them (`round` does so) show more error alone than they add."""
         return sum(y.share or 0.0 for y in self.layers) < 1.5
 
+    def part(self, layer: LayerError) -> float | None:
+        """A layer's noise alone in percent: of the noise of the outputs, or, where parts do not add up, of the worst
+        layer's."""
+        if layer.share is None:
+            return None
+        worst = max((y.share or 0.0 for y in self.layers), default=0.0)
+        return 100 * layer.share / (1.0 if self.adds_up else max(worst, 1e-30))
+
+    @property
+    def part_of(self) -> str:
+        """Heading of `part`."""
+        return "noise %" if self.adds_up else "% of worst"
+
+    @property
+    def explained(self) -> tuple[LayerError, ...]:
+        """The five worst layers, which are worth some words."""
+        return tuple(y for y in self.layers if y.own is not None)[:5]
+
+    def __repr__(self) -> str:
+        worst = ", ".join(y.name for y in self.explained[:3])
+        return (f"<Diagnosis: {self.sqnr:.1f} dB at the outputs of {len(self.layers)} layers, {len(self.floats)} in float"
+                + (f"; worst: {worst}>" if worst else ">"))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the worst layers with cause and remedy."""
+        rows = []
+        for y in self.explained:
+            part, ways = self.part(y), y.remedies[:1]
+            cells = [escape(y.name), "" if part is None else f"{part:.1f}", escape(self.told(y)),
+                     "".join(f"{escape(way.text)}<pre>{escape(way.typed)}</pre>" for way in ways)]
+            rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        head = "".join(f"<th>{name}</th>" for name in ("layer", self.part_of, "why", "to try"))
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return (f"<p>{self.sqnr:.1f} dB at the outputs, on {self.samples} samples</p>"
+                f"<table><tr>{head}</tr>{''.join(rows)}</table>{notes}")
+
     def told(self, layer: LayerError) -> str:
         """A layer in one paragraph: its error, its cause, what to try."""
         parts = []
@@ -166,7 +215,7 @@ def diagnose(result: Result, data: Source | Data | None = None, *, samples: int 
     samples   of the data, spread evenly
     alone     measure the network with one layer quantized alone, for so many layers of the largest own error (None: all);
               each costs an export and 4 runs
-    attempts  try so many of the remedies, those of the worst layers first: each costs a quantization
+    attempts  try so many of the remedies: the first three of the worst layer, then of the next; each costs a quantization
     workers   networks measured side by side; None: one per core
 
     Cost: the float network eight times and the quantized one twice for each sample; and `alone`.
@@ -228,7 +277,7 @@ def _layers(result: Result, feeds: Sequence[Mapping[str, Array]], activations: M
     owns = own(graph, plan, result.target, feeds, rest)
     sums = gathered(graph, result.model, [*(y.result for y in graph.layers), *rest], feeds)
     tied = {m.tensor for g in channel_groups(graph, "rescale", clips=True) for m in g.members if not m.constant}
-    scene = Scene(result.target, result.report["recipe"], frozenset(tied))
+    scene = Scene(result.target, result.report["recipe"], frozenset(tied), _Floating(result).layers)
 
     def explained(layer: Layer | None, key: str, mine: Own) -> tuple[Cause, ...]:
         spec = plan[layer.weight] if layer is not None else None
@@ -258,19 +307,71 @@ def _floats(result: Result, feed: Mapping[str, Array]) -> tuple[FloatLayer, ...]
         return ()
     work = multiply_adds(result.graph, feed)
     total = max(sum(work.values()), 1)
+    said = planning.said(result.graph, _rules(result))
     found = [FloatLayer(row["name"], row["op"], row["kernel"], row["why_float"], work.get(row["name"], 0) / total,
-                        float_remedies(row["name"], row["op"], row["why_float"], result.target)) for row in rows]
+                        float_remedies(row["name"], row["op"], row["why_float"], result.target,
+                                       said.get(row["name"], frozenset()))) for row in rows]
     return tuple(sorted(found, key=lambda f: -f.work))
+
+
+def _rules(result: Result) -> Recipe:
+    """The recipe without its passes: what planning looks at, whoever wrote the passes."""
+    return parse({key: value for key, value in result.report["recipe"].items() if key != "pass"}, {})
+
+
+class _Floating:
+    """Which layers must be float for an activation to be float: asked of the planner, which knows what each operator reads
+    and writes."""
+
+    def __init__(self, result: Result) -> None:
+        self.graph, self.target, self.recipe = result.graph, result.target, _rules(result)
+        self.may = {y.name for y in self.graph.layers} | {
+            n.name for n in self.graph.nodes if n.op == "MatMul" and not n.domain}  # products of activations, too
+        self.known: dict[str, tuple[str, ...]] = {}
+
+    def layers(self, name: str) -> tuple[str, ...]:
+        """Layers in the order of the network that are not float yet; none if no few of them are enough."""
+        root = self.graph.root(name)
+        if root not in self.known:
+            self.known[root] = self._found(root)
+        return self.known[root]
+
+    def _found(self, root: str) -> tuple[str, ...]:
+        readers = planning.readers(self.graph, root) & self.may
+        makers = self._makers(root)
+        ways = [readers, *(readers | {maker} for maker in makers), readers | set(makers)]
+        try:
+            floats = set(planning.request(self.graph, self.recipe, self.target).floats)
+            enough = next((way for way in ways if way and self._float(root, way)), set())
+        except OnnxqError:  # a rule of the recipe is about a layer that a pass replaced
+            return ()
+        named = tuple(n.name for n in self.graph.nodes if n.name in enough - floats)
+        return named if len(named) <= _MOST_FLOAT else ()
+
+    def _makers(self, root: str) -> list[str]:
+        """The nearest layers before a tensor: those that write it, or what an operator between makes it of."""
+        node = maker_of(self.graph, root)
+        if node is None or node.name in self.may:
+            return [] if node is None else [str(node.name)]
+        before = [maker_of(self.graph, self.graph.root(name)) for name in activation_inputs(self.graph, node)]
+        return [str(n.name) for n in before if n is not None and n.name in self.may]
+
+    def _float(self, root: str, names: set[str]) -> bool:
+        rules = tuple(LayerRule(**layer_rule(name, quantize=False)) for name in sorted(names))
+        plan = planning.request(self.graph, replace(self.recipe, layers=self.recipe.layers + rules), self.target).plan
+        return all(self.graph.is_constant(name) or self.graph.root(name) != root for name in plan)
 
 
 def _try(result: Result, found: Diagnosis, data: Data, samples: int, attempts: int,
          track: Track) -> tuple[Trial, ...]:
-    """Quantize anew with the first remedies of the worst layers, which is all that tells what they are worth."""
+    """Quantize anew with the remedies of the worst layer, then of the next, which is all that tells what they are worth."""
     each: dict[str, tuple[str, Remedy]] = {}  # many layers may name the same pass
     for y in found.layers:
-        for remedy in y.remedies[:1]:
+        for remedy in y.remedies[:_TOP]:
             each.setdefault(remedy.typed, (y.name, remedy))
     wanted = list(each.values())[:attempts]
+    if not wanted:
+        return ()
     tried = []
     feeds = data.spread(samples)
     again = result.again or partial(quantize, result.graph, data=data)

@@ -268,6 +268,12 @@ def machine() -> str:
     return f"{cpu}, {os.cpu_count()} cores, onnxruntime {ort.__version__}, 1 thread"
 
 
+def has_vnni() -> bool | None:
+    """True if this processor multiplies codes in VNNI instructions, whose sums cannot saturate; None if it does not tell."""
+    flags = _processor().get("flags")
+    return None if flags is None else bool({"avx512_vnni", "avx_vnni"} & set(flags.split()))
+
+
 def _processor() -> dict[str, str]:
     """What Linux tells of the last processor; nothing elsewhere."""
     try:

@@ -96,6 +96,17 @@ def pinned(graph: Graph, recipe: Recipe) -> set[str]:
     return found
 
 
+def said(graph: Graph, recipe: Recipe) -> dict[str, frozenset[str]]:
+    """Layer -> the keys that [[layer]] rules about it set, such as ``quantize`` or ``weights.bits``."""
+    found: dict[str, frozenset[str]] = {}
+    for i, layer in enumerate(graph.layers):
+        rules = [r for r in recipe.layers if _matches(r, layer.name, layer.op, layer.kind, _ends(graph, i))]
+        found[layer.name] = frozenset([
+            *(f"{table}.{key}" for r in rules for table in ("weights", "activations") for key in getattr(r, table)),
+            *("quantize" for r in rules if r.quantize is not None)])
+    return found
+
+
 def weight_request(graph: Graph, recipe: Recipe, target: Target, layer: Layer, bits: int) -> QuantSpec:
     """What the recipe, with its rules for single layers, would ask for a layer's weight at another width: granularity and
     multipliers as far as this width leaves room for them, and no wider than the target's codes may be. Whether the target
@@ -238,13 +249,13 @@ def _source(graph: Graph, name: str) -> str:
     return str(node.name) if node is not None else ""
 
 
-def _readers(graph: Graph, name: str) -> set[str]:
+def readers(graph: Graph, name: str) -> set[str]:
     """Names of the nodes that read a tensor, seen through shape-only operators."""
     found = set()
     for node in graph.consumers(name):
         if graph.is_shape_only(node):
             for output in node.outputs:
-                found |= _readers(graph, output.name)
+                found |= readers(graph, output.name)
         else:
             found.add(str(node.name))
     return found
@@ -261,7 +272,7 @@ def _chain(graph: Graph, target: Target, layers: set[str]) -> set[str]:
         inside = layers | chain
         kept = {name for name in chain
                 if all(_source(graph, t) in inside for t in activation_inputs(graph, nodes[name]))
-                and _readers(graph, result_of(graph, nodes[name])) & inside}
+                and readers(graph, result_of(graph, nodes[name])) & inside}
         if kept == chain:
             return chain
         chain = kept

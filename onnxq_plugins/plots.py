@@ -23,11 +23,12 @@ _WIDE = 9.2  # inches, at 72 points: what the page shows at full size
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing with what it shows, in words."""
+    """A drawing with what it shows, in words, and the names behind its numbers where no table on the page has them."""
 
     title: str
     svg: str
     text: str
+    names: tuple[str, ...] = ()
 
 
 def plots(found: Diagnosis, order: Sequence[str], bits: Sequence[tuple[float, float]]) -> list[Plot]:
@@ -42,7 +43,7 @@ def plots(found: Diagnosis, order: Sequence[str], bits: Sequence[tuple[float, fl
         made.append(_shares(found, order))
     if found.activations:
         made.append(_ranges(found))
-    return [*made, _bits(order, bits)]
+    return [*made, _bits(order, bits)] if len(set(bits)) > 1 else made  # where all are equal there is nothing to see
 
 
 def _sqnr(found: Diagnosis, order: Sequence[str]) -> Plot:
@@ -74,21 +75,24 @@ def _shares(found: Diagnosis, order: Sequence[str]) -> Plot:
     figure, axes = _axes(2.1)
     by_name = {y.name: y for y in found.layers}
     worst = {y.name for y in found.layers[:5]}
-    values = [100 * (by_name[name].share or 0.0) for name in order]
-    labelled = -len(order)  # the last one with its number: beside it there may be no room for another
+    unit = "% of the noise" if found.adds_up else "% of the worst"
+    values = [found.part(by_name[name]) or 0.0 for name in order]
+    labelled: list[int] = []  # from the tallest on, where there is room beside others
+    for n in sorted(range(1, len(order) + 1), key=lambda n: -values[n - 1]):
+        if order[n - 1] in worst and values[n - 1] > 0 and all(abs(n - other) > len(order) / 40 for other in labelled):
+            labelled.append(n)
+            axes.annotate(f"{n}", (n, values[n - 1]), (0, 2), textcoords="offset points", ha="center", color=_INK, size=9)
     for n, (name, value) in enumerate(zip(order, values, strict=True), 1):
         bar, = axes.bar(n, value, width=0.72, color=_ORANGE if name in worst else _GREY)
         alone = by_name[name].alone
-        bar.set_gid(_tooltip(f"{n} {name}: {value:.1f} % of the noise; alone {alone:.1f} dB" if alone is not None else name))
-        if name in worst and value > 0 and n - labelled > len(order) / 40:
-            labelled = n
-            axes.annotate(f"{n}", (n, value), (0, 2), textcoords="offset points", ha="center", color=_INK, size=9)
-    axes.set_ylabel("noise alone, %")
+        bar.set_gid(_tooltip(f"{n} {name}: {value:.1f} {unit}; alone {alone:.1f} dB" if alone is not None else name))
+    axes.set_ylabel(unit)
     axes.margins(y=0.15)
     _depth(axes, len(order))
-    more = "" if found.adds_up else " The parts do not add up to 100 %: layers here make up for each other's errors."
+    parts = "in parts of the noise of the whole quantized network." if found.adds_up else (
+        "beside the worst one's. They are no parts of the whole: layers here make up for each other's errors.")
     return Plot("Which layers hold the error", _svg(figure, "shares"), "Noise of the outputs with one layer quantized "
-                f"alone, its weight and its input, in parts of the noise of the whole quantized network.{more}")
+                f"alone, its weight and its input, {parts}")
 
 
 def _ranges(found: Diagnosis) -> Plot:
@@ -109,7 +113,7 @@ def _ranges(found: Diagnosis) -> Plot:
         bar, = axes.bar(n, high - low, bottom=low, width=0.6, color=_BLUE, alpha=0)
         axes.plot([n - 0.38, n + 0.38], [first / unit] * 2, color=_INK, linewidth=1.2)
         axes.plot([n - 0.38, n + 0.38], [last / unit] * 2, color=_INK, linewidth=1.2)
-        bar.set_gid(_tooltip(f"{name}: values {h.low:.3g} to {h.high:.3g}, codes {first:.3g} to {last:.3g}, "
+        bar.set_gid(_tooltip(f"{n} {name}: values {h.low:.3g} to {h.high:.3g}, codes {first:.3g} to {last:.3g}, "
                              f"clipped {100 * x.clipped:.3g} %"))
         ends += [min(h.low, first) / unit, max(h.high, last) / unit]
     axes.set_ylim(max(min(ends), -3) * 1.05 - 0.04, min(max(ends), 3) * 1.05)  # what lies far beyond is cut off
@@ -117,8 +121,8 @@ def _ranges(found: Diagnosis) -> Plot:
     _depth(axes, len(names), "activation, in the order of the network")
     text = ("Values of the float network against the codes: thin line, all; pale bar, all but 0.1 % at each end; full bar, "
             "all but 5 %; ticks, where the codes end. What lies beyond the ticks is clipped; a short bar between wide ticks "
-            "means that most codes serve few values.")
-    return Plot("Ranges of activations", _svg(figure, "ranges"), text)
+            "means that most codes serve few values. Point at a bar for its name.")
+    return Plot("Ranges of activations", _svg(figure, "ranges"), text, tuple(names))
 
 
 def _bits(order: Sequence[str], bits: Sequence[tuple[float, float]]) -> Plot:
@@ -134,7 +138,7 @@ def _bits(order: Sequence[str], bits: Sequence[tuple[float, float]]) -> Plot:
     axes.set_yticks([b for b in (4, 8, 16, 32) if b <= max([8.0, *(max(pair) for pair in bits)])])
     axes.set_ylim(0, 1.08 * max([8.0, *(max(pair) for pair in bits)]))
     _depth(axes, len(x))
-    _legend(axes)
+    _legend(axes, 1)
     return Plot("Bits", _svg(figure, "bits"), "Bits of the weight's codes, and of the activation that the layer reads; 32 "
                 "is float.")
 
@@ -181,10 +185,10 @@ def _depth(axes: Any, count: int, text: str = "layer, by its number in the table
     axes.set_xlabel(text)
 
 
-def _legend(axes: Any) -> None:
+def _legend(axes: Any, order: int = -1) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9,
-                labelcolor=_INK, borderaxespad=0, borderpad=0.2, handlelength=1.2, columnspacing=1.6)
+    axes.legend(handles[::order], labels[::order], loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False,
+                fontsize=9, labelcolor=_INK, borderaxespad=0, borderpad=0.2, handlelength=1.2, columnspacing=1.6)
 
 
 def _hidden(axes: Any, x: float, y: float, text: str) -> None:

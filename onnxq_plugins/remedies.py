@@ -1,12 +1,12 @@
 """What may be done about a layer's error: causes, and changes of the recipe that address them. Rules of thumb on what was
-measured; nothing here has been tried."""
+measured; nothing here has been tried. None undoes what the recipe says on purpose."""
 
 from __future__ import annotations
 
 import glob
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +24,12 @@ _SOLVERS = ("ranges", "split-weights", "mixed-precision", "coding-length", "orth
             "shift-equalize", "subtensor", "round", "bound-accumulator", "bias-correct")
 _LAST = ("bound-accumulator", "bias-correct")
 _BIT = 20 * np.log10(2)  # dB
+_FEW = 0.25  # of the channels that reach more than half of the range: they hold it
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change of a recipe.
+    """A change of a recipe: settings, or tables, so that what is typed belongs in one place.
 
     text       what it does, in words
     settings   for ``--set``
@@ -40,6 +41,10 @@ class Remedy:
     settings: tuple[str, ...] = ()
     passes: tuple[Mapping[str, Any], ...] = ()
     layers: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.settings and (self.passes or self.layers):
+            raise ValueError("a remedy has settings or tables, not both")
 
     def on(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         """A recipe (plain values) with the passes and layers of this remedy; `settings` are for `quantize(settings=)`."""
@@ -54,7 +59,7 @@ class Remedy:
 
     @property
     def typed(self) -> str:
-        """What to type: options of the command line, lines of the recipe's file."""
+        """What to type: options of the command line, or TOML for the recipe's file."""
         lines = [" ".join(f"--set {_quoted(setting)}" for setting in self.settings)] if self.settings else []
         for title, tables in (("pass", self.passes), ("layer", self.layers)):
             for table in tables:
@@ -74,8 +79,8 @@ class Remedy:
 class Cause:
     """A reason for a layer's own error.
 
-    kind     ``few-bits``, ``outlier-weights``, ``outlier-channels``, ``heavy-tail``, ``clipped``, ``mean-error`` or
-             ``rounding`` (none of these)
+    kind     ``few-bits``, ``outlier-weights``, ``uneven-weights``, ``outlier-channels``, ``uneven-channels``,
+             ``heavy-tail``, ``clipped``, ``mean-error`` or ``rounding`` (none of these)
     text     one sentence, with the numbers it rests on
     gain     dB by which the layer's own error would fall without it: estimated, not measured
     """
@@ -145,11 +150,17 @@ class Activation:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """What a remedy must fit: the target, and the recipe as plain values."""
+    """What a remedy must fit.
+
+    recipe        as plain values
+    equalizable   activations whose channels can be rescaled
+    floating      activation -> the layers that must be float for it to be float; none if that cannot be had
+    """
 
     target: Target
     recipe: Mapping[str, Any]
     equalizable: frozenset[str] = field(default_factory=frozenset)
+    floating: Callable[[str], tuple[str, ...]] = lambda _: ()
 
     def has(self, name: str) -> bool:
         """True if the recipe has a pass."""
@@ -169,20 +180,26 @@ def layer_rule(name: str, **settings: Any) -> dict[str, Any]:
     return {"match": glob.escape(name), **settings}
 
 
-def _wider(layer: Layer | None, bits: int, scene: Scene) -> list[Remedy]:
-    """More than 8 bits for what a layer reads: float, or 16 bits where the target has them."""
-    if layer is None or bits > 8:
+def _wider(layer: Layer | None, x: Activation, scene: Scene) -> list[Remedy]:
+    """More than 8 bits for an activation: 16 where the target has them for the layer that reads it, float elsewhere."""
+    if x.spec.bits > 8:
         return []
-    return [_sixteen(layer.name)] if 16 in scene.target.activation_bits else [_float(layer.name), _sixteen(layer.name)]
+    if 16 in scene.target.activation_bits:
+        text = "16-bit activations for this layer (onnxruntime runs it in float, an NPU in integers)"
+        return [] if layer is None else [Remedy(text, layers=(layer_rule(layer.name, activations={"bits": 16}),))]
+    # a layer in float still reads what an integer layer rounded: that one must write float, too
+    names = scene.floating(x.name)
+    text = f"{_these(names)} in float, so that nothing rounds '{x.name}'; may cost speed"
+    return [Remedy(text, layers=tuple(layer_rule(name, quantize=False) for name in names))] if names else []
+
+
+def _these(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
 
 
 def _float(name: str) -> Remedy:
-    return Remedy("leave this layer in float, at the cost of its speed and size", layers=(layer_rule(name, quantize=False),))
-
-
-def _sixteen(name: str) -> Remedy:
-    return Remedy("on an NPU: 16-bit activations for this layer (onnxruntime runs it in float)", ("target=npu",),
-                  layers=(layer_rule(name, activations={"bits": 16}),))
+    return Remedy("this layer in float, so that nothing rounds its weight; costs size and may cost speed",
+                  layers=(layer_rule(name, quantize=False),))
 
 
 def _range(scene: Scene, method: str, text: str) -> Remedy:
@@ -219,8 +236,11 @@ def causes(layer: Layer | None, weight: Array | None, spec: QuantSpec | None, ac
     if layer is not None and mean_share > 0.2 and by_weight > 0 and not scene.has("round"):  # it solves biases, too
         found.append(_lowered(_mean_error(mean_share, scene), by_weight))
     found = sorted((c for c in found if c.gain >= 0.5), key=lambda c: -c.gain)
-    if found or layer is None:
-        return tuple(found) or (Cause("rounding", "Nothing stands out: the codes are used evenly.", 0.0),)
+    if found:
+        return tuple(found)
+    if layer is None:
+        ways = tuple(_wider(None, activation, scene)) if activation is not None else ()
+        return (Cause("rounding", "Plain rounding: the codes are used evenly.", 0.0, ways),)
     return (_plain(layer, by_weight, activation, scene),)
 
 
@@ -249,10 +269,14 @@ def _weight_causes(layer: Layer, weight: Array, spec: QuantSpec, scene: Scene) -
         gain = -10 * np.log10(np.mean((rows / rows.max()) ** 2))
         typical = float(np.median(rows))
         if gain > 3:
+            few = _few(rows / rows.max())
             text = (f"One scale serves all output channels, and channel {int(rows.argmax())} reaches {rows.max():.3g}, "
                     + (f"{rows.max() / typical:.0f} times the median channel's {typical:.3g}." if typical > 0 else
-                       "while most are 0."))
-            found.append(Cause("outlier-weights", text, float(gain), tuple(_per_channel(layer, scene))))
+                       "while most are 0.") if few else
+                    f"One scale serves all output channels, though they reach from {rows.min():.3g} to {rows.max():.3g}: "
+                    f"a scale for each would round its weight with {gain:.0f} dB less error.")
+            found.append(Cause("outlier-weights" if few else "uneven-weights", text, float(gain),
+                               tuple(_per_channel(layer, scene))))
     elif shape == "channel" and spec.sub_block is None:
         fine = reduce_blocks(size, tuple(1 if a == layer.out_axis else 16 if a == layer.in_axis else 0
                                          for a in range(size.ndim)), np.maximum)
@@ -270,6 +294,11 @@ def _weight_causes(layer: Layer, weight: Array, spec: QuantSpec, scene: Scene) -
     return found
 
 
+def _few(reach: Array) -> bool:
+    """True if few of the channels [C], with 1 for the largest, hold the range."""
+    return int((reach > 0.5).sum()) <= max(_FEW * reach.size, 1)
+
+
 def _per_channel(layer: Layer, scene: Scene) -> list[Remedy]:
     if "channel" in granularities(scene.target, layer.op):
         return [Remedy("a scale per output channel", layers=(layer_rule(layer.name, weights={"block": "channel"}),))]
@@ -283,10 +312,10 @@ def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scen
     found: list[Cause] = []
     h, bits, (low, high) = x.histogram, x.spec.bits, grid(x.spec)
     rounding, clipping = x.noise(low, high)
-    now = max(rounding + clipping, 1e-300)
-    wide = _wider(layer, bits, scene)
+    now, it = max(rounding + clipping, 1e-300), f"its input '{x.name}'" if layer is not None else "this tensor"
+    wide = _wider(layer, x, scene)
     if bits < 8:
-        text = f"Its input '{x.name}' has {bits} bits."
+        text = f"{it[0].upper()}{it[1:]} has {bits} bits."
         found.append(Cause("few-bits", text, (8 - bits) * _BIT, tuple([Remedy("8 bits for this layer's input", layers=(
             layer_rule(layer.name, activations={"bits": 8}),))] if layer is not None else [])))
     best = mse_range(h.counts, h.low, h.high, 2**bits) if h.high > h.low else (low, high)
@@ -297,7 +326,7 @@ def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scen
     worded = "ranges by least squared error" if method == "mse" else "ranges that clip nothing"
     ranges = [_range(scene, method, worded)]
     if clipping > rounding and better > 0.5:
-        text = (f"{_percent(x.clipped)} of its input '{x.name}' is clipped: values reach {h.low:.3g} to {h.high:.3g}, codes "
+        text = (f"{_percent(x.clipped)} of {it} is clipped: values reach {h.low:.3g} to {h.high:.3g}, codes "
                 f"{low:.3g} to {high:.3g}.")
         found.append(Cause("clipped", text, better, tuple((ranges if ranged else []) + wide)))
         return found
@@ -308,11 +337,14 @@ def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scen
         gain = -10 * np.log10(max(float(np.average(part**2, weights=_energies(layer, weight, len(part)))), 1e-20))
         few = int((part > 0.5).sum())
         if gain > 8:
-            text = (f"{few} of the {len(reach)} channels of its input '{x.name}' {'hold' if few > 1 else 'holds'} the "
-                    f"range; the median channel reaches {float(np.median(part)):.0%} of it.")
-            found.append(Cause("outlier-channels", text, float(gain), tuple(_even_out(x, scene) + wide)))
+            text = (f"{few} of the {len(reach)} channels of {it} {'hold' if few > 1 else 'holds'} the "
+                    f"range; the median channel reaches {float(np.median(part)):.0%} of it." if _few(part) else
+                    f"The channels of {it} that its weights amplify most use little of the range: "
+                    f"a scale for each channel would leave {gain:.0f} dB less error, which one scale for all cannot.")
+            found.append(Cause("outlier-channels" if _few(part) else "uneven-channels", text, float(gain),
+                               tuple(_even_out(x, scene) + wide)))
     if spread > 16:
-        text = (f"The range of its input '{x.name}', {low:.3g} to {high:.3g}, spans {spread:.0f} standard deviations: few "
+        text = (f"The range of {it}, {low:.3g} to {high:.3g}, spans {spread:.0f} standard deviations: few "
                 "codes are left for most values.")
         found.append(Cause("heavy-tail", text, float(20 * np.log10(spread / 10)),
                            tuple((ranges if ranged and better > 0.5 else []) + wide)))
@@ -359,22 +391,25 @@ def _plain(layer: Layer, by_weight: float, x: Activation | None, scene: Scene) -
         return Cause("rounding", text, 0.0, ways)
     name = f" '{x.name}'" if x is not None else ""
     return Cause("rounding", f"Plain rounding of its input{name} ({1 - by_weight:.0%} of its own error); no outlier, no "
-                 "clipping.", 0.0, tuple(_wider(layer, 8 if x is None else x.spec.bits, scene)))
+                 "clipping.", 0.0, tuple(_wider(layer, x, scene) if x is not None else ()))
 
 
 # ---- layers in float ------------------------------------------------------------------------------------------------------
 
 
-def float_remedies(name: str, op: str, why: str, target: Target) -> tuple[Remedy, ...]:
-    """What may bring a layer that runs in float into an integer kernel; nothing where there is no way."""
+def float_remedies(name: str, op: str, why: str, target: Target, said: frozenset[str]) -> tuple[Remedy, ...]:
+    """What may bring a layer that runs in float into an integer kernel; nothing where there is no way, or where that would
+    undo what was chosen.
+
+    said   keys that [[layer]] rules of the recipe set for this layer, such as ``activations.bits``
+    """
     eight = layer_rule(name, quantize=True, weights={"bits": 8}, activations={"bits": 8})
-    if why in ("the recipe leaves it float", "mixed-precision chose float"):
-        return (Remedy("quantize it to 8 bits", layers=(eight,)),)
-    if "16-bit" in why:
-        return (Remedy("8-bit activations for this layer", layers=(layer_rule(name, activations={"bits": 8}),)),)
+    if "16-bit" in why or why in ("the recipe leaves it float", "mixed-precision chose float") or (
+            said & {"quantize", "activations.bits"}):
+        return ()
     if op != "ConvTranspose" and ("decoded to float" in why or target.name == "storage"):
         return (Remedy("a target with integer kernels", ("target=ort-cpu",)),)
-    if "blocked scales" in why:
+    if "blocked scales" in why and "weights.block" not in said:
         return (Remedy("a scale per output channel", layers=(layer_rule(name, weights={"block": "channel"}),)),)
     if op != "ConvTranspose" and ("weight-only" in why or "neither its input" in why):
         return (Remedy("8-bit weights and activations", layers=(eight,)),)

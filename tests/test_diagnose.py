@@ -14,12 +14,12 @@ from onnx import numpy_helper
 import onnxq_plugins as onnxq
 from onnxq_plugins import OnnxqError, cli, plugins, runtime
 from onnxq_plugins.data import open_data
-from onnxq_plugins.diagnose import Diagnosis, LayerError, diagnose
-from onnxq_plugins.errors_by_layer import gathered, own
+from onnxq_plugins.diagnose import Diagnosis, LayerError, Trial, diagnose
+from onnxq_plugins.errors_by_layer import Own, gathered, own
 from onnxq_plugins.measure import sqnr
 from onnxq_plugins.qdq import export
 from onnxq_plugins.recipe import load_recipe, parse
-from onnxq_plugins.remedies import Remedy, recipe_toml
+from onnxq_plugins.remedies import Cause, Remedy, recipe_toml
 from onnxq_plugins.search import ALONE
 from onnxq_plugins.spec import Plan
 from tests.zoo import Net, conv_transpose, feeds, grouped, inception, mlp, mobilenet, resnet20, transformer
@@ -102,6 +102,37 @@ def test_without_scales_per_channel_another_remedy():
     assert 'use = "shift-equalize"' in remedy.typed and helped(result, remedy, found) > 6
 
 
+def test_scales_that_differ_a_little_are_no_outliers():
+    """One scale for channels of many sizes: no single one is to blame."""
+    def graded(weight, bias):
+        return weight * np.where(np.arange(len(weight)) < 6, 2, 0.1)[:, None, None, None], bias
+
+    found = diagnose(quantized(changed(chain(), "conv4", graded), {**INT8, "weights": {"block": "tensor"}}))
+    layer = next(y for y in found.layers if y.name == "conv4")
+    kinds = {cause.kind: cause.text for cause in layer.causes}
+    assert "outlier-weights" not in kinds and "dB less error" in kinds["uneven-weights"]
+    assert any('weights.block = "channel"' in remedy.typed for remedy in layer.remedies)
+
+
+def test_channels_that_count_most_and_reach_least():
+    """Most channels hold the range, but those with the largest weights do not."""
+    def quiet(weight, bias):
+        weight = weight.copy()
+        weight[3] /= 300
+        return weight, bias * 0
+
+    def loud(weight, bias):
+        weight = weight.copy()
+        weight[3] *= 300
+        return weight, bias
+
+    model = chain(lambda net, x: net.op("Relu", net.conv(x, 16, 16, groups=16)))
+    recipe = {"pass": [{"use": "ranges"}, {"use": "bias-correct"}]}
+    found = diagnose(quantized(changed(changed(model, "conv2", quiet), "conv4", loud), recipe))
+    cause = next(y for y in found.layers if y.name == "conv4").causes[0]
+    assert cause.kind == "uneven-channels" and "of the 16 channels" not in cause.text
+
+
 def test_a_clipped_activation():
     def sparse(weight, bias):  # few values get through the Relu: a percentile leaves most of them out
         return weight, np.full_like(bias, -2.6)
@@ -181,14 +212,76 @@ def test_an_operator_without_integer_kernel():
 
 @pytest.mark.parametrize("recipe", [
     {**INT8, "layer": [{"match": "conv4", "quantize": False}]},
-    {**INT8, "target": "npu", "layer": [{"match": "conv4", "activations": {"bits": 16}}]}], ids=["float", "16-bit"])
-def test_a_layer_that_could_be_integer(recipe):
-    result = quantized(chain(), recipe)
-    found = diagnose(result)
+    {**INT8, "layer": [{"match": "conv?", "weights": {"bits": 32}}]},
+    {**INT8, "target": "npu", "layer": [{"match": "conv4", "activations": {"bits": 16}}]},
+    {**INT8, "target": "npu", "activations": {"bits": 16}}], ids=["float", "32", "16-bit", "all 16-bit"])
+def test_what_the_recipe_says_on_purpose_is_not_undone(recipe):
+    found = diagnose(quantized(chain(), recipe))
     slow, = [f for f in found.floats if f.name == "conv4"]
-    remedy, = slow.remedies
-    made = result.again(remedy.on(result.report["recipe"]), settings=remedy.settings)
-    assert "why_float" not in next(row for row in made.report["layers"] if row["name"] == "conv4")
+    assert not slow.remedies
+    typed = [r.typed for y in found.layers for r in y.remedies]
+    assert not any('match = "conv4"' in text for text in typed)  # it is float already, or 16 bits
+
+
+def is_float(model: onnx.ModelProto, tensor: str) -> bool:
+    """No quantizer reads a tensor, and no kernel gets it from codes."""
+    return tensor in {o for n in model.graph.node for o in n.output if n.op_type != "DequantizeLinear"} and not any(
+        tensor in n.input for n in model.graph.node if n.op_type == "QuantizeLinear")
+
+
+@pytest.mark.parametrize("make", [chain, mobilenet, transformer], ids=lambda f: f.__name__)
+def test_an_activation_in_float_is_float(make):
+    """Where rounding an activation is the trouble, the rules name all layers that must be float for it not to be rounded:
+    those that write it, too."""
+    result = quantized(make(), n=4)
+    found, tried = diagnose(result, samples=2), 0
+    for layer in found.layers[:3]:
+        ways = [r for r in layer.remedies if "so that nothing rounds" in r.text]
+        for remedy in ways:
+            made = result.again(remedy.on(result.report["recipe"]))
+            root = made.graph.root(layer.input)
+            assert all(made.graph.is_constant(name) or made.graph.root(name) != root for name in made.plan)
+            if layer.input not in made.graph.inputs:
+                assert is_float(made.model, layer.input), remedy.typed
+            tried += 1
+    assert tried
+
+
+def test_the_writer_of_a_rounded_tensor_is_named():
+    """An activation whose error is large: its reader alone in float gains nothing, the writer and the reader do."""
+    result = quantized(chain(), {**INT8, "layer": [{"match": "conv4", "quantize": False}]})
+    found = diagnose(result)
+    tensor = next(y for y in found.layers if y.name == "tensor t3")
+    remedy = tensor.remedies[-1]
+    assert [rule["match"] for rule in remedy.layers] == ["conv2"]  # its reader is float by the recipe
+    made = result.again(remedy.on(result.report["recipe"]))
+    assert is_float(made.model, tensor.input)
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "npu", "per-tensor", "storage"])
+def test_what_is_typed_is_options_or_toml(target):
+    """Never a mixture: a block can be put into a file, an option into a command."""
+    import shlex
+    import tomllib
+
+    weights = {"block": "tensor", "bits": 8} if target == "per-tensor" else {"bits": 4}
+    for ranges in ({"use": "ranges"}, {"use": "ranges", "method": "percentile", "percentile": 98}):
+        recipe = {"pass": [ranges], "weights": weights, "target": target}
+        found = diagnose(quantized(chain(), recipe, 4), samples=2, alone=0)
+        typed = {r.typed for y in (*found.layers, *found.floats) for r in y.remedies}
+        assert typed
+        for text in typed:
+            if text.startswith("--"):
+                words = shlex.split(text)
+                assert words[::2] == ["--set"] * (len(words) // 2) and all("=" in word for word in words[1::2])
+                load_recipe("int8", plugins.find_plugins().passes, words[1::2])
+            else:
+                parse(tomllib.loads(text), plugins.find_plugins().passes)
+
+
+def test_a_remedy_belongs_in_one_place():
+    with pytest.raises(ValueError, match="not both"):
+        Remedy("", ("target=npu",), layers=({"match": "a"},))
 
 
 def test_layers_in_float_at_load_get_a_target():
@@ -269,10 +362,29 @@ def test_different_remedies_are_tried_the_worst_layer_first():
     model = chain()
     result = quantized(model, {**INT8, "layer": [{"match": "conv4", "weights": {"bits": 3}}]})
     found = diagnose(result, samples=2, attempts=3)
-    wanted = list(dict.fromkeys(y.remedies[0].typed for y in found.layers if y.remedies))
+    wanted = list(dict.fromkeys(r.typed for y in found.layers for r in y.remedies[:3]))
     assert [t.remedy.typed for t in found.tried] == wanted[:3] and len(found.tried) == 3
+    worst = found.layers[0]
+    assert all(t.layer == worst.name for t in found.tried[:len(worst.remedies[:3])])
     refused = diagnose(dataclasses.replace(result, again=refuse), samples=2, attempts=1).tried[0]
-    assert refused.sqnr is None and refused.refused == "no."
+    assert refused.sqnr is None and refused.verdict(30) == "refused: no."
+
+
+@pytest.mark.parametrize(("gain", "word"), [(0.05, "no use"), (-0.05, "no use"), (0.3, "helps"), (-0.3, "harms")])
+def test_what_was_tried_is_told_in_words(gain, word):
+    assert Trial("a", Remedy(""), 30 + gain).verdict(30).startswith(word)
+
+
+def test_no_bar_for_nothing():
+    """A progress bar appears only where there is something to try."""
+    shown: list[str] = []
+
+    def track(items, what, total=None):
+        shown.append(what)
+        return items
+
+    diagnose(quantized(chain(), n=2), samples=2, track=track)
+    assert "trying remedies" not in shown
 
 
 def refuse(recipe, settings=()):
@@ -302,11 +414,9 @@ def test_what_is_typed_is_what_is_done():
     import tomllib
 
     known = plugins.find_plugins().passes
-    remedy = Remedy("", ("ranges.method=mse",), ({"use": "equalize", "by": "activations"},),
-                    ({"match": "a[[]0]*", "weights": {"bits": 4}},))
+    remedy = Remedy("", (), ({"use": "equalize", "by": "activations"},), ({"match": "a[[]0]*", "weights": {"bits": 4}},))
     recipe = load_recipe("int8", known).to_dict()
-    lines = [line for line in remedy.typed.splitlines() if not line.startswith("--set")]
-    read = tomllib.loads("\n".join(lines))
+    read = tomllib.loads(remedy.typed)
     made = parse(remedy.on(recipe), known)
     assert parse(read, known).layers == made.layers and parse(read, known).passes[0] in made.passes
     assert [step.name for step in made.passes] == ["scale-inputs", "equalize", "ranges", "bias-correct"]
@@ -354,7 +464,37 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert {y["name"] for y in table["layers"]} >= {"conv0", "conv2", "conv4"}
     text = run("--set", "weights.bits=4", "--try", "1")
     assert "few-bits" in text and "weights.bits = 8" in text and "tried for" in text and "dB at the outputs" in text
+    assert "helps: +" in text and "-r my.toml" in text
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+NAMES = ["layer1_0_residual_branch_conv1", "tensor layer1_0_residual_branch_out", "fc"]
+
+
+@pytest.mark.parametrize("adds_up", [True, False])
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_narrow_terminal_shortens_no_name(width, adds_up):
+    from onnxq_plugins.cli.look import _fitting, _table
+
+    share = 0.3 if adds_up else 3.0
+    layers = [LayerError(name, "ConvTranspose", name, "x", 21.25, Own(45.5, 40.25, 38.125, 0.0), 30.0, share, (
+                         Cause("uneven-channels", "", 1.0), Cause("heavy-tail", "", 1.0)))
+              for name in NAMES]
+    found = Diagnosis(30.0, tuple(layers), (), {}, (), 8, 0.0)
+    lines = _fitting(_table(found, found.layers), width)
+    for n, (name, line) in enumerate(zip(NAMES, lines[1:], strict=True), 1):
+        assert line.split()[0] == f"{n}" and name in line and "uneven-channels, heavy-tail" in line
+    assert max(map(len, lines)) <= max(width, 79)
+    assert ("gathered dB" in lines[0]) == (width == 200) and found.part_of in lines[0]
+
+
+def test_a_diagnosis_in_a_notebook():
+    found = diagnose(quantized(chain(), n=4), samples=2)
+    assert len(repr(found)) < 300 and found.layers[0].name in repr(found)
+    html = found._repr_html_()
+    assert found.layers[0].name in html and html.count("<tr>") == 1 + min(5, len(found.layers)) and "[[layer]]" in html
+    odd = dataclasses.replace(found, layers=(dataclasses.replace(found.layers[0], name="<b>"),))
+    assert "<b>" not in odd._repr_html_()
 
 
 def test_a_layer_in_a_list_of_none():

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import pytest
 
 import onnxq_plugins as onnxq
 from onnxq_plugins import OnnxqError, cli, runtime
-from onnxq_plugins.report import check_page
+from onnxq_plugins.diagnose import diagnose
+from onnxq_plugins.report import _verdict, check_page
 from onnxq_plugins.search import ALONE  # noqa: F401  (imported before matplotlib is hidden)
 from tests.zoo import conv_transpose, feeds, mlp, mobilenet, no_layer, transformer
 
@@ -119,7 +121,7 @@ def test_names_are_text(tmp_path):
 def test_drawings_follow_the_page(tmp_path):
     text, _ = made(tmp_path, mobilenet())
     drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(drawings) == 4
+    assert len(drawings) == 3  # all bits are equal
     for svg in drawings:
         colors = set(re.findall(r"(?:fill|stroke): *([^;\"]+)", svg))
         assert colors <= {"none", *(f"var(--{name})" for name in ("ink", "rule", "blue", "orange", "grey"))}, colors
@@ -132,8 +134,66 @@ def test_labels_and_calibration_are_told(tmp_path):
     result = onnxq.quantize(mlp(), "int8", data, workers=1, labels=right, samples=20)
     text = result.save_report(tmp_path / "a.html").read_text("utf-8")
     assert "Accuracy (top-1)" in text and "float 100.0 %" in text and "20 calibration samples" in text and "flatter" in text
+    assert "accuracy 100.0 %, float 100.0 %;" in text
     other = result.save_report(tmp_path / "b.html", data[:10]).read_text("utf-8")
     assert "flatter" not in other and "10 samples" in other and "Accuracy" not in other
+
+
+def measured(sqnr: float, agreement=None, top1=None, speed: float = 2.0, **more) -> dict:
+    answers = {} if agreement is None else {"agreement": agreement}
+    right = {} if top1 is None else {"top1": {"float": 90.0, "quantized": top1}}
+    return {"sqnr": sqnr, **answers, **right, "milliseconds": {"float": speed, "quantized": 1.0}, "samples": 8,
+            "where": "the data", "calibrated_on_them": True, **more}
+
+
+@pytest.mark.parametrize(("found", "level"), [
+    (measured(35), "good"), (measured(20), "fair"), (measured(8), "poor"),
+    (measured(20, 99.5), "good"), (measured(35, 96), "fair"), (measured(12, 80), "poor"),
+    (measured(12, 80, 89.5), "good"), (measured(35, 100, 88), "fair"), (measured(35, 100, 80), "poor"),
+    (measured(35, speed=0.8), "fair"), (measured(8, speed=0.8), "poor")])
+def test_a_page_says_whether_this_is_good(found, level):
+    told = _verdict(found)
+    assert told[0] == level and told[1].endswith("8 calibration samples.")
+    assert ("slower than the float model" in told[1]) == (found["milliseconds"]["float"] < 1)
+    assert ("accuracy" in told[1]) == ("top1" in found)
+
+
+def test_made_up_samples_are_called_so(tmp_path):
+    result = onnxq.quantize(mobilenet(), "int8-data-free", workers=1)
+    text = result.save_report(tmp_path / "a.html").read_text("utf-8")
+    assert "made-up samples" in text and "calibration samples" not in text and "for lack of data" in text
+
+
+def test_bits_are_drawn_where_they_differ(tmp_path):
+    recipe = {"pass": [{"use": "ranges"}], "layer": [{"match": "gemm2", "weights": {"bits": 4}}]}
+    assert "<h3>Bits</h3>" in made(tmp_path, mlp(), recipe)[0] and "<h3>Bits</h3>" not in made(tmp_path, mlp())[0]
+
+
+def test_numbers_of_activations_have_names(tmp_path):
+    text, table = made(tmp_path, mobilenet())
+    listed = text.split('<ol class="names">')[1].split("</ol>")[0]
+    assert re.findall("<li>(.*?)</li>", listed) == list(table["activations"])
+    for n, name in enumerate(table["activations"], 1):
+        assert f"<title>{n} {name}: values" in text
+
+
+def test_the_worst_bar_has_its_number(tmp_path):
+    text, table = made(tmp_path, mobilenet())
+    shares = {y["name"]: y["share"] for y in table["diagnosis"]["layers"] if not y["name"].startswith("tensor")}
+    order = [row["name"] for row in table["layers"]]
+    worst = order.index(max(shares, key=lambda name: shares[name])) + 1
+    drawing = next(svg for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL) if "of the noise" in svg)
+    assert len(re.findall(rf"<text[^>]*>{worst}</text>", drawing)) == 2  # above its bar, and on the axis
+
+
+def test_parts_that_do_not_add_up_are_beside_the_worst(tmp_path):
+    result = onnxq.quantize(mlp(), "int8", feeds(mlp(), 4), workers=1)
+    whole = diagnose(result, samples=2)
+    total = sum(y.share for y in whole.layers)
+    found, more = (replace(whole, layers=tuple(replace(y, share=k * y.share / total) for y in whole.layers)) for k in (1, 3))
+    assert found.adds_up and sum(found.part(y) for y in found.layers) == pytest.approx(100)
+    assert not more.adds_up and max(more.part(y) for y in more.layers) == pytest.approx(100)
+    assert more.part_of != found.part_of
 
 
 def test_a_search_shows_its_curve(tmp_path):
@@ -141,16 +201,16 @@ def test_a_search_shows_its_curve(tmp_path):
     text, table = made(tmp_path, mobilenet(), recipe)
     told = next(step["told"] for step in table["steps"] if step["pass"] == "mixed-precision")
     page = Page(text)
-    assert "Points of the search" in text and page.count("svg") == 5
+    assert "Points of the search" in text and page.count("svg") == 4 + ("<h3>Bits</h3>" in text)
     assert len(re.findall(r"<tr>", text.split("Points of the search")[1].split("</table>")[0])) == len(told["curve"]) + 1
 
 
 def test_tried_remedies_are_told_apart(tmp_path):
     recipe = {"pass": [{"use": "ranges"}], "layer": [{"match": "gemm2", "weights": {"bits": 2}}]}
     untried, _ = made(tmp_path, mlp(), recipe)
-    assert "None of them was tried" in untried and "tried: +" not in untried
+    assert "None of them was tried" in untried and "tried, helps: +" not in untried
     tried, table = made(tmp_path, mlp(), recipe, attempts=1)
-    assert "None of them was tried" not in tried and "tried: +" in tried and table["diagnosis"]["tried"]
+    assert "None of them was tried" not in tried and "tried, helps: +" in tried and table["diagnosis"]["tried"]
 
 
 def test_json_alone_measures_nothing(tmp_path, monkeypatch):
@@ -203,6 +263,27 @@ def test_a_page_needs_samples(quantize):
     assert Path("out.json").is_file() == (code == 0)
 
 
+def test_a_page_may_be_measured_on_other_samples(quantize):
+    x = np.concatenate([f["x"] for f in feeds(mlp(), 50)])[10:]
+    right = runtime.outputs(runtime.session(mlp()), [{"x": x}])[0].argmax(1)
+    np.savez("test.npz", x=x, labels=right)
+    assert quantize("--data", "data.npz", "--report", "out.html", "--test", "test.npz")[0] == 0
+    text, table = Path("out.html").read_text("utf-8"), json.loads(Path("out.json").read_text())
+    assert table["measured"]["samples"] == 40 and not table["measured"]["calibrated_on_them"]
+    assert table["measured"]["top1"]["float"] == 100 and "40 other samples" in text and "flatter" not in text
+    assert "test.npz" in text
+
+
+def test_other_samples_that_are_of_no_use_are_told_before_anything_is_done(quantize):
+    np.savez("short.npz", x=np.ones((4, 8), np.float32), labels=np.zeros(3))
+    for arguments, word in ((("--test", "data.npz"), "--report NAME.html"),
+                            (("--test", "nowhere.npz", "--report", "out.html"), "does not exist"),
+                            (("--test", "short.npz", "--report", "out.html"), "labels"),
+                            (("--test", "data.npz", "--report", "data.npz"), "is the")):
+        code, told = quantize("--data", "data.npz", *arguments)
+        assert code == 2 and word in told and not Path("made.onnx").exists(), told
+
+
 @pytest.mark.parametrize(("option", "path"), [("-o", "out.json"), ("--overrides", "out.json")])
 def test_the_numbers_beside_the_page_overwrite_nothing(quantize, option, path):
     code, told = quantize("--data", "data.npz", "--report", "out.html", option, path)
@@ -249,19 +330,22 @@ def test_page_in_chromium(browser, page_file, scheme, width):
     # what is wider than the page scrolls inside its box
     assert page.evaluate("""[...document.querySelectorAll("main *")].filter(e => !e.closest(".scroll, pre")
                             && e.getBoundingClientRect().right > window.innerWidth + 0.5).length""") == 0
+    if width == 1280:  # all columns can be seen
+        assert page.evaluate("(e => e.scrollWidth <= e.clientWidth)(document.querySelector('.bleed'))")
     paper, ink = (page.evaluate(f"getComputedStyle(document.body).{key}") for key in ("backgroundColor", "color"))
     light, dark = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in (paper, ink))
     assert (light > dark + 400) if scheme == "light" else (dark > light + 400)
     line = page.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
     assert line == ink
-    before = page.evaluate("[...document.querySelectorAll('table.sortable tbody tr')].map(r => r.cells[6].textContent)")
-    button = page.locator("table.sortable thead th:nth-child(7) button")
+    before = page.evaluate("[...document.querySelectorAll('table.sortable tbody tr')].map(r => r.cells[5].textContent)")
+    button = page.locator("table.sortable thead th:nth-child(6) button")
+    assert button.inner_text() == "gathered dB"
     button.click()
-    rising = page.evaluate("[...document.querySelectorAll('table.sortable tbody tr')].map(r => r.cells[6].textContent)")
+    rising = page.evaluate("[...document.querySelectorAll('table.sortable tbody tr')].map(r => r.cells[5].textContent)")
     numbers = [float(cell) for cell in rising if cell]
     assert numbers == sorted(numbers) and sorted(rising) == sorted(before)
     button.click()
-    falling = page.evaluate("[...document.querySelectorAll('table.sortable tbody tr')].map(r => r.cells[6].textContent)")
+    falling = page.evaluate("[...document.querySelectorAll('table.sortable tbody tr')].map(r => r.cells[5].textContent)")
     assert [float(cell) for cell in falling if cell] == numbers[::-1]
     assert not told and asked == [page_file.as_uri()]
     context.close()

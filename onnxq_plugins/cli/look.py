@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from onnxq_plugins import runtime
 from onnxq_plugins.audit import audit_model, audit_openvino
-from onnxq_plugins.cli.console import command, say, show, tell, track
+from onnxq_plugins.cli.console import command, out, say, show, tell, track
 from onnxq_plugins.cli.options import (
     Crop,
     DataPath,
@@ -31,12 +31,14 @@ from onnxq_plugins.cli.options import (
     image_settings,
 )
 from onnxq_plugins.data import model_inputs, open_data
-from onnxq_plugins.diagnose import Diagnosis, diagnose
+from onnxq_plugins.diagnose import Diagnosis, LayerError, diagnose
 from onnxq_plugins.engine import quantize, recipe_of
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.importer import bytes_on_disk, read
+from onnxq_plugins.latency import has_vnni
 from onnxq_plugins.measure import chance, check_labels, find_metric, metric_name, top1
 from onnxq_plugins.recipe import load_recipe
+from onnxq_plugins.remedies import Remedy
 
 
 @command("audit")
@@ -93,7 +95,8 @@ def diagnose_command(
     cache: Annotated[Path | None, typer.Option(help="folder that keeps calibration results between runs")] = None,
     measured: Annotated[int, typer.Option(help="measure errors on so many of the samples")] = 8,
     try_: Annotated[int, typer.Option("--try", help=(
-        "try so many of the remedies, those of the worst layers first; each is a quantization"))] = 0,
+        "try so many of the remedies, those of the worst layer first; each is a quantization"))] = 0,
+    all_: Annotated[bool, typer.Option("--all", help="show all layers, not only the ten worst")] = False,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Quantize MODEL and tell which layers hold its error, why, and what to try; writes no model."""
@@ -115,7 +118,7 @@ def diagnose_command(
     if json_:
         say(json.dumps(found.to_dict(), indent=2))
     else:
-        _show_diagnosis(found, result.summary)
+        _show_diagnosis(found, result.summary, all_)
 
 
 @command()
@@ -176,37 +179,78 @@ def compare(
          f"{times[1]:.3f} ms ({times[0] / times[1]:.2f}x, batch {len(next(iter(first.values())))}, 1 thread)")
 
 
-def _show_diagnosis(found: Diagnosis, summary: str) -> None:
-    """All layers as a table, the worst first, then what is known of the five worst."""
-    table = Table(box=None, header_style="bold")
-    for column in ("layer", "op", "alone dB", "noise %", "own dB", "weight dB", "input dB", "gathered dB", "cause"):
-        table.add_column(column, justify="right" if column[-1] in "B%" else "left")
+_ROWS = 10  # layers in the table, if not all are asked for
 
-    def decibels(value: float | None) -> str:
-        return "" if value is None or value >= 200 else f"{value:.1f}"
 
-    for y in found.layers:
-        own = y.own
-        table.add_row(escape(y.name), y.op, decibels(y.alone), "" if y.share is None else f"{100 * y.share:.1f}",
-                      *(decibels(v) for v in ((own.both, own.weight, own.input) if own else (None,) * 3)), decibels(y.sqnr),
-                      ", ".join(cause.kind for cause in y.causes) if own else "float")
-    show(table)
-    say("alone: SQNR of the outputs with only this layer quantized, and its part of their noise; own: at the layer's "
-         "output, of rounding its weight and its input; gathered: there in the quantized network\n")
-    for y in [y for y in found.layers if y.own is not None][:5]:
-        say(f"{y.name}: {found.told(y)}")
-        for remedy in y.remedies[:3]:
-            say(f"  {remedy.text}:\n" + "\n".join(f"    {line}" for line in remedy.typed.splitlines()))
+def _show_diagnosis(found: Diagnosis, summary: str, everything: bool) -> None:
+    """The worst layers as a table, then what is known of the five worst."""
+    shown = found.layers if everything else found.layers[:_ROWS]
+    lines = _fitting(_table(found, shown), out.width)
+    for line in lines:
+        say(line)
+    if len(shown) < len(found.layers):
+        say(f"... and {len(found.layers) - len(shown)} more, which hold less: --all shows them")
+    say(f"\nalone: SQNR of the outputs with only this layer quantized; {found.part_of}: "
+        + ("its part of the noise of the outputs" if found.adds_up else "its noise there, the worst layer's being 100")
+        + "; own: SQNR at the layer's output, of rounding its weight and its input; gathered: there in the quantized "
+        "network\n")
+    numbers = {y.name: n for n, y in enumerate(found.layers, 1)}
+    for y in found.explained:
+        say(f"{numbers[y.name]}. {y.name}: {found.told(y)}")
+        _show_remedies(y.remedies[:3])
     for slow in found.floats[:5]:
         say(f"{slow.name}: runs in float ({100 * slow.work:.1f}% of the multiply-adds): {slow.why}.")
-        for remedy in slow.remedies:
-            say(f"  {remedy.text}:\n" + "\n".join(f"    {line}" for line in remedy.typed.splitlines()))
+        _show_remedies(slow.remedies)
+    ways = [*(r for y in found.explained for r in y.remedies[:3]), *(r for y in found.floats[:5] for r in y.remedies)]
+    if any(remedy.passes or remedy.layers for remedy in ways):
+        say("\nBlocks in [[ ]] belong in a recipe's file: onnxq recipes int8 > my.toml, put the block in, and use it with "
+            "-r my.toml; what begins with --set belongs on the command line.")
     if found.saturating:
-        say(f"{len(found.saturating)} layers could saturate on x86-64 without VNNI: --target ort-cpu-avx2 avoids that.")
+        here = " (not on this machine, which has it)" if has_vnni() else ""
+        say(f"{len(found.saturating)} layers could saturate on x86-64 without VNNI{here}: --target ort-cpu-avx2 avoids "
+            "that.")
     for tried in found.tried:
-        say(f"tried for {tried.layer} ({tried.remedy.text}): " + (
-            f"{found.sqnr:.2f} -> {tried.sqnr:.2f} dB" if tried.sqnr is not None else f"refused: {tried.refused}"))
+        say(f"tried for {tried.layer}, {tried.remedy.text}: {tried.verdict(found.sqnr)}")
     for note in found.notes:
         say(note)
     say(f"{summary}\n{found.sqnr:.2f} dB at the outputs, on {found.samples} of the calibration samples | "
          f"{found.seconds:.1f} s")
+
+
+def _show_remedies(remedies: Sequence[Remedy]) -> None:
+    for remedy in remedies:
+        say(f"  {remedy.text}:\n" + "\n".join(f"    {line}" for line in remedy.typed.splitlines()))
+
+
+# Columns that make room for names on a narrow terminal, the first to go first.
+_SPARE = ("gathered dB", "input dB", "weight dB", "own dB", "op", "alone dB")
+
+
+def _table(found: Diagnosis, layers: Sequence[LayerError]) -> dict[str, list[str]]:
+    """Cells of each column."""
+    def decibels(values: Iterable[float | None]) -> list[str]:
+        return ["" if value is None or value >= 200 else f"{value:.1f}" for value in values]
+
+    parts, owns = [found.part(y) for y in layers], [y.own for y in layers]
+    return {"#": [f"{n}" for n in range(1, len(layers) + 1)], "layer": [y.name for y in layers],
+            "op": [y.op if y.at != y.input else "" for y in layers],
+            found.part_of: ["" if part is None else f"{part:.1f}" for part in parts],
+            "alone dB": decibels(y.alone for y in layers), "own dB": decibels(own.both if own else None for own in owns),
+            "weight dB": decibels(own.weight if own else None for own in owns),
+            "input dB": decibels(own.input if own else None for own in owns),
+            "gathered dB": decibels(y.sqnr for y in layers),
+            "cause": [", ".join(c.kind for c in y.causes[:2]) if y.own else "float" for y in layers]}
+
+
+def _fitting(columns: dict[str, list[str]], width: int) -> list[str]:
+    """A table as lines no wider than the terminal, if leaving numbers out can do it: names are never shortened."""
+    kept = list(columns)
+    sizes = {key: max(len(cell) for cell in (key, *cells)) for key, cells in columns.items()}
+    for key in _SPARE:
+        if sum(sizes[k] for k in kept) + 2 * (len(kept) - 1) <= width:
+            break
+        kept.remove(key)
+    rows = [kept, *zip(*(columns[key] for key in kept), strict=True)]
+    text = {"layer", "op", "cause"}
+    return ["  ".join(cell.ljust(sizes[key]) if key in text else cell.rjust(sizes[key])
+                      for key, cell in zip(kept, row, strict=True)).rstrip() for row in rows]

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,8 +35,10 @@ from onnxq_plugins.cli.options import (
     spread_over,
 )
 from onnxq_plugins.curve import Curve, check_folder, point_recipe
+from onnxq_plugins.data import Data, graph_inputs, open_data
 from onnxq_plugins.engine import quantize, save_model, write_file
 from onnxq_plugins.errors import OnnxqError, known
+from onnxq_plugins.graph import load
 from onnxq_plugins.overrides import ort_model, ort_overrides
 from onnxq_plugins.passes.mixed_precision import MixedPrecision
 from onnxq_plugins.plugins import find_plugins
@@ -71,6 +74,8 @@ def quantize_command(
     float32: Annotated[bool, typer.Option("--float32", help="convert an fp16 or bf16 model to float32 first")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check after each pass that the float function stayed")] = False,
     trace: Annotated[bool, typer.Option("--trace", help="show each hook call of a plugin")] = False,
+    test: Annotated[str, typer.Option(metavar="PATH", show_default=False, help=(
+        "samples to measure the --report on, as --data, which flatters: an .npz may hold 'labels', too"))] = "",
     report: Annotated[Path | None, typer.Option(help=(
         "write what was done, layer by layer: .html measures the result and gives a page, with the same as .json beside it; "
         ".json gives that alone"))] = None,
@@ -95,7 +100,9 @@ def quantize_command(
     beside = report.with_suffix(".json") if report is not None and is_page(report) else None
     check_outputs({"-o": target_path, "--report": report, "--report (its numbers)": beside,
                     "--overrides": overrides, "--overrides (its model)": float_path},
-                   {"model": model, "data": Path(data), "plan": plan})
+                   {"model": model, "data": Path(data), "plan": plan, "test": Path(test) if test else None})
+    if test and beside is None:
+        raise OnnxqError(f"--test '{test}' is what a report page is measured on; give --report NAME.html, too.")
     if curve is not None:
         check_folder(curve)
         if not any(isinstance(step, MixedPrecision) and not step.widths
@@ -105,9 +112,10 @@ def quantize_command(
     if beside is not None:
         check_page()
         made = find_plugins().recipe(asked, settings)
-        if not data and not made.data.path and not any(step.name == "data-free" for step in made.passes):
+        if not (test or data or made.data.path) and not any(step.name == "data-free" for step in made.passes):
             raise OnnxqError(f"--report '{report}' measures the result on sample inputs, and there are none; give --data "
                              "PATH, or a name that ends in .json.")
+    tested = _tested(model, test, asked, settings, float32) if test else None
     with spread_over(dask, processes):
         result = quantize(model, asked, data or None, output=target_path, target=target or None, seed=seed or 0,
                           samples=samples, workers=workers or None, cache=cache, verify=verify, float32=float32,
@@ -116,8 +124,8 @@ def quantize_command(
     notes, wrote = list(result.report["notes"]), []
     if report is not None:
         start = time.perf_counter()
-        write_report(result, report, name=model.name, command=shlex.join(["onnxq", *sys.argv[1:]]), workers=workers or None,
-                     track=track)
+        write_report(result, report, tested, name=model.name, command=shlex.join(["onnxq", *sys.argv[1:]]),
+                     workers=workers or None, track=track)
         wrote.append(f"report: {report}{f', {beside}' if beside else ''} ({time.perf_counter() - start:.1f} s)")
     if (found := Curve.of(result, model.name)) is not None:
         _show_curve(found)
@@ -137,6 +145,15 @@ def quantize_command(
     say(f"{target_path}: {result.summary} | {result.report['seconds']:.1f} s")
     for line in wrote:
         say(line)
+
+
+def _tested(model: Path, test: str, asked: str | dict[str, Any], settings: list[str], float32: bool) -> Data:
+    """The samples of --test, looked at before anything is made."""
+    options = replace(find_plugins().recipe(asked, settings).data, path="", samples=0, labels="")
+    found = open_data(test, graph_inputs(load(model, float32=float32)), options)
+    found.spread_labels(1)
+    next(iter(found))
+    return found
 
 
 @command("auto")
