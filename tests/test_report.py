@@ -278,8 +278,7 @@ def test_other_samples_that_are_of_no_use_are_told_before_anything_is_done(quant
     np.savez("short.npz", x=np.ones((4, 8), np.float32), labels=np.zeros(3))
     for arguments, word in ((("--test", "data.npz"), "--report NAME.html"),
                             (("--test", "nowhere.npz", "--report", "out.html"), "does not exist"),
-                            (("--test", "short.npz", "--report", "out.html"), "labels"),
-                            (("--test", "data.npz", "--report", "data.npz"), "is the")):
+                            (("--test", "short.npz", "--report", "out.html"), "labels")):
         code, told = quantize("--data", "data.npz", *arguments)
         assert code == 2 and word in told and not Path("made.onnx").exists(), told
 
