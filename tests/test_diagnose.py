@@ -229,13 +229,13 @@ def is_float(model: onnx.ModelProto, tensor: str) -> bool:
         tensor in n.input for n in model.graph.node if n.op_type == "QuantizeLinear")
 
 
-@pytest.mark.parametrize("make", [chain, mobilenet, resnet20, transformer, inception], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [chain, mobilenet, transformer], ids=lambda f: f.__name__)
 def test_an_activation_in_float_is_float(make):
     """Where rounding an activation is the trouble, the rules name all layers that must be float for it not to be rounded:
     those that write it, too."""
     result = quantized(make(), n=4)
     found, tried = diagnose(result, samples=2), 0
-    for layer in found.layers[:6]:
+    for layer in found.layers[:3]:
         ways = [r for r in layer.remedies if "so that nothing rounds" in r.text]
         for remedy in ways:
             made = result.again(remedy.on(result.report["recipe"]))
@@ -258,16 +258,16 @@ def test_the_writer_of_a_rounded_tensor_is_named():
     assert is_float(made.model, tensor.input)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("target", ["ort-cpu", "npu", "per-tensor", "storage"])
-def test_what_is_typed_is_options_or_toml(target, bits):
+def test_what_is_typed_is_options_or_toml(target):
     """Never a mixture: a block can be put into a file, an option into a command."""
     import shlex
     import tomllib
 
-    weights = {"block": "tensor", "bits": bits} if target == "per-tensor" else {"bits": bits}
+    weights = {"block": "tensor", "bits": 8} if target == "per-tensor" else {"bits": 4}
     for ranges in ({"use": "ranges"}, {"use": "ranges", "method": "percentile", "percentile": 98}):
-        found = diagnose(quantized(mobilenet(), {"pass": [ranges], "weights": weights, "target": target}, 4), samples=2)
+        recipe = {"pass": [ranges], "weights": weights, "target": target}
+        found = diagnose(quantized(chain(), recipe, 4), samples=2, alone=0)
         typed = {r.typed for y in (*found.layers, *found.floats) for r in y.remedies}
         assert typed
         for text in typed:
