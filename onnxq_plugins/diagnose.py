@@ -248,7 +248,7 @@ def diagnose(result: Result, data: Source | Data | None = None, *, samples: int 
 
 def samples_of(result: Result, data: Source | Data | None) -> Data:
     if data is None and result.data is None:
-        raise OnnxqError("a diagnosis measures networks on sample inputs, and there are none; give --data PATH.")
+        raise OnnxqError("a diagnosis measures networks on sample inputs, and there are none; give some (--data PATH).")
     return data if isinstance(data, Data) else result.data if data is None and result.data is not None else (
         open_data(data, graph_inputs(result.graph)))
 

@@ -375,7 +375,8 @@ def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None, before:
         beside.flush()
     kernels = audit_model(model, folder=beside.path.parent if beside is not None else None)
     job.graph.mapped.release()
-    if (products := kernels.products()) and any(not job.graph.is_constant(name) for name in job.plan):
+    products = kernels.products()
+    if products and any(not job.graph.is_constant(name) for name in job.plan):
         share = share_of_work(job.graph, products)
         work = "" if share is None else f", {100 * share:.1f} % of the multiply-adds"
         report["notes"].append(
@@ -397,7 +398,7 @@ def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None, before:
     after = runtime.size_of(model) + (beside.size if beside is not None else 0)
     report |= {"recipe_name": job.recipe.name, "recipe": job.recipe.to_dict(), "layers": rows,
                "bytes": {"float": before, "quantized": after},
-               "kernels": kernels.counts(), "machine": {"python": platform.python_version(),
+               "kernels": kernels.counts(), "float_products": products, "machine": {"python": platform.python_version(),
                                                         "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}
     report["bits_per_weight"] = round(stored / max(sum(row["parameters"] for row in rows), 1), 3)
     wide = sum(_rule(job, y).activations > 8 and not by_name[y.name].quantized for y in job.graph.layers

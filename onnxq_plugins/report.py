@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,7 +192,9 @@ def _cards(result: Result, measured: Mapping[str, Any]) -> list[dict[str, str]]:
     report, times = result.report, measured["milliseconds"]
     sizes, layers = report["bytes"], report["layers"]
     integer = sum("why_float" not in row for row in layers)
-    kernels = ", ".join(f"{n} {kernel}" for kernel, n in sorted(report["kernels"].items(), key=lambda k: -k[1])[:3])
+    kernels = ", ".join(f"{n} {kernel}" for kernel, n in Counter(row["kernel"] for row in layers).most_common(3))
+    if n := len(report["float_products"]):
+        kernels += f"; {n} product{'s' * (n > 1)} of two activations run{'s' * (n == 1)} in float"
     on = _on(measured)
     cards = [("SQNR of the outputs", f"{measured['sqnr']:.1f}", "dB", on)]
     if "agreement" in measured:
