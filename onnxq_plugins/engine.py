@@ -189,8 +189,9 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     complete(job)
     OnnxqError.check(chosen.problems(graph, job.plan, _layer_inputs(job)))
     if widened := job.report.pop("widened", {}):
-        job.report["notes"].append(f"scales of {sum(widened.values())} all but empty channels in {len(widened)} layers "
-                                   "were widened so that their biases fit int32")
+        channels, layers = (f"{n} {what}{'s' * (n > 1)}" for n, what in (
+            (sum(widened.values()), "nearly empty channel"), (len(widened), "layer")))
+        job.report["notes"].append(f"scales of {channels} in {layers} were widened so that their biases fit int32")
     beside = DataFile(Path(output)) if output is not None and graph.mapped.size > LARGE else None
     with beside or contextlib.nullcontext():
         exported = qdq.export(graph, job.plan, chosen, data=beside)
