@@ -288,7 +288,8 @@ def _guarded(step: Pass, run: Callable[[], Any], found: Plugins) -> dict[str, An
         by = f" ({source} {found.versions[source]})" if source in found.versions else ""
         file = getattr(sys.modules.get(type(step).__module__), "__file__", None)
         home = None if file is None else Path(file).parent if Path(file).name == "__init__.py" else Path(file)
-        raise LawBroken(f"pass '{step.name}'{by} fails with {raised(error, home)}; this is a bug of the pass.") from error
+        raise LawBroken(f"pass '{step.name}'{by} fails with {raised(error, home)}; this is a bug of the pass, or "
+                        "of what it was given to call.") from error
     try:
         if not isinstance(gave, dict):
             raise TypeError(f"it is a {type(gave).__name__}")

@@ -36,10 +36,15 @@ def known(given: str, names: Iterable[str]) -> str:
 
 def raised(error: BaseException, home: Path | None = None) -> str:
     """What a plugin's code raised, in a few words: the type, the innermost line in `home`, or of a module that is being
-    imported, or of all, and what it says."""
+    imported, or of all; the innermost of all where that is another; and what it says."""
     frames = traceback.extract_tb(error.__traceback__)
     mine = [f for f in frames if home is not None and Path(f.filename).is_relative_to(home)]
     at = (mine or [f for f in frames if f.name == "<module>"] or frames)[-1:]
-    where = f" in {'/'.join(Path(at[0].filename).parts[-2:])}, line {at[0].lineno}" if at else ""
+    where = f" in {_line(at[0])}" if at else ""
+    where += f" (raised in {_line(frames[-1])})" if mine and mine[-1] is not frames[-1] else ""
     text = " ".join(str(error).split()).rstrip(".")
     return f"{type(error).__name__}{where}" + (f": {text}" if text else "")
+
+
+def _line(frame: traceback.FrameSummary) -> str:
+    return f"{'/'.join(Path(frame.filename).parts[-2:])}, line {frame.lineno}"

@@ -84,7 +84,7 @@ def test_a_worker_that_dies_takes_nothing_along(here, cluster, tmp_path):
 
 @pytest.mark.parametrize("stage", ["rounding", "sensitivities", "measuring the curve"])
 def test_an_interrupted_search_goes_on_where_it_was(here, stage, tmp_path, monkeypatch):
-    class Stop(Exception):
+    class Stop(BaseException):
         pass
 
     def track(items, what, total=None):

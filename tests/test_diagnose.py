@@ -393,7 +393,7 @@ def refuse(recipe, settings=()):
 
 def test_no_samples():
     result = onnxq.quantize(mlp(), {"activations": {"bits": 32}, "weights": {"bits": 4, "block": 16}})
-    with pytest.raises(OnnxqError, match="there are none; give --data"):
+    with pytest.raises(OnnxqError, match="there are none; give some"):
         diagnose(result)
     given = open_data(feeds(mlp(), 3), result_inputs(result))
     assert diagnose(result, given).samples == 3
