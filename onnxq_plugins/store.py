@@ -22,6 +22,7 @@ from onnxq_plugins.spec import Array
 
 _PART = ".part"  # ends the names of files that are being written
 
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A stream to a new file beside `path` that takes its place when the block ends, and is gone when it fails. Any number

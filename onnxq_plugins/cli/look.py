@@ -114,7 +114,7 @@ def diagnose_command(
                       cache=cache, settings=settings, track=track)
     if quantized is not None and read(quantized).graph != result.model.graph:
         tell(f"note: '{quantized}' is not what its recipe makes of '{model}' on these samples; what is told is about the "
-              "latter")
+             "latter")
     found = diagnose(result, samples=measured, attempts=try_, workers=workers or None, track=track)
     if json_:
         say(json.dumps(found.to_dict(), indent=2))

@@ -35,7 +35,7 @@ from onnxq_plugins.cli.options import (
     spread_over,
 )
 from onnxq_plugins.curve import Curve, check_folder, point_recipe
-from onnxq_plugins.data import Data, graph_inputs, open_data
+from onnxq_plugins.data import Data, DataOptions, graph_inputs, open_data
 from onnxq_plugins.engine import quantize, save_model, write_file
 from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.graph import load
@@ -99,23 +99,24 @@ def quantize_command(
     float_path = overrides.with_suffix(".onnx") if overrides is not None else None
     beside = report.with_suffix(".json") if report is not None and is_page(report) else None
     check_outputs({"-o": target_path, "--report": report, "--report (its numbers)": beside,
-                    "--overrides": overrides, "--overrides (its model)": float_path},
-                   {"model": model, "data": Path(data), "plan": plan, "test": Path(test) if test else None})
+                   "--overrides": overrides, "--overrides (its model)": float_path},
+                  {"model": model, "data": Path(data), "plan": plan, "test": Path(test) if test else None})
     if test and beside is None:
         raise OnnxqError(f"--test '{test}' is what a report page is measured on; give --report NAME.html, too.")
-    if curve is not None:
+    # read once more than the engine does only where an option depends on it: broken plugins warn each time
+    made = find_plugins().recipe(asked, settings) if curve is not None or beside is not None else None
+    if curve is not None and made is not None:
         check_folder(curve)
-        if not any(isinstance(step, MixedPrecision) and not step.widths
-                   for step in find_plugins().recipe(asked, settings).passes):
+        if not any(isinstance(step, MixedPrecision) and not step.widths for step in made.passes):
             raise OnnxqError(f"--curve: recipe '{recipe or 'int8'}' searches no widths; give one with the pass "
                              f"'{MixedPrecision.name}', such as -r mixed.")
-    if beside is not None:
+    tested = None
+    if beside is not None and made is not None:
         check_page()
-        made = find_plugins().recipe(asked, settings)
         if not (test or data or made.data.path) and not any(step.name == "data-free" for step in made.passes):
             raise OnnxqError(f"--report '{report}' measures the result on sample inputs, and there are none; give --data "
                              "PATH, or a name that ends in .json.")
-    tested = _tested(model, test, asked, settings, float32) if test else None
+        tested = _tested(model, test, made.data, float32) if test else None
     with spread_over(dask, processes):
         result = quantize(model, asked, data or None, output=target_path, target=target or None, seed=seed or 0,
                           samples=samples, workers=workers or None, cache=cache, verify=verify, float32=float32,
@@ -147,10 +148,9 @@ def quantize_command(
         say(line)
 
 
-def _tested(model: Path, test: str, asked: str | dict[str, Any], settings: list[str], float32: bool) -> Data:
+def _tested(model: Path, test: str, options: DataOptions, float32: bool) -> Data:
     """The samples of --test, looked at before anything is made."""
-    options = replace(find_plugins().recipe(asked, settings).data, path="", samples=0, labels="")
-    found = open_data(test, graph_inputs(load(model, float32=float32)), options)
+    found = open_data(test, graph_inputs(load(model, float32=float32)), replace(options, path="", samples=0, labels=""))
     found.spread_labels(1)
     next(iter(found))
     return found
@@ -216,7 +216,7 @@ def auto_command(
     say(f"{target_path}: {found.result.summary}")
     if not found.met:
         complain(OnnxqError(f"no recipe stays within a drop of {max_drop:g}; the most accurate one was written. Raise "
-                             "--max-drop, or look at onnxq diagnose."), 1)
+                            "--max-drop, or look at onnxq diagnose."), 1)
 
 
 def _show_curve(curve: Curve) -> None:
