@@ -17,7 +17,7 @@ import numpy as np
 import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 
 
 def recipe(weights: int, bits: int) -> dict[str, object]:
@@ -32,12 +32,12 @@ def measure(case: Case, weights: int, bits: int) -> tuple[str, int, float, float
     """Widths of the layers, layers changed, sum of |codes|, SQNR in dB, top-1 in percent."""
     result = onnxq.quantize(case.path, recipe(weights, bits), case.feeds())
     feeds = [{case.input: x[None]} for x in case.test]
-    reference = runtime.outputs(runtime.session(case.path), feeds)[0]
-    logits = runtime.outputs(runtime.session(result.model), feeds)[0]
+    reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
+    logits = runtimes.outputs(runtimes.session(result.model), feeds)[0]
     found = [y.accumulator for y in onnxq.audit_model(result.model).layers if y.accumulator is not None]
     total = sum(float(np.abs(spec.codes).sum()) for spec in result.plan.values() if spec.codes is not None)
     changed = len(result.report["steps"][-2]["told"]["bounded"])  # the last step is the export
-    return (f"{min(found)}..{max(found)}", changed, total, runtime.sqnr(reference, logits),
+    return (f"{min(found)}..{max(found)}", changed, total, runtimes.sqnr(reference, logits),
             100 * float(np.mean(logits.argmax(1) == case.labels)))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.int8 import machine
 from benchmarks.models import Case, load_case, shared_folder
-from onnxq_plugins import quantize, runtime
+from onnxq_plugins import quantize, runtimes
 
 SCALES = {"mobilenet": ("[0.5]", "[0.5]"), "resnet20": ("[0.485,0.456,0.406]", "[0.229,0.224,0.225]")}
 MODELS = ("mobilenet_v1_0.75_224_bn", "mobilenet_v1_0.75_224", "resnet20_cifar10", "kwt1_speechcommands12")
@@ -47,12 +47,12 @@ def variants(case: Case) -> Iterator[tuple[str, list[str]]]:
 def judge(case: Case, reference: np.ndarray, model: Any) -> tuple[float, float]:
     """Top-1 and SQNR."""
     feeds = [{case.input: x[None]} for x in case.test]
-    logits = runtime.outputs(runtime.session(model), feeds)[0]
-    return 100 * float(np.mean(logits.argmax(1) == case.labels)), runtime.sqnr(reference, logits)
+    logits = runtimes.outputs(runtimes.session(model), feeds)[0]
+    return 100 * float(np.mean(logits.argmax(1) == case.labels)), runtimes.sqnr(reference, logits)
 
 
 def table(case: Case, seeds: int) -> None:
-    reference = runtime.outputs(runtime.session(case.path), [{case.input: x[None]} for x in case.test])[0]
+    reference = runtimes.outputs(runtimes.session(case.path), [{case.input: x[None]} for x in case.test])[0]
     real = case.feeds()
     real = [real[n * len(real) // REAL] for n in range(REAL)] if len(real) > REAL else real
     whole = 100 * float(np.mean(reference.argmax(1) == case.labels))

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, load_case, shared_folder
-from onnxq_plugins import quantize, runtime
+from onnxq_plugins import quantize, runtimes
 
 CORRECTED = [{"use": "scale-inputs"}, {"use": "ranges"}, {"use": "bias-correct"}]
 EQUALIZE = {"use": "equalize", "by": "activations"}
@@ -85,12 +85,12 @@ def main() -> None:
     print(f"{machine()}\n\n| network | int8 dB | by activations dB | gain dB | groups kept | drift | s |\n"
           "|---|---|---|---|---|---|---|")
     for name, model, calibration, test in networks(args.models, shared_folder(args.shared)):
-        reference = runtime.outputs(runtime.session(model), test)
+        reference = runtimes.outputs(runtimes.session(model), test)
         found = []
         for steps in (CORRECTED, [CORRECTED[0], EQUALIZE, *CORRECTED[1:]]):
             start = time.perf_counter()
             made = quantize(model, {"pass": steps}, calibration, verify=True)
-            found.append(runtime.sqnr(reference[0], runtime.outputs(runtime.session(made.model), test)[0]))
+            found.append(runtimes.sqnr(reference[0], runtimes.outputs(runtimes.session(made.model), test)[0]))
         step = made.report["steps"][1]
         print(f"| {name} | {found[0]:.2f} | {found[1]:.2f} | {found[1] - found[0]:+.2f} | {step['told']['equalized']} of "
               f"{step['told']['groups']} | {step['drift']:.0e} | {time.perf_counter() - start:.1f} |", flush=True)

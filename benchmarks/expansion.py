@@ -22,8 +22,8 @@ import numpy as np
 
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import Result, load, quantize, runtime
-from onnxq_plugins.quantizers import multiply_adds
+from onnxq_plugins import Result, load, quantize, runtimes
+from onnxq_plugins.search.quantizers import multiply_adds
 
 BATCH = 16
 
@@ -43,7 +43,7 @@ class Judge:
     def cells(self, made: Result) -> str:
         """Top-1 and SQNR."""
         found = outputs(self.case, made.model)
-        return f"{self.accuracy(found):.2f} | {runtime.sqnr(self.reference, found):.1f}"
+        return f"{self.accuracy(found):.2f} | {runtimes.sqnr(self.reference, found):.1f}"
 
     def stored(self, made: Result) -> float:
         """Bits on disk for each weight of the float network."""
@@ -55,9 +55,9 @@ class Judge:
 
     def times(self, made: Sequence[Result], seconds: float) -> np.ndarray:
         """Milliseconds of each network, measured in turn."""
-        runners = [runtime.session(one.model) for one in made]
+        runners = [runtimes.session(one.model) for one in made]
         feed = {self.case.input: self.case.test[:1]}
-        return np.min([runtime.latency(runners, feed, seconds / 3 * len(made)) for _ in range(3)], axis=0)
+        return np.min([runtimes.latency(runners, feed, seconds / 3 * len(made)) for _ in range(3)], axis=0)
 
     def operations(self, made: Result, bits: int, activations: int = 8, inputs: int = 1) -> float:
         """Bit operations relative to int8. Layers that the pass left alone have one order of `bits`."""
@@ -70,9 +70,9 @@ class Judge:
 
 
 def outputs(case: Case, model: Any) -> np.ndarray:
-    runner = runtime.session(model, threads=2)
+    runner = runtimes.session(model, threads=2)
     feeds = [{case.input: case.test[i:i + BATCH]} for i in range(0, len(case.test), BATCH)]
-    return np.asarray(runtime.outputs(runner, feeds)[0])
+    return np.asarray(runtimes.outputs(runner, feeds)[0])
 
 
 def make(case: Case, bits: int, step: dict[str, Any] | None = None, **more: Any) -> Result:

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 
 SHAPES: dict[str, tuple[int, list[tuple[int, int, int, int]]]] = {  # size; inputs, outputs, kernel, groups of each layer
     "3x3, 64 channels, 56x56": (56, [(64, 64, 3, 1)] * 3),
@@ -90,8 +90,8 @@ def main() -> None:
             fixed = mock.patch("onnxq_plugins.passes.residual_expansion.channel_groups", lambda *_: [])
             with fixed if "Gather" in name else nullcontext():
                 made[name] = onnxq.quantize(model, recipe(step), [feed]).model
-        runners = [runtime.session(m) for m in made.values()]
-        rounds = [runtime.latency(runners, feed, args.seconds * len(made)) for _ in range(args.rounds)]
+        runners = [runtimes.session(m) for m in made.values()]
+        rounds = [runtimes.latency(runners, feed, args.seconds * len(made)) for _ in range(args.rounds)]
         times = dict(zip(made, np.min(rounds, axis=0), strict=True))
         base = times.pop("int8")
         ratios = (f"{times[name] / base:.2f}" if name in times else "-" for name in FORMS)

@@ -28,8 +28,8 @@ import numpy as np
 import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import runtime
-from onnxq_plugins.target import ORT_CPU, STORAGE
+from onnxq_plugins import runtimes
+from onnxq_plugins.targets.target import ORT_CPU, STORAGE
 
 TILES = ([32, 32], [16, 16], [8, 16], [1, 16])
 STORED = 4  # bits that a 4- or 3-bit code takes on disk
@@ -82,12 +82,12 @@ def counted(result: onnxq.Result, bits: int) -> tuple[int, float]:
 def measure(case: Case, made: dict[str, Any], bits: int, reference: np.ndarray, int8: Any) -> dict[str, Any]:
     """One row."""
     result = onnxq.quantize(case.path, made, case.feeds(), plugins=[FloatTiles()])
-    runner = runtime.session(result.model)
+    runner = runtimes.session(result.model)
     feeds = [{case.input: x[None]} for x in case.test]
-    logits = runtime.outputs(runner, feeds)[0]
-    base, ms = runtime.latency([int8, runner], feeds[0], 1.5)
+    logits = runtimes.outputs(runner, feeds)[0]
+    base, ms = runtimes.latency([int8, runner], feeds[0], 1.5)
     scales, stored = counted(result, bits)
-    return {"top1": 100 * float(np.mean(logits.argmax(1) == case.labels)), "sqnr": runtime.sqnr(reference, logits),
+    return {"top1": 100 * float(np.mean(logits.argmax(1) == case.labels)), "sqnr": runtimes.sqnr(reference, logits),
             "bits": stored, "scales": scales, "ms": ms / base, "mb": result.model.ByteSize() / 1e6,
             "s": result.report["seconds"]}
 
@@ -163,8 +163,8 @@ def main() -> None:
     for name in args.models:
         case = load_case(name, shared_folder(args.shared))
         feeds = [{case.input: x[None]} for x in case.test]
-        reference = runtime.outputs(runtime.session(case.path), feeds)[0]
-        int8 = runtime.session(onnxq.quantize(case.path, "int8", case.feeds()).model)
+        reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
+        int8 = runtimes.session(onnxq.quantize(case.path, "int8", case.feeds()).model)
         for bits in args.bits:
             for label, kind, reorder, weights, target in variants():
                 for solver in SOLVERS:

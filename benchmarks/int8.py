@@ -79,20 +79,20 @@ def child(tool: str, name: str, shared: Path, out: Path) -> None:
 
 def judge(case: Case, models: dict[str, Path]) -> dict[str, dict[str, float | str]]:
     """Accuracy, SQNR, latency and kernels of each model, float first."""
-    from onnxq_plugins import audit_model, runtime
+    from onnxq_plugins import audit_model, runtimes
 
-    runners = {tool: runtime.session(path) for tool, path in models.items()}
-    times = dict(zip(models, runtime.latency(list(runners.values()), {case.input: case.test[:1]}, 3.0 * len(models)),
+    runners = {tool: runtimes.session(path) for tool, path in models.items()}
+    times = dict(zip(models, runtimes.latency(list(runners.values()), {case.input: case.test[:1]}, 3.0 * len(models)),
                      strict=True))
     rows: dict[str, dict[str, float | str]] = {}
     reference = None
     for tool, path in models.items():
         feeds = [{case.input: case.test[i:i + 1]} for i in range(len(case.test))]
-        logits = runtime.outputs(runners[tool], feeds)[0]
+        logits = runtimes.outputs(runners[tool], feeds)[0]
         reference = logits if reference is None else reference
         rows[tool] = {"top1": 100 * float(np.mean(logits.argmax(1) == case.labels)),
-                      "sqnr": "-" if tool == "float" else f"{runtime.sqnr(reference, logits):.2f}",
-                      "agree": 100 * runtime.agreement(reference, logits), "ms": times[tool],
+                      "sqnr": "-" if tool == "float" else f"{runtimes.sqnr(reference, logits):.2f}",
+                      "agree": 100 * runtimes.agreement(reference, logits), "ms": times[tool],
                       "mb": path.stat().st_size / 1e6, "kernels": "" if tool == "float" else audit_model(path).summary()}
     return rows
 

@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 
 
 def _model(nodes: list[onnx.NodeProto], inputs: list[tuple[str, list[int]]], output: str,
@@ -72,7 +72,7 @@ def main() -> None:
                 .astype(np.float32) for i in model.graph.input}
         result = onnxq.quantize(model, recipe, [feed])
         kernels = {layer.kernel for layer in onnxq.audit_model(result.model).layers}
-        slow, fast = runtime.latency([runtime.session(model), runtime.session(result.model)], feed, 1.5)
+        slow, fast = runtimes.latency([runtimes.session(model), runtimes.session(result.model)], feed, 1.5)
         print(f"| {name} | {', '.join(sorted(kernels))} | {slow:.3f} | {fast:.3f} | {slow / fast:.2f} |", flush=True)
 
 

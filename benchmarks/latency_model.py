@@ -18,14 +18,17 @@ import numpy as np
 
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import latency, load, planning, qdq, quantize, runtime
+from onnxq_plugins import load, quantize, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.data import graph_inputs, open_data
+from onnxq_plugins.export import qdq
 from onnxq_plugins.job import Job
+from onnxq_plugins.plan import requests
 from onnxq_plugins.plugins import find_plugins
-from onnxq_plugins.quantizers import parse_widths
 from onnxq_plugins.recipe import load_recipe
-from onnxq_plugins.search import Widths
+from onnxq_plugins.search import latency
+from onnxq_plugins.search.quantizers import parse_widths
+from onnxq_plugins.search.widths import Widths
 
 CANDIDATES = ("W4A8", "W8A8", "float")
 BLOCKS: dict[str, Any] = {"weights": {"bits": 8, "block": 32}, "activations": {"bits": 32}}  # weight-only
@@ -37,7 +40,7 @@ def make_widths(case: Case, recipe: dict[str, Any]) -> Widths:
     made = load_recipe(recipe, found.passes, ())
     target = found.target(made.target)
     graph = load(case.path, flatten=target.flatten)
-    asked = planning.request(graph, made, target)
+    asked = requests.request(graph, made, target)
     calibration = Calibration(graph, open_data(case.feeds(), graph_inputs(graph)), workers=2)
     job = Job(graph, asked.plan, calibration, target, made, np.random.default_rng(0), 2, {"floats": {}, "notes": []})
     widths = Widths(job, parse_widths(CANDIDATES), case.feeds()[0])
@@ -68,7 +71,7 @@ def alone(case: Case, widths: Widths) -> None:
     plan = widths.plan(dict(enumerate(widths.eight_bits)))
     graph, target = widths.job.graph, widths.job.target
     plans = [plan, *(plan.without(y.weight) for y in graph.layers)]
-    sessions = [runtime.session(qdq.export(graph, p, target)) for p in plans]
+    sessions = [runtimes.session(qdq.export(graph, p, target)) for p in plans]
     taken = [latency.typical(own) for own in latency.interleaved(sessions, case.feeds()[0], 20.0)]
     ratio = np.array(taken[1:]) / taken[0]
     print(f"| {case.name} | {ratio.min():.3f} to {ratio.max():.3f} | {np.median(ratio):.3f} | "
@@ -78,7 +81,7 @@ def alone(case: Case, widths: Widths) -> None:
 def budgets(label: str, case: Case, recipe: dict[str, Any], limits: tuple[float, ...], cache: str) -> None:
     """What budgets on latency choose, all by the same times."""
     feeds = [{case.input: x[None]} for x in case.test]
-    reference = runtime.outputs(runtime.session(case.path), feeds)[0]
+    reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
     print(f"\n| {label}, at most | predicted | measured | size, of 8 bits | float layers | top-1 | SQNR dB |\n"
           "|---|---|---|---|---|---|---|")
     for limit in limits:
@@ -87,11 +90,11 @@ def budgets(label: str, case: Case, recipe: dict[str, Any], limits: tuple[float,
         made = quantize(case.path, {**recipe, "pass": [*before, step]}, case.feeds(), cache=cache)
         told = made.report["steps"][-2]["told"]
         point, = (p for p in told["curve"] if "chosen" in p)
-        logits = runtime.outputs(runtime.session(made.model), feeds)[0]
+        logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
         predicted, measured = (told["latency"][key] for key in ("predicted", "measured"))
         print(f"| {limit:g} | {predicted:.3f} | {measured:.3f} | {point['size']:.3f} | {len(made.report['floats'])} of "
               f"{len(made.report['layers'])} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
-              f"{runtime.sqnr(reference, logits):.2f} |", flush=True)
+              f"{runtimes.sqnr(reference, logits):.2f} |", flush=True)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from scipy.stats import kendalltau
 
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import Result, load, quantize, runtime
+from onnxq_plugins import Result, load, quantize, runtimes
 from onnxq_plugins.solvers.pareto import STRATEGIES
 
 BEFORE = [{"use": "scale-inputs"}, {"use": "ranges"}]
@@ -38,9 +38,9 @@ def search(case: Case, data: Any, before: list[dict[str, Any]] | None = None, ta
 
 
 def homogeneous(case: Case) -> None:
-    runner = runtime.session(case.path)
+    runner = runtimes.session(case.path)
     feeds = [{case.input: x[None]} for x in case.test]
-    reference = runtime.outputs(runner, feeds)[0]
+    reference = runtimes.outputs(runner, feeds)[0]
     whole = 100 * np.mean(reference.argmax(1) == case.labels)
     print(f"\n| {case.name}, float top-1 {whole:.2f} | size, of 8 bits | top-1 | SQNR dB | s |\n"
           "|---|---|---|---|---|")
@@ -49,20 +49,20 @@ def homogeneous(case: Case) -> None:
     rows += [(f"mixed, size {limit}", {"limit": limit, "candidates": ALL}) for limit in (0.9, 0.75, 0.6, 0.5, 0.4)]
     for label, settings in rows:
         made, told, seconds = search(case, case.feeds(), curve=0, **settings)
-        logits = runtime.outputs(runtime.session(made.model), feeds)[0]
+        logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
         size = next(p["size"] for p in told["curve"] if "chosen" in p)
         print(f"| {label} | {size:.3f} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
-              f"{runtime.sqnr(reference, logits):.2f} | {seconds:.1f} |", flush=True)
+              f"{runtimes.sqnr(reference, logits):.2f} | {seconds:.1f} |", flush=True)
     for name in ("coding-length", "orthogonality"):
         steps = [{"use": name, "limit": 0.75}, *BEFORE, {"use": "round", "method": "gptq", "sequential": False}]
         made = quantize(case.path, {"pass": steps}, case.feeds())
-        logits = runtime.outputs(runtime.session(made.model), feeds)[0]
+        logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
         sizes = [(float(y["parameters"]), y) for y in made.report["layers"]]
         bits = {y.name: made.plan[y.weight].bits for y in load(case.path).layers}
         size = sum(n * bits[y["name"]] for n, y in sizes) / sum(8 * n for n, _ in sizes)
         seconds = sum(step["seconds"] for step in made.report["steps"] if step["pass"] in (name, "round"))
         print(f"| {name}, size 0.75 | {size:.3f} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
-              f"{runtime.sqnr(reference, logits):.2f} | {seconds:.1f} |", flush=True)
+              f"{runtimes.sqnr(reference, logits):.2f} | {seconds:.1f} |", flush=True)
 
 
 def ranking(case: Case) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 import onnxq_plugins as onnxq
 from benchmarks.models import NAMES, load_case, shared_folder
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
 
@@ -32,12 +32,12 @@ def main() -> None:
     for name in NAMES:
         case = load_case(name, shared_folder(args.shared))
         feeds = [{case.input: x[None]} for x in case.test]
-        reference = runtime.outputs(runtime.session(case.path), feeds)[0]
+        reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
         for label, variant in variants.items():
             made = onnxq.quantize(case.path, variant, case.feeds())
-            logits = runtime.outputs(runtime.session(made.model), feeds)[0]
+            logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
             top1 = 100 * np.mean(logits.argmax(1) == case.labels)
-            print(f"| {name} | {label} | {runtime.sqnr(reference, logits):.2f} | {top1:.2f} |", flush=True)
+            print(f"| {name} | {label} | {runtimes.sqnr(reference, logits):.2f} | {top1:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,14 @@ import numpy as np
 
 from benchmarks.int8 import machine
 from benchmarks.models import Case, load_case, shared_folder
-from onnxq_plugins import load, quantize, runtime
+from onnxq_plugins import load, quantize, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.data import graph_inputs, open_data
 from onnxq_plugins.job import Job
 from onnxq_plugins.passes import Equalize
-from onnxq_plugins.planning import request
+from onnxq_plugins.plan.requests import request
 from onnxq_plugins.recipe import Recipe
-from onnxq_plugins.target import PER_TENSOR
+from onnxq_plugins.targets.target import PER_TENSOR
 
 NAMES = ("mobilenet_v1_0.75_224", "resnet20_cifar10", "kwt1_speechcommands12")
 BEFORE, BEHIND = {"use": "scale-inputs"}, {"use": "ranges"}
@@ -51,15 +51,15 @@ def recipe(steps: list[dict[str, Any]]) -> dict[str, Any]:
 def judge(case: Case, reference: np.ndarray, made: Any) -> str:
     """Top-1, loss, SQNR and share of layers with shifts."""
     feeds = [{case.input: x[None]} for x in case.test]
-    logits = runtime.outputs(runtime.session(made.model), feeds)[0]
+    logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
     top, whole = (100 * float(np.mean(y.argmax(1) == case.labels)) for y in (logits, reference))
     shifted = sum(spec.multiplier is not None for spec in made.plan.values())
-    return f"{top:.2f} | {whole - top:.2f} | {runtime.sqnr(reference, logits):.2f} | {shifted}"
+    return f"{top:.2f} | {whole - top:.2f} | {runtimes.sqnr(reference, logits):.2f} | {shifted}"
 
 
 def table(case: Case) -> None:
-    runner = runtime.session(case.path)
-    reference = runtime.outputs(runner, [{case.input: x[None]} for x in case.test])[0]
+    runner = runtimes.session(case.path)
+    reference = runtimes.outputs(runner, [{case.input: x[None]} for x in case.test])[0]
     print(f"\n| {case.name}, float top-1 {100 * np.mean(reference.argmax(1) == case.labels):.2f} | top-1 | loss | SQNR dB | "
           "layers with shifts |\n|---|---|---|---|---|")
     for name, steps in ROWS.items():

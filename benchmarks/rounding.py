@@ -22,7 +22,7 @@ import numpy as np
 import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 
 METHODS = ("nearest", "gpfq", "gptq", "descent", "attention", "adaround", "auto")
 
@@ -52,9 +52,9 @@ def measure(case: Case, passes: dict[str, Any]) -> tuple[float, float, float, fl
     result = onnxq.quantize(case.path, passes, case.feeds())
     seconds = time.perf_counter() - start
     feeds = [{case.input: x[None]} for x in case.test]
-    reference = runtime.outputs(runtime.session(case.path), feeds)[0]
-    logits = runtime.outputs(runtime.session(result.model), feeds)[0]
-    return (runtime.sqnr(reference, logits), 100 * runtime.agreement(reference, logits),
+    reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
+    logits = runtimes.outputs(runtimes.session(result.model), feeds)[0]
+    return (runtimes.sqnr(reference, logits), 100 * runtimes.agreement(reference, logits),
             100 * float(np.mean(logits.argmax(1) == case.labels)), seconds)
 
 

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 
 Array = np.ndarray
 FLOAT: dict[str, Any] = {"target": "storage", "activations": {"bits": 32}}
@@ -102,9 +102,9 @@ def measure(model: onnx.ModelProto, recipe: dict[str, Any], step: dict[str, Any]
     passes = [] if step is None else [{"use": "split-weights", **step}]
     result = onnxq.quantize(model, {**recipe, "pass": passes}, images(32, seed + 200))
     feeds = [{"x": images(32, seed + 300)}]
-    reference = runtime.outputs(runtime.session(model), feeds)[0]
+    reference = runtimes.outputs(runtimes.session(model), feeds)[0]
     told = [] if step is None else list(result.report["steps"][0]["told"]["layers"].values())
-    return runtime.sqnr(reference, runtime.outputs(runtime.session(result.model), feeds)[0]), told
+    return runtimes.sqnr(reference, runtimes.outputs(runtimes.session(result.model), feeds)[0]), told
 
 
 def gains(blocks: list[int], width: int, seeds: int) -> None:
@@ -143,7 +143,7 @@ def cost(blocks: int, width: int, seconds: float) -> None:
     """Latency at batch 1, one thread, of float, int8 and int8 with the pass, in turn."""
     model = network(blocks, width)
     made = [onnxq.quantize(model, {"pass": step}, images(8, 200)).model for step in ([], [{"use": "split-weights"}])]
-    times = runtime.latency([runtime.session(m) for m in (model, *made)], {"x": images(1, 300, size=64)}, 3 * seconds)
+    times = runtimes.latency([runtimes.session(m) for m in (model, *made)], {"x": images(1, 300, size=64)}, 3 * seconds)
     print("| float ms | int8 ms | int8, split ms | split / int8 |\n|---|---|---|---|")
     print(f"| {times[0]:.2f} | {times[1]:.2f} | {times[2]:.2f} | {times[2] / times[1]:.2f} |")
 

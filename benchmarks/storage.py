@@ -22,10 +22,10 @@ import numpy as np
 import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import runtime
-from onnxq_plugins.audit import audit_openvino
+from onnxq_plugins import runtimes
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import Recipe, load_recipe
+from onnxq_plugins.runtimes.audit import audit_openvino
 
 
 def recipes() -> dict[str, Recipe]:
@@ -51,23 +51,23 @@ def openvino(case: Case, recipe: Recipe) -> str:
         audit = audit_openvino(path)
         runner = ov.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         theirs = np.concatenate([runner([x[None]])[0] for x in case.test])
-        ours = runtime.outputs(runtime.session(path), [{case.input: x[None]} for x in case.test])[0]
+        ours = runtimes.outputs(runtimes.session(path), [{case.input: x[None]} for x in case.test])[0]
     layers = [layer for layer in audit.layers if layer.constant_weight]
-    return f"{sum(layer.quantized for layer in layers)}/{len(layers)} | {100 * runtime.agreement(ours, theirs):.1f}"
+    return f"{sum(layer.quantized for layer in layers)}/{len(layers)} | {100 * runtimes.agreement(ours, theirs):.1f}"
 
 
 def chance(case: Case, seeds: int) -> None:
     """int4-storage with several seeds."""
     feeds = [{case.input: x[None]} for x in case.test]
-    reference = runtime.outputs(runtime.session(case.path), feeds)[0]
+    reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
     print(f"{case.name}, float top-1 {_top1(reference, case):.2f}\n\n| seed | top-1 | SQNR dB | agree |\n|---|---|---|---|")
     found = []
     for seed in range(seeds):
         model = onnxq.quantize(case.path, "int4-storage", case.feeds(), seed=seed).model
-        logits = runtime.outputs(runtime.session(model), feeds)[0]
+        logits = runtimes.outputs(runtimes.session(model), feeds)[0]
         found.append(_top1(logits, case))
-        print(f"| {seed} | {found[-1]:.2f} | {runtime.sqnr(reference, logits):.2f} | "
-              f"{100 * runtime.agreement(reference, logits):.1f} |", flush=True)
+        print(f"| {seed} | {found[-1]:.2f} | {runtimes.sqnr(reference, logits):.2f} | "
+              f"{100 * runtimes.agreement(reference, logits):.1f} |", flush=True)
     print(f"\nmean {np.mean(found):.2f}, standard deviation {np.std(found):.2f}, "
           f"loss {_top1(reference, case) - np.mean(found):.2f}")
 
@@ -90,23 +90,23 @@ def main() -> None:
     for name in args.models:
         case = load_case(name, shared_folder(args.shared))
         feeds = [{case.input: x[None]} for x in case.test]
-        runners: dict[str, Any] = {"float": runtime.session(case.path)}
-        reference = runtime.outputs(runners["float"], feeds)[0]
+        runners: dict[str, Any] = {"float": runtimes.session(case.path)}
+        reference = runtimes.outputs(runners["float"], feeds)[0]
         results = {}
         for label, recipe in recipes().items():
             if label == "int4-weight-only" and not name.startswith("kwt"):
                 continue  # convolutions stay float
             results[label] = onnxq.quantize(case.path, recipe, case.feeds())
-            runners[label] = runtime.session(results[label].model)
-        times = dict(zip(runners, runtime.latency(list(runners.values()), feeds[0], args.seconds), strict=True))
+            runners[label] = runtimes.session(results[label].model)
+        times = dict(zip(runners, runtimes.latency(list(runners.values()), feeds[0], args.seconds), strict=True))
         print(f"| {name} | float | {_top1(reference, case):.2f} | | | | 32 | {case.path.stat().st_size / 1e6:.2f} | | "
               f"{times['float']:.3f} | {times['float'] / times['int8']:.2f} | | | | |", flush=True)
         size = results["int8"].model.ByteSize()
         for label, result in results.items():
-            logits = runtime.outputs(runners[label], feeds)[0]
+            logits = runtimes.outputs(runners[label], feeds)[0]
             other = "- | -" if label == "int4-weight-only" else openvino(case, recipes()[label])
             print(f"| {name} | {label} | {_top1(logits, case):.2f} | {_top1(reference, case) - _top1(logits, case):.2f} | "
-                  f"{runtime.sqnr(reference, logits):.2f} | {100 * runtime.agreement(reference, logits):.1f} | "
+                  f"{runtimes.sqnr(reference, logits):.2f} | {100 * runtimes.agreement(reference, logits):.1f} | "
                   f"{result.report['bits_per_weight']:.2f} | {result.model.ByteSize() / 1e6:.3f} | "
                   f"{100 * result.model.ByteSize() / size:.1f} % | {times[label]:.3f} | "
                   f"{times[label] / times['int8']:.3f} | "

@@ -18,7 +18,7 @@ import numpy as np
 import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import load_case, shared_folder
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 
 
 def recipe(block: str, *passes: dict[str, Any]) -> dict[str, Any]:
@@ -52,20 +52,20 @@ def main() -> None:
     args = parser.parse_args()
     case = load_case(args.model, shared_folder(args.shared))
     feeds = [{case.input: x[None]} for x in case.test]
-    runners = {"float": runtime.session(case.path)}
-    reference = runtime.outputs(runners["float"], feeds)[0]
+    runners = {"float": runtimes.session(case.path)}
+    reference = runtimes.outputs(runners["float"], feeds)[0]
     cells = {"float": f"- | {_top1(reference, case.labels):.2f} | - | {case.path.stat().st_size / 1e6:.2f} | "}
     for label, made in variants(args.clusters, args.gains, args.balances):
         result = onnxq.quantize(case.path, made, case.feeds())
-        runners[label] = runtime.session(result.model)
-        logits = runtime.outputs(runners[label], feeds)[0]
+        runners[label] = runtimes.session(result.model)
+        logits = runtimes.outputs(runners[label], feeds)[0]
         told = next((step["told"]["layers"] for step in result.report["steps"] if step["pass"] == "subtensor"), {})
         audit = onnxq.audit_model(result.model)
         movers = ", ".join(f"{audit.other[op]} {op}" for op in ("QLinearConcat", "Concat", "Gather", "Split", "Slice",
                                                                 "Transpose") if audit.other.get(op))
-        cells[label] = (f"{runtime.sqnr(reference, logits):.2f} | {_top1(logits, case.labels):.2f} | {len(told)} | "
+        cells[label] = (f"{runtimes.sqnr(reference, logits):.2f} | {_top1(logits, case.labels):.2f} | {len(told)} | "
                         f"{result.model.ByteSize() / 1e6:.2f} | {audit.summary()}; {movers}")
-    times = runtime.latency(list(runners.values()), feeds[0], args.seconds * len(runners))
+    times = runtimes.latency(list(runners.values()), feeds[0], args.seconds * len(runners))
     print(f"{machine()}\n\n{case.name}, {len(feeds)} test samples\n")
     print("| weights | SQNR dB | top-1 | layers clustered | MB | kernels | ms |\n|---|---|---|---|---|---|---|")
     for label, ms in zip(runners, times, strict=True):

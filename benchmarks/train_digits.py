@@ -1,4 +1,4 @@
-"""Train the embedded digits model and write `onnxq_plugins/digits.onnx`.
+"""Train the embedded digits model and write `onnxq_plugins/cli/digits.onnx`.
 
     python -m benchmarks.train_digits
 
@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from onnxq_plugins.digits import digits_model_path, digits_split
+from onnxq_plugins.cli.digits import digits_model_path, digits_split
 
 SEED = 0
 EPOCHS = 80

@@ -3,14 +3,11 @@
 The public names are all here, and in the modules that docs/write-a-plugin.md names for plugins; everything else may change.
 """
 
-from onnxq_plugins.audit import Audit, LayerAudit, audit_model
-from onnxq_plugins.auto import auto
 from onnxq_plugins.calibration import Calibration, Gram, Histogram, Moments
-from onnxq_plugins.curve import Curve, point_recipe
 from onnxq_plugins.data import Data, DataOptions, open_data
-from onnxq_plugins.diagnose import Diagnosis, diagnose
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.export.overrides import ort_arguments, ort_model, ort_overrides
 from onnxq_plugins.graph import (
     BatchNorm,
     ChannelGroup,
@@ -25,10 +22,13 @@ from onnxq_plugins.graph import (
 )
 from onnxq_plugins.hookspecs import hookimpl
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.overrides import ort_arguments, ort_model, ort_overrides
 from onnxq_plugins.recipe import Recipe
+from onnxq_plugins.report.curve import Curve, point_recipe
+from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
+from onnxq_plugins.runtimes.audit import Audit, LayerAudit, audit_model
+from onnxq_plugins.selection import auto
 from onnxq_plugins.spec import Plan, QuantSpec
-from onnxq_plugins.target import Rule, Target
+from onnxq_plugins.targets import Rule, Target
 
 __version__ = "0.1.0"
 __all__ = ["Audit", "BatchNorm", "Calibration", "ChannelGroup", "Curve", "Data", "DataOptions", "Diagnosis", "Gram",

@@ -22,23 +22,25 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxq_plugins import planning, qdq, runtime, storage
-from onnxq_plugins.audit import Audit, audit_model
+from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import Calibration, Track, silent
-from onnxq_plugins.complete import complete
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError, raised
+from onnxq_plugins.export import qdq, storage
+from onnxq_plugins.files import DataFile, clear_leftovers, replacing, writing
 from onnxq_plugins.graph import Graph, Layer, load
 from onnxq_plugins.graph.importer import bytes_on_disk, skeleton
 from onnxq_plugins.graph.importer import read as read_model
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.measure import Metric, check_labels, find_metric, metric_name, top1
+from onnxq_plugins.layers.complete import complete
+from onnxq_plugins.measure.metrics import Metric, check_labels, find_metric, metric_name, top1
+from onnxq_plugins.plan import requests
 from onnxq_plugins.plugins import Plugins, find_plugins
-from onnxq_plugins.quantizers import share_of_work
 from onnxq_plugins.recipe import Recipe
+from onnxq_plugins.runtimes.audit import Audit, audit_model
+from onnxq_plugins.search.quantizers import share_of_work
 from onnxq_plugins.spec import Array, Plan
-from onnxq_plugins.store import DataFile, clear_leftovers, replacing, writing
-from onnxq_plugins.target import Rule, Target
+from onnxq_plugins.targets import Rule, Target
 from onnxq_plugins.trace import Trace
 
 log = logging.getLogger("onnxq_plugins")
@@ -101,8 +103,8 @@ class Result:
 
     def save_report(self, path: str | Path, data: Source | None = None, **options: Any) -> Path:
         """Write what was done and what it gave as one page of HTML, and the same beside it as JSON; see
-        `onnxq_plugins.report.write_report`. Needs the extra ``report``."""
-        from onnxq_plugins.report import write_report  # it stands above the engine
+        `onnxq_plugins.report.page.write_report`. Needs the extra ``report``."""
+        from onnxq_plugins.report.page import write_report  # it stands above the engine
 
         return write_report(self, Path(path), data, **options)
 
@@ -128,7 +130,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
 
     model      path, ModelProto or Graph; left alone
     recipe     built-in name, path, mapping or Recipe
-    data       sample inputs, see `onnxq_plugins.data.open_data`
+    data       sample inputs, see `onnxq_plugins.data.samples.open_data`
     output     write the model here as well
     target     overrides the recipe's target
     seed       one seed, one result
@@ -142,7 +144,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     labels     of the samples, for metrics that want them: an array [samples, ...], an .npy file or a text file
     metric     how passes that search judge a network, in place of their own: a name, ``package.module:function`` (which is
                imported), or a function of (float outputs, quantized outputs, labels), larger is better; see
-               `onnxq_plugins.measure`
+               `onnxq_plugins.measure.metrics`
     track      shows progress, see `Job.track`
     trace      takes a line of text for each hook call of a plugin
 
@@ -170,7 +172,7 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     read = open_data(source, graph_inputs(graph), made.data, labels) if source is not None else None
     if read is not None and judge in (None, top1):
         check_labels(read.labels, graph.shape(graph.outputs[0]), graph.outputs[0])
-    asked = planning.request(graph, made, chosen)
+    asked = requests.request(graph, made, chosen)
     OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
     workers = workers or cores()
     if cache:
@@ -210,7 +212,7 @@ def save_model(model: onnx.ModelProto, path: Path) -> Path:
     Raises OnnxqError if that is not possible."""
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
         raise OnnxqError(f"output '{path}': the model's weights lie beside the output it was made for; copy both files.")
-    if runtime.size_of(model) <= runtime.LARGEST_MESSAGE:
+    if runtimes.size_of(model) <= runtimes.LARGEST_MESSAGE:
         return write_file(model.SerializeToString(), path)
     check_writable(path)
     shell = skeleton(model)
@@ -257,7 +259,7 @@ def _run(job: Job, step: Pass, found: Plugins, verify: bool) -> dict[str, Any]:
     entry = {"pass": step.name, "seconds": round(time.perf_counter() - start, 3), "exact": step.exact,
              **({"parameters": _parameters(step)} if _parameters(step) else {}), "told": gave}
     if reference is not None:
-        moved = runtime.drift(reference, _probe(job.graph, data))
+        moved = runtimes.drift(reference, _probe(job.graph, data))
         entry["drift"] = moved
         if moved > DRIFT:
             raise LawBroken(f"pass '{step.name}' changed the float function by {moved:.1e} (limit {DRIFT:.0e}) though "
@@ -271,7 +273,7 @@ def _run(job: Job, step: Pass, found: Plugins, verify: bool) -> dict[str, Any]:
     if gone := [n for n in job.plan if n not in job.graph and n in before_plan]:
         job.plan = job.plan.without(*gone)
     for name, spec in job.plan.items():
-        if spec is not before_plan.get(name) and (wrong := planning.entry_problem(job.graph, name, spec)):
+        if spec is not before_plan.get(name) and (wrong := requests.entry_problem(job.graph, name, spec)):
             raise LawBroken(f"the planned entry of '{name}' that pass '{step.name}' leaves {wrong}; this is a bug of the "
                             "pass.")
     return entry
@@ -320,7 +322,7 @@ def _probe(graph: Graph, data: Data | None) -> list[Array]:
         feeds = [{i.name: (rng.standard_normal(shapes[i.name]) if i.dtype.kind == "f" else np.ones(shapes[i.name]))
                   .astype(i.dtype) for i in graph_inputs(graph)}]
     weights: dict[str, Array] = {}
-    return runtime.outputs(runtime.session(graph.model(weights), weights=weights), feeds)
+    return runtimes.outputs(runtimes.session(graph.model(weights), weights=weights), feeds)
 
 
 def _parameters(step: Pass) -> dict[str, Any]:
@@ -329,7 +331,7 @@ def _parameters(step: Pass) -> dict[str, Any]:
 
 
 def _layer_inputs(job: Job) -> dict[str, str]:
-    return {y.name: planning.layer_input(job.graph, job.plan, job.target, y) for y in job.graph.layers
+    return {y.name: requests.layer_input(job.graph, job.plan, job.target, y) for y in job.graph.layers
             if y.weight in job.plan}
 
 
@@ -397,7 +399,7 @@ def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None, before:
             row |= {"weights": spec.describe((layer.out_axis, layer.in_axis)), "bits_per_weight": round(bits, 3)}
         why = report["floats"].get(layer.name) or (entry.why if entry and not entry.quantized else "")
         rows.append(row | ({"why_float": why} if why else {}))
-    after = runtime.size_of(model) + (beside.size if beside is not None else 0)
+    after = runtimes.size_of(model) + (beside.size if beside is not None else 0)
     report |= {"recipe_name": job.recipe.name, "recipe": job.recipe.to_dict(), "layers": rows,
                "bytes": {"float": before, "quantized": after},
                "kernels": kernels.counts(), "float_products": products, "machine": {"python": platform.python_version(),
@@ -432,14 +434,14 @@ def _bytes(graph: Graph, given: Path | onnx.ModelProto | None) -> int:
     if isinstance(given, Path):
         return bytes_on_disk(given)
     if given is not None:
-        return runtime.size_of(given)
+        return runtimes.size_of(given)
     weights: dict[str, Array] = {}
     return int(graph.model(weights).ByteSize()) + sum(w.nbytes for w in weights.values())
 
 
 def _rule(job: Job, layer: Layer) -> Rule:
     """The rule of the target that a planned layer falls under."""
-    key = planning.layer_input(job.graph, job.plan, job.target, layer)
+    key = requests.layer_input(job.graph, job.plan, job.target, layer)
     rule = job.target.rule(layer, job.plan[layer.weight], job.plan[key].bits if key else 0)
     assert rule is not None
     return rule

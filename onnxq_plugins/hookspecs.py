@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
     from onnxq_plugins.job import Job, Pass
-    from onnxq_plugins.target import Target
+    from onnxq_plugins.targets import Target
 
 hookspec = pluggy.HookspecMarker("onnxq_plugins")
 hookimpl = pluggy.HookimplMarker("onnxq_plugins")

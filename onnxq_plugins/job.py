@@ -10,10 +10,10 @@ import numpy as np
 from onnxq_plugins.calibration import Calibration, Track, silent
 from onnxq_plugins.graph import ChannelGroup, Graph, permute
 from onnxq_plugins.spec import Array, Plan
-from onnxq_plugins.target import Target
+from onnxq_plugins.targets import Target
 
 if TYPE_CHECKING:
-    from onnxq_plugins.measure import Metric
+    from onnxq_plugins.measure.metrics import Metric
     from onnxq_plugins.recipe import Recipe
 
 

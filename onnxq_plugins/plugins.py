@@ -16,12 +16,13 @@ from typing import Any
 
 import pluggy
 
-from onnxq_plugins import hookspecs, target
+from onnxq_plugins import hookspecs
 from onnxq_plugins.errors import OnnxqError, known, raised
 from onnxq_plugins.job import Pass
 from onnxq_plugins.passes import BUILTIN
 from onnxq_plugins.recipe import Recipe, load_recipe
-from onnxq_plugins.target import Target
+from onnxq_plugins.targets import BUILTIN as TARGETS
+from onnxq_plugins.targets import Target
 from onnxq_plugins.trace import Trace, follow
 
 GROUP = "onnxq_plugins"
@@ -38,7 +39,7 @@ class _Builtins:
 
     @hookspecs.hookimpl
     def onnxq_targets(self) -> list[Target]:
-        return list(target.BUILTIN)
+        return list(TARGETS)
 
     @hookspecs.hookimpl(trylast=True)
     def onnxq_run_pass(self, step: Pass, job: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pluggy
 
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.recipe import Recipe
-from onnxq_plugins.target import Target
+from onnxq_plugins.targets import Target
 
 Trace = Callable[[str], None]  # takes one line for each hook call, when it ends
 _LONGEST = 100  # characters of a value

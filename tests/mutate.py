@@ -323,7 +323,7 @@ MUTATIONS: tuple[Callable[[onnx.ModelProto, Rng], None], ...] = (
 
 def run(number: int, folder: Path) -> dict[str, object]:
     """Quantize one broken model through the command line; what came of it."""
-    from onnxq_plugins import cli, runtime
+    from onnxq_plugins import cli, runtimes
 
     folder.mkdir()
     (folder / "out").mkdir()
@@ -352,7 +352,7 @@ def run(number: int, folder: Path) -> dict[str, object]:
     runs = True
     if code == 0:
         try:
-            runtime.session(output)
+            runtimes.session(output)
         except Exception:
             runs = False
     return {"number": number, "code": code, "stderr": told.read_text("utf-8", "replace"), "left": left, "runs": runs}

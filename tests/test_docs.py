@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 from onnxq_plugins.cli import app, main
-from onnxq_plugins.digits import digits_model_path, digits_split
+from onnxq_plugins.cli.digits import digits_model_path, digits_split
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import builtin_recipes, parse
 from onnxq_plugins.testing import CHECKS
@@ -111,8 +111,8 @@ def test_numpy_is_not_needed_to_read_a_result():
 
 def test_the_tutorial_runs_as_it_is_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    latency = runtime.latency
-    monkeypatch.setattr(runtime, "latency", lambda runners, feed, seconds=1.0: latency(runners, feed, 0.02))
+    latency = runtimes.latency
+    monkeypatch.setattr(runtimes, "latency", lambda runners, feed, seconds=1.0: latency(runners, feed, 0.02))
     text = (ROOT / "docs" / "tutorial.md").read_text("utf-8")
     for language, code in re.findall(r"```(console|python)\n(.*?)```", text, re.DOTALL):
         if language == "python":

@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxq_plugins import OnnxqError, Pass, Result, engine, hookimpl, load, quantize, rescale, runtime
+from onnxq_plugins import OnnxqError, Pass, Result, engine, hookimpl, load, quantize, rescale, runtimes
 from onnxq_plugins.calibration import Calibration
-from onnxq_plugins.digits import digits_model_path, digits_split
+from onnxq_plugins.cli.digits import digits_model_path, digits_split
 from onnxq_plugins.engine import LawBroken
 from onnxq_plugins.graph import channel_groups
 from onnxq_plugins.job import Job
@@ -107,8 +107,8 @@ def steps(*names: str | dict) -> dict:
 
 def quality(model: onnx.ModelProto, result: Result) -> float:
     samples = feeds(model, 8, seed=1)
-    pair = [runtime.outputs(runtime.session(m), samples)[0] for m in (model, result.model)]
-    return runtime.sqnr(*pair)
+    pair = [runtimes.outputs(runtimes.session(m), samples)[0] for m in (model, result.model)]
+    return runtimes.sqnr(*pair)
 
 
 # ---- laws ---------------------------------------------------------------------------------------------------------------
@@ -447,11 +447,11 @@ def test_int8_on_the_digits_model():
     data = digits_split()
     result = quantize(digits_model_path(), "int8", data["calibration_images"], workers=1)
     test = [{"image": data["test_images"]}]
-    wanted, found = (runtime.outputs(runtime.session(m), test)[0] for m in (digits_model_path(), result.model))
+    wanted, found = (runtimes.outputs(runtimes.session(m), test)[0] for m in (digits_model_path(), result.model))
     accuracy = [float(np.mean(y.argmax(1) == data["test_labels"])) for y in (wanted, found)]
     assert accuracy[0] > 0.95
     assert accuracy[1] > accuracy[0] - 0.01
-    assert runtime.sqnr(wanted, found) > 35
+    assert runtimes.sqnr(wanted, found) > 35
     assert set(result.report["kernels"]) == {"QLinearConv", "QGemm"}
 
 
@@ -461,11 +461,11 @@ def test_bias_correct_takes_back_the_mean_error_of_each_channel(groups, outputs)
     model = net.model(net.conv("x", 8, outputs, 3, groups=groups, pads=[0] * 4))
     samples = [{"x": np.abs(feed["x"]) * np.arange(1, 9).reshape(8, 1, 1)} for feed in feeds(model, 8)]
     samples = [{"x": feed["x"].astype(np.float32)} for feed in samples]
-    wanted = runtime.outputs(runtime.session(model), samples)[0]
+    wanted = runtimes.outputs(runtimes.session(model), samples)[0]
 
     def mean_errors(recipe) -> np.ndarray:
         result = quantize(model, {**recipe, "weights": {"bits": 4}}, samples, workers=1)
-        return np.abs((runtime.outputs(runtime.session(result.model), samples)[0] - wanted).mean((0, 2, 3)))
+        return np.abs((runtimes.outputs(runtimes.session(result.model), samples)[0] - wanted).mean((0, 2, 3)))
 
     before, after = mean_errors({}), mean_errors(steps("bias-correct"))
     assert after.max() < before.max() / 5
@@ -494,11 +494,11 @@ def test_scale_inputs_evens_out_channels(make):
     index = (slice(None), 3) if make in ("mlp", "conv") else (3,)
     values[index] /= 100
     weight.CopyFrom(onnx.numpy_helper.from_array(values, "c0"))
-    wanted = runtime.outputs(runtime.session(model), samples)[0]
+    wanted = runtimes.outputs(runtimes.session(model), samples)[0]
     decibels = {}
     for name in ("ranges", "scale-inputs"):
         result = quantize(model, steps(name), samples, workers=1, verify=True)
-        decibels[name] = runtime.sqnr(wanted, runtime.outputs(runtime.session(result.model), samples)[0])
+        decibels[name] = runtimes.sqnr(wanted, runtimes.outputs(runtimes.session(result.model), samples)[0])
         muls = [n for n in result.model.graph.node if n.op_type == "Mul"]
         assert len(muls) == (name == "scale-inputs")
     assert decibels["scale-inputs"] > decibels["ranges"] + 10
@@ -528,12 +528,12 @@ def test_ranges_clip_a_stray_value_where_that_pays():
     net = Net(["N", 256, 32])
     model = net.model(net.linear("x", 32, 10, bias=False))
     samples = [{"x": feed["x"].clip(-4, 4)} for feed in feeds(model, 50)]
-    wanted = runtime.outputs(runtime.session(model), samples)[0]
+    wanted = runtimes.outputs(runtimes.session(model), samples)[0]
     samples[7]["x"][0, 0, 0] = 25.0
     error, kept = {}, {}
     for method in ("minmax", "mse", "percentile", "kl"):
         result = quantize(model, steps({"use": "ranges", "method": method}), samples, workers=1)
-        found = runtime.outputs(runtime.session(result.model), samples)[0]
+        found = runtimes.outputs(runtimes.session(result.model), samples)[0]
         error[method] = np.mean(np.delete(found - wanted, 7, axis=0) ** 2)
         kept[method] = result.report["steps"][0]["told"]["kept_share_of_range"].get("x", 1.0)
     assert kept["minmax"] == 1.0

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import runtime
-from onnxq_plugins.curve import point_recipe
+from onnxq_plugins import runtimes
 from onnxq_plugins.data import Input, model_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.files import load_arrays, save_arrays
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import builtin_recipes, load_recipe
-from onnxq_plugins.store import load_arrays, save_arrays
+from onnxq_plugins.report.curve import point_recipe
 from tests import zoo
 
 LINES = ("error: ", "note: ", "float: ", "warning: ")
@@ -191,7 +191,7 @@ def test_a_model_that_fails_when_it_runs_ends_with_a_sentence() -> None:
     model = helper.make_model(helper.make_graph(net.nodes, "g", [net.input], [out], net.constants),
                               opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     with pytest.raises(OnnxqError, match="cannot run") as caught:
-        runtime.session(model).run(None, {"x": np.full((1, 4), 9.0, np.float32)})
+        runtimes.session(model).run(None, {"x": np.full((1, 4), 9.0, np.float32)})
     assert len(caught.value.problems) == 1
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from onnxq_plugins import OnnxqError, quantize
-from onnxq_plugins.store import load_arrays, save_arrays
+from onnxq_plugins.files import load_arrays, save_arrays
 from tests import zoo
 
 ROOT = Path(__file__).parent.parent

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxq_plugins import OnnxqError, Pass, Recipe, load, planning
+from onnxq_plugins import OnnxqError, Pass, Recipe, load
 from onnxq_plugins.data import DataOptions
 from onnxq_plugins.passes import BUILTIN
+from onnxq_plugins.plan import requests
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import LayerRule, TensorRequest, builtin_recipes, load_recipe, parse
-from onnxq_plugins.target import ORT_CPU
+from onnxq_plugins.targets.target import ORT_CPU
 from tests.zoo import ZOO, cnn, mobilenet, transformer
 
 
@@ -283,7 +284,7 @@ def test_builtin_recipes_come_along():
 def bits_of(model, *rules: dict) -> dict[str, int]:
     """Layer name -> bits of its planned weight, 32 for float."""
     graph = load(model)
-    plan = planning.request(graph, parse({"layer": list(rules)}, PASSES), ORT_CPU).plan
+    plan = requests.request(graph, parse({"layer": list(rules)}, PASSES), ORT_CPU).plan
     return {layer.name: plan[layer.weight].bits if layer.weight in plan else 32 for layer in graph.layers}
 
 
@@ -328,7 +329,7 @@ def test_later_rules_win_and_add_up():
 def test_a_rule_changes_only_what_it_names():
     graph = load(cnn())
     recipe = parse({"weights": {"bits": 4, "pow2": True}, "layer": [{"op": "Gemm", "weights": {"block": "tensor"}}]}, PASSES)
-    plan = planning.request(graph, recipe, ORT_CPU).plan
+    plan = requests.request(graph, recipe, ORT_CPU).plan
     specs = [plan[layer.weight] for layer in graph.layers]
     assert [(s.bits, s.pow2, s.block) for s in specs] == [(4, True, (1, 0, 0, 0))] * 2 + [(4, True, None)]
 
@@ -339,17 +340,17 @@ def test_a_rule_changes_only_what_it_names():
 ])
 def test_blocks_follow_the_axes_of_each_weight(block, conv, gemm):
     graph = load(cnn())
-    plan = planning.request(graph, parse({"weights": {"block": block}}, PASSES), ORT_CPU).plan
+    plan = requests.request(graph, parse({"weights": {"block": block}}, PASSES), ORT_CPU).plan
     assert plan[graph.layers[0].weight].block == conv
     assert plan[graph.layers[-1].weight].block == gemm  # transB: [outputs, inputs]
     tokens = load(transformer())
-    plan = planning.request(tokens, parse({"weights": {"block": block}}, PASSES), ORT_CPU).plan
+    plan = requests.request(tokens, parse({"weights": {"block": block}}, PASSES), ORT_CPU).plan
     assert plan[tokens.layers[0].weight].block == (gemm[::-1] if gemm else None)  # [inputs, outputs]
 
 
 def test_a_block_of_the_wrong_rank_is_told_once_for_every_kind_of_layer():
     with pytest.raises(OnnxqError) as caught:
-        planning.request(load(mobilenet()), parse({"weights": {"block": [1, 2, 3]}}, PASSES), ORT_CPU)
+        requests.request(load(mobilenet()), parse({"weights": {"block": [1, 2, 3]}}, PASSES), ORT_CPU)
     assert len(caught.value.problems) == 2  # Conv and Gemm
     assert all("3 sizes" in problem and "[outputs, inputs]" in problem for problem in caught.value.problems)
 
@@ -357,6 +358,6 @@ def test_a_block_of_the_wrong_rank_is_told_once_for_every_kind_of_layer():
 def test_rules_for_all_layers_do_not_speak_of_attention():
     graph = load(transformer())
     for rule, integer in (({"quantize": True}, False), ({"op": "Attention", "quantize": True}, True)):
-        plan = planning.request(graph, parse({"layer": [rule]}, PASSES), ORT_CPU).plan
+        plan = requests.request(graph, parse({"layer": [rule]}, PASSES), ORT_CPU).plan
         softmax = next(node for node in graph.nodes if node.op == "Softmax")
         assert (softmax.outputs[0].name in plan) == integer

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 from onnxq_plugins.spec import (
     Plan,
     QuantSpec,
@@ -122,7 +122,7 @@ def qdq(x, scale, zero):
     graph = helper.make_graph(nodes, "qdq", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None])], outputs,
                               constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return runtime.session(model, optimize=False).run(None, {"x": x})
+    return runtimes.session(model, optimize=False).run(None, {"x": x})
 
 
 @examples(25)

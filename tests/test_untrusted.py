@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onnxq_plugins import OnnxqError, cli, quantize
-from onnxq_plugins.curve import point_recipe
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
+from onnxq_plugins.report.curve import point_recipe
 from tests import zoo
 
 PASSES = find_plugins().passes

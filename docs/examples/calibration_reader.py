@@ -3,7 +3,7 @@
 from onnxruntime.quantization import CalibrationDataReader
 
 import onnxq_plugins as onnxq
-from onnxq_plugins.digits import digits_model_path, digits_split
+from onnxq_plugins.cli.digits import digits_model_path, digits_split
 
 
 class Reader(CalibrationDataReader):

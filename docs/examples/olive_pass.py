@@ -10,8 +10,8 @@ from olive.passes.olive_pass import create_pass_from_dict
 from olive.passes.pass_config import PassConfigParam
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import runtime
-from onnxq_plugins.digits import digits_model_path, digits_split
+from onnxq_plugins import runtimes
+from onnxq_plugins.cli.digits import digits_model_path, digits_split
 
 
 class OnnxqQuantization(Pass):
@@ -36,5 +36,5 @@ np.savez("samples.npz", image=data["calibration_images"])
 step = create_pass_from_dict(OnnxqQuantization, {"recipe": "int8", "data": "samples.npz"}, disable_search=True)
 made = step.run(ONNXModelHandler(model_path=str(digits_model_path())), "quantized")
 
-outputs = runtime.outputs(runtime.session(made.model_path), [{"image": data["test_images"]}])[0]
+outputs = runtimes.outputs(runtimes.session(made.model_path), [{"image": data["test_images"]}])[0]
 print(f"{made.model_path}: accuracy {np.mean(outputs.argmax(1) == data['test_labels']):.4f}")

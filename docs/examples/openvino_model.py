@@ -4,8 +4,8 @@ import numpy as np
 import openvino
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import runtime
-from onnxq_plugins.digits import digits_model_path, digits_split
+from onnxq_plugins import runtimes
+from onnxq_plugins.cli.digits import digits_model_path, digits_split
 
 data = digits_split()
 result = onnxq.quantize(digits_model_path(), "int8", data["calibration_images"], target="openvino",
@@ -13,7 +13,7 @@ result = onnxq.quantize(digits_model_path(), "int8", data["calibration_images"],
 
 compiled = openvino.Core().compile_model("digits.int8.onnx", "CPU")
 there = compiled({"image": data["test_images"]})[0]
-here = runtime.outputs(runtime.session(result.model), [{"image": data["test_images"]}])[0]
+here = runtimes.outputs(runtimes.session(result.model), [{"image": data["test_images"]}])[0]
 for name, outputs in (("OpenVINO", there), ("onnxruntime", here)):
     print(f"{name}: accuracy {np.mean(outputs.argmax(1) == data['test_labels']):.4f}")
-print(f"same argmax: {runtime.agreement(here, there):.4f}")
+print(f"same argmax: {runtimes.agreement(here, there):.4f}")

@@ -4,8 +4,8 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import runtime
-from onnxq_plugins.digits import digits_model_path, digits_split
+from onnxq_plugins import runtimes
+from onnxq_plugins.cli.digits import digits_model_path, digits_split
 
 
 class Reader(CalibrationDataReader):
@@ -23,6 +23,6 @@ result = onnxq.quantize(digits_model_path(), "int8-rounded", images)
 # give the tool ort_model(result), not the original: it holds the values that the codes stand for, and corrected biases
 quantize_static(onnxq.ort_model(result), "tool.onnx", Reader(images), **onnxq.ort_arguments(result))
 
-reference = runtime.outputs(runtime.session(digits_model_path()), [test])[0]
+reference = runtimes.outputs(runtimes.session(digits_model_path()), [test])[0]
 for name, model in (("ours", result.model), ("quantize_static", onnx.load("tool.onnx"))):
-    print(f"{name}: SQNR {runtime.sqnr(reference, runtime.outputs(runtime.session(model), [test])[0]):.1f} dB")
+    print(f"{name}: SQNR {runtimes.sqnr(reference, runtimes.outputs(runtimes.session(model), [test])[0]):.1f} dB")

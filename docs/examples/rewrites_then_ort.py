@@ -4,8 +4,8 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import runtime
-from onnxq_plugins.digits import digits_model_path, digits_split
+from onnxq_plugins import runtimes
+from onnxq_plugins.cli.digits import digits_model_path, digits_split
 
 
 class Reader(CalibrationDataReader):
@@ -32,10 +32,10 @@ original = onnx.load(digits_model_path())
 # equalize rewrites weights so that one scale fits all channels; the float function stays the same
 rewritten = onnxq.quantize(original, {"pass": [{"use": "equalize"}]}, images).float_model
 
-reference = runtime.outputs(runtime.session(original), [test])[0]
-after = runtime.outputs(runtime.session(rewritten), [test])[0]
-print(f"the rewritten float model differs by {runtime.drift([reference], [after]):.0e}")
+reference = runtimes.outputs(runtimes.session(original), [test])[0]
+after = runtimes.outputs(runtimes.session(rewritten), [test])[0]
+print(f"the rewritten float model differs by {runtimes.drift([reference], [after]):.0e}")
 for name, model in (("plain", original), ("equalized", rewritten)):
     made = by_onnxruntime(model, f"{name}.onnx", images)
-    outputs = runtime.outputs(runtime.session(made), [test])[0]
-    print(f"{name}: SQNR {runtime.sqnr(reference, outputs):.1f} dB")
+    outputs = runtimes.outputs(runtimes.session(made), [test])[0]
+    print(f"{name}: SQNR {runtimes.sqnr(reference, outputs):.1f} dB")

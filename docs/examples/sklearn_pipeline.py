@@ -9,7 +9,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 
 features, classes = load_breast_cancer(return_X_y=True)
 train, test, train_classes, test_classes = train_test_split(features.astype(np.float32), classes, random_state=0)
@@ -19,6 +19,6 @@ model = to_onnx(pipeline, train[:1], options={"zipmap": False})  # without ZipMa
 result = onnxq.quantize(model, "int8", train[:200])
 print(result.summary)
 
-found = runtime.session(result.model).run(["label"], {"X": test})[0]
+found = runtimes.session(result.model).run(["label"], {"X": test})[0]
 print(f"scikit-learn: accuracy {pipeline.score(test, test_classes):.4f}")
 print(f"int8: accuracy {np.mean(found == test_classes):.4f}")

@@ -7,7 +7,7 @@ import traceback
 import warnings
 
 # isort: off
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 from onnxq_plugins.cli import make, look, about  # the help lists commands in the order of these imports
 # isort: on
 from onnxq_plugins.cli.console import app, complain
@@ -21,7 +21,7 @@ def main() -> None:
     """Run the command line; complaints about input become one line each on standard error."""
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's: what is not finite is told in a sentence
-    runtime.quiet()
+    runtimes.quiet()
     try:
         app()
     except LawBroken as error:

@@ -11,16 +11,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from onnxq_plugins import __version__, planning
+from onnxq_plugins import __version__
 from onnxq_plugins.cli.console import app, command, float_lines, say, show, track
+from onnxq_plugins.cli.digits import digits_model_path, digits_split
+from onnxq_plugins.cli.new_plugin import new_plugin
 from onnxq_plugins.cli.options import RecipeName, Settings, TargetName
-from onnxq_plugins.digits import digits_model_path, digits_split
+from onnxq_plugins.cli.quickstart import quickstart
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.graph import load
-from onnxq_plugins.new_plugin import new_plugin
+from onnxq_plugins.plan import requests
 from onnxq_plugins.plugins import find_plugins
-from onnxq_plugins.quickstart import quickstart
 from onnxq_plugins.recipe import builtin_recipes, default_of
 
 
@@ -104,7 +105,7 @@ def check(
     say(f"recipe '{recipe}' is valid: target {made.target}, passes: {steps}")
     if model is not None:
         graph = load(model, flatten=chosen.flatten)
-        asked = planning.request(graph, made, chosen)
+        asked = requests.request(graph, made, chosen)
         OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
         for line in float_lines(asked.floats):
             say(line)

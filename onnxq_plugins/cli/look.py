@@ -13,8 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from onnxq_plugins import runtime
-from onnxq_plugins.audit import audit_model, audit_openvino
+from onnxq_plugins import runtimes
 from onnxq_plugins.cli.console import command, out, say, show, tell, track
 from onnxq_plugins.cli.options import (
     Crop,
@@ -32,14 +31,15 @@ from onnxq_plugins.cli.options import (
     image_settings,
 )
 from onnxq_plugins.data import model_inputs, open_data
-from onnxq_plugins.diagnose import Diagnosis, LayerError, diagnose
 from onnxq_plugins.engine import quantize, recipe_of
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.importer import bytes_on_disk, read
-from onnxq_plugins.latency import has_vnni
-from onnxq_plugins.measure import chance, check_labels, find_metric, metric_name, top1
+from onnxq_plugins.measure.metrics import chance, check_labels, find_metric, metric_name, top1
 from onnxq_plugins.recipe import load_recipe
-from onnxq_plugins.remedies import Remedy
+from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose
+from onnxq_plugins.report.remedies import Remedy
+from onnxq_plugins.runtimes.audit import audit_model, audit_openvino
+from onnxq_plugins.search.latency import has_vnni
 
 
 @command("audit")
@@ -146,7 +146,7 @@ def compare(
         raise OnnxqError(f"'{a}' and '{b}' have different inputs: {', '.join(i.name for i in inputs[0])} and "
                          f"{', '.join(i.name for i in inputs[1])}.")
     feeds = open_data(data, inputs[0], options, labels)
-    runners = [runtime.session(a), runtime.session(b)]
+    runners = [runtimes.session(a), runtimes.session(b)]
     gathered: list[list[Any]] = [[], []]
     first = None
     for feed in track(feeds, "comparing", feeds.size):
@@ -155,7 +155,7 @@ def compare(
             rows.append(runner.run(None, {i.name: feed[i.name].astype(i.dtype) for i in wanted}))
     assert first is not None
     own = [{i.name: first[i.name].astype(i.dtype) for i in wanted} for wanted in inputs]
-    times = runtime.latency(runners, own, 2.0)
+    times = runtimes.latency(runners, own, 2.0)
     names = [o.name for o in runners[0].get_outputs()]
     truth = feeds.spread_labels(0)
     right = None if truth is None else np.concatenate(truth)
@@ -167,7 +167,7 @@ def compare(
         y, z = (np.concatenate([np.atleast_1d(r[i]) for r in rows]) for rows in gathered)
         if y.shape != z.shape:
             raise OnnxqError(f"output '{name}' has shape {y.shape} in '{a}' and {z.shape} in '{b}'.")
-        table.add_row(name, f"{runtime.sqnr(y, z):.2f}", f"{100 * runtime.agreement(y, z):.2f}%" if y.ndim > 1 else "-")
+        table.add_row(name, f"{runtimes.sqnr(y, z):.2f}", f"{100 * runtimes.agreement(y, z):.2f}%" if y.ndim > 1 else "-")
     show(table)
     if judge is not None:
         whole = [[np.concatenate([np.atleast_1d(r[i]) for r in rows]) for i in range(len(names))] for rows in gathered]

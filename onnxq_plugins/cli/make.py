@@ -13,8 +13,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from onnxq_plugins.auto import RECIPES, auto
-from onnxq_plugins.auto import Trial as AutoTrial
 from onnxq_plugins.cli.console import command, complain, err, float_lines, say, show, tell, track
 from onnxq_plugins.cli.options import (
     Crop,
@@ -34,16 +32,18 @@ from onnxq_plugins.cli.options import (
     image_settings,
     spread_over,
 )
-from onnxq_plugins.curve import Curve, check_folder, point_recipe
 from onnxq_plugins.data import Data, DataOptions, graph_inputs, open_data
 from onnxq_plugins.engine import quantize, save_model, write_file
 from onnxq_plugins.errors import OnnxqError, known
+from onnxq_plugins.export.overrides import ort_model, ort_overrides
 from onnxq_plugins.graph import load
-from onnxq_plugins.overrides import ort_model, ort_overrides
 from onnxq_plugins.passes.mixed_precision import MixedPrecision
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
-from onnxq_plugins.report import check_page, is_page, write_report
+from onnxq_plugins.report.curve import Curve, check_folder, point_recipe
+from onnxq_plugins.report.page import check_page, is_page, write_report
+from onnxq_plugins.selection import RECIPES, auto
+from onnxq_plugins.selection import Trial as AutoTrial
 
 
 @command("quantize")

@@ -20,8 +20,8 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.files import mapped
 from onnxq_plugins.spec import Array
-from onnxq_plugins.store import mapped
 
 LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from onnxq_plugins.complete import complete
+from onnxq_plugins.calibration.propagation import expected
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.layerwise import bias_shift
-from onnxq_plugins.moments import expected
+from onnxq_plugins.layers.complete import complete
+from onnxq_plugins.layers.problem import bias_shift
 
 
 @dataclass(frozen=True)

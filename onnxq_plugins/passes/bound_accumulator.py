@@ -8,18 +8,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import Gram
-from onnxq_plugins.complete import complete
+from onnxq_plugins.export.storage import int8_codes
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.layerwise import float_inputs, problem, unseen
-from onnxq_plugins.planning import layer_input
+from onnxq_plugins.layers.complete import complete
+from onnxq_plugins.layers.problem import float_inputs, problem, unseen
+from onnxq_plugins.plan.requests import layer_input
 from onnxq_plugins.solvers.accumulator import limit_of, within
 from onnxq_plugins.solvers.accumulator import width as widths
 from onnxq_plugins.spec import QuantSpec
-from onnxq_plugins.storage import int8_codes
-from onnxq_plugins.target import channel_multipliers
+from onnxq_plugins.targets.target import channel_multipliers
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class BoundAccumulator(Pass):
         wide = [y for y in planned if needs.get(y.name, 0) > self.bits]
         told: dict[str, dict[str, Any]] = {}
         for layer, seen in job.track(self._seen(job, wide), "bounding", len(wide)):
-            with runtime.blas(1):
+            with runtimes.blas(1):
                 told[layer.name] = self._bound(job, layer, seen)
             told[layer.name] = {"before": needs[layer.name], "after": _need(job, layer), **told[layer.name]}
         if told:

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.quantizers import parse_widths
-from onnxq_plugins.search import Widths, sample
+from onnxq_plugins.search.quantizers import parse_widths
+from onnxq_plugins.search.widths import Widths, sample
 from onnxq_plugins.solvers.coding_length import coding_length, widths_of
 from onnxq_plugins.spec import Array
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins.calibration import Calibration
-from onnxq_plugins.expected import Expected
+from onnxq_plugins.calibration.expected import Expected
+from onnxq_plugins.calibration.synthetic import Range, Wish, synthesize
 from onnxq_plugins.graph import Graph
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.synthetic import Range, Wish, synthesize
 
 _MOSTLY = 0.75  # share of layers with statistics from which these are the source
 

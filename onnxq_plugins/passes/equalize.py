@@ -12,9 +12,9 @@ import numpy as np
 from onnxq_plugins.calibration import channel_axis
 from onnxq_plugins.graph import ChannelGroup, Graph, Member, channel_groups, clip_maximum, rescale
 from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.search.trial import Trial
 from onnxq_plugins.solvers.equalize import Place, equalize
 from onnxq_plugins.spec import Array
-from onnxq_plugins.trial import Trial
 
 _FACTOR = 2.0**12  # factors beyond this, or its inverse, only make biases too large for int32 and weights vanish
 _LEAST = 0.1  # dB by which an exponent must lower the measured error: what a few samples can tell

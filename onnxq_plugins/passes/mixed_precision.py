@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from onnxq_plugins import latency
 from onnxq_plugins.data import open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.measure import Measure, Metric, chance, metric, metric_name, sqnr, top1
-from onnxq_plugins.quantizers import FLOAT_BITS, Width, parse_widths
-from onnxq_plugins.search import ALONE, Budget, Choice, Widths, sample
+from onnxq_plugins.measure.metrics import Measure, Metric, chance, metric, metric_name, sqnr, top1
+from onnxq_plugins.search import latency
+from onnxq_plugins.search.quantizers import FLOAT_BITS, Width, parse_widths
+from onnxq_plugins.search.widths import ALONE, Budget, Choice, Widths, sample
 from onnxq_plugins.solvers.pareto import Strategy, longest
 from onnxq_plugins.solvers.rounding import Method
 from onnxq_plugins.spec import Plan

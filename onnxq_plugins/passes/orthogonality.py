@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.quantizers import parse_widths
-from onnxq_plugins.search import Widths, sample
+from onnxq_plugins.search.quantizers import parse_widths
+from onnxq_plugins.search.widths import Widths, sample
 from onnxq_plugins.solvers.orthogonality import importance, likeness
 from onnxq_plugins.spec import Array
 
@@ -75,7 +75,7 @@ class Orthogonality(Pass):
         del model.graph.output[:]
         for name in names:
             model.graph.output.add().name = name
-        runner = runtime.session(model, weights=weights)
+        runner = runtimes.session(model, weights=weights)
         assert job.calibration.data is not None
         rows = [[y.reshape(-1)[:: max(y.size // self.features, 1)] for y in runner.run(names, feed)]
                 for feed in job.calibration.data.spread(self.samples)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from onnxq_plugins.complete import activation_spec
 from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.layers.complete import activation_spec
 from onnxq_plugins.solvers.ranges import kl_range, mse_range, percentile_range
 
 

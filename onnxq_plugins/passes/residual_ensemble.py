@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.ensemble import side_by_side, unfit
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.measure import agreement, sqnr
-from onnxq_plugins.planning import layer_input
+from onnxq_plugins.measure.metrics import agreement, sqnr
+from onnxq_plugins.plan.requests import layer_input
 from onnxq_plugins.solvers import expansion as solver
 from onnxq_plugins.spec import Array, QuantSpec, decode
 
@@ -73,7 +73,7 @@ class ResidualEnsemble(Pass):
         layers = {y.name: y for y in graph.layers}
         data = job.calibration.data
         feeds = list(data.spread(self.samples) if self.samples else data) if data is not None else []
-        before = runtime.outputs(runtime.session(graph.model()), feeds)
+        before = runtimes.outputs(runtimes.session(graph.model()), feeds)
         maps, firsts = side_by_side(graph, {name: _parts(graph.constant(layers[name].weight), specs)
                                             for name, specs in made.items()})
         self._plan(job, {layers[name].weight: specs for name, specs in made.items()}, maps, firsts)
@@ -81,7 +81,7 @@ class ResidualEnsemble(Pass):
         if not feeds:
             job.report["notes"].append("residual-ensemble: without data its own error could not be measured")
             return told
-        after = runtime.outputs(runtime.session(graph.model()), feeds)
+        after = runtimes.outputs(runtimes.session(graph.model()), feeds)
         decibel, same = sqnr(before, after), agreement(before, after)
         job.report["notes"].append(f"residual-ensemble: the ensemble itself, before any rounding, reaches {decibel:.1f} dB, "
                                    f"and its largest output is the network's in {same:.1f} % of {len(feeds)} samples")

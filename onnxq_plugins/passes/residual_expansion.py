@@ -8,18 +8,18 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins.calibration import channel_axis
+from onnxq_plugins.export.qdq import integer_nodes
 from onnxq_plugins.graph import Layer, channel_groups, replace_with_sum, split_input, split_outputs, split_values
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.layerwise import float_inputs
-from onnxq_plugins.planning import activation_inputs, input_key, layer_input, maker_of, pinned, weight_request
-from onnxq_plugins.qdq import integer_nodes
-from onnxq_plugins.quantizers import FLOAT_BITS, multiply_adds
-from onnxq_plugins.search import sample
+from onnxq_plugins.layers.problem import float_inputs
+from onnxq_plugins.layers.sums import limits, narrow_ranges
+from onnxq_plugins.plan.requests import activation_inputs, input_key, layer_input, maker_of, pinned, weight_request
+from onnxq_plugins.search.quantizers import FLOAT_BITS, multiply_adds
+from onnxq_plugins.search.widths import sample
 from onnxq_plugins.solvers import expansion as solver
 from onnxq_plugins.solvers.gram import narrow, row_loss
 from onnxq_plugins.spec import Array, QuantSpec, decode
-from onnxq_plugins.sums import limits, narrow_ranges
 
 Form = Literal["auto", "branches", "sparse", "folded"]
 _POSITIONS, _LIMIT = 256, 4608  # of what a layer sees: the defaults of the pass `round`

@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxq_plugins import runtime
-from onnxq_plugins.complete import complete_ranges, complete_weight
+from onnxq_plugins import runtimes
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.layerwise import float_inputs, problem, solvable
+from onnxq_plugins.layers.complete import complete_ranges, complete_weight
+from onnxq_plugins.layers.problem import float_inputs, problem, solvable
+from onnxq_plugins.layers.sweep import sweep
 from onnxq_plugins.parallel import in_turn
 from onnxq_plugins.solvers.rounding import Effort, Method
 from onnxq_plugins.spec import QuantSpec
-from onnxq_plugins.sweep import sweep
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ class Round(Pass):
             seen_layers = sweep(job, layers, self.positions, self.limit, self.samples)
             for layer, seen in job.track(seen_layers, "rounding", len(layers)):
                 one = problem(job, layer, seen, self.shift)
-                with runtime.blas(job.workers if _cost(layer) > _LARGE else 1):
+                with runtimes.blas(job.workers if _cost(layer) > _LARGE else 1):
                     keep(layer, one.solve(self.method, efforts[layer.name], self.search))
         else:
             for batch in float_inputs(job, layers, self.positions, self.limit):
                 solved = in_turn((partial(problem(job, layer, gram, self.shift).solve, self.method, efforts[layer.name],
                                           self.search) for layer, gram in batch), job.workers)
-                with runtime.blas(1):
+                with runtimes.blas(1):
                     for (layer, _), found in zip(batch, job.track(solved, "rounding", len(batch)), strict=True):
                         keep(layer, found)
         return {"method": self.method, "loss_relative_to_nearest": told}

@@ -10,7 +10,7 @@ import numpy as np
 from onnxq_plugins.calibration import channel_axis, channels
 from onnxq_plugins.graph import ChannelGroup, channel_groups, rescale
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.planning import input_key
+from onnxq_plugins.plan.requests import input_key
 from onnxq_plugins.spec import Array
 
 

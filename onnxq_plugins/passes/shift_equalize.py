@@ -9,9 +9,9 @@ import numpy as np
 
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.planning import layer_input
+from onnxq_plugins.plan.requests import layer_input
 from onnxq_plugins.spec import Array, QuantSpec, solve_minmax, step
-from onnxq_plugins.target import channel_block, granularities
+from onnxq_plugins.targets.target import channel_block, granularities
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import numpy as np
 from onnxq_plugins.graph import Layer, replace_with_sum
 from onnxq_plugins.graph.rewrites import centre_of, centre_pads
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.planning import layer_input
+from onnxq_plugins.layers.sums import narrow_ranges
+from onnxq_plugins.plan.requests import layer_input
 from onnxq_plugins.spec import Array, QuantSpec, decode, encode, fake, solve_minmax
-from onnxq_plugins.sums import narrow_ranges
-from onnxq_plugins.target import channel_block
+from onnxq_plugins.targets.target import channel_block
 
 MOST = 200.0  # dB that stand for "no error left"
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.layerwise import DESCENT, float_inputs, problem, solvable
+from onnxq_plugins.layers.problem import DESCENT, float_inputs, problem, solvable
 from onnxq_plugins.parallel import in_turn
 
 
@@ -55,7 +55,7 @@ class SubLayer(Pass):
         tiles, multipliers = 0, 0
         for batch in float_inputs(job, layers, self.positions, self.limit):
             problems = [problem(job, layer, gram, self.shift) for layer, gram in batch]
-            with runtime.blas(1):
+            with runtimes.blas(1):
                 solved = list(in_turn((partial(one.scaled, rounds=self.rounds) for one in problems), job.workers))
             for one, spec in zip(problems, solved, strict=True):
                 job.plan |= {one.layer.weight: spec}

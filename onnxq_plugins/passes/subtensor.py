@@ -12,10 +12,10 @@ from onnxq_plugins.calibration import channel_axis
 from onnxq_plugins.graph import Layer, channel_groups, split_outputs
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.planning import layer_input
+from onnxq_plugins.plan.requests import layer_input
 from onnxq_plugins.solvers import clusters as solver
 from onnxq_plugins.spec import Array, QuantSpec, from_range, reduce_blocks
-from onnxq_plugins.target import channel_block
+from onnxq_plugins.targets.target import channel_block
 
 
 @dataclass(frozen=True)

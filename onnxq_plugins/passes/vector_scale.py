@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from onnxq_plugins.granularity import search
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.layerwise import solvable
+from onnxq_plugins.layers.granularity import search
+from onnxq_plugins.layers.problem import solvable
 from onnxq_plugins.spec import solve_minmax
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 from onnxq_plugins.engine import LawBroken, Result, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph
@@ -118,9 +118,9 @@ def _named(steps: Sequence[Pass]) -> str:
 
 def outputs(model: onnx.ModelProto, samples: Sequence[Mapping[str, Array]], optimize: bool = True) -> list[Array]:
     """Every output over the samples."""
-    return runtime.outputs(runtime.session(model, optimize=optimize), samples)
+    return runtimes.outputs(runtimes.session(model, optimize=optimize), samples)
 
 
 def sqnr(reference: Sequence[Array], found: Sequence[Array]) -> float:
     """In dB, the mean over the outputs."""
-    return float(np.mean([runtime.sqnr(y, z) for y, z in zip(reference, found, strict=True)]))
+    return float(np.mean([runtimes.sqnr(y, z) for y, z in zip(reference, found, strict=True)]))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 from onnxq_plugins.engine import DRIFT, Result
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Pass
@@ -26,7 +26,7 @@ from onnxq_plugins.passes import BUILTIN
 from onnxq_plugins.passes.ranges import Ranges
 from onnxq_plugins.passes.round import Round
 from onnxq_plugins.recipe import Recipe, default_of, parse
-from onnxq_plugins.target import BUILTIN as TARGETS
+from onnxq_plugins.targets import BUILTIN as TARGETS
 from onnxq_plugins.testing.bench import SAMPLES, Bench, Watch, outputs, sqnr
 from onnxq_plugins.testing.models import ZOO, batch, feeds, make
 
@@ -108,7 +108,7 @@ def check_float_function(step: Pass, bench: Bench) -> None:
         found = outputs(made, samples)
         assert all(np.isfinite(y).all() for y in found), (
             f"behind pass '{step.name}' the float model '{name}' gives NaN or Inf; check the pass for divisions by 0.")
-        moved = runtime.drift(outputs(original, samples), found)
+        moved = runtimes.drift(outputs(original, samples), found)
         assert not step.exact or moved <= DRIFT, (
             f"pass '{step.name}' moves the float outputs of model '{name}' by {moved:.1e} (limit {DRIFT:.0e}) though it "
             "says exact = True; mend the rewrite, or declare exact = False if the change is meant.")

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxq_plugins import runtime
+from onnxq_plugins import runtimes
 from onnxq_plugins.spec import Array
 
 Shape = Sequence[int | str]
@@ -114,7 +114,7 @@ def batch(samples: Sequence[Mapping[str, Array]]) -> Feed:
 def run(model: Any, feed: Mapping[str, Array], optimize: bool = True) -> list[Array]:
     """Outputs of a ModelProto, or of anything with a `model()` that makes one, such as a Graph."""
     proto = model if isinstance(model, onnx.ModelProto) else model.model()
-    return list(runtime.session(proto, optimize=optimize).run(None, dict(feed)))
+    return list(runtimes.session(proto, optimize=optimize).run(None, dict(feed)))
 
 
 # ---- the models -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,14 @@
+"""Statistics of activations: of samples, of BatchNormalizations, of samples that are made up."""
+
+from onnxq_plugins.calibration.statistics import (
+    Calibration,
+    Gram,
+    Histogram,
+    Moments,
+    Track,
+    channel_axis,
+    channels,
+    silent,
+)
+
+__all__ = ["Calibration", "Gram", "Histogram", "Moments", "Track", "channel_axis", "channels", "silent"]

@@ -1,0 +1,389 @@
+"""Statistics of activations, asked for on demand and computed in as few runs over the data as possible.
+
+Ranges and moments are reduced inside the graph; histograms and Gram matrices fetch activations, one sample at a time.
+Nothing holds more than a few samples' activations (batch 1 is fastest and leanest). Every statistic is a
+fold over samples with minimum, maximum or sum, taken in sample order, so results do not depend on the number of
+workers, and a fold that was interrupted goes on from its last checkpoint in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.data import Data
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.files import load_arrays, save_arrays
+from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.graph.patches import add_gram, gram_shape, patches, split
+from onnxq_plugins.spec import Array
+
+Read = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
+Run = tuple[onnx.ModelProto, dict[str, Array], Read]  # model, its large weights, what to make of its outputs
+State = dict[str, Array]  # "tensor|field" -> array; the field's first letters tell how two states merge
+_MERGE: dict[str, Callable[[Array, Array], Array]] = {
+    "low": np.minimum, "high": np.maximum, "sum": np.add, "gram": add_gram}
+T = TypeVar("T")
+R = TypeVar("R")
+Track = Callable[[Iterable[Any], str, int | None], Iterable[Any]]  # (items, what, how many) -> the same items
+
+
+def silent(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """The progress display that shows nothing."""
+    return items
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Per channel: mean [C] and mean of squares [C] over samples and positions."""
+
+    mean: Array
+    square: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """counts [bins] between the exact extremes low and high of a tensor. Counted on an even subsample of at most
+    16384 values per sample, so that a shifted grid is scored on what the tensor looks like, at any size."""
+
+    counts: Array
+    low: float
+    high: float
+
+    @property
+    def centers(self) -> Array:
+        """Middle of each bin [bins]."""
+        width = (self.high - self.low) / len(self.counts)
+        return self.low + (np.arange(len(self.counts)) + 0.5) * width
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """Second moments of a layer's input patches x over `count` of them, float64: h = E[x x^T] [groups, D, D] and mean
+    E[x] [groups, D], with D = inputs per group * kernel taps. A layer with D above the limit it was asked with counts
+    as several groups of equal width, the last one filled up with zeros: the blocks on the diagonal of h."""
+
+    h: Array
+    mean: Array
+    count: int
+
+
+class Calibration:
+    """Statistics of the current float graph over the data.
+
+    graph     the graph passes are rewriting: statistics always describe its present state
+    data      the samples, or None when the user gave none: asking then raises OnnxqError
+    cache     folder for results, keyed by the digests of model and data; shared by runs and processes
+    workers   samples computed at the same time, one thread each
+    """
+
+    checkpoint = 32  # samples between two checkpoints of a running fold
+
+    def __init__(self, graph: Graph, data: Data | None, *, cache: Path | None = None, workers: int = 1,
+                 track: Track = silent) -> None:
+        self.graph, self.data, self.cache, self.workers, self.track = graph, data, cache, workers, track
+        self._known: dict[tuple[str, str], State] = {}  # (graph digest, statistic) -> state
+
+    @property
+    def ready(self) -> bool:
+        """True if statistics can be asked for."""
+        return self.data is not None
+
+    def ranges(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Exact (minimum, maximum) of each tensor."""
+        state = self._summary(names)
+        return {n: (float(state[f"{n}|low"]), float(state[f"{n}|high"])) for n in names}
+
+    def channel_ranges(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
+        """Exact (minimum [C], maximum [C]) per channel of each tensor."""
+        state = self._reduced("channel-ranges", names, [("low", "ReduceMin", True), ("high", "ReduceMax", True)])
+        return {n: (state[f"{n}|low"], state[f"{n}|high"]) for n in names}
+
+    def means(self, names: Sequence[str]) -> dict[str, Array]:
+        """Mean per channel [C] of each tensor."""
+        for name in names:
+            _other_axes(self.graph, name, "means")
+        state = self._summary(names)
+        return {n: state[f"{n}|sum"] / state[f"{n}|sum_positions"] for n in names}
+
+    def moments(self, names: Sequence[str]) -> dict[str, Moments]:
+        """Mean and mean square per channel of each tensor."""
+        state = self._reduced("moments", names, [("sum", "ReduceSum", True), ("sum2", "ReduceSumSquare", True)])
+        return {n: Moments(*(state[f"{n}|{key}"] / state[f"{n}|sum_positions"] for key in ("sum", "sum2")))
+                for n in names}
+
+    def histograms(self, names: Sequence[str], bins: int = 2048) -> dict[str, Histogram]:
+        """Histogram of each tensor between its extremes."""
+        ranges = Calibration.ranges(self, names)  # of the samples that are counted, whatever a subclass tells of ranges
+
+        def reduce(name: str, x: Array, _: int) -> State:
+            low, high = ranges[name]
+            flat = x.reshape(-1)[:: _stride(x.size)]
+            width = (high - low) / bins or 1.0
+            at = np.clip(((flat - np.float32(low)) * np.float32(1 / width)).astype(np.int32), 0, bins - 1)
+            return {f"{name}|sum": np.bincount(at, minlength=bins).astype(np.float64)}
+
+        state = self._fetched(f"histograms-{bins}", names, reduce, thin=True)
+        return {n: Histogram(state[f"{n}|sum"], *ranges[n]) for n in names}
+
+    def grams(self, layers: Sequence[Layer], positions: int = 256, limit: int = 4608) -> dict[str, Gram]:
+        """Gram matrix of the inputs of each layer, by layer name.
+
+        positions   patches per sample at most
+        limit       largest D with a full matrix, see `patches.split`
+
+        All are held at once (8 * groups * D^2 bytes each): ask for few layers at a time where D is large. They are not
+        kept, except in the cache folder.
+        """
+        by_name = {layer.name: layer for layer in layers}
+
+        def reduce(name: str, x: Array, sample: int) -> State:
+            p = split(patches(by_name[name], x, positions, sample), limit)
+            return {f"{name}|gram": p, f"{name}|sum_x": p.sum(axis=2, dtype=np.float64),
+                    f"{name}|sum_n": np.array(float(p.shape[2]))}
+
+        state = self._fetched(f"grams-{positions}-{limit}", list(by_name), reduce, {n: y.input for n, y in by_name.items()})
+        self._known = {key: kept for key, kept in self._known.items() if not key[1].startswith("grams")}
+        return {n: Gram(state[f"{n}|gram"] / state[f"{n}|sum_n"], state[f"{n}|sum_x"] / state[f"{n}|sum_n"],
+                        int(state[f"{n}|sum_n"])) for n in by_name}
+
+    def _summary(self, names: Sequence[str]) -> State:
+        """Range and channel means together: the reductions cost a fraction of the run, and whoever asks for the ranges
+        of a model's activations mostly wants the means of its layers' inputs next."""
+        inputs = [y.input for y in self.graph.layers] if len(names) > 1 else []
+        return self._reduced("ranges", [*names, *inputs], [("low", "ReduceMin", False), ("high", "ReduceMax", False),
+                                                            ("sum", "ReduceSum", True)])
+
+    # ---- the fold -------------------------------------------------------------------------------------------------------
+
+    def _reduced(self, statistic: str, names: Sequence[str], wanted: list[tuple[str, str, bool]]) -> State:
+        """Statistics that ORT reduces inside the graph: one small output per (tensor, field)."""
+        labels = {label for label, _, _ in wanted}
+
+        def outputs(missing: Sequence[str]) -> Run:
+            weights: dict[str, Array] = {}
+            model = self.graph.model(weights)
+            del model.graph.output[:]
+            for name in missing:
+                shape = self.graph.shape(name)
+                for label, op, per_channel in wanted:
+                    axes = _other_axes(self.graph, name, statistic) if per_channel and shape is not None else None
+                    add_reduction(model, op, name, f"{name}|{label}", axes, self.graph.opset)
+                if "sum" in labels:
+                    model.graph.node.append(helper.make_node("Size", [name], [f"{name}|size"]))
+                    model.graph.output.append(helper.make_tensor_value_info(f"{name}|size", onnx.TensorProto.INT64, []))
+
+            def read(values: list[Array], _: int) -> State:
+                state: State = {}
+                at = iter(values)
+                for name in missing:
+                    for label, *_rest in wanted:
+                        state[f"{name}|{label}"] = np.asarray(next(at), np.float64)
+                    if "sum" in labels:
+                        positions = int(next(at)) / max(state[f"{name}|sum"].size, 1)
+                        state[f"{name}|sum_positions"] = np.array(positions)
+                _finite(state)
+                return state
+
+            return model, weights, read
+
+        return self._fold(statistic, names, outputs)
+
+    def _fetched(self, statistic: str, names: Sequence[str], reduce: Callable[[str, Array, int], State],
+                 tensors: dict[str, str] | None = None, thin: bool = False) -> State:
+        """Statistics that need the activations themselves; `tensors` maps each name to the tensor it is about; `thin`
+        lets the graph pick the subsample, so that no whole activation is handed over."""
+        of = tensors or {n: n for n in names}
+
+        def outputs(missing: Sequence[str]) -> Run:
+            weights: dict[str, Array] = {}
+            model = self.graph.model(weights)
+            fetched = list(dict.fromkeys(of[n] for n in missing))
+            inputs = set(self.graph.inputs)
+            del model.graph.output[:]
+            for name in fetched:
+                source = name
+                shape = self.graph.shape(name) or ()
+                step = _stride(int(np.prod([n for n in shape if isinstance(n, int)]))) if thin else 1
+                if step > 1 and self.graph.opset >= 10:  # dynamic axes count as 1: what is left is thinned here
+                    source = f"{name}|thin"
+                    _add_slice(model, name, source, step)
+                elif name in inputs:  # a model input cannot be an output at the same time
+                    source = f"{name}|copy"
+                    model.graph.node.append(helper.make_node("Identity", [name], [source]))
+                model.graph.output.append(helper.make_empty_tensor_value_info(source))
+
+            def read(values: list[Array], sample: int) -> State:
+                by_tensor = dict(zip(fetched, values, strict=True))
+                _finite({name: v for name, v in by_tensor.items() if v.dtype.kind == "f"})
+                return {k: v for n in missing for k, v in reduce(n, by_tensor[of[n]], sample).items()}
+
+            return model, weights, read
+
+        return self._fold(statistic, names, outputs)
+
+    def _fold(self, statistic: str, names: Sequence[str],
+              outputs: Callable[[Sequence[str]], Run]) -> State:
+        if not names:
+            return {}
+        if self.data is None:
+            raise OnnxqError("calibration needs sample inputs, and there are none; give data (--data PATH), or use recipe "
+                             "int8-data-free, which needs none.")
+        digest = self.graph.digest()
+        self._known = {key: state for key, state in self._known.items() if key[0] == digest}
+        known = self._known.setdefault((digest, statistic), {})
+        file = self.cache / f"{digest}-{self.data.digest()}-{statistic}.npz" if self.cache else None
+        if file is not None:
+            known.update(load_arrays(file))
+        have = {key.partition("|")[0] for key in known}
+        missing = [n for n in dict.fromkeys(names) if n not in have]
+        if missing:
+            done = self._run(statistic, missing, outputs(missing), file)
+            known.update(done)
+            if file is not None:
+                save_arrays(file, {**load_arrays(file), **done})
+        return known
+
+    def _run(self, statistic: str, missing: Sequence[str], run: Run, file: Path | None) -> State:
+        assert self.data is not None
+        mark = hashlib.blake2b("\n".join(missing).encode(), digest_size=8).hexdigest()
+        partial = file.with_name(f"{file.stem}-{mark}.part.npz") if file else None
+        state = load_arrays(partial) if partial else {}
+        start = int(state.pop("next", np.array(0)))
+        model, weights, read = run
+        _prune(model)
+        names = {t.name for t in model.graph.initializer}
+        runtimes.trim()
+        runner = runtimes.session(model, lean=True, weights={name: w for name, w in weights.items() if name in names})
+
+        runtimes.trim()
+
+        def one(numbered: tuple[int, dict[str, Array]]) -> State:
+            found = read(runner.run(None, numbered[1]), numbered[0])
+            self.graph.mapped.release()
+            return found
+
+        total = None if self.data.size is None else self.data.size - start
+        results = in_order(one, itertools.islice(enumerate(self.data), start, None), self.workers)
+        with runtimes.blas(1):
+            for n, found in enumerate(self.track(results, f"calibrating: {statistic}", total), start=start + 1):
+                for key, value in found.items():
+                    field = key.rpartition("|")[2]
+                    if key not in state:
+                        state[key] = np.zeros(gram_shape(value)) if field == "gram" else value
+                        if field != "gram":
+                            continue
+                    merge = next(m for prefix, m in _MERGE.items() if field.startswith(prefix))
+                    state[key] = merge(state[key], value)
+                if partial is not None and n % self.checkpoint == 0:
+                    save_arrays(partial, {**state, "next": np.array(n)})
+        if partial is not None and partial.is_file():
+            partial.unlink(missing_ok=True)  # another process may have done the same fold
+        return state
+
+
+def in_order(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """Results in the order of the items, with `workers` threads and never more than workers + 1 items under way.
+    Threads, not processes: a session releases the interpreter while it runs, and cannot be pickled."""
+    if workers == 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        under_way: deque[Future[R]] = deque()
+        for item in items:
+            under_way.append(pool.submit(work, item))
+            if len(under_way) > workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+def channel_axis(graph: Graph, name: str) -> int:
+    """The axis of an activation that holds its channels: 1 for images, the last one for matrices and tokens."""
+    shape, maker = graph.shape(name) or (), graph.producer(name)
+    while maker is not None and maker.op in ("Relu", "Clip", "LeakyRelu", "PRelu", "BatchNormalization"):
+        maker = graph.producer(maker.inputs[0].name)
+    around = [*graph.consumers(name), *([maker] if maker is not None else [])]
+    return 1 if len(shape) >= 4 or any(n.op.startswith("Conv") for n in around) else len(shape) - 1
+
+
+def channels(graph: Graph, name: str) -> int | None:
+    """How many channels an activation has; None where that is not known, or it is a vector."""
+    shape = graph.shape(name) or ()
+    size = shape[channel_axis(graph, name)] if len(shape) > 1 else None
+    return size if isinstance(size, int) else None
+
+
+def _other_axes(graph: Graph, name: str, statistic: str) -> tuple[int, ...]:
+    shape = graph.shape(name)
+    if shape is None:
+        raise OnnxqError(f"{statistic}: the rank of tensor '{name}' is unknown; run onnx.shape_inference on the model.")
+    keep = channel_axis(graph, name)
+    return tuple(a for a in range(len(shape)) if a != keep)
+
+
+def add_reduction(model: onnx.ModelProto, op: str, name: str, output: str, axes: tuple[int, ...] | None,
+                   opset: int) -> None:
+    inputs: list[str] = [name]
+    attrs: dict[str, Any] = {"keepdims": 0}
+    if axes is not None and opset >= (13 if op == "ReduceSum" else 18):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, np.int64), f"{output}|axes"))
+        inputs.append(f"{output}|axes")
+    elif axes is not None:
+        attrs["axes"] = list(axes)
+    model.graph.node.append(helper.make_node(op, inputs, [output], **attrs))
+    model.graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
+
+
+def _stride(size: int, wanted: int = 16384) -> int:
+    """Step of a subsample of at most `wanted` values; an odd one does not fall in with channels or rows."""
+    return 1 if size <= wanted else -(-size // wanted) | 1
+
+
+def _add_slice(model: onnx.ModelProto, name: str, output: str, step: int) -> None:
+    """output = name.reshape(-1)[::step]"""
+    for label, value in (("flat", -1), ("start", 0), ("end", 2**62), ("axis", 0), ("step", step)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), f"{output}|{label}"))
+    model.graph.node.append(helper.make_node("Reshape", [name, f"{output}|flat"], [f"{output}|all"], f"{output}|reshape"))
+    model.graph.node.append(helper.make_node("Slice", [f"{output}|all", *(f"{output}|{part}" for part in (
+        "start", "end", "axis", "step"))], [output], f"{output}|slice"))
+
+
+def _prune(model: onnx.ModelProto) -> None:
+    """Drop operators that no output needs: onnxruntime would run them all the same."""
+    made = {o: n for n in model.graph.node for o in n.output if o}
+    todo, needed = [o.name for o in model.graph.output], set()
+    while todo:
+        node = made.get(todo.pop())
+        if node is None or node.name in needed:
+            continue
+        if any(a.HasField("g") or a.graphs for a in node.attribute):
+            return  # control flow reads names that are not among its inputs
+        needed.add(node.name or node.output[0])
+        todo += list(node.input)
+    kept = [n for n in model.graph.node if (n.name or n.output[0]) in needed]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    read = {name for node in kept for name in node.input} | {o.name for o in model.graph.output}
+    constants = [t for t in model.graph.initializer if t.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(constants)
+
+
+def _finite(state: State) -> None:
+    for key, value in state.items():
+        if not np.isfinite(value).all():
+            raise OnnxqError(f"activation '{key.partition('|')[0]}' is not finite (NaN or Inf) on the given data: the "
+                             "float model itself overflows there, so check its weights and the data's normalization.")
+

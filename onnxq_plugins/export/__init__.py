@@ -1,0 +1,1 @@
+"""A float graph and a solved plan become files: the only makers of QuantizeLinear and DequantizeLinear."""

@@ -1,0 +1,237 @@
+"""A plan for onnxruntime's own quantization tool: arguments of `onnxruntime.quantization.quantize_static`, and its model.
+
+The tool rounds weights to the nearest code. `ort_model` therefore holds the values that the plan's codes stand for, and the
+biases that go with them: rounded to the nearest they give the same codes, those chosen by output error included.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.export.qdq import bias_values, integer_nodes, weight_values
+from onnxq_plugins.export.storage import settle
+from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.plan.requests import activation_inputs, input_key, layer_input, maker_of, result_of
+from onnxq_plugins.spec import Array, Plan, QuantSpec
+from onnxq_plugins.targets.target import granularity
+
+if TYPE_CHECKING:
+    from onnxq_plugins.engine import Result
+
+# Operators to which quantize_static gives the scale of their input, whatever the overrides say.
+_SHARES_SCALE = frozenset({"AveragePool"})
+
+
+def ort_overrides(result: Result) -> dict[str, Any]:
+    """What `quantize_static` has to be told to quantize `ort_model(result)` as planned, as plain values that JSON can hold.
+
+    TensorQuantOverrides                tensor -> a list with one dictionary, or one per output channel of a weight:
+                                        ``quant_type`` such as "QInt4", ``scale``, ``zero_point``, ``axis``
+    DedicatedQDQPair                    true where tensors have float readers, which then read them unrounded
+    OpTypesToExcludeOutputQuantization  operators that write float
+    nodes_to_quantize                   the nodes that read quantized activations, and those that only pass them on
+    notes                               what the tool cannot be told
+
+    Names are those of `ort_model(result)` and `result.float_model`, not of the file that was quantized. `ort_arguments`
+    makes the tool's own objects of it. Raises OnnxqError if the plan quantizes nothing that the tool could quantize.
+    """
+    graph, plan, target = result.graph, result.plan, result.target
+    integer = integer_nodes(graph, plan, target)
+    if not integer:
+        raise OnnxqError("overrides: no layer reads quantized activations, and onnxruntime's tool quantizes no weight "
+                         "alone; plan activations, too (activations.bits = 8).")
+    notes = _Notes()
+    tensors = {name: [_activation(plan[key], name, notes)] for name, key in _read(graph, plan, integer).items()}
+    for layer in graph.layers:
+        if layer.name in integer:
+            tensors[layer.weight] = _weight(result, layer, notes)
+        elif layer.weight in plan:
+            notes.add("stay float, the tool quantizes no weight beside float activations", layer.name)
+    nodes = _nodes(graph, plan, integer)
+    return {"TensorQuantOverrides": tensors, "DedicatedQDQPair": _pairs(graph, plan, set(nodes), notes),
+            "OpTypesToExcludeOutputQuantization": _float_outputs(graph, plan, integer, notes),
+            "nodes_to_quantize": nodes, "notes": notes.lines()}
+
+
+def ort_model(result: Result) -> onnx.ModelProto:
+    """The float model to give to `quantize_static` with the overrides: `result.float_model` with weights that lie on the
+    grids of the plan, and biases with the planned shifts."""
+    graph, plan, model = result.graph, result.plan, result.float_model
+    integer, new = integer_nodes(graph, plan, result.target), dict[str, Array]()
+    nodes = {node.name: node for node in model.graph.node}
+    taken = {tensor.name for tensor in model.graph.initializer} | {name for node in model.graph.node for name in node.output}
+    for layer in graph.layers:
+        spec = _written(result, layer) if layer.name in integer else None
+        if spec is None:
+            continue
+        new[layer.weight] = weight_values(layer, spec)
+        bias = bias_values(graph, layer, spec)
+        if bias is not None and spec.shift is not None:
+            name = layer.bias or f"{layer.name}_bias"
+            while layer.bias is None and name in taken:
+                name += "_"
+            new[name] = bias.astype(np.float32)
+            nodes[layer.name].input[2:] = [name]
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in new]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend([*kept, *(numpy_helper.from_array(values, name) for name, values in new.items())])
+    return model
+
+
+def ort_arguments(overrides: Result | Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """Keyword arguments of `onnxruntime.quantization.quantize_static` beside the model, the output and the data.
+
+    overrides   a Result, what `ort_overrides` gave, or a file with it
+
+    Raises OnnxqError if a file cannot be read.
+    """
+    from onnxruntime.quantization import QuantFormat, QuantType
+
+    told: Any = overrides
+    if isinstance(overrides, (str, Path)):
+        try:
+            told = json.loads(Path(overrides).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise OnnxqError(f"overrides '{overrides}' cannot be read: {error}.") from error
+    elif not isinstance(overrides, Mapping):
+        told = ort_overrides(overrides)
+    if not isinstance(told, Mapping) or "TensorQuantOverrides" not in told:
+        raise OnnxqError("overrides: there is no TensorQuantOverrides in it; give what ort_overrides or --overrides wrote.")
+    integers = {"QUInt8": np.uint8, "QUInt16": np.uint16, "QInt8": np.int8, "QInt16": np.int16, "QInt4": np.int8}
+
+    def objects(entry: Mapping[str, Any]) -> dict[str, Any]:
+        made = {**entry, "quant_type": QuantType[entry["quant_type"]]}
+        if "scale" in entry:  # the tool wants arrays
+            made["scale"] = np.array(entry["scale"], np.float32)
+            made["zero_point"] = np.array(entry["zero_point"], integers[entry["quant_type"]])
+        return made
+
+    return {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8,
+            "per_channel": True, "nodes_to_quantize": list(told["nodes_to_quantize"]),
+            "extra_options": {
+                "TensorQuantOverrides": {n: [objects(e) for e in entries]
+                                         for n, entries in told["TensorQuantOverrides"].items()},
+                "DedicatedQDQPair": bool(told["DedicatedQDQPair"]),
+                "OpTypesToExcludeOutputQuantization": list(told["OpTypesToExcludeOutputQuantization"])}}
+
+
+class _Notes:
+    """Remarks, each with the layers or tensors that it is about."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[str]] = {}
+
+    def add(self, text: str, name: str) -> None:
+        self.found.setdefault(text, []).append(name)
+
+    def lines(self) -> list[str]:
+        return [f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {text}"
+                for text, names in self.found.items()]
+
+
+def _read(graph: Graph, plan: Plan, integer: set[str]) -> dict[str, str]:
+    """Tensors that hold quantized activations -> the planned one whose scale they have, carried ones included."""
+    found = {name: name for name in plan if not graph.is_constant(name)}
+    for node in _carriers(graph, plan, integer):
+        for tensor in node.outputs:
+            found[tensor.name] = input_key(graph, plan, tensor.name)
+    return {name: key for name, key in found.items() if key}
+
+
+def _carriers(graph: Graph, plan: Plan, integer: set[str]) -> list[Any]:
+    """Nodes that only move values, on the way from a planned tensor to a node that reads it quantized."""
+    found: dict[str, Any] = {}
+    for node in graph.nodes:
+        for name in activation_inputs(graph, node) if node.name in integer else ():
+            while name not in plan and (mover := graph.producer(name)) is not None:
+                found[mover.name] = mover
+                name = mover.inputs[0].name
+    return list(found.values())
+
+
+def _nodes(graph: Graph, plan: Plan, integer: set[str]) -> list[str]:
+    """The nodes that the tool must look at, in the order of the graph. It drops a Relu or Clip behind a quantized layer."""
+    wanted = integer | {node.name for node in _carriers(graph, plan, integer)}
+    for node in graph.nodes:
+        after = graph.elided_activation(node.outputs[0].name) if node.name in integer else None
+        if after is not None and after.outputs[0].name in plan:
+            wanted.add(after.name)
+    return [str(node.name) for node in graph.nodes if node.name in wanted]
+
+
+def _pairs(graph: Graph, plan: Plan, nodes: set[str], notes: _Notes) -> bool:
+    """True if each reader should have Q and DQ of its own. Float readers of a tensor that is made in float read it unrounded
+    in our export; the tool does so only with pairs of their own, and only where two readers or more are quantized."""
+    needed = False
+    for name in plan:
+        maker = None if graph.is_constant(name) else maker_of(graph, name)
+        if graph.is_constant(name) or (maker is not None and maker.name in nodes):
+            continue
+        quantized = [reader.name in nodes for reader in graph.consumers(name)]
+        if not all(quantized) and sum(quantized) > 1:
+            needed = True
+        elif not all(quantized):
+            notes.add("have float readers that get the rounded values, too", name)
+    return needed
+
+
+def _float_outputs(graph: Graph, plan: Plan, integer: set[str], notes: _Notes) -> list[str]:
+    """Operators whose results need no codes: what reads them quantized, quantizes them. Not those that a Relu or Clip
+    follows, which the tool drops behind a quantized output only."""
+    bare: dict[str, list[str]] = {}
+    followed = set()
+    for node in graph.nodes:
+        if node.name not in integer:
+            continue
+        if node.op in _SHARES_SCALE:
+            notes.add("get the scale of their input, whatever is planned", node.name)
+        result = result_of(graph, node)
+        if result not in plan:
+            bare.setdefault(node.op, []).append(node.name)
+        elif result != node.outputs[0].name:
+            followed.add(node.op)
+    for op in sorted(followed & set(bare)):
+        for name in bare[op]:
+            notes.add("get quantized outputs that the plan leaves in float; 8 bits, with a range of the tool's own", name)
+    return sorted(set(bare) - followed)
+
+
+def _written(result: Result, layer: Layer) -> QuantSpec | None:
+    """The entry of a weight as the tool can write it; None if one scale per tensor or output channel does not tell it."""
+    graph, plan, spec = result.graph, result.plan, result.plan[layer.weight]
+    rule = result.target.rule(layer, spec, plan[layer_input(graph, plan, result.target, layer)].bits)
+    assert rule is not None
+    spec, factor = settle(layer, spec, rule)
+    plain = granularity(layer, spec) in ("tensor", "channel") and spec.multiplier is None and factor is None
+    return spec if plain else None
+
+
+def _weight(result: Result, layer: Layer, notes: _Notes) -> list[dict[str, Any]]:
+    """The override of one weight."""
+    bits, spec = result.plan[layer.weight].bits, _written(result, layer)
+    kind = {"quant_type": "QInt4" if bits <= 4 else "QInt8" if bits <= 8 else "QInt16"}
+    if bits <= 4:
+        notes.add("stored in 4 bits, run in float: onnxruntime has no integer kernel for what its tool writes",
+                  layer.name)
+    if spec is None:
+        notes.add("lose their tiles, blocks or multipliers; the tool computes one scale per output channel", layer.name)
+        return [{**kind, "axis": layer.out_axis}]
+    axis = {"axis": layer.out_axis} if spec.block is not None else {}
+    return [{**kind, **axis, "scale": float(s), "zero_point": 0} for s in np.ravel(np.asarray(spec.scale))]
+
+
+def _activation(spec: QuantSpec, name: str, notes: _Notes) -> dict[str, Any]:
+    """The override of one activation."""
+    assert spec.scale is not None and spec.zero_point is not None
+    if spec.bits not in (8, 16):
+        notes.add("have codes in the next wider type, where values beyond their own width are not clipped", name)
+    kind = f"Q{'' if spec.symmetric else 'U'}Int{8 if spec.bits <= 8 else 16}"
+    return {"quant_type": kind, "scale": float(spec.scale), "zero_point": int(spec.zero_point)}

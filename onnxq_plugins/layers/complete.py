@@ -1,0 +1,126 @@
+"""The default solver (law L4): whatever the passes left open gets a scale and codes, so any pass may be left out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.export.qdq import bias_values
+from onnxq_plugins.graph import Layer
+from onnxq_plugins.plan.requests import layer_input
+from onnxq_plugins.spec import (
+    Array,
+    QuantSpec,
+    block_shape,
+    encode,
+    expand,
+    from_range,
+    reduce_blocks,
+    solve_minmax,
+    weight_codes,
+)
+from onnxq_plugins.targets.target import channel_multipliers
+
+if TYPE_CHECKING:
+    from onnxq_plugins.job import Job
+
+
+def complete(job: Job) -> None:
+    """Law L4: solve whatever the passes left open."""
+    complete_ranges(job)
+    solved = {}
+    for layer in job.graph.layers:
+        if layer.weight in job.plan:
+            spec = complete_weight(job, layer, job.plan[layer.weight])
+            if layer.weight in job.graph.mapped.arrays and spec.codes is not None:
+                spec = replace(spec, codes=job.graph.mapped.keep(spec.codes))
+            solved[layer.weight] = spec
+            job.graph.mapped.release()
+    job.plan |= solved
+
+
+def complete_ranges(job: Job) -> None:
+    """Activations that are still open take their extremes over the data."""
+    open_ranges = [n for n, spec in job.plan.items() if not spec.solved and not job.graph.is_constant(n)]
+    if open_ranges:
+        ranges = job.calibration.ranges(open_ranges)
+        job.plan |= {n: activation_spec(ranges[n], job.plan[n]) for n in open_ranges}
+
+
+def complete_weight(job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec:
+    """The entry of one weight with what is missing: the smallest scale without clipping, then the nearest codes. A scale
+    so fine that the layer's bias would overflow int32 is widened (channels whose weights are all but zero). The layer's
+    input must have its range. Raises OnnxqError if the weight is not finite."""
+    weight = job.graph.constant(layer.weight)
+    if not np.isfinite(weight).all():
+        raise OnnxqError(f"layer '{layer.name}': its weight has NaN or Inf; the float model is broken.")
+    if not spec.solved:
+        spec = solve_minmax(weight, spec)
+    spec = _lower_shifts(job, layer, spec, weight)
+    spec = replace(spec, codes=weight_codes(weight, spec) if spec.codes is None else spec.codes)
+    codes, scale, floor = spec.codes, np.asarray(spec.scale), scale_floor(job, layer, spec)
+    assert codes is not None
+    empty = np.asarray(reduce_blocks(np.abs(codes), spec.block, np.maximum) == 0)
+    coarse = empty & (floor > 0) & (scale > np.max(scale, initial=0.0, where=~empty))
+    if coarse.any():  # any scale serves weights of 0: one that is fine enough for the bias
+        scale = np.where(coarse, floor, scale).astype(np.float32)
+        spec = replace(spec, scale=scale)
+    over = floor > scale
+    if over.any():
+        widened = job.report.setdefault("widened", {})
+        widened[layer.name] = widened.get(layer.name, 0) + int(over.sum())
+        spec = replace(spec, scale=np.maximum(scale, floor).astype(np.float32))
+        again = weight_codes(weight, replace(spec, codes=None))
+        codes = np.where(expand(over, weight.shape, spec.block), again, codes)
+    return replace(spec, codes=codes)
+
+
+def scale_floor(job: Job, layer: Layer, spec: QuantSpec) -> Array:
+    """Smallest weight scales, float32 or powers of two as the scales are, at which |bias| / (s_x s_w) stays at 2^30 at most,
+    in the shape of the scale; 0 where nothing limits them."""
+    shape = block_shape(layer.shape, spec.block)
+    needed = _least_steps(job, layer, spec)
+    if needed is None:
+        return np.zeros(shape)
+    if channel_multipliers(layer, spec):
+        of = spec.multipliers[-1:] if spec.multiplier is None else spec.multiplier.reshape(-1)
+        needed = (needed if needed.size == of.size else needed.max()) / of
+    each = needed.reshape(shape) if shape and needed.size == np.prod(shape) else np.full(shape, needed.max())
+    if spec.pow2 and spec.sub_block is None:
+        each = np.where(each > 0, np.exp2(np.ceil(np.log2(np.maximum(each, 1e-30)))), 0.0)
+    return np.asarray(each, np.float32)
+
+
+def _least_steps(job: Job, layer: Layer, spec: QuantSpec) -> Array | None:
+    """Sizes of a weight's code [outputs] at which |bias| / (s_x s_w) is 2^30; None where nothing limits them: beside 16-bit
+    inputs, whose scales are 256 times finer, export writes such a bias at a scale of its own."""
+    key, bias = layer_input(job.graph, job.plan, job.target, layer), bias_values(job.graph, layer, spec)
+    if not key or bias is None or job.plan[key].bits > 8:
+        return None
+    return np.asarray(np.abs(bias) / (float(job.plan[key].scale or 1) * 2.0**30))
+
+
+def _lower_shifts(job: Job, layer: Layer, spec: QuantSpec, weight: Array) -> QuantSpec:
+    """An entry with a multiplier per channel, with those raised (the channels shifted up by less) at which the bias would
+    overflow int32."""
+    needed = _least_steps(job, layer, spec)
+    if needed is None or spec.multiplier is None or not channel_multipliers(layer, spec):
+        return spec
+    values = spec.multipliers
+    needed = needed if needed.size == spec.multiplier.size else np.full(spec.multiplier.size, needed.max())
+    at = np.minimum(np.searchsorted(values, needed / np.asarray(spec.scale)), len(values) - 1)
+    multiplier = np.maximum(spec.multiplier.reshape(-1), values[at]).reshape(spec.multiplier.shape)
+    raised = replace(spec, multiplier=multiplier)
+    if spec.codes is None:
+        return raised
+    over = np.broadcast_to(multiplier > spec.multiplier, weight.shape)
+    return replace(raised, codes=np.where(over, encode(weight, replace(raised, codes=None)), spec.codes))
+
+
+def activation_spec(kept: tuple[float, float], spec: QuantSpec) -> QuantSpec:
+    """The solution of an activation for a range. One that was always 0 gets [0, 1]: with the usual scale 1 for empty
+    ranges its grid would reach beyond a Clip's maximum, which keeps the layer before it in float."""
+    return from_range(*(kept if kept[1] > kept[0] or kept[0] else (0.0, 1.0)), spec.request())

@@ -1,0 +1,203 @@
+"""One layer as an optimization problem: its weight, what it sees, and how that becomes a solved entry of the plan.
+
+The bridge between graph and solvers. A `Problem` holds plain values, so it can be sent to another process or machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnxq_plugins.calibration import Gram
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.export.qdq import weight_values
+from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.graph.patches import blocks
+from onnxq_plugins.job import Job
+from onnxq_plugins.layers.complete import scale_floor
+from onnxq_plugins.layers.granularity import row_steps, search
+from onnxq_plugins.layers.sweep import Seen
+from onnxq_plugins.solvers.accumulator import bounded, within
+from onnxq_plugins.solvers.gram import narrow, nearest, regress, ridge, row_loss, widen
+from onnxq_plugins.solvers.rounding import Effort, Method, solve
+from onnxq_plugins.spec import Array, QuantSpec, solve_minmax
+
+# Ridges in units of D / patches: the fewer patches for D weights, the less their correlations are worth. Rounding needs
+# little; the regression on the quantized inputs fits noise sooner, also because patches of one sample resemble each other.
+SHRINK_ROUNDING, SHRINK_REGRESSION = 1.0, 20.0
+DESCENT = 2  # rounds of coordinate descent over tiles
+_AT_ONCE = 2**22  # numbers per array that the solvers get at once: wide layers go block by block
+_GRAMS = 2**29  # bytes of Gram matrices held at once
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A layer to solve.
+
+    weight   float32, in the layer's shape
+    spec     its entry in the plan; a scale that is there is kept
+    floor    smallest scales allowed (`complete.scale_floor`)
+    seen     what the layer sees: of the quantized network, or of the float one (a Gram)
+    shift    solve the bias along with the codes; the objective then leaves mean errors out
+    """
+
+    layer: Layer
+    weight: Array
+    spec: QuantSpec
+    floor: Array
+    seen: Seen | Gram
+    shift: bool
+
+    def solve(self, method: Method, effort: Effort, search: bool = True) -> tuple[QuantSpec, float]:
+        """The entry with scale (searched if it was open and `search`), codes and shift, and its loss relative to that of
+        rounding to the nearest with the same scale."""
+        spec, loss, base = self.spec, 0.0, 0.0
+        w, h = self._target()
+        if not spec.solved:
+            rounds = DESCENT if method == "nearest" else 0
+            spec = self.scaled(w, h, rounds) if search else self._widened(solve_minmax(self.weight, spec))
+        size = narrow(row_steps(self.layer, spec), h, 1.0)
+        given = narrow(self.layer.matrix(self.weight), h)
+        codes = np.empty(w.shape, np.int8 if spec.bits <= 8 else np.int32)
+        for part in _parts(w, h):
+            one = size[part] if len(size) > 1 else size
+            target = w[part].astype(np.float64)
+            start = nearest(given[part].astype(np.float64), one, spec.grid)
+            found = solve(method, target, h[part], one, spec.grid, effort, start)
+            loss += float(row_loss(target - one * found, h[part]).sum())
+            base += float(row_loss(target - one * start, h[part]).sum())
+            codes[part] = found
+        return self._entry(spec, widen(codes, self.layer.matrix_shape)), loss / base if base > 0 else 1.0
+
+    def bound(self, codes: Array, limit: int) -> tuple[QuantSpec, float, int]:
+        """The entry with codes whose positive and whose negative sum stay within `limit` in every row
+        (`solvers.accumulator`), its loss relative to that of the nearest codes, and the number of rows that had to change;
+        the others keep theirs.
+
+        codes   the present ones, in the layer's shape; the scale must be solved
+        """
+        _, h = self._target()
+        given, exact = self.layer.matrix(codes), self.layer.matrix(self.weight).astype(np.float64)
+        size = np.broadcast_to(row_steps(self.layer, self.spec), given.shape)
+        wide = ~within(given, limit)
+        rows = np.flatnonzero(wide.any(axis=0))  # of one group or another
+        made = given.copy()
+        solved = bounded(exact[:, rows], h, size[:, rows], self.spec.grid, limit)
+        made[:, rows] = np.where(wide[:, rows, None], solved, given[:, rows])
+        loss, base = (float(row_loss(narrow(exact - size * one, h), h).sum())
+                      for one in (made, nearest(exact, size, self.spec.grid)))
+        return self._entry(self.spec, made), loss / base if base > 0 else 1.0, int(wide.sum())
+
+    def _entry(self, spec: QuantSpec, codes: Array) -> QuantSpec:
+        """An entry with codes [groups, outputs, D], and with the shift that takes back their mean error."""
+        shift = None
+        if self.shift:
+            values = (row_steps(self.layer, spec) * codes).astype(np.float32)
+            expected = np.einsum("god,gd->go", values, self._mean())
+            shift = (self._output() - expected).reshape(-1).astype(np.float32)
+        return replace(spec, codes=self.layer.from_matrix(codes), shift=shift)
+
+    def scaled(self, w: Array | None = None, h: Array | None = None, rounds: int = DESCENT) -> QuantSpec:
+        """The entry with scales, and multipliers, of least output error; codes left open. The plain ones where blocks do
+        not lie in a row, as those that divide a kernel.
+
+        rounds   of coordinate descent over tiles; it counts on codes rounded to the nearest, so none serves others best
+        """
+        if w is None or h is None:
+            w, h = self._target()
+        return self._widened(search(self.layer, solve_minmax(self.weight, self.spec), w, h, rounds))
+
+    def _target(self) -> tuple[Array, Array]:
+        """Weights to round (float32) and Gram matrix, in its groups: centred if the bias takes mean errors, with a ridge.
+        The weights are fitted to the inputs of the quantized network where the whole Gram matrix is there: its diagonal
+        blocks alone would make up for the same error once each."""
+        seen, h = self.seen, self.seen.h.copy()
+        w = narrow(self.layer.matrix(self.weight), h).copy()
+        share = h.shape[1] / max(seen.count, 1)
+        for part in _parts(w, h):
+            mean = seen.mean[part, None, :] if self.shift else 0.0
+            h[part] -= seen.mean[part, :, None] * mean
+            if isinstance(seen, Seen) and len(h) == self.layer.groups:
+                cross = seen.cross[part] - seen.output[part, :, None] * mean
+                w[part] = regress(w[part].astype(np.float64), h[part], cross, SHRINK_REGRESSION * share)
+            h[part] = ridge(h[part], SHRINK_ROUNDING * share)
+        return w, h
+
+    def _mean(self) -> Array:
+        """E[x] [groups, D] in the layer's own groups."""
+        return widen(self.seen.mean[:, None], (self.layer.matrix_shape[0], 1, self.layer.matrix_shape[2]))[:, 0]
+
+    def _output(self) -> Array:
+        """E[y] [groups, outputs]."""
+        if isinstance(self.seen, Seen):
+            return self.seen.output
+        found: Array = np.einsum("god,gd->go", self.layer.matrix(self.weight), self._mean())
+        return found
+
+    def _widened(self, spec: QuantSpec) -> QuantSpec:
+        return replace(spec, scale=np.maximum(np.asarray(spec.scale), self.floor).astype(np.float32))
+
+
+def problem(job: Job, layer: Layer, seen: Seen | Gram, shift: bool) -> Problem:
+    """The problem of a planned layer. Raises OnnxqError if its weight is not finite."""
+    weight = job.graph.constant(layer.weight)
+    if not np.isfinite(weight).all():
+        raise OnnxqError(f"layer '{layer.name}': its weight has NaN or Inf; the float model is broken.")
+    spec = replace(job.plan[layer.weight], codes=None, shift=None)
+    return Problem(layer, weight, spec, scale_floor(job, layer, spec), seen, shift and layer.takes_bias)
+
+
+def bias_shift(graph: Graph, layer: Layer, spec: QuantSpec, mean: Array) -> Array:
+    """(W - Wq) E[x], the mean error of a layer's outputs [outputs] that its codes cause, from the mean of its input per
+    channel [inputs]. Padding is left out of account."""
+    weight = graph.constant(layer.weight).astype(np.float64)
+    error = layer.matrix(weight - weight_values(layer, spec))
+    taps = int(np.prod(layer.shape[2:])) if layer.op == "Conv" else 1
+    summed = error.reshape(*error.shape[:2], -1, taps).sum(axis=3)  # [groups, outputs, inputs]
+    shift: Array = np.einsum("goi,gi->go", summed, mean.reshape(layer.groups, -1)).reshape(-1)
+    return shift
+
+
+def unseen(layer: Layer, limit: int) -> Gram:
+    """What a layer sees where there are no data: inputs of equal power that know nothing of each other, so that the error of
+    the weights themselves counts.
+
+    limit   largest D in one piece, as for `Calibration.grams`
+    """
+    groups, _, size = layer.matrix_shape
+    pieces = blocks(size, limit)
+    width = -(-size // pieces)
+    each = np.zeros((groups * pieces, width))
+    return Gram(np.broadcast_to(np.eye(width), (*each.shape, width)), each, 1)
+
+
+def solvable(job: Job) -> list[Layer]:
+    """Planned layers that have a matrix form."""
+    return [y for y in job.graph.layers if y.weight in job.plan and y.op != "ConvTranspose"]
+
+
+def float_inputs(job: Job, layers: Sequence[Layer], positions: int, limit: int) -> Iterator[list[tuple[Layer, Gram]]]:
+    """What layers see in the float network, a batch of layers at a time: as many as fit half a gigabyte of Gram matrices,
+    each batch one run over the data."""
+    batch: list[Layer] = []
+    held = 0
+    for layer in [*layers, None]:
+        size = 0
+        if layer is not None:
+            width = int(np.prod(layer.shape)) // layer.channels
+            size = 8 * layer.groups * width * width // blocks(width, limit)
+        if batch and (layer is None or held + size > _GRAMS):
+            grams = job.calibration.grams(batch, positions, limit)
+            yield [(one, grams.pop(one.name)) for one in batch]
+            batch, held = [], 0
+        if layer is not None:
+            batch.append(layer)
+            held += size
+
+
+def _parts(w: Array, h: Array) -> list[slice]:
+    """The groups in runs that keep the solvers' arrays small."""
+    count = max(1, _AT_ONCE // max(w[0].size, h[0].size))
+    return [slice(first, first + count) for first in range(0, len(w), count)]

@@ -1,0 +1,275 @@
+"""One streaming sweep through the float and the quantized network side by side, layer by layer.
+
+Learned rounding does better when a layer knows the inputs it will really get: those of the quantized layers before it.
+Running the network anew for each layer would cost layers x samples runs. Instead every sample's live activations are held
+at the present layer; a step runs only the operators between one layer and the next, float and quantized, so that the whole
+sweep costs one run of each network. The quantized operators come from the exporter: what is measured is what ships.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.calibration.statistics import in_order
+from onnxq_plugins.data import Data
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.export.qdq import Writer, subgraph_reads
+from onnxq_plugins.graph import Layer
+from onnxq_plugins.graph.patches import gram, output_columns, patches, split
+from onnxq_plugins.job import Job
+from onnxq_plugins.plan.requests import layer_input
+from onnxq_plugins.spec import Array
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What one layer sees in the quantized network, over `count` patches x, and what it should answer, y (the float
+    layer's output without its bias). float64.
+
+    h       E[x x^T] [groups, D, D]; block-diagonal, as more groups, where D is above the limit (see `Gram`)
+    mean    E[x] [groups, D]
+    cross   E[y x^T] [layer's groups, O, D]
+    output  E[y] [layer's groups, O]
+    """
+
+    h: Array
+    mean: Array
+    cross: Array
+    output: Array
+    count: int
+
+
+@dataclass
+class _Network:
+    """One of the two networks: its constants, and the live activations of every sample."""
+
+    proto: onnx.ModelProto
+    floats: Mapping[str, Array]  # large constants by name
+    live: dict[str, list[Array]]  # tensor -> one array a sample
+    dequantizers: dict[str, onnx.NodeProto] = field(default_factory=dict)  # output -> node: copied to where it is read
+
+    def piece(self, nodes: list[onnx.NodeProto], made: Iterable[TensorProto], keep: set[str]) -> _Piece | None:
+        """The operators as a model of their own that yields what is to be kept; None if that is nothing."""
+        small = {t.name: t for t in (*self.proto.graph.initializer, *made)}
+        nodes = list(nodes)
+        produced = {o for n in nodes for o in n.output}
+        outputs = [name for name in dict.fromkeys(o for n in nodes for o in n.output) if name in keep]
+        if not outputs:
+            return None
+        nodes = _needed(nodes, set(outputs))
+        copied: dict[str, onnx.NodeProto] = {}
+        for node in nodes:
+            for name in reads(node):
+                if name in self.dequantizers and name not in produced:
+                    copied[name] = self.dequantizers[name]
+        nodes = [*copied.values(), *nodes]
+        produced = {o for n in nodes for o in n.output}
+        wanted = dict.fromkeys(name for n in nodes for name in reads(n) if name not in produced)
+        inputs = [name for name in wanted if name in self.live]
+        graph = helper.make_graph(nodes, "piece", [_describe(name, self.live[name]) for name in inputs],
+                                  [helper.make_empty_tensor_value_info(name) for name in outputs],
+                                  [small[name] for name in wanted if name in small])
+        model = helper.make_model(graph, opset_imports=self.proto.opset_import, functions=list(self.proto.functions))
+        model.ir_version = self.proto.ir_version
+        weights = {name: self.floats[name] for name in wanted if name in self.floats}
+        return _Piece(runtimes.session(model, weights=weights, lean=True, arena=False), inputs, outputs)
+
+    def advance(self, piece: _Piece | None, sample: int, keep: set[str]) -> None:
+        """Run a piece on one sample and forget what nobody reads any more."""
+        if piece is not None:
+            values = runtimes.run(piece.session, {name: self.live[name][sample] for name in piece.inputs})
+            for name, value in zip(piece.outputs, values, strict=True):
+                self.live[name][sample] = value
+        for name, values in self.live.items():
+            if name not in keep:
+                values[sample] = _GONE
+
+
+@dataclass(frozen=True)
+class _Piece:
+    session: Any
+    inputs: list[str]
+    outputs: list[str]
+
+
+_GONE = np.empty(0)
+
+
+def sweep(job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 4608,
+          samples: int = 256) -> Iterator[tuple[Layer, Seen]]:
+    """Yield each of the planned `layers` with what it sees, in topological order; solve it in `job.plan` before asking for
+    the next. All other entries of the plan must be solved.
+
+    positions   patches per sample at most
+    limit       largest D with a full Gram matrix
+    samples     of the data at most, evenly spread; a note in the report tells if there are more
+
+    Holds one layer's Gram matrix and, for each sample, the activations alive at that layer.
+    """
+    wanted = {layer.name for layer in layers}
+    if job.calibration.data is None:
+        raise OnnxqError("rounding by what layers see needs sample inputs, and there are none; give data (--data PATH).")
+    feeds = _choose(job, job.calibration.data, samples)
+    floats: dict[str, Array] = {}
+    proto = job.graph.model(floats)
+    nodes = list(proto.graph.node)
+    at = {node.name: i for i, node in enumerate(nodes)}
+    starts = {name: [s[name] for s in feeds] for name in job.graph.inputs}
+    exact = _Network(proto, floats, {name: list(values) for name, values in starts.items()})
+    writer = Writer(job.graph, job.plan, job.target)
+    rounded = _Network(writer.model, writer.floats, starts)
+    cut, written = 0, 0
+    for layer in writer.layer_by_layer():
+        if layer.name not in wanted:
+            writer.plan = job.plan
+            continue
+        end = at[layer.name] + 1
+        keep = _pending(nodes, end) | {layer.output}
+        float_piece = exact.piece(nodes[cut:end], (), keep)
+        fresh = writer.nodes[written:]
+        rounded.dequantizers |= {n.output[0]: n for n in fresh if n.op_type == "DequantizeLinear"
+                                 and n.input[0] in _produced(fresh)}
+        keep_codes = _sources(writer, nodes, end - 1, rounded.dequantizers)
+        code_piece = rounded.piece(fresh, writer.made, keep_codes)
+        for network, piece in ((exact, float_piece), (rounded, code_piece)):
+            for name in piece.outputs if piece is not None else ():
+                network.live[name] = [_GONE] * len(feeds)
+        seen = _Sums(job, writer, layer, rounded, positions, limit)
+
+        def some(numbers: range, steps: Any = ((exact, float_piece, keep), (rounded, code_piece, keep_codes)),
+                 look: _Sums = seen) -> list[Array]:
+            for network, piece, kept in steps:
+                for sample in numbers:
+                    network.advance(piece, sample, kept)
+            return look.products(numbers, exact.live)
+
+        with runtimes.blas(1):  # the workers are threads with a product each
+            for part in in_order(some, seen.parts(len(feeds)), job.workers):
+                seen.add(part)
+        for network, kept in ((exact, keep), (rounded, keep_codes)):
+            network.live = {name: values for name, values in network.live.items() if name in kept}
+        cut, written = end, len(writer.nodes)
+        yield layer, seen.result()
+        writer.plan = job.plan
+        wanted.discard(layer.name)
+        if not wanted:
+            return
+
+
+class _Sums:
+    """Running sums of one layer's patches and outputs."""
+
+    def __init__(self, job: Job, writer: Writer, layer: Layer, network: _Network, positions: int, limit: int) -> None:
+        self.layer, self.limit, self.live = layer, limit, network.live
+        self.inputs = int(np.prod(layer.shape)) // layer.channels
+        self.positions = min(positions, max(64, self.inputs))
+        key = layer_input(job.graph, job.plan, job.target, layer)
+        self.spec = job.plan[key] if key else None
+        self.source = _source(writer, layer.name, layer.input, network.dequantizers)
+        self.bias = job.graph.constant(layer.bias).reshape(layer.groups, -1, 1) if layer.bias is not None else None
+        self.sums: list[Array] = []
+
+    def parts(self, samples: int) -> list[range]:
+        """The samples in runs that make about a thousand patches, or fewer long ones: fewer and larger products."""
+        step = max(1, min(1024, 2**22 // (self.inputs * self.layer.groups)) // self.positions)
+        return [range(first, min(first + step, samples)) for first in range(0, samples, step)]
+
+    def products(self, numbers: range, exact: Mapping[str, list[Array]]) -> list[Array]:
+        """Sums over the patches of some samples: x x^T, x, y x^T, y, their number."""
+        x, y = (np.concatenate(part, axis=2) for part in zip(*(self._columns(n, exact) for n in numbers), strict=True))
+        pieces = split(x, self.limit)
+        return [gram(pieces), pieces.sum(axis=2, dtype=np.float64), y @ x.swapaxes(1, 2), y.sum(axis=2, dtype=np.float64),
+                np.array(float(x.shape[2]))]
+
+    def _columns(self, sample: int, exact: Mapping[str, list[Array]]) -> tuple[Array, Array]:
+        """Patches of the quantized input and the float outputs that belong to them, float32."""
+        codes = self.live[self.source][sample]
+        if self.spec is not None and codes.dtype.kind in "iu":
+            zero = int(np.asarray(self.spec.zero_point))
+            x = patches(self.layer, codes, self.positions, sample, zero).astype(np.float32)
+            x = (x - np.float32(zero)) * np.float32(self.spec.scale)
+        else:
+            x = patches(self.layer, codes, self.positions, sample)
+        y = output_columns(self.layer, exact[self.layer.output][sample], self.positions, sample)
+        return x, y if self.bias is None else y - self.bias
+
+    def add(self, products: list[Array]) -> None:
+        if not self.sums:
+            self.sums = [np.zeros(part.shape) for part in products]
+        for into, part in zip(self.sums, products, strict=True):
+            into += part
+
+    def result(self) -> Seen:
+        h, mean, cross, output, count = self.sums
+        for part in (h, mean, cross, output):
+            part /= max(float(count), 1.0)
+        found = Seen(h, mean, cross, output, int(count))
+        if not all(np.isfinite(part).all() for part in (found.mean, found.output)):
+            raise OnnxqError(f"layer '{self.layer.name}' reads or writes values that are not finite (NaN or Inf) on the "
+                             "given data: the float model itself overflows there.")
+        return found
+
+
+def _choose(job: Job, data: Data, most: int) -> list[dict[str, Array]]:
+    """At most so many samples: evenly spread where their number is known, else the first."""
+    step = 1 if data.size is None else max(1, -(-data.size // most))
+    found = list(itertools.islice(data, 0, None if step > 1 else most + 1, step))
+    if step > 1 or len(found) > most:
+        job.report.setdefault("notes", []).append(f"layers were solved on {len(found[:most])} of "
+                                                  f"{data.size or 'more'} samples, as many as round.samples allows: "
+                                                  "their activations are held")
+    return found[:most]
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """Names an operator reads, those of control-flow bodies included."""
+    return [name for name in (*node.input, *subgraph_reads([node])) if name]
+
+
+def _pending(nodes: list[onnx.NodeProto], start: int) -> set[str]:
+    """What the operators from `start` on read."""
+    return {name for node in nodes[start:] for name in reads(node)}
+
+
+def _sources(writer: Writer, nodes: list[onnx.NodeProto], start: int,
+             dequantizers: Mapping[str, onnx.NodeProto]) -> set[str]:
+    """What the quantized forms of the operators from `start` on read of what is written so far."""
+    return {_source(writer, node.name, name, dequantizers) for node in nodes[start:] for name in reads(node)}
+
+
+def _source(writer: Writer, node: str, name: str, dequantizers: Mapping[str, onnx.NodeProto]) -> str:
+    """The tensor behind what an operator's quantized form reads as `name`: its codes, where it has some."""
+    if name in writer.dequantized and writer.reads_codes(node, name):
+        name = writer.dequantized[name]
+    return str(dequantizers[name].input[0]) if name in dequantizers else name
+
+
+def _produced(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Outputs of QuantizeLinear: the codes of activations."""
+    return {n.output[0] for n in nodes if n.op_type == "QuantizeLinear"}
+
+
+def _needed(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
+    """The operators that contribute to the outputs, in order."""
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(nodes):
+        if outputs & set(node.output):
+            kept.append(node)
+            outputs = outputs | set(reads(node))
+    return kept[::-1]
+
+
+def _describe(name: str, values: list[Array]) -> onnx.ValueInfoProto:
+    """Type and shape of a live tensor; axes in which samples differ stay open."""
+    shapes = {v.shape for v in values}
+    first = values[0]
+    shape = list(first.shape) if len(shapes) == 1 else [None] * first.ndim
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(first.dtype), shape)

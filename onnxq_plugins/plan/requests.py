@@ -1,0 +1,337 @@
+"""From graph, recipe and target to the first Plan: which tensors are quantized, at which bits and granularity.
+
+Layers follow the recipe. Operators between them (Add, Concat, pooling ...) are made integer where that keeps a chain
+integer from one layer to the next, and stay float elsewhere: a pair of conversions around a lone operator costs more
+than it gains.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.recipe import FLOAT, BlockRequest, LayerRule, Recipe, TensorRequest
+from onnxq_plugins.spec import Block, Plan, QuantSpec, block_shape
+from onnxq_plugins.targets import Target
+from onnxq_plugins.targets.target import channel_block, channel_multipliers
+
+
+@dataclass(frozen=True)
+class Request:
+    """A plan of requests (nothing solved), and what stays float or was changed, with the reasons.
+
+    inputs   planned layers by name -> the planned activation they are to read, "" for weight-only
+    """
+
+    plan: Plan
+    inputs: dict[str, str]
+    floats: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
+    """The first plan. Raises OnnxqError, all problems at once, if a rule matches nothing or a block does not fit."""
+    problems: list[str] = []
+    floats: dict[str, str] = {}
+    notes: list[str] = []
+    narrowed = 0
+    plan: dict[str, QuantSpec] = {}
+    integer: dict[str, TensorRequest] = {}  # node name -> how its inputs are asked for
+    unmatched = set(range(len(recipe.layers)))
+    ops = {rule.op for rule in target.rules}
+    for i, layer in enumerate(graph.layers):
+        weights, activations, quantize = _settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, i), unmatched)
+        if quantize is False or weights.bits == FLOAT:
+            floats[layer.name] = "the recipe leaves it float"
+            continue
+        if layer.op not in ops:
+            floats[layer.name] = f"target '{target.name}' has no quantized {layer.op}"
+            continue
+        weight_only = activations.bits == FLOAT
+        if weight_only and not any(r.op == layer.op and not r.activations for r in target.rules):
+            floats[layer.name] = f"target '{target.name}' has no weight-only {layer.op}"
+            continue
+        bits = weights.bits if weight_only else _narrowed(weights.bits, target)
+        narrowed += bits != weights.bits
+        plan[layer.weight] = _weight(layer, replace(weights, bits=bits), target, problems)
+        if not weight_only:
+            integer[layer.name] = activations
+    for node in graph.nodes:
+        if node.op == "MatMul" and not node.domain and not any(graph.is_constant(t.name) for t in node.inputs):
+            _, activations, quantize = _settings(recipe, node.name, "Attention", "", {}, unmatched)
+            size = _multiply_adds(graph, node)
+            if quantize or (quantize is None and "MatMul" in ops and 0 < target.attention <= size):
+                integer[node.name] = activations
+    for n in sorted(unmatched):
+        rule = recipe.layers[n]
+        if rule.match != "*":
+            names = ", ".join(layer.name for layer in graph.layers[:6])
+            problems.append(f"recipe, layer {n + 1}: nothing matches '{rule.match}'; layers are named {names} ...")
+    OnnxqError.check(problems)
+    if narrowed:
+        notes.append(f"{narrowed} layers have {target.code_bits}-bit weight codes, since target '{target.name}' "
+                     f"allows |code| <= {target.max_code}")
+    if graph.layers and not plan:
+        notes.append("no layer is quantized")
+    activation_request = {**integer, **dict.fromkeys(_chain(graph, target, set(integer)), recipe.activations)}
+    whole = Plan(plan) | _activations(graph, target, activation_request)
+    planned = [layer for layer in graph.layers if layer.weight in plan]
+    inputs = {layer.name: input_key(graph, whole, layer.input) if layer.name in integer else "" for layer in planned}
+    return Request(whole, inputs, floats, tuple(notes))
+
+
+def pinned(graph: Graph, recipe: Recipe) -> set[str]:
+    """Names of the layers for which a [[layer]] rule of the recipe sets the bits of the weight."""
+    found = set()
+    for i, layer in enumerate(graph.layers):
+        if any("bits" in rule.weights and _matches(rule, layer.name, layer.op, layer.kind, _ends(graph, i))
+               for rule in recipe.layers):
+            found.add(layer.name)
+    return found
+
+
+def said(graph: Graph, recipe: Recipe) -> dict[str, frozenset[str]]:
+    """Layer -> the keys that [[layer]] rules about it set, such as ``quantize`` or ``weights.bits``."""
+    found: dict[str, frozenset[str]] = {}
+    for i, layer in enumerate(graph.layers):
+        rules = [r for r in recipe.layers if _matches(r, layer.name, layer.op, layer.kind, _ends(graph, i))]
+        found[layer.name] = frozenset([
+            *(f"{table}.{key}" for r in rules for table in ("weights", "activations") for key in getattr(r, table)),
+            *("quantize" for r in rules if r.quantize is not None)])
+    return found
+
+
+def weight_request(graph: Graph, recipe: Recipe, target: Target, layer: Layer, bits: int) -> QuantSpec:
+    """What the recipe, with its rules for single layers, would ask for a layer's weight at another width: granularity and
+    multipliers as far as this width leaves room for them, and no wider than the target's codes may be. Whether the target
+    runs it is up to `Target.rule`. Raises OnnxqError if a block does not fit the layer."""
+    at = [y.name for y in graph.layers].index(layer.name)
+    weights, activations, _ = _settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, at), set())
+    problems: list[str] = []
+    made = _weight(layer, replace(weights, bits=bits if activations.bits == FLOAT else _narrowed(bits, target)), target,
+                   problems)
+    OnnxqError.check(problems)
+    return made
+
+
+def input_key(graph: Graph, plan: Mapping[str, QuantSpec], name: str) -> str:
+    """The planned activation from which a reader of `name` gets its codes: `name` itself or what it is tied to
+    through shape-only operators; "" if none is planned."""
+    while True:
+        if name in plan and not graph.is_constant(name):
+            return name
+        node = graph.producer(name)
+        if node is None or not graph.is_shape_only(node):
+            return ""
+        name = node.inputs[0].name
+
+
+def layer_input(graph: Graph, plan: Plan, target: Target, layer: Layer) -> str:
+    """The planned activation that a planned layer reads; "" if it reads float. A weight-only layer reads float even
+    where another reader of the same tensor made it planned."""
+    key = input_key(graph, plan, layer.input)
+    spec = plan[layer.weight]
+    if key and target.rule(layer, spec, plan[key].bits) is None and target.rule(layer, spec, 0) is not None:
+        return ""
+    return key
+
+
+def activation_inputs(graph: Graph, node: Any) -> list[str]:
+    """Names of a node's inputs that are activations."""
+    return [t.name for t in node.inputs if not t.is_empty() and not graph.is_constant(t.name)]
+
+
+def result_of(graph: Graph, node: Any) -> str:
+    """The output that carries a node's values after the Relu or Clip it absorbs."""
+    after = graph.elided_activation(node.outputs[0].name)
+    return str((after or node).outputs[0].name)
+
+
+def maker_of(graph: Graph, name: str) -> Any:
+    """The inverse of `result_of`: the node that computes a tensor, perhaps through the Relu or Clip it absorbs; None for
+    inputs."""
+    node = graph.producer(name)
+    if node is not None and node.op in ("Relu", "Clip") and graph.elided_activation(node.inputs[0].name) is not None:
+        return graph.producer(node.inputs[0].name)
+    return node
+
+
+def _narrowed(bits: int, target: Target) -> int:
+    """The width of a weight beside quantized activations: 8 bits are fewer where the target's codes are narrower."""
+    return target.code_bits if target.code_bits < bits <= 8 else bits
+
+
+def _ends(graph: Graph, at: int) -> dict[str, bool]:
+    """Which ends of the network the layer at a place is."""
+    return {"first": at == 0, "last": at == len(graph.layers) - 1}
+
+
+def _settings(recipe: Recipe, name: str, op: str, kind: str, ends: Mapping[str, bool],
+              unmatched: set[int]) -> tuple[TensorRequest, TensorRequest, bool | None]:
+    weights, activations, quantize = recipe.weights, recipe.activations, None
+    for n, rule in enumerate(recipe.layers):
+        if _matches(rule, name, op, kind, ends):
+            unmatched.discard(n)
+            weights = replace(weights, **_tuples(rule.weights))
+            activations = replace(activations, **_tuples(rule.activations))
+            quantize = rule.quantize if rule.quantize is not None else quantize
+    return weights, activations, quantize
+
+
+def _matches(rule: LayerRule, name: str, op: str, kind: str, ends: Mapping[str, bool]) -> bool:
+    if op == "Attention" and rule.op != "Attention" and rule.match == "*":
+        return False  # rules for all layers speak of layers with weights
+    return (fnmatchcase(name, rule.match) and rule.op in ("", op) and rule.kind in ("", kind)
+            and (not rule.position or ends.get(rule.position, False)))
+
+
+def _tuples(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+
+
+def _weight(layer: Layer, wanted: TensorRequest, target: Target, problems: list[str]) -> QuantSpec:
+    """The request of one weight. Multipliers are left out where they could only be 1 (8-bit codes leave no room in an int8)
+    or are not finer than the scale (depthwise layers have one input per output)."""
+    block = _block(layer, wanted.block, problems)
+    spec = QuantSpec(wanted.bits, wanted.symmetric, block, None, wanted.pow2, wanted.max_multiplier)
+    if wanted.sub_block == "none":
+        return spec
+    sub_block = _block(layer, wanted.sub_block, problems)
+    top = min(wanted.max_multiplier, target.max_code // spec.grid[1])
+    if sub_block is not None and channel_multipliers(layer, replace(spec, sub_block=sub_block)):
+        top = wanted.max_multiplier
+    if top <= 1 or sub_block is None or not _finer(layer, sub_block, block):
+        return replace(spec, pow2=False)
+    return replace(spec, sub_block=sub_block, max_multiplier=top)
+
+
+def _finer(layer: Layer, block: Block, than: Block | None) -> bool:
+    """True if a block divides some axis of the weight into more parts than another does."""
+    parts = block_shape(layer.shape, than) or (1,) * len(layer.shape)
+    return any(a > b for a, b in zip(block_shape(layer.shape, block), parts, strict=True))
+
+
+def _block(layer: Layer, wanted: BlockRequest, problems: list[str]) -> Block | None:
+    """A block as the recipe writes it, for the axes of this layer's weight."""
+    if wanted == "tensor":
+        return None
+    if wanted == "channel":
+        return channel_block(layer)
+    sizes = (wanted,) if isinstance(wanted, int) else tuple(int(n) for n in wanted)
+    sizes = (1, *sizes) if len(sizes) == 1 else sizes
+    if len(sizes) == 2:
+        return tuple(sizes[0] if a == layer.out_axis else sizes[1] if a == layer.in_axis else 0
+                     for a in range(len(layer.shape)))
+    if len(sizes) != len(layer.shape):
+        problem = (f"block {list(sizes)} has {len(sizes)} sizes, the weight of a {layer.op} with {len(layer.shape)} axes "
+                   "takes [outputs, inputs], or one size per axis.")
+        problems += [problem] if problem not in problems else []
+        return None
+    return sizes
+
+
+def _multiply_adds(graph: Graph, node: Any) -> int:
+    a, b = (graph.shape(t.name) for t in node.inputs)
+    sizes = [*a[-2:], b[-1]] if a is not None and b is not None and len(a) > 1 and len(b) > 1 else []
+    return int(np.prod([n for n in sizes if isinstance(n, int)])) if sizes and all(
+        isinstance(n, int) for n in sizes) else 0
+
+
+def _source(graph: Graph, name: str) -> str:
+    """Name of the node that computes a tensor, seen through shape-only operators and absorbed activations."""
+    node = maker_of(graph, graph.root(name))
+    return str(node.name) if node is not None else ""
+
+
+def readers(graph: Graph, name: str) -> set[str]:
+    """Names of the nodes that read a tensor, seen through shape-only operators."""
+    found = set()
+    for node in graph.consumers(name):
+        if graph.is_shape_only(node):
+            for output in node.outputs:
+                found |= readers(graph, output.name)
+        else:
+            found.add(str(node.name))
+    return found
+
+
+def _chain(graph: Graph, target: Target, layers: set[str]) -> set[str]:
+    """Operators other than layers that stay integer: every input comes from an integer operator and at least one
+    reader is integer. The largest such set."""
+    nodes = {node.name: node for node in graph.nodes if node.op in target.integer_ops and not node.domain
+             and len(node.outputs) == 1 and len(activation_inputs(graph, node)) == len(node.inputs)
+             and all(t.dtype == np.float32 for t in node.inputs)}
+    chain = set(nodes) - layers
+    while True:
+        inside = layers | chain
+        kept = {name for name in chain
+                if all(_source(graph, t) in inside for t in activation_inputs(graph, nodes[name]))
+                and readers(graph, result_of(graph, nodes[name])) & inside}
+        if kept == chain:
+            return chain
+        chain = kept
+
+
+def _activations(graph: Graph, target: Target, integer: Mapping[str, TensorRequest]) -> Plan:
+    """Entries for what integer operators read, and for what they write where the kernel needs an output scale."""
+    asked: dict[str, list[tuple[str, TensorRequest]]] = defaultdict(list)  # root -> readers' tensors
+    layers = {layer.name: layer for layer in graph.layers}
+    specs: dict[str, QuantSpec] = {}
+
+    def spec(how: TensorRequest) -> QuantSpec:
+        return QuantSpec(how.bits, how.symmetric, None, None, how.pow2)
+
+    for node in graph.nodes:
+        if node.name in integer:
+            for name in activation_inputs(graph, node):
+                asked[graph.root(name)].append((name, integer[node.name]))
+            if node.op in target.output_scale or (node.name not in layers and node.op != "MatMul"):
+                specs[result_of(graph, node)] = spec(integer[node.name])
+    for root, readers in asked.items():
+        names = {name for name, _ in readers}
+        widest = max((how for _, how in readers), key=lambda how: how.bits)
+        # a float producer may be followed by one slice or reshape that all read: quantize there, it can be smaller
+        alone = len(names) == 1 and _source(graph, root) not in integer
+        specs[names.pop() if alone else root] = spec(widest)
+    return Plan(specs)
+
+
+def entry_problem(graph: Graph, tensor: str, spec: QuantSpec) -> str:
+    """What is wrong with one entry of a plan, as the end of a sentence about it; "" if nothing."""
+    if tensor not in graph:
+        return "names no tensor of the graph; take names from job.graph.layers"
+    layer = next((y for y in graph.layers if y.weight == tensor), None)
+    if layer is None and graph.is_constant(tensor):
+        return "is about a constant that is no layer's weight; plan weights and activations, biases follow from them"
+    if not spec.solved:
+        return ""
+    if layer is None:
+        shape: tuple[int, ...] = ()
+        if spec.block is not None:
+            return f"has block {spec.block}; activations have one scale, block = None"
+    else:
+        shape = layer.shape
+    scale = np.asarray(spec.scale)
+    if scale.shape != block_shape(shape, spec.block):
+        return f"has scales of shape {scale.shape}, its block asks for {block_shape(shape, spec.block)}; see QuantSpec"
+    if not (np.isfinite(scale).all() and (scale > 0).all()):
+        return "has scales that are not positive numbers; use scale 1 where all values are 0"
+    if spec.multiplier is not None and not np.isin(spec.multiplier, spec.multipliers).all():
+        return f"has multipliers other than {spec.multipliers.tolist()}; keep to QuantSpec.multipliers"
+    if spec.pow2 and spec.sub_block is None and not (np.frexp(scale)[0] == 0.5).all():
+        return "has scales that are no powers of two, though its pow2 asks for them; round them up to powers of two"
+    low, high = spec.grid
+    for what, codes, wanted in (("codes", spec.codes, shape), ("zero points", spec.zero_point, scale.shape)):
+        if codes is not None and not (codes.shape == wanted and np.issubdtype(codes.dtype, np.integer)
+                                      and low <= codes.min(initial=low) and codes.max(initial=low) <= high):
+            return f"has {what} that are not integers of shape {wanted} in [{low}, {high}]; clip them to QuantSpec.grid"
+    if spec.shift is not None and layer is not None and np.shape(spec.shift) != (layer.channels,):
+        return f"has a shift of shape {np.shape(spec.shift)}; give one value per output channel, ({layer.channels},)"
+    return ""

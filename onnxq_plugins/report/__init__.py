@@ -1,0 +1,1 @@
+"""What a result is worth and why: the diagnosis, remedies, plots, the page."""

@@ -1,0 +1,220 @@
+"""Running models in onnxruntime: sessions, outputs, error measures, interleaved latency. CPU only."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.files import origin
+from onnxq_plugins.spec import Array
+
+Feed = Mapping[str, Array]
+LARGE = 2**30  # bytes of weights from which a second copy of them is too much
+LARGEST_MESSAGE = 2**31 - 2**20  # protobuf's limit is 2 GiB
+
+
+def quiet() -> None:
+    """No log of onnxruntime on standard error, in the whole process: what it complains about is raised."""
+    ort.set_default_logger_severity(4)
+
+
+class Session(ort.InferenceSession):  # type: ignore[misc]
+    """A session whose runs fail with OnnxqError: shapes that do not fit each other show only there."""
+
+    def run(self, *args: Any, **more: Any) -> list[Any]:
+        try:
+            found: list[Any] = super().run(*args, **more)
+        except Exception as error:  # onnxruntime raises a dozen types
+            raise _failed(error) from error
+        return found
+
+    def run_with_ort_values(self, *args: Any, **more: Any) -> list[Any]:
+        try:
+            found: list[Any] = super().run_with_ort_values(*args, **more)
+        except Exception as error:
+            raise _failed(error) from error
+        return found
+
+
+def _failed(error: Exception) -> OnnxqError:
+    text = " ".join(str(error).split())[:300].rstrip(".")
+    return OnnxqError(f"onnxruntime {ort.__version__} cannot run the model on this input ({text}); check that the float "
+                      "model runs on it.")
+
+
+def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, optimize: bool = True,
+            dump: str | Path | None = None, weights: Mapping[str, Array] | None = None,
+            lean: bool = False, arena: bool = True, profile: str | Path | None = None,
+            folder: Path | None = None) -> Session:
+    """An onnxruntime session on the CPU.
+
+    threads    intra-op threads
+    optimize   False turns every graph optimization off: the model runs exactly as written
+    dump       write the optimized model here (what the audit reads)
+    weights    values for placeholders in the model (`Graph.model(weights)`), used where they lie, without a copy
+    lean       plan no memory ahead: less of it, a little slower
+    arena      keep freed memory for the next run; without, every tensor is memory of its own
+    folder     where the external data of the model lie, if it is no path; they are mapped, not read, and not packed anew
+    profile    time every kernel, which costs some microseconds each; `end_profiling` writes a file whose name begins so
+
+    Raises OnnxqError if onnxruntime refuses the model; so do its runs if they fail.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.enable_mem_pattern = not lean
+    options.enable_cpu_mem_arena = arena
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    if dump is not None:
+        options.optimized_model_filepath = str(dump)
+        if folder is not None:
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+    try:
+        if isinstance(model, onnx.ModelProto) and size_of(model) > LARGEST_MESSAGE:
+            with tempfile.TemporaryDirectory() as scratch:
+                path = Path(scratch) / "model.onnx"
+                onnx.save(model, str(path), save_as_external_data=True, location="weights")
+                return Session(str(path), options, providers=["CPUExecutionProvider"])
+        if weights and sum(array.nbytes for array in weights.values()) > LARGE:
+            options.add_session_config_entry("session.disable_prepacking", "1")  # packed anew they are there twice
+            model, weights, root = _from_files(model, weights)
+            if root is not None:
+                options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(root))
+        if weights:
+            values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+            options.add_external_initializers(list(weights), values)
+        source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
+        return Session(str(source) if isinstance(source, Path) else source, options,
+                                    providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen types
+        text = " ".join(str(error).split())
+        raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300].rstrip('.')}.") from error
+
+
+def _from_files(model: onnx.ModelProto | bytes | str | Path, weights: Mapping[str, Array]) -> tuple[
+        onnx.ModelProto | bytes | str | Path, dict[str, Array], Path | None]:
+    """A model that refers to weights where they lie in files, the other weights, and the folder that it names files from:
+    onnxruntime copies arrays that it is handed, but maps files."""
+    found = {name: place for name, array in weights.items() if (place := origin(array)) is not None}
+    if not found or not isinstance(model, onnx.ModelProto):
+        return model, dict(weights), None
+    root = Path(os.path.commonpath([file.parent for file, _ in found.values()]))
+    made = onnx.ModelProto()
+    made.CopyFrom(model)  # placeholders only
+    for tensor in made.graph.initializer:
+        if tensor.name in found:
+            file, first = found[tensor.name]
+            del tensor.external_data[:]
+            for key, value in (("location", file.relative_to(root).as_posix()), ("offset", first),
+                               ("length", weights[tensor.name].nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+    return made, {name: array for name, array in weights.items() if name not in found}, root
+
+
+def size_of(model: onnx.ModelProto) -> int:
+    """Bytes of a model in a file, external data left out; of any size, which `ByteSize` is not."""
+    if sum(int(tensor.ByteSize()) for tensor in model.graph.initializer) < LARGE:
+        return int(model.ByteSize())
+    rest = onnx.ModelProto(graph=onnx.GraphProto(node=model.graph.node), metadata_props=model.metadata_props)
+    return int(rest.ByteSize()) + sum(int(tensor.ByteSize()) for tensor in model.graph.initializer)
+
+
+def blas(threads: int) -> contextlib.AbstractContextManager[object]:
+    """Within it numpy's matrix products use so many threads. Many small products on several threads can be many times slower
+    than on one, where another process wants the same cores."""
+    from threadpoolctl import ThreadpoolController
+
+    limited: contextlib.AbstractContextManager[object] = ThreadpoolController().limit(limits=threads, user_api="blas")
+    return limited
+
+
+def trim() -> None:
+    """Hand freed memory back to the system. glibc keeps what making a session leaves behind, which may be more than the
+    session; elsewhere there is nothing to do."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def run(runner: ort.InferenceSession, feed: Feed) -> list[Array]:
+    """All outputs for one feed. Large ones lie where onnxruntime wrote them: copying costs more than some operators, but
+    for small ones the detour does."""
+    if sum(x.nbytes for x in feed.values()) < 2**18:
+        return list(runner.run(None, dict(feed)))
+    values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in feed.items()}
+    return [value.numpy() for value in runner.run_with_ort_values(None, values)]
+
+
+def outputs(runner: ort.InferenceSession, feeds: Iterable[Feed]) -> list[Array]:
+    """Every output of the model, concatenated over the feeds along the first axis."""
+    rows = [runner.run(None, dict(feed)) for feed in feeds]
+    return [np.concatenate([np.atleast_1d(r[i]) for r in rows]) for i in range(len(rows[0]))] if rows else []
+
+
+def sqnr(reference: Array, other: Array) -> float:
+    """Signal to quantization noise in dB: 10 log10(sum y^2 / sum (y - z)^2) per sample (first axis), averaged.
+
+    Samples whose signal is zero are left out; each sample is clamped to 200 dB, which stands for equality.
+    """
+    y = np.asarray(reference, np.float64).reshape(len(reference), -1)
+    noise = np.sum((y - np.asarray(other, np.float64).reshape(y.shape)) ** 2, axis=1)
+    signal = np.sum(y**2, axis=1)
+    kept = signal > 0
+    if not kept.any():
+        return 200.0
+    ratio = signal[kept] / np.maximum(noise[kept], signal[kept] * 1e-20)
+    return float(np.mean(10 * np.log10(ratio)))
+
+
+def agreement(reference: Array, other: Array) -> float:
+    """Share of samples whose largest output (over the last axis) is the same."""
+    return float(np.mean(np.argmax(reference, axis=-1) == np.argmax(other, axis=-1)))
+
+
+def drift(reference: Sequence[Array], other: Sequence[Array]) -> float:
+    """Largest difference over all outputs, relative to each output's largest magnitude; infinite if one is not finite."""
+    found = [float(np.max(np.abs(a - b), initial=0.0) / max(float(np.max(np.abs(a), initial=0.0)), 1e-30))
+             for a, b in zip(reference, other, strict=True)]
+    return max(found, default=0.0) if np.isfinite(found).all() else float("inf")
+
+
+def wanted(runner: ort.InferenceSession, feed: Feed) -> Feed:
+    """A feed in the types of a session's inputs: a user's own model may be in half precision."""
+    types = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(double)": np.float64}
+    return {i.name: feed[i.name].astype(types.get(i.type, feed[i.name].dtype), copy=False) for i in runner.get_inputs()}
+
+
+def latency(runners: Sequence[ort.InferenceSession], feed: Feed | Sequence[Feed], seconds: float = 1.0) -> list[float]:
+    """Median milliseconds of each session, measured in turn (A B A B ...) so that a noisy machine hits all alike.
+
+    feed   one for all, or one for each session
+    """
+    times: list[list[float]] = [[] for _ in runners]
+    feeds = [feed] * len(runners) if isinstance(feed, Mapping) else list(feed)
+    for runner, own in zip(runners, feeds, strict=True):
+        runner.run(None, dict(own))
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(times[0]) < 5:
+        for runner, own, taken in zip(runners, feeds, times, strict=True):
+            start = time.perf_counter()
+            runner.run(None, dict(own))
+            taken.append(time.perf_counter() - start)
+    return [float(np.median(taken)) * 1e3 for taken in times]

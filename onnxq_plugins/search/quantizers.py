@@ -1,0 +1,174 @@
+"""Quantizers that must change together, the widths they may have, and what a choice of widths costs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.graph import Graph
+from onnxq_plugins.plan.requests import activation_inputs, input_key, layer_input, result_of
+from onnxq_plugins.spec import Array, Plan
+from onnxq_plugins.targets import Target
+
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True, order=True)
+class Width:
+    """A candidate: bits of weights and of the activations they meet; 32 and 32 for float."""
+
+    weights: int
+    activations: int
+
+    @staticmethod
+    def parse(text: str) -> Width:
+        """``W4A8`` or ``float``. Raises ValueError for anything else."""
+        if text == "float":
+            return Width(FLOAT_BITS, FLOAT_BITS)
+        found = re.fullmatch(r"W(\d+)A(\d+)", text)
+        if found is None or not all(2 <= int(n) <= 16 for n in found.groups()):
+            raise ValueError(f"candidate '{text}' must look like W4A8 (bits from 2 to 16), or be 'float'")
+        return Width(*(int(n) for n in found.groups()))
+
+    def __str__(self) -> str:
+        return "float" if self.weights == FLOAT_BITS else f"W{self.weights}A{self.activations}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Quantizers that share a width: planned activations, and the layers whose weights meet them."""
+
+    activations: tuple[str, ...]
+    layers: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What reports call it: its first layer, or "tensor" and its first activation (layers may bear names of tensors)."""
+        return self.layers[0] if self.layers else f"tensor {self.activations[0]}"
+
+
+def quantizer_groups(graph: Graph, plan: Plan, target: Target) -> list[Group]:
+    """The groups of a plan, in the order of the graph: an activation with the weights of all layers that read it; the inputs
+    of an integer Add, Concat or product of two activations are tied, since its kernel takes one width. A weight-only layer
+    is a group of its own.
+
+    Source: Practical Mixed Precision (arXiv 2302.05397), section 3.
+    """
+    names = [n for n in plan if not graph.is_constant(n)]
+    parent = {n: n for n in names}
+
+    def find(n: str) -> str:
+        while parent[n] != n:
+            n = parent[n]
+        return n
+
+    layers = {y.name: y for y in graph.layers}
+    order: dict[str, int] = {}  # planned activations and weight-only layers -> where they first appear
+    alone: dict[str, int] = {}  # weight-only layers
+    members: dict[str, list[str]] = {}
+    for position, node in enumerate(graph.nodes):
+        keys = list(dict.fromkeys(key for t in activation_inputs(graph, node) if (key := input_key(graph, plan, t))))
+        for key in keys:
+            order.setdefault(key, position)
+        if node.name in layers:
+            if layers[node.name].weight in plan:
+                key = layer_input(graph, plan, target, layers[node.name])
+                if key:
+                    members.setdefault(key, []).append(node.name)
+                else:
+                    alone[node.name] = position
+        elif len(keys) > 1 and (node.op in target.integer_ops or node.op == "MatMul"):
+            for key in keys[1:]:
+                parent[find(key)] = find(keys[0])
+        if result_of(graph, node) in parent:
+            order.setdefault(result_of(graph, node), position + 1)
+    gathered: dict[str, tuple[list[str], list[str]]] = {}
+    for name in sorted(names, key=lambda n: order.get(n, -1)):
+        mine = gathered.setdefault(find(name), ([], []))
+        mine[0].append(name)
+        mine[1].extend(members.get(name, []))
+    placed = [(order.get(a[0], -1), Group(tuple(a), tuple(w))) for a, w in gathered.values()]
+    placed += [(position, Group((), (name,))) for name, position in alone.items()]
+    return [group for _, group in sorted(placed, key=lambda p: p[0])]
+
+
+def multiply_adds(graph: Graph, feed: Mapping[str, Array]) -> dict[str, int]:
+    """Multiply-adds of each layer for one sample, from the shapes that a run of the float model has: one for each output and
+    weight that it sums, or for each input and weight that it is spread by (ConvTranspose)."""
+    weights: dict[str, Array] = {}
+    model = graph.model(weights)
+    spread = {y.name: y.op == "ConvTranspose" for y in graph.layers}
+    del model.graph.output[:]
+    for layer in graph.layers:
+        made = f"{layer.name}|size"
+        model.graph.node.append(helper.make_node("Size", [layer.input if spread[layer.name] else layer.output], [made]))
+        model.graph.output.append(helper.make_tensor_value_info(made, onnx.TensorProto.INT64, []))
+    sizes = runtimes.session(model, weights=weights).run(None, dict(feed)) if graph.layers else []
+    return {y.name: int(size) * int(np.prod(y.shape)) // (y.shape[0] if spread[y.name] else y.channels)
+            for y, size in zip(graph.layers, sizes, strict=True)}
+
+
+def share_of_work(graph: Graph, products: Iterable[str]) -> float | None:
+    """The part of a network's multiply-adds that some products of two activations have, from shapes inferred at batch 1,
+    without a run; None where these do not tell.
+
+    products   names of MatMul nodes
+    """
+    model = graph.model({})  # placeholders for large weights
+    del model.graph.value_info[:]
+    for value in model.graph.input:
+        for dim in value.type.tensor_type.shape.dim[:1]:
+            dim.dim_value = dim.dim_value or 1
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except (ValueError, onnx.shape_inference.InferenceError):
+        return None
+    shapes = {v.name: [d.dim_value if d.HasField("dim_value") else np.nan for d in v.type.tensor_type.shape.dim]
+              for v in (*inferred.input, *inferred.value_info, *inferred.output)}
+    layers = [np.prod(shapes.get(y.input, [np.nan])) * np.prod(y.shape) / y.shape[0] if y.op == "ConvTranspose"
+              else np.prod(shapes.get(y.output, [np.nan])) * np.prod(y.shape) / y.channels for y in graph.layers]
+    work = {node.name: np.prod(shapes.get(node.outputs[0].name, [np.nan])) * shapes.get(node.inputs[0].name, [np.nan])[-1]
+            for node in graph.nodes
+            if node.op == "MatMul" and not node.domain and not any(graph.is_constant(t.name) for t in node.inputs)}
+    share = sum(work.get(name, np.nan) for name in products) / max(sum(layers) + sum(work.values()), 1)
+    return float(share) if np.isfinite(share) else None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a choice of widths costs.
+
+    size      bits of the weights
+    bops      bit operations for one sample: multiply-adds x bits of the weight x bits of the input
+    latency   milliseconds for one sample, as far as they were measured
+    """
+
+    size: float
+    bops: float
+    latency: float = 0.0
+
+
+def cost(graph: Graph, widths: Mapping[str, Width], work: Mapping[str, int]) -> Cost:
+    """The cost of one width per layer. Source of bit operations: Practical Mixed Precision, section 2.
+
+    work   multiply-adds per layer
+    """
+    sizes = {y.name: float(np.prod(y.shape)) for y in graph.layers}
+    return Cost(sum(sizes[name] * w.weights for name, w in widths.items()),
+                sum(float(work.get(name, 0)) * w.weights * w.activations for name, w in widths.items()))
+
+
+def parse_widths(texts: Iterable[str]) -> tuple[Width, ...]:
+    """Candidates, widest first. Raises ValueError if one cannot be read, or there are none."""
+    if not (texts := list(texts)):
+        raise ValueError("candidates must name at least one width, such as W8A8")
+    return tuple(sorted({Width.parse(text) for text in texts}, key=lambda w: (w.weights * w.activations, w.activations),
+                        reverse=True))

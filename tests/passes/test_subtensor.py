@@ -1,0 +1,387 @@
+"""Subtensors: the clusters are optimal, splitting by output channels is exact and stays integer, few scales gain much."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onnxq_plugins import OnnxqError, audit_model, quantize, runtimes
+from onnxq_plugins.export.qdq import weight_values
+from onnxq_plugins.graph import channel_groups, load, permute, split_outputs
+from onnxq_plugins.graph.rewrites import splittable
+from onnxq_plugins.passes import Subtensor
+from onnxq_plugins.runtimes import drift
+from onnxq_plugins.solvers.clusters import clusters, cost
+from tests.zoo import ZOO, Net, batch, cnn, conv_transpose, dead_channels, examples, feeds, grouped, mlp, mobilenet, run
+
+TOPS = st.lists(st.one_of(st.just(0.0), st.floats(1e-3, 1e3), st.sampled_from([1.0, 2.0, 4.0])), min_size=1, max_size=7)
+
+
+# ---- the solver -----------------------------------------------------------------------------------------------------
+
+
+@examples(150)
+@given(top=TOPS, k=st.integers(1, 4), seed=st.one_of(st.none(), st.integers(0, 99)))
+def test_no_partition_is_cheaper(top, k, seed):
+    weight = None if seed is None else np.random.default_rng(seed).integers(0, 4, len(top)) / 2
+    labels = clusters(np.array(top), k, weight)
+    best = min(cost(np.array(top), np.array(other), weight) for other in itertools.product(range(k), repeat=len(top)))
+    assert cost(np.array(top), labels, weight) <= best * (1 + 1e-9)
+    assert labels.shape == (len(top),) and set(labels) == set(range(labels.max() + 1)) and labels.max() < k
+
+
+@examples(60)
+@given(n=st.integers(1, 200), spread=st.floats(0, 5), seed=st.integers(0, 99))
+def test_clusters_are_runs_and_more_of_them_never_cost_more(n, spread, seed):
+    top = np.exp(spread * np.random.default_rng(seed).normal(size=n))
+    costs = []
+    for k in (1, 2, 3, 5, 8, n, n + 1):
+        labels = clusters(top, k)
+        assert (np.diff(labels[np.argsort(top)]) >= 0).all() and labels.max() + 1 == min(k, len(np.unique(top)))
+        costs.append((k, cost(top, labels)))
+    costs.sort()
+    assert all(b <= a * (1 + 1e-9) for (_, a), (_, b) in itertools.pairwise(costs))
+    assert costs[0][1] == pytest.approx(n * top.max() ** 2) and costs[-1][1] == pytest.approx(np.sum(top**2))
+
+
+@pytest.mark.parametrize("n", [400, 1200])
+@pytest.mark.parametrize("k", [2, 9])
+def test_narrow_search_finds_what_the_full_one_does(n, k):
+    top = np.exp(2 * np.random.default_rng(n).normal(size=n))
+    size, before = np.sort(top) ** 2, np.arange(n + 1.0)
+    least = np.r_[0, before[1:] * size]
+    for _ in range(k - 1):
+        table = np.where(np.tri(n, dtype=bool), least[:-1] + (before[1:, None] - before[:-1]) * size[:, None], np.inf)
+        least = np.r_[0, table.min(axis=1)]
+    assert cost(top, clusters(top, k)) == pytest.approx(least[-1])
+
+
+def test_dead_channels_join_the_smallest_and_equal_ones_stay_together():
+    np.testing.assert_array_equal(clusters(np.array([0, 5, 1, 0, 5, 9]), 3), [0, 1, 0, 0, 1, 2])
+    np.testing.assert_array_equal(clusters(np.array([3.0, 3, 3]), 3), [0, 0, 0])
+    np.testing.assert_array_equal(clusters(np.zeros(3), 2), [0, 0, 0])
+    assert clusters(np.zeros(0), 2).shape == (0,)
+
+
+def test_weights_count():
+    top = np.array([1.0, 2, 4])
+    np.testing.assert_array_equal(clusters(top, 2, np.array([1.0, 1, 1])), [0, 0, 1])
+    np.testing.assert_array_equal(clusters(top, 2, np.array([9.0, 1, 1])), [0, 1, 1])
+
+
+@pytest.mark.parametrize("top, k, weight", [([1.0], 0, None), ([-1.0], 1, None), ([np.nan], 1, None), ([[1.0]], 1, None),
+                                            ([1.0], 1, [-1.0]), ([1.0], 1, [1.0, 2.0]), ([1.0], 1, [np.inf])])
+def test_what_is_no_range_is_refused(top, k, weight):
+    with pytest.raises(ValueError, match="clusters needs"):
+        clusters(np.array(top), k, None if weight is None else np.array(weight))
+
+
+# ---- the rewrite ----------------------------------------------------------------------------------------------------
+
+
+def random_parts(channels, rng):
+    """A partition into up to four parts, in any order."""
+    labels = rng.integers(0, rng.integers(1, 5), channels)
+    return [rng.permutation(np.flatnonzero(labels == c)) for c in rng.permutation(4) if (labels == c).any()]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ZOO)
+def test_function_stays_when_layers_are_split(name, seed):
+    model = ZOO[name]()
+    graph, rng = load(model), np.random.default_rng(seed)
+    for layer in [y for y in graph.layers if splittable(y)]:
+        weight, parts = graph.constant(layer.weight), random_parts(layer.channels, rng)
+        graph.touched.clear()
+        made = split_outputs(graph, layer, parts)
+        assert layer.weight in graph.touched and (layer.bias is None or layer.bias in graph.touched)
+        assert layer.weight not in graph and layer.name not in {y.name for y in graph.layers}
+        assert [y.name for y in made] == [f"{layer.name}_part{i + 1}" for i in range(len(parts))]
+        for y, part in zip(made, parts, strict=True):
+            assert (y.op, y.channels, y.out_axis) == (layer.op, len(part), layer.out_axis)
+            assert y.groups == (1 if layer.groups == 1 else len(part)) and (y.bias is None) == (layer.bias is None)
+            assert (y.result == y.output) == (layer.result == layer.output)
+            np.testing.assert_array_equal(graph.constant(y.weight), weight.take(part, layer.out_axis))
+    assert graph.outputs == load(model).outputs
+    samples = feeds(model, 2)
+    for feed in (*samples, *([batch(samples)] if model.graph.input[0].type.tensor_type.shape.dim[0].dim_param else [])):
+        assert drift(run(model, feed), run(graph, feed)) < 1e-5
+    for group in channel_groups(graph, "permute"):  # what a split leaves can still be moved
+        permute(graph, group, rng.permutation(group.size))
+    assert drift(run(model, samples[0]), run(graph, samples[0])) < 1e-4
+
+
+def test_depth_multiplier_is_split():
+    net = Net(["N", 3, 8, 8])
+    model = net.model(net.conv(net.op("Relu", net.conv(net.op("Relu", net.conv("x", 3, 4)), 4, 12, groups=4)), 12, 3))
+    graph = load(model)
+    split_outputs(graph, graph.layers[1], [[11, 0, 3], [1, 2, 4, 5, 6], [7, 8, 9, 10]])
+    feed = feeds(model, 1)[0]
+    assert drift(run(model, feed), run(graph, feed)) < 1e-5
+
+
+def ops(graph):
+    return [node.op for node in graph.nodes]
+
+
+def test_runs_need_no_gather():
+    graph = load(mobilenet())
+    depthwise = next(y for y in graph.layers if y.kind == "depthwise")
+    before = ops(graph)
+    split_outputs(graph, depthwise, np.split(np.arange(24), [5, 11]))
+    assert ops(graph).count("Slice") == 3 and "Gather" not in ops(graph)
+    assert ops(graph).count("Clip") == before.count("Clip") + 2  # the activation went into the parts
+    dense = next(y for y in graph.layers if y.kind == "dense")
+    split_outputs(graph, dense, [np.arange(3, 8), np.arange(3)])
+    assert ops(graph).count("Gather") == 1
+
+
+def test_statistics_follow_channels():
+    """What `bias-correct` reads of folded BatchNormalizations, after a split and a permutation."""
+    graph = load(mobilenet())
+    layer = next(y for y in graph.layers if y.kind == "depthwise")
+    group = next(g for g in channel_groups(graph, "permute") if layer.output in g.tensors)
+    index = next(m.index.ravel() for m in group.members if m.tensor == layer.output)
+    before, order = graph.batchnorms[layer.output].beta, np.random.default_rng(0).permutation(group.size)
+    permute(graph, group, order)
+    after = graph.batchnorms[layer.output].beta
+    np.testing.assert_array_equal(after[index], before[index[order]])
+    a, b = split_outputs(graph, graph.layer(layer.name), [np.arange(10, 24), np.arange(10)])
+    np.testing.assert_array_equal(graph.batchnorms[a.output].beta, after[10:])
+    np.testing.assert_array_equal(graph.batchnorms[b.output].beta, after[:10])
+    assert layer.output not in graph.batchnorms
+
+
+@pytest.mark.parametrize("parts", [[], [[0, 1, 2]], [range(8), [8]], [range(8), []], [range(7)], [range(8), [0]],
+                                   [[[0, 1], [2, 3]], [4, 5, 6, 7]], [[-1, *range(7)]]])
+def test_what_is_no_partition_is_refused(parts):
+    graph = load(grouped())
+    digest = graph.digest()
+    with pytest.raises(ValueError, match=r"'conv0'.* once"):
+        split_outputs(graph, graph.layers[0], parts)
+    assert graph.digest() == digest and not graph.touched
+
+
+@pytest.mark.parametrize("make, op", [(grouped, "Conv"), (conv_transpose, "ConvTranspose")])
+def test_what_cannot_be_split_is_refused(make, op):
+    graph = load(make())
+    layer = next(y for y in graph.layers if not splittable(y))
+    assert layer.op == op
+    with pytest.raises(ValueError, match=f"'{layer.name}'.*{op} cannot be split"):
+        split_outputs(graph, layer, [np.arange(layer.channels)])
+
+
+# ---- the pass -------------------------------------------------------------------------------------------------------
+
+
+def recipe(step=None, block="tensor", **more):
+    """Ranges and, if its parameters are given, subtensor."""
+    passes = [{"use": "ranges"}, *([{"use": "subtensor", **step}] if step is not None else [])]
+    return {"weights": {"bits": 8, "block": block}, "pass": passes, **more}
+
+
+def spread(kind):
+    """Outputs of a layer whose channels range over 1000 : 1, brought to one size behind it in float."""
+    net = Net(["N", 8, 6, 6] if kind != "gemm" else ["N", 24])
+    size = np.random.default_rng(1).permutation(np.logspace(-3, 0, 24)).astype(np.float32)
+    if kind == "gemm":
+        y = net.op("Gemm", "x", net.constant(net.rng.normal(size=(24, 24)) * size[:, None]), net.constant(size), transB=1)
+        return net.model(net.op("Mul", net.op("Tanh", net.op("Mul", y, net.constant(1 / size / 8))), net.constant(2.0)))
+    groups = 8 if kind == "depthwise" else 1
+    weight = net.rng.normal(size=(24, 8 // groups, 3, 3)) * size[:, None, None, None]
+    y = net.op("Conv", "x", net.constant(weight), net.constant(size), pads=[1] * 4, group=groups)
+    return net.model(net.op("Tanh", net.op("Mul", y, net.constant((1 / size / 8).reshape(24, 1, 1)))))
+
+def measure(model, made, data):
+    reference = runtimes.outputs(runtimes.session(model), data)[0]
+    return runtimes.sqnr(reference, runtimes.outputs(runtimes.session(made.model), data)[0])
+
+
+@pytest.mark.parametrize("kind", ["gemm", "conv", "depthwise"])
+def test_few_scales_gain_much(kind):
+    """Convolutions by their weights alone: one 8-bit scale for their outputs would hide what the weights gain."""
+    model, more = spread(kind), {}
+    if kind != "gemm":
+        more = {"target": "storage", "activations": {"bits": 32}}
+    data = feeds(model, 16)
+    plain = measure(model, quantize(model, recipe(**more), data), data)
+    for split in (False, True):
+        db = [measure(model, quantize(model, recipe({"clusters": k, "split": split}, **more), data, verify=True), data)
+              for k in (1, 2, 4, 24)]
+        assert db[0] == pytest.approx(plain) and db[1] > plain + 2 and db[2] > plain + 6 and db[3] > plain + 20, db
+
+
+@pytest.mark.parametrize("name", [n for n in ZOO if n not in ("no_layer", "conv_transpose")])
+def test_both_realisations_compute_the_same(name):
+    """Bit for bit up to the order of float sums, and in integer kernels."""
+    model = ZOO[name]()
+    data = feeds(model, 4)
+    step = {"clusters": 3, "gain": 1.05}
+    few, split = (quantize(model, recipe({**step, "split": s}), data, verify=True) for s in (False, True))
+    told = split.report["steps"][1]["told"]
+    left = set(told["left_alone"]) - set(few.report["steps"][1]["told"]["left_alone"])  # grouped ones
+    assert told["layers"] and all(v == few.report["steps"][1]["told"]["layers"][n] for n, v in told["layers"].items())
+    assert all("cannot be split" in told["left_alone"][n] for n in left)
+    if not left:
+        outputs = [runtimes.outputs(runtimes.session(m.model), data) for m in (few, split)]
+        assert drift(*outputs) < 1e-5
+    weights = [spec for spec in split.plan.values() if spec.codes is not None]
+    assert all(spec.scale.ndim == 0 and spec.block is None for spec in weights)
+    assert all(len(np.unique(spec.scale)) <= 3 for spec in few.plan.values() if spec.codes is not None)
+    assert len(weights) == len([s for s in few.plan.values() if s.codes is not None]) + sum(
+        v["clusters"] - 1 for v in told["layers"].values())
+    plain = {y.name for y in audit_model(quantize(model, recipe(), data).model).layers if not y.quantized}
+    audit = audit_model(split.model)
+    assert {y.name.partition("_part")[0] for y in audit.layers if not y.quantized} <= plain
+    assert json.loads(json.dumps(split.report)) == split.report
+
+
+@pytest.mark.parametrize("make", [cnn, mobilenet])
+def test_a_chain_stays_integer(make):
+    model = make()
+    result = quantize(model, recipe({"split": True, "gain": 1.0}), feeds(model, 4))
+    audit = audit_model(result.model)
+    assert all(y.quantized for y in audit.layers) and not set(audit.other) & {"Clip", "Relu"}
+    assert audit.other["QLinearConcat"] == sum(n.op == "Concat" for n in load(model).nodes) + len(load(model).layers) - 1
+    assert audit.other["Concat"] == 1  # of the last Gemm, which writes float
+
+
+def test_parts_write_on_the_scale_of_the_whole():
+    model = mobilenet()
+    result = quantize(model, recipe({"split": True}), feeds(model, 4), settings=["ranges.method=mse"])
+    plain = quantize(model, recipe(), feeds(model, 4), settings=["ranges.method=mse"])
+    assert result.report["steps"][1]["told"]["channel_groups_reordered"] > 0
+
+    def scales(made):
+        return {float(spec.scale) for spec in made.plan.values() if spec.codes is None}
+
+    assert scales(result) == scales(plain)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_open_ranges_are_solved_later(split):
+    model = mobilenet()
+    made = quantize(model, {**recipe(), "pass": [{"use": "subtensor", "split": split}, {"use": "ranges"}]}, feeds(model, 4))
+    assert any("put the pass ranges before" in note for note in made.report["notes"]) == split
+    assert all(y.quantized for y in audit_model(made.model).layers)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("name", ["cnn", "mobilenet", "mlp", "transformer"])
+def test_one_cluster_is_one_scale(name, split):
+    model = ZOO[name]()
+    data = feeds(model, 2)
+    plain = quantize(model, recipe(), data)
+    made = quantize(model, recipe({"clusters": 1, "gain": 1.0, "split": split}), data)
+    assert list(made.plan) == list(plain.plan)
+    for key, spec in plain.plan.items():
+        if spec.codes is not None:
+            np.testing.assert_array_equal(made.plan[key].codes, spec.codes)
+            assert np.unique(made.plan[key].scale) == spec.scale
+    feed = feeds(model, 1, seed=1)[0]
+    assert drift(run(plain.model, feed), run(made.model, feed)) == 0
+
+
+@pytest.mark.parametrize("name", ["cnn", "mobilenet", "grouped", "mlp", "dead_channels"])
+def test_a_cluster_per_channel_is_a_scale_per_channel(name):
+    model = ZOO[name]()
+    data = feeds(model, 2)
+    plain = quantize(model, recipe(block="channel"), data)
+    made = quantize(model, recipe({"clusters": 99, "gain": 1.0}), data)
+    layers = {y.weight: y for y in load(model).layers}
+    for key, spec in plain.plan.items():
+        if spec.codes is not None:
+            np.testing.assert_array_equal(made.plan[key].codes, spec.codes)
+            np.testing.assert_array_equal(weight_values(layers[key], made.plan[key]), weight_values(layers[key], spec))
+            alive = spec.codes.any(axis=tuple(a for a in range(spec.codes.ndim) if a != layers[key].out_axis), keepdims=True)
+            np.testing.assert_array_equal(made.plan[key].scale[alive], spec.scale[alive])
+
+
+def left_alone(model, step, **more):
+    made = quantize(model, recipe(step, **more), feeds(model, 2))
+    told = made.report["steps"][1]["told"]
+    assert set(told["layers"]) | set(told["left_alone"]) == {y.name for y in load(model).layers}
+    return told["left_alone"]
+
+
+def test_what_is_left_alone_is_told():
+    assert all("would fall by" in why for why in left_alone(mlp(), {"gain": 1e6}).values())
+    for split in (True, False):  # scales per channel are finer already
+        told = left_alone(mlp(), {"split": split}, block="channel")
+        assert all('int8 per channel; set weights.block = "tensor"' in why for why in told.values())
+    net = Net(["N", 3, 8, 8])
+    x = net.op("Relu", net.op("Conv", "x", net.constant(np.zeros((8, 3, 1, 1)))))
+    assert left_alone(net.model(net.head(x, 8)), {"gain": 1.0}) == {"conv0": "its weights are all 0"}
+    found = left_alone(conv_transpose(), {"split": True, "gain": 1.0}, target="storage")
+    assert len(found) == 2 and all("ConvTranspose cannot be split" in why for why in found.values())
+    assert not left_alone(conv_transpose(), {"gain": 1.0}, target="storage")
+    assert any("a grouped Conv cannot" in why for why in left_alone(grouped(), {"split": True, "gain": 1.0}).values())
+    assert not left_alone(grouped(), {"gain": 1.0})
+    found = left_alone(mlp(), {"gain": 1.0}, weights={"bits": 4, "block": "tensor", "sub_block": 8})
+    assert any("sub-block" in why for why in found.values())
+
+
+def test_solved_scales_are_kept():
+    model = mobilenet()
+    steps = [{"use": "ranges"}, {"use": "sub-layer"}]
+    both = [quantize(model, {**recipe(), "pass": steps + more}, feeds(model, 4))
+            for more in ([], [{"use": "subtensor", "split": True, "gain": 1.0}])]
+    assert set(both[1].report["steps"][2]["told"]["left_alone"].values()) == {"its scales are solved"}
+    for key, spec in both[0].plan.items():
+        assert spec.codes is None or np.array_equal(both[1].plan[key].codes, spec.codes)
+
+
+@pytest.mark.parametrize("steps", [[{"use": "round", "method": "gptq"}], [{"use": "bias-correct", "method": "analytic"}],
+                                   [{"use": "sub-layer"}, {"use": "bias-correct"}]])
+def test_later_passes_take_the_parts_as_layers(steps):
+    model = mobilenet()
+    data = feeds(model, 8)
+    before = [{"use": "ranges"}, {"use": "subtensor", "split": True}]
+    plain, made = (quantize(model, {**recipe(), "pass": before + more}, data, verify=True) for more in ([], steps))
+    assert all(y.quantized for y in audit_model(made.model).layers)
+    assert measure(model, made, data) > measure(model, plain, data) - 3
+
+
+@pytest.mark.parametrize("ops", [[], ["Relu"], ["Relu", "Tanh"]])
+def test_float_readers_behind_a_gemm(ops):
+    net = Net(["N", 24])
+    x = net.gemm("x", 24, 16)
+    for op in ops:
+        x = net.op(op, x)
+    model = net.model(net.op("Softmax", x))
+    made = quantize(model, recipe({"split": True, "gain": 1.0}), feeds(model, 8), verify=True)
+    audit = audit_model(made.model)
+    assert len(audit.layers) == 4 and {y.kernel for y in audit.layers} == {"QGemm"}
+    assert measure(model, made, feeds(model, 8)) > 25
+
+
+def test_dead_channels_make_no_layer_of_their_own():
+    made = quantize(dead_channels(), recipe({"split": True, "gain": 1.0, "clusters": 8}), feeds(dead_channels(), 2))
+    assert all(spec.codes.any() for spec in made.plan.values() if spec.codes is not None)
+
+
+def test_balance_spares_the_small_channels():
+    """And those that are all but dead do not count."""
+    model = spread("gemm")
+    data = feeds(model, 16)
+    db = [measure(model, quantize(model, recipe({"balance": b}), data), data) for b in (0.0, 1.0)]
+    assert db[1] > db[0] + 6
+    net = Net(["N", 6])
+    weight = np.diag([1e-6, 1.0, 1.1, 1.2, 2.0, 2.1])
+    model = net.model(net.op("Gemm", "x", net.constant(weight), net.constant(np.zeros(6)), transB=1))
+    made = quantize(model, recipe({"clusters": 2, "gain": 1.0, "balance": 2.0}), feeds(model, 4))
+    scale, = (spec.scale.ravel() for spec in made.plan.values() if spec.codes is not None)
+    assert scale.tolist() == pytest.approx([1.2 / 127] * 4 + [2.1 / 127] * 2)
+
+
+@pytest.mark.parametrize("parameters", [{"clusters": 0}, {"gain": 0.5}, {"gain": float("nan")}, {"balance": -1.0}])
+def test_wrong_parameters(parameters):
+    with pytest.raises(ValueError, match=f"{next(iter(parameters))} = .* at least [01]"):
+        Subtensor(**parameters)
+    with pytest.raises(OnnxqError):
+        quantize(mlp(), recipe(parameters), feeds(mlp(), 1))

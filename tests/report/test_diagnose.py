@@ -1,0 +1,526 @@
+"""A network with one planted defect: the diagnosis names its layer first, with the cause, and the remedy helps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import onnxq_plugins as onnxq
+from onnxq_plugins import OnnxqError, cli, plugins, runtimes
+from onnxq_plugins.data import open_data
+from onnxq_plugins.export.qdq import export
+from onnxq_plugins.measure.metrics import sqnr
+from onnxq_plugins.recipe import load_recipe, parse
+from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, Trial, diagnose
+from onnxq_plugins.report.layer_errors import Own, gathered, own
+from onnxq_plugins.report.remedies import Cause, Remedy, recipe_toml
+from onnxq_plugins.search.widths import ALONE
+from onnxq_plugins.spec import Plan
+from tests.zoo import Net, conv_transpose, feeds, grouped, inception, mlp, mobilenet, resnet20, transformer
+
+INT8 = {"pass": [{"use": "ranges"}]}
+
+
+def quantized(model, recipe=INT8, n=16, **options) -> onnxq.Result:
+    return onnxq.quantize(model, recipe, feeds(model, n), workers=1, **options)
+
+
+def chain(plant=lambda net, x: x, seed: int = 0) -> onnx.ModelProto:
+    """Four plain layers of 16 channels, and what is planted behind the second."""
+    net = Net(["N", 3, 8, 8], seed)
+    x = net.op("Relu", net.conv("x", 3, 16))
+    x = plant(net, net.op("Relu", net.conv(x, 16, 16)))
+    x = net.op("Relu", net.conv(x, 16, 16))
+    return net.model(net.gemm(net.op("Flatten", x), 16 * 64, 10), opset=21)
+
+
+def changed(model: onnx.ModelProto, layer: str, change) -> onnx.ModelProto:
+    """The model with another weight and bias in one layer."""
+    node = next(n for n in model.graph.node if n.name == layer)
+    for name, made in zip(node.input[1:], change(*(numpy_helper.to_array(t) for name in node.input[1:]
+                                                   for t in model.graph.initializer if t.name == name)), strict=True):
+        tensor = next(t for t in model.graph.initializer if t.name == name)
+        tensor.CopyFrom(numpy_helper.from_array(np.asarray(made, np.float32), name))
+    return model
+
+
+def helped(result: onnxq.Result, remedy: Remedy, found: Diagnosis) -> float:
+    """dB that a remedy gains."""
+    made = result.again(remedy.on(result.report["recipe"]), settings=remedy.settings)
+    samples = result.data.spread(8)
+    reference, answers = (runtimes.outputs(runtimes.session(m), samples) for m in (made.float_model, made.model))
+    return sqnr(reference, answers) - found.sqnr
+
+
+def first(found: Diagnosis) -> tuple[str, str]:
+    return found.layers[0].name, found.layers[0].causes[0].kind
+
+
+# ---- planted defects ------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_of_two_bits():
+    result = quantized(chain(), {**INT8, "layer": [{"match": "conv4", "weights": {"bits": 2}}]})
+    found = diagnose(result)
+    assert first(found) == ("conv4", "few-bits")
+    assert "2 bits" in found.told(found.layers[0])
+    remedy = found.layers[0].remedies[0]
+    assert "weights.bits = 8" in remedy.typed and helped(result, remedy, found) > 6
+
+
+def test_an_outlier_channel_beside_one_scale():
+    def loud(weight, bias):  # a channel that never gets through its Relu, so that nothing but its weight is large
+        weight = weight.copy()
+        weight[5] = -80 * np.abs(weight[5])
+        return weight, bias
+
+    result = quantized(changed(chain(), "conv4", loud), {**INT8, "weights": {"block": "tensor"}})
+    found = diagnose(result)
+    assert first(found) == ("conv4", "outlier-weights")
+    assert "channel 5" in found.layers[0].causes[0].text
+    remedy = found.layers[0].remedies[0]
+    assert 'weights.block = "channel"' in remedy.typed and helped(result, remedy, found) > 6
+
+
+def test_without_scales_per_channel_another_remedy():
+    def loud(weight, bias):
+        weight = weight.copy()
+        weight[5] = -80 * np.abs(weight[5])
+        return weight, bias
+
+    recipe = {**INT8, "target": "per-tensor", "weights": {"block": "tensor"}}
+    result = quantized(changed(chain(), "conv4", loud), recipe)
+    found = diagnose(result)
+    assert first(found) == ("conv4", "outlier-weights")
+    remedy = found.layers[0].remedies[0]
+    assert 'use = "shift-equalize"' in remedy.typed and helped(result, remedy, found) > 6
+
+
+def test_scales_that_differ_a_little_are_no_outliers():
+    """One scale for channels of many sizes: no single one is to blame."""
+    def graded(weight, bias):
+        return weight * np.where(np.arange(len(weight)) < 6, 2, 0.1)[:, None, None, None], bias
+
+    found = diagnose(quantized(changed(chain(), "conv4", graded), {**INT8, "weights": {"block": "tensor"}}))
+    layer = next(y for y in found.layers if y.name == "conv4")
+    kinds = {cause.kind: cause.text for cause in layer.causes}
+    assert "outlier-weights" not in kinds and "dB less error" in kinds["uneven-weights"]
+    assert any('weights.block = "channel"' in remedy.typed for remedy in layer.remedies)
+
+
+def test_channels_that_count_most_and_reach_least():
+    """Most channels hold the range, but those with the largest weights do not."""
+    def quiet(weight, bias):
+        weight = weight.copy()
+        weight[3] /= 300
+        return weight, bias * 0
+
+    def loud(weight, bias):
+        weight = weight.copy()
+        weight[3] *= 300
+        return weight, bias
+
+    model = chain(lambda net, x: net.op("Relu", net.conv(x, 16, 16, groups=16)))
+    recipe = {"pass": [{"use": "ranges"}, {"use": "bias-correct"}]}
+    found = diagnose(quantized(changed(changed(model, "conv2", quiet), "conv4", loud), recipe))
+    cause = next(y for y in found.layers if y.name == "conv4").causes[0]
+    assert cause.kind == "uneven-channels" and "of the 16 channels" not in cause.text
+
+
+def test_a_clipped_activation():
+    def sparse(weight, bias):  # few values get through the Relu: a percentile leaves most of them out
+        return weight, np.full_like(bias, -2.6)
+
+    result = quantized(changed(chain(), "conv2", sparse), {"pass": [
+        {"use": "ranges", "method": "percentile", "percentile": 99.5}]})
+    found = diagnose(result)
+    assert first(found) == ("conv4", "clipped")  # it reads what is clipped
+    remedy = found.layers[0].remedies[0]
+    assert remedy.settings[0].startswith("ranges.method=") and helped(result, remedy, found) > 3
+
+
+def test_an_activation_with_an_outlier_channel():
+    def loud(weight, bias):
+        weight = weight.copy()
+        weight[3] = 10 * np.abs(weight[3])
+        return weight, bias * 0
+
+    def quiet(weight, bias):  # so that the loud channel counts no more than the others
+        weight = weight.copy()
+        weight[:, 3] /= 30
+        return weight, bias
+
+    recipe = {"pass": [{"use": "ranges"}, {"use": "bias-correct"}]}
+    result = quantized(changed(changed(chain(), "conv2", loud), "conv4", quiet), recipe)
+    found = diagnose(result)
+    assert first(found) == ("conv4", "outlier-channels")
+    assert "1 of the 16 channels" in found.layers[0].causes[0].text
+    remedy = found.layers[0].remedies[0]
+    assert 'by = "activations"' in remedy.typed and helped(result, remedy, found) > 6
+
+
+def test_an_input_with_an_outlier_channel():
+    model = chain()
+    data = [{"x": f["x"] * np.array([1, 50, 1], np.float32)[:, None, None]} for f in feeds(model, 16)]
+    model = changed(model, "conv0", lambda w, b: (w / np.array([1, 50, 1])[:, None, None], b))
+    result = onnxq.quantize(model, INT8, data, workers=1)
+    found = diagnose(result)
+    assert first(found) == ("conv0", "outlier-channels")
+    remedy = found.layers[0].remedies[0]
+    assert 'use = "scale-inputs"' in remedy.typed and helped(result, remedy, found) > 3
+
+
+def test_a_heavy_tail():
+    data = [{"x": f["x"] * np.where(np.random.default_rng(n).random(f["x"].shape) < 0.005, 30, 0.3).astype(np.float32)}
+            for n, f in enumerate(feeds(chain(), 16))]
+    found = diagnose(onnxq.quantize(chain(), INT8, data, workers=1))
+    layer = next(y for y in found.layers if y.name == "conv0")
+    assert "heavy-tail" in [c.kind for c in layer.causes] and layer.own.input < layer.own.weight
+
+
+def test_an_error_that_is_the_same_everywhere():
+    """Weights that all round the same way, on inputs that are never negative."""
+    def skewed(weight, bias):
+        made = np.rint(weight * 3) / 3 + 0.07
+        made[:, 0, 0, 0] = 7  # codes of 1 / 18
+        return made, bias
+
+    result = quantized(changed(chain(), "conv4", skewed))
+    found = diagnose(result)
+    assert first(found) == ("conv4", "mean-error")
+    remedy = found.layers[0].causes[0].remedies[0]
+    assert 'use = "bias-correct"' in remedy.typed and helped(result, remedy, found) > 1
+
+
+def test_an_operator_without_integer_kernel():
+    def transposed(net, x):
+        return net.op("ConvTranspose", x, net.weight(16, 16, 3, 3, fan_in=144), net.weight(16), pads=[1] * 4)
+
+    result = quantized(chain(transposed))
+    found = diagnose(result)
+    assert [f.name for f in found.floats] == ["convtranspose4"]
+    assert "ConvTranspose" in found.floats[0].why and not found.floats[0].remedies
+    assert 0.2 < found.floats[0].work < 0.6
+    assert next(y for y in found.layers if y.name == "convtranspose4").own is None
+
+
+@pytest.mark.parametrize("recipe", [
+    {**INT8, "layer": [{"match": "conv4", "quantize": False}]},
+    {**INT8, "layer": [{"match": "conv?", "weights": {"bits": 32}}]},
+    {**INT8, "target": "npu", "layer": [{"match": "conv4", "activations": {"bits": 16}}]},
+    {**INT8, "target": "npu", "activations": {"bits": 16}}], ids=["float", "32", "16-bit", "all 16-bit"])
+def test_what_the_recipe_says_on_purpose_is_not_undone(recipe):
+    found = diagnose(quantized(chain(), recipe))
+    slow, = [f for f in found.floats if f.name == "conv4"]
+    assert not slow.remedies
+    typed = [r.typed for y in found.layers for r in y.remedies]
+    assert not any('match = "conv4"' in text for text in typed)  # it is float already, or 16 bits
+
+
+def is_float(model: onnx.ModelProto, tensor: str) -> bool:
+    """No quantizer reads a tensor, and no kernel gets it from codes."""
+    return tensor in {o for n in model.graph.node for o in n.output if n.op_type != "DequantizeLinear"} and not any(
+        tensor in n.input for n in model.graph.node if n.op_type == "QuantizeLinear")
+
+
+@pytest.mark.parametrize("make", [chain, mobilenet, transformer], ids=lambda f: f.__name__)
+def test_an_activation_in_float_is_float(make):
+    """Where rounding an activation is the trouble, the rules name all layers that must be float for it not to be rounded:
+    those that write it, too."""
+    result = quantized(make(), n=4)
+    found, tried = diagnose(result, samples=2), 0
+    for layer in found.layers[:3]:
+        ways = [r for r in layer.remedies if "so that nothing rounds" in r.text]
+        for remedy in ways:
+            made = result.again(remedy.on(result.report["recipe"]))
+            root = made.graph.root(layer.input)
+            assert all(made.graph.is_constant(name) or made.graph.root(name) != root for name in made.plan)
+            if layer.input not in made.graph.inputs:
+                assert is_float(made.model, layer.input), remedy.typed
+            tried += 1
+    assert tried
+
+
+def test_the_writer_of_a_rounded_tensor_is_named():
+    """An activation whose error is large: its reader alone in float gains nothing, the writer and the reader do."""
+    result = quantized(chain(), {**INT8, "layer": [{"match": "conv4", "quantize": False}]})
+    found = diagnose(result)
+    tensor = next(y for y in found.layers if y.name == "tensor t3")
+    remedy = tensor.remedies[-1]
+    assert [rule["match"] for rule in remedy.layers] == ["conv2"]  # its reader is float by the recipe
+    made = result.again(remedy.on(result.report["recipe"]))
+    assert is_float(made.model, tensor.input)
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "npu", "per-tensor", "storage"])
+def test_what_is_typed_is_options_or_toml(target):
+    """Never a mixture: a block can be put into a file, an option into a command."""
+    import shlex
+    import tomllib
+
+    weights = {"block": "tensor", "bits": 8} if target == "per-tensor" else {"bits": 4}
+    for ranges in ({"use": "ranges"}, {"use": "ranges", "method": "percentile", "percentile": 98}):
+        recipe = {"pass": [ranges], "weights": weights, "target": target}
+        found = diagnose(quantized(chain(), recipe, 4), samples=2, alone=0)
+        typed = {r.typed for y in (*found.layers, *found.floats) for r in y.remedies}
+        assert typed
+        for text in typed:
+            if text.startswith("--"):
+                words = shlex.split(text)
+                assert words[::2] == ["--set"] * (len(words) // 2) and all("=" in word for word in words[1::2])
+                load_recipe("int8", plugins.find_plugins().passes, words[1::2])
+            else:
+                parse(tomllib.loads(text), plugins.find_plugins().passes)
+
+
+def test_a_remedy_belongs_in_one_place():
+    with pytest.raises(ValueError, match="not both"):
+        Remedy("", ("target=npu",), layers=({"match": "a"},))
+
+
+def test_layers_in_float_at_load_get_a_target():
+    found = diagnose(quantized(chain(), {**INT8, "target": "storage"}))
+    assert {f.remedies[0].settings for f in found.floats} == {("target=ort-cpu",)}
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------------
+
+MODELS = {f.__name__: f for f in (mobilenet, inception, grouped, mlp, transformer, resnet20, conv_transpose)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def result(request) -> onnxq.Result:
+    return quantized(MODELS[request.param](), "int8", 4)
+
+
+def test_gathered_is_what_a_run_of_both_networks_gives(result):
+    """The last layer's output is the network's output."""
+    samples = result.data.spread(4)
+    output = result.graph.outputs[0]
+    found = gathered(result.graph, result.model, [output], samples)[output]
+    reference, answers = (runtimes.outputs(runtimes.session(m), samples) for m in (result.float_model, result.model))
+    assert found == pytest.approx(runtimes.sqnr(reference[0], answers[0]), abs=0.2)
+
+
+def test_own_errors_agree_with_the_exporter(result):
+    """A layer's own error at its output is that of the network exported with this layer quantized alone."""
+    samples = result.data.spread(4)
+    found = own(result.graph, result.plan, result.target, samples)
+    planned = [y for y in result.graph.layers if y.weight in result.plan]
+    assert set(found) == {y.name for y in planned}
+    for layer in planned[:: max(1, len(planned) // 3)]:
+        model = export(result.graph, Plan({layer.weight: result.plan[layer.weight]}), ALONE)
+        measured = gathered(result.graph, model, [layer.result], samples)[layer.result]
+        assert found[layer.name].weight == pytest.approx(measured, abs=0.3)
+        assert found[layer.name].both <= max(found[layer.name].weight, found[layer.name].input) + 1
+        assert 0 <= found[layer.name].mean_share <= 1
+
+
+def test_float_layers_and_plain_values(result):
+    found = diagnose(result, samples=2)
+    assert {y.name for y in found.layers if not y.name.startswith("tensor ")} == {y.name for y in result.graph.layers}
+    planned = {name for name in result.plan if not result.graph.is_constant(name)}
+    assert set(found.activations) == planned
+    assert planned <= {y.input for y in found.layers}  # each activation is somebody's
+    alone = [y.alone for y in found.layers if y.alone is not None]
+    assert alone == sorted(alone)
+    table = found.to_dict()
+    assert json.loads(json.dumps(table)) == table
+
+
+def test_one_layer_alone_holds_all_of_the_error():
+    recipe = {**INT8, "layer": [{"quantize": False}, {"match": "gemm7", "quantize": True}]}
+    result = quantized(chain(), recipe, 4)
+    found = diagnose(result)
+    shares = {y.name: y.share for y in found.layers if y.share is not None}
+    assert set(shares) == {"gemm7"} and shares["gemm7"] == pytest.approx(1, abs=0.1)
+    assert found.layers[0].own.both == pytest.approx(found.sqnr, abs=0.5)
+    assert all(y.own is None for y in found.layers[1:])
+
+
+def test_only_so_many_alone():
+    found = diagnose(quantized(chain()), alone=2, samples=2)
+    assert [y.alone is not None for y in found.layers[:3]] == [True, True, False]
+
+
+def test_remedies_are_tried_when_asked():
+    result = quantized(chain(), {**INT8, "layer": [{"match": "conv4", "weights": {"bits": 2}}]})
+    untried, found = diagnose(result, samples=4), diagnose(result, samples=4, attempts=1)
+    assert not untried.tried and any("none was tried" in note for note in untried.notes)
+    tried, = found.tried
+    assert tried.layer == "conv4" and tried.sqnr > found.sqnr + 6
+    assert found.to_dict()["tried"][0]["sqnr"] == round(tried.sqnr, 2)
+
+
+def test_different_remedies_are_tried_the_worst_layer_first():
+    model = chain()
+    result = quantized(model, {**INT8, "layer": [{"match": "conv4", "weights": {"bits": 3}}]})
+    found = diagnose(result, samples=2, attempts=3)
+    wanted = list(dict.fromkeys(r.typed for y in found.layers for r in y.remedies[:3]))
+    assert [t.remedy.typed for t in found.tried] == wanted[:3] and len(found.tried) == 3
+    worst = found.layers[0]
+    assert all(t.layer == worst.name for t in found.tried[:len(worst.remedies[:3])])
+    refused = diagnose(dataclasses.replace(result, again=refuse), samples=2, attempts=1).tried[0]
+    assert refused.sqnr is None and refused.verdict(30) == "refused: no."
+
+
+@pytest.mark.parametrize(("gain", "word"), [(0.05, "no use"), (-0.05, "no use"), (0.3, "helps"), (-0.3, "harms")])
+def test_what_was_tried_is_told_in_words(gain, word):
+    assert Trial("a", Remedy(""), 30 + gain).verdict(30).startswith(word)
+
+
+def test_no_bar_for_nothing():
+    """A progress bar appears only where there is something to try."""
+    shown: list[str] = []
+
+    def track(items, what, total=None):
+        shown.append(what)
+        return items
+
+    diagnose(quantized(chain(), n=2), samples=2, track=track)
+    assert "trying remedies" not in shown
+
+
+def refuse(recipe, settings=()):
+    raise OnnxqError("no.")
+
+
+def test_no_samples():
+    result = onnxq.quantize(mlp(), {"activations": {"bits": 32}, "weights": {"bits": 4, "block": 16}})
+    with pytest.raises(OnnxqError, match="there are none; give some"):
+        diagnose(result)
+    given = open_data(feeds(mlp(), 3), result_inputs(result))
+    assert diagnose(result, given).samples == 3
+    assert diagnose(result, feeds(mlp(), 3)).samples == 3
+
+
+def result_inputs(result):
+    from onnxq_plugins.data import graph_inputs
+
+    return graph_inputs(result.graph)
+
+
+# ---- remedies as text -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_typed_is_what_is_done():
+    """The lines of a remedy, put behind a recipe's file, are the recipe that `on` gives."""
+    import tomllib
+
+    known = plugins.find_plugins().passes
+    remedy = Remedy("", (), ({"use": "equalize", "by": "activations"},), ({"match": "a[[]0]*", "weights": {"bits": 4}},))
+    recipe = load_recipe("int8", known).to_dict()
+    read = tomllib.loads(remedy.typed)
+    made = parse(remedy.on(recipe), known)
+    assert parse(read, known).layers == made.layers and parse(read, known).passes[0] in made.passes
+    assert [step.name for step in made.passes] == ["scale-inputs", "equalize", "ranges", "bias-correct"]
+    behind = Remedy("", passes=({"use": "round"},)).on(recipe)["pass"]
+    assert [step["use"] for step in behind] == ["scale-inputs", "ranges", "round", "bias-correct"]
+
+
+def test_a_rule_matches_one_layer_whatever_its_name():
+    from fnmatch import fnmatchcase
+
+    from onnxq_plugins.report.remedies import layer_rule
+
+    for name in ("a*", "conv[1]", "x?y", "plain/conv"):
+        match = layer_rule(name, quantize=False)["match"]
+        other = name.replace("*", "bc").replace("?", "z").replace("[1]", "1").replace("plain", "any")
+        assert fnmatchcase(name, match) and not fnmatchcase(other, match)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-storage", "sub-layer", "mixed", "int8-data-free"])
+def test_recipes_as_files(name):
+    import tomllib
+
+    known = plugins.find_plugins().passes
+    recipe = load_recipe(name, known)
+    assert parse(tomllib.loads(recipe_toml(recipe.to_dict())), known) == parse(recipe.to_dict(), known)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    onnx.save(chain(), "model.onnx")
+    np.savez("data.npz", x=np.concatenate([f["x"] for f in feeds(chain(), 6)]))
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def run(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["onnxq", "diagnose", "model.onnx", "--data", "data.npz", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert not caught.value.code
+        return capsys.readouterr().out
+
+    table = json.loads(run("--json"))
+    assert {y["name"] for y in table["layers"]} >= {"conv0", "conv2", "conv4"}
+    text = run("--set", "weights.bits=4", "--try", "1")
+    assert "few-bits" in text and "weights.bits = 8" in text and "tried for" in text and "dB at the outputs" in text
+    assert "helps: +" in text and "-r my.toml" in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+NAMES = ["layer1_0_residual_branch_conv1", "tensor layer1_0_residual_branch_out", "fc"]
+
+
+@pytest.mark.parametrize("adds_up", [True, False])
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_narrow_terminal_shortens_no_name(width, adds_up):
+    from onnxq_plugins.cli.look import _fitting, _table
+
+    share = 0.3 if adds_up else 3.0
+    layers = [LayerError(name, "ConvTranspose", name, "x", 21.25, Own(45.5, 40.25, 38.125, 0.0), 30.0, share, (
+                         Cause("uneven-channels", "", 1.0), Cause("heavy-tail", "", 1.0)))
+              for name in NAMES]
+    found = Diagnosis(30.0, tuple(layers), (), {}, (), 8, 0.0)
+    lines = _fitting(_table(found, found.layers), width)
+    for n, (name, line) in enumerate(zip(NAMES, lines[1:], strict=True), 1):
+        assert line.split()[0] == f"{n}" and name in line and "uneven-channels, heavy-tail" in line
+    assert max(map(len, lines)) <= max(width, 79)
+    assert ("gathered dB" in lines[0]) == (width == 200) and found.part_of in lines[0]
+
+
+def test_a_diagnosis_in_a_notebook():
+    found = diagnose(quantized(chain(), n=4), samples=2)
+    assert len(repr(found)) < 300 and found.layers[0].name in repr(found)
+    html = found._repr_html_()
+    assert found.layers[0].name in html and html.count("<tr>") == 1 + min(5, len(found.layers)) and "[[layer]]" in html
+    odd = dataclasses.replace(found, layers=(dataclasses.replace(found.layers[0], name="<b>"),))
+    assert "<b>" not in odd._repr_html_()
+
+
+def test_a_layer_in_a_list_of_none():
+    assert LayerError("a", "Conv", "a", "", 30.0, None).badness == (True, 200.0)
+
+
+def test_a_model_brings_its_recipe(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    onnx.save(chain(), "model.onnx")
+    np.savez("data.npz", x=np.concatenate([f["x"] for f in feeds(chain(), 6)]))
+    onnxq.quantize("model.onnx", "int8", "data.npz", output="made.onnx", settings=["weights.bits=5"], seed=3)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["onnxq", "diagnose", "model.onnx", "--data", "data.npz", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    code, out, err = run("--quantized", "made.onnx")
+    assert code == 0 and "few-bits" in out and "5 bits" in out and "note" not in err
+    _, _, err = run("--quantized", "made.onnx", "--samples", "2")
+    assert "is not what its recipe makes" in err
+    for bad, told in ((("--quantized", "model.onnx"), "no recipe in its metadata"),
+                      (("--quantized", "data.npz"), "not a readable ONNX model"),
+                      (("--quantized", "nowhere.onnx"), "does not exist"),
+                      (("--quantized", "made.onnx", "-r", "int8"), "leave --recipe out"),
+                      (("--measured", "0"), "at least 1")):
+        code, out, err = run(*bad)
+        assert code == 2 and told in err and err.count("\n") == 1

@@ -1,0 +1,35 @@
+"""Every form of a layer that a target allows takes the kernel that the target names, and docs/targets.md says so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from benchmarks import targets
+from onnxq_plugins.targets import BUILTIN
+
+PAGE = Path(__file__).parents[2] / "docs" / "targets.md"
+ALIKE = {"MatMulIntegerToFloat": "QLinearMatMul"}  # where what follows is float
+
+
+@pytest.mark.parametrize("target", BUILTIN, ids=lambda target: target.name)
+def test_every_form_takes_the_kernel_of_its_rule_and_the_page_tells_it(target):
+    for row in targets.rows(target):
+        assert row.onnxruntime and "unknown" not in row.onnxruntime, row
+        ran = {ALIKE.get(kernel, kernel) for kernel in row.onnxruntime}
+        if target.here:
+            assert ran == {row.rule.kernel}, row
+        if row.rule.activations == 16 or row.rule.storage == "float":
+            assert all("Q" not in kernel and "Integer" not in kernel for kernel in ran), row
+        if row.openvino is not None:
+            assert all(kernel.endswith((" u8", " i8")) for kernel in row.openvino), row
+    text = PAGE.read_text("utf-8")
+    made_with, = re.findall(r"^Made with onnxruntime (\S+) ", text, re.MULTILINE)
+    if made_with != onnxruntime.__version__:
+        pytest.skip(f"rules hold, but docs/targets.md was made with onnxruntime {made_with}, and this is another")
+    if target.name in targets.IN_OPENVINO and not targets.openvino_installed():
+        pytest.skip("rules hold; the page has a column for OpenVINO, which is not installed here")
+    assert targets.section(target) in text, "run: python -m benchmarks.targets > docs/targets.md"

@@ -1,0 +1,100 @@
+"""Trying recipes until one is good enough."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxq_plugins import OnnxqError, cli, runtimes
+from onnxq_plugins.selection import AutoResult
+from onnxq_plugins.selection import auto as choose
+from tests.zoo import cnn, feeds, mlp, mobilenet
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Latency is not what these tests are about."""
+    monkeypatch.setattr(runtimes, "latency", lambda runners, feed, seconds=1.0: [2.0, 1.0])
+
+
+def tried(found: AutoResult) -> list[str]:
+    return [trial.recipe for trial in found.trials]
+
+
+def test_for_speed_the_first_that_is_accurate_enough_is_kept():
+    model = mobilenet()
+    found = choose(model, feeds(model, 20), max_drop=100)
+    assert tried(found) == ["int8"] and found.met and found.best.recipe == "int8"
+    assert found.metric == "agreement" and found.reference == 100
+
+
+def test_for_size_the_smallest_that_is_accurate_enough_is_kept():
+    model = mobilenet()
+    found = choose(model, feeds(model, 20), max_drop=100, prefer="size", recipes=["int8", "int4-rounded"])
+    sizes = {trial.recipe: trial.size for trial in found.trials}
+    assert found.best.size == min(sizes.values()) and found.result.model.ByteSize() == found.best.size
+    assert len(set(sizes.values())) == 2
+
+
+def test_where_none_is_accurate_enough_the_best_is_kept_and_told():
+    model = mlp()
+    drops = iter([0.0, 30.0, 20.0])  # float, then two recipes
+    found = choose(model, feeds(model, 20), max_drop=1, recipes=["int8", "int8-rounded"],
+                   metric=lambda *_: -next(drops))
+    assert tried(found) == ["int8", "int8-rounded"] and not found.met
+    assert found.best.recipe == "int8-rounded" and found.best.drop == 20
+
+
+def test_models_are_judged_by_samples_they_were_not_made_with():
+    model, seen = mlp(), []
+
+    def judge(reference, outputs, labels):
+        seen.append((len(reference[0]), labels.tolist()))
+        return 0.0
+
+    samples = {"x": np.concatenate([feed["x"] for feed in feeds(model, 20)]), "labels": np.arange(20)}
+    found = choose(model, samples, metric=judge)
+    assert set(map(str, seen)) == {str((10, list(range(1, 20, 2))))}
+    assert "made with 10 samples, judged by the other 10" in found.notes[0]
+    reference = runtimes.outputs(runtimes.session(model), feeds(model, 20))[0].argmax(-1)
+    apart = choose(model, samples["x"][:7], test=samples["x"], labels=reference)
+    assert apart.metric == "top1" and apart.reference == 100
+    assert apart.notes == ("one of 20 samples is 5.0 points, more than the drop of 1 to decide on: give more --test samples "
+                           "for a decision this fine",)
+    few = choose(model, samples["x"][:7])
+    assert "flatters" in few.notes[0]
+
+
+def test_recipes_that_do_not_fit_are_told_and_left_out():
+    model = cnn()
+    found = choose(model, feeds(model, 20), max_drop=100, recipes=["no-such-recipe", "int8"])
+    assert found.best.recipe == "int8" and "no-such-recipe" in found.trials[0].why
+    with pytest.raises(OnnxqError, match="no-such-recipe"):
+        choose(model, feeds(model, 20), recipes=["no-such-recipe"])
+    for wrong in ({"prefer": "fast"}, {"max_drop": -1}, {"max_drop": float("nan")}, {"metric": "f1"}):
+        with pytest.raises(OnnxqError):
+            choose(model, feeds(model, 20), **wrong)
+
+
+@pytest.mark.parametrize(("limit", "code"), [(100, 0), (0.0, 1)])
+def test_the_command(limit, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = mlp()
+    onnx.save(model, "m.onnx")
+    outputs = runtimes.outputs(runtimes.session(model), feeds(model, 20))[0]
+    np.savez("data.npz", x=np.concatenate([feed["x"] for feed in feeds(model, 20)]), labels=outputs.argmin(-1))
+    (tmp_path / "mine.py").write_text("def judge(reference, found, labels):\n"
+                                      "    return 100.0 * (reference[0] is found[0]) + (labels[0] == labels[0])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["onnxq", "auto", "m.onnx", "--data", "data.npz", "--max-drop", str(limit), "--metric",
+                                      "mine:judge"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capsys.readouterr()
+    assert (ended.value.code or 0) == code
+    assert "kept" in told.out and "drop is of judge (float: 101.00)" in told.out
+    assert ("no recipe stays within" in told.err) == bool(code)
+    runtimes.session(tmp_path / "m.auto.onnx")
