@@ -23,8 +23,12 @@ from onnxq_plugins import runtimes
 def recipe(weights: int, bits: int) -> dict[str, object]:
     """All layers bounded, the first and the last with 8-bit weights."""
     ends = [{"position": end, "weights": {"bits": 8}} for end in ("first", "last")]
-    passes = [{"use": "scale-inputs"}, {"use": "ranges", "method": "mse"}, {"use": "round", "method": "gptq"},
-              {"use": "bound-accumulator", "bits": bits}]
+    passes = [
+        {"use": "scale-inputs"},
+        {"use": "ranges", "method": "mse"},
+        {"use": "round", "method": "gptq"},
+        {"use": "bound-accumulator", "bits": bits},
+    ]
     return {"weights": {"bits": weights}, "pass": passes, "layer": ends}
 
 
@@ -37,8 +41,13 @@ def measure(case: Case, weights: int, bits: int) -> tuple[str, int, float, float
     found = [y.accumulator for y in onnxq.audit_model(result.model).layers if y.accumulator is not None]
     total = sum(float(np.abs(spec.codes).sum()) for spec in result.plan.values() if spec.codes is not None)
     changed = len(result.report["steps"][-2]["told"]["bounded"])  # the last step is the export
-    return (f"{min(found)}..{max(found)}", changed, total, runtimes.sqnr(reference, logits),
-            100 * float(np.mean(logits.argmax(1) == case.labels)))
+    return (
+        f"{min(found)}..{max(found)}",
+        changed,
+        total,
+        runtimes.sqnr(reference, logits),
+        100 * float(np.mean(logits.argmax(1) == case.labels)),
+    )
 
 
 def main() -> None:
@@ -49,8 +58,10 @@ def main() -> None:
     args = parser.parse_args()
     case = load_case(args.model, shared_folder(args.shared))
     print(f"{machine()}\n\n{args.model}, {len(case.test)} test samples\n")
-    print("| weights | accumulator | layers need | layers bounded | weights kept % | SQNR dB | top-1 |\n"
-          "|---|---|---|---|---|---|---|")
+    print(
+        "| weights | accumulator | layers need | layers bounded | weights kept % | SQNR dB | top-1 |\n"
+        "|---|---|---|---|---|---|---|"
+    )
     for weights in (8, 4):
         whole = 0.0
         for bits in args.bits:

@@ -1,6 +1,6 @@
 """Peak memory of calibration against plain inference on 256 images, each in a process of its own.
 
-    python -m benchmarks.calibration_memory [--shared FOLDER]
+python -m benchmarks.calibration_memory [--shared FOLDER]
 """
 
 from __future__ import annotations
@@ -75,8 +75,13 @@ def main() -> None:
         return
     print(f"MobileNetV1 0.75, {COUNT} images\n\n| what | peak MB | ratio | seconds |\n|---|---|---|---|")
     base = 0.0
-    for what in ("inference, 1 thread", "inference, 2 threads", "ranges, 1 worker", "histograms, 1 worker",
-                 "histograms, 2 workers"):
+    for what in (
+        "inference, 1 thread",
+        "inference, 2 threads",
+        "ranges, 1 worker",
+        "histograms, 1 worker",
+        "histograms, 2 workers",
+    ):
         command = [sys.executable, "-m", "benchmarks.calibration_memory", "--shared", str(shared), "--child", what]
         peak, seconds = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         base = base or float(peak)

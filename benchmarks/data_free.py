@@ -35,8 +35,10 @@ def variants(case: Case) -> Iterator[tuple[str, list[str]]]:
         declared = {"one range": [float(ends[0].min()), float(ends[1].max())], "a range per coefficient": ends.tolist()}
         for label, value in declared.items():
             for source in sources[1:]:
-                yield f"{source}, {label}", [f"data-free.inputs={{{case.input}={json.dumps(value)}}}",
-                                             f"data-free.source={source}"]
+                yield (
+                    f"{source}, {label}",
+                    [f"data-free.inputs={{{case.input}={json.dumps(value)}}}", f"data-free.source={source}"],
+                )
         return
     mean, std = next(scale for key, scale in SCALES.items() if case.name.startswith(key))
     for label, given in (("mean and std", [f"data.mean={mean}", f"data.std={std}"]), ("matched", [])):
@@ -57,8 +59,11 @@ def table(case: Case, seeds: int) -> None:
     real = [real[n * len(real) // REAL] for n in range(REAL)] if len(real) > REAL else real
     whole = 100 * float(np.mean(reference.argmax(1) == case.labels))
     top, sqnr = judge(case, reference, quantize(case.path, "int8", real).model)
-    print(f"\n| {case.name}, float top-1 {whole:.2f} | top-1 | loss to real | SQNR dB | overlap | width | `auto` |\n"
-          f"|---|---|---|---|---|---|---|\n| {len(real)} real samples | {top:.2f} | - | {sqnr:.2f} | 1 | 1 | |", flush=True)
+    print(
+        f"\n| {case.name}, float top-1 {whole:.2f} | top-1 | loss to real | SQNR dB | overlap | width | `auto` |\n"
+        f"|---|---|---|---|---|---|---|\n| {len(real)} real samples | {top:.2f} | - | {sqnr:.2f} | 1 | 1 | |",
+        flush=True,
+    )
     for label, settings in variants(case):
         rows = []
         for seed in range(seeds):
@@ -67,8 +72,11 @@ def table(case: Case, seeds: int) -> None:
             rows.append([*judge(case, reference, made.model), told["overlap_mean"], told["width_ratio_median"]])
         auto = quantize(case.path, "int8-data-free", settings=settings[:-1]).report["steps"][0]["told"]["source"]
         found, error, overlap, width = np.mean(rows, axis=0)
-        print(f"| {label} | {found:.2f} | {top - found:.2f} | {error:.2f} | {overlap:.2f} | {width:.2f} | "
-              f"{'this' if label.startswith(auto) else ''} |", flush=True)
+        print(
+            f"| {label} | {found:.2f} | {top - found:.2f} | {error:.2f} | {overlap:.2f} | {width:.2f} | "
+            f"{'this' if label.startswith(auto) else ''} |",
+            flush=True,
+        )
 
 
 def main() -> None:

@@ -33,8 +33,9 @@ def bottlenecks(blocks: int = 6, width: int = 32, expansion: int = 4, seed: int 
     weights: list[TensorProto] = [numpy_helper.from_array(np.array(v, np.float32), n) for n, v in (("low", 0), ("high", 6))]
     size = np.where(np.arange(width) % 16 == 5, 20.0, 1.0)
 
-    def conv(x: str, name: str, shape: tuple[int, ...], rows: Any = 1.0, columns: Any = 1.0, clip: bool = True,
-             **attrs: Any) -> str:
+    def conv(
+        x: str, name: str, shape: tuple[int, ...], rows: Any = 1.0, columns: Any = 1.0, clip: bool = True, **attrs: Any
+    ) -> str:
         w = rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:])) * np.sqrt(2.0)
         w = w * np.reshape(rows, (-1, 1, 1, 1)) / np.reshape(columns, (1, -1, 1, 1))
         b = 0.2 * rng.standard_normal(shape[0]) * np.broadcast_to(np.reshape(rows, -1), shape[0])
@@ -57,8 +58,10 @@ def bottlenecks(blocks: int = 6, width: int = 32, expansion: int = 4, seed: int 
     nodes.append(helper.make_node("Flatten", ["pooled"], ["flat"], "flat"))
     weights += [numpy_helper.from_array(rng.standard_normal((64, 10)).astype(np.float32), "classes")]
     nodes.append(helper.make_node("Gemm", ["flat", "classes"], ["logits"], "classifier"))
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("input", ["N", 3, 32, 32]),
-                                                                                            ("logits", ["N", 10]))]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("input", ["N", 3, 32, 32]), ("logits", ["N", 10]))
+    ]
     graph = helper.make_graph(nodes, "bottlenecks", ends[:1], ends[1:], weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
@@ -82,8 +85,10 @@ def main() -> None:
     parser.add_argument("--shared")
     parser.add_argument("--models", nargs="*", default=list(NAMES))
     args = parser.parse_args()
-    print(f"{machine()}\n\n| network | int8 dB | by activations dB | gain dB | groups kept | drift | s |\n"
-          "|---|---|---|---|---|---|---|")
+    print(
+        f"{machine()}\n\n| network | int8 dB | by activations dB | gain dB | groups kept | drift | s |\n"
+        "|---|---|---|---|---|---|---|"
+    )
     for name, model, calibration, test in networks(args.models, shared_folder(args.shared)):
         reference = runtimes.outputs(runtimes.session(model), test)
         found = []
@@ -92,8 +97,11 @@ def main() -> None:
             made = quantize(model, {"pass": steps}, calibration, verify=True)
             found.append(runtimes.sqnr(reference[0], runtimes.outputs(runtimes.session(made.model), test)[0]))
         step = made.report["steps"][1]
-        print(f"| {name} | {found[0]:.2f} | {found[1]:.2f} | {found[1] - found[0]:+.2f} | {step['told']['equalized']} of "
-              f"{step['told']['groups']} | {step['drift']:.0e} | {time.perf_counter() - start:.1f} |", flush=True)
+        print(
+            f"| {name} | {found[0]:.2f} | {found[1]:.2f} | {found[1] - found[0]:+.2f} | {step['told']['equalized']} of "
+            f"{step['told']['groups']} | {step['drift']:.0e} | {time.perf_counter() - start:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

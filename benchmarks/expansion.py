@@ -71,32 +71,56 @@ class Judge:
 
 def outputs(case: Case, model: Any) -> np.ndarray:
     runner = runtimes.session(model, threads=2)
-    feeds = [{case.input: case.test[i:i + BATCH]} for i in range(0, len(case.test), BATCH)]
+    feeds = [{case.input: case.test[i : i + BATCH]} for i in range(0, len(case.test), BATCH)]
     return np.asarray(runtimes.outputs(runner, feeds)[0])
 
 
 def make(case: Case, bits: int, step: dict[str, Any] | None = None, **more: Any) -> Result:
     """Recipe int8 with weights of other widths, and the pass in front of its last one."""
-    passes = [{"use": "scale-inputs"}, *([step] if step and step["use"] == "residual-ensemble" else []), {"use": "ranges"},
-              *([step] if step and step["use"] == "residual-expansion" else []), {"use": "bias-correct"}]
+    passes = [
+        {"use": "scale-inputs"},
+        *([step] if step and step["use"] == "residual-ensemble" else []),
+        {"use": "ranges"},
+        *([step] if step and step["use"] == "residual-expansion" else []),
+        {"use": "bias-correct"},
+    ]
     return quantize(case.path, {"weights": {"bits": bits}, "pass": passes, **more}, case.feeds())
 
 
 def weights(judge: Judge, seconds: float) -> None:
     case, rows = judge.case, []
-    settings = [(8, 1, 1.0)] + [(bits, orders, share) for bits in (4, 3, 2) for orders in (1, 2, 3, 4)
-                                for share in ((0.25, 0.5, 1.0) if orders > 1 else (1.0,))]
+    settings = [(8, 1, 1.0)] + [
+        (bits, orders, share)
+        for bits in (4, 3, 2)
+        for orders in (1, 2, 3, 4)
+        for share in ((0.25, 0.5, 1.0) if orders > 1 else (1.0,))
+    ]
     for bits, orders, share in settings:
         step = {"use": "residual-expansion", "orders": orders, "share": share, "data": False} if orders > 1 else None
         made = make(case, bits, step)
         told = next((s["told"] for s in made.report["steps"] if s["pass"] == "residual-expansion"), {"layers": {}})
         forms = [row["form"] for row in told["layers"].values()]
         used = ", ".join(f"{forms.count(f)} {f}" if len(set(forms)) > 1 else f for f in sorted(set(forms))) or "-"
-        rows.append((made, f"{bits} | {orders} | {f'{100 * share:.0f} %' if orders > 1 else '-'} | {judge.cells(made)} | "
-                           f"{judge.operations(made, bits):.2f} | {judge.stored(made):.1f}", used))
+        rows.append(
+            (
+                made,
+                f"{bits} | {orders} | {f'{100 * share:.0f} %' if orders > 1 else '-'} | {judge.cells(made)} | "
+                f"{judge.operations(made, bits):.2f} | {judge.stored(made):.1f}",
+                used,
+            )
+        )
     times = judge.times([made for made, *_ in rows], seconds)
-    columns = (f"{case.name}, float top-1 {judge.accuracy(judge.reference):.2f}", "orders", "share", "top-1", "SQNR dB",
-               "bit operations", "bits stored", "latency", "form")
+    columns = (
+        f"{case.name}, float top-1 {judge.accuracy(judge.reference):.2f}",
+        "orders",
+        "share",
+        "top-1",
+        "SQNR dB",
+        "bit operations",
+        "bits stored",
+        "latency",
+        "form",
+    )
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for (_, cells, used), time in zip(rows, times, strict=True):
         print(f"| weights of {cells} | {time / times[0]:.2f} | {used} |")
@@ -107,22 +131,34 @@ def activations(judge: Judge) -> None:
     columns = (f"{judge.case.name}, weights of 4 bits, 2 orders in branches", "top-1", "SQNR dB", "bit operations")
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for bits, inputs, method in ((8, 1, "minmax"), (4, 1, "minmax"), (4, 1, "mse"), (4, 2, "minmax")):
-        passes = [{"use": "scale-inputs"}, {"use": "ranges", "method": method},
-                  {"use": "residual-expansion", "form": "branches", "activations": inputs}, {"use": "bias-correct"}]
-        made = quantize(judge.case.path, {"target": "npu4", "weights": {"bits": 4}, "activations": {"bits": bits},
-                                          "pass": passes}, judge.case.feeds())
-        print(f"| activations of {bits} bits, {inputs} order{'s' * (inputs > 1)}, ranges {method} | {judge.cells(made)} | "
-              f"{judge.operations(made, 4, bits, inputs):.2f} |", flush=True)
+        passes = [
+            {"use": "scale-inputs"},
+            {"use": "ranges", "method": method},
+            {"use": "residual-expansion", "form": "branches", "activations": inputs},
+            {"use": "bias-correct"},
+        ]
+        made = quantize(
+            judge.case.path,
+            {"target": "npu4", "weights": {"bits": 4}, "activations": {"bits": bits}, "pass": passes},
+            judge.case.feeds(),
+        )
+        print(
+            f"| activations of {bits} bits, {inputs} order{'s' * (inputs > 1)}, ranges {method} | {judge.cells(made)} | "
+            f"{judge.operations(made, 4, bits, inputs):.2f} |",
+            flush=True,
+        )
 
 
 def ensembles(judge: Judge, seconds: float) -> None:
     case, rows = judge.case, []
     for label, bits, step in (
-            ("int8", 8, None), ("one network of 1 order", 4, None),
-            ("sum of two networks of 1 order", 4, {"use": "residual-ensemble", "groups": [1, 1]}),
-            ("sum of four networks of 1 order", 4, {"use": "residual-ensemble", "groups": [1, 1, 1, 1]}),
-            ("one network of 2 orders (residual-expansion)", 4, {"use": "residual-expansion"}),
-            ("sum of two networks of 2 orders", 4, {"use": "residual-ensemble", "groups": [2, 2]})):
+        ("int8", 8, None),
+        ("one network of 1 order", 4, None),
+        ("sum of two networks of 1 order", 4, {"use": "residual-ensemble", "groups": [1, 1]}),
+        ("sum of four networks of 1 order", 4, {"use": "residual-ensemble", "groups": [1, 1, 1, 1]}),
+        ("one network of 2 orders (residual-expansion)", 4, {"use": "residual-expansion"}),
+        ("sum of two networks of 2 orders", 4, {"use": "residual-ensemble", "groups": [2, 2]}),
+    ):
         made = make(case, bits, step)
         told = [s["told"]["ensemble_db"] for s in made.report["steps"] if s["pass"] == "residual-ensemble"]
         own = f"{told[0]:.1f}" if told else "-"

@@ -53,14 +53,20 @@ def chain(size: int, layers: list[tuple[int, int, int, int]]) -> onnx.ModelProto
     for i, (inputs, outputs, kernel, groups) in enumerate(layers):
         fan_in = inputs // groups * kernel**2
         weight = constant(rng.normal(size=(outputs, inputs // groups, kernel, kernel)) / fan_in**0.5)
-        nodes += [helper.make_node("Conv", [name, weight], [f"c{i}"], f"conv{i}", group=groups, pads=[kernel // 2] * 4),
-                  helper.make_node("Relu", [f"c{i}"], [f"r{i}"], f"relu{i}")]
+        nodes += [
+            helper.make_node("Conv", [name, weight], [f"c{i}"], f"conv{i}", group=groups, pads=[kernel // 2] * 4),
+            helper.make_node("Relu", [f"c{i}"], [f"r{i}"], f"relu{i}"),
+        ]
         name = f"r{i}"
-    nodes += [helper.make_node("GlobalAveragePool", [name], ["mean"], "pool"),
-              helper.make_node("Flatten", ["mean"], ["flat"], "flatten"),
-              helper.make_node("Gemm", ["flat", constant(rng.normal(size=(layers[-1][1], 10)))], ["y"], "head")]
-    ends = [helper.make_tensor_value_info(tensor, TensorProto.FLOAT, shape)
-            for tensor, shape in (("x", [1, layers[0][0], size, size]), ("y", [1, 10]))]
+    nodes += [
+        helper.make_node("GlobalAveragePool", [name], ["mean"], "pool"),
+        helper.make_node("Flatten", ["mean"], ["flat"], "flatten"),
+        helper.make_node("Gemm", ["flat", constant(rng.normal(size=(layers[-1][1], 10)))], ["y"], "head"),
+    ]
+    ends = [
+        helper.make_tensor_value_info(tensor, TensorProto.FLOAT, shape)
+        for tensor, shape in (("x", [1, layers[0][0], size, size]), ("y", [1, 10]))
+    ]
     graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
@@ -70,8 +76,11 @@ def recipe(step: dict[str, Any] | None) -> dict[str, Any]:
     passes: list[dict[str, Any]] = [{"use": "ranges"}]
     if step is None:
         return {"pass": passes}
-    return {"weights": {"bits": 4}, "pass": [*passes, {"use": "residual-expansion", **step}],
-            "layer": [{"match": "head", "weights": {"bits": 8}}]}
+    return {
+        "weights": {"bits": 4},
+        "pass": [*passes, {"use": "residual-expansion", **step}],
+        "layer": [{"match": "head", "weights": {"bits": 8}}],
+    }
 
 
 def main() -> None:

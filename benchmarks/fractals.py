@@ -50,8 +50,11 @@ def sets(shared: Path) -> Iterator[tuple[str, np.ndarray]]:
             images = load_case(name, shared, test=False).calibration.transpose(0, 2, 3, 1)
         except FileNotFoundError:
             continue
-        shift, scale = (1, 0.5) if "ImageNet" in what else (np.array([0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225],
-                                                            [0.229, 0.224, 0.225])
+        shift, scale = (
+            (1, 0.5)
+            if "ImageNet" in what
+            else (np.array([0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225], [0.229, 0.224, 0.225])
+        )
         yield what, (images + shift) * scale
 
 

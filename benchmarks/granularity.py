@@ -33,8 +33,10 @@ from onnxq_plugins.targets.target import ORT_CPU, STORAGE
 
 TILES = ([32, 32], [16, 16], [8, 16], [1, 16])
 STORED = 4  # bits that a 4- or 3-bit code takes on disk
-SOLVERS = {"PTQ-SL": [{"use": "sub-layer", "shift": True}, {"use": "bias-correct"}],
-           "learned": [{"use": "round", "method": "gptq"}]}
+SOLVERS = {
+    "PTQ-SL": [{"use": "sub-layer", "shift": True}, {"use": "bias-correct"}],
+    "learned": [{"use": "round", "method": "gptq"}],
+}
 
 
 class FloatTiles:
@@ -64,8 +66,10 @@ def variants() -> Iterator[tuple[str, str, bool, dict[str, Any], str]]:
 
 def recipe(bits: int, weights: dict[str, Any], target: str, reorder: bool, solver: str) -> dict[str, Any]:
     """The recipe of one row."""
-    kept = [{"weights": {"bits": 8, "block": "channel", "pow2": False}, key: value}
-            for key, value in (("kind", "depthwise"), ("position", "first"), ("position", "last"))]
+    kept = [
+        {"weights": {"bits": 8, "block": "channel", "pow2": False}, key: value}
+        for key, value in (("kind", "depthwise"), ("position", "first"), ("position", "last"))
+    ]
     steps = [*([{"use": "reorder"}] if reorder else []), {"use": "scale-inputs"}, {"use": "ranges", "method": "mse"}]
     return {"target": target, "weights": {"bits": bits, **weights}, "pass": steps + SOLVERS[solver], "layer": kept}
 
@@ -74,8 +78,11 @@ def counted(result: onnxq.Result, bits: int) -> tuple[int, float]:
     """Scales and multipliers, and bits per weight, of the layers that have `bits`."""
     rows = [row for row in result.report["layers"] if row.get("weights", "").startswith(f"int{bits} ")]
     stored = sum(row["bits_per_weight"] * row["parameters"] for row in rows)
-    scales = sum(np.size(spec.scale if spec.multiplier is None else spec.multiplier) for spec in result.plan.values()
-                 if spec.codes is not None and spec.bits == bits)
+    scales = sum(
+        np.size(spec.scale if spec.multiplier is None else spec.multiplier)
+        for spec in result.plan.values()
+        if spec.codes is not None and spec.bits == bits
+    )
     return scales, stored / sum(row["parameters"] for row in rows)
 
 
@@ -87,9 +94,15 @@ def measure(case: Case, made: dict[str, Any], bits: int, reference: np.ndarray, 
     logits = runtimes.outputs(runner, feeds)[0]
     base, ms = runtimes.latency([int8, runner], feeds[0], 1.5)
     scales, stored = counted(result, bits)
-    return {"top1": 100 * float(np.mean(logits.argmax(1) == case.labels)), "sqnr": runtimes.sqnr(reference, logits),
-            "bits": stored, "scales": scales, "ms": ms / base, "mb": result.model.ByteSize() / 1e6,
-            "s": result.report["seconds"]}
+    return {
+        "top1": 100 * float(np.mean(logits.argmax(1) == case.labels)),
+        "sqnr": runtimes.sqnr(reference, logits),
+        "bits": stored,
+        "scales": scales,
+        "ms": ms / base,
+        "mb": result.model.ByteSize() / 1e6,
+        "s": result.report["seconds"],
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -97,16 +110,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for model, bits in dict.fromkeys((r["model"], r["width"]) for r in rows):
         mine = [r for r in rows if (r["model"], r["width"]) == (model, bits)]
-        lines += ["", f"| {model}, {bits} bits, float top-1 {mine[0]['float']:.2f} "
-                  "| scales | reordered | number | bits/weight | PTQ-SL: SQNR dB | top-1 | "
-                  "learned: SQNR dB | top-1 | ms / int8 |", "|---|---|---|---|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"| {model}, {bits} bits, float top-1 {mine[0]['float']:.2f} "
+            "| scales | reordered | number | bits/weight | PTQ-SL: SQNR dB | top-1 | "
+            "learned: SQNR dB | top-1 | ms / int8 |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
         for key in dict.fromkeys((r["granularity"], r["kind"], r["reordered"]) for r in mine):
             pair = {r["solver"]: r for r in mine if (r["granularity"], r["kind"], r["reordered"]) == key}
             some = next(iter(pair.values()))
             cells = [f"{pair[s]['sqnr']:.2f} | {pair[s]['top1']:.2f}" if s in pair else "- | -" for s in SOLVERS]
             time = np.median([r["ms"] for r in pair.values()])
-            lines.append(f"| {key[0]} | {key[1]} | {'yes' if key[2] else ''} | {some['scales']} | {some['bits']:.2f} | "
-                         f"{' | '.join(cells)} | {time:.2f} |")
+            lines.append(
+                f"| {key[0]} | {key[1]} | {'yes' if key[2] else ''} | {some['scales']} | {some['bits']:.2f} | "
+                f"{' | '.join(cells)} | {time:.2f} |"
+            )
     return "\n".join(lines)
 
 
@@ -140,8 +159,11 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
         axis.set_xlabel("bits per weight for scales and multipliers")
         axis.set_ylabel("output SQNR, dB")
         axis.grid(alpha=0.3)
-    handles = [pyplot.Line2D([], [], color=c, marker=m, ls="", fillstyle=f, label=f"{kind}{', reordered' * (f == 'full')}")
-               for kind, (c, m) in styles.items() for f in ("none", "full")]
+    handles = [
+        pyplot.Line2D([], [], color=c, marker=m, ls="", fillstyle=f, label=f"{kind}{', reordered' * (f == 'full')}")
+        for kind, (c, m) in styles.items()
+        for f in ("none", "full")
+    ]
     handles.append(pyplot.Line2D([], [], color="0.6", lw=0.8, ls=":", label="one free scale per channel"))
     figure.legend(handles=handles, loc="lower center", ncol=4, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
@@ -168,8 +190,14 @@ def main() -> None:
         for bits in args.bits:
             for label, kind, reorder, weights, target in variants():
                 for solver in SOLVERS:
-                    row = {"model": name, "width": bits, "granularity": label, "kind": kind, "reordered": reorder,
-                           "solver": solver}
+                    row = {
+                        "model": name,
+                        "width": bits,
+                        "granularity": label,
+                        "kind": kind,
+                        "reordered": reorder,
+                        "solver": solver,
+                    }
                     if json.dumps(row) not in done:
                         row |= measure(case, recipe(bits, weights, target, reorder, solver), bits, reference, int8)
                         row["float"] = 100 * float(np.mean(reference.argmax(1) == case.labels))

@@ -51,8 +51,15 @@ def quantize_with(tool: str, case: Case, out: Path) -> float:
         start = time.perf_counter()
         prepared = out.with_suffix(".pre.onnx")
         quant_pre_process(str(case.path), str(prepared))
-        quantize_static(str(prepared), str(out), reader(case), per_channel=True, quant_format=QuantFormat.QDQ,
-                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+        quantize_static(
+            str(prepared),
+            str(out),
+            reader(case),
+            per_channel=True,
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
         return time.perf_counter() - start
     if tool == "onnxsim":
         import onnx
@@ -82,18 +89,23 @@ def judge(case: Case, models: dict[str, Path]) -> dict[str, dict[str, float | st
     from onnxq_plugins import audit_model, runtimes
 
     runners = {tool: runtimes.session(path) for tool, path in models.items()}
-    times = dict(zip(models, runtimes.latency(list(runners.values()), {case.input: case.test[:1]}, 3.0 * len(models)),
-                     strict=True))
+    times = dict(
+        zip(models, runtimes.latency(list(runners.values()), {case.input: case.test[:1]}, 3.0 * len(models)), strict=True)
+    )
     rows: dict[str, dict[str, float | str]] = {}
     reference = None
     for tool, path in models.items():
-        feeds = [{case.input: case.test[i:i + 1]} for i in range(len(case.test))]
+        feeds = [{case.input: case.test[i : i + 1]} for i in range(len(case.test))]
         logits = runtimes.outputs(runners[tool], feeds)[0]
         reference = logits if reference is None else reference
-        rows[tool] = {"top1": 100 * float(np.mean(logits.argmax(1) == case.labels)),
-                      "sqnr": "-" if tool == "float" else f"{runtimes.sqnr(reference, logits):.2f}",
-                      "agree": 100 * runtimes.agreement(reference, logits), "ms": times[tool],
-                      "mb": path.stat().st_size / 1e6, "kernels": "" if tool == "float" else audit_model(path).summary()}
+        rows[tool] = {
+            "top1": 100 * float(np.mean(logits.argmax(1) == case.labels)),
+            "sqnr": "-" if tool == "float" else f"{runtimes.sqnr(reference, logits):.2f}",
+            "agree": 100 * runtimes.agreement(reference, logits),
+            "ms": times[tool],
+            "mb": path.stat().st_size / 1e6,
+            "kernels": "" if tool == "float" else audit_model(path).summary(),
+        }
     return rows
 
 
@@ -110,8 +122,21 @@ def main() -> None:
         return
     tools = [t for t in TOOLS if t != "onnxsim" or _installed("onnxsim")]
     print(f"{machine()}\n")
-    columns = ("model", "tool", "top-1", "loss", "SQNR dB", "agree", "ms", "speed-up", "MB", "quantize s", "MB before",
-               "peak MB", "kernels")
+    columns = (
+        "model",
+        "tool",
+        "top-1",
+        "loss",
+        "SQNR dB",
+        "agree",
+        "ms",
+        "speed-up",
+        "MB",
+        "quantize s",
+        "MB before",
+        "peak MB",
+        "kernels",
+    )
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
@@ -134,9 +159,12 @@ def main() -> None:
                 medians = [median(c[key] for c in cost) for key in ("seconds", "before", "peak")] if cost else []
                 spent = f"{medians[0]:.2f} | {medians[1]:.0f} | {medians[2]:.0f}" if cost else "- | - | -"
                 loss, faster = (float(rows["float"][k]) for k in ("top1", "ms"))
-                print(f"| {name} | {tool} | {row['top1']:.2f} | {loss - float(row['top1']):.2f} | {row['sqnr']} | "
-                      f"{row['agree']:.1f} | {row['ms']:.3f} | {faster / float(row['ms']):.2f} | {row['mb']:.2f} | "
-                      f"{spent} | {row['kernels']} |", flush=True)
+                print(
+                    f"| {name} | {tool} | {row['top1']:.2f} | {loss - float(row['top1']):.2f} | {row['sqnr']} | "
+                    f"{row['agree']:.1f} | {row['ms']:.3f} | {faster / float(row['ms']):.2f} | {row['mb']:.2f} | "
+                    f"{spent} | {row['kernels']} |",
+                    flush=True,
+                )
 
 
 def _installed(name: str) -> bool:
@@ -149,8 +177,14 @@ def _installed(name: str) -> bool:
 
 def machine() -> str:
     """CPU and versions."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
     packages = [f"{p} {version(p)}" for p in ("onnxruntime", "onnx", "numpy", "onnxsim") if _installed(p)]
     return f"{cpu}, Python {platform.python_version()}, {', '.join(packages)}"
 

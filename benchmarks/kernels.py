@@ -15,10 +15,16 @@ import onnxq_plugins as onnxq
 from onnxq_plugins import runtimes
 
 
-def _model(nodes: list[onnx.NodeProto], inputs: list[tuple[str, list[int]]], output: str,
-           constants: list[onnx.TensorProto]) -> onnx.ModelProto:
-    graph = helper.make_graph(nodes, "operator", [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs],
-                              [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)], constants)
+def _model(
+    nodes: list[onnx.NodeProto], inputs: list[tuple[str, list[int]]], output: str, constants: list[onnx.TensorProto]
+) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "operator",
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+        constants,
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
@@ -56,20 +62,32 @@ CASES: tuple[tuple[str, onnx.ModelProto, dict[str, object]], ...] = (
     ("depthwise 3x3, 144 channels, 56x56", conv(144, 56, 3, groups=144), {}),
     ("matmul 128x768x3072", matmul(128, 768, 3072), {}),
     ("the same, 4-bit weights", matmul(128, 768, 3072), {"weights": {"bits": 4}}),
-    ("the same, 4-bit weight-only, block 32", matmul(128, 768, 3072),
-     {"weights": {"bits": 4, "block": 32}, "activations": {"bits": 32}}),
-    ("matmul 1x768x3072, 4-bit weight-only, block 32", matmul(1, 768, 3072),
-     {"weights": {"bits": 4, "block": 32}, "activations": {"bits": 32}}),
-    *((f"activation product {n} x {m}x{k}x{p}", attention(n, m, k, p), {"layer": [{"op": "Attention", "quantize": True}]})
-      for n, m, k, p in ((1, 99, 64, 99), (12, 128, 64, 128), (12, 384, 64, 384), (12, 384, 384, 64))),
+    (
+        "the same, 4-bit weight-only, block 32",
+        matmul(128, 768, 3072),
+        {"weights": {"bits": 4, "block": 32}, "activations": {"bits": 32}},
+    ),
+    (
+        "matmul 1x768x3072, 4-bit weight-only, block 32",
+        matmul(1, 768, 3072),
+        {"weights": {"bits": 4, "block": 32}, "activations": {"bits": 32}},
+    ),
+    *(
+        (f"activation product {n} x {m}x{k}x{p}", attention(n, m, k, p), {"layer": [{"op": "Attention", "quantize": True}]})
+        for n, m, k, p in ((1, 99, 64, 99), (12, 128, 64, 128), (12, 384, 64, 384), (12, 384, 384, 64))
+    ),
 )
 
 
 def main() -> None:
     print("| operator | runs as | float ms | quantized ms | ratio |\n|---|---|---|---|---|")
     for name, model, recipe in CASES:
-        feed = {i.name: np.random.default_rng(1).standard_normal([d.dim_value for d in i.type.tensor_type.shape.dim])
-                .astype(np.float32) for i in model.graph.input}
+        feed = {
+            i.name: np.random.default_rng(1)
+            .standard_normal([d.dim_value for d in i.type.tensor_type.shape.dim])
+            .astype(np.float32)
+            for i in model.graph.input
+        }
         result = onnxq.quantize(model, recipe, [feed])
         kernels = {layer.kernel for layer in onnxq.audit_model(result.model).layers}
         slow, fast = runtimes.latency([runtimes.session(model), runtimes.session(result.model)], feed, 1.5)

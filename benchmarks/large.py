@@ -34,14 +34,17 @@ def chain(folder: Path, layers: int, size: int) -> Path:
     nodes, weights, x = [], [], "x"
     with open(folder / "weights.bin", "wb") as stream:
         for n in range(layers):
-            weight = TensorProto(name=f"w{n}", data_type=TensorProto.FLOAT, dims=tile.shape,
-                                 data_location=TensorProto.EXTERNAL)
+            weight = TensorProto(
+                name=f"w{n}", data_type=TensorProto.FLOAT, dims=tile.shape, data_location=TensorProto.EXTERNAL
+            )
             for key, value in (("location", "weights.bin"), ("offset", stream.tell()), ("length", tile.nbytes)):
                 weight.external_data.add(key=key, value=str(value))
             stream.write(np.roll(tile, 7 * n, axis=0).data)
             weights.append(weight)
-            nodes += [helper.make_node("MatMul", [x, f"w{n}"], [f"y{n}"], f"layer{n}"),
-                      helper.make_node("Relu", [f"y{n}"], [f"r{n}"], f"relu{n}")]
+            nodes += [
+                helper.make_node("MatMul", [x, f"w{n}"], [f"y{n}"], f"layer{n}"),
+                helper.make_node("Relu", [f"y{n}"], [f"r{n}"], f"relu{n}"),
+            ]
             x = f"r{n}"
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", size]) for name in ("x", x)]
     graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], weights)
@@ -74,8 +77,9 @@ def child(model: str, output: str, run: str) -> None:
 def measured(model: Path, run: str) -> tuple[float, float, float, str]:
     """Peak in MB, that without pages of files, seconds and summary of a run in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.large", "--child", str(model), str(model.with_name("q.onnx")), run]
-    told = subprocess.run(command, capture_output=True, text=True, check=True,
-                          cwd=Path(__file__).parent.parent).stdout.split(" ", 3)
+    told = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    ).stdout.split(" ", 3)
     return float(told[0]), float(told[1]), float(told[2]), told[3].strip()
 
 

@@ -61,9 +61,12 @@ def errors(label: str, case: Case, widths: Widths, count: int) -> None:
     off = 100 * (np.array([widths.shares(choice)["latency"] for choice in drawn]) / measured - 1)
     free = sum(any(w.weights > 16 for w in options) for options in widths.options)
     apart = 100 * (max(taken[:3]) / min(taken[:3]) - 1)
-    print(f"| {label} | {free} of {len(widths.groups)} | {eight:.3f} | {apart:.1f} | "
-          f"{measured.min():.3f} to {measured.max():.3f} | {np.abs(off).mean():.1f} | "
-          f"{off.min():+.1f} to {off.max():+.1f} |", flush=True)
+    print(
+        f"| {label} | {free} of {len(widths.groups)} | {eight:.3f} | {apart:.1f} | "
+        f"{measured.min():.3f} to {measured.max():.3f} | {np.abs(off).mean():.1f} | "
+        f"{off.min():+.1f} to {off.max():+.1f} |",
+        flush=True,
+    )
 
 
 def alone(case: Case, widths: Widths) -> None:
@@ -74,27 +77,35 @@ def alone(case: Case, widths: Widths) -> None:
     sessions = [runtimes.session(qdq.export(graph, p, target)) for p in plans]
     taken = [latency.typical(own) for own in latency.interleaved(sessions, case.feeds()[0], 20.0)]
     ratio = np.array(taken[1:]) / taken[0]
-    print(f"| {case.name} | {ratio.min():.3f} to {ratio.max():.3f} | {np.median(ratio):.3f} | "
-          f"{sum(ratio < 1)} of {len(ratio)} |", flush=True)
+    print(
+        f"| {case.name} | {ratio.min():.3f} to {ratio.max():.3f} | {np.median(ratio):.3f} | "
+        f"{sum(ratio < 1)} of {len(ratio)} |",
+        flush=True,
+    )
 
 
 def budgets(label: str, case: Case, recipe: dict[str, Any], limits: tuple[float, ...], cache: str) -> None:
     """What budgets on latency choose, all by the same times."""
     feeds = [{case.input: x[None]} for x in case.test]
     reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
-    print(f"\n| {label}, at most | predicted | measured | size, of 8 bits | float layers | top-1 | SQNR dB |\n"
-          "|---|---|---|---|---|---|---|")
+    print(
+        f"\n| {label}, at most | predicted | measured | size, of 8 bits | float layers | top-1 | SQNR dB |\n"
+        "|---|---|---|---|---|---|---|"
+    )
     for limit in limits:
         step = {"use": "mixed-precision", "candidates": CANDIDATES, "budget": "latency", "limit": limit, "curve": 0}
         before = [{"use": "ranges"}] if "activations" not in recipe else []
         made = quantize(case.path, {**recipe, "pass": [*before, step]}, case.feeds(), cache=cache)
         told = made.report["steps"][-2]["told"]
-        point, = (p for p in told["curve"] if "chosen" in p)
+        (point,) = (p for p in told["curve"] if "chosen" in p)
         logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
         predicted, measured = (told["latency"][key] for key in ("predicted", "measured"))
-        print(f"| {limit:g} | {predicted:.3f} | {measured:.3f} | {point['size']:.3f} | {len(made.report['floats'])} of "
-              f"{len(made.report['layers'])} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
-              f"{runtimes.sqnr(reference, logits):.2f} |", flush=True)
+        print(
+            f"| {limit:g} | {predicted:.3f} | {measured:.3f} | {point['size']:.3f} | {len(made.report['floats'])} of "
+            f"{len(made.report['layers'])} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
+            f"{runtimes.sqnr(reference, logits):.2f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -104,8 +115,10 @@ def main() -> None:
     parser.add_argument("--choices", type=int, default=8)
     args = parser.parse_args()
     cases = {name: load_case(name, shared_folder(args.shared)) for name in args.models}
-    print(f"{machine()}\n\n| model | groups that may be float | 8 bits, ms | the same thrice, % apart | "
-          f"{args.choices} random choices, of 8 bits | mean error % | errors % |\n|---|---|---|---|---|---|---|")
+    print(
+        f"{machine()}\n\n| model | groups that may be float | 8 bits, ms | the same thrice, % apart | "
+        f"{args.choices} random choices, of 8 bits | mean error % | errors % |\n|---|---|---|---|---|---|---|"
+    )
     made = {name: make_widths(case, {}) for name, case in cases.items()}
     for name, case in cases.items():
         errors(name, case, made[name], args.choices)
@@ -114,8 +127,10 @@ def main() -> None:
         errors(f"{name}, weight-only", cases[name], make_widths(cases[name], BLOCKS), args.choices)
     for n, name in enumerate(name for name in cases if name not in attention):
         if n == 0:
-            print("\n| one layer float, all others 8 bits | latency, of 8 bits everywhere | median | faster |\n"
-                  "|---|---|---|---|")
+            print(
+                "\n| one layer float, all others 8 bits | latency, of 8 bits everywhere | median | faster |\n"
+                "|---|---|---|---|"
+            )
         alone(cases[name], made[name])
     with tempfile.TemporaryDirectory() as cache:
         for name in attention:

@@ -28,8 +28,9 @@ ALL = ["W3A8", "W4A8", "W6A8", "W8A8"]
 HIGH = ["W4A8", "W8A8", "W8A16"]
 
 
-def search(case: Case, data: Any, before: list[dict[str, Any]] | None = None, target: str = "ort-cpu",
-           **settings: Any) -> tuple[Result, dict[str, Any], float]:
+def search(
+    case: Case, data: Any, before: list[dict[str, Any]] | None = None, target: str = "ort-cpu", **settings: Any
+) -> tuple[Result, dict[str, Any], float]:
     """Quantize; the result, what the pass tells, seconds of the pass."""
     steps = [*(before or []), *BEFORE, {"use": "mixed-precision", **settings}]
     made = quantize(case.path, {"target": target, "pass": steps}, data)
@@ -42,17 +43,20 @@ def homogeneous(case: Case) -> None:
     feeds = [{case.input: x[None]} for x in case.test]
     reference = runtimes.outputs(runner, feeds)[0]
     whole = 100 * np.mean(reference.argmax(1) == case.labels)
-    print(f"\n| {case.name}, float top-1 {whole:.2f} | size, of 8 bits | top-1 | SQNR dB | s |\n"
-          "|---|---|---|---|---|")
-    rows: list[tuple[str, dict[str, Any]]] = [(f"W{bits}A8 everywhere", {"candidates": [f"W{bits}A8"], "limit": 1.0})
-                                              for bits in (8, 6, 4, 3)]
+    print(f"\n| {case.name}, float top-1 {whole:.2f} | size, of 8 bits | top-1 | SQNR dB | s |\n|---|---|---|---|---|")
+    rows: list[tuple[str, dict[str, Any]]] = [
+        (f"W{bits}A8 everywhere", {"candidates": [f"W{bits}A8"], "limit": 1.0}) for bits in (8, 6, 4, 3)
+    ]
     rows += [(f"mixed, size {limit}", {"limit": limit, "candidates": ALL}) for limit in (0.9, 0.75, 0.6, 0.5, 0.4)]
     for label, settings in rows:
         made, told, seconds = search(case, case.feeds(), curve=0, **settings)
         logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
         size = next(p["size"] for p in told["curve"] if "chosen" in p)
-        print(f"| {label} | {size:.3f} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
-              f"{runtimes.sqnr(reference, logits):.2f} | {seconds:.1f} |", flush=True)
+        print(
+            f"| {label} | {size:.3f} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
+            f"{runtimes.sqnr(reference, logits):.2f} | {seconds:.1f} |",
+            flush=True,
+        )
     for name in ("coding-length", "orthogonality"):
         steps = [{"use": name, "limit": 0.75}, *BEFORE, {"use": "round", "method": "gptq", "sequential": False}]
         made = quantize(case.path, {"pass": steps}, case.feeds())
@@ -61,36 +65,47 @@ def homogeneous(case: Case) -> None:
         bits = {y.name: made.plan[y.weight].bits for y in load(case.path).layers}
         size = sum(n * bits[y["name"]] for n, y in sizes) / sum(8 * n for n, _ in sizes)
         seconds = sum(step["seconds"] for step in made.report["steps"] if step["pass"] in (name, "round"))
-        print(f"| {name}, size 0.75 | {size:.3f} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
-              f"{runtimes.sqnr(reference, logits):.2f} | {seconds:.1f} |", flush=True)
+        print(
+            f"| {name}, size 0.75 | {size:.3f} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
+            f"{runtimes.sqnr(reference, logits):.2f} | {seconds:.1f} |",
+            flush=True,
+        )
 
 
 def ranking(case: Case) -> None:
-    def listed(data: Any, before: list[dict[str, Any]] | None = None,
-               samples: int = 64) -> tuple[dict[Any, float], float]:
+    def listed(data: Any, before: list[dict[str, Any]] | None = None, samples: int = 64) -> tuple[dict[Any, float], float]:
         start = time.perf_counter()
         _, told, _ = search(case, data, before, "npu", candidates=HIGH, limit=1.0, samples=samples)
         return ({(s["group"], s["width"]): s["sqnr"] for s in told["sensitivities"]}, time.perf_counter() - start)
 
     first, seconds = listed(case.feeds())
     others = [{case.input: x[None]} for x in case.test[:256]]
-    images = {"256 other images": listed(others, samples=256)[0],
-              "64 fractal images": listed(None, [{"use": "data-free"}])[0]}
-    print(f"\n{case.name}, {', '.join(HIGH)}, target npu, 63 images: {len(first)} sensitivities, curve and chosen point in "
-          f"{seconds:.0f} s\n\n| list of 63 images against that of | Kendall's tau |\n|---|---|")
+    images = {
+        "256 other images": listed(others, samples=256)[0],
+        "64 fractal images": listed(None, [{"use": "data-free"}])[0],
+    }
+    print(
+        f"\n{case.name}, {', '.join(HIGH)}, target npu, 63 images: {len(first)} sensitivities, curve and chosen point in "
+        f"{seconds:.0f} s\n\n| list of 63 images against that of | Kendall's tau |\n|---|---|"
+    )
     for label, found in images.items():
         keys = sorted(first)
         print(f"| {label} | {kendalltau([first[k] for k in keys], [found[k] for k in keys]).statistic:.3f} |", flush=True)
 
 
 def strategies(case: Case, least: float) -> None:
-    print(f"\n| {case.name}, least SQNR {least:g} dB | networks measured by the search | size | bops | SQNR dB |\n"
-          "|---|---|---|---|---|")
+    print(
+        f"\n| {case.name}, least SQNR {least:g} dB | networks measured by the search | size | bops | SQNR dB |\n"
+        "|---|---|---|---|---|"
+    )
     for strategy in STRATEGIES:
         _, told, _ = search(case, case.feeds(), budget="sqnr", limit=least, strategy=strategy, curve=0)
         chosen = next(p for p in told["curve"] if "chosen" in p)
-        print(f"| {strategy} | {told['networks_measured'] - len(told['sensitivities'])} | {chosen['size']} | "
-              f"{chosen['bops']} | {chosen['sqnr']} |", flush=True)
+        print(
+            f"| {strategy} | {told['networks_measured'] - len(told['sensitivities'])} | {chosen['size']} | "
+            f"{chosen['bops']} | {chosen['sqnr']} |",
+            flush=True,
+        )
 
 
 def main() -> None:

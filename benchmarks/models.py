@@ -48,15 +48,23 @@ def load_case(name: str, shared: Path, test: bool = True) -> Case:
         files = sorted(f for f in folder.iterdir() if f.suffix == ".jpg")
         tested = [f for i, f in enumerate(files) if i % 8] if test else []
         labels = json.loads((folder / "labels.json").read_text())
-        return Case(name, path, "input", _imagenet(files[::8]), _imagenet(tested),
-                    np.array([labels[f.name] for f in tested]))
+        return Case(
+            name, path, "input", _imagenet(files[::8]), _imagenet(tested), np.array([labels[f.name] for f in tested])
+        )
     if name.startswith("resnet20"):
         data = np.load(shared / "data" / "cifar10.npz")
-        return Case(name, path, "input", _cifar(data["calibration_images"]), _cifar(data["test_images"]),
-                    data["test_labels"])
+        return Case(
+            name, path, "input", _cifar(data["calibration_images"]), _cifar(data["test_images"]), data["test_labels"]
+        )
     data = np.load(shared / "data" / "speech_commands12.npz")
-    return Case(name, path, "mfcc", data["calibration_mfcc"].astype(np.float32), data["test_mfcc"].astype(np.float32),
-                data["test_labels"])
+    return Case(
+        name,
+        path,
+        "mfcc",
+        data["calibration_mfcc"].astype(np.float32),
+        data["test_mfcc"].astype(np.float32),
+        data["test_labels"],
+    )
 
 
 def _imagenet(files: list[Path]) -> np.ndarray:

@@ -26,8 +26,10 @@ def main() -> None:
     args = parser.parse_args()
     recipe = load_recipe(args.recipe, find_plugins().passes)
     variants = {args.recipe: recipe, "no pass": replace(recipe, passes=())}
-    variants |= {f"without {left.name}": replace(recipe, passes=tuple(p for p in recipe.passes if p is not left))
-                 for left in recipe.passes}
+    variants |= {
+        f"without {left.name}": replace(recipe, passes=tuple(p for p in recipe.passes if p is not left))
+        for left in recipe.passes
+    }
     print("| model | recipe | SQNR dB | top-1 |\n|---|---|---|---|")
     for name in NAMES:
         case = load_case(name, shared_folder(args.shared))

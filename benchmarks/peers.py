@@ -30,10 +30,30 @@ import numpy as np
 from benchmarks.int8 import judge, machine, quantize_with, reader
 from benchmarks.models import NAMES, Case, load_case, peak_memory, shared_folder
 
-PACKAGES = {"onnxruntime": "onnxruntime", "onnxsim": "onnxsim", "nncf": "nncf", "quark": "amd-quark",
-            "aimet": "aimet-onnx", "onnxq int8": "onnx", "onnxq int8-rounded": "onnx"}
-COLUMNS = ("model", "tool", "top-1", "loss", "SQNR dB", "agree", "ms", "speed-up", "MB", "quantize s", "MB before",
-           "peak MB", "kernels")
+PACKAGES = {
+    "onnxruntime": "onnxruntime",
+    "onnxsim": "onnxsim",
+    "nncf": "nncf",
+    "quark": "amd-quark",
+    "aimet": "aimet-onnx",
+    "onnxq int8": "onnx",
+    "onnxq int8-rounded": "onnx",
+}
+COLUMNS = (
+    "model",
+    "tool",
+    "top-1",
+    "loss",
+    "SQNR dB",
+    "agree",
+    "ms",
+    "speed-up",
+    "MB",
+    "quantize s",
+    "MB before",
+    "peak MB",
+    "kernels",
+)
 
 
 def with_nncf(case: Case, out: Path, iterations: int) -> float:
@@ -53,8 +73,10 @@ def with_quark(case: Case, out: Path, iterations: int) -> float:
 
     start = time.perf_counter()
     channels, ranges = quark.QuantGranularity.Channel, quark.CalibMethod.MinMax
-    layers = quark.QLayerConfig(activation=quark.UInt8Spec(calibration_method=ranges),
-                                weight=quark.Int8Spec(calibration_method=ranges, quant_granularity=channels))
+    layers = quark.QLayerConfig(
+        activation=quark.UInt8Spec(calibration_method=ranges),
+        weight=quark.Int8Spec(calibration_method=ranges, quant_granularity=channels),
+    )
     learn = quark.AdaRoundConfig(num_iterations=iterations)
     config = quark.QConfig(layers, algo_config=[quark.CLEConfig(), learn])  # ReplaceClip6Relu would change the function
     quark.ModelQuantizer(config).quantize_model(str(case.path), str(out), reader(case))
@@ -140,9 +162,24 @@ def main() -> None:
             models, costs = {"float": case.path}, {}
             for tool in (t for t, found in releases.items() if found):
                 out = Path(folder) / f"{tool.replace(' ', '_')}.onnx"
-                command = [pythons[tool], "-m", "benchmarks.peers", "--shared", str(shared.resolve()), "--iterations",
-                           str(args.iterations), "--data", data, "--test", test, "--models", "--child", tool,
-                           str(case.path.resolve()) if name.endswith(".onnx") else name, str(out)]
+                command = [
+                    pythons[tool],
+                    "-m",
+                    "benchmarks.peers",
+                    "--shared",
+                    str(shared.resolve()),
+                    "--iterations",
+                    str(args.iterations),
+                    "--data",
+                    data,
+                    "--test",
+                    test,
+                    "--models",
+                    "--child",
+                    tool,
+                    str(case.path.resolve()) if name.endswith(".onnx") else name,
+                    str(out),
+                ]
                 done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=env)
                 if done.returncode or not out.is_file():
                     print(f"{tool} failed on {name}: {(done.stderr.strip() or '-').splitlines()[-1]}", file=sys.stderr)
@@ -153,9 +190,12 @@ def main() -> None:
             rows = judge(case, models)
         for tool, row in rows.items():
             loss, slow = (float(rows["float"][key]) for key in ("top1", "ms"))
-            print(f"| {case.name} | {tool} | {row['top1']:.2f} | {loss - float(row['top1']):.2f} | {row['sqnr']} | "
-                  f"{row['agree']:.1f} | {row['ms']:.3f} | {slow / float(row['ms']):.2f} | {row['mb']:.2f} | "
-                  f"{costs.get(tool, '- | - | -')} | {row['kernels']} |", flush=True)
+            print(
+                f"| {case.name} | {tool} | {row['top1']:.2f} | {loss - float(row['top1']):.2f} | {row['sqnr']} | "
+                f"{row['agree']:.1f} | {row['ms']:.3f} | {slow / float(row['ms']):.2f} | {row['mb']:.2f} | "
+                f"{costs.get(tool, '- | - | -')} | {row['kernels']} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -33,11 +33,14 @@ BEFORE, BEHIND = {"use": "scale-inputs"}, {"use": "ranges"}
 EQUALIZE, SHIFT, CORRECT, ABSORB = ({"use": name} for name in ("equalize", "shift-equalize", "bias-correct", "absorb-bias"))
 WORTH = {**SHIFT, "gain": 2.0}  # as in recipe int8-per-tensor
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "plainly": [BEHIND], "bias-correct": [BEHIND, CORRECT],
-    "equalize": [EQUALIZE, BEHIND], "equalize, bias-correct": [EQUALIZE, BEHIND, CORRECT],
+    "plainly": [BEHIND],
+    "bias-correct": [BEHIND, CORRECT],
+    "equalize": [EQUALIZE, BEHIND],
+    "equalize, bias-correct": [EQUALIZE, BEHIND, CORRECT],
     "equalize by powers of two, bias-correct": [{**EQUALIZE, "pow2": True}, BEHIND, CORRECT],
     "equalize, absorb-bias, bias-correct": [EQUALIZE, ABSORB, BEHIND, CORRECT],
-    "shift-equalize": [BEHIND, SHIFT], "shift-equalize, bias-correct": [BEHIND, SHIFT, CORRECT],
+    "shift-equalize": [BEHIND, SHIFT],
+    "shift-equalize, bias-correct": [BEHIND, SHIFT, CORRECT],
     "equalize, shift-equalize": [EQUALIZE, BEHIND, SHIFT],
     "equalize, shift-equalize, bias-correct": [EQUALIZE, BEHIND, SHIFT, CORRECT],
     "the same with shift-equalize.gain = 2 (recipe int8-per-tensor)": [EQUALIZE, BEHIND, WORTH, CORRECT],
@@ -60,8 +63,10 @@ def judge(case: Case, reference: np.ndarray, made: Any) -> str:
 def table(case: Case) -> None:
     runner = runtimes.session(case.path)
     reference = runtimes.outputs(runner, [{case.input: x[None]} for x in case.test])[0]
-    print(f"\n| {case.name}, float top-1 {100 * np.mean(reference.argmax(1) == case.labels):.2f} | top-1 | loss | SQNR dB | "
-          "layers with shifts |\n|---|---|---|---|---|")
+    print(
+        f"\n| {case.name}, float top-1 {100 * np.mean(reference.argmax(1) == case.labels):.2f} | top-1 | loss | SQNR dB | "
+        "layers with shifts |\n|---|---|---|---|---|"
+    )
     for name, steps in ROWS.items():
         print(f"| {name} | {judge(case, reference, quantize(case.path, recipe(steps), case.feeds()))} |", flush=True)
     made = quantize(case.path, "int8", case.feeds())

@@ -39,11 +39,21 @@ def recipe(bits: int, passes: list[dict[str, Any]], everywhere: bool, multiplier
 def variants(alone: bool, multipliers: bool) -> dict[str, list[dict[str, Any]]]:
     """Label -> passes behind the ranges."""
     extra = {"sequential": False} if alone else {}
-    vectors = {f"vector-scale {method} + bias": [{"use": "vector-scale", "method": method}, {"use": "bias-correct"}]
-               for method in ("minmax", "mse")} if multipliers else {}
-    return {"plain": [], "plain + bias": [{"use": "bias-correct"}], **vectors,
-            "scales + bias": [{"use": "sub-layer", "shift": True}, {"use": "bias-correct"}],
-            **{method: [{"use": "round", "method": method, **extra}] for method in METHODS}}
+    vectors = (
+        {
+            f"vector-scale {method} + bias": [{"use": "vector-scale", "method": method}, {"use": "bias-correct"}]
+            for method in ("minmax", "mse")
+        }
+        if multipliers
+        else {}
+    )
+    return {
+        "plain": [],
+        "plain + bias": [{"use": "bias-correct"}],
+        **vectors,
+        "scales + bias": [{"use": "sub-layer", "shift": True}, {"use": "bias-correct"}],
+        **{method: [{"use": "round", "method": method, **extra}] for method in METHODS},
+    }
 
 
 def measure(case: Case, passes: dict[str, Any]) -> tuple[float, float, float, float]:
@@ -54,8 +64,12 @@ def measure(case: Case, passes: dict[str, Any]) -> tuple[float, float, float, fl
     feeds = [{case.input: x[None]} for x in case.test]
     reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
     logits = runtimes.outputs(runtimes.session(result.model), feeds)[0]
-    return (runtimes.sqnr(reference, logits), 100 * runtimes.agreement(reference, logits),
-            100 * float(np.mean(logits.argmax(1) == case.labels)), seconds)
+    return (
+        runtimes.sqnr(reference, logits),
+        100 * runtimes.agreement(reference, logits),
+        100 * float(np.mean(logits.argmax(1) == case.labels)),
+        seconds,
+    )
 
 
 def main() -> None:

@@ -34,8 +34,9 @@ def images(n: int, seed: int, channels: int = 3, size: int = 16) -> Array:
     return (np.kron(coarse, np.ones((1, 1, 4, 4))) + 0.3 * fine).astype(np.float32)
 
 
-def folded(rng: np.random.Generator, x: Array, width: int, *, stride: int = 1,
-           depthwise: bool = False) -> tuple[Array, Array]:
+def folded(
+    rng: np.random.Generator, x: Array, width: int, *, stride: int = 1, depthwise: bool = False
+) -> tuple[Array, Array]:
     """Weight and bias of one block with `width` outputs over the input x [N, C, H, W]: 3x3, 1x1 and, where the shape stays,
     identity branches, each normalized."""
     channels = 1 if depthwise else x.shape[1]
@@ -83,18 +84,30 @@ def network(blocks: int, width: int, *, seed: int = 0, depthwise: bool = False) 
             weight, bias = folded(rng, x, width, stride=stride, depthwise=groups > 1)
         x = np.maximum(convolve(x, weight, bias, stride=stride), 0)
         constants += [numpy_helper.from_array(v.astype(np.float32), f"{n}{i}") for n, v in (("w", weight), ("b", bias))]
-        nodes += [helper.make_node("Conv", [name, f"w{i}", f"b{i}"], [f"c{i}"], f"conv{i}", strides=[stride] * 2,
-                                   pads=[weight.shape[2] // 2] * 4, group=groups),
-                  helper.make_node("Relu", [f"c{i}"], [f"y{i}"], f"relu{i}")]
+        nodes += [
+            helper.make_node(
+                "Conv",
+                [name, f"w{i}", f"b{i}"],
+                [f"c{i}"],
+                f"conv{i}",
+                strides=[stride] * 2,
+                pads=[weight.shape[2] // 2] * 4,
+                group=groups,
+            ),
+            helper.make_node("Relu", [f"c{i}"], [f"y{i}"], f"relu{i}"),
+        ]
         name = f"y{i}"
-    made = [helper.make_tensor_value_info(tensor, TensorProto.FLOAT, ["N", channels, f"{tensor}_H", f"{tensor}_W"])
-            for tensor, channels in (("x", 3), (name, width))]
+    made = [
+        helper.make_tensor_value_info(tensor, TensorProto.FLOAT, ["N", channels, f"{tensor}_H", f"{tensor}_W"])
+        for tensor, channels in (("x", 3), (name, width))
+    ]
     graph = helper.make_graph(nodes, "repvgg", made[:1], made[1:], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
-def measure(model: onnx.ModelProto, recipe: dict[str, Any], step: dict[str, Any] | None = None,
-            seed: int = 0) -> tuple[float, list[dict[str, float]]]:
+def measure(
+    model: onnx.ModelProto, recipe: dict[str, Any], step: dict[str, Any] | None = None, seed: int = 0
+) -> tuple[float, list[dict[str, float]]]:
     """Output SQNR in dB on images that calibration never saw, and what the pass tells of the layers that it split.
 
     step   parameters of `split-weights`; None to leave it out
@@ -118,8 +131,11 @@ def gains(blocks: list[int], width: int, seeds: int) -> None:
                 plain = np.mean([measure(m, recipe, seed=i)[0] for i, m in enumerate(models)])
                 made = [measure(m, recipe, {}, seed=i) for i, m in enumerate(models)]
                 db, layers = np.mean([m[0] for m in made]), np.mean([len(m[1]) for m in made])
-                print(f"| {count} | {label} | {bits} bits per {block} | {plain:.1f} | {db:.1f} | {db - plain:+.1f} | "
-                      f"{layers:.1f} of {count + 1} |", flush=True)
+                print(
+                    f"| {count} | {label} | {bits} bits per {block} | {plain:.1f} | {db:.1f} | {db - plain:+.1f} | "
+                    f"{layers:.1f} of {count + 1} |",
+                    flush=True,
+                )
 
 
 def break_even(seeds: int) -> None:
@@ -129,11 +145,20 @@ def break_even(seeds: int) -> None:
         models = [network(2, width, seed=seed, depthwise=depthwise) for seed in range(seeds)]
         for bits, block in itertools.product((8, 7, 6, 5) if depthwise else (8, 7), ("channel", "tensor")):
             recipe = {"weights": {"bits": bits, "block": block}, "layer": [{"position": "first", "weights": {"bits": 8}}]}
-            found = [(measure(m, recipe, seed=i)[0], *measure(m, recipe, {"gain": 0.0, "below": 999.0}, seed=i))
-                     for i, m in enumerate(models)]
+            found = [
+                (measure(m, recipe, seed=i)[0], *measure(m, recipe, {"gain": 0.0, "below": 999.0}, seed=i))
+                for i, m in enumerate(models)
+            ]
             weights = np.mean([layer["weights_db_before"] for _, _, told in found for layer in told[-2:]])
-            rows.append((weights, f"{'depthwise' if depthwise else 'dense'}, width {width}", f"{bits} bits per {block}",
-                         np.mean([row[0] for row in found]), np.mean([row[1] for row in found])))
+            rows.append(
+                (
+                    weights,
+                    f"{'depthwise' if depthwise else 'dense'}, width {width}",
+                    f"{bits} bits per {block}",
+                    np.mean([row[0] for row in found]),
+                    np.mean([row[1] for row in found]),
+                )
+            )
     print("| weights dB | blocks | weights | plain dB | split dB | gain dB |\n|---|---|---|---|---|---|")
     for weights, label, how, plain, db in sorted(rows, key=lambda row: -row[0]):
         print(f"| {weights:.1f} | {label} | {how} | {plain:.1f} | {db:.1f} | {db - plain:+.1f} |")

@@ -66,10 +66,15 @@ def chance(case: Case, seeds: int) -> None:
         model = onnxq.quantize(case.path, "int4-storage", case.feeds(), seed=seed).model
         logits = runtimes.outputs(runtimes.session(model), feeds)[0]
         found.append(_top1(logits, case))
-        print(f"| {seed} | {found[-1]:.2f} | {runtimes.sqnr(reference, logits):.2f} | "
-              f"{100 * runtimes.agreement(reference, logits):.1f} |", flush=True)
-    print(f"\nmean {np.mean(found):.2f}, standard deviation {np.std(found):.2f}, "
-          f"loss {_top1(reference, case) - np.mean(found):.2f}")
+        print(
+            f"| {seed} | {found[-1]:.2f} | {runtimes.sqnr(reference, logits):.2f} | "
+            f"{100 * runtimes.agreement(reference, logits):.1f} |",
+            flush=True,
+        )
+    print(
+        f"\nmean {np.mean(found):.2f}, standard deviation {np.std(found):.2f}, "
+        f"loss {_top1(reference, case) - np.mean(found):.2f}"
+    )
 
 
 def main() -> None:
@@ -84,8 +89,23 @@ def main() -> None:
         for name in args.models:
             chance(load_case(name, shared_folder(args.shared)), args.seeds)
         return
-    columns = ("model", "recipe", "top-1", "loss", "SQNR dB", "agree", "bits/weight", "MB", "of int8", "ms", "of int8",
-               "quantize s", "kernels", "OpenVINO: integer layers", "same argmax")
+    columns = (
+        "model",
+        "recipe",
+        "top-1",
+        "loss",
+        "SQNR dB",
+        "agree",
+        "bits/weight",
+        "MB",
+        "of int8",
+        "ms",
+        "of int8",
+        "quantize s",
+        "kernels",
+        "OpenVINO: integer layers",
+        "same argmax",
+    )
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in args.models:
         case = load_case(name, shared_folder(args.shared))
@@ -99,18 +119,24 @@ def main() -> None:
             results[label] = onnxq.quantize(case.path, recipe, case.feeds())
             runners[label] = runtimes.session(results[label].model)
         times = dict(zip(runners, runtimes.latency(list(runners.values()), feeds[0], args.seconds), strict=True))
-        print(f"| {name} | float | {_top1(reference, case):.2f} | | | | 32 | {case.path.stat().st_size / 1e6:.2f} | | "
-              f"{times['float']:.3f} | {times['float'] / times['int8']:.2f} | | | | |", flush=True)
+        print(
+            f"| {name} | float | {_top1(reference, case):.2f} | | | | 32 | {case.path.stat().st_size / 1e6:.2f} | | "
+            f"{times['float']:.3f} | {times['float'] / times['int8']:.2f} | | | | |",
+            flush=True,
+        )
         size = results["int8"].model.ByteSize()
         for label, result in results.items():
             logits = runtimes.outputs(runners[label], feeds)[0]
             other = "- | -" if label == "int4-weight-only" else openvino(case, recipes()[label])
-            print(f"| {name} | {label} | {_top1(logits, case):.2f} | {_top1(reference, case) - _top1(logits, case):.2f} | "
-                  f"{runtimes.sqnr(reference, logits):.2f} | {100 * runtimes.agreement(reference, logits):.1f} | "
-                  f"{result.report['bits_per_weight']:.2f} | {result.model.ByteSize() / 1e6:.3f} | "
-                  f"{100 * result.model.ByteSize() / size:.1f} % | {times[label]:.3f} | "
-                  f"{times[label] / times['int8']:.3f} | "
-                  f"{result.report['seconds']:.1f} | {result.summary.split(' | ')[0]} | {other} |", flush=True)
+            print(
+                f"| {name} | {label} | {_top1(logits, case):.2f} | {_top1(reference, case) - _top1(logits, case):.2f} | "
+                f"{runtimes.sqnr(reference, logits):.2f} | {100 * runtimes.agreement(reference, logits):.1f} | "
+                f"{result.report['bits_per_weight']:.2f} | {result.model.ByteSize() / 1e6:.3f} | "
+                f"{100 * result.model.ByteSize() / size:.1f} % | {times[label]:.3f} | "
+                f"{times[label] / times['int8']:.3f} | "
+                f"{result.report['seconds']:.1f} | {result.summary.split(' | ')[0]} | {other} |",
+                flush=True,
+            )
 
 
 def _top1(logits: np.ndarray, case: Case) -> float:

@@ -23,8 +23,10 @@ from onnxq_plugins import runtimes
 
 def recipe(block: str, *passes: dict[str, Any]) -> dict[str, Any]:
     """8-bit weights at a granularity, with `passes` between ranges and bias correction."""
-    return {"weights": {"bits": 8, "block": block},
-            "pass": [{"use": "ranges", "method": "mse"}, *passes, {"use": "bias-correct"}]}
+    return {
+        "weights": {"bits": 8, "block": block},
+        "pass": [{"use": "ranges", "method": "mse"}, *passes, {"use": "bias-correct"}],
+    }
 
 
 def variants(counts: list[int], gains: list[float], balances: list[float]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -36,8 +38,10 @@ def variants(counts: list[int], gains: list[float], balances: list[float]) -> It
             yield f"{k} as channels, balance {balance:g}", recipe("tensor", step)
     for gain in gains:
         for k in counts:
-            yield f"{k} as layers, gain {gain:g}", recipe("tensor", {"use": "subtensor", "clusters": k, "split": True,
-                                                                     "gain": gain})
+            yield (
+                f"{k} as layers, gain {gain:g}",
+                recipe("tensor", {"use": "subtensor", "clusters": k, "split": True, "gain": gain}),
+            )
     yield "one scale per channel", recipe("channel")
 
 
@@ -61,10 +65,15 @@ def main() -> None:
         logits = runtimes.outputs(runners[label], feeds)[0]
         told = next((step["told"]["layers"] for step in result.report["steps"] if step["pass"] == "subtensor"), {})
         audit = onnxq.audit_model(result.model)
-        movers = ", ".join(f"{audit.other[op]} {op}" for op in ("QLinearConcat", "Concat", "Gather", "Split", "Slice",
-                                                                "Transpose") if audit.other.get(op))
-        cells[label] = (f"{runtimes.sqnr(reference, logits):.2f} | {_top1(logits, case.labels):.2f} | {len(told)} | "
-                        f"{result.model.ByteSize() / 1e6:.2f} | {audit.summary()}; {movers}")
+        movers = ", ".join(
+            f"{audit.other[op]} {op}"
+            for op in ("QLinearConcat", "Concat", "Gather", "Split", "Slice", "Transpose")
+            if audit.other.get(op)
+        )
+        cells[label] = (
+            f"{runtimes.sqnr(reference, logits):.2f} | {_top1(logits, case.labels):.2f} | {len(told)} | "
+            f"{result.model.ByteSize() / 1e6:.2f} | {audit.summary()}; {movers}"
+        )
     times = runtimes.latency(list(runners.values()), feeds[0], args.seconds * len(runners))
     print(f"{machine()}\n\n{case.name}, {len(feeds)} test samples\n")
     print("| weights | SQNR dB | top-1 | layers clustered | MB | kernels | ms |\n|---|---|---|---|---|---|---|")

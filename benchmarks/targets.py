@@ -51,10 +51,16 @@ class Row:
     def cells(self) -> list[str]:
         """What the page says of them."""
         bits = self.rule.weights
-        return [self.rule.op, f"{self.rule.activations} bits" if self.rule.activations else "float",
-                str(bits[0]) if len(bits) == 1 else f"{bits[0]}-{bits[-1]}",
-                self.scales(), self.rule.storage, self.rule.kernel, ", ".join(sorted(self.onnxruntime)),
-                *([", ".join(sorted(self.openvino))] if self.openvino is not None else [])]
+        return [
+            self.rule.op,
+            f"{self.rule.activations} bits" if self.rule.activations else "float",
+            str(bits[0]) if len(bits) == 1 else f"{bits[0]}-{bits[-1]}",
+            self.scales(),
+            self.rule.storage,
+            self.rule.kernel,
+            ", ".join(sorted(self.onnxruntime)),
+            *([", ".join(sorted(self.openvino))] if self.openvino is not None else []),
+        ]
 
     def scales(self) -> str:
         """Where scales lie, in words."""
@@ -100,9 +106,11 @@ def rows(target: Target) -> tuple[Row, ...]:
     for rule in target.rules:
         alike: dict[tuple[frozenset[str], frozenset[str] | None], tuple[list[str], list[str]]] = {}
         for granularity in rule.granularity:
-            for multipliers in (False, True)[:1 + (rule.multipliers and granularity in ("tensor", "channel"))]:
-                runs = [run(rule.op, target.name, rule.activations or 32, weights)
-                        for weights in settings(rule, granularity, multipliers)]
+            for multipliers in (False, True)[: 1 + (rule.multipliers and granularity in ("tensor", "channel"))]:
+                runs = [
+                    run(rule.op, target.name, rule.activations or 32, weights)
+                    for weights in settings(rule, granularity, multipliers)
+                ]
                 here = frozenset().union(*(ran for ran, _ in runs))
                 there = frozenset().union(*(ran for _, ran in runs if ran)) if runs[0][1] else None
                 alike.setdefault((here, there), ([], []))[multipliers].append(granularity)
@@ -157,8 +165,10 @@ def main() -> None:
     import openvino
 
     print(INTRO)
-    print(f"Made with onnxruntime {onnxruntime.__version__} and OpenVINO {openvino.__version__.partition('-')[0]}, "
-          f"{machine().partition(',')[0]}.\n")
+    print(
+        f"Made with onnxruntime {onnxruntime.__version__} and OpenVINO {openvino.__version__.partition('-')[0]}, "
+        f"{machine().partition(',')[0]}.\n"
+    )
     print("\n".join(section(target) for target in find_plugins().targets.values()), end="")
 
 

@@ -26,9 +26,13 @@ def main() -> None:
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     weight = numpy_helper.from_array(rng.normal(size=(args.inputs, args.outputs)).astype(np.float32), "w")
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"], "wide")], "wide",
-                              [helper.make_tensor_value_info("x", TensorProto.FLOAT, [16, args.inputs])],
-                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, [16, args.outputs])], [weight])
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], "wide")],
+        "wide",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [16, args.inputs])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [16, args.outputs])],
+        [weight],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
     model.ir_version = 10
     onnx.checker.check_model(model)
@@ -36,8 +40,10 @@ def main() -> None:
     before, start = peak_memory(), time.perf_counter()
     weights = {"bits": 4, "sub_block": args.sub_block or "none"}
     onnxq.quantize(model, {"weights": weights, "pass": [{"use": "round", "method": "gptq"}]}, data)
-    print(f"{args.inputs} x {args.outputs}: peak {peak_memory():.0f} MB, {before:.0f} MB of it before quantizing, "
-          f"{time.perf_counter() - start:.1f} s")
+    print(
+        f"{args.inputs} x {args.outputs}: peak {peak_memory():.0f} MB, {before:.0f} MB of it before quantizing, "
+        f"{time.perf_counter() - start:.1f} s"
+    )
 
 
 if __name__ == "__main__":

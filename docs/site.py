@@ -14,8 +14,12 @@ from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import builtin_recipes, default_of
 
 ROOT = Path(__file__).parent.parent
-GUIDES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.stem not in (
-    "design", "benchmarks", "pipelines", "write-a-plugin", "recipes", "report", "troubleshooting", "tutorial"))
+GUIDES = sorted(
+    page
+    for page in (ROOT / "docs").glob("*.md")
+    if page.stem
+    not in ("design", "benchmarks", "pipelines", "write-a-plugin", "recipes", "report", "troubleshooting", "tutorial")
+)
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -32,9 +36,17 @@ def pages() -> dict[str, str]:
     found = find_plugins()
     made = {f"passes/{name}.md": pass_page(name, kind) for name, kind in found.passes.items()}
     rows = [f"| [{name}]({name}.md) | {first_sentence(kind)} |" for name, kind in sorted(found.passes.items())]
-    made["passes/index.md"] = "\n".join([
-        "# Passes", "", "One published algorithm each; a recipe says which run, in which order.", "",
-        "| pass | what it does |", "|---|---|", *rows])
+    made["passes/index.md"] = "\n".join(
+        [
+            "# Passes",
+            "",
+            "One published algorithm each; a recipe says which run, in which order.",
+            "",
+            "| pass | what it does |",
+            "|---|---|",
+            *rows,
+        ]
+    )
     above = {"docs/": "", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
     made["index.md"] = moved(ROOT / "README.md", above)
     made["changelog.md"] = moved(ROOT / "CHANGELOG.md", {"docs/": ""})
@@ -54,8 +66,9 @@ def pass_page(name: str, kind: type) -> str:
         if not mine:
             body.append(markdown(section))
     hints = typing.get_type_hints(kind)
-    rows = [f"| `{key}` | {type_name(hints[key])} | `{default_of(f)!r}` | {told.get(key, '')} |"
-            for key, f in parameters.items()]
+    rows = [
+        f"| `{key}` | {type_name(hints[key])} | `{default_of(f)!r}` | {told.get(key, '')} |" for key, f in parameters.items()
+    ]
     used = [f"`{recipe}`" for recipe, file in builtin_recipes().items() if f'use = "{name}"' in file.read_text("utf-8")]
     named = re.compile(rf"`{re.escape(name)}[`.]|use = \"{name}\"")
     guides = [f"[{title(page)}](../{page.name})" for page in GUIDES if named.search(page.read_text("utf-8"))]
@@ -63,7 +76,7 @@ def pass_page(name: str, kind: type) -> str:
     parts = [f"# {name}", *body, f"The float function {exact}."]
     if rows:
         parts += ["## Parameters", "\n".join(["| parameter | type | default | |", "|---|---|---|---|", *rows])]
-    parts.append("## In a recipe\n\n```toml\n[[pass]]\nuse = \"" + name + "\"\n```")
+    parts.append('## In a recipe\n\n```toml\n[[pass]]\nuse = "' + name + '"\n```')
     if used:
         parts.append(f"Built-in recipes with it: {', '.join(used)}.")
     if guides:

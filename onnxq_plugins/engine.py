@@ -116,16 +116,32 @@ class Result:
         columns = ("name", "op", "weights", "bits_per_weight", "kernel", "why_float")
         rows = ("".join(f"<td>{escape(str(row.get(key, '')))}</td>" for key in columns) for row in self.report["layers"])
         head = "".join(f"<th>{key.replace('_', ' ')}</th>" for key in columns)
-        return (f"<p>{escape(self.summary)}</p><details><summary>{len(self.report['layers'])} layers</summary>"
-                f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table></details>")
+        return (
+            f"<p>{escape(self.summary)}</p><details><summary>{len(self.report['layers'])} layers</summary>"
+            f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table></details>"
+        )
 
 
-def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | Mapping[str, Any] | Recipe = "int8",
-             data: Source | None = None, *, output: str | Path | None = None, target: str | None = None, seed: int = 0,
-             samples: int = 0, workers: int | None = None, cache: str | Path | None = None, verify: bool = False,
-             float32: bool = False, settings: Iterable[str] = (), plugins: Iterable[object] = (),
-             labels: str | Path | Array | None = None, metric: str | Metric | None = None, track: Track = silent,
-             trace: Trace | None = None) -> Result:
+def quantize(
+    model: str | Path | onnx.ModelProto | Graph,
+    recipe: str | Path | Mapping[str, Any] | Recipe = "int8",
+    data: Source | None = None,
+    *,
+    output: str | Path | None = None,
+    target: str | None = None,
+    seed: int = 0,
+    samples: int = 0,
+    workers: int | None = None,
+    cache: str | Path | None = None,
+    verify: bool = False,
+    float32: bool = False,
+    settings: Iterable[str] = (),
+    plugins: Iterable[object] = (),
+    labels: str | Path | Array | None = None,
+    metric: str | Metric | None = None,
+    track: Track = silent,
+    trace: Trace | None = None,
+) -> Result:
     """Quantize a float ONNX model into QDQ form.
 
     model      path, ModelProto or Graph; left alone
@@ -178,9 +194,18 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     if cache:
         clear_leftovers(Path(cache))
     calibration = Calibration(graph, read, cache=Path(cache) if cache else None, workers=workers, track=track)
-    job = Job(graph, asked.plan, calibration, chosen, made, np.random.default_rng(seed), workers,
-              {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.remarks() if read else ())]},
-              track, judge)
+    job = Job(
+        graph,
+        asked.plan,
+        calibration,
+        chosen,
+        made,
+        np.random.default_rng(seed),
+        workers,
+        {"floats": dict(asked.floats), "notes": [*graph.notes, *asked.notes, *(read.remarks() if read else ())]},
+        track,
+        judge,
+    )
     steps = [_run(job, step, found, verify) for step in made.passes]
     if judge is not None and not any(hasattr(step, "metric") for step in made.passes):
         job.report["notes"].append(f"metric '{metric_name(judge)}': no pass of the recipe searches, so none asked for it")
@@ -191,8 +216,10 @@ def quantize(model: str | Path | onnx.ModelProto | Graph, recipe: str | Path | M
     complete(job)
     OnnxqError.check(chosen.problems(graph, job.plan, _layer_inputs(job)))
     if widened := job.report.pop("widened", {}):
-        channels, layers = (f"{n} {what}{'s' * (n > 1)}" for n, what in (
-            (sum(widened.values()), "nearly empty channel"), (len(widened), "layer")))
+        channels, layers = (
+            f"{n} {what}{'s' * (n > 1)}"
+            for n, what in ((sum(widened.values()), "nearly empty channel"), (len(widened), "layer"))
+        )
         job.report["notes"].append(f"scales of {channels} in {layers} were widened so that their biases fit int32")
     beside = DataFile(Path(output)) if output is not None and graph.mapped.size > LARGE else None
     with beside or contextlib.nullcontext():
@@ -256,17 +283,26 @@ def _run(job: Job, step: Pass, found: Plugins, verify: bool) -> dict[str, Any]:
     job.graph.touched.clear()
     start = time.perf_counter()
     gave = _guarded(step, lambda: found.manager.hook.onnxq_run_pass(step=step, job=job), found)
-    entry = {"pass": step.name, "seconds": round(time.perf_counter() - start, 3), "exact": step.exact,
-             **({"parameters": _parameters(step)} if _parameters(step) else {}), "told": gave}
+    entry = {
+        "pass": step.name,
+        "seconds": round(time.perf_counter() - start, 3),
+        "exact": step.exact,
+        **({"parameters": _parameters(step)} if _parameters(step) else {}),
+        "told": gave,
+    }
     if reference is not None:
         moved = runtimes.drift(reference, _probe(job.graph, data))
         entry["drift"] = moved
         if moved > DRIFT:
-            raise LawBroken(f"pass '{step.name}' changed the float function by {moved:.1e} (limit {DRIFT:.0e}) though "
-                            "it declares exact = True; this is a bug of the pass: mend it, or declare exact = False.")
+            raise LawBroken(
+                f"pass '{step.name}' changed the float function by {moved:.1e} (limit {DRIFT:.0e}) though "
+                "it declares exact = True; this is a bug of the pass: mend it, or declare exact = False."
+            )
     if not isinstance(job.plan, Plan):
-        raise LawBroken(f"pass '{step.name}' leaves a {type(job.plan).__name__} in job.plan; write job.plan |= "
-                        "{name: spec}, which makes a new Plan.")
+        raise LawBroken(
+            f"pass '{step.name}' leaves a {type(job.plan).__name__} in job.plan; write job.plan |= "
+            "{name: spec}, which makes a new Plan."
+        )
     touched = job.graph.touched | {n for n, w in _weights(job.graph).items() if n in weights and w != weights[n]}
     stale = [n for n in touched if n in job.plan and job.plan[n].solved and job.plan[n] is before_plan.get(n)]
     job.plan |= {n: job.plan[n].request() for n in stale}
@@ -274,8 +310,9 @@ def _run(job: Job, step: Pass, found: Plugins, verify: bool) -> dict[str, Any]:
         job.plan = job.plan.without(*gone)
     for name, spec in job.plan.items():
         if spec is not before_plan.get(name) and (wrong := requests.entry_problem(job.graph, name, spec)):
-            raise LawBroken(f"the planned entry of '{name}' that pass '{step.name}' leaves {wrong}; this is a bug of the "
-                            "pass.")
+            raise LawBroken(
+                f"the planned entry of '{name}' that pass '{step.name}' leaves {wrong}; this is a bug of the pass."
+            )
     return entry
 
 
@@ -290,15 +327,19 @@ def _guarded(step: Pass, run: Callable[[], Any], found: Plugins) -> dict[str, An
         by = f" ({source} {found.versions[source]})" if source in found.versions else ""
         file = getattr(sys.modules.get(type(step).__module__), "__file__", None)
         home = None if file is None else Path(file).parent if Path(file).name == "__init__.py" else Path(file)
-        raise LawBroken(f"pass '{step.name}'{by} fails with {raised(error, home)}; this is a bug of the pass, or "
-                        "of what it was given to call.") from error
+        raise LawBroken(
+            f"pass '{step.name}'{by} fails with {raised(error, home)}; this is a bug of the pass, or "
+            "of what it was given to call."
+        ) from error
     try:
         if not isinstance(gave, dict):
             raise TypeError(f"it is a {type(gave).__name__}")
         json.dumps(gave, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise LawBroken(f"pass '{step.name}' returns what a report cannot hold ({error}); return a dict of plain numbers, "
-                        "text, lists and dicts, such as int(n) for a numpy number.") from error
+        raise LawBroken(
+            f"pass '{step.name}' returns what a report cannot hold ({error}); return a dict of plain numbers, "
+            "text, lists and dicts, such as int(n) for a numpy number."
+        ) from error
     return gave
 
 
@@ -317,10 +358,18 @@ def _probe(graph: Graph, data: Data | None) -> list[Array]:
         feeds = list(islice(data, 4))
     else:
         rng = np.random.default_rng(0)
-        shapes = {i.name: [n or (128 if len(i.shape) == 4 and a > 1 else 1) for a, n in enumerate(i.shape)]
-                  for i in graph_inputs(graph)}
-        feeds = [{i.name: (rng.standard_normal(shapes[i.name]) if i.dtype.kind == "f" else np.ones(shapes[i.name]))
-                  .astype(i.dtype) for i in graph_inputs(graph)}]
+        shapes = {
+            i.name: [n or (128 if len(i.shape) == 4 and a > 1 else 1) for a, n in enumerate(i.shape)]
+            for i in graph_inputs(graph)
+        }
+        feeds = [
+            {
+                i.name: (rng.standard_normal(shapes[i.name]) if i.dtype.kind == "f" else np.ones(shapes[i.name])).astype(
+                    i.dtype
+                )
+                for i in graph_inputs(graph)
+            }
+        ]
     weights: dict[str, Array] = {}
     return runtimes.outputs(runtimes.session(graph.model(weights), weights=weights), feeds)
 
@@ -331,8 +380,9 @@ def _parameters(step: Pass) -> dict[str, Any]:
 
 
 def _layer_inputs(job: Job) -> dict[str, str]:
-    return {y.name: requests.layer_input(job.graph, job.plan, job.target, y) for y in job.graph.layers
-            if y.weight in job.plan}
+    return {
+        y.name: requests.layer_input(job.graph, job.plan, job.target, y) for y in job.graph.layers if y.weight in job.plan
+    }
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------------
@@ -342,8 +392,11 @@ def _sign(model: onnx.ModelProto, recipe: Recipe, found: Plugins, seed: int) -> 
     """Write into the model what is needed to make it again."""
     used = {found.sources[f"pass {step.name}"] for step in recipe.passes} | {found.sources[f"target {recipe.target}"]}
     versions = {name: found.versions.get(name, _version(name)) for name in sorted(used | {"onnxq-plugins"})}
-    values = {"onnxq.recipe": recipe.to_json(), "onnxq.seed": str(seed),
-              "onnxq.versions": " ".join(f"{name}=={v}" for name, v in versions.items())}
+    values = {
+        "onnxq.recipe": recipe.to_json(),
+        "onnxq.seed": str(seed),
+        "onnxq.versions": " ".join(f"{name}=={v}" for name, v in versions.items()),
+    }
     kept = [p for p in model.metadata_props if p.key not in values]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
@@ -357,8 +410,9 @@ def recipe_of(path: str | Path) -> tuple[dict[str, Any], int]:
     try:
         recipe, seed = json.loads(props["onnxq.recipe"]), int(props.get("onnxq.seed", 0))
     except (KeyError, ValueError) as error:
-        raise OnnxqError(f"model '{path}' has no recipe in its metadata; give a model that onnxq made, or a recipe with -r."
-                         ) from error
+        raise OnnxqError(
+            f"model '{path}' has no recipe in its metadata; give a model that onnxq made, or a recipe with -r."
+        ) from error
     return recipe, seed
 
 
@@ -385,14 +439,19 @@ def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None, before:
         work = "" if share is None else f", {100 * share:.1f} % of the multiply-adds"
         report["notes"].append(
             f"products of two activations that run in float: {len(products)}{work}; at their size integer kernels mostly do "
-            'not pay, [[layer]] op = "Attention" quantize = true takes them all the same')
+            'not pay, [[layer]] op = "Attention" quantize = true takes them all the same'
+        )
     by_name = {entry.name: entry for entry in kernels.layers}
     rows, stored = [], 0.0
     for layer in job.graph.layers:
         spec = job.plan.get(layer.weight)
         entry = by_name.get(layer.name)
-        row: dict[str, Any] = {"name": layer.name, "op": layer.op, "kernel": entry.kernel if entry else "removed",
-                               "parameters": int(np.prod(layer.shape))}
+        row: dict[str, Any] = {
+            "name": layer.name,
+            "op": layer.op,
+            "kernel": entry.kernel if entry else "removed",
+            "parameters": int(np.prod(layer.shape)),
+        }
         bits = storage.stored_bits(layer, spec, _rule(job, layer)) if spec is not None else 32.0
         stored += row["parameters"] * bits
         if spec is not None:
@@ -400,19 +459,31 @@ def _describe(job: Job, model: onnx.ModelProto, beside: DataFile | None, before:
         why = report["floats"].get(layer.name) or (entry.why if entry and not entry.quantized else "")
         rows.append(row | ({"why_float": why} if why else {}))
     after = runtimes.size_of(model) + (beside.size if beside is not None else 0)
-    report |= {"recipe_name": job.recipe.name, "recipe": job.recipe.to_dict(), "layers": rows,
-               "bytes": {"float": before, "quantized": after},
-               "kernels": kernels.counts(), "float_products": products, "machine": {"python": platform.python_version(),
-                                                        "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__}}
+    report |= {
+        "recipe_name": job.recipe.name,
+        "recipe": job.recipe.to_dict(),
+        "layers": rows,
+        "bytes": {"float": before, "quantized": after},
+        "kernels": kernels.counts(),
+        "float_products": products,
+        "machine": {"python": platform.python_version(), "onnxruntime": _version("onnxruntime"), "onnx": onnx.__version__},
+    }
     report["bits_per_weight"] = round(stored / max(sum(row["parameters"] for row in rows), 1), 3)
-    wide = sum(_rule(job, y).activations > 8 and not by_name[y.name].quantized for y in job.graph.layers
-               if y.weight in job.plan and y.name in by_name)
+    wide = sum(
+        _rule(job, y).activations > 8 and not by_name[y.name].quantized
+        for y in job.graph.layers
+        if y.weight in job.plan and y.name in by_name
+    )
     decoded = sum(_rule(job, y).storage == "float" for y in job.graph.layers if y.weight in job.plan)
-    ran = f"{decoded}/{len(rows)} layers decoded at load, run in float" if decoded else (
-        kernels.summary() if job.target.here else _elsewhere(job, kernels, wide))
+    ran = (
+        f"{decoded}/{len(rows)} layers decoded at load, run in float"
+        if decoded
+        else (kernels.summary() if job.target.here else _elsewhere(job, kernels, wide))
+    )
     ran += f"; {wide}/{len(rows)} layers with 16-bit activations run in float there" if wide else ""
-    report["summary"] = (f"{ran} | {before / 1e6:.2f} -> {after / 1e6:.2f} MB, "
-                         f"{report['bits_per_weight']:.1f} bits per weight")
+    report["summary"] = (
+        f"{ran} | {before / 1e6:.2f} -> {after / 1e6:.2f} MB, {report['bits_per_weight']:.1f} bits per weight"
+    )
 
 
 def _elsewhere(job: Job, kernels: Audit, wide: int) -> str:

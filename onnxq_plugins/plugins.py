@@ -124,10 +124,17 @@ def _add(found: Plugins, plugin: object, name: str, source: str, trace: Trace | 
         passes = list(chain(*alone.hook.onnxq_passes())) if "onnxq_passes" in hooks else []
         targets = list(chain(*alone.hook.onnxq_targets())) if "onnxq_targets" in hooks else []
         for kind in passes:
-            if not (isinstance(kind, type) and issubclass(kind, Pass) and is_dataclass(kind) and kind.name
-                    and getattr(vars(kind).get("__dataclass_params__"), "frozen", False)):
-                raise TypeError(f"{kind!r} is not a frozen dataclass that derives from Pass and has a name: write "
-                                "@dataclass(frozen=True) above it")
+            if not (
+                isinstance(kind, type)
+                and issubclass(kind, Pass)
+                and is_dataclass(kind)
+                and kind.name
+                and getattr(vars(kind).get("__dataclass_params__"), "frozen", False)
+            ):
+                raise TypeError(
+                    f"{kind!r} is not a frozen dataclass that derives from Pass and has a name: write "
+                    "@dataclass(frozen=True) above it"
+                )
             if guest and "." not in kind.name:
                 raise ValueError(f"pass '{kind.name}' of class {kind.__qualname__} needs a name like vendor.{kind.name}")
             for f in fields(kind):
@@ -143,7 +150,9 @@ def _add(found: Plugins, plugin: object, name: str, source: str, trace: Trace | 
         _broken(found, label, " ".join(str(error).split()).rstrip(".") or type(error).__name__)
         return
     registries: tuple[tuple[str, dict[str, Any], list[Any]], ...] = (
-        ("pass", found.passes, passes), ("target", found.targets, targets))
+        ("pass", found.passes, passes),
+        ("target", found.targets, targets),
+    )
     seen = set(found.sources)
     for what, registry, items in registries:
         for item in items:

@@ -102,8 +102,9 @@ def builtin_recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(recipe_folder().glob("*.toml"))}
 
 
-def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, passes: Mapping[str, type[Pass]],
-                settings: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    recipe: str | Path | Mapping[str, Any] | Recipe, passes: Mapping[str, type[Pass]], settings: Iterable[str] = ()
+) -> Recipe:
     """Make a Recipe.
 
     recipe     name of a built-in, path of a .toml or .json file, mapping with the same tables, or Recipe
@@ -126,8 +127,13 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, passes: Mapping
     return parse(table, passes, where, name, problems)
 
 
-def parse(table: Mapping[str, Any], passes: Mapping[str, type[Pass]], where: str = "the recipe", name: str = "",
-          problems: list[str] | None = None) -> Recipe:
+def parse(
+    table: Mapping[str, Any],
+    passes: Mapping[str, type[Pass]],
+    where: str = "the recipe",
+    name: str = "",
+    problems: list[str] | None = None,
+) -> Recipe:
     """The tables of a recipe as a Recipe. Raises OnnxqError with all problems at once."""
     problems = [] if problems is None else problems
     _unknown(table, ("recipe", "target", "weights", "activations", "data", "pass", "layer"), where, problems)
@@ -137,10 +143,12 @@ def parse(table: Mapping[str, Any], passes: Mapping[str, type[Pass]], where: str
     for number, step in enumerate(_tables(table, "pass", where, problems), 1):
         kind = passes.get(str(step.get("use", "")))
         if "use" not in step:
-            problems.append(f"{where}, pass {number}: write use = \"NAME\"; known: {', '.join(sorted(passes))}.")
+            problems.append(f'{where}, pass {number}: write use = "NAME"; known: {", ".join(sorted(passes))}.')
         elif kind is None:
-            problems.append(f"{where}, pass {number}: {step['use']!r} is not a known pass; "
-                            f"{known(str(step['use']), sorted(passes))}. Is its package installed?")
+            problems.append(
+                f"{where}, pass {number}: {step['use']!r} is not a known pass; "
+                f"{known(str(step['use']), sorted(passes))}. Is its package installed?"
+            )
         else:
             place = f"{where}, pass '{kind.name}'"
             made = _build(kind, {k: v for k, v in step.items() if k != "use"}, place, problems)
@@ -254,13 +262,17 @@ def _check_request(request: TensorRequest | None, where: str, problems: list[str
         problems.append(f"{where}: bits = {request.bits} is out of range; use 2..16, or {FLOAT} for float.")
     top = 2**15 if request is not None and request.sub_block == "channel" else 127
     if request is not None and not 1 <= request.max_multiplier <= top:
-        problems.append(f"{where}: max_multiplier = {request.max_multiplier} is out of range; use 1..{top} (15 fits 4 bits; "
-                        "codes of 4 bits use at most 18, of 3 bits 42).")
+        problems.append(
+            f"{where}: max_multiplier = {request.max_multiplier} is out of range; use 1..{top} (15 fits 4 bits; "
+            "codes of 4 bits use at most 18, of 3 bits 42)."
+        )
     for key in ("block", "sub_block") if request is not None else ():
         sizes = getattr(request, key)
         if (isinstance(sizes, int) and sizes < 1) or (isinstance(sizes, tuple) and (min(sizes, default=-1) < 0)):
-            problems.append(f"{where}: {key} = {list(sizes) if isinstance(sizes, tuple) else sizes} must hold sizes of 1 or "
-                            "more, such as 16 or [1, 16] (0 in a list: the whole axis).")
+            problems.append(
+                f"{where}: {key} = {list(sizes) if isinstance(sizes, tuple) else sizes} must hold sizes of 1 or "
+                "more, such as 16 or [1, 16] (0 in a list: the whole axis)."
+            )
 
 
 _WRONG = object()
@@ -304,7 +316,8 @@ def _type_name(hint: Any) -> str:
     if get_origin(hint) is dict:
         return f"a table of {_type_name(get_args(hint)[1]).removeprefix('a ')}s"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}.get(
-        hint, "a table")
+        hint, "a table"
+    )
 
 
 def _changed(value: Any, default: Any) -> dict[str, Any]:

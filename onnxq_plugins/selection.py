@@ -23,7 +23,9 @@ Prefer = Literal["speed", "size"]
 # From cheap to costly. For speed those that run the same integer kernels everywhere: the first that is accurate enough is as
 # fast as any. For size all are tried, since only the file tells.
 RECIPES: dict[Prefer, tuple[str, ...]] = {
-    "speed": ("int8", "int8-rounded"), "size": ("int8", "mixed-coding-length", "mixed", "int4-rounded", "int4-storage")}
+    "speed": ("int8", "int8-rounded"),
+    "size": ("int8", "mixed-coding-length", "mixed", "int4-rounded", "int4-storage"),
+}
 _APART = 16  # samples from which making and judging use different ones
 _MOST = 512  # samples to judge by
 _FINE = 0.2  # points below which a sample's worth matters to no decision
@@ -65,11 +67,25 @@ class AutoResult:
     notes: tuple[str, ...] = field(default=())
 
 
-def auto(model: str | Path | onnx.ModelProto | Graph, data: Source, *, max_drop: float = 1.0, prefer: Prefer = "speed",
-         test: Source | None = None, labels: str | Path | Array | None = None, metric: str | Metric | None = None,
-         recipes: Sequence[str] = (), target: str | None = None, seed: int = 0, workers: int | None = None,
-         cache: str | Path | None = None, float32: bool = False, options: DataOptions | None = None, track: Track = silent,
-         tell: Callable[[Trial], None] = lambda _: None) -> AutoResult:
+def auto(
+    model: str | Path | onnx.ModelProto | Graph,
+    data: Source,
+    *,
+    max_drop: float = 1.0,
+    prefer: Prefer = "speed",
+    test: Source | None = None,
+    labels: str | Path | Array | None = None,
+    metric: str | Metric | None = None,
+    recipes: Sequence[str] = (),
+    target: str | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    cache: str | Path | None = None,
+    float32: bool = False,
+    options: DataOptions | None = None,
+    track: Track = silent,
+    tell: Callable[[Trial], None] = lambda _: None,
+) -> AutoResult:
     """Try recipes in their order and keep the best within a drop.
 
     data       samples; where no `test` is given, every second one is kept apart to judge by, if there are 16 or more
@@ -89,8 +105,10 @@ def auto(model: str | Path | onnx.ModelProto | Graph, data: Source, *, max_drop:
     if not max_drop >= 0:
         raise OnnxqError(f"max_drop = {max_drop} must be 0 or more.")
     if metric in ("sqnr", sqnr):
-        raise OnnxqError("metric 'sqnr' has no drop: the float model's own has no bound; give another metric, such as "
-                         "agreement, and read the dB off the table.")
+        raise OnnxqError(
+            "metric 'sqnr' has no drop: the float model's own has no bound; give another metric, such as "
+            "agreement, and read the dB off the table."
+        )
     graph = load(model, float32=float32)
     inputs = graph_inputs(graph)
     opened = open_data(data, inputs, options, None if test is not None else labels)
@@ -108,8 +126,10 @@ def auto(model: str | Path | onnx.ModelProto | Graph, data: Source, *, max_drop:
         notes += ("the samples to judge by are those that models are made with, which flatters them",)
     judged = int(np.argmax(reference[0], axis=-1).size)
     if by in (top1, agreement) and 100 / judged > max(max_drop, _FINE):
-        notes += (f"one of {judged} samples is {100 / judged:.1f} points, more than the drop of {max_drop:g} to decide on: "
-                  "give more --test samples for a decision this fine",)
+        notes += (
+            f"one of {judged} samples is {100 / judged:.1f} points, more than the drop of {max_drop:g} to decide on: "
+            "give more --test samples for a decision this fine",
+        )
     best = by(reference, reference, right)
     if by is top1 and (remark := chance(best, reference[0].shape[-1], len(reference[0]))):
         notes += (remark,)
@@ -117,16 +137,33 @@ def auto(model: str | Path | onnx.ModelProto | Graph, data: Source, *, max_drop:
     results: dict[str, Result] = {}
     for recipe in recipes or RECIPES[prefer]:
         try:
-            result = quantize(model, recipe, made_with, target=target, seed=seed, workers=workers, cache=cache,
-                              float32=float32, track=track)
+            result = quantize(
+                model,
+                recipe,
+                made_with,
+                target=target,
+                seed=seed,
+                workers=workers,
+                cache=cache,
+                float32=float32,
+                track=track,
+            )
         except OnnxqError as error:
             trials.append(Trial(recipe, why=str(error)))
         else:
             own = runtimes.session(result.model)
             outputs = runtimes.outputs(own, feeds)
             slow, fast = runtimes.latency([given, own], [runtimes.wanted(given, feeds[0]), feeds[0]], _SECONDS)
-            trials.append(Trial(recipe, best - by(reference, outputs, right), sqnr(reference, outputs),
-                                int(result.report["bytes"]["quantized"]), slow / fast, float(result.report["seconds"])))
+            trials.append(
+                Trial(
+                    recipe,
+                    best - by(reference, outputs, right),
+                    sqnr(reference, outputs),
+                    int(result.report["bytes"]["quantized"]),
+                    slow / fast,
+                    float(result.report["seconds"]),
+                )
+            )
             results[recipe] = result
         tell(trials[-1])
         if prefer == "speed" and trials[-1].drop <= max_drop:
@@ -150,8 +187,10 @@ def _apart(data: Data, test: Data | None) -> tuple[Data, Data, tuple[str, ...]]:
         return data, test, ()
     feeds, labels = data.spread(0), data.spread_labels(0)
     if len(feeds) < _APART:
-        note = (f"models are judged by the {len(feeds)} samples they were made with, which flatters them; give --test, or "
-                f"{_APART} samples or more")
+        note = (
+            f"models are judged by the {len(feeds)} samples they were made with, which flatters them; give --test, or "
+            f"{_APART} samples or more"
+        )
         return data, data, (note,)
     flat = None if labels is None else np.concatenate(labels[1::2])
     halves = open_data(feeds[::2], data.inputs), open_data(feeds[1::2], data.inputs, labels=flat)

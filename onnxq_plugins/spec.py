@@ -90,6 +90,7 @@ class QuantSpec:
 
         axes   output and input axis of a weight: blocks are then told as recipes write them, [outputs, inputs]
         """
+
         def sizes(block: Block) -> list[int]:
             others = [b for axis, b in enumerate(block) if axes is None or axis not in axes]
             return [*block] if axes is None or any(others) else [block[axis] for axis in axes]
@@ -105,8 +106,9 @@ class QuantSpec:
     def to_dict(self) -> dict[str, Any]:
         """The request as plain values, defaults left out (for reports and metadata)."""
         asked = ("bits", "symmetric", "block", "sub_block", "pow2", "max_multiplier")
-        return {f.name: getattr(self, f.name) for f in fields(self)
-                if f.name in asked and getattr(self, f.name) != f.default}
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name in asked and getattr(self, f.name) != f.default
+        }
 
 
 class Plan(Mapping[str, QuantSpec]):
@@ -185,13 +187,16 @@ def solve_minmax(x: Array, spec: QuantSpec) -> QuantSpec:
     """
     spec = spec.request()
     if spec.sub_block is not None:
-        values, scale = spec.multipliers, from_range(0.0, reduce_blocks(np.abs(x), spec.block, np.maximum),
-                                                     replace(spec, symmetric=True)).scale
+        values, scale = (
+            spec.multipliers,
+            from_range(0.0, reduce_blocks(np.abs(x), spec.block, np.maximum), replace(spec, symmetric=True)).scale,
+        )
         scale = np.asarray(scale / values[-1], np.float32)
         need = reduce_blocks(np.abs(x) / expand(scale, x.shape, spec.block), spec.sub_block, np.maximum) / spec.grid[1]
         at = np.searchsorted(values, need * (1 - 1e-6))  # float32 scales: hardly above a multiplier is not above
-        return replace(spec, scale=scale, zero_point=np.zeros(scale.shape, np.int64),
-                       multiplier=values[np.minimum(at, len(values) - 1)])
+        return replace(
+            spec, scale=scale, zero_point=np.zeros(scale.shape, np.int64), multiplier=values[np.minimum(at, len(values) - 1)]
+        )
     if spec.symmetric:
         top = reduce_blocks(np.abs(x), spec.block, np.maximum)
         return from_range(-top, top, spec)

@@ -26,8 +26,9 @@ def follow(manager: pluggy.PluginManager, sources: Mapping[str, str], trace: Tra
     def before(name: str, implementations: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]) -> None:
         started.append(time.perf_counter())
 
-    def after(outcome: pluggy.Result[Any], name: str, implementations: Sequence[pluggy.HookImpl],
-              arguments: Mapping[str, Any]) -> None:
+    def after(
+        outcome: pluggy.Result[Any], name: str, implementations: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]
+    ) -> None:
         taken = 1e3 * (time.perf_counter() - started.pop())
         # pluggy calls the last one first
         called = ", ".join(_who(one, sources, name) for one in reversed(implementations)) or "nobody"
@@ -65,4 +66,4 @@ def short(value: object) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST - 4]} ..."
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."

@@ -25,11 +25,27 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 from tests import zoo
 
 Rng = np.random.Generator
-MODELS = ("cnn", "mlp", "mobilenet", "transformer", "control_flow", "written_out", "conv_transpose", "conv1d", "no_layer",
-          "resnet20", "prelu", "shared_weights")
-RECIPES = {"int8": ["-r", "int8"], "int8-data-free": ["-r", "int8-data-free"],
-           "weight-only": ["-r", "int8", "--set", "activations.bits=32", "--target", "storage"],
-           "equalize": ["-r", "int8-per-tensor"], "rounded": ["-r", "int4-rounded", "--set", "round.seconds=0"]}
+MODELS = (
+    "cnn",
+    "mlp",
+    "mobilenet",
+    "transformer",
+    "control_flow",
+    "written_out",
+    "conv_transpose",
+    "conv1d",
+    "no_layer",
+    "resnet20",
+    "prelu",
+    "shared_weights",
+)
+RECIPES = {
+    "int8": ["-r", "int8"],
+    "int8-data-free": ["-r", "int8-data-free"],
+    "weight-only": ["-r", "int8", "--set", "activations.bits=32", "--target", "storage"],
+    "equalize": ["-r", "int8-per-tensor"],
+    "rounded": ["-r", "int4-rounded", "--set", "round.seconds=0"],
+}
 MEMORY = 6 * 2**30  # address space of the process that runs broken models
 
 
@@ -59,16 +75,16 @@ def _bytes(content: bytearray, rng: Rng) -> bytes:
     """Truncated, flipped, overwritten, cut."""
     how, size = rng.integers(4), len(content)
     if how == 0:
-        return bytes(content[:rng.integers(size)])
+        return bytes(content[: rng.integers(size)])
     a, b, n = (int(v) for v in rng.integers(size, size=3))
     n = n % 64 + 1
     if how == 1:
         for at in rng.integers(size, size=rng.integers(1, 8)):
             content[at] ^= 1 << int(rng.integers(8))
     elif how == 2:
-        content[a:a + n] = content[b:b + n]
+        content[a : a + n] = content[b : b + n]
     else:
-        del content[a:a + n]
+        del content[a : a + n]
     return bytes(content)
 
 
@@ -107,7 +123,7 @@ def attribute(model: onnx.ModelProto, rng: Rng) -> None:
     elif how == 1 and len(chosen.ints):
         chosen.ints[int(rng.integers(len(chosen.ints)))] = odd
     elif how == 2 and len(chosen.ints):
-        del chosen.ints[int(rng.integers(len(chosen.ints))):]
+        del chosen.ints[int(rng.integers(len(chosen.ints))) :]
     elif how == 3:
         chosen.type = int(rng.integers(15))
     elif how == 4:
@@ -120,9 +136,24 @@ def attribute(model: onnx.ModelProto, rng: Rng) -> None:
 
 def add_attribute(model: onnx.ModelProto, rng: Rng) -> None:
     """An attribute that may or may not belong there."""
-    name, value = _pick((("transA", 1), ("transB", 1), ("group", 3), ("group", 0), ("axis", 9), ("alpha", float("nan")),
-                         ("training_mode", 1), ("auto_pad", "SAME_UPPER"), ("pads", [1]), ("strides", [0, 0]),
-                         ("dilations", [2**40, 1]), ("kernel_shape", [3]), ("axes", [0, 0])), rng)
+    name, value = _pick(
+        (
+            ("transA", 1),
+            ("transB", 1),
+            ("group", 3),
+            ("group", 0),
+            ("axis", 9),
+            ("alpha", float("nan")),
+            ("training_mode", 1),
+            ("auto_pad", "SAME_UPPER"),
+            ("pads", [1]),
+            ("strides", [0, 0]),
+            ("dilations", [2**40, 1]),
+            ("kernel_shape", [3]),
+            ("axes", [0, 0]),
+        ),
+        rng,
+    )
     if len(model.graph.node):
         node = _pick(model.graph.node, rng)
         node.attribute.append(helper.make_attribute(name, value))
@@ -156,7 +187,7 @@ def values(model: onnx.ModelProto, rng: Rng) -> None:
     tensor = _pick(model.graph.initializer, rng)
     how = rng.integers(5)
     if how == 0:
-        tensor.raw_data = tensor.raw_data[:int(rng.integers(len(tensor.raw_data) + 1))]
+        tensor.raw_data = tensor.raw_data[: int(rng.integers(len(tensor.raw_data) + 1))]
     elif how == 1:
         tensor.data_type = int(rng.integers(26))
     elif how == 2:
@@ -185,8 +216,23 @@ def external(model: onnx.ModelProto, rng: Rng) -> None:
     tensor = _pick(model.graph.initializer, rng)
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    place = str(_pick(("nowhere.bin", "../outside.bin", "/etc/passwd", "beside.bin", "", ".", "model.onnx", "a\0b",
-                       "/dev/zero", "x" * 5000), rng))
+    place = str(
+        _pick(
+            (
+                "nowhere.bin",
+                "../outside.bin",
+                "/etc/passwd",
+                "beside.bin",
+                "",
+                ".",
+                "model.onnx",
+                "a\0b",
+                "/dev/zero",
+                "x" * 5000,
+            ),
+            rng,
+        )
+    )
     tensor.external_data.add(key="location", value=place)
     if rng.random() < 0.6:
         tensor.external_data.add(key="offset", value=str(_pick((0, -1, 60, 2**63, "x", 2**40, ""), rng)))
@@ -231,12 +277,44 @@ def operator(model: onnx.ModelProto, rng: Rng) -> None:
     if rng.random() < 0.3:
         node.domain = str(_pick(("com.microsoft", "nobody", "ai.onnx", "ai.onnx.ml"), rng))
     else:
-        node.op_type = str(_pick((
-            "",
-            "Nonsense", "Conv", "Gemm", "MatMul", "Add", "Relu", "Softmax", "Loop", "If", "Constant", "Reshape", "Clip",
-            "ConvTranspose", "BatchNormalization", "Identity", "Split", "Concat", "Gather", "ConstantOfShape", "Range",
-            "Tile",
-            "Expand", "NonZero", "SequenceEmpty", "RandomNormal", "Pad", "Resize", "LSTM", "Einsum", "Mul"), rng))
+        node.op_type = str(
+            _pick(
+                (
+                    "",
+                    "Nonsense",
+                    "Conv",
+                    "Gemm",
+                    "MatMul",
+                    "Add",
+                    "Relu",
+                    "Softmax",
+                    "Loop",
+                    "If",
+                    "Constant",
+                    "Reshape",
+                    "Clip",
+                    "ConvTranspose",
+                    "BatchNormalization",
+                    "Identity",
+                    "Split",
+                    "Concat",
+                    "Gather",
+                    "ConstantOfShape",
+                    "Range",
+                    "Tile",
+                    "Expand",
+                    "NonZero",
+                    "SequenceEmpty",
+                    "RandomNormal",
+                    "Pad",
+                    "Resize",
+                    "LSTM",
+                    "Einsum",
+                    "Mul",
+                ),
+                rng,
+            )
+        )
 
 
 def shapes(model: onnx.ModelProto, rng: Rng) -> None:
@@ -292,8 +370,12 @@ def constant(model: onnx.ModelProto, rng: Rng) -> None:
 def body(model: onnx.ModelProto, rng: Rng) -> None:
     """A control-flow operator with a broken body, or a function that calls itself."""
     if rng.random() < 0.5:
-        inner = helper.make_graph([helper.make_node("Relu", [str(_pick(("x", "nobody", ""), rng))], ["inner"])], "body", [],
-                                  [helper.make_empty_tensor_value_info("inner")])
+        inner = helper.make_graph(
+            [helper.make_node("Relu", [str(_pick(("x", "nobody", ""), rng))], ["inner"])],
+            "body",
+            [],
+            [helper.make_empty_tensor_value_info("inner")],
+        )
         for _ in range(int(_pick((0, 1, 6), rng))):
             node = helper.make_node("If", ["c"], ["inner"], then_branch=inner, else_branch=inner)
             inner = helper.make_graph([node], "body", [], [helper.make_empty_tensor_value_info("inner")])
@@ -314,8 +396,22 @@ def body(model: onnx.ModelProto, rng: Rng) -> None:
 
 
 MUTATIONS: tuple[Callable[[onnx.ModelProto, Rng], None], ...] = (
-    drop, repeat, attribute, add_attribute, dims, values, external, rename, rename_value, arity, operator, shapes, versions,
-    constant, body)
+    drop,
+    repeat,
+    attribute,
+    add_attribute,
+    dims,
+    values,
+    external,
+    rename,
+    rename_value,
+    arity,
+    operator,
+    shapes,
+    versions,
+    constant,
+    body,
+)
 
 
 # ---- the process that runs them --------------------------------------------------------------------------------------
@@ -330,8 +426,18 @@ def run(number: int, folder: Path) -> dict[str, object]:
     model = broken(number, folder)
     recipe = list(RECIPES.values())[number % len(RECIPES)]
     output = folder / "out" / "made.onnx"
-    sys.argv = ["onnxq", "quantize", str(model), "-o", str(output), "--workers", "1", *recipe,
-                "--data", str(folder / "data.npz")]
+    sys.argv = [
+        "onnxq",
+        "quantize",
+        str(model),
+        "-o",
+        str(output),
+        "--workers",
+        "1",
+        *recipe,
+        "--data",
+        str(folder / "data.npz"),
+    ]
     told = folder / "stderr"
     kept = os.dup(2)
     with open(told, "wb") as stream:

@@ -31,7 +31,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def test_python_example_of_the_readme(tmp_path, monkeypatch):
-    code, = blocks(ROOT / "README.md", "python")
+    (code,) = blocks(ROOT / "README.md", "python")
     monkeypatch.chdir(tmp_path)
     Path("model.onnx").write_bytes(digits_model_path().read_bytes())
     samples = digits_split()["calibration_images"][:, None]
@@ -64,7 +64,7 @@ def test_the_smallest_plugin_has_11_lines_and_works(acme, tmp_path, monkeypatch)
 def test_the_smallest_plugin_conforms(acme, name):
     made: dict[str, Callable[..., None]] = {}
     exec(blocks(ROOT / "docs" / "write-a-plugin.md", "python")[2], made)
-    mark, = made["test_keep_last"].pytestmark
+    (mark,) = made["test_keep_last"].pytestmark
     step, check = next(case.values for case in mark.args[1] if case.id == f"acme.keep-last-{name.removeprefix('check_')}")
     made["test_keep_last"](step, check)
 
@@ -76,7 +76,7 @@ def test_every_check_is_documented():
 
 
 def test_recipe_example_is_valid():
-    recipe, = blocks(ROOT / "docs" / "recipes.md", "toml")
+    (recipe,) = blocks(ROOT / "docs" / "recipes.md", "toml")
     made = parse(tomllib.loads(recipe), find_plugins().passes)
     assert [step.name for step in made.passes] == ["ranges"] and len(made.layers) == 2
 
@@ -141,7 +141,7 @@ def test_the_site_has_a_page_for_every_pass():
     for name, kind in found.passes.items():
         page = made[f"passes/{name}.md"]
         for f in dataclasses.fields(kind):
-            row, = (line for line in page.splitlines() if line.startswith(f"| `{f.name}` |"))
+            (row,) = (line for line in page.splitlines() if line.startswith(f"| `{f.name}` |"))
             assert row.rstrip("| ").count("|") >= 4, f"{name}.{f.name} is not explained"  # a text, not only its default
         figures = page.partition("\n## Measured\n")[2]
         assert re.search(r"^\|---.*\n\|.*\d", figures, re.MULTILINE), f"{name} has no figures"

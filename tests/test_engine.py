@@ -169,8 +169,9 @@ def test_a_pass_that_changes_nothing_drops_nothing():
 
 def test_ranges_of_rescaled_activations_are_measured_again():
     model = grouped()
-    late, early = (run(model, steps(*order), verify=True) for order in (("test.rescale", "ranges"),
-                                                                        ("ranges", "test.rescale")))
+    late, early = (
+        run(model, steps(*order), verify=True) for order in (("test.rescale", "ranges"), ("ranges", "test.rescale"))
+    )
     for name, spec in late.plan.items():
         np.testing.assert_allclose(early.plan[name].scale, spec.scale, rtol=1e-5, err_msg=name)
     assert quality(model, early) > 30
@@ -204,12 +205,15 @@ def test_all_problems_are_told_at_once():
 def test_unmatched_rules_are_told_at_once():
     with pytest.raises(OnnxqError) as caught:
         run(cnn(), {"layer": [{"match": "nope*", "quantize": False}, {"match": "neither", "quantize": False}]})
-    assert [("nope*" in p, "neither" in p, "conv0" in p) for p in caught.value.problems] == [(True, False, True),
-                                                                                             (False, True, True)]
+    assert [("nope*" in p, "neither" in p, "conv0" in p) for p in caught.value.problems] == [
+        (True, False, True),
+        (False, True, True),
+    ]
 
 
-@pytest.mark.parametrize(("activations", "words"), [({"bits": 16}, "uint16"), ({"symmetric": True}, "int8 per tensor"),
-                                                    ({"bits": 4}, "uint4")])
+@pytest.mark.parametrize(
+    ("activations", "words"), [({"bits": 16}, "uint16"), ({"symmetric": True}, "int8 per tensor"), ({"bits": 4}, "uint4")]
+)
 def test_activations_the_target_cannot_run_are_refused(activations, words):
     with pytest.raises(OnnxqError, match=words):
         run(mlp(), {"activations": activations})
@@ -243,8 +247,14 @@ def test_hooks_see_every_pass_in_order_and_the_exported_model(tmp_path):
     watch, path = Watch(), tmp_path / "made.onnx"
     result = run(cnn(), FULL, plugins=[watch], output=path)
     assert [entry[:2] for entry in watch.seen] == [
-        ("before", "scale-inputs"), ("after", "scale-inputs"), ("before", "ranges"), ("after", "ranges"),
-        ("before", "bias-correct"), ("after", "bias-correct"), ("exported", "ModelProto")]
+        ("before", "scale-inputs"),
+        ("after", "scale-inputs"),
+        ("before", "ranges"),
+        ("after", "ranges"),
+        ("before", "bias-correct"),
+        ("after", "bias-correct"),
+        ("exported", "ModelProto"),
+    ]
     assert watch.seen[-1][2:] == (path, True)
     assert [step["told"]["watched"] for step in result.report["steps"][:3]] == [True] * 3
 
@@ -409,8 +419,9 @@ def test_a_crash_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, w
     def crash(*_, **__):
         raise error
 
-    owner, name = {"export": (engine.qdq, "export"), "replace": (engine.os, "replace"),
-                   "audit": (engine, "audit_model")}[where]
+    owner, name = {"export": (engine.qdq, "export"), "replace": (engine.os, "replace"), "audit": (engine, "audit_model")}[
+        where
+    ]
     monkeypatch.setattr(owner, name, crash)
     with pytest.raises(OnnxqError if where == "replace" and isinstance(error, OSError) else type(error)):
         run(cnn(), {}, output=path)
@@ -482,8 +493,11 @@ def test_bias_correct_reports_and_needs_codes_first():
 @pytest.mark.parametrize("make", ["mlp", "conv", "tokens"])
 def test_scale_inputs_evens_out_channels(make):
     net = Net({"mlp": ["N", 16], "conv": ["N", 16, 6, 6], "tokens": ["N", 5, 16]}[make])
-    first = {"mlp": lambda: net.gemm("x", 16, 24), "conv": lambda: net.conv("x", 16, 24),
-             "tokens": lambda: net.linear("x", 16, 24)}[make]()
+    first = {
+        "mlp": lambda: net.gemm("x", 16, 24),
+        "conv": lambda: net.conv("x", 16, 24),
+        "tokens": lambda: net.linear("x", 16, 24),
+    }[make]()
     x = net.op("Relu", first)
     model = net.model(net.head(x, 24) if make == "conv" else net.linear(x, 24, 10))
     loud = np.ones((16, 1, 1) if make == "conv" else 16, np.float32)
@@ -596,6 +610,10 @@ def test_a_weight_only_layer_beside_an_integer_one_keeps_its_scales():
     model = net.model(net.op("Add", y, net.gemm(x, 32, 8)))
     first, second = load(model).layers
     weight_only = {"match": first.name, "weights": {"block": 32}, "activations": {"bits": 32}}
-    scales = [quantize(model, {"layer": [weight_only, {"match": second.name, "quantize": beside}]}, feeds(model, 4))
-              .plan[first.weight].scale for beside in (False, True)]
+    scales = [
+        quantize(model, {"layer": [weight_only, {"match": second.name, "quantize": beside}]}, feeds(model, 4))
+        .plan[first.weight]
+        .scale
+        for beside in (False, True)
+    ]
     np.testing.assert_array_equal(*scales)

@@ -38,11 +38,17 @@ def examples(n: int) -> settings:
 
 def batch(folder: Path, first: int, count: int) -> None:
     """Run broken models in a process of their own and hold each to the law."""
-    done = subprocess.run([sys.executable, "-m", "tests.mutate", str(folder), str(first), str(count)], check=False,
-                          capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.mutate", str(folder), str(first), str(count)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, (
-        f"broken model {lines[-1][:40]} took the process with it ({done.returncode}): {done.stderr[-800:]}")
+        f"broken model {lines[-1][:40]} took the process with it ({done.returncode}): {done.stderr[-800:]}"
+    )
     found = [json.loads(line) for line in lines[1::2]]
     assert len(found) == count
     for one in found:
@@ -65,8 +71,13 @@ def test_broken_models_end_with_a_result_or_a_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [1986, 3466])
 def test_runtimes_write_nothing_on_standard_error(tmp_path: Path, number: int) -> None:
     """numpy warned of one of these, onnxruntime logged the other's failure beside the sentence."""
-    done = subprocess.run([sys.executable, "-m", "tests.mutate", str(tmp_path), str(number), "1"], check=True,
-                          capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.mutate", str(tmp_path), str(number), "1"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
     one = json.loads(done.stdout.splitlines()[1])
     assert one["code"] == 2
     assert all(line.startswith(LINES) for line in one["stderr"].splitlines() if line), one
@@ -106,8 +117,11 @@ def test_a_weight_that_does_not_fit_its_layer_is_told(op: str, shape: tuple[int,
     net = zoo.Net(["N", 6, 9, 9] if image else ["N", 6])
     node = helper.make_node(op, ["x", net.constant(np.ones(shape))], ["y"], "layer")
     out = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    model = helper.make_model(helper.make_graph([node], "g", [net.input], [out], net.constants),
-                              opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    model = helper.make_model(
+        helper.make_graph([node], "g", [net.input], [out], net.constants),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    )
     with pytest.raises(OnnxqError, match=r"layer|not a valid"):
         onnxq.load(model)
 
@@ -135,13 +149,21 @@ def test_an_enormous_constant_is_refused_before_it_is_computed() -> None:
 def test_sizes_below_zero_are_told(op: str) -> None:
     """onnx's own shape inference aborts the process when it meets a Slice of such a tensor."""
     net = zoo.Net(["N", 3, 4, 4])
-    y = net.op("Conv", "x", net.weight(3, 3, 9, 9)) if op == "Conv" else net.op(
-        "Pad", "x", net.constant([0, 0, 0, 0, 0, 0, -9, 0], np.int64))
+    y = (
+        net.op("Conv", "x", net.weight(3, 3, 9, 9))
+        if op == "Conv"
+        else net.op("Pad", "x", net.constant([0, 0, 0, 0, 0, 0, -9, 0], np.int64))
+    )
     y = net.op("Slice", y, *(net.constant([v], np.int64) for v in (0, 9, 2)))
     out = helper.make_tensor_value_info(y, TensorProto.FLOAT, None)
     with pytest.raises(OnnxqError, match="cannot be"):
-        onnxq.load(helper.make_model(helper.make_graph(net.nodes, "g", [net.input], [out], net.constants),
-                                     opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+        onnxq.load(
+            helper.make_model(
+                helper.make_graph(net.nodes, "g", [net.input], [out], net.constants),
+                opset_imports=[helper.make_opsetid("", 21)],
+                ir_version=10,
+            )
+        )
 
 
 def test_a_condition_and_bounds_that_are_no_single_number_are_told() -> None:
@@ -188,8 +210,11 @@ def test_a_model_that_fails_when_it_runs_ends_with_a_sentence() -> None:
     shape = net.op("Cast", net.op("Slice", "x", *(net.constant([v], np.int64) for v in (0, 1, 0))), to=TensorProto.INT64)
     y = net.op("Reshape", net.op("Relu", "x"), net.op("Reshape", shape, net.constant([-1], np.int64)))
     out = helper.make_tensor_value_info(y, TensorProto.FLOAT, None)
-    model = helper.make_model(helper.make_graph(net.nodes, "g", [net.input], [out], net.constants),
-                              opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    model = helper.make_model(
+        helper.make_graph(net.nodes, "g", [net.input], [out], net.constants),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    )
     with pytest.raises(OnnxqError, match="cannot run") as caught:
         runtimes.session(model).run(None, {"x": np.full((1, 4), 9.0, np.float32)})
     assert len(caught.value.problems) == 1
@@ -199,18 +224,53 @@ def test_a_model_that_fails_when_it_runs_ends_with_a_sentence() -> None:
 
 PASSES = find_plugins().passes
 FIELDS = sorted({f for kind in PASSES.values() for f in kind.__dataclass_fields__})
-KEYS = ["recipe", "target", "weights", "activations", "data", "pass", "layer", "use", "bits", "block", "sub_block", "match",
-        "quantize", "samples", "mean", "path", "labels", "max_multiplier", "", *FIELDS]
+KEYS = [
+    "recipe",
+    "target",
+    "weights",
+    "activations",
+    "data",
+    "pass",
+    "layer",
+    "use",
+    "bits",
+    "block",
+    "sub_block",
+    "match",
+    "quantize",
+    "samples",
+    "mean",
+    "path",
+    "labels",
+    "max_multiplier",
+    "",
+    *FIELDS,
+]
 WORDS = ["channel", "tensor", "none", "gptq", "int8", "*", "Conv", "W8A8", "ort-cpu", *PASSES]
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-2**70, 2**70), st.sampled_from([0, 1, 2, 4, 8, 32]),
-                    st.floats(), st.text(max_size=5), st.sampled_from(WORDS))
-VALUES = st.recursive(SCALARS, lambda inner: st.one_of(st.lists(inner, max_size=3),
-                                                       st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)),
-                      max_leaves=8)
-STEPS = st.builds(lambda name, table: {**table, "use": name}, st.sampled_from(list(PASSES)),
-                  st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=2))
-TABLES = st.builds(lambda table, steps: {**table, **({"pass": steps} if steps else {})},
-                   st.dictionaries(st.sampled_from(KEYS[:18]), VALUES, max_size=5), st.lists(STEPS, max_size=2))
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.sampled_from([0, 1, 2, 4, 8, 32]),
+    st.floats(),
+    st.text(max_size=5),
+    st.sampled_from(WORDS),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)),
+    max_leaves=8,
+)
+STEPS = st.builds(
+    lambda name, table: {**table, "use": name},
+    st.sampled_from(list(PASSES)),
+    st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=2),
+)
+TABLES = st.builds(
+    lambda table, steps: {**table, **({"pass": steps} if steps else {})},
+    st.dictionaries(st.sampled_from(KEYS[:18]), VALUES, max_size=5),
+    st.lists(STEPS, max_size=2),
+)
 MLP = zoo.mlp()
 
 
@@ -230,9 +290,21 @@ def test_any_table_is_a_recipe_or_complaints(table: dict[str, object]) -> None:
 
 
 @examples(100)
-@given(st.sampled_from(sorted(builtin_recipes())), st.lists(st.one_of(
-    st.text(max_size=10), st.builds(lambda a, b, v: f"{a}.{b}={v}", st.sampled_from(["weights", "data", "ranges", ""]),
-                                    st.sampled_from(KEYS), SCALARS)), max_size=3))
+@given(
+    st.sampled_from(sorted(builtin_recipes())),
+    st.lists(
+        st.one_of(
+            st.text(max_size=10),
+            st.builds(
+                lambda a, b, v: f"{a}.{b}={v}",
+                st.sampled_from(["weights", "data", "ranges", ""]),
+                st.sampled_from(KEYS),
+                SCALARS,
+            ),
+        ),
+        max_size=3,
+    ),
+)
 @example("int8", ["a\nb"])
 def test_any_setting_changes_a_recipe_or_is_told(name: str, changes: list[str]) -> None:
     told(load_recipe, name, PASSES, changes)
@@ -248,17 +320,28 @@ def test_a_damaged_recipe_file_is_told(tmp_path_factory: pytest.TempPathFactory,
     for at in rng.integers(len(content), size=3):
         content[at] = rng.integers(256)
     file = tmp_path_factory.mktemp("recipe") / f"r{suffix}"
-    file.write_bytes(content[:rng.integers(1, len(content) + 1)])
+    file.write_bytes(content[: rng.integers(1, len(content) + 1)])
     told(load_recipe, file, PASSES)
 
 
 @examples(25)
-@given(st.dictionaries(st.sampled_from(["weights", "activations"]), st.fixed_dictionaries({}, optional={
-    "bits": st.sampled_from([2, 4, 8, 16, 32]), "symmetric": st.booleans(), "pow2": st.booleans(),
-    "block": st.sampled_from(["tensor", "channel", 1, 2, 16, 1000, [2, 0], [0, 0], [1, 16], [3, 3, 3]]),
-    "sub_block": st.sampled_from(["none", "channel", 1, 4, [2, 2], [1, 16]]),
-    "max_multiplier": st.sampled_from([1, 15, 127])})),
-    st.sampled_from(["ort-cpu", "openvino", "storage", "per-tensor", "npu"]))
+@given(
+    st.dictionaries(
+        st.sampled_from(["weights", "activations"]),
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "bits": st.sampled_from([2, 4, 8, 16, 32]),
+                "symmetric": st.booleans(),
+                "pow2": st.booleans(),
+                "block": st.sampled_from(["tensor", "channel", 1, 2, 16, 1000, [2, 0], [0, 0], [1, 16], [3, 3, 3]]),
+                "sub_block": st.sampled_from(["none", "channel", 1, 4, [2, 2], [1, 16]]),
+                "max_multiplier": st.sampled_from([1, 15, 127]),
+            },
+        ),
+    ),
+    st.sampled_from(["ort-cpu", "openvino", "storage", "per-tensor", "npu"]),
+)
 def test_every_valid_recipe_gives_a_model_or_complaints(table: dict[str, object], target: str) -> None:
     result = told(onnxq.quantize, MLP, {**table, "target": target, "pass": [{"use": "ranges"}]}, zoo.feeds(MLP, 2))
     if result is not None:
@@ -266,8 +349,14 @@ def test_every_valid_recipe_gives_a_model_or_complaints(table: dict[str, object]
 
 
 @examples(100)
-@given(st.one_of(VALUES, st.fixed_dictionaries({"recipe": st.one_of(VALUES, TABLES), "widths": VALUES},
-                                               optional={"seed": VALUES, "points": VALUES})))
+@given(
+    st.one_of(
+        VALUES,
+        st.fixed_dictionaries(
+            {"recipe": st.one_of(VALUES, TABLES), "widths": VALUES}, optional={"seed": VALUES, "points": VALUES}
+        ),
+    )
+)
 def test_any_point_is_a_recipe_or_told(tmp_path_factory: pytest.TempPathFactory, point: object) -> None:
     file = tmp_path_factory.mktemp("point") / "point-01.json"
     file.write_text(json.dumps(point))
@@ -300,16 +389,27 @@ def test_damaged_data_files_are_told(tmp_path_factory: pytest.TempPathFactory, s
     content = bytearray(file.read_bytes())
     how = rng.integers(3)
     if how == 0:
-        content = content[:rng.integers(len(content))]
+        content = content[: rng.integers(len(content))]
     for at in rng.integers(max(len(content), 1), size=4 * how):
         content[at] = rng.integers(256)
     file.write_bytes(content)
     told(read_all, file)
 
 
-@pytest.mark.parametrize("array", [np.array([{}, []], object), np.array(["a", "b"]), np.full((2, 4), np.nan),
-                                   np.zeros((0, 4)), np.float32(3), np.zeros((3, 5), np.float32), np.zeros((2, 4), complex),
-                                   np.zeros(2, [("a", int)]), np.array(["2020"], "M8[s]")])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([{}, []], object),
+        np.array(["a", "b"]),
+        np.full((2, 4), np.nan),
+        np.zeros((0, 4)),
+        np.float32(3),
+        np.zeros((3, 5), np.float32),
+        np.zeros((2, 4), complex),
+        np.zeros(2, [("a", int)]),
+        np.array(["2020"], "M8[s]"),
+    ],
+)
 @pytest.mark.parametrize("suffix", [".npz", ".npy"])
 def test_data_of_odd_kinds_are_told(tmp_path: Path, array: np.ndarray, suffix: str) -> None:
     file = tmp_path / f"d{suffix}"
@@ -335,8 +435,10 @@ def test_a_header_that_promises_more_than_is_there_costs_no_memory(tmp_path: Pat
 
 
 @examples(80)
-@given(st.one_of(st.binary(max_size=40), st.text("0123456789 .-ex\n#", max_size=20).map(str.encode)),
-       st.sampled_from(["l.txt", "l.npy", "l"]))
+@given(
+    st.one_of(st.binary(max_size=40), st.text("0123456789 .-ex\n#", max_size=20).map(str.encode)),
+    st.sampled_from(["l.txt", "l.npy", "l"]),
+)
 def test_any_labels_file_is_read_or_told(tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str) -> None:
     folder = tmp_path_factory.mktemp("labels")
     (folder / name).write_bytes(content)
@@ -359,7 +461,7 @@ def test_a_damaged_cache_file_counts_as_none(tmp_path_factory: pytest.TempPathFa
     save_arrays(file, kept)
     content = bytearray(file.read_bytes())
     if seed % 3 == 0:
-        content = content[:rng.integers(len(content))]
+        content = content[: rng.integers(len(content))]
     else:
         content[rng.integers(len(content))] ^= 1 << rng.integers(8)
     file.write_bytes(content)

@@ -35,9 +35,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(folder: Path, output: Path, cache: Path | None, name: str = "mobilenet") -> subprocess.Popen:
     more = ["--cache", str(cache)] if cache is not None else []
-    return subprocess.Popen([sys.executable, "-m", "onnxq_plugins.cli", "quantize", str(folder / f"{name}.onnx"), "--data",
-                             str(folder / f"{name}.npz"), "-o", str(output), "--workers", "2", *MIXED, *more], cwd=ROOT,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "onnxq_plugins.cli",
+            "quantize",
+            str(folder / f"{name}.onnx"),
+            "--data",
+            str(folder / f"{name}.npz"),
+            "-o",
+            str(output),
+            "--workers",
+            "2",
+            *MIXED,
+            *more,
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(run: subprocess.Popen) -> None:
@@ -72,8 +89,9 @@ FEW = ["within calibration", "first codes", "export"]
 
 
 @pytest.mark.parametrize("moments", [FEW, pytest.param(list(MOMENTS), marks=pytest.mark.slow)])
-def test_killed_at_any_moment_a_rerun_gives_the_same_bytes(folder: Path, wanted: dict[str, bytes], tmp_path: Path,
-                                                           moments: list[str]) -> None:
+def test_killed_at_any_moment_a_rerun_gives_the_same_bytes(
+    folder: Path, wanted: dict[str, bytes], tmp_path: Path, moments: list[str]
+) -> None:
     """One cache through all kills: each run goes on where the one before was killed."""
     cache, out = tmp_path / "cache", tmp_path / "out"
     out.mkdir()
@@ -94,8 +112,9 @@ def test_killed_at_any_moment_a_rerun_gives_the_same_bytes(folder: Path, wanted:
     assert (out / "m.onnx").read_bytes() == wanted["mobilenet"]
 
 
-def test_processes_that_share_a_cache_do_not_disturb_each_other(folder: Path, wanted: dict[str, bytes],
-                                                                tmp_path: Path) -> None:
+def test_processes_that_share_a_cache_do_not_disturb_each_other(
+    folder: Path, wanted: dict[str, bytes], tmp_path: Path
+) -> None:
     cache = tmp_path / "cache"
     names = ["mobilenet", "inception", "mobilenet"]
     runs = [start(folder, tmp_path / f"{i}.onnx", cache, name) for i, name in enumerate(names)]

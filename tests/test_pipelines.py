@@ -19,8 +19,15 @@ EXAMPLES = ROOT / "docs" / "examples"
 
 def run(name: str, folder: Path) -> str:
     """What an example prints, run in a folder of its own."""
-    found = subprocess.run([sys.executable, str(EXAMPLES / name)], cwd=folder, capture_output=True, text=True, check=False,
-                           env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+    found = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
     assert found.returncode == 0, found.stderr
     return found.stdout
 

@@ -204,23 +204,26 @@ class NoDefault(Pass):
     value: int
 
 
-@pytest.mark.parametrize(("plugin", "words"), [
-    (ImportError("no module named torch"), ": no module named torch"),
-    (SyntaxError("bad"), "import failed with SyntaxError"),
-    (brings(NoDot), "pass 'note' of class NoDot needs a name like vendor.note"),
-    (brings(NoName), "has a name"),
-    (brings(NoDataclass), "is not a frozen dataclass"),
-    (brings(int), "is not a frozen dataclass"),
-    (brings(Note()), "is not a frozen dataclass"),
-    (brings(Note, NoDot), "pass 'note'"),
-    (targets(Note), "is not a Target"),
-    (Raises(RuntimeError("no licence")), "no licence"),
-    (Misspelt(), "onnxq_pases"),
-    (WrongArguments(), "nonsense"),
-    (brings(NoDefault), "parameter 'value' of pass 'vendor.value' has no default"),
-    (NoHooks(), "implements no hook"),
-    (None, ""),
-])
+@pytest.mark.parametrize(
+    ("plugin", "words"),
+    [
+        (ImportError("no module named torch"), ": no module named torch"),
+        (SyntaxError("bad"), "import failed with SyntaxError"),
+        (brings(NoDot), "pass 'note' of class NoDot needs a name like vendor.note"),
+        (brings(NoName), "has a name"),
+        (brings(NoDataclass), "is not a frozen dataclass"),
+        (brings(int), "is not a frozen dataclass"),
+        (brings(Note()), "is not a frozen dataclass"),
+        (brings(Note, NoDot), "pass 'note'"),
+        (targets(Note), "is not a Target"),
+        (Raises(RuntimeError("no licence")), "no licence"),
+        (Misspelt(), "onnxq_pases"),
+        (WrongArguments(), "nonsense"),
+        (brings(NoDefault), "parameter 'value' of pass 'vendor.value' has no default"),
+        (NoHooks(), "implements no hook"),
+        (None, ""),
+    ],
+)
 def test_a_broken_plugin_is_one_warning_and_the_others_work(install, warnings, plugin, words):
     install(Entry("broken", plugin), Entry("fine", brings(Fine), "fine-package"))
     found = find_plugins()
@@ -245,8 +248,9 @@ def test_a_recipe_that_needs_a_broken_plugin_names_it(install):
     install(Entry("vendor", ImportError("no module named torch")))
     with pytest.raises(OnnxqError) as caught:
         quantize(cnn(), {"pass": [{"use": "vendor.note"}]}, feeds(cnn(), 2))
-    assert re.match(r"Plugin 'vendor' is broken: import failed with ImportError .*: no module named torch\.",
-                    caught.value.problems[0])  # the cause first
+    assert re.match(
+        r"Plugin 'vendor' is broken: import failed with ImportError .*: no module named torch\.", caught.value.problems[0]
+    )  # the cause first
     assert "'vendor.note' is not a known pass" in caught.value.problems[1]
 
 
@@ -267,8 +271,11 @@ def test_a_pass_that_crashes_is_named_with_the_line(install):
             raise ZeroDivisionError
 
     install(Entry("vendor", brings(Crash), "vendor-package"))
-    with pytest.raises(LawBroken, match=r"pass 'vendor.crash' \(vendor-package 1\.2\.3\) fails with ZeroDivisionError in "
-                                        r"tests/test_plugins.py, line \d+; this is a bug of the pass") as caught:
+    with pytest.raises(
+        LawBroken,
+        match=r"pass 'vendor.crash' \(vendor-package 1\.2\.3\) fails with ZeroDivisionError in "
+        r"tests/test_plugins.py, line \d+; this is a bug of the pass",
+    ) as caught:
         quantize(cnn(), {"pass": [{"use": "vendor.crash"}]}, feeds(cnn(), 2))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
@@ -287,8 +294,11 @@ class ThirdNote(Note):
 
 
 def test_a_name_from_two_distributions_belongs_to_neither(install, warnings):
-    install(Entry("a", brings(Note), "first-package"), Entry("b", brings(OtherNote, Fine), "second-package"),
-            Entry("c", brings(ThirdNote), "third-package"))
+    install(
+        Entry("a", brings(Note), "first-package"),
+        Entry("b", brings(OtherNote, Fine), "second-package"),
+        Entry("c", brings(ThirdNote), "third-package"),
+    )
     found = find_plugins()
     assert "vendor.note" not in found.passes and "vendor.fine" in found.passes
     assert len(warnings()) == len(found.broken) == 2

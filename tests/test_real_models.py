@@ -103,9 +103,11 @@ def test_one_scale_per_tensor_keeps_accuracy(name):
 @pytest.mark.parametrize("name", [*NAMES, "mobilenet_v1_0.75_224_bn"])
 def test_calibration_without_data_keeps_accuracy(name):
     case = case_of(name)
-    scales = {"mob": ["data.mean=0.5", "data.std=0.5"],
-              "res": ["data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]"],
-              "kwt": ["data-free.inputs={mfcc=[-350,26]}"]}
+    scales = {
+        "mob": ["data.mean=0.5", "data.std=0.5"],
+        "res": ["data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]"],
+        "kwt": ["data-free.inputs={mfcc=[-350,26]}"],
+    }
     real = logits(onnxq.quantize(case.path, "int8", case.feeds()).model, case)
     result = onnxq.quantize(case.path, "int8-data-free", settings=scales[name[:3]], verify=True)
     made = logits(result.model, case)

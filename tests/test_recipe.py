@@ -93,8 +93,10 @@ def test_a_toml_file(tmp_path, path_type):
     assert recipe.data == DataOptions(path="images", mean=(0.485, 0.456, 0.406), std=(0.5,))
     assert recipe.passes == (PASSES["ranges"](method="mse"), Everything(number=2.0, numbers=(1.0, 2.5)))
     assert isinstance(recipe.passes[1].number, float)
-    assert recipe.layers == (LayerRule(match="classifier*", weights={"bits": 8}),
-                             LayerRule(kind="depthwise", quantize=False))
+    assert recipe.layers == (
+        LayerRule(match="classifier*", weights={"bits": 8}),
+        LayerRule(kind="depthwise", quantize=False),
+    )
 
 
 def test_activations_keep_their_own_defaults():
@@ -107,11 +109,14 @@ def test_an_empty_recipe_is_the_default():
     assert parse({}, PASSES) == Recipe()
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("weights = [", "cannot be read"),
-    ("[weights]\nbits = 8\nbits = 4", "cannot be read"),
-    ("\xff", "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("weights = [", "cannot be read"),
+        ("[weights]\nbits = 8\nbits = 4", "cannot be read"),
+        ("\xff", "cannot be read"),
+    ],
+)
 def test_broken_toml_is_told_in_one_sentence(tmp_path, text, words):
     file = tmp_path / "broken.toml"
     file.write_bytes(text.encode("latin1"))
@@ -135,41 +140,44 @@ def test_neither_builtin_nor_file():
 # ---- problems -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("table", "words"), [
-    ({"weigths": {}}, ("unknown key 'weigths'", "weights")),
-    ({"weights": {"bit": 4}}, ("unknown key 'bit'", "bits")),
-    ({"weights": 4}, ("weights must be a table",)),
-    ({"weights": {"bits": "4"}}, ("bits = '4'", "a whole number")),
-    ({"weights": {"bits": 4.0}}, ("bits = 4.0", "a whole number")),
-    ({"weights": {"bits": True}}, ("bits = True", "a whole number")),
-    ({"weights": {"bits": 1}}, ("bits = 1 is out of range", "2..16", "32")),
-    ({"activations": {"bits": 64}}, ("[activations]", "bits = 64 is out of range")),
-    ({"weights": {"symmetric": 1}}, ("symmetric = 1", "true or false")),
-    ({"weights": {"block": "row"}}, ("block = 'row'", "'tensor'", "'channel'")),
-    ({"target": 3}, ("target must be a name",)),
-    ({"recipe": 2}, ("recipe = 2", "use 1")),
-    ({"pass": {"use": "ranges"}}, ("[[pass]]",)),
-    ({"pass": [{"use": "range"}]}, ("'range' is not a known pass", "ranges", "installed")),
-    ({"pass": [{"method": "mse"}]}, ("pass 1", "write use =", "ranges")),
-    ({"pass": [{"use": "ranges", "mode": "mse"}]}, ("unknown key 'mode'", "method")),
-    ({"pass": [{"use": "ranges", "method": "best"}]}, ("method = 'best'", "'minmax', 'percentile', 'mse', 'kl'")),
-    ({"pass": [{"use": "ranges", "percentile": 40}]}, ("percentile = 40",)),
-    ({"layer": {"match": "*"}}, ("[[layer]]",)),
-    ({"layer": [{"name": "conv1"}]}, ("layer 1", "unknown key 'name'", "match")),
-    ({"layer": [{"match": 5}]}, ("layer 1", "match = 5", "text")),
-    ({"layer": [{"weights": {"bit": 4}}]}, ("layer 1, weights", "unknown key 'bit'")),
-    ({"layer": [{"weights": {"bits": 99}}]}, ("layer 1", "bits = 99 is out of range")),
-    ({"layer": [{"position": "middle"}]}, ("layer 1", "position = 'middle'", "'first'", "'last'")),
-    ({"layer": [{"kind": "deepwise"}]}, ("layer 1", "kind = 'deepwise'", "'depthwise'")),
-    ({"layer": [{"op": "Convolution"}]}, ("layer 1", "op = 'Convolution'", "'Conv'")),
-    ({"data": {"layout": 3}}, ("[data]", "layout = 3", "text")),
-    ({"data": {"mean": ["a"]}}, ("mean = ['a']", "a list of numbers")),
-    (using(flag=1), ("flag = 1", "true or false")),
-    (using(choice="z"), ("choice = 'z'", "one of 'x', 'y'")),
-    (using(maybe="z"), ("maybe = 'z'", "a whole number or nothing")),
-    (using(number="2"), ("number = '2'", "a number")),
-    (using(whole=-1), ("whole must not be negative",)),
-])
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"weigths": {}}, ("unknown key 'weigths'", "weights")),
+        ({"weights": {"bit": 4}}, ("unknown key 'bit'", "bits")),
+        ({"weights": 4}, ("weights must be a table",)),
+        ({"weights": {"bits": "4"}}, ("bits = '4'", "a whole number")),
+        ({"weights": {"bits": 4.0}}, ("bits = 4.0", "a whole number")),
+        ({"weights": {"bits": True}}, ("bits = True", "a whole number")),
+        ({"weights": {"bits": 1}}, ("bits = 1 is out of range", "2..16", "32")),
+        ({"activations": {"bits": 64}}, ("[activations]", "bits = 64 is out of range")),
+        ({"weights": {"symmetric": 1}}, ("symmetric = 1", "true or false")),
+        ({"weights": {"block": "row"}}, ("block = 'row'", "'tensor'", "'channel'")),
+        ({"target": 3}, ("target must be a name",)),
+        ({"recipe": 2}, ("recipe = 2", "use 1")),
+        ({"pass": {"use": "ranges"}}, ("[[pass]]",)),
+        ({"pass": [{"use": "range"}]}, ("'range' is not a known pass", "ranges", "installed")),
+        ({"pass": [{"method": "mse"}]}, ("pass 1", "write use =", "ranges")),
+        ({"pass": [{"use": "ranges", "mode": "mse"}]}, ("unknown key 'mode'", "method")),
+        ({"pass": [{"use": "ranges", "method": "best"}]}, ("method = 'best'", "'minmax', 'percentile', 'mse', 'kl'")),
+        ({"pass": [{"use": "ranges", "percentile": 40}]}, ("percentile = 40",)),
+        ({"layer": {"match": "*"}}, ("[[layer]]",)),
+        ({"layer": [{"name": "conv1"}]}, ("layer 1", "unknown key 'name'", "match")),
+        ({"layer": [{"match": 5}]}, ("layer 1", "match = 5", "text")),
+        ({"layer": [{"weights": {"bit": 4}}]}, ("layer 1, weights", "unknown key 'bit'")),
+        ({"layer": [{"weights": {"bits": 99}}]}, ("layer 1", "bits = 99 is out of range")),
+        ({"layer": [{"position": "middle"}]}, ("layer 1", "position = 'middle'", "'first'", "'last'")),
+        ({"layer": [{"kind": "deepwise"}]}, ("layer 1", "kind = 'deepwise'", "'depthwise'")),
+        ({"layer": [{"op": "Convolution"}]}, ("layer 1", "op = 'Convolution'", "'Conv'")),
+        ({"data": {"layout": 3}}, ("[data]", "layout = 3", "text")),
+        ({"data": {"mean": ["a"]}}, ("mean = ['a']", "a list of numbers")),
+        (using(flag=1), ("flag = 1", "true or false")),
+        (using(choice="z"), ("choice = 'z'", "one of 'x', 'y'")),
+        (using(maybe="z"), ("maybe = 'z'", "a whole number or nothing")),
+        (using(number="2"), ("number = '2'", "a number")),
+        (using(whole=-1), ("whole must not be negative",)),
+    ],
+)
 def test_one_wrong_thing_is_one_sentence(table, words):
     (problem,) = problems(table)
     assert all(word in problem for word in words), problem
@@ -177,8 +185,12 @@ def test_one_wrong_thing_is_one_sentence(table, words):
 
 
 def test_all_problems_are_listed_at_once():
-    table = {"colour": 1, "weights": {"bits": 1, "blok": 2}, "pass": [{"use": "nope"}, {"use": "ranges", "method": "no"}],
-             "layer": [{"mach": "x"}]}
+    table = {
+        "colour": 1,
+        "weights": {"bits": 1, "blok": 2},
+        "pass": [{"use": "nope"}, {"use": "ranges", "method": "no"}],
+        "layer": [{"mach": "x"}],
+    }
     found = problems(table, ["weights.bits", "other.x=1"])
     for word in ("colour", "blok", "'nope' is not", "method = 'no'", "mach", "'weights.bits' must look", "no pass 'other'"):
         assert sum(word in problem for problem in found) == 1, (word, found)
@@ -187,22 +199,25 @@ def test_all_problems_are_listed_at_once():
 # ---- settings -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("setting", "read", "value"), [
-    ("weights.bits=4", lambda r: r.weights.bits, 4),
-    ("weights.block=tensor", lambda r: r.weights.block, "tensor"),
-    ('weights.block="tensor"', lambda r: r.weights.block, "tensor"),
-    ("weights.block=32", lambda r: r.weights.block, 32),
-    ("weights.block=[1, 16]", lambda r: r.weights.block, (1, 16)),
-    ("activations.bits=32", lambda r: r.activations.bits, 32),
-    ("data.mean=[0.1, 0.2, 0.3]", lambda r: r.data.mean, (0.1, 0.2, 0.3)),
-    ("data.path=some where", lambda r: r.data.path, "some where"),
-    ("target=openvino", lambda r: r.target, "openvino"),
-    (" target = openvino ", lambda r: r.target, "openvino"),
-    ("ranges.method=mse", lambda r: r.passes[0].method, "mse"),
-    ("ranges.percentile=99", lambda r: r.passes[0].percentile, 99.0),
-    ("test.everything.flag=true", lambda r: r.passes[1].flag, True),  # a guest's name has a dot
-    ("test.everything.word=a=b", lambda r: r.passes[1].word, "a=b"),
-])
+@pytest.mark.parametrize(
+    ("setting", "read", "value"),
+    [
+        ("weights.bits=4", lambda r: r.weights.bits, 4),
+        ("weights.block=tensor", lambda r: r.weights.block, "tensor"),
+        ('weights.block="tensor"', lambda r: r.weights.block, "tensor"),
+        ("weights.block=32", lambda r: r.weights.block, 32),
+        ("weights.block=[1, 16]", lambda r: r.weights.block, (1, 16)),
+        ("activations.bits=32", lambda r: r.activations.bits, 32),
+        ("data.mean=[0.1, 0.2, 0.3]", lambda r: r.data.mean, (0.1, 0.2, 0.3)),
+        ("data.path=some where", lambda r: r.data.path, "some where"),
+        ("target=openvino", lambda r: r.target, "openvino"),
+        (" target = openvino ", lambda r: r.target, "openvino"),
+        ("ranges.method=mse", lambda r: r.passes[0].method, "mse"),
+        ("ranges.percentile=99", lambda r: r.passes[0].percentile, 99.0),
+        ("test.everything.flag=true", lambda r: r.passes[1].flag, True),  # a guest's name has a dot
+        ("test.everything.word=a=b", lambda r: r.passes[1].word, "a=b"),
+    ],
+)
 def test_settings_change_the_recipe(setting, read, value):
     table = {"pass": [{"use": "ranges"}, {"use": "test.everything"}]}
     before = json.dumps(table)
@@ -216,10 +231,17 @@ def test_a_setting_reaches_every_pass_of_that_name_and_the_last_wins():
     assert [(p.method, p.bins) for p in recipe.passes] == [("kl", 512), ("kl", 2048)]
 
 
-@pytest.mark.parametrize(("setting", "words"), [
-    ("weights.bits", "must look like"), ("bits=4", "must look like"), ("=4", "must look like"), ("", "must look like"),
-    ("weights.bit=4", "unknown key 'bit'"), ("mse.method=x", "no pass 'mse' (it has: ranges)"),
-])
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("weights.bits", "must look like"),
+        ("bits=4", "must look like"),
+        ("=4", "must look like"),
+        ("", "must look like"),
+        ("weights.bit=4", "unknown key 'bit'"),
+        ("mse.method=x", "no pass 'mse' (it has: ranges)"),
+    ],
+)
 def test_settings_that_fit_nothing(setting, words):
     assert any(words in problem for problem in problems({"pass": [{"use": "ranges"}]}, [setting]))
 
@@ -234,22 +256,53 @@ def test_settings_work_on_a_recipe_too():
 WORD = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=8)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
 BITS = st.integers(2, 16) | st.just(32)
-BLOCK = st.sampled_from(["tensor", "channel"]) | st.integers(1, 512) | st.lists(
-    st.integers(0, 64), min_size=1, max_size=4).map(tuple)
-REQUEST = st.builds(TensorRequest, bits=BITS, symmetric=st.booleans(), block=BLOCK, pow2=st.booleans(),
-                    max_multiplier=st.integers(1, 127), sub_block=st.just("none") | st.integers(1, 64) | st.lists(
-                        st.integers(0, 64), min_size=1, max_size=4).map(tuple))
+BLOCK = (
+    st.sampled_from(["tensor", "channel"])
+    | st.integers(1, 512)
+    | st.lists(st.integers(0, 64), min_size=1, max_size=4).map(tuple)
+)
+REQUEST = st.builds(
+    TensorRequest,
+    bits=BITS,
+    symmetric=st.booleans(),
+    block=BLOCK,
+    pow2=st.booleans(),
+    max_multiplier=st.integers(1, 127),
+    sub_block=st.just("none") | st.integers(1, 64) | st.lists(st.integers(0, 64), min_size=1, max_size=4).map(tuple),
+)
 STEP = st.one_of(
     st.builds(PASSES["ranges"], method=st.sampled_from(["minmax", "mse"]), percentile=st.floats(50.5, 100)),
     st.builds(PASSES["bias-correct"]),
-    st.builds(Everything, st.integers(0), NUMBER, st.booleans(), WORD, st.sampled_from("xy"), st.none() | st.integers(),
-              st.lists(NUMBER, max_size=3).map(tuple)))
-RULE = st.builds(LayerRule, match=WORD, op=st.sampled_from(["", "Conv", "Attention"]), kind=st.sampled_from(["", "dense"]),
-                 position=st.sampled_from(["", "last"]), quantize=st.none() | st.booleans(),
-                 weights=st.fixed_dictionaries({}, optional={"bits": BITS, "block": BLOCK}))
+    st.builds(
+        Everything,
+        st.integers(0),
+        NUMBER,
+        st.booleans(),
+        WORD,
+        st.sampled_from("xy"),
+        st.none() | st.integers(),
+        st.lists(NUMBER, max_size=3).map(tuple),
+    ),
+)
+RULE = st.builds(
+    LayerRule,
+    match=WORD,
+    op=st.sampled_from(["", "Conv", "Attention"]),
+    kind=st.sampled_from(["", "dense"]),
+    position=st.sampled_from(["", "last"]),
+    quantize=st.none() | st.booleans(),
+    weights=st.fixed_dictionaries({}, optional={"bits": BITS, "block": BLOCK}),
+)
 DATA = st.builds(DataOptions, path=WORD, samples=st.integers(0, 99), mean=st.lists(NUMBER, min_size=1).map(tuple))
-RECIPE = st.builds(Recipe, target=WORD, weights=REQUEST, activations=REQUEST, data=DATA,
-                   passes=st.lists(STEP, max_size=3).map(tuple), layers=st.lists(RULE, max_size=3).map(tuple))
+RECIPE = st.builds(
+    Recipe,
+    target=WORD,
+    weights=REQUEST,
+    activations=REQUEST,
+    data=DATA,
+    passes=st.lists(STEP, max_size=3).map(tuple),
+    layers=st.lists(RULE, max_size=3).map(tuple),
+)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -291,16 +344,19 @@ def bits_of(model, *rules: dict) -> dict[str, int]:
 FOUR = {"weights": {"bits": 4}}
 
 
-@pytest.mark.parametrize(("rule", "chosen"), [
-    ({}, ["conv0", "conv3", "gemm7"]),
-    ({"match": "conv*"}, ["conv0", "conv3"]),
-    ({"match": "[cg]???[07]"}, ["conv0", "gemm7"]),
-    ({"op": "Gemm"}, ["gemm7"]),
-    ({"position": "first"}, ["conv0"]),
-    ({"position": "last"}, ["gemm7"]),
-    ({"op": "Conv", "position": "last"}, []),
-    ({"kind": "depthwise"}, []),
-])
+@pytest.mark.parametrize(
+    ("rule", "chosen"),
+    [
+        ({}, ["conv0", "conv3", "gemm7"]),
+        ({"match": "conv*"}, ["conv0", "conv3"]),
+        ({"match": "[cg]???[07]"}, ["conv0", "gemm7"]),
+        ({"op": "Gemm"}, ["gemm7"]),
+        ({"position": "first"}, ["conv0"]),
+        ({"position": "last"}, ["gemm7"]),
+        ({"op": "Conv", "position": "last"}, []),
+        ({"kind": "depthwise"}, []),
+    ],
+)
 def test_rules_choose_layers(rule, chosen):
     assert [name for name, bits in bits_of(cnn(), {**rule, **FOUR}).items() if bits == 4] == chosen
 
@@ -312,8 +368,10 @@ def test_a_glob_that_matches_nothing_is_an_error(rule):
         bits_of(cnn(), {**rule, **FOUR})
 
 
-@pytest.mark.parametrize(("model", "kind", "count"), [("mobilenet", "depthwise", 2), ("mobilenet", "dense", 6),
-                                                      ("grouped", "grouped", 1), ("conv1d", "depthwise", 1)])
+@pytest.mark.parametrize(
+    ("model", "kind", "count"),
+    [("mobilenet", "depthwise", 2), ("mobilenet", "dense", 6), ("grouped", "grouped", 1), ("conv1d", "depthwise", 1)],
+)
 def test_rules_choose_kinds(model, kind, count):
     assert list(bits_of(ZOO[model](), {"kind": kind, **FOUR}).values()).count(4) == count
 
@@ -321,8 +379,14 @@ def test_rules_choose_kinds(model, kind, count):
 def test_later_rules_win_and_add_up():
     model = mobilenet()
     names = list(bits_of(model))
-    found = bits_of(model, FOUR, {"op": "Conv", "weights": {"bits": 6}}, {"match": names[0], "quantize": False},
-                    {"match": names[1], "quantize": False}, {"match": names[1], "quantize": True})
+    found = bits_of(
+        model,
+        FOUR,
+        {"op": "Conv", "weights": {"bits": 6}},
+        {"match": names[0], "quantize": False},
+        {"match": names[1], "quantize": False},
+        {"match": names[1], "quantize": True},
+    )
     assert list(found.values()) == [32, 6, 6, 6, 6, 6, 6, 4]
 
 
@@ -334,10 +398,15 @@ def test_a_rule_changes_only_what_it_names():
     assert [(s.bits, s.pow2, s.block) for s in specs] == [(4, True, (1, 0, 0, 0))] * 2 + [(4, True, None)]
 
 
-@pytest.mark.parametrize(("block", "conv", "gemm"), [
-    ("tensor", None, None), ("channel", (1, 0, 0, 0), (1, 0)), (32, (1, 32, 0, 0), (1, 32)),
-    ([16, 8], (16, 8, 0, 0), (16, 8)),
-])
+@pytest.mark.parametrize(
+    ("block", "conv", "gemm"),
+    [
+        ("tensor", None, None),
+        ("channel", (1, 0, 0, 0), (1, 0)),
+        (32, (1, 32, 0, 0), (1, 32)),
+        ([16, 8], (16, 8, 0, 0), (16, 8)),
+    ],
+)
 def test_blocks_follow_the_axes_of_each_weight(block, conv, gemm):
     graph = load(cnn())
     plan = requests.request(graph, parse({"weights": {"block": block}}, PASSES), ORT_CPU).plan

@@ -42,8 +42,7 @@ def test_for_size_the_smallest_that_is_accurate_enough_is_kept():
 def test_where_none_is_accurate_enough_the_best_is_kept_and_told():
     model = mlp()
     drops = iter([0.0, 30.0, 20.0])  # float, then two recipes
-    found = choose(model, feeds(model, 20), max_drop=1, recipes=["int8", "int8-rounded"],
-                   metric=lambda *_: -next(drops))
+    found = choose(model, feeds(model, 20), max_drop=1, recipes=["int8", "int8-rounded"], metric=lambda *_: -next(drops))
     assert tried(found) == ["int8", "int8-rounded"] and not found.met
     assert found.best.recipe == "int8-rounded" and found.best.drop == 20
 
@@ -62,8 +61,10 @@ def test_models_are_judged_by_samples_they_were_not_made_with():
     reference = runtimes.outputs(runtimes.session(model), feeds(model, 20))[0].argmax(-1)
     apart = choose(model, samples["x"][:7], test=samples["x"], labels=reference)
     assert apart.metric == "top1" and apart.reference == 100
-    assert apart.notes == ("one of 20 samples is 5.0 points, more than the drop of 1 to decide on: give more --test samples "
-                           "for a decision this fine",)
+    assert apart.notes == (
+        "one of 20 samples is 5.0 points, more than the drop of 1 to decide on: give more --test samples "
+        "for a decision this fine",
+    )
     few = choose(model, samples["x"][:7])
     assert "flatters" in few.notes[0]
 
@@ -86,11 +87,13 @@ def test_the_command(limit, code, tmp_path, monkeypatch, capsys):
     onnx.save(model, "m.onnx")
     outputs = runtimes.outputs(runtimes.session(model), feeds(model, 20))[0]
     np.savez("data.npz", x=np.concatenate([feed["x"] for feed in feeds(model, 20)]), labels=outputs.argmin(-1))
-    (tmp_path / "mine.py").write_text("def judge(reference, found, labels):\n"
-                                      "    return 100.0 * (reference[0] is found[0]) + (labels[0] == labels[0])\n")
+    (tmp_path / "mine.py").write_text(
+        "def judge(reference, found, labels):\n    return 100.0 * (reference[0] is found[0]) + (labels[0] == labels[0])\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["onnxq", "auto", "m.onnx", "--data", "data.npz", "--max-drop", str(limit), "--metric",
-                                      "mine:judge"])
+    monkeypatch.setattr(
+        sys, "argv", ["onnxq", "auto", "m.onnx", "--data", "data.npz", "--max-drop", str(limit), "--metric", "mine:judge"]
+    )
     with pytest.raises(SystemExit) as ended:
         cli.main()
     told = capsys.readouterr()

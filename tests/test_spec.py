@@ -69,8 +69,10 @@ def test_block_of_the_wrong_rank_is_refused():
         block_shape((4, 3, 3), (1, 0))
 
 
-@pytest.mark.parametrize("block, shape", [(None, ()), ((1, 0, 0, 0), (64, 1, 1, 1)), ((16, 16, 0, 0), (4, 2, 1, 1)),
-                                          ((48, 24, 2, 2), (2, 2, 2, 2))])
+@pytest.mark.parametrize(
+    "block, shape",
+    [(None, ()), ((1, 0, 0, 0), (64, 1, 1, 1)), ((16, 16, 0, 0), (4, 2, 1, 1)), ((48, 24, 2, 2), (2, 2, 2, 2))],
+)
 def test_block_shapes_of_the_documentation(block, shape):
     assert block_shape((64, 32, 3, 3), block) == shape
 
@@ -92,8 +94,10 @@ def test_minmax_grid_covers_all_values(case, seed, bits, symmetric, pow2):
 @given(shapes_and_blocks(), seeds, st.data())
 def test_refining_a_block_never_increases_the_bound(case, seed, data):
     shape, block = case
-    finer = tuple(data.draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0]))
-                  for n in ([b or n for n, b in zip(shape, block, strict=True)] if block else shape))
+    finer = tuple(
+        data.draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0]))
+        for n in ([b or n for n, b in zip(shape, block, strict=True)] if block else shape)
+    )
     x = values(seed, shape)
     x[x == 0] = 1e-3  # a block of zeros gets scale 1
     coarse, fine = (step(solve_minmax(x, QuantSpec(4, block=b)), shape) for b in (block, finer))
@@ -115,12 +119,15 @@ def test_per_channel_and_per_tensor_by_hand():
 def qdq(x, scale, zero):
     """Codes and values as onnxruntime computes them."""
     constants = [numpy_helper.from_array(np.asarray(a), n) for n, a in (("s", np.float32(scale)), ("z", zero))]
-    nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
-             helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"])]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
     kind = helper.np_dtype_to_tensor_dtype(np.asarray(zero).dtype)
     outputs = [helper.make_tensor_value_info("q", kind, [None]), helper.make_tensor_value_info("y", 1, [None])]
-    graph = helper.make_graph(nodes, "qdq", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None])], outputs,
-                              constants)
+    graph = helper.make_graph(
+        nodes, "qdq", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None])], outputs, constants
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     return runtimes.session(model, optimize=False).run(None, {"x": x})
 
@@ -195,8 +202,13 @@ def test_dead_tensors(symmetric, block):
 def test_step_is_scale_times_multiplier():
     rng = np.random.default_rng(0)
     shape, block, sub_block = (5, 7), (1, 0), (1, 3)
-    spec = QuantSpec(4, block=block, sub_block=sub_block, scale=rng.random((5, 1), np.float32),
-                     multiplier=rng.integers(1, 17, block_shape(shape, sub_block)))
+    spec = QuantSpec(
+        4,
+        block=block,
+        sub_block=sub_block,
+        scale=rng.random((5, 1), np.float32),
+        multiplier=rng.integers(1, 17, block_shape(shape, sub_block)),
+    )
     size = step(spec, shape)
     for i, j in np.ndindex(shape):
         assert size[i, j] == pytest.approx(spec.scale[i, 0] * spec.multiplier[i, j // 3], rel=1e-6)

@@ -20,9 +20,27 @@ from tests import zoo
 
 PASSES = find_plugins().passes
 PLACES = [f"{key}.{f}" for key, kind in PASSES.items() for f in kind.__dataclass_fields__]
-TABLES = ["target", "data.path", "data.labels", "data.layout", "weights.block", "weights.sub_block", "activations.block",
-          "pass.use", "layer.match", "layer.op", "plugins", "metric", "labels", "data.metric", "data.plugins", "pass.metric",
-          "recipe", "import", "hooks"]
+TABLES = [
+    "target",
+    "data.path",
+    "data.labels",
+    "data.layout",
+    "weights.block",
+    "weights.sub_block",
+    "activations.block",
+    "pass.use",
+    "layer.match",
+    "layer.op",
+    "plugins",
+    "metric",
+    "labels",
+    "data.metric",
+    "data.plugins",
+    "pass.metric",
+    "recipe",
+    "import",
+    "hooks",
+]
 MODEL = zoo.mlp()
 
 
@@ -31,8 +49,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory):
     """A module in reach that leaves a mark when it is imported."""
     folder = tmp_path_factory.mktemp("planted")
     (folder / "planted_module.py").write_text(
-        f"from pathlib import Path\nPath({str(folder / 'mark')!r}).touch()\n"
-        "def planted(*args):\n    return 0.0\n")
+        f"from pathlib import Path\nPath({str(folder / 'mark')!r}).touch()\ndef planted(*args):\n    return 0.0\n"
+    )
     sys.path.insert(0, str(folder))
     yield folder
     sys.path.remove(str(folder))

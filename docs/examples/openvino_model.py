@@ -8,8 +8,9 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
 
 data = digits_split()
-result = onnxq.quantize(digits_model_path(), "int8", data["calibration_images"], target="openvino",
-                        output="digits.int8.onnx")
+result = onnxq.quantize(
+    digits_model_path(), "int8", data["calibration_images"], target="openvino", output="digits.int8.onnx"
+)
 
 compiled = openvino.Core().compile_model("digits.int8.onnx", "CPU")
 there = compiled({"image": data["test_images"]})[0]

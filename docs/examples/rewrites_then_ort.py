@@ -20,8 +20,9 @@ class Reader(CalibrationDataReader):
 
 def by_onnxruntime(model, path, images):
     """Your pipeline: one scale per weight tensor."""
-    quantize_static(model, path, Reader(images), per_channel=False, activation_type=QuantType.QUInt8,
-                    weight_type=QuantType.QInt8)
+    quantize_static(
+        model, path, Reader(images), per_channel=False, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8
+    )
     return onnx.load(path)
 
 

@@ -48,8 +48,10 @@ class Expected(Calibration):
         """Mean and mean square per channel of each tensor."""
         told = self._per_channel(names)
         rest = super().moments([n for n in names if n not in told])
-        return {n: statistics.Moments(told[n].mean, told[n].variance + told[n].mean ** 2) if n in told else rest[n]
-                for n in names}
+        return {
+            n: statistics.Moments(told[n].mean, told[n].variance + told[n].mean ** 2) if n in told else rest[n]
+            for n in names
+        }
 
     def _expected(self) -> Found:
         digest = self.graph.digest()

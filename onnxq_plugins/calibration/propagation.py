@@ -18,8 +18,25 @@ from onnxq_plugins.spec import Array
 
 # How alike neighbouring positions of an activation are: in images mostly a smooth part that they share.
 _ALIKE = 0.5
-_CURVES = {"Abs", "Celu", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Neg", "Selu",
-           "Sigmoid", "Softplus", "Softsign", "Tanh", "ThresholdedRelu"}
+_CURVES = {
+    "Abs",
+    "Celu",
+    "Elu",
+    "Erf",
+    "Exp",
+    "Gelu",
+    "HardSigmoid",
+    "HardSwish",
+    "LeakyRelu",
+    "Mish",
+    "Neg",
+    "Selu",
+    "Sigmoid",
+    "Softplus",
+    "Softsign",
+    "Tanh",
+    "ThresholdedRelu",
+}
 _IN_PLACE = {"Identity", "MaxPool", "Resize"}  # shape-only operators that leave every channel where it is
 _UNKNOWN = 64  # stands for the size of a dynamic axis
 _LARGEST = 10**7  # table of channels against those they are made of
@@ -42,8 +59,12 @@ class Moments:
     def pooled(self) -> Moments:
         """All channels as one."""
         mean = self.mean.mean(keepdims=True)
-        return Moments(mean, (self.variance + (self.mean - mean) ** 2).mean(keepdims=True), self.low.min(keepdims=True),
-                       self.high.max(keepdims=True))
+        return Moments(
+            mean,
+            (self.variance + (self.mean - mean) ** 2).mean(keepdims=True),
+            self.low.min(keepdims=True),
+            self.high.max(keepdims=True),
+        )
 
     def fitted(self, size: int | None) -> Moments:
         """As it is where it has `size` channels or tells none apart, else all channels as one."""
@@ -125,8 +146,13 @@ class _Walk:
         total = by_input.sum(axis=3)
         power = (1 - _ALIKE) * np.sum(by_input**2, axis=3) + _ALIKE * total**2 if taps > 1 else total**2
         bias = self.graph.constant(layer.bias).astype(np.float64).reshape(-1) if layer.bias is not None else 0.0
-        return self.along(layer.output, self.normal(np.einsum("goi,gi->go", total, mean).reshape(-1) + bias,
-                                                    np.einsum("goi,gi->go", power, variance).reshape(-1)), axis)
+        return self.along(
+            layer.output,
+            self.normal(
+                np.einsum("goi,gi->go", total, mean).reshape(-1) + bias, np.einsum("goi,gi->go", power, variance).reshape(-1)
+            ),
+            axis,
+        )
 
     def node(self, node: Any) -> Moments | None:
         op, output = str(node.op), node.outputs[0].name
@@ -181,8 +207,9 @@ class _Walk:
         outputs, axis = [t.name for t in node.outputs], channel_axis(graph, name)
         if x is None:
             return []
-        if node.op in _IN_PLACE or (node.op == "Reshape" and axis == len(shape) - 1 and shape[-1] == (
-                graph.shape(outputs[0]) or (0,))[-1]):
+        if node.op in _IN_PLACE or (
+            node.op == "Reshape" and axis == len(shape) - 1 and shape[-1] == (graph.shape(outputs[0]) or (0,))[-1]
+        ):
             return [self.along(outputs[0], x, axis - len(shape))]
         zero = Moments(*np.zeros((4, 1)))
         unknown: list[Moments | None] = [_mixed([x.pooled(), zero]) if node.op == "Pad" else x.pooled()] * len(outputs)
@@ -270,8 +297,9 @@ class _Walk:
         axis = node.attrs["axis"] % len(self.graph.shape(output) or (None,))
         sizes = [shape[axis] if shape is not None else None for shape in shapes]
         if axis != channel_axis(self.graph, output):
-            return _mixed([p.fitted(channels(self.graph, output)) for p in known],
-                          [n if isinstance(n, int) else 1 for n in sizes])
+            return _mixed(
+                [p.fitted(channels(self.graph, output)) for p in known], [n if isinstance(n, int) else 1 for n in sizes]
+            )
         told = [(p, n) for p, n in zip(known, sizes, strict=True) if isinstance(n, int)]
         if len(told) < len(known):
             return _mixed([p.pooled() for p in known])
@@ -314,8 +342,12 @@ def _mixed(parts: Sequence[Moments], shares: Sequence[float] | None = None) -> M
     share = np.ones(len(parts)) if shares is None else np.asarray(shares, np.float64)
     share = share[:, None] / share.sum()
     mean = (share * stacked.mean).sum(axis=0)
-    return Moments(mean, (share * (stacked.variance + (stacked.mean - mean) ** 2)).sum(axis=0), stacked.low.min(axis=0),
-                   stacked.high.max(axis=0))
+    return Moments(
+        mean,
+        (share * (stacked.variance + (stacked.mean - mean) ** 2)).sum(axis=0),
+        stacked.low.min(axis=0),
+        stacked.high.max(axis=0),
+    )
 
 
 def _picked(whole: Moments, numbers: Array) -> Moments:
@@ -328,8 +360,12 @@ def _picked(whole: Moments, numbers: Array) -> Moments:
     share = np.bincount((rows + size * np.arange(len(rows))[:, None]).ravel(), minlength=len(rows) * size)
     share = share.reshape(len(rows), size) / rows.shape[1]
     mean = share @ whole.mean
-    return Moments(mean, np.maximum(share @ (whole.variance + whole.mean**2) - mean**2, 0),
-                   np.where(share > 0, whole.low, np.inf).min(axis=1), np.where(share > 0, whole.high, -np.inf).max(axis=1))
+    return Moments(
+        mean,
+        np.maximum(share @ (whole.variance + whole.mean**2) - mean**2, 0),
+        np.where(share > 0, whole.low, np.inf).min(axis=1),
+        np.where(share > 0, whole.high, -np.inf).max(axis=1),
+    )
 
 
 def _runner(graph: Graph, node: Any) -> Callable[[Array], list[Array]] | None:
@@ -337,12 +373,17 @@ def _runner(graph: Graph, node: Any) -> Callable[[Array], list[Array]] | None:
     if not all(t.is_empty() or graph.is_constant(t.name) for t in node.inputs[1:]):
         return None
     names = ["" if t.is_empty() else f"c{i}" for i, t in enumerate(node.inputs[1:])]
-    constants = [numpy_helper.from_array(graph.constant(t.name), name)
-                 for t, name in zip(node.inputs[1:], names, strict=True) if name]
+    constants = [
+        numpy_helper.from_array(graph.constant(t.name), name) for t, name in zip(node.inputs[1:], names, strict=True) if name
+    ]
     outputs = [f"y{i}" for i in range(len(node.outputs))]
-    made = helper.make_graph([helper.make_node(node.op, ["x", *names], outputs, **node.attrs)], node.op,
-                             [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)],
-                             [helper.make_empty_tensor_value_info(name) for name in outputs], constants)
+    made = helper.make_graph(
+        [helper.make_node(node.op, ["x", *names], outputs, **node.attrs)],
+        node.op,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)],
+        [helper.make_empty_tensor_value_info(name) for name in outputs],
+        constants,
+    )
     runner = runtimes.session(helper.make_model(made, opset_imports=[helper.make_opsetid("", graph.opset)], ir_version=8))
     return lambda x: list(runner.run(None, {"x": np.ascontiguousarray(x, np.float32)}))
 

@@ -32,8 +32,7 @@ from onnxq_plugins.spec import Array
 Read = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
 Run = tuple[onnx.ModelProto, dict[str, Array], Read]  # model, its large weights, what to make of its outputs
 State = dict[str, Array]  # "tensor|field" -> array; the field's first letters tell how two states merge
-_MERGE: dict[str, Callable[[Array, Array], Array]] = {
-    "low": np.minimum, "high": np.maximum, "sum": np.add, "gram": add_gram}
+_MERGE: dict[str, Callable[[Array, Array], Array]] = {"low": np.minimum, "high": np.maximum, "sum": np.add, "gram": add_gram}
 T = TypeVar("T")
 R = TypeVar("R")
 Track = Callable[[Iterable[Any], str, int | None], Iterable[Any]]  # (items, what, how many) -> the same items
@@ -90,8 +89,9 @@ class Calibration:
 
     checkpoint = 32  # samples between two checkpoints of a running fold
 
-    def __init__(self, graph: Graph, data: Data | None, *, cache: Path | None = None, workers: int = 1,
-                 track: Track = silent) -> None:
+    def __init__(
+        self, graph: Graph, data: Data | None, *, cache: Path | None = None, workers: int = 1, track: Track = silent
+    ) -> None:
         self.graph, self.data, self.cache, self.workers, self.track = graph, data, cache, workers, track
         self._known: dict[tuple[str, str], State] = {}  # (graph digest, statistic) -> state
 
@@ -120,8 +120,7 @@ class Calibration:
     def moments(self, names: Sequence[str]) -> dict[str, Moments]:
         """Mean and mean square per channel of each tensor."""
         state = self._reduced("moments", names, [("sum", "ReduceSum", True), ("sum2", "ReduceSumSquare", True)])
-        return {n: Moments(*(state[f"{n}|{key}"] / state[f"{n}|sum_positions"] for key in ("sum", "sum2")))
-                for n in names}
+        return {n: Moments(*(state[f"{n}|{key}"] / state[f"{n}|sum_positions"] for key in ("sum", "sum2"))) for n in names}
 
     def histograms(self, names: Sequence[str], bins: int = 2048) -> dict[str, Histogram]:
         """Histogram of each tensor between its extremes."""
@@ -150,20 +149,30 @@ class Calibration:
 
         def reduce(name: str, x: Array, sample: int) -> State:
             p = split(patches(by_name[name], x, positions, sample), limit)
-            return {f"{name}|gram": p, f"{name}|sum_x": p.sum(axis=2, dtype=np.float64),
-                    f"{name}|sum_n": np.array(float(p.shape[2]))}
+            return {
+                f"{name}|gram": p,
+                f"{name}|sum_x": p.sum(axis=2, dtype=np.float64),
+                f"{name}|sum_n": np.array(float(p.shape[2])),
+            }
 
         state = self._fetched(f"grams-{positions}-{limit}", list(by_name), reduce, {n: y.input for n, y in by_name.items()})
         self._known = {key: kept for key, kept in self._known.items() if not key[1].startswith("grams")}
-        return {n: Gram(state[f"{n}|gram"] / state[f"{n}|sum_n"], state[f"{n}|sum_x"] / state[f"{n}|sum_n"],
-                        int(state[f"{n}|sum_n"])) for n in by_name}
+        return {
+            n: Gram(
+                state[f"{n}|gram"] / state[f"{n}|sum_n"], state[f"{n}|sum_x"] / state[f"{n}|sum_n"], int(state[f"{n}|sum_n"])
+            )
+            for n in by_name
+        }
 
     def _summary(self, names: Sequence[str]) -> State:
         """Range and channel means together: the reductions cost a fraction of the run, and whoever asks for the ranges
         of a model's activations mostly wants the means of its layers' inputs next."""
         inputs = [y.input for y in self.graph.layers] if len(names) > 1 else []
-        return self._reduced("ranges", [*names, *inputs], [("low", "ReduceMin", False), ("high", "ReduceMax", False),
-                                                            ("sum", "ReduceSum", True)])
+        return self._reduced(
+            "ranges",
+            [*names, *inputs],
+            [("low", "ReduceMin", False), ("high", "ReduceMax", False), ("sum", "ReduceSum", True)],
+        )
 
     # ---- the fold -------------------------------------------------------------------------------------------------------
 
@@ -200,8 +209,14 @@ class Calibration:
 
         return self._fold(statistic, names, outputs)
 
-    def _fetched(self, statistic: str, names: Sequence[str], reduce: Callable[[str, Array, int], State],
-                 tensors: dict[str, str] | None = None, thin: bool = False) -> State:
+    def _fetched(
+        self,
+        statistic: str,
+        names: Sequence[str],
+        reduce: Callable[[str, Array, int], State],
+        tensors: dict[str, str] | None = None,
+        thin: bool = False,
+    ) -> State:
         """Statistics that need the activations themselves; `tensors` maps each name to the tensor it is about; `thin`
         lets the graph pick the subsample, so that no whole activation is handed over."""
         of = tensors or {n: n for n in names}
@@ -233,13 +248,14 @@ class Calibration:
 
         return self._fold(statistic, names, outputs)
 
-    def _fold(self, statistic: str, names: Sequence[str],
-              outputs: Callable[[Sequence[str]], Run]) -> State:
+    def _fold(self, statistic: str, names: Sequence[str], outputs: Callable[[Sequence[str]], Run]) -> State:
         if not names:
             return {}
         if self.data is None:
-            raise OnnxqError("calibration needs sample inputs, and there are none; give data (--data PATH), or use recipe "
-                             "int8-data-free, which needs none.")
+            raise OnnxqError(
+                "calibration needs sample inputs, and there are none; give data (--data PATH), or use recipe "
+                "int8-data-free, which needs none."
+            )
         digest = self.graph.digest()
         self._known = {key: state for key, state in self._known.items() if key[0] == digest}
         known = self._known.setdefault((digest, statistic), {})
@@ -333,8 +349,7 @@ def _other_axes(graph: Graph, name: str, statistic: str) -> tuple[int, ...]:
     return tuple(a for a in range(len(shape)) if a != keep)
 
 
-def add_reduction(model: onnx.ModelProto, op: str, name: str, output: str, axes: tuple[int, ...] | None,
-                   opset: int) -> None:
+def add_reduction(model: onnx.ModelProto, op: str, name: str, output: str, axes: tuple[int, ...] | None, opset: int) -> None:
     inputs: list[str] = [name]
     attrs: dict[str, Any] = {"keepdims": 0}
     if axes is not None and opset >= (13 if op == "ReduceSum" else 18):
@@ -356,8 +371,14 @@ def _add_slice(model: onnx.ModelProto, name: str, output: str, step: int) -> Non
     for label, value in (("flat", -1), ("start", 0), ("end", 2**62), ("axis", 0), ("step", step)):
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), f"{output}|{label}"))
     model.graph.node.append(helper.make_node("Reshape", [name, f"{output}|flat"], [f"{output}|all"], f"{output}|reshape"))
-    model.graph.node.append(helper.make_node("Slice", [f"{output}|all", *(f"{output}|{part}" for part in (
-        "start", "end", "axis", "step"))], [output], f"{output}|slice"))
+    model.graph.node.append(
+        helper.make_node(
+            "Slice",
+            [f"{output}|all", *(f"{output}|{part}" for part in ("start", "end", "axis", "step"))],
+            [output],
+            f"{output}|slice",
+        )
+    )
 
 
 def _prune(model: onnx.ModelProto) -> None:
@@ -384,6 +405,7 @@ def _prune(model: onnx.ModelProto) -> None:
 def _finite(state: State) -> None:
     for key, value in state.items():
         if not np.isfinite(value).all():
-            raise OnnxqError(f"activation '{key.partition('|')[0]}' is not finite (NaN or Inf) on the given data: the "
-                             "float model itself overflows there, so check its weights and the data's normalization.")
-
+            raise OnnxqError(
+                f"activation '{key.partition('|')[0]}' is not finite (NaN or Inf) on the given data: the "
+                "float model itself overflows there, so check its weights and the data's normalization."
+            )

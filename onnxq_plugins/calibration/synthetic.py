@@ -63,8 +63,11 @@ def synthesize(graph: Graph, wish: Wish, rng: np.random.Generator) -> tuple[Data
     """
     made: dict[str, Made] = {}
     known = ", ".join(f"'{name}'" for name in graph.inputs)
-    problems = [f"data-free: a range is declared for '{name}', but the model's inputs are {known}; use one of these names."
-                for name in wish.ranges if name not in graph.inputs]
+    problems = [
+        f"data-free: a range is declared for '{name}', but the model's inputs are {known}; use one of these names."
+        for name in wish.ranges
+        if name not in graph.inputs
+    ]
     for wanted, child in zip(graph_inputs(graph), rng.spawn(len(graph.inputs)), strict=True):
         try:
             made[wanted.name] = _made(graph, wanted, wish, child)
@@ -86,8 +89,10 @@ def _made(graph: Graph, wanted: Input, wish: Wish, rng: np.random.Generator) -> 
     floats = wanted.dtype.kind == "f"
     if declared is not None and declared[0].size not in (1, shape[axis] if floats and shape else 1):
         wants = f"it has {shape[axis]} channels" if floats and shape else "it takes one range for all"
-        raise OnnxqError(f"data-free: the range of input '{wanted.name}' is declared for {declared[0].size} channels, but "
-                         f"{wants}; give [LOW, HIGH], or a list of lows and a list of highs of that length.")
+        raise OnnxqError(
+            f"data-free: the range of input '{wanted.name}' is declared for {declared[0].size} channels, but "
+            f"{wants}; give [LOW, HIGH], or a list of lows and a list of highs of that length."
+        )
     bytes_ = wanted.dtype == np.uint8 and len(shape) == 4 and shape[axis] in (1, 3, 4)  # decoded images as they are
     if bytes_ or (floats and len(shape) == 4 and (declared is None or shape[axis] in (1, 3, 4))):
         return _images(graph, wanted, shape, axis, wish, rng)
@@ -98,12 +103,15 @@ def _made(graph: Graph, wanted: Input, wish: Wish, rng: np.random.Generator) -> 
         return Made(lambda n: np.ones(shape, bool), None, "true everywhere")
     ends = _whole_numbers(graph, wanted, declared) if wanted.dtype.kind in "iub" else None
     if ends is None:
-        raise OnnxqError(f"data-free: nothing tells the values of input '{wanted.name}' ({wanted.dtype}); declare their "
-                         f"range with --set 'data-free.inputs={{{_key(wanted.name)}=[LOW, HIGH]}}', or give samples with "
-                         "--data and a recipe without this pass.")
+        raise OnnxqError(
+            f"data-free: nothing tells the values of input '{wanted.name}' ({wanted.dtype}); declare their "
+            f"range with --set 'data-free.inputs={{{_key(wanted.name)}=[LOW, HIGH]}}', or give samples with "
+            "--data and a recipe without this pass."
+        )
     low, high, source = ends
-    return Made(lambda n: np.random.default_rng(int(seeds[n])).integers(low, high + 1, shape).astype(wanted.dtype), None,
-                source)
+    return Made(
+        lambda n: np.random.default_rng(int(seeds[n])).integers(low, high + 1, shape).astype(wanted.dtype), None, source
+    )
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------------
@@ -112,8 +120,12 @@ def _made(graph: Graph, wanted: Input, wish: Wish, rng: np.random.Generator) -> 
 def _images(graph: Graph, wanted: Input, shape: tuple[int, ...], axis: int, wish: Wish, rng: np.random.Generator) -> Made:
     """Fractal images, or noise like them, on the scale the model wants."""
     height, width = (n for a, n in enumerate(shape) if a not in (0, axis))
-    drawn = np.stack([np.rint(255 * image).astype(np.uint8)  # a quarter of the memory; photographs have no more levels
-                      for image in fractals(wish.count, height, width, shape[axis], rng)])
+    drawn = np.stack(
+        [
+            np.rint(255 * image).astype(np.uint8)  # a quarter of the memory; photographs have no more levels
+            for image in fractals(wish.count, height, width, shape[axis], rng)
+        ]
+    )
     values, planes = np.moveaxis(drawn, 3, axis), np.moveaxis(drawn, 3, 1)
     mean, deviation = _pixel_moments(planes)
     offset, slope, source = _scale(graph, wanted, wish, planes)
@@ -122,7 +134,7 @@ def _images(graph: Graph, wanted: Input, shape: tuple[int, ...], axis: int, wish
     seeds = rng.integers(2**62, size=wish.count)
 
     def at(n: int) -> Array:
-        pixels = values[n:n + 1].astype(np.float32) / np.float32(255)
+        pixels = values[n : n + 1].astype(np.float32) / np.float32(255)
         if wish.kind == "noise":
             noise = np.random.default_rng(int(seeds[n])).standard_normal(shape, np.float32)
             pixels = (mean.reshape(spread) + deviation.reshape(spread) * noise).astype(np.float32)
@@ -156,17 +168,31 @@ def _scale(graph: Graph, wanted: Input, wish: Wish, images: Array) -> tuple[Arra
         return np.zeros(1), np.full(1, 255.0), "as bytes"
     mean, std, size = np.array(wish.options.mean), np.array(wish.options.std), images.shape[1]
     if 2 < max(*mean, *std) < np.inf:
-        raise OnnxqError(f"data-free: --mean and --std are of RGB/255, so values up to 1 such as 0.485 and 0.229; they are "
-                         f"{mean.tolist()} and {std.tolist()}: divide them by 255.")
+        raise OnnxqError(
+            f"data-free: --mean and --std are of RGB/255, so values up to 1 such as 0.485 and 0.229; they are "
+            f"{mean.tolist()} and {std.tolist()}: divide them by 255."
+        )
     if mean.any() or (std != 1).any():
         if not np.isfinite(mean).all() or not np.isfinite(std).all() or not std.all():
             raise OnnxqError("data-free: --mean and --std must be finite, and --std not zero; give those of RGB / 255.")
         if {mean.size, std.size} - {1, size}:
-            raise OnnxqError(f"data-free: input '{wanted.name}' has {size} channels, but --mean has {mean.size} values and "
-                             f"--std {std.size}; give one, or one per channel.")
+            raise OnnxqError(
+                f"data-free: input '{wanted.name}' has {size} channels, but --mean has {mean.size} values and "
+                f"--std {std.size}; give one, or one per channel."
+            )
         return -mean / std, 1 / std, "on the scale of mean and std"
-    layer = next((y for y in graph.layers if graph.root(y.input) == wanted.name and y.op == "Conv" and y.groups == 1
-                  and y.shape[1] == size and len(y.shape) == 4), None)
+    layer = next(
+        (
+            y
+            for y in graph.layers
+            if graph.root(y.input) == wanted.name
+            and y.op == "Conv"
+            and y.groups == 1
+            and y.shape[1] == size
+            and len(y.shape) == 4
+        ),
+        None,
+    )
     if layer is None:
         return np.zeros(1), np.ones(1), "as RGB/255, since no mean and std are given and no convolution reads them"
     return _matched(graph, layer, images)
@@ -181,9 +207,13 @@ def _matched(graph: Graph, layer: Layer, images: Array) -> tuple[Array, Array, s
     """
     mean, deviations = _pixel_moments(images)
     deviation = max(float(np.sqrt(np.mean(deviations**2))), 1e-6)
-    columns = np.concatenate([
-        patches(layer, ((image / 255 - mean[:, None, None]) / deviation).astype(np.float32)[None], 256, n)[0]
-        for n, image in enumerate(images)], axis=1)
+    columns = np.concatenate(
+        [
+            patches(layer, ((image / 255 - mean[:, None, None]) / deviation).astype(np.float32)[None], 256, n)[0]
+            for n, image in enumerate(images)
+        ],
+        axis=1,
+    )
     weight = layer.matrix(graph.constant(layer.weight))[0]
     output = (weight @ columns).std(axis=1, dtype=np.float64)
     norm = graph.batchnorms.get(layer.output)
@@ -192,9 +222,11 @@ def _matched(graph: Graph, layer: Layer, images: Array) -> tuple[Array, Array, s
         return np.zeros(1), np.ones(1), "as RGB/255, since the first layer's weights are zero"
     if norm is None:
         slope = _DEVIATION / float(np.median(output[alive]))
-        return -mean * slope / deviation, np.array([slope / deviation]), (
-            "on the scale at which the first layer's outputs have mean 0 and an ordinary deviation (no statistics, mean and "
-            "std tell it)")
+        how = (
+            "on the scale at which the first layer's outputs have mean 0 and an ordinary deviation "
+            "(no statistics, mean and std tell it)"
+        )
+        return -mean * slope / deviation, np.array([slope / deviation]), how
     gamma, bias = np.abs(norm.gamma.astype(np.float64)), np.zeros(1)
     if layer.bias is not None:
         bias = graph.constant(layer.bias).astype(np.float64)
@@ -203,8 +235,11 @@ def _matched(graph: Graph, layer: Layer, images: Array) -> tuple[Array, Array, s
     wanted = (norm.beta - bias) / gamma.clip(1e-6)
     ridge = 1e-3 * np.sqrt(np.mean(sums[alive] ** 2)) * np.eye(layer.shape[1])
     centre = np.linalg.lstsq(np.vstack([sums[alive], ridge]), np.r_[wanted[alive], np.zeros(layer.shape[1])], rcond=None)[0]
-    return centre - mean * slope / deviation, np.array([slope / deviation]), (
-        "on the scale that the statistics of the first layer imply")
+    return (
+        centre - mean * slope / deviation,
+        np.array([slope / deviation]),
+        ("on the scale that the statistics of the first layer imply"),
+    )
 
 
 # ---- other inputs ---------------------------------------------------------------------------------------------------------
@@ -222,8 +257,7 @@ def _features(graph: Graph, wanted: Input, shape: tuple[int, ...], axis: int, de
         source += ", divided among channels as the first layer's weights imply"
     final, shape = shape, shape or (1,)  # a lone number
     spread = [shape[axis] if a == axis else 1 for a in range(len(shape))]
-    bottom, top = (np.broadcast_to(v, shape[axis]).reshape(spread).astype(np.float32)
-                   for v in (share * low, share * high))
+    bottom, top = (np.broadcast_to(v, shape[axis]).reshape(spread).astype(np.float32) for v in (share * low, share * high))
     crosses = (bottom < 0) & (top > 0)  # features of both signs gather around 0, whatever their extremes
     centre, deviation = np.where(crosses, 0, (top + bottom) / 2), (top - bottom) / (2 * _REACH)
 
@@ -258,14 +292,18 @@ def _whole_numbers(graph: Graph, wanted: Input, declared: Range | None) -> tuple
     if declared is None:
         return (0, rows - 1, f"whole numbers from 0 to {rows - 1}, the rows of the table they pick from") if rows else None
     low, high = int(np.ceil(declared[0][0])), int(np.floor(declared[1][0]))
-    lowest, highest = (0, 1) if wanted.dtype.kind == "b" else (int(v) for v in (np.iinfo(wanted.dtype).min,
-                                                                                np.iinfo(wanted.dtype).max))
+    lowest, highest = (
+        (0, 1) if wanted.dtype.kind == "b" else (int(v) for v in (np.iinfo(wanted.dtype).min, np.iinfo(wanted.dtype).max))
+    )
     if rows:
         lowest, highest = max(lowest, -rows), rows - 1
     if low > high or low < lowest or high > highest:
-        raise OnnxqError(f"data-free: the range declared for input '{wanted.name}' ({wanted.dtype}), {low} to {high}, must "
-                         f"hold whole numbers between {lowest} and {highest}"
-                         + (f", since they pick rows of a table of {rows}" if rows else "") + "; declare another.")
+        raise OnnxqError(
+            f"data-free: the range declared for input '{wanted.name}' ({wanted.dtype}), {low} to {high}, must "
+            f"hold whole numbers between {lowest} and {highest}"
+            + (f", since they pick rows of a table of {rows}" if rows else "")
+            + "; declare another."
+        )
     return low, high, f"whole numbers from {low} to {high}, as declared"
 
 

@@ -9,6 +9,7 @@ import warnings
 # isort: off
 from onnxq_plugins import runtimes
 from onnxq_plugins.cli import make, look, about  # the help lists commands in the order of these imports
+
 # isort: on
 from onnxq_plugins.cli.console import app, complain
 from onnxq_plugins.engine import LawBroken

@@ -28,8 +28,9 @@ from onnxq_plugins.recipe import builtin_recipes, default_of
 @command("plugins")
 def plugins_command(
     name: Annotated[str, typer.Argument(help="a pass or target: shows its documentation")] = "",
-    trace: Annotated[bool, typer.Option("--trace", help=(
-        "quantize the quickstart model and show each hook call, with who answered it"))] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help=("quantize the quickstart model and show each hook call, with who answered it"))
+    ] = False,
     recipe: Annotated[str, typer.Option("-r", "--recipe", help="the recipe that --trace runs")] = "int8",
 ) -> None:
     """List the passes and targets that are installed, or explain one."""
@@ -42,8 +43,10 @@ def plugins_command(
     found = find_plugins()
     if name:
         if name not in found.passes and name not in found.targets:
-            raise OnnxqError(f"'{name}' is neither a pass nor a target; "
-                             f"{known(name, [*sorted(found.passes), *sorted(found.targets)])}." + found.excuse())
+            raise OnnxqError(
+                f"'{name}' is neither a pass nor a target; "
+                f"{known(name, [*sorted(found.passes), *sorted(found.targets)])}." + found.excuse()
+            )
         if name in found.passes:
             say(inspect.getdoc(found.passes[name]))
             for f in dataclasses.fields(found.passes[name]):
@@ -109,8 +112,7 @@ def check(
         OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
         for line in float_lines(asked.floats):
             say(line)
-        say(f"it quantizes {sum(y.weight in asked.plan for y in graph.layers)} of {len(graph.layers)} layers of "
-             f"'{model}'")
+        say(f"it quantizes {sum(y.weight in asked.plan for y in graph.layers)} of {len(graph.layers)} layers of '{model}'")
 
 
 @command("quickstart")
@@ -122,19 +124,26 @@ def quickstart_command(
     rows, report = quickstart(output, recipe, track)
     table = Table("model", "accuracy", "SQNR dB", "KB", "ms", box=None, header_style="bold")
     for row in rows:
-        table.add_row(row.name, f"{100 * row.accuracy:.2f}%", "-" if row is rows[0] else f"{row.sqnr:.1f}",
-                      f"{row.size / 1e3:.0f}", f"{row.milliseconds:.3f}")
+        table.add_row(
+            row.name,
+            f"{100 * row.accuracy:.2f}%",
+            "-" if row is rows[0] else f"{row.sqnr:.1f}",
+            f"{row.size / 1e3:.0f}",
+            f"{row.milliseconds:.3f}",
+        )
     show(table)
     speed = rows[0].milliseconds / rows[1].milliseconds
     small = ": this model is too small to gain, larger ones do" if speed < 1.2 else ""
     say(f"{rows[1].kernels} | {speed:.2f}x the speed of float{small}")
     if report is not None:
         say(f"layer by layer, with drawings: {report}")
-    say(f"\n{rows[0].path} and {rows[1].path} are yours to look at. Next, by hand:\n"
-         f"  onnxq quantize {rows[0].path} --data {output / 'calibration.npz'} -o my.onnx\n"
-         f"  onnxq audit my.onnx --against {rows[0].path}\n"
-         f"  onnxq compare {rows[0].path} my.onnx --data {output / 'test.npz'}\n"
-         f"  onnxq diagnose {rows[0].path} --data {output / 'calibration.npz'}")
+    say(
+        f"\n{rows[0].path} and {rows[1].path} are yours to look at. Next, by hand:\n"
+        f"  onnxq quantize {rows[0].path} --data {output / 'calibration.npz'} -o my.onnx\n"
+        f"  onnxq audit my.onnx --against {rows[0].path}\n"
+        f"  onnxq compare {rows[0].path} my.onnx --data {output / 'test.npz'}\n"
+        f"  onnxq diagnose {rows[0].path} --data {output / 'calibration.npz'}"
+    )
 
 
 @app.callback(invoke_without_command=True)

@@ -14,8 +14,12 @@ from rich.table import Table
 
 from onnxq_plugins.errors import OnnxqError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Quantize ONNX models so that they really run in integer kernels.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize ONNX models so that they really run in integer kernels.",
+)
 # in a pipe or file there is no width to keep to
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True, soft_wrap=True)
@@ -76,8 +80,10 @@ def float_lines(floats: Mapping[str, str]) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for name, why in floats.items():
         by_reason.setdefault(why, []).append(name)
-    return [f"float: {', '.join(names[:4])}{f' and {len(names) - 4} more layers' if len(names) > 4 else ''}: {why}"
-            for why, names in by_reason.items()]
+    return [
+        f"float: {', '.join(names[:4])}{f' and {len(names) - 4} more layers' if len(names) > 4 else ''}: {why}"
+        for why, names in by_reason.items()
+    ]
 
 
 def track(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:

@@ -35,9 +35,7 @@ def digits_split() -> dict[str, np.ndarray]:
         images, labels, test_size=TEST_SIZE, random_state=0, stratify=labels
     )
     # Stratified as well: a calibration set that misses a digit would miss part of the ranges.
-    _, calibration_images = train_test_split(
-        train_images, test_size=CALIBRATION_SIZE, random_state=0, stratify=train_labels
-    )
+    _, calibration_images = train_test_split(train_images, test_size=CALIBRATION_SIZE, random_state=0, stratify=train_labels)
     return {
         "train_images": train_images,
         "train_labels": train_labels,

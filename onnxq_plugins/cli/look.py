@@ -55,15 +55,23 @@ def audit_command(
     if runtime_name not in ("onnxruntime", "openvino"):
         raise OnnxqError(f"runtime '{runtime_name}' is unknown; known: onnxruntime, openvino.")
     if runtime_name == "openvino" and against is not None:
-        raise OnnxqError("--against measures in onnxruntime; leave it out beside --runtime openvino (OpenVINO's own "
-                         "benchmark_app measures there).")
+        raise OnnxqError(
+            "--against measures in onnxruntime; leave it out beside --runtime openvino (OpenVINO's own "
+            "benchmark_app measures there)."
+        )
     found = audit_openvino(model) if runtime_name == "openvino" else audit_model(model, against)
     table = Table("layer", "operator", "kernel", "accumulator", "why float", box=None, header_style="bold")
     for layer in found.layers:
         if layer.constant_weight or layer.quantized or layer.product:
             bits = f"{layer.accumulator} bits" if layer.accumulator is not None else ""
-            table.add_row(escape(layer.name), layer.op, layer.kernel, bits, escape(layer.why),
-                          style=None if layer.quantized else "yellow")
+            table.add_row(
+                escape(layer.name),
+                layer.op,
+                layer.kernel,
+                bits,
+                escape(layer.why),
+                style=None if layer.quantized else "yellow",
+            )
     show(table)
     rest = ", ".join(f"{n} {op}" for op, n in sorted(found.other.items(), key=lambda item: -item[1])[:12])
     say(f"\nother operators: {rest or 'none'}")
@@ -79,10 +87,17 @@ def audit_command(
 def diagnose_command(
     model: Model,
     data: DataPath,
-    recipe: Annotated[str, typer.Option("-r", "--recipe", show_default="int8",
-                                        help="a built-in recipe (see onnxq recipes) or a file")] = "",
-    quantized: Annotated[Path | None, typer.Option(metavar="Q.ONNX", show_default=False, help=(
-        "instead of a recipe: a model that onnxq made of MODEL on the same data; it is made again"))] = None,
+    recipe: Annotated[
+        str, typer.Option("-r", "--recipe", show_default="int8", help="a built-in recipe (see onnxq recipes) or a file")
+    ] = "",
+    quantized: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="Q.ONNX",
+            show_default=False,
+            help=("instead of a recipe: a model that onnxq made of MODEL on the same data; it is made again"),
+        ),
+    ] = None,
     samples: Samples = 0,
     resize: Resize = 0,
     crop: Crop = 0,
@@ -95,8 +110,10 @@ def diagnose_command(
     workers: Annotated[int, typer.Option(help="threads at once; 0 for one per core")] = 0,
     cache: Annotated[Path | None, typer.Option(help="folder that keeps calibration results between runs")] = None,
     measured: Annotated[int, typer.Option(help="measure errors on so many of the samples")] = 8,
-    try_: Annotated[int, typer.Option("--try", help=(
-        "try so many of the remedies, those of the worst layer first; each is a quantization"))] = 0,
+    try_: Annotated[
+        int,
+        typer.Option("--try", help=("try so many of the remedies, those of the worst layer first; each is a quantization")),
+    ] = 0,
     all_: Annotated[bool, typer.Option("--all", help="show all layers, not only the ten worst")] = False,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -110,11 +127,23 @@ def diagnose_command(
             raise OnnxqError(f"--quantized '{quantized}' brings its own recipe; leave --recipe out.")
         asked, kept = recipe_of(quantized)
         seed = kept if seed is None else seed
-    result = quantize(model, asked, data, target=target or None, seed=seed or 0, samples=samples, workers=workers or None,
-                      cache=cache, settings=settings, track=track)
+    result = quantize(
+        model,
+        asked,
+        data,
+        target=target or None,
+        seed=seed or 0,
+        samples=samples,
+        workers=workers or None,
+        cache=cache,
+        settings=settings,
+        track=track,
+    )
     if quantized is not None and read(quantized).graph != result.model.graph:
-        tell(f"note: '{quantized}' is not what its recipe makes of '{model}' on these samples; what is told is about the "
-             "latter")
+        tell(
+            f"note: '{quantized}' is not what its recipe makes of '{model}' on these samples; what is told is about the "
+            "latter"
+        )
     found = diagnose(result, samples=measured, attempts=try_, workers=workers or None, track=track)
     if json_:
         say(json.dumps(found.to_dict(), indent=2))
@@ -143,8 +172,10 @@ def compare(
     options = dataclasses.replace(load_recipe({}, {}, image).data, samples=samples)
     inputs = [model_inputs(m) for m in models]
     if {i.name for i in inputs[0]} != {i.name for i in inputs[1]}:
-        raise OnnxqError(f"'{a}' and '{b}' have different inputs: {', '.join(i.name for i in inputs[0])} and "
-                         f"{', '.join(i.name for i in inputs[1])}.")
+        raise OnnxqError(
+            f"'{a}' and '{b}' have different inputs: {', '.join(i.name for i in inputs[0])} and "
+            f"{', '.join(i.name for i in inputs[1])}."
+        )
     feeds = open_data(data, inputs[0], options, labels)
     runners = [runtimes.session(a), runtimes.session(b)]
     gathered: list[list[Any]] = [[], []]
@@ -176,8 +207,10 @@ def compare(
         if judge is top1 and (remark := chance(found[0], whole[0][0].shape[-1], len(whole[0][0]))):
             tell("note: " + remark.replace("the float model", f"'{a}'"))
     sizes = [bytes_on_disk(p) for p in (a, b)]
-    say(f"{len(gathered[0])} samples | {sizes[0] / 1e6:.2f} -> {sizes[1] / 1e6:.2f} MB | {times[0]:.3f} -> "
-         f"{times[1]:.3f} ms ({times[0] / times[1]:.2f}x, batch {len(next(iter(first.values())))}, 1 thread)")
+    say(
+        f"{len(gathered[0])} samples | {sizes[0] / 1e6:.2f} -> {sizes[1] / 1e6:.2f} MB | {times[0]:.3f} -> "
+        f"{times[1]:.3f} ms ({times[0] / times[1]:.2f}x, batch {len(next(iter(first.values())))}, 1 thread)"
+    )
 
 
 _ROWS = 10  # layers in the table, if not all are asked for
@@ -191,10 +224,12 @@ def _show_diagnosis(found: Diagnosis, summary: str, everything: bool) -> None:
         say(line)
     if len(shown) < len(found.layers):
         say(f"... and {len(found.layers) - len(shown)} more, which hold less: --all shows them")
-    say(f"\nalone: SQNR of the outputs with only this layer quantized; {found.part_of}: "
+    say(
+        f"\nalone: SQNR of the outputs with only this layer quantized; {found.part_of}: "
         + ("its part of the noise of the outputs" if found.adds_up else "its noise there, the worst layer's being 100")
         + "; own: SQNR at the layer's output, of rounding its weight and its input; gathered: there in the quantized "
-        "network\n")
+        "network\n"
+    )
     numbers = {y.name: n for n, y in enumerate(found.layers, 1)}
     for y in found.explained:
         say(f"{numbers[y.name]}. {y.name}: {found.told(y)}")
@@ -204,18 +239,23 @@ def _show_diagnosis(found: Diagnosis, summary: str, everything: bool) -> None:
         _show_remedies(slow.remedies)
     ways = [*(r for y in found.explained for r in y.remedies[:3]), *(r for y in found.floats[:5] for r in y.remedies)]
     if any(remedy.passes or remedy.layers for remedy in ways):
-        say("\nBlocks in [[ ]] belong in a recipe's file: onnxq recipes int8 > my.toml, put the block in, and use it with "
-            "-r my.toml; what begins with --set belongs on the command line.")
+        say(
+            "\nBlocks in [[ ]] belong in a recipe's file: onnxq recipes int8 > my.toml, put the block in, and use it with "
+            "-r my.toml; what begins with --set belongs on the command line."
+        )
     if found.saturating:
         here = " (not on this machine, which has it)" if has_vnni() else ""
-        say(f"{len(found.saturating)} layers could saturate on x86-64 without VNNI{here}: --target ort-cpu-avx2 avoids "
-            "that.")
+        say(
+            f"{len(found.saturating)} layers could saturate on x86-64 without VNNI{here}: --target ort-cpu-avx2 avoids that."
+        )
     for tried in found.tried:
         say(f"tried for {tried.layer}, {tried.remedy.text}: {tried.verdict(found.sqnr)}")
     for note in found.notes:
         say(note)
-    say(f"{summary}\n{found.sqnr:.2f} dB at the outputs, on {found.samples} of the calibration samples | "
-         f"{found.seconds:.1f} s")
+    say(
+        f"{summary}\n{found.sqnr:.2f} dB at the outputs, on {found.samples} of the calibration samples | "
+        f"{found.seconds:.1f} s"
+    )
 
 
 def _show_remedies(remedies: Sequence[Remedy]) -> None:
@@ -229,18 +269,23 @@ _SPARE = ("gathered dB", "input dB", "weight dB", "own dB", "op", "alone dB")
 
 def _table(found: Diagnosis, layers: Sequence[LayerError]) -> dict[str, list[str]]:
     """Cells of each column."""
+
     def decibels(values: Iterable[float | None]) -> list[str]:
         return ["" if value is None or value >= 200 else f"{value:.1f}" for value in values]
 
     parts, owns = [found.part(y) for y in layers], [y.own for y in layers]
-    return {"#": [f"{n}" for n in range(1, len(layers) + 1)], "layer": [y.name for y in layers],
-            "op": [y.op if y.at != y.input else "" for y in layers],
-            found.part_of: ["" if part is None else f"{part:.1f}" for part in parts],
-            "alone dB": decibels(y.alone for y in layers), "own dB": decibels(own.both if own else None for own in owns),
-            "weight dB": decibels(own.weight if own else None for own in owns),
-            "input dB": decibels(own.input if own else None for own in owns),
-            "gathered dB": decibels(y.sqnr for y in layers),
-            "cause": [", ".join(c.kind for c in y.causes[:2]) if y.own else "float" for y in layers]}
+    return {
+        "#": [f"{n}" for n in range(1, len(layers) + 1)],
+        "layer": [y.name for y in layers],
+        "op": [y.op if y.at != y.input else "" for y in layers],
+        found.part_of: ["" if part is None else f"{part:.1f}" for part in parts],
+        "alone dB": decibels(y.alone for y in layers),
+        "own dB": decibels(own.both if own else None for own in owns),
+        "weight dB": decibels(own.weight if own else None for own in owns),
+        "input dB": decibels(own.input if own else None for own in owns),
+        "gathered dB": decibels(y.sqnr for y in layers),
+        "cause": [", ".join(c.kind for c in y.causes[:2]) if y.own else "float" for y in layers],
+    }
 
 
 def _fitting(columns: dict[str, list[str]], width: int) -> list[str]:
@@ -253,5 +298,9 @@ def _fitting(columns: dict[str, list[str]], width: int) -> list[str]:
         kept.remove(key)
     rows = [kept, *zip(*(columns[key] for key in kept), strict=True)]
     text = {"layer", "op", "cause"}
-    return ["  ".join(cell.ljust(sizes[key]) if key in text else cell.rjust(sizes[key])
-                      for key, cell in zip(kept, row, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(
+            cell.ljust(sizes[key]) if key in text else cell.rjust(sizes[key]) for key, cell in zip(kept, row, strict=True)
+        ).rstrip()
+        for row in rows
+    ]

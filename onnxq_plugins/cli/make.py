@@ -50,11 +50,17 @@ from onnxq_plugins.selection import Trial as AutoTrial
 def quantize_command(
     model: Model,
     output: Output = None,
-    recipe: Annotated[str, typer.Option("-r", "--recipe", show_default="int8",
-                                        help="a built-in recipe (see onnxq recipes) or a file")] = "",
+    recipe: Annotated[
+        str, typer.Option("-r", "--recipe", show_default="int8", help="a built-in recipe (see onnxq recipes) or a file")
+    ] = "",
     data: DataPath = "",
-    plan: Annotated[Path | None, typer.Option(metavar="POINT", help=(
-        "instead of a recipe: a point-NN.json that --curve wrote; makes that point without a search"))] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="POINT",
+            help=("instead of a recipe: a point-NN.json that --curve wrote; makes that point without a search"),
+        ),
+    ] = None,
     samples: Samples = 0,
     resize: Resize = 0,
     crop: Crop = 0,
@@ -68,21 +74,48 @@ def quantize_command(
     cache: Annotated[Path | None, typer.Option(help="folder that keeps calibration results between runs")] = None,
     labels: Labels = None,
     metric: MetricName = "",
-    dask: Annotated[str, typer.Option("--dask", metavar="ADDRESS", show_default=False, help=(
-        "spread the work over a Dask cluster, such as tcp://host:8786"))] = "",
+    dask: Annotated[
+        str,
+        typer.Option(
+            "--dask",
+            metavar="ADDRESS",
+            show_default=False,
+            help=("spread the work over a Dask cluster, such as tcp://host:8786"),
+        ),
+    ] = "",
     processes: Annotated[bool, typer.Option("--processes", help="workers are processes, not threads")] = False,
     float32: Annotated[bool, typer.Option("--float32", help="convert an fp16 or bf16 model to float32 first")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="check after each pass that the float function stayed")] = False,
     trace: Annotated[bool, typer.Option("--trace", help="show each hook call of a plugin")] = False,
-    test: Annotated[str, typer.Option(metavar="PATH", show_default=False, help=(
-        "samples to measure the --report on, as --data, which flatters: an .npz may hold 'labels', too"))] = "",
-    report: Annotated[Path | None, typer.Option(help=(
-        "write what was done, layer by layer: .html measures the result and gives a page, with the same as .json beside it; "
-        ".json gives that alone"))] = None,
-    curve: Annotated[Path | None, typer.Option(metavar="FOLDER", help=(
-        "write the points that a search over widths measured, for --plan, and a drawing"))] = None,
-    overrides: Annotated[Path | None, typer.Option(help=(
-        "write the plan for onnxruntime's quantize_static as JSON, and beside it, as .onnx, the model it is for"))] = None,
+    test: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH",
+            show_default=False,
+            help=("samples to measure the --report on, as --data, which flatters: an .npz may hold 'labels', too"),
+        ),
+    ] = "",
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help=(
+                "write what was done, layer by layer: .html measures the result and gives a page, with the same as .json "
+                "beside it; .json gives that alone"
+            )
+        ),
+    ] = None,
+    curve: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help=("write the points that a search over widths measured, for --plan, and a drawing")
+        ),
+    ] = None,
+    overrides: Annotated[
+        Path | None,
+        typer.Option(
+            help=("write the plan for onnxruntime's quantize_static as JSON, and beside it, as .onnx, the model it is for")
+        ),
+    ] = None,
 ) -> None:
     """Quantize MODEL into a QDQ model."""
     asked: str | dict[str, Any] = recipe or "int8"
@@ -98,9 +131,16 @@ def quantize_command(
         raise OnnxqError(f"--report '{report}': a report is a page or JSON; give a name that ends in .html or .json.")
     float_path = overrides.with_suffix(".onnx") if overrides is not None else None
     beside = report.with_suffix(".json") if report is not None and is_page(report) else None
-    check_outputs({"-o": target_path, "--report": report, "--report (its numbers)": beside,
-                   "--overrides": overrides, "--overrides (its model)": float_path},
-                  {"model": model, "data": Path(data), "plan": plan, "test": Path(test) if test else None})
+    check_outputs(
+        {
+            "-o": target_path,
+            "--report": report,
+            "--report (its numbers)": beside,
+            "--overrides": overrides,
+            "--overrides (its model)": float_path,
+        },
+        {"model": model, "data": Path(data), "plan": plan, "test": Path(test) if test else None},
+    )
     if test and beside is None:
         raise OnnxqError(f"--test '{test}' is what a report page is measured on; give --report NAME.html, too.")
     # read once more than the engine does only where an option depends on it: broken plugins warn each time
@@ -108,25 +148,50 @@ def quantize_command(
     if curve is not None and made is not None:
         check_folder(curve)
         if not any(isinstance(step, MixedPrecision) and not step.widths for step in made.passes):
-            raise OnnxqError(f"--curve: recipe '{recipe or 'int8'}' searches no widths; give one with the pass "
-                             f"'{MixedPrecision.name}', such as -r mixed.")
+            raise OnnxqError(
+                f"--curve: recipe '{recipe or 'int8'}' searches no widths; give one with the pass "
+                f"'{MixedPrecision.name}', such as -r mixed."
+            )
     tested = None
     if beside is not None and made is not None:
         check_page()
         if not (test or data or made.data.path) and not any(step.name == "data-free" for step in made.passes):
-            raise OnnxqError(f"--report '{report}' measures the result on sample inputs, and there are none; give --data "
-                             "PATH, or a name that ends in .json.")
+            raise OnnxqError(
+                f"--report '{report}' measures the result on sample inputs, and there are none; give --data "
+                "PATH, or a name that ends in .json."
+            )
         tested = _tested(model, test, made.data, float32) if test else None
     with spread_over(dask, processes):
-        result = quantize(model, asked, data or None, output=target_path, target=target or None, seed=seed or 0,
-                          samples=samples, workers=workers or None, cache=cache, verify=verify, float32=float32,
-                          settings=settings, labels=labels, metric=metric or None, track=track,
-                          trace=tell if trace else None)
+        result = quantize(
+            model,
+            asked,
+            data or None,
+            output=target_path,
+            target=target or None,
+            seed=seed or 0,
+            samples=samples,
+            workers=workers or None,
+            cache=cache,
+            verify=verify,
+            float32=float32,
+            settings=settings,
+            labels=labels,
+            metric=metric or None,
+            track=track,
+            trace=tell if trace else None,
+        )
     notes, wrote = list(result.report["notes"]), []
     if report is not None:
         start = time.perf_counter()
-        write_report(result, report, tested, name=model.name, command=shlex.join(["onnxq", *sys.argv[1:]]),
-                     workers=workers or None, track=track)
+        write_report(
+            result,
+            report,
+            tested,
+            name=model.name,
+            command=shlex.join(["onnxq", *sys.argv[1:]]),
+            workers=workers or None,
+            track=track,
+        )
         wrote.append(f"report: {report}{f', {beside}' if beside else ''} ({time.perf_counter() - start:.1f} s)")
     if (found := Curve.of(result, model.name)) is not None:
         _show_curve(found)
@@ -160,16 +225,33 @@ def _tested(model: Path, test: str, options: DataOptions, float32: bool) -> Data
 def auto_command(
     model: Model,
     data: DataPath,
-    output: Annotated[Path | None, typer.Option("-o", "--output", show_default=False, help=(
-        "where to write; MODEL.auto.onnx in this folder if not given"))] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", show_default=False, help=("where to write; MODEL.auto.onnx in this folder if not given")
+        ),
+    ] = None,
     max_drop: Annotated[float, typer.Option(help="how far the metric may fall: percent of samples, mostly")] = 1.0,
     prefer: Annotated[str, typer.Option(help="speed or size")] = "speed",
-    test: Annotated[str, typer.Option(metavar="PATH", show_default=False, help=(
-        "samples to judge by, as --data; every second one of --data if not given"))] = "",
+    test: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH",
+            show_default=False,
+            help=("samples to judge by, as --data; every second one of --data if not given"),
+        ),
+    ] = "",
     labels: Labels = None,
     metric: MetricName = "",
-    recipe: Annotated[list[str] | None, typer.Option("-r", "--recipe", show_default=False, help=(
-        "try these instead of the built-in choice; may be given several times"))] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-r",
+            "--recipe",
+            show_default=False,
+            help=("try these instead of the built-in choice; may be given several times"),
+        ),
+    ] = None,
     resize: Resize = 0,
     crop: Crop = 0,
     mean: Mean = "",
@@ -193,21 +275,40 @@ def auto_command(
         if err.is_terminal:  # where somebody waits; the table tells the same
             tell(f"{trial.recipe:{wide}}  {_auto_line(trial)}")
 
-    found = auto(model, data, max_drop=max_drop, prefer=prefer, test=test or None, labels=labels, metric=metric or None,
-                 recipes=recipe or (), target=target or None, seed=seed, workers=workers or None, cache=cache,
-                 float32=float32, options=load_recipe({}, {}, image_settings(resize, crop, mean, std, layout)).data,
-                 track=track, tell=progress)
+    found = auto(
+        model,
+        data,
+        max_drop=max_drop,
+        prefer=prefer,
+        test=test or None,
+        labels=labels,
+        metric=metric or None,
+        recipes=recipe or (),
+        target=target or None,
+        seed=seed,
+        workers=workers or None,
+        cache=cache,
+        float32=float32,
+        options=load_recipe({}, {}, image_settings(resize, crop, mean, std, layout)).data,
+        track=track,
+        tell=progress,
+    )
     found.result.save(target_path)
     table = Table(*columns, box=None, header_style="bold")
     for trial in found.trials:
         kept = trial is found.best
-        cells = ["-"] * 5 if trial.why else [f"{trial.drop:.2f}", f"{trial.sqnr:.1f}", _size(trial.size),
-                                             f"{trial.speed:.2f}", f"{trial.seconds:.1f}"]
+        cells = (
+            ["-"] * 5
+            if trial.why
+            else [f"{trial.drop:.2f}", f"{trial.sqnr:.1f}", _size(trial.size), f"{trial.speed:.2f}", f"{trial.seconds:.1f}"]
+        )
         table.add_row(trial.recipe, *cells, "kept" if kept else "", style="bold" if kept else None)
     show(table)
     better = " (below 0: better than float on these samples)" if any(trial.drop < 0 for trial in found.trials) else ""
-    say(f"drop{better} is of {found.metric} (float: {found.reference:.2f}); x float is the speed in onnxruntime, batch 1, 1 "
-        "thread")
+    say(
+        f"drop{better} is of {found.metric} (float: {found.reference:.2f}); x float is the speed in onnxruntime, batch 1, 1 "
+        "thread"
+    )
     for note in found.notes:
         tell(f"note: {note}")
     for trial in found.trials:
@@ -215,8 +316,13 @@ def auto_command(
             tell(f"note: recipe '{trial.recipe}' is not possible: {trial.why}")
     say(f"{target_path}: {found.result.summary}")
     if not found.met:
-        complain(OnnxqError(f"no recipe stays within a drop of {max_drop:g}; the most accurate one was written. Raise "
-                            "--max-drop, or look at onnxq diagnose."), 1)
+        complain(
+            OnnxqError(
+                f"no recipe stays within a drop of {max_drop:g}; the most accurate one was written. Raise "
+                "--max-drop, or look at onnxq diagnose."
+            ),
+            1,
+        )
 
 
 def _show_curve(curve: Curve) -> None:
@@ -228,16 +334,19 @@ def _show_curve(curve: Curve) -> None:
     for row in rows:
         table.add_row(*row, style="bold" if row[-1] else None)
     show(table)
-    say("size (bits), file (as stored: codes of 5 to 7 bits take a byte) and bops in parts of 8-bit weights and "
-        "activations; the other columns count groups\n")
+    say(
+        "size (bits), file (as stored: codes of 5 to 7 bits take a byte) and bops in parts of 8-bit weights and "
+        "activations; the other columns count groups\n"
+    )
 
 
 def _auto_line(trial: AutoTrial) -> str:
     """What a recipe gave, in a line."""
     if trial.why:
         return f"not possible: {trial.why}"
-    return (f"drop {trial.drop:.2f}, {trial.sqnr:.1f} dB, {_size(trial.size)}, {trial.speed:.2f} x float, "
-            f"{trial.seconds:.1f} s")
+    return (
+        f"drop {trial.drop:.2f}, {trial.sqnr:.1f} dB, {_size(trial.size)}, {trial.speed:.2f} x float, {trial.seconds:.1f} s"
+    )
 
 
 def _size(size: int) -> str:

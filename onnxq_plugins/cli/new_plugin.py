@@ -23,15 +23,21 @@ def new_plugin(name: str, folder: Path = Path()) -> Path:
     Raises OnnxqError if the name will not do or the folder exists or cannot be written.
     """
     if not re.fullmatch(rf"[a-z][a-z0-9]*(-{_WORD})+", name):
-        raise OnnxqError(f"plugin name '{name}' must be lower-case words joined by hyphens, the vendor first, such as "
-                         "acme-clip.")
+        raise OnnxqError(
+            f"plugin name '{name}' must be lower-case words joined by hyphens, the vendor first, such as acme-clip."
+        )
     made = folder / name
     if made.exists() or made.is_symlink():
         raise OnnxqError(f"'{made}' exists already; choose another name, or remove it.")
     from onnxq_plugins import __version__
 
-    values = {"name": name, "module": name.replace("-", "_"), "pass_name": name.replace("-", ".", 1), "version": __version__,
-              "class_name": "".join(word.capitalize() for word in name.split("-"))}
+    values = {
+        "name": name,
+        "module": name.replace("-", "_"),
+        "pass_name": name.replace("-", ".", 1),
+        "version": __version__,
+        "class_name": "".join(word.capitalize() for word in name.split("-")),
+    }
     try:
         draft = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder))
         try:

@@ -14,23 +14,46 @@ from onnxq_plugins.engine import check_writable
 from onnxq_plugins.errors import OnnxqError
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="an .onnx file", show_default=False)]
-DataPath = Annotated[str, typer.Option("--data", metavar="PATH", show_default=False, help=(
-    "sample inputs: .npz or .npy (first axis = samples), a folder of images, or package.module:callable"))]
-Output = Annotated[Path | None, typer.Option("-o", "--output", show_default=False,
-                                             help="where to write; MODEL.RECIPE.onnx in this folder if not given")]
+DataPath = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="PATH",
+        show_default=False,
+        help=("sample inputs: .npz or .npy (first axis = samples), a folder of images, or package.module:callable"),
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", show_default=False, help="where to write; MODEL.RECIPE.onnx in this folder if not given"),
+]
 RecipeName = Annotated[str, typer.Option("-r", "--recipe", help="a built-in recipe (see onnxq recipes) or a file")]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", show_default=False,
-                                                    help="change the recipe: pass.key=value, weights.bits=4")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", show_default=False, help="change the recipe: pass.key=value, weights.bits=4"),
+]
 TargetName = Annotated[str, typer.Option("--target", show_default=False, help="the runtime; the recipe's if not given")]
 Samples = Annotated[int, typer.Option(help="use that many samples, spread evenly over the data; 0 for all")]
 Resize = Annotated[int, typer.Option(help="images: shorter side after resizing, in pixels")]
 Crop = Annotated[int, typer.Option(help="images: side of the square cut from the middle")]
 Mean = Annotated[str, typer.Option(help="images: mean of RGB/255, one value or three, comma-separated")]
 Std = Annotated[str, typer.Option(help="images: standard deviation of RGB/255, one value or three")]
-Labels = Annotated[Path | None, typer.Option("--labels", show_default=False, help=(
-    "one label a sample: .npy, or text with a number a line (an .npz may hold them as 'labels')"))]
-MetricName = Annotated[str, typer.Option("--metric", show_default=False, help=(
-    "how searches judge a network: sqnr, agreement, top1 (wants labels), or your package.module:function"))]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels",
+        show_default=False,
+        help=("one label a sample: .npy, or text with a number a line (an .npz may hold them as 'labels')"),
+    ),
+]
+MetricName = Annotated[
+    str,
+    typer.Option(
+        "--metric",
+        show_default=False,
+        help=("how searches judge a network: sqnr, agreement, top1 (wants labels), or your package.module:function"),
+    ),
+]
 Layout = Annotated[str, typer.Option(help="images: nchw or nhwc; read off the model's input if not given")]
 
 
@@ -45,8 +68,9 @@ def _decimals(name: str, text: str) -> str:
     try:
         return ",".join(repr(float(part)) for part in text.split(","))
     except ValueError:
-        raise OnnxqError(f"--{name} '{text}' must be a number or a list of numbers, such as 0.5 or 0.485,0.456,0.406."
-                         ) from None
+        raise OnnxqError(
+            f"--{name} '{text}' must be a number or a list of numbers, such as 0.5 or 0.485,0.456,0.406."
+        ) from None
 
 
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
@@ -80,8 +104,10 @@ def spread_over(dask: str, processes: bool) -> Iterator[None]:
     try:
         client = Client(dask, timeout="10s")  # type: ignore[no-untyped-call]
     except Exception as error:  # distributed raises OSError, ValueError and others
-        raise OnnxqError(f"no Dask scheduler answers at '{dask}' ({type(error).__name__}); start one with 'dask scheduler', "
-                         "or mend the address.") from error
+        raise OnnxqError(
+            f"no Dask scheduler answers at '{dask}' ({type(error).__name__}); start one with 'dask scheduler', "
+            "or mend the address."
+        ) from error
     warnings.filterwarnings("ignore", message="Sending large graph")  # a network is sent with its task
     with client:
         if not client.scheduler_info()["workers"]:

@@ -49,16 +49,28 @@ def quickstart(folder: Path, recipe: str = "int8", track: Track = silent) -> tup
     times = runtimes.latency(runners, {"image": data["test_images"][:1]})
     reference = runtimes.outputs(runners[0], [{"image": data["test_images"]}])[0]
     rows = []
-    for name, path, runner, ms, kernels in zip(("float", Path(recipe).stem), (original, target), runners, times,
-                                               ("", result.summary.partition(" | ")[0]), strict=True):
+    for name, path, runner, ms, kernels in zip(
+        ("float", Path(recipe).stem),
+        (original, target),
+        runners,
+        times,
+        ("", result.summary.partition(" | ")[0]),
+        strict=True,
+    ):
         made = runtimes.outputs(runner, [{"image": data["test_images"]}])[0]
         rows.append(Row(name, path, _accuracy(made, data), runtimes.sqnr(reference, made), path.stat().st_size, ms, kernels))
     try:
         check_page()
     except OnnxqError:
         return rows, None
-    return rows, result.save_report(folder / "report.html", name="digits.onnx", track=track, command=(
-        f"onnxq quantize {original} -r {recipe} --data {folder / 'calibration.npz'} --report {folder / 'report.html'}"))
+    return rows, result.save_report(
+        folder / "report.html",
+        name="digits.onnx",
+        track=track,
+        command=(
+            f"onnxq quantize {original} -r {recipe} --data {folder / 'calibration.npz'} --report {folder / 'report.html'}"
+        ),
+    )
 
 
 def _accuracy(logits: Array, data: Mapping[str, Array]) -> float:

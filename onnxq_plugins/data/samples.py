@@ -68,9 +68,14 @@ class DataOptions:
 
 def graph_inputs(graph: Graph) -> list[Input]:
     """The inputs of a Graph."""
-    return [Input(name, np.dtype(graph.tensor(name).dtype or np.float32),
-                  tuple(n if isinstance(n, int) and n >= 0 else None for n in graph.shape(name) or ()))
-            for name in graph.inputs]
+    return [
+        Input(
+            name,
+            np.dtype(graph.tensor(name).dtype or np.float32),
+            tuple(n if isinstance(n, int) and n >= 0 else None for n in graph.shape(name) or ()),
+        )
+        for name in graph.inputs
+    ]
 
 
 def model_inputs(model: onnx.ModelProto) -> list[Input]:
@@ -94,8 +99,14 @@ class Data:
     Raises OnnxqError while iterating when a sample has NaN or Inf, a wrong name, shape or dtype, or there is none.
     """
 
-    def __init__(self, inputs: Sequence[Input], samples: Callable[[], Iterator[Mapping[str, Array]]],
-                 where: str = "the data", size: int | None = None, labels: Array | None = None) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[Input],
+        samples: Callable[[], Iterator[Mapping[str, Array]]],
+        where: str = "the data",
+        size: int | None = None,
+        labels: Array | None = None,
+    ) -> None:
         self.inputs, self._samples, self.where, self.size, self.labels = list(inputs), samples, where, size, labels
         self.notes: tuple[str, ...] = ()  # what the user may want to know about how the source was read
         self._digest = ""
@@ -116,14 +127,19 @@ class Data:
         first = [self._checked(feed, n) for n, feed in enumerate(itertools.islice(self._samples(), _FEW))]
         found = list(self.notes)
         if 0 < len(first) < _FEW:
-            found.append(f"{self.where} holds {len(first)} sample{'s' * (len(first) > 1)} only, which all ranges and codes "
-                         "will rest on; give 32 or more")
+            found.append(
+                f"{self.where} holds {len(first)} sample{'s' * (len(first) > 1)} only, which all ranges and codes "
+                "will rest on; give 32 or more"
+            )
         alike = len(first) > 1 and all(np.array_equal(first[0][name], x) for feed in first for name, x in feed.items())
         flat = all((x == x.flat[0]).all() for feed in first for x in feed.values() if x.size)
         large = any(x.size > 1 for feed in first for x in feed.values())
         if alike or (flat and large):
-            found.append(f"the first samples of {self.where} are " + ("all equal" if alike else "one value everywhere")
-                         + "; calibrate on inputs as the model will see them")
+            found.append(
+                f"the first samples of {self.where} are "
+                + ("all equal" if alike else "one value everywhere")
+                + "; calibrate on inputs as the model will see them"
+            )
         return found
 
     def spread(self, count: int) -> list[dict[str, Array]]:
@@ -156,8 +172,10 @@ class Data:
         """Groups of `size` samples; the last group is filled up with its own first samples."""
         while chunk := list(itertools.islice(one, size)):
             full = [chunk[i % len(chunk)] for i in range(size)]
-            yield {i.name: np.concatenate([f[i.name] for f in full]) if i.batch == size else full[0][i.name]
-                   for i in self.inputs}
+            yield {
+                i.name: np.concatenate([f[i.name] for f in full]) if i.batch == size else full[0][i.name]
+                for i in self.inputs
+            }
 
     def digest(self) -> str:
         """A fingerprint of all samples; reads them once."""
@@ -173,17 +191,22 @@ class Data:
     def _checked(self, feed: Mapping[str, Array], number: int) -> dict[str, Array]:
         wanted = {i.name for i in self.inputs}
         if not isinstance(feed, Mapping):
-            raise OnnxqError(f"{self.where}, sample {number}: expected a mapping from input name to array, got "
-                             f"{type(feed).__name__}.")
+            raise OnnxqError(
+                f"{self.where}, sample {number}: expected a mapping from input name to array, got {type(feed).__name__}."
+            )
         if missing := wanted - set(feed):
             unknown = sorted(set(feed) - wanted)
-            raise OnnxqError(f"{self.where}, sample {number}: no array for the model's input {_names(missing)}"
-                             + (f" (it has {_names(unknown)})" if unknown else "") + "; name the arrays after the inputs.")
+            raise OnnxqError(
+                f"{self.where}, sample {number}: no array for the model's input {_names(missing)}"
+                + (f" (it has {_names(unknown)})" if unknown else "")
+                + "; name the arrays after the inputs."
+            )
         return {i.name: _fit(np.asarray(feed[i.name]), i, f"{self.where}, sample {number}") for i in self.inputs}
 
 
-def open_data(source: Source, inputs: Sequence[Input], options: DataOptions | None = None,
-              labels: str | Path | Array | None = None) -> Data:
+def open_data(
+    source: Source, inputs: Sequence[Input], options: DataOptions | None = None, labels: str | Path | Array | None = None
+) -> Data:
     """Make Data of a source.
 
     source   Data, taken as it is; path of an .npz or .npy file (arrays named after the inputs, first axis = samples; a
@@ -204,8 +227,9 @@ def open_data(source: Source, inputs: Sequence[Input], options: DataOptions | No
         if isinstance(source, str) and not path.exists() and ":" in source:  # never a Path, such as a recipe's
             return open_data(_call(source), inputs, options, known)
         if not path.exists():
-            raise OnnxqError(f"data '{source}' does not exist; give an .npz or .npy file, a folder of images or "
-                             "package.module:callable.")
+            raise OnnxqError(
+                f"data '{source}' does not exist; give an .npz or .npy file, a folder of images or package.module:callable."
+            )
         if path.is_dir():
             return _images(path, inputs, options, known)
         return _arrays(_load_numpy(path), inputs, options, known, f"'{path}'")
@@ -217,8 +241,10 @@ def open_data(source: Source, inputs: Sequence[Input], options: DataOptions | No
         return _feeds(_reader(source), inputs, options, known)
     if isinstance(source, Iterable):
         return _feeds(source, inputs, options, known)
-    raise OnnxqError(f"data of type {type(source).__name__} is not understood; give a path, arrays, an iterable of "
-                     "feeds or a CalibrationDataReader.")
+    raise OnnxqError(
+        f"data of type {type(source).__name__} is not understood; give a path, arrays, an iterable of "
+        "feeds or a CalibrationDataReader."
+    )
 
 
 # ---- sources ------------------------------------------------------------------------------------------------------------
@@ -240,8 +266,10 @@ def _load_numpy(path: Path) -> dict[str, Array]:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # numpy, zipfile and zlib each raise their own
-        raise OnnxqError(f"data '{path}' is not a readable .npz or .npy file ({_unreadable(error)}); save arrays of numbers "
-                         "with numpy.savez.") from error
+        raise OnnxqError(
+            f"data '{path}' is not a readable .npz or .npy file ({_unreadable(error)}); save arrays of numbers "
+            "with numpy.savez."
+        ) from error
 
 
 def _unreadable(error: Exception) -> str:
@@ -260,39 +288,48 @@ def _load_labels(path: str) -> Array | None:
         raise OnnxqError(f"labels '{path}' do not exist; give an .npy file, or a text file with a whole number a line.")
     try:
         with warnings.catch_warnings(action="ignore"):  # numpy warns of empty files
-            labels: Array = (np.load(path, allow_pickle=False) if Path(path).suffix == ".npy"
-                             else np.loadtxt(path, dtype=np.int64, ndmin=1))
+            labels: Array = (
+                np.load(path, allow_pickle=False)
+                if Path(path).suffix == ".npy"
+                else np.loadtxt(path, dtype=np.int64, ndmin=1)
+            )
         if not labels.ndim:
             raise ValueError("one number only")
         if not labels.size:
             raise ValueError("no number")
         return labels
     except Exception as error:  # as in `_load_numpy`
-        raise OnnxqError(f"labels '{path}' are not a readable .npy file or text file with a whole number a line "
-                         f"({_unreadable(error)}).") from error
+        raise OnnxqError(
+            f"labels '{path}' are not a readable .npy file or text file with a whole number a line ({_unreadable(error)})."
+        ) from error
 
 
 def _one_each(labels: Array | None, samples: int, where: str) -> Array | None:
     """The labels, if there is one for each sample."""
     if labels is not None and (not labels.ndim or len(labels) != samples):
-        raise OnnxqError(f"{where} has {samples} samples and {len(labels) if labels.ndim else 1} labels; give one label a "
-                         "sample.")
+        raise OnnxqError(
+            f"{where} has {samples} samples and {len(labels) if labels.ndim else 1} labels; give one label a sample."
+        )
     return labels
 
 
-def _arrays(arrays: Mapping[str, Array], inputs: Sequence[Input], options: DataOptions, labels: Array | None,
-            where: str) -> Data:
+def _arrays(
+    arrays: Mapping[str, Array], inputs: Sequence[Input], options: DataOptions, labels: Array | None, where: str
+) -> Data:
     if "labels" in arrays and "labels" not in {i.name for i in inputs}:
         labels = np.asarray(arrays["labels"]) if labels is None else labels
         arrays = {name: array for name, array in arrays.items() if name != "labels"}
     if len(arrays) == 1 and len(inputs) == 1:
         arrays = {inputs[0].name: next(iter(arrays.values()))}
     if missing := {i.name for i in inputs} - set(arrays):
-        raise OnnxqError(f"{where} has no array for the model's input {_names(missing)}; it has "
-                         f"{_names(arrays) or 'none'}. Name the arrays after the inputs.")
+        raise OnnxqError(
+            f"{where} has no array for the model's input {_names(missing)}; it has "
+            f"{_names(arrays) or 'none'}. Name the arrays after the inputs."
+        )
     chosen = {i.name: np.asarray(arrays[i.name]) for i in inputs}
-    images = [name for name in ("resize", "crop", "mean", "std", "layout")
-              if getattr(options, name) != getattr(DataOptions, name)]
+    images = [
+        name for name in ("resize", "crop", "mean", "std", "layout") if getattr(options, name) != getattr(DataOptions, name)
+    ]
     counts = {name: len(a) if a.ndim else 0 for name, a in chosen.items()}
     if len(set(counts.values())) > 1:
         raise OnnxqError(f"{where}: the arrays differ in their number of samples (first axis): {counts}.")
@@ -304,8 +341,10 @@ def _arrays(arrays: Mapping[str, Array], inputs: Sequence[Input], options: DataO
 
     def samples() -> Iterator[Mapping[str, Array]]:
         for n in picked:
-            yield {i.name: chosen[i.name][n:n + 1] if chosen[i.name].ndim == len(i.shape) else chosen[i.name][n]
-                   for i in inputs}
+            yield {
+                i.name: chosen[i.name][n : n + 1] if chosen[i.name].ndim == len(i.shape) else chosen[i.name][n]
+                for i in inputs
+            }
 
     made = Data(inputs, samples, where, len(picked), None if labels is None else labels[picked])
     if images:
@@ -334,7 +373,7 @@ def _feeds(source: Iterable[Any], inputs: Sequence[Input], options: DataOptions,
         made = (sample for feed in feeds for sample in _unbatch(feed, inputs))
         return itertools.islice(made, options.samples or None)
 
-    return Data(inputs, samples, "the data", labels=labels if labels is None else labels[:options.samples or None])
+    return Data(inputs, samples, "the data", labels=labels if labels is None else labels[: options.samples or None])
 
 
 def _unbatch(feed: Any, inputs: Sequence[Input]) -> Iterator[Any]:
@@ -350,7 +389,7 @@ def _unbatch(feed: Any, inputs: Sequence[Input]) -> Iterator[Any]:
         yield feed
     else:
         for n in range(size):
-            yield {name: np.asarray(a)[n:n + 1] for name, a in feed.items()}
+            yield {name: np.asarray(a)[n : n + 1] for name, a in feed.items()}
 
 
 def _images(folder: Path, inputs: Sequence[Input], options: DataOptions, labels: Array | None) -> Data:
@@ -358,8 +397,10 @@ def _images(folder: Path, inputs: Sequence[Input], options: DataOptions, labels:
     if not files:
         raise OnnxqError(f"folder '{folder}' holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     if len(inputs) != 1 or len(inputs[0].shape) != 4:
-        raise OnnxqError(f"folder '{folder}': images fit a model with one 4-D input; this one wants "
-                         f"{_names(i.name for i in inputs)}, so give an .npz file.")
+        raise OnnxqError(
+            f"folder '{folder}': images fit a model with one 4-D input; this one wants "
+            f"{_names(i.name for i in inputs)}, so give an .npz file."
+        )
     if options.layout not in ("", "nchw", "nhwc"):
         raise OnnxqError(f"layout '{options.layout}' is unknown; use nchw or nhwc.")
     wanted = inputs[0]
@@ -371,8 +412,13 @@ def _images(folder: Path, inputs: Sequence[Input], options: DataOptions, labels:
     if not all(options.std):
         raise OnnxqError("--std has a zero; give the standard deviation of RGB / 255.")
     if max(*options.mean, *options.std) > 2:
-        said, right = ([f"--{name} {','.join(f'{v / by:.4g}' for v in values)}" for name, values in (
-            ("mean", options.mean), ("std", options.std))] for by in (1, 255))
+        said, right = (
+            [
+                f"--{name} {','.join(f'{v / by:.4g}' for v in values)}"
+                for name, values in (("mean", options.mean), ("std", options.std))
+            ]
+            for by in (1, 255)
+        )
         raise OnnxqError(f"{' '.join(said)} are of RGB in 0..255, and images are read as RGB/255: give {' '.join(right)}.")
     numbers = _spread(len(files), options.samples)
     picked = [files[n] for n in numbers]
@@ -430,8 +476,10 @@ def _pixels(file: Path, options: DataOptions, mode: str) -> Array:
         image = image.resize(size, Image.Resampling.BILINEAR)
     if options.crop:
         if min(image.size) < options.crop:
-            raise OnnxqError(f"image '{file}' ({image.width} x {image.height}) is smaller than crop = {options.crop}; "
-                             "resize it first with --resize.")
+            raise OnnxqError(
+                f"image '{file}' ({image.width} x {image.height}) is smaller than crop = {options.crop}; "
+                "resize it first with --resize."
+            )
         left, top = (image.width - options.crop) // 2, (image.height - options.crop) // 2
         image = image.crop((left, top, left + options.crop, top + options.crop))
     pixels = np.asarray(image, np.float32) / np.float32(255)

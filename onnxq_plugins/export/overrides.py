@@ -46,8 +46,10 @@ def ort_overrides(result: Result) -> dict[str, Any]:
     graph, plan, target = result.graph, result.plan, result.target
     integer = integer_nodes(graph, plan, target)
     if not integer:
-        raise OnnxqError("overrides: no layer reads quantized activations, and onnxruntime's tool quantizes no weight "
-                         "alone; plan activations, too (activations.bits = 8).")
+        raise OnnxqError(
+            "overrides: no layer reads quantized activations, and onnxruntime's tool quantizes no weight "
+            "alone; plan activations, too (activations.bits = 8)."
+        )
     notes = _Notes()
     tensors = {name: [_activation(plan[key], name, notes)] for name, key in _read(graph, plan, integer).items()}
     for layer in graph.layers:
@@ -56,9 +58,13 @@ def ort_overrides(result: Result) -> dict[str, Any]:
         elif layer.weight in plan:
             notes.add("stay float, the tool quantizes no weight beside float activations", layer.name)
     nodes = _nodes(graph, plan, integer)
-    return {"TensorQuantOverrides": tensors, "DedicatedQDQPair": _pairs(graph, plan, set(nodes), notes),
-            "OpTypesToExcludeOutputQuantization": _float_outputs(graph, plan, integer, notes),
-            "nodes_to_quantize": nodes, "notes": notes.lines()}
+    return {
+        "TensorQuantOverrides": tensors,
+        "DedicatedQDQPair": _pairs(graph, plan, set(nodes), notes),
+        "OpTypesToExcludeOutputQuantization": _float_outputs(graph, plan, integer, notes),
+        "nodes_to_quantize": nodes,
+        "notes": notes.lines(),
+    }
 
 
 def ort_model(result: Result) -> onnx.ModelProto:
@@ -114,13 +120,20 @@ def ort_arguments(overrides: Result | Mapping[str, Any] | str | Path) -> dict[st
             made["zero_point"] = np.array(entry["zero_point"], integers[entry["quant_type"]])
         return made
 
-    return {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8,
-            "per_channel": True, "nodes_to_quantize": list(told["nodes_to_quantize"]),
-            "extra_options": {
-                "TensorQuantOverrides": {n: [objects(e) for e in entries]
-                                         for n, entries in told["TensorQuantOverrides"].items()},
-                "DedicatedQDQPair": bool(told["DedicatedQDQPair"]),
-                "OpTypesToExcludeOutputQuantization": list(told["OpTypesToExcludeOutputQuantization"])}}
+    return {
+        "quant_format": QuantFormat.QDQ,
+        "activation_type": QuantType.QUInt8,
+        "weight_type": QuantType.QInt8,
+        "per_channel": True,
+        "nodes_to_quantize": list(told["nodes_to_quantize"]),
+        "extra_options": {
+            "TensorQuantOverrides": {
+                n: [objects(e) for e in entries] for n, entries in told["TensorQuantOverrides"].items()
+            },
+            "DedicatedQDQPair": bool(told["DedicatedQDQPair"]),
+            "OpTypesToExcludeOutputQuantization": list(told["OpTypesToExcludeOutputQuantization"]),
+        },
+    }
 
 
 class _Notes:
@@ -133,8 +146,10 @@ class _Notes:
         self.found.setdefault(text, []).append(name)
 
     def lines(self) -> list[str]:
-        return [f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {text}"
-                for text, names in self.found.items()]
+        return [
+            f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {text}"
+            for text, names in self.found.items()
+        ]
 
 
 def _read(graph: Graph, plan: Plan, integer: set[str]) -> dict[str, str]:
@@ -219,8 +234,7 @@ def _weight(result: Result, layer: Layer, notes: _Notes) -> list[dict[str, Any]]
     bits, spec = result.plan[layer.weight].bits, _written(result, layer)
     kind = {"quant_type": "QInt4" if bits <= 4 else "QInt8" if bits <= 8 else "QInt16"}
     if bits <= 4:
-        notes.add("stored in 4 bits, run in float: onnxruntime has no integer kernel for what its tool writes",
-                  layer.name)
+        notes.add("stored in 4 bits, run in float: onnxruntime has no integer kernel for what its tool writes", layer.name)
     if spec is None:
         notes.add("lose their tiles, blocks or multipliers; the tool computes one scale per output channel", layer.name)
         return [{**kind, "axis": layer.out_axis}]

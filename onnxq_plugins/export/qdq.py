@@ -28,14 +28,28 @@ from onnxq_plugins.targets.target import granularity
 
 # What onnxruntime fuses a Gemm or MatMul with before it looks for integer kernels.
 _FUSED_IN_FLOAT = {
-    "Gemm": frozenset({"Clip", "Elu", "HardSigmoid", "LeakyRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Tanh",
-                       "ThresholdedRelu"}),
+    "Gemm": frozenset(
+        {
+            "Clip",
+            "Elu",
+            "HardSigmoid",
+            "LeakyRelu",
+            "Relu",
+            "Selu",
+            "Sigmoid",
+            "Softplus",
+            "Softsign",
+            "Tanh",
+            "ThresholdedRelu",
+        }
+    ),
     "MatMul": frozenset({"Add", "Clip", "Relu"}),
 }
 
 
-def export(graph: Graph, plan: Plan, target: Target, coded: Collection[str] = (),
-           data: DataFile | None = None) -> onnx.ModelProto:
+def export(
+    graph: Graph, plan: Plan, target: Target, coded: Collection[str] = (), data: DataFile | None = None
+) -> onnx.ModelProto:
     """The QDQ model of a plan in which every entry is solved and which `target.problems` accepts.
 
     coded   planned activations that are written in codes, and read so by all, though what makes them may not be planned:
@@ -58,8 +72,11 @@ def integer_nodes(graph: Graph, plan: Plan, target: Target) -> set[str]:
             continue
         if node.name in layers:
             layer = layers[node.name]
-            fits = layer.weight in plan and bool(layer_input(graph, plan, target, layer)) and (
-                node.op not in target.output_scale or result_of(graph, node) in plan)
+            fits = (
+                layer.weight in plan
+                and bool(layer_input(graph, plan, target, layer))
+                and (node.op not in target.output_scale or result_of(graph, node) in plan)
+            )
         elif node.op == "MatMul":
             fits = len(inputs) == 2
         else:
@@ -79,8 +96,9 @@ class Writer:
     dequantized  tensor -> the output of its DequantizeLinear
     """
 
-    def __init__(self, graph: Graph, plan: Plan, target: Target, coded: Collection[str] = (),
-                 data: DataFile | None = None) -> None:
+    def __init__(
+        self, graph: Graph, plan: Plan, target: Target, coded: Collection[str] = (), data: DataFile | None = None
+    ) -> None:
         self.graph, self.plan, self.target, self.coded, self.data = graph, plan, target, coded, data
         self.integer = integer_nodes(graph, plan, target)
         self.layers = {layer.name: layer for layer in graph.layers}
@@ -124,8 +142,11 @@ class Writer:
         del proto.node[:]
         proto.node.extend(self.nodes)
         used = {name for node in proto.node for name in node.input} | self.outputs
-        kept = [self._stored(self.floats[t.name], t.name) if t.name in self.floats else t
-                for t in proto.initializer if t.name in used]
+        kept = [
+            self._stored(self.floats[t.name], t.name) if t.name in self.floats else t
+            for t in proto.initializer
+            if t.name in used
+        ]
         del proto.initializer[:]
         proto.initializer.extend(kept)
         proto.initializer.extend(self.made)
@@ -213,8 +234,10 @@ class Writer:
         key = input_key(self.graph, self.plan, layer.input) if layer.name in self.integer else ""
         rule = self.target.rule(layer, self.plan[layer.weight], self.plan[key].bits if key else 0)
         if rule is None:
-            raise OnnxqError(f"layer '{layer.name}': its weight is planned, but its output '{layer.result}' is not; plan "
-                             "both, or take the weight out of the plan.")
+            raise OnnxqError(
+                f"layer '{layer.name}': its weight is planned, but its output '{layer.result}' is not; plan "
+                "both, or take the weight out of the plan."
+            )
         return rule, key
 
     def _apart(self, node: onnx.NodeProto, layer: Layer) -> bool:
@@ -230,8 +253,10 @@ class Writer:
             return layer.op != "Conv"  # weight-only: a Q behind would do, even beyond a Reshape
         readers = self.graph.consumers(layer.output)
         alone = len(readers) == 1 and layer.output not in self.graph.outputs
-        absorbed = alone and (readers[0].name in self.integer or
-                              (readers[0].op in ("Relu", "Clip") and readers[0].outputs[0].name in self.plan))
+        absorbed = alone and (
+            readers[0].name in self.integer
+            or (readers[0].op in ("Relu", "Clip") and readers[0].outputs[0].name in self.plan)
+        )
         return layer.output not in self.plan and not absorbed and any(n.op in _FUSED_IN_FLOAT[layer.op] for n in readers)
 
     def _separate(self, output: str) -> None:
@@ -485,8 +510,7 @@ def subgraph_reads(nodes: Sequence[onnx.NodeProto]) -> set[str]:
     found: set[str] = set()
     for node in nodes:
         for attribute in node.attribute:
-            for body in ([attribute.g] if attribute.HasField("g") else list(attribute.graphs)):
+            for body in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
                 found |= {name for inner in body.node for name in inner.input} | {o.name for o in body.output}
                 found |= subgraph_reads(body.node)
     return found
-

@@ -74,8 +74,14 @@ def settle(layer: Layer, spec: QuantSpec, rule: Rule) -> tuple[QuantSpec, Array 
     assert spec.scale is not None
     if "channel" in rule.granularity:
         scale = np.asarray(spec.scale * spec.multiplier, np.float32)
-        return replace(spec, block=spec.sub_block, sub_block=None, multiplier=None, scale=scale,
-                       zero_point=np.zeros(scale.shape, np.int64)), None
+        return replace(
+            spec,
+            block=spec.sub_block,
+            sub_block=None,
+            multiplier=None,
+            scale=scale,
+            zero_point=np.zeros(scale.shape, np.int64),
+        ), None
     top = spec.multiplier.max()
     factor = (spec.multiplier / top).reshape(-1).astype(np.float32)
     whole = replace(spec, sub_block=None, multiplier=None, scale=np.asarray(spec.scale * top, np.float32))

@@ -10,5 +10,20 @@ from onnxq_plugins.graph.groups import channel_groups, clip_maximum
 from onnxq_plugins.graph.importer import load
 from onnxq_plugins.graph.rewrites import permute, replace_with_sum, rescale, split_input, split_outputs, split_values
 
-__all__ = ["BatchNorm", "ChannelGroup", "Graph", "Layer", "Member", "add_bias", "channel_groups", "clip_maximum", "load",
-           "permute", "replace_with_sum", "rescale", "split_input", "split_outputs", "split_values"]
+__all__ = [
+    "BatchNorm",
+    "ChannelGroup",
+    "Graph",
+    "Layer",
+    "Member",
+    "add_bias",
+    "channel_groups",
+    "clip_maximum",
+    "load",
+    "permute",
+    "replace_with_sum",
+    "rescale",
+    "split_input",
+    "split_outputs",
+    "split_values",
+]

@@ -24,8 +24,10 @@ def canonicalize(graph: Graph, flatten: bool = True) -> None:
     try:
         graph._graph.fold_constants(error_ok=True, size_threshold=2**31).cleanup()
     except Exception as error:  # graphsurgeon looks into control flow without asking what is there
-        raise OnnxqError(f"the constants of the model cannot be folded ({' '.join(str(error).split())[:200]}); check it "
-                         "with onnx.checker.check_model.") from error
+        raise OnnxqError(
+            f"the constants of the model cannot be folded ({' '.join(str(error).split())[:200]}); check it "
+            "with onnx.checker.check_model."
+        ) from error
     graph.tidy()
     split_shared_weights(graph)
     normalize_gemm(graph)
@@ -155,14 +157,23 @@ def add_bias(graph: Graph, name: str, values: Array) -> None:
 
 erf = np.vectorize(math.erf, otypes=[np.float64])
 _FUNCTIONS: dict[str, Callable[..., Array]] = {
-    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Pow": np.power, "Neg": np.negative,
-    "Tanh": np.tanh, "Erf": erf, "Relu": lambda x: np.maximum(x, 0), "Sqrt": np.sqrt, "Min": np.minimum,
-    "Max": np.maximum, "Clip": lambda x, lo=-np.inf, hi=np.inf: np.clip(x, lo, hi),
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.divide,
+    "Pow": np.power,
+    "Neg": np.negative,
+    "Tanh": np.tanh,
+    "Erf": erf,
+    "Relu": lambda x: np.maximum(x, 0),
+    "Sqrt": np.sqrt,
+    "Min": np.minimum,
+    "Max": np.maximum,
+    "Clip": lambda x, lo=-np.inf, hi=np.inf: np.clip(x, lo, hi),
 }
 _ANCHORS = ("Tanh", "Erf", "HardSigmoid", "Clip")
 _KNOWN: tuple[tuple[str, dict[str, str], int, Callable[[Array], Array]], ...] = (
-    ("Gelu", {"approximate": "tanh"}, 20,
-     lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))),
+    ("Gelu", {"approximate": "tanh"}, 20, lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))),
     ("Gelu", {"approximate": "none"}, 20, lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2)))),
     ("HardSwish", {}, 14, lambda x: x * np.clip(x / 6 + 0.5, 0, 1)),
 )
@@ -230,7 +241,8 @@ def _closed(graph: Graph, start: gs.Tensor, end: gs.Node) -> bool:
                 todo.append(t.inputs[0])
     inside = [n.outputs[0] for n in region if n is not end]
     return all(reader.name in names for t in inside for reader in t.outputs) and not any(
-        t in graph._graph.outputs for t in inside)
+        t in graph._graph.outputs for t in inside
+    )
 
 
 def _matches(end: gs.Node, start: gs.Tensor, grid: Array, function: Callable[[Array], Array]) -> bool:
@@ -279,8 +291,12 @@ def fuse_layernorm(graph: Graph) -> None:
         for op, neutral in (("Mul", 1.0), ("Add", 0.0)):
             readers = end.outputs[0].outputs
             _, constant = _variable_and_constant(readers[0]) if len(readers) == 1 and readers[0].op == op else (None, None)
-            if (constant is not None and constant.values.size == size and constant.values.shape[-1] == size
-                    and end.outputs[0] not in graph._graph.outputs):
+            if (
+                constant is not None
+                and constant.values.size == size
+                and constant.values.shape[-1] == size
+                and end.outputs[0] not in graph._graph.outputs
+            ):
                 vectors.append(constant.values.reshape(size).astype(np.float32))
                 end = readers[0]
             else:
@@ -288,8 +304,15 @@ def fuse_layernorm(graph: Graph) -> None:
         gamma, beta = (graph.add_constant(f"{end.name}_{n}", v) for n, v in zip(("gamma", "beta"), vectors, strict=True))
         output = end.outputs[0]
         end.outputs.clear()
-        graph.add_node("LayerNormalization", end.name, [x, gamma, beta], [output], before=end, axis=-1,
-                       epsilon=float(epsilon.values.item()))
+        graph.add_node(
+            "LayerNormalization",
+            end.name,
+            [x, gamma, beta],
+            [output],
+            before=end,
+            axis=-1,
+            epsilon=float(epsilon.values.item()),
+        )
     graph.tidy()
 
 
@@ -386,8 +409,11 @@ def _stay_flat(graph: Graph, node: gs.Node, flat: dict[str, gs.Tensor]) -> None:
                 return
             else:
                 operands.append(t)
-    elif node.op in _POINTWISE or (node.op == "LayerNormalization" and len(node.outputs) == 1
-                                   and node.attrs.get("axis", -1) in (-1, len(output.shape) - 1)):
+    elif node.op in _POINTWISE or (
+        node.op == "LayerNormalization"
+        and len(node.outputs) == 1
+        and node.attrs.get("axis", -1) in (-1, len(output.shape) - 1)
+    ):
         operands = list(node.inputs)
     else:
         return

@@ -27,8 +27,25 @@ LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 # Operators that move or select values without computing: input and output share one quantizer. Pad with zeros belongs
 # here too, since 0 is always on the grid.
-SHAPE_OPS = frozenset({"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split",
-                       "Gather", "DepthToSpace", "SpaceToDepth", "MaxPool", "Pad", "Resize", "Expand"})
+SHAPE_OPS = frozenset(
+    {
+        "Identity",
+        "Reshape",
+        "Flatten",
+        "Squeeze",
+        "Unsqueeze",
+        "Transpose",
+        "Slice",
+        "Split",
+        "Gather",
+        "DepthToSpace",
+        "SpaceToDepth",
+        "MaxPool",
+        "Pad",
+        "Resize",
+        "Expand",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -136,12 +153,21 @@ class Mapped:
         """Map a tensor's data; False if it is small, no float32, or not as it should be. The file must be there."""
         told = {e.key: e.value for e in tensor.external_data}
         count = math.prod(tensor.dims)
-        if (tensor.data_location != onnx.TensorProto.EXTERNAL or tensor.data_type != onnx.TensorProto.FLOAT
-                or 4 * count < self.least or sys.byteorder != "little" or min(tensor.dims, default=0) < 1):
+        if (
+            tensor.data_location != onnx.TensorProto.EXTERNAL
+            or tensor.data_type != onnx.TensorProto.FLOAT
+            or 4 * count < self.least
+            or sys.byteorder != "little"
+            or min(tensor.dims, default=0) < 1
+        ):
             return False
         file, first = (folder / told["location"]).resolve(), int(told.get("offset") or 0)
-        if first < 0 or first % 4 or int(told.get("length") or 4 * count) != 4 * count or (
-                first + 4 * count > file.stat().st_size):
+        if (
+            first < 0
+            or first % 4
+            or int(told.get("length") or 4 * count) != 4 * count
+            or (first + 4 * count > file.stat().st_size)
+        ):
             return False
         if file not in self._files:
             self._files[file] = mapped(file)
@@ -179,8 +205,14 @@ class Graph:
     Made by `onnxq_plugins.graph.importer.load`, never by hand.
     """
 
-    def __init__(self, graph: gs.Graph, header: onnx.ModelProto, batchnorms: dict[str, BatchNorm] | None = None,
-                 notes: Iterable[str] = (), mapped: Mapped | None = None) -> None:
+    def __init__(
+        self,
+        graph: gs.Graph,
+        header: onnx.ModelProto,
+        batchnorms: dict[str, BatchNorm] | None = None,
+        notes: Iterable[str] = (),
+        mapped: Mapped | None = None,
+    ) -> None:
         self._graph = graph
         self._header = header  # a ModelProto without nodes and weights: names, metadata, documentation
         self.batchnorms = dict(batchnorms or {})  # by name of the layer output that absorbed it
@@ -279,8 +311,20 @@ class Graph:
             return None
         output = node.outputs[0]
         after = self.elided_activation(output.name)
-        return Layer(node.name, node.op, x.name, output.name, after.outputs[0].name if after else output.name,
-                     weight.name, bias.name if bias is not None else None, shape, out_axis, in_axis, groups, attrs)
+        return Layer(
+            node.name,
+            node.op,
+            x.name,
+            output.name,
+            after.outputs[0].name if after else output.name,
+            weight.name,
+            bias.name if bias is not None else None,
+            shape,
+            out_axis,
+            in_axis,
+            groups,
+            attrs,
+        )
 
     def elided_activation(self, name: str) -> gs.Node | None:
         """The Relu, or Clip from 0, that is the only reader of `name`. An output grid that starts at 0 does its work,
@@ -333,8 +377,15 @@ class Graph:
         self._tensors[constant.name] = constant
         return constant
 
-    def add_node(self, op: str, name: str, inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor],
-                 before: gs.Node | None = None, **attrs: Any) -> gs.Node:
+    def add_node(
+        self,
+        op: str,
+        name: str,
+        inputs: Sequence[gs.Tensor],
+        outputs: Sequence[gs.Tensor],
+        before: gs.Node | None = None,
+        **attrs: Any,
+    ) -> gs.Node:
         """Insert an operator before another (the order is mended on export); its outputs must have no producer."""
         node = gs.Node(op=op, name=name, attrs=attrs, inputs=list(inputs), outputs=list(outputs))
         nodes = self._graph.nodes
@@ -343,11 +394,15 @@ class Graph:
         self.changed()
         return node
 
-    def add_variable(self, name: str, like: gs.Tensor | None = None,
-                     shape: Sequence[int | str | None] | None = None) -> gs.Variable:
+    def add_variable(
+        self, name: str, like: gs.Tensor | None = None, shape: Sequence[int | str | None] | None = None
+    ) -> gs.Variable:
         """A new activation tensor, float32 or with the dtype and shape of another."""
-        variable = gs.Variable(self.fresh(name), dtype=np.float32 if like is None else like.dtype,
-                               shape=like.shape if like is not None and shape is None else shape)
+        variable = gs.Variable(
+            self.fresh(name),
+            dtype=np.float32 if like is None else like.dtype,
+            shape=like.shape if like is not None and shape is None else shape,
+        )
         self._tensors[variable.name] = variable
         return variable
 
@@ -397,19 +452,32 @@ class Graph:
         weights   a dict to put the large constants into; the model then holds placeholders ("external data") for
                   them and no copy is made. `runtime.session` takes both.
         """
-        large = [] if weights is None else [t for t in self._graph.tensors().values() if isinstance(t, gs.Constant)
-                                            and t.values.nbytes > 1024 and t.values.dtype == np.float32]
+        large = (
+            []
+            if weights is None
+            else [
+                t
+                for t in self._graph.tensors().values()
+                if isinstance(t, gs.Constant) and t.values.nbytes > 1024 and t.values.dtype == np.float32
+            ]
+        )
         kept = [t.values for t in large]
         for tensor, values in zip(large, kept, strict=True):
-            stub = onnx.TensorProto(name=tensor.name, data_type=onnx.TensorProto.FLOAT, dims=values.shape,
-                                    data_location=onnx.TensorProto.EXTERNAL)
+            stub = onnx.TensorProto(
+                name=tensor.name,
+                data_type=onnx.TensorProto.FLOAT,
+                dims=values.shape,
+                data_location=onnx.TensorProto.EXTERNAL,
+            )
             stub.external_data.add(key="location", value="weights")
             tensor.values = LazyValues(stub)
         try:
             model: onnx.ModelProto = gs.export_onnx(self._graph, do_type_check=False)
         except (TypeError, ValueError) as error:  # an empty list as an attribute, say
-            raise OnnxqError(f"the model cannot be written as ONNX ({' '.join(str(error).split())[:200]}); check it with "
-                             "onnx.checker.check_model.") from error
+            raise OnnxqError(
+                f"the model cannot be written as ONNX ({' '.join(str(error).split())[:200]}); check it with "
+                "onnx.checker.check_model."
+            ) from error
         finally:
             for tensor, values in zip(large, kept, strict=True):
                 tensor.values = values
@@ -453,8 +521,11 @@ def _update(seen: Any, value: Any) -> None:
         seen.update(f"{value.name} {value.dtype} {value.shape};".encode())
     elif isinstance(value, np.ndarray):
         seen.update(f"{value.dtype}{value.shape}".encode())
-        seen.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data if value.size and value.dtype != object
-                    else repr(value.tolist()).encode())
+        seen.update(
+            np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+            if value.size and value.dtype != object
+            else repr(value.tolist()).encode()
+        )
     elif isinstance(value, (list, tuple)):
         for item in value:
             _update(seen, item)

@@ -122,7 +122,7 @@ class Elements:
         print_of = _fingerprints(component, place, rank_of, a, b)
         visits: dict[int, list[tuple[int, int]]] = defaultdict(list)  # component -> (place, how often)
         for at, key in enumerate(keys):
-            found, counts = np.unique(component[self.start[key]:self.start[key] + self.count[key]], return_counts=True)
+            found, counts = np.unique(component[self.start[key] : self.start[key] + self.count[key]], return_counts=True)
             for c, n in zip(found.tolist(), counts.tolist(), strict=True):
                 visits[c].append((at, n))
         alike: dict[tuple[int, tuple[tuple[int, int], ...]], list[int]] = defaultdict(list)
@@ -135,7 +135,7 @@ class Elements:
             rank = {c: i for i, c in enumerate(components)}
             for at, times in places:
                 name, axis, role, rows = keys[at]
-                of = component[self.start[keys[at]]:self.start[keys[at]] + self.count[keys[at]]]
+                of = component[self.start[keys[at]] : self.start[keys[at]] + self.count[keys[at]]]
                 index = np.empty((len(components), times), np.int64)
                 filled = np.zeros(len(components), np.int64)
                 for position, c in enumerate(of.tolist()):

@@ -118,8 +118,12 @@ def _cut(graph: Graph, names: Sequence[str]) -> _Cut:
     ends = []
     for name in graph.outputs:
         node = graph.producer(name)
-        while node is not None and node.op in _TAIL and len(graph.consumers(node.inputs[0].name)) == 1 and (
-                node.inputs[0].name not in graph.outputs):
+        while (
+            node is not None
+            and node.op in _TAIL
+            and len(graph.consumers(node.inputs[0].name)) == 1
+            and (node.inputs[0].name not in graph.outputs)
+        ):
             tail.add(str(node.name))
             name = node.inputs[0].name
             node = graph.producer(name)
@@ -157,5 +161,6 @@ def _summed(graph: Graph, end: str, others: Sequence[gs.Tensor], tail: set[str])
 def _holds_zero(node: gs.Node) -> bool:
     """True if a Clip has constant bounds with 0 between them, or none."""
     given = [t for t in node.inputs[1:] if not t.is_empty()]
-    return all(isinstance(t, gs.Constant) and float(t.values.item()) * (1 if t is node.inputs[1] else -1) <= 0
-               for t in given)
+    return all(
+        isinstance(t, gs.Constant) and float(t.values.item()) * (1 if t is node.inputs[1] else -1) <= 0 for t in given
+    )

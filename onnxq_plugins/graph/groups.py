@@ -18,8 +18,25 @@ from onnxq_plugins.graph.elements import ChannelGroup, Elements, Key, Kind
 from onnxq_plugins.spec import Array
 
 _HOMOGENEOUS = {"Relu", "LeakyRelu", "Identity", "Dropout"}
-_POINTWISE = {"Clip", "Sigmoid", "Tanh", "Gelu", "Erf", "HardSwish", "HardSigmoid", "Elu", "Selu", "Softplus", "Exp",
-              "Sqrt", "Mish", "Softsign", "Abs", "Neg", "Cast"}
+_POINTWISE = {
+    "Clip",
+    "Sigmoid",
+    "Tanh",
+    "Gelu",
+    "Erf",
+    "HardSwish",
+    "HardSigmoid",
+    "Elu",
+    "Selu",
+    "Softplus",
+    "Exp",
+    "Sqrt",
+    "Mish",
+    "Softsign",
+    "Abs",
+    "Neg",
+    "Cast",
+}
 _POOLS = {"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool"}
 _REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2"}
 _DYNAMIC = 1_000_003  # stands for a dynamic size: a prime that divides nothing
@@ -87,8 +104,13 @@ class _Walk(Elements):
         elif op in _HOMOGENEOUS:
             self.same(node, tensor, axis)
         elif op in _POINTWISE:
-            self.same(node, tensor, axis, homogeneous=op in ("Abs", "Neg") or (
-                op == "Clip" and (_is_relu(node) or (self.clips and clip_maximum(node) is not None))))
+            self.same(
+                node,
+                tensor,
+                axis,
+                homogeneous=op in ("Abs", "Neg")
+                or (op == "Clip" and (_is_relu(node) or (self.clips and clip_maximum(node) is not None))),
+            )
         elif op in _POOLS or op == "Resize":
             self.same(node, tensor, axis) if axis == 1 or op == "Resize" else self.pin(tensor, axis)
         elif op in ("Add", "Sub", "Mul", "Div"):
@@ -183,7 +205,7 @@ class _Walk(Elements):
         bias = self.graph.tensor(layer.bias) if layer.bias is not None else None
         for j in range(layer.groups):
             rows = (j * outputs, (j + 1) * outputs)
-            self.link(self.ids(x, 1)[j * inputs:(j + 1) * inputs], self.ids(w, 1, "input", rows))
+            self.link(self.ids(x, 1)[j * inputs : (j + 1) * inputs], self.ids(w, 1, "input", rows))
             key: Key = (w.name, 0, "output", rows)
             if key not in self.start:
                 self.start[key], self.count[key] = self.total, outputs
@@ -224,8 +246,13 @@ class _Walk(Elements):
         operands = [(t, len(t.shape) - from_right) for t in node.inputs]
         full = [(t, at) for t, at in operands if at >= 0 and t.shape[at] == size and size != 1]
         product = node.op in ("Mul", "Div")
-        if self.kind == "rescale" and node.op == "Mul" and sum(isinstance(t, gs.Constant) for t, _ in full) == 1 == len(
-                [t for t, _ in full if not isinstance(t, gs.Constant)]):
+        if (
+            self.kind == "rescale"
+            and node.op == "Mul"
+            and sum(isinstance(t, gs.Constant) for t, _ in full)
+            == 1
+            == len([t for t, _ in full if not isinstance(t, gs.Constant)])
+        ):
             for t, at in full:  # a factor per channel takes up a scaling of either side, as a depthwise weight does
                 if not isinstance(t, gs.Constant):
                     x, x_axis = t, at
@@ -280,7 +307,7 @@ class _Walk(Elements):
             pads = np.asarray(constants[0]).tolist()
             axes = np.asarray(constants[2]).tolist() if len(constants) > 2 else list(range(len(x.shape)))
             before = {a % len(x.shape): pads[i] for i, a in enumerate(axes)}.get(axis, 0)
-            inside = self.ids(y, axis)[before:before + len(self.ids(x, axis))] if before >= 0 else self.ids(y, axis)
+            inside = self.ids(y, axis)[before : before + len(self.ids(x, axis))] if before >= 0 else self.ids(y, axis)
             constant_mode = node.attrs.get("mode", "constant") == "constant"
             zero = len(constants) < 2 or not np.any(constants[1])
             if not constant_mode or (not zero and self.kind == "rescale"):
@@ -307,10 +334,10 @@ class _Walk(Elements):
             return
         other = y if tensor is x else x
         mine, theirs = _numbers(tensor.shape, other.shape), _numbers(other.shape, tensor.shape)
-        size, inner = mine[axis], int(np.prod(mine[axis + 1:]))
+        size, inner = mine[axis], int(np.prod(mine[axis + 1 :]))
         finer = []
         for b, n in enumerate(theirs):
-            stride = int(np.prod(theirs[b + 1:]))
+            stride = int(np.prod(theirs[b + 1 :]))
             if inner >= stride and inner % stride == 0 and n % (size * (inner // stride)) == 0 and n != _DYNAMIC:
                 k = inner // stride  # mine is inside theirs: position = outer * size * k + channel * k + j
                 self.link(self.ids(tensor, axis)[np.arange(n) // k % size], self.ids(other, b))
@@ -366,7 +393,8 @@ def clip_maximum(node: gs.Node) -> float | None:
 def _is_relu(node: gs.Node) -> bool:
     bounds = [t.values.item() for t in node.inputs[1:] if isinstance(t, gs.Constant)]
     return all(b in (0.0, np.inf, -np.inf) or abs(b) > 1e30 for b in bounds) and len(bounds) == sum(
-        not t.is_empty() for t in node.inputs[1:])
+        not t.is_empty() for t in node.inputs[1:]
+    )
 
 
 def _numbers(shape: Sequence[int | str | None], other: Sequence[int | str | None]) -> list[int]:

@@ -20,8 +20,18 @@ from onnxq_plugins.graph.core import LAYER_OPS, Graph, Mapped
 # What onnxruntime 1.31 reads (docs/runtime.md), and the version from which int4 tensors, Gelu and LayerNormalization exist.
 WANTED_OPSET, OLDEST_OPSET, NEWEST_OPSET = 21, 7, 26
 IR_OF_OPSET = {21: 10, 22: 10, 23: 11, 24: 11, 25: 12, 26: 13}
-QUANTIZED_OPS = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
-                 "DynamicQuantizeLinear", "QGemm", "MatMulNBits", "QLinearAdd"}
+QUANTIZED_OPS = {
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "QLinearConv",
+    "QLinearMatMul",
+    "ConvInteger",
+    "MatMulInteger",
+    "DynamicQuantizeLinear",
+    "QGemm",
+    "MatMulNBits",
+    "QLinearAdd",
+}
 _INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError)
 HALF = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 
@@ -80,11 +90,15 @@ def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool, 
         del mine[:]
         mine.extend(theirs)
     header = shell
-    for emptied in (header.graph.initializer, header.graph.input, header.graph.output, header.graph.value_info,
-                    header.graph.node):
+    for emptied in (
+        header.graph.initializer,
+        header.graph.input,
+        header.graph.output,
+        header.graph.value_info,
+        header.graph.node,
+    ):
         del emptied[:]
-    header.graph.node.extend(onnx.NodeProto(name=n.name, doc_string=n.doc_string) for n in proto.graph.node
-                             if n.doc_string)
+    header.graph.node.extend(onnx.NodeProto(name=n.name, doc_string=n.doc_string) for n in proto.graph.node if n.doc_string)
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
     logging.getLogger("onnx_graphsurgeon").setLevel(logging.ERROR)
     imported = gs.import_onnx(proto)
@@ -99,14 +113,21 @@ def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool, 
 
 
 def _invalid(where: str, error: Exception) -> OnnxqError:
-    return OnnxqError(f"{where} is not a valid ONNX model: {_first_line(error)}; export it again and check it with "
-                      "onnx.checker.check_model.")
+    return OnnxqError(
+        f"{where} is not a valid ONNX model: {_first_line(error)}; export it again and check it with "
+        "onnx.checker.check_model."
+    )
 
 
 def bytes_on_disk(path: Path) -> int:
     """Size of a model's file and of the files beside it that hold its external data."""
-    beside = {entry.value for tensor in onnx.load(str(path), load_external_data=False).graph.initializer
-              if uses_external_data(tensor) for entry in tensor.external_data if entry.key == "location"}
+    beside = {
+        entry.value
+        for tensor in onnx.load(str(path), load_external_data=False).graph.initializer
+        if uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
     return sum(file.stat().st_size for file in (path, *(path.parent / name for name in beside)))
 
 
@@ -122,8 +143,9 @@ def read(path: Path, mapped: Mapped | None = None) -> onnx.ModelProto:
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf raises several types for bytes that are no model
-        raise OnnxqError(f"'{path}' is not a readable ONNX model (corrupt or truncated?); export or download it "
-                         "again.") from error
+        raise OnnxqError(
+            f"'{path}' is not a readable ONNX model (corrupt or truncated?); export or download it again."
+        ) from error
     if not proto.graph.node or not proto.opset_import:
         raise OnnxqError(f"'{path}' holds no ONNX graph (corrupt, truncated or another format?); export it again.")
     try:
@@ -140,8 +162,9 @@ def read(path: Path, mapped: Mapped | None = None) -> onnx.ModelProto:
     except OnnxqError:
         raise
     except Exception as error:
-        raise OnnxqError(f"'{path}': its weights cannot be read ({_first_line(error)}); export or download it "
-                         "again.") from error
+        raise OnnxqError(
+            f"'{path}': its weights cannot be read ({_first_line(error)}); export or download it again."
+        ) from error
     return proto
 
 
@@ -158,11 +181,15 @@ def _check_external(proto: onnx.ModelProto, path: Path) -> None:
             except (OSError, ValueError):  # too long, or with a zero byte
                 target, there = folder / "?", False
             if not target.is_relative_to(folder):
-                raise OnnxqError(f"'{path}': weight '{tensor.name}' points to {shown}, outside the model's folder; "
-                                 "for safety only files beside the model are read, so save the model again.")
+                raise OnnxqError(
+                    f"'{path}': weight '{tensor.name}' points to {shown}, outside the model's folder; "
+                    "for safety only files beside the model are read, so save the model again."
+                )
             if not there:
-                raise OnnxqError(f"'{path}': the file {shown} with the data of weight '{tensor.name}' is missing; "
-                                 "put it beside the model.")
+                raise OnnxqError(
+                    f"'{path}': the file {shown} with the data of weight '{tensor.name}' is missing; "
+                    "put it beside the model."
+                )
 
 
 def _check_sizes(shell: onnx.ModelProto, where: str) -> None:
@@ -182,11 +209,13 @@ def _check_sizes(shell: onnx.ModelProto, where: str) -> None:
         for value in values:
             shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
             if min(shape, default=0) < 0:
-                raise OnnxqError(f"{where}: tensor '{value.name}' has the shape {shape}, which cannot be; mend what "
-                                 "makes it.")
+                raise OnnxqError(
+                    f"{where}: tensor '{value.name}' has the shape {shape}, which cannot be; mend what makes it."
+                )
             if math.prod(n for n in shape if n) > limit and value.name not in weights:
-                raise OnnxqError(f"{where}: tensor '{value.name}' of shape {shape} is too large to compute; mend the shapes "
-                                 "in the model.")
+                raise OnnxqError(
+                    f"{where}: tensor '{value.name}' of shape {shape} is too large to compute; mend the shapes in the model."
+                )
 
 
 def _misfits(graph: Graph, where: str) -> list[str]:
@@ -194,8 +223,9 @@ def _misfits(graph: Graph, where: str) -> list[str]:
     found = []
     for node in graph.nodes:
         if node.op == "Clip" and any(isinstance(t, gs.Constant) and t.values.size != 1 for t in node.inputs[1:]):
-            found.append(f"{where}: Clip '{node.name}' cannot run: its bounds must be single numbers; export the model "
-                         "again.")
+            found.append(
+                f"{where}: Clip '{node.name}' cannot run: its bounds must be single numbers; export the model again."
+            )
         if node.op not in LAYER_OPS or node.domain or len(node.inputs) < 2 or not isinstance(node.inputs[1], gs.Constant):
             continue
         x, weight, attrs = node.inputs[0], node.inputs[1].values.shape, node.attrs
@@ -204,8 +234,12 @@ def _misfits(graph: Graph, where: str) -> list[str]:
             fits = len(weight) > 2 and groups > 0 and weight[0] % groups == 0
             inputs, at = (weight[1] * groups if node.op == "Conv" else weight[0]) if fits else 0, 1
             kernel = attrs.get("kernel_shape")
-            fits = fits and (kernel is None or list(kernel) == list(weight[2:])) and (
-                x.shape is None or len(x.shape) == len(weight)) and min(weight, default=0) > 0
+            fits = (
+                fits
+                and (kernel is None or list(kernel) == list(weight[2:]))
+                and (x.shape is None or len(x.shape) == len(weight))
+                and min(weight, default=0) > 0
+            )
         elif node.op == "Gemm":
             fits = len(weight) == 2
             inputs, at = weight[1 if attrs.get("transB", 0) else 0] if fits else 0, 0 if attrs.get("transA", 0) else 1
@@ -216,8 +250,10 @@ def _misfits(graph: Graph, where: str) -> list[str]:
             given = x.shape[at] if len(x.shape) > max(at, 0) else None
             fits = len(x.shape) > max(at, 0) and (not isinstance(given, int) or given == inputs)
         if not fits:
-            found.append(f"{where}: {node.op} '{node.name}' cannot run: its weight of shape {list(weight)} does not fit its "
-                         f"input of shape {x.shape} and its attributes; export the model again.")
+            found.append(
+                f"{where}: {node.op} '{node.name}' cannot run: its weight of shape {list(weight)} does not fit its "
+                f"input of shape {x.shape} and its attributes; export the model again."
+            )
     return found
 
 
@@ -227,23 +263,34 @@ def _problems(proto: onnx.ModelProto, where: str, float32: bool) -> list[str]:
     if not opset:
         problems.append(f"{where} imports no ai.onnx operators, so there is nothing to quantize.")
     elif opset < OLDEST_OPSET:
-        problems.append(f"{where} uses opset {opset}, too old; export it with opset {OLDEST_OPSET} or newer "
-                        f"({WANTED_OPSET} is best).")
+        problems.append(
+            f"{where} uses opset {opset}, too old; export it with opset {OLDEST_OPSET} or newer ({WANTED_OPSET} is best)."
+        )
     elif opset > NEWEST_OPSET:
-        problems.append(f"{where} uses opset {opset}, too new: onnxruntime reads up to {NEWEST_OPSET}; export it with "
-                        f"opset {WANTED_OPSET}.")
+        problems.append(
+            f"{where} uses opset {opset}, too new: onnxruntime reads up to {NEWEST_OPSET}; export it with "
+            f"opset {WANTED_OPSET}."
+        )
     found = Counter(n.op_type for n in proto.graph.node if n.op_type in QUANTIZED_OPS)
     if found:
-        problems.append(f"{where} is already quantized (it has {', '.join(sorted(found))}); give the float model it was "
-                        "made from.")
-    narrow = {TensorProto.DataType.Name(t) for t in (*(t.data_type for t in proto.graph.initializer), *(
-        v.type.tensor_type.elem_type for v in proto.graph.input)) if t >= TensorProto.FLOAT8E4M3FN}
+        problems.append(
+            f"{where} is already quantized (it has {', '.join(sorted(found))}); give the float model it was made from."
+        )
+    narrow = {
+        TensorProto.DataType.Name(t)
+        for t in (
+            *(t.data_type for t in proto.graph.initializer),
+            *(v.type.tensor_type.elem_type for v in proto.graph.input),
+        )
+        if t >= TensorProto.FLOAT8E4M3FN
+    }
     if narrow:
-        problems.append(f"{where} holds tensors of type {', '.join(sorted(narrow))}, so it is no float model; give the "
-                        "float32 model it was made from.")
+        problems.append(
+            f"{where} holds tensors of type {', '.join(sorted(narrow))}, so it is no float model; give the "
+            "float32 model it was made from."
+        )
     if (half := _half(proto)) and not float32:
-        problems.append(f"{where} is an {half} model; quantize its float32 original, or pass --float32 to convert it "
-                        "first.")
+        problems.append(f"{where} is an {half} model; quantize its float32 original, or pass --float32 to convert it first.")
     return problems
 
 
@@ -282,8 +329,10 @@ def _raise_opset(proto: onnx.ModelProto, where: str, notes: list[str]) -> onnx.M
             converted = onnx.version_converter.convert_version(_without_weights(proto), WANTED_OPSET)
         except Exception as error:  # the converter raises RuntimeError and its own types
             if opset < 13:
-                raise OnnxqError(f"{where} uses opset {opset}, and onnx cannot convert it to {WANTED_OPSET} "
-                                 f"({_first_line(error)}); export it with opset 13 or newer.") from error
+                raise OnnxqError(
+                    f"{where} uses opset {opset}, and onnx cannot convert it to {WANTED_OPSET} "
+                    f"({_first_line(error)}); export it with opset 13 or newer."
+                ) from error
             notes.append(f"opset {opset} kept, since onnx could not convert it to {WANTED_OPSET}: {_first_line(error)}")
         else:
             opset = WANTED_OPSET

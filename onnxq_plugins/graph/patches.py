@@ -90,8 +90,10 @@ def add_gram(h: Array, columns: Array) -> Array:
 
 def _output_sizes(layer: Layer, sizes: Sequence[int]) -> list[int]:
     kernel, strides, dilations, pads = layer.geometry(sizes)
-    return [(n + sum(pad) - d * (k - 1) - 1) // s + 1
-            for n, pad, d, k, s in zip(sizes, pads, dilations, kernel, strides, strict=True)]
+    return [
+        (n + sum(pad) - d * (k - 1) - 1) // s + 1
+        for n, pad, d, k, s in zip(sizes, pads, dilations, kernel, strides, strict=True)
+    ]
 
 
 def _spread(total: int, wanted: int, sample: int) -> Array:

@@ -81,8 +81,12 @@ def replace_with_sum(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list
     for k, part in enumerate(parts):
         name, attrs = f"{layer.name}_part{k + 1}", dict(node.attrs)
         if part.shape != layer.shape:
-            attrs = {"group": layer.groups, "strides": attrs.get("strides") or [1] * (part.ndim - 2), "pads": pads,
-                     "kernel_shape": [1] * (part.ndim - 2)}
+            attrs = {
+                "group": layer.groups,
+                "strides": attrs.get("strides") or [1] * (part.ndim - 2),
+                "pads": pads,
+                "kernel_shape": [1] * (part.ndim - 2),
+            }
         inputs = [node.inputs[0], graph.add_constant(f"{layer.weight}_part{k + 1}", part)]
         if k == 0 and layer.bias is not None:
             inputs.append(node.inputs[2])
@@ -118,8 +122,10 @@ def centre_pads(graph: Graph, layer: Layer) -> list[int]:
         raise ValueError(f"layer '{layer.name}': with auto_pad and a stride, its pads depend on a size that is unknown")
     moved = [[pad - d * (k - 1) // 2 for pad in ends] for k, d, ends in zip(kernel, dilations, pads, strict=True)]
     if any(pad < 0 for ends in moved for pad in ends):
-        raise ValueError(f"layer '{layer.name}': its padding is smaller than half its kernel, so that its centre taps alone "
-                         "would need negative pads")
+        raise ValueError(
+            f"layer '{layer.name}': its padding is smaller than half its kernel, so that its centre taps alone "
+            "would need negative pads"
+        )
     return [ends[side] for side in (0, 1) for ends in moved]
 
 
@@ -159,8 +165,13 @@ def split_values(graph: Graph, name: str, step: float, shift: float, low: int, h
 
     coarse, rest = graph.add_variable(f"{name}_coarse", like=x), graph.add_variable(f"{name}_rest", like=x)
     size, made = constant("step", step), x
-    for op, *others in (("Div", size), ("Add", constant("shift", shift)), ("Floor",),
-                        ("Clip", constant("low", low), constant("high", high)), ("Mul", size)):
+    for op, *others in (
+        ("Div", size),
+        ("Add", constant("shift", shift)),
+        ("Floor",),
+        ("Clip", constant("low", low), constant("high", high)),
+        ("Mul", size),
+    ):
         y = coarse if op == "Mul" else graph.add_variable(f"{name}_{op.lower()}", like=x)
         graph.add_node(op, f"{coarse.name}_{op.lower()}", [made, *others], [y], before=before)
         made = y
@@ -280,12 +291,15 @@ def _select(graph: Graph, x: gs.Tensor, channels: Array, name: str, before: gs.N
         return x
     y = graph.add_variable(name, like=x, shape=shape)
     if run:
-        ends = [graph.add_constant(f"{name}_{what}", np.array([value], np.int64)) for what, value in
-                (("start", channels[0]), ("end", channels[-1] + 1), ("axis", 1))]
+        ends = [
+            graph.add_constant(f"{name}_{what}", np.array([value], np.int64))
+            for what, value in (("start", channels[0]), ("end", channels[-1] + 1), ("axis", 1))
+        ]
         graph.add_node("Slice", f"{name}_slice", [x, *ends], [y], before=before)
     else:
-        graph.add_node("Gather", f"{name}_gather", [x, graph.add_constant(f"{name}_channels", channels)], [y], before=before,
-                       axis=1)
+        graph.add_node(
+            "Gather", f"{name}_gather", [x, graph.add_constant(f"{name}_channels", channels)], [y], before=before, axis=1
+        )
     return y
 
 

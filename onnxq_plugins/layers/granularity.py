@@ -43,8 +43,9 @@ def row_steps(layer: Layer, spec: QuantSpec) -> Array:
 def _by_row(layer: Layer, spec: QuantSpec, w: Array, h: Array) -> QuantSpec:
     """One scale for a row, or for several."""
     size, share = row_steps(layer, spec), _numbers(layer, spec.block)
-    factors = search_scales(w, h, narrow(size, h, 1.0), spec.grid, narrow(share, h, -1)[:, :, 0],
-                            POWERS if spec.pow2 else None)
+    factors = search_scales(
+        w, h, narrow(size, h, 1.0), spec.grid, narrow(share, h, -1)[:, :, 0], POWERS if spec.pow2 else None
+    )
     factors = factors.reshape(len(size), -1, size.shape[1])[:, 0]  # the pieces of a wide row have the same
     return replace(spec, scale=_blocks(layer, size * factors[..., None], spec.block))
 
@@ -66,8 +67,11 @@ def _by_tile(layer: Layer, spec: QuantSpec, w: Array, h: Array | None, width: in
     share = coarse if coarse.max() < tiles.count else tiles.bands  # one for all, or per channel: the rows of a band
     factor, multiplier = search_multipliers(w, h, blocks, tiles, unit, spec.multipliers, share, rounds)
     full = tiles.steps(multiplier[tiles.bands], size)
-    return replace(spec, scale=_blocks(layer, (unit * factor)[..., None], spec.block),
-                   multiplier=_blocks(layer, full, spec.sub_block).astype(np.int64))
+    return replace(
+        spec,
+        scale=_blocks(layer, (unit * factor)[..., None], spec.block),
+        multiplier=_blocks(layer, full, spec.sub_block).astype(np.int64),
+    )
 
 
 def _numbers(layer: Layer, block: Block | None) -> Array:

@@ -86,8 +86,9 @@ class Problem:
         made = given.copy()
         solved = bounded(exact[:, rows], h, size[:, rows], self.spec.grid, limit)
         made[:, rows] = np.where(wide[:, rows, None], solved, given[:, rows])
-        loss, base = (float(row_loss(narrow(exact - size * one, h), h).sum())
-                      for one in (made, nearest(exact, size, self.spec.grid)))
+        loss, base = (
+            float(row_loss(narrow(exact - size * one, h), h).sum()) for one in (made, nearest(exact, size, self.spec.grid))
+        )
         return self._entry(self.spec, made), loss / base if base > 0 else 1.0, int(wide.sum())
 
     def _entry(self, spec: QuantSpec, codes: Array) -> QuantSpec:

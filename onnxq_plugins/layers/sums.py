@@ -22,7 +22,7 @@ def narrow_ranges(job: Job, sums: Sequence[Sequence[str]]) -> None:
     exact = job.calibration.ranges(sorted({name for names in sums for name in names}))
     for *terms, result in sums:
         low, high = limits(job.plan[result]) if job.plan[result].solved else exact[result]
-        orders = terms[:(len(terms) + 2) // 2]  # then the partial sums, from the second term on, the third ...
+        orders = terms[: (len(terms) + 2) // 2]  # then the partial sums, from the second term on, the third ...
         reach = [max(map(abs, exact[name])) for name in orders]
         for i, name in enumerate(terms):
             rest = sum(reach[j] for j in range(len(orders)) if (j != i if i < len(orders) else j < i - len(orders) + 1))

@@ -74,9 +74,13 @@ class _Network:
         produced = {o for n in nodes for o in n.output}
         wanted = dict.fromkeys(name for n in nodes for name in reads(n) if name not in produced)
         inputs = [name for name in wanted if name in self.live]
-        graph = helper.make_graph(nodes, "piece", [_describe(name, self.live[name]) for name in inputs],
-                                  [helper.make_empty_tensor_value_info(name) for name in outputs],
-                                  [small[name] for name in wanted if name in small])
+        graph = helper.make_graph(
+            nodes,
+            "piece",
+            [_describe(name, self.live[name]) for name in inputs],
+            [helper.make_empty_tensor_value_info(name) for name in outputs],
+            [small[name] for name in wanted if name in small],
+        )
         model = helper.make_model(graph, opset_imports=self.proto.opset_import, functions=list(self.proto.functions))
         model.ir_version = self.proto.ir_version
         weights = {name: self.floats[name] for name in wanted if name in self.floats}
@@ -103,8 +107,9 @@ class _Piece:
 _GONE = np.empty(0)
 
 
-def sweep(job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 4608,
-          samples: int = 256) -> Iterator[tuple[Layer, Seen]]:
+def sweep(
+    job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 4608, samples: int = 256
+) -> Iterator[tuple[Layer, Seen]]:
     """Yield each of the planned `layers` with what it sees, in topological order; solve it in `job.plan` before asking for
     the next. All other entries of the plan must be solved.
 
@@ -135,8 +140,9 @@ def sweep(job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 
         keep = _pending(nodes, end) | {layer.output}
         float_piece = exact.piece(nodes[cut:end], (), keep)
         fresh = writer.nodes[written:]
-        rounded.dequantizers |= {n.output[0]: n for n in fresh if n.op_type == "DequantizeLinear"
-                                 and n.input[0] in _produced(fresh)}
+        rounded.dequantizers |= {
+            n.output[0]: n for n in fresh if n.op_type == "DequantizeLinear" and n.input[0] in _produced(fresh)
+        }
         keep_codes = _sources(writer, nodes, end - 1, rounded.dequantizers)
         code_piece = rounded.piece(fresh, writer.made, keep_codes)
         for network, piece in ((exact, float_piece), (rounded, code_piece)):
@@ -144,8 +150,9 @@ def sweep(job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 
                 network.live[name] = [_GONE] * len(feeds)
         seen = _Sums(job, writer, layer, rounded, positions, limit)
 
-        def some(numbers: range, steps: Any = ((exact, float_piece, keep), (rounded, code_piece, keep_codes)),
-                 look: _Sums = seen) -> list[Array]:
+        def some(
+            numbers: range, steps: Any = ((exact, float_piece, keep), (rounded, code_piece, keep_codes)), look: _Sums = seen
+        ) -> list[Array]:
             for network, piece, kept in steps:
                 for sample in numbers:
                     network.advance(piece, sample, kept)
@@ -186,8 +193,13 @@ class _Sums:
         """Sums over the patches of some samples: x x^T, x, y x^T, y, their number."""
         x, y = (np.concatenate(part, axis=2) for part in zip(*(self._columns(n, exact) for n in numbers), strict=True))
         pieces = split(x, self.limit)
-        return [gram(pieces), pieces.sum(axis=2, dtype=np.float64), y @ x.swapaxes(1, 2), y.sum(axis=2, dtype=np.float64),
-                np.array(float(x.shape[2]))]
+        return [
+            gram(pieces),
+            pieces.sum(axis=2, dtype=np.float64),
+            y @ x.swapaxes(1, 2),
+            y.sum(axis=2, dtype=np.float64),
+            np.array(float(x.shape[2])),
+        ]
 
     def _columns(self, sample: int, exact: Mapping[str, list[Array]]) -> tuple[Array, Array]:
         """Patches of the quantized input and the float outputs that belong to them, float32."""
@@ -213,8 +225,10 @@ class _Sums:
             part /= max(float(count), 1.0)
         found = Seen(h, mean, cross, output, int(count))
         if not all(np.isfinite(part).all() for part in (found.mean, found.output)):
-            raise OnnxqError(f"layer '{self.layer.name}' reads or writes values that are not finite (NaN or Inf) on the "
-                             "given data: the float model itself overflows there.")
+            raise OnnxqError(
+                f"layer '{self.layer.name}' reads or writes values that are not finite (NaN or Inf) on the "
+                "given data: the float model itself overflows there."
+            )
         return found
 
 
@@ -223,9 +237,11 @@ def _choose(job: Job, data: Data, most: int) -> list[dict[str, Array]]:
     step = 1 if data.size is None else max(1, -(-data.size // most))
     found = list(itertools.islice(data, 0, None if step > 1 else most + 1, step))
     if step > 1 or len(found) > most:
-        job.report.setdefault("notes", []).append(f"layers were solved on {len(found[:most])} of "
-                                                  f"{data.size or 'more'} samples, as many as round.samples allows: "
-                                                  "their activations are held")
+        job.report.setdefault("notes", []).append(
+            f"layers were solved on {len(found[:most])} of "
+            f"{data.size or 'more'} samples, as many as round.samples allows: "
+            "their activations are held"
+        )
     return found[:most]
 
 
@@ -239,8 +255,9 @@ def _pending(nodes: list[onnx.NodeProto], start: int) -> set[str]:
     return {name for node in nodes[start:] for name in reads(node)}
 
 
-def _sources(writer: Writer, nodes: list[onnx.NodeProto], start: int,
-             dequantizers: Mapping[str, onnx.NodeProto]) -> set[str]:
+def _sources(
+    writer: Writer, nodes: list[onnx.NodeProto], start: int, dequantizers: Mapping[str, onnx.NodeProto]
+) -> set[str]:
     """What the quantized forms of the operators from `start` on read of what is written so far."""
     return {_source(writer, node.name, name, dequantizers) for node in nodes[start:] for name in reads(node)}
 

@@ -43,8 +43,10 @@ def top1(reference: Sequence[Array], found: Sequence[Array], labels: Array | Non
     check_labels(labels, found[0].shape)
     best = np.argmax(found[0], axis=-1)
     if best.shape != labels.shape:
-        raise OnnxqError(f"metric 'top1': the labels have shape {list(labels.shape)}, the outputs' classes "
-                         f"{list(best.shape)}; give one label for each.")
+        raise OnnxqError(
+            f"metric 'top1': the labels have shape {list(labels.shape)}, the outputs' classes "
+            f"{list(best.shape)}; give one label for each."
+        )
     return 100 * float(np.mean(best == labels))
 
 
@@ -60,16 +62,20 @@ def check_labels(labels: Array | None, shape: Sequence[Any] | None, name: str = 
     output = f"output '{name}'" if name else "the first output"
     values = np.asarray(labels)
     if values.shape[1:] == (classes,) and values.ndim == len(shape) and ((values != 0).sum(axis=-1) == 1).all():
-        raise OnnxqError(f"the labels have shape {list(values.shape)}, one-hot it seems, and {output} has {classes} "
-                         "classes; give the number of the class, such as labels.argmax(-1).")
+        raise OnnxqError(
+            f"the labels have shape {list(values.shape)}, one-hot it seems, and {output} has {classes} "
+            "classes; give the number of the class, such as labels.argmax(-1)."
+        )
     if values.ndim != len(shape) - 1 or values.dtype.kind not in "iuf":
         return
     wrong = (values < 0) | (values >= classes) | (values != np.round(values))
     if wrong.any():
         at = tuple(int(n) for n in np.argwhere(wrong)[0])
         ones = wrong[values != classes].sum() == 0 and values.min() >= 1
-        raise OnnxqError(f"label {values[at]:g} of sample {at[0]}, but {output} has {classes} classes, 0..{classes - 1}; "
-                         + ("the labels seem to count from 1: subtract 1." if ones else "give the number of the class."))
+        raise OnnxqError(
+            f"label {values[at]:g} of sample {at[0]}, but {output} has {classes} classes, 0..{classes - 1}; "
+            + ("the labels seem to count from 1: subtract 1." if ones else "give the number of the class.")
+        )
 
 
 def chance(score: float, classes: int, samples: int) -> str:
@@ -80,9 +86,11 @@ def chance(score: float, classes: int, samples: int) -> str:
     """
     if samples < 30 or classes < 2 or score > 150 / classes:
         return ""
-    return (f"the float model gets {score:.1f}% of {samples} labels right, which guessing among {classes} classes does, "
-            "too: check that labels are in the samples' order and count classes as the model does, and how the samples were "
-            "normalized")
+    return (
+        f"the float model gets {score:.1f}% of {samples} labels right, which guessing among {classes} classes does, "
+        "too: check that labels are in the samples' order and count classes as the model does, and how the samples were "
+        "normalized"
+    )
 
 
 BUILTIN: dict[str, Metric] = {"sqnr": sqnr, "agreement": agreement, "top1": top1}
@@ -108,8 +116,9 @@ def find_metric(name: str | Metric) -> Metric:
     try:
         made: Metric = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the user's own code: any error is theirs
-        raise OnnxqError(f"metric '{name}' cannot be imported: {type(error).__name__}: "
-                         f"{' '.join(str(error).split())}.") from error
+        raise OnnxqError(
+            f"metric '{name}' cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}."
+        ) from error
     if not callable(made):
         raise OnnxqError(f"metric '{name}' is no function of (float outputs, quantized outputs, labels).")
     return made
@@ -146,9 +155,16 @@ class Measure:
     scored    how many networks were run
     """
 
-    def __init__(self, graph: Graph, target: Target, feeds: Sequence[Mapping[str, Array]],
-                 reference: Sequence[Array] | None = None, coded: Collection[str] = (), labels: Array | None = None,
-                 cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        target: Target,
+        feeds: Sequence[Mapping[str, Array]],
+        reference: Sequence[Array] | None = None,
+        coded: Collection[str] = (),
+        labels: Array | None = None,
+        cache: Path | None = None,
+    ) -> None:
         self.graph, self.target, self.coded, self.cache = graph, target, coded, cache
         reference = reference or runtimes.outputs(runtimes.session(graph.model()), feeds)
         self.samples = Samples(feeds, reference, labels)

@@ -21,10 +21,48 @@ from onnxq_plugins.passes.sub_layer import SubLayer
 from onnxq_plugins.passes.subtensor import Subtensor
 from onnxq_plugins.passes.vector_scale import VectorScale
 
-BUILTIN: tuple[type[Pass], ...] = (AbsorbBias, BiasCorrect, BoundAccumulator, CodingLength, DataFree, Equalize,
-                                   MixedPrecision, Orthogonality, Ranges, Reorder, ResidualEnsemble, ResidualExpansion,
-                                   Round, ScaleInputs, ShiftEqualize, SplitWeights, SubLayer, Subtensor, VectorScale)
+BUILTIN: tuple[type[Pass], ...] = (
+    AbsorbBias,
+    BiasCorrect,
+    BoundAccumulator,
+    CodingLength,
+    DataFree,
+    Equalize,
+    MixedPrecision,
+    Orthogonality,
+    Ranges,
+    Reorder,
+    ResidualEnsemble,
+    ResidualExpansion,
+    Round,
+    ScaleInputs,
+    ShiftEqualize,
+    SplitWeights,
+    SubLayer,
+    Subtensor,
+    VectorScale,
+)
 
-__all__ = ["BUILTIN", "AbsorbBias", "BiasCorrect", "BoundAccumulator", "CodingLength", "DataFree", "Equalize",
-           "MixedPrecision", "Orthogonality", "Pass", "Ranges", "Reorder", "ResidualEnsemble", "ResidualExpansion", "Round",
-           "ScaleInputs", "ShiftEqualize", "SplitWeights", "SubLayer", "Subtensor", "VectorScale"]
+__all__ = [
+    "BUILTIN",
+    "AbsorbBias",
+    "BiasCorrect",
+    "BoundAccumulator",
+    "CodingLength",
+    "DataFree",
+    "Equalize",
+    "MixedPrecision",
+    "Orthogonality",
+    "Pass",
+    "Ranges",
+    "Reorder",
+    "ResidualEnsemble",
+    "ResidualExpansion",
+    "Round",
+    "ScaleInputs",
+    "ShiftEqualize",
+    "SplitWeights",
+    "SubLayer",
+    "Subtensor",
+    "VectorScale",
+]

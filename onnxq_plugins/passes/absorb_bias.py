@@ -71,8 +71,15 @@ def _readers(graph: Graph, layer: Layer) -> list[Layer]:
         return []
     by_name = {y.name: y for y in graph.layers}
     readers = [by_name.get(node.name) for node in graph.consumers(layer.result)]
-    found = [y for y in readers if y is not None and y.op in ("Conv", "Gemm") and y.input == layer.result and _unpadded(y)
-             and y.shape[y.in_axis] * y.groups == layer.channels]
+    found = [
+        y
+        for y in readers
+        if y is not None
+        and y.op in ("Conv", "Gemm")
+        and y.input == layer.result
+        and _unpadded(y)
+        and y.shape[y.in_axis] * y.groups == layer.channels
+    ]
     return found if len(found) == len(readers) else []
 
 

@@ -42,8 +42,11 @@ class BiasCorrect(Pass):
         layers = [y for y in graph.layers if y.weight in job.plan and y.op in ("Conv", "Gemm")]
         if self.method == "analytic":
             told = expected(graph, {}, through=False)
-            means_of = {y.name: told[y.input].mean for y in layers if y.input in told
-                        and told[y.input].mean.size == y.shape[y.in_axis] * y.groups}
+            means_of = {
+                y.name: told[y.input].mean
+                for y in layers
+                if y.input in told and told[y.input].mean.size == y.shape[y.in_axis] * y.groups
+            }
         elif not job.calibration.ready and all(graph.is_constant(name) for name in job.plan):
             job.report["notes"].append("bias-correct was left out: without --data there are no means to correct by")
             return {"layers": 0}
@@ -53,9 +56,11 @@ class BiasCorrect(Pass):
         complete(job)
         left = [y.name for y in layers if y.name not in means_of]
         if left:
-            job.report["notes"].append(f"bias-correct left {len(left)} of {len(layers)} layers out, since no BatchNorm "
-                                       f"statistics tell the mean of their inputs ({', '.join(left[:4])}"
-                                       f"{' ...' if len(left) > 4 else ''}); method = \"empirical\" needs only data")
+            job.report["notes"].append(
+                f"bias-correct left {len(left)} of {len(layers)} layers out, since no BatchNorm "
+                f"statistics tell the mean of their inputs ({', '.join(left[:4])}"
+                f'{" ..." if len(left) > 4 else ""}); method = "empirical" needs only data'
+            )
         largest = 0.0
         for layer in layers:
             if layer.name in means_of:
@@ -63,5 +68,8 @@ class BiasCorrect(Pass):
                 bias = graph.constant(layer.bias) if layer.bias is not None else np.zeros(1)
                 largest = max(largest, float(np.abs(shift).max() / max(float(np.abs(bias).max()), 1e-30)))
                 job.plan |= {layer.weight: replace(job.plan[layer.weight], shift=shift.astype(np.float32))}
-        return {"layers": len(means_of), "largest_shift_relative_to_bias": round(largest, 6),
-                **({"left_out": left} if left else {})}
+        return {
+            "layers": len(means_of),
+            "largest_shift_relative_to_bias": round(largest, 6),
+            **({"left_out": left} if left else {}),
+        }

@@ -68,8 +68,10 @@ class BoundAccumulator(Pass):
                 needs[layer.name] = _need(job, layer)
         for reason in dict.fromkeys(left.values()):
             names = [name for name, why in left.items() if why == reason]
-            job.report["notes"].append(f"bound-accumulator left {len(names)} layers alone, since {reason} "
-                                       f"({', '.join(names[:4])}{' ...' if len(names) > 4 else ''})")
+            job.report["notes"].append(
+                f"bound-accumulator left {len(names)} layers alone, since {reason} "
+                f"({', '.join(names[:4])}{' ...' if len(names) > 4 else ''})"
+            )
         wide = [y for y in planned if needs.get(y.name, 0) > self.bits]
         told: dict[str, dict[str, Any]] = {}
         for layer, seen in job.track(self._seen(job, wide), "bounding", len(wide)):
@@ -79,8 +81,10 @@ class BoundAccumulator(Pass):
         if told:
             worst = max(told, key=lambda name: told[name]["loss_relative_to_nearest"])
             times = told[worst]["loss_relative_to_nearest"]
-            job.report["notes"].append(f"bound-accumulator bounded {len(told)} layers; squared errors are up to {times:.3g} "
-                                       f"times those of nearest rounding, in '{worst}' (see onnxq compare)")
+            job.report["notes"].append(
+                f"bound-accumulator bounded {len(told)} layers; squared errors are up to {times:.3g} "
+                f"times those of nearest rounding, in '{worst}' (see onnxq compare)"
+            )
         return {"bits": self.bits, "bounded": told, "fit": len(needs) - len(wide), "left_alone": left}
 
     def _seen(self, job: Job, layers: list[Layer]) -> Iterator[tuple[Layer, Gram]]:

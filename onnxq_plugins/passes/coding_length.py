@@ -47,11 +47,18 @@ class CodingLength(Pass):
 
     def apply(self, job: Job) -> dict[str, Any]:
         widths = Widths(job, parse_widths(self.candidates), sample(job))
-        weights = [[_relative(y.matrix(job.graph.constant(y.weight))) for y in map(job.graph.layer, group.layers)
-                    if y.op != "ConvTranspose"] for group in widths.groups]
+        weights = [
+            [
+                _relative(y.matrix(job.graph.constant(y.weight)))
+                for y in map(job.graph.layer, group.layers)
+                if y.op != "ConvTranspose"
+            ]
+            for group in widths.groups
+        ]
         common = self.distortion * float(np.median([w.var() for part in weights for w in part] or [1.0]))
-        scores = np.array([sum(coding_length(w, common) for w in part) / max(sum(w.size for w in part), 1)
-                           for part in weights])
+        scores = np.array(
+            [sum(coding_length(w, common) for w in part) / max(sum(w.size for w in part), 1) for part in weights]
+        )
         prices = widths.prices(self.budget)
         free = [i for i, options in enumerate(widths.options) if len(options) == len(self.candidates) and weights[i]]
         room = self.limit * getattr(widths.eight, self.budget) - sum(p[0] for i, p in enumerate(prices) if i not in free)
@@ -62,8 +69,10 @@ class CodingLength(Pass):
         for i, level in zip(free, levels, strict=True):
             chosen[i] = widths.options[i][::-1][level]
         job.plan |= widths.requests(tuple(chosen))
-        return {"bits_per_weight": {g.name: round(float(s), 3) for g, s in zip(widths.groups, scores, strict=True)},
-                "widths": {g.name: str(w) for g, w in zip(widths.groups, chosen, strict=True)}}
+        return {
+            "bits_per_weight": {g.name: round(float(s), 3) for g, s in zip(widths.groups, scores, strict=True)},
+            "widths": {g.name: str(w) for g, w in zip(widths.groups, chosen, strict=True)},
+        }
 
 
 def _relative(w: Array) -> Array:

@@ -65,8 +65,13 @@ class DataFree(Pass):
     def apply(self, job: Job) -> dict[str, Any]:
         real, graph = job.calibration, job.graph
         source = self._source(graph)
-        wish = Wish("noise" if self.source == "noise" else "fractals", self.samples, job.recipe.data,
-                    {name: _range(name, ends) for name, ends in self.inputs.items()}, self.size)
+        wish = Wish(
+            "noise" if self.source == "noise" else "fractals",
+            self.samples,
+            job.recipe.data,
+            {name: _range(name, ends) for name, ends in self.inputs.items()},
+            self.size,
+        )
         data, made = synthesize(graph, wish, job.rng)
         settings: dict[str, Any] = {"cache": real.cache, "workers": real.workers, "track": real.track}
         job.calibration = Calibration(graph, data, **settings)
@@ -81,9 +86,15 @@ class DataFree(Pass):
         if real.data is not None and real.data.where != data.where:
             told["against_real_data"] = distance = _distance(job, real)
             worst = next(iter(distance.get("worst", {}).items()), None)
-            job.report["notes"].append("the passes behind data-free do not use the data given" + (
-                f"; ranges overlap with theirs by {100 * distance['overlap_mean']:.0f} % on average, least at '{worst[0]}' "
-                f"by {100 * worst[1]['overlap']:.1f} %" if worst else ""))
+            job.report["notes"].append(
+                "the passes behind data-free do not use the data given"
+                + (
+                    f"; ranges overlap with theirs by {100 * distance['overlap_mean']:.0f} % on average, least at "
+                    f"'{worst[0]}' by {100 * worst[1]['overlap']:.1f} %"
+                    if worst
+                    else ""
+                )
+            )
         return told
 
     def _source(self, graph: Graph) -> str:
@@ -109,8 +120,11 @@ def _distance(job: Job, real: Calibration) -> dict[str, Any]:
         return {}
     overlap, width = (np.array(side) for side in zip(*rows.values(), strict=True))
     worst = sorted(rows, key=lambda n: rows[n][0])[:3]
-    return {"overlap_mean": round(float(overlap.mean()), 3), "width_ratio_median": round(float(np.median(width)), 3),
-            "worst": {n: {"overlap": round(rows[n][0], 3), "width_ratio": round(rows[n][1], 3)} for n in worst}}
+    return {
+        "overlap_mean": round(float(overlap.mean()), 3),
+        "width_ratio_median": round(float(np.median(width)), 3),
+        "worst": {n: {"overlap": round(rows[n][0], 3), "width_ratio": round(rows[n][1], 3)} for n in worst},
+    }
 
 
 def _range(name: str, ends: Any) -> Range:
@@ -120,6 +134,8 @@ def _range(name: str, ends: Any) -> Range:
     except (TypeError, ValueError):
         low, high = np.zeros(0), np.zeros(0)
     if low.ndim > 1 or low.shape != high.shape or not low.size or not np.isfinite([low, high]).all() or (low > high).any():
-        raise ValueError(f"inputs: the range of '{name}' must be [low, high] with low <= high, one number each or lists of "
-                         f"one per channel; it is {ends!r}")
+        raise ValueError(
+            f"inputs: the range of '{name}' must be [low, high] with low <= high, one number each or lists of "
+            f"one per channel; it is {ends!r}"
+        )
     return low, high

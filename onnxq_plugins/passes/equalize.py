@@ -81,8 +81,9 @@ class Equalize(Pass):
         bounds = self._bounds(job, groups)
         told: dict[str, Any] = {}
         if not job.calibration.ready and (stopped := _stopped(job.graph)):
-            job.report["notes"].append(f"equalize went through no Clip, since there are no data that tell where it is idle "
-                                       f"({stopped} Clips)")
+            job.report["notes"].append(
+                f"equalize went through no Clip, since there are no data that tell where it is idle ({stopped} Clips)"
+            )
             told["clips_not_passed"] = stopped
         found = self._by_weights(job, groups, bounds) if self.by == "weights" else self._by_activations(job, groups, bounds)
         held = sum(int((low == high).sum()) for low, high in bounds)
@@ -90,8 +91,9 @@ class Equalize(Pass):
 
     def _by_weights(self, job: Job, groups: list[ChannelGroup], bounds: list[Bounds]) -> dict[str, Any]:
         weights = _reduced(job.graph)
-        places = [[_place(weights[m.tensor], m) for m in g.weights if m.tensor in weights and m.role != "fixed"]
-                  for g in groups]
+        places = [
+            [_place(weights[m.tensor], m) for m in g.weights if m.tensor in weights and m.role != "fixed"] for g in groups
+        ]
         used, largest = 0, 1.0
         for group, factors, bound in zip(groups, equalize(places, bounds, self.gain), bounds, strict=True):
             made = self._rounded(factors, bound)
@@ -103,8 +105,11 @@ class Equalize(Pass):
     def _by_activations(self, job: Job, groups: list[ChannelGroup], bounds: list[Bounds]) -> dict[str, Any]:
         """Try the exponents group by group, those with the most uneven channels first, and keep what lowers the error."""
         trial = Trial(job, self.samples)
-        spreads = {i: spread for i, group in enumerate(groups) if (bounds[i][0] < bounds[i][1]).any()
-                   and (spread := _spread(trial, group)) is not None}
+        spreads = {
+            i: spread
+            for i, group in enumerate(groups)
+            if (bounds[i][0] < bounds[i][1]).any() and (spread := _spread(trial, group)) is not None
+        }
         before = best = trial.sqnr()
         kept = {}
         for i in job.track(sorted(spreads, key=lambda i: float(np.median(spreads[i]))), "equalizing", len(spreads)):
@@ -133,8 +138,12 @@ class Equalize(Pass):
     def _bounds(self, job: Job, groups: list[ChannelGroup]) -> list[Bounds]:
         """Least and largest factors of each group's channels."""
         graph = job.graph
-        clips = {n: node for g in groups for n in g.tensors
-                 if (node := graph.producer(n)) is not None and clip_maximum(node) is not None}
+        clips = {
+            n: node
+            for g in groups
+            for n in g.tensors
+            if (node := graph.producer(n)) is not None and clip_maximum(node) is not None
+        }
         sources = {n: node.inputs[0].name for n, node in clips.items()}
         ranges = job.calibration.channel_ranges(list(sources.values())) if sources else {}
         made = []
@@ -189,8 +198,10 @@ def _spread(trial: Trial, group: ChannelGroup) -> Array | None:
 
 def _reduced(graph: Graph) -> dict[str, Array]:
     """Every layer's weight as its largest |value| over all axes but the first two [rows, columns]."""
-    return {y.weight: np.abs(graph.constant(y.weight)).reshape(*y.shape[:2], -1).max(axis=2).astype(np.float64)
-            for y in graph.layers}
+    return {
+        y.weight: np.abs(graph.constant(y.weight)).reshape(*y.shape[:2], -1).max(axis=2).astype(np.float64)
+        for y in graph.layers
+    }
 
 
 def _place(size: Array, member: Member) -> Place:

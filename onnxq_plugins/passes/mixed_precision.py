@@ -81,20 +81,26 @@ class MixedPrecision(Pass):
         if self.samples < 1 or self.curve < 0:
             raise ValueError("samples must be at least 1 and curve not negative")
         if self.budget == "sqnr" and 0 < self.limit < 3:  # a limit meant for another budget
-            raise ValueError(f"limit = {self.limit:g} dB would let noise drown the outputs; give the least SQNR that will "
-                             "do, such as limit = 25")
+            raise ValueError(
+                f"limit = {self.limit:g} dB would let noise drown the outputs; give the least SQNR that will "
+                "do, such as limit = 25"
+            )
 
     def apply(self, job: Job) -> dict[str, Any]:
         if job.calibration.data is None:
-            raise OnnxqError("mixed-precision measures networks on sample inputs, and there are none; give data (--data "
-                             "PATH), or put the pass data-free in front.")
+            raise OnnxqError(
+                "mixed-precision measures networks on sample inputs, and there are none; give data (--data "
+                "PATH), or put the pass data-free in front."
+            )
         if self.widths:
             return self.settled(job)
         by = job.metric or metric(self.metric)
         if self.budget == "metric" and by is sqnr:
-            raise OnnxqError("mixed-precision: budget = 'metric' limits the drop of a metric such as 'agreement', and the "
-                             "float network's sqnr has no bound; set metric, or budget = 'sqnr' and limit to the least that "
-                             "will do.")
+            raise OnnxqError(
+                "mixed-precision: budget = 'metric' limits the drop of a metric such as 'agreement', and the "
+                "float network's sqnr has no bound; set metric, or budget = 'sqnr' and limit to the least that "
+                "will do."
+            )
         return _Search(self, job, by).run()
 
     def settled(self, job: Job) -> dict[str, Any]:
@@ -116,8 +122,13 @@ class _Search:
         apart = len(feeds) >= _APART
         self.rounded_on, measured_on = (feeds[::2], feeds[1::2]) if apart else (feeds, feeds)
         self.widths = Widths(job, parse_widths(step.candidates), feeds[0])
-        self.measure = Measure(job.graph, job.target, measured_on, cache=job.calibration.cache, labels=None if labels is None
-                               else np.concatenate(labels[1::2] if apart else labels))
+        self.measure = Measure(
+            job.graph,
+            job.target,
+            measured_on,
+            cache=job.calibration.cache,
+            labels=None if labels is None else np.concatenate(labels[1::2] if apart else labels),
+        )
         self.by = [sqnr] if by is sqnr else [sqnr, by]
         samples = self.measure.samples
         self.best = 0.0 if by is sqnr else by(samples.reference, samples.reference, samples.labels)
@@ -147,12 +158,19 @@ class _Search:
             self.job.report["notes"].append(
                 f"mixed-precision: size {size:.3f} counts bits of codes; in the file for target '{self.job.target.name}' "
                 f"they take {stored:.3f} of 8 bits, as codes of 5 to 7 bits take a byte there: for small files use "
-                "candidates W4A8 and W8A8")
+                "candidates W4A8 and W8A8"
+            )
         groups = self.widths.groups
         best = {} if self.metric is sqnr else {"float": round(self.best, 3)}  # what the float network has
-        return {"groups": len(groups), "metric": metric_name(self.metric), **best, "networks_measured": self.measure.scored,
-                "sensitivities": [{"group": groups[i].name, "width": str(w), "sqnr": round(s, 2)} for s, i, w in ranked],
-                "curve": sorted(self.points.values(), key=lambda p: -p[self.falling]), **timed}
+        return {
+            "groups": len(groups),
+            "metric": metric_name(self.metric),
+            **best,
+            "networks_measured": self.measure.scored,
+            "sensitivities": [{"group": groups[i].name, "width": str(w), "sqnr": round(s, 2)} for s, i, w in ranked],
+            "curve": sorted(self.points.values(), key=lambda p: -p[self.falling]),
+            **timed,
+        }
 
     @property
     def falling(self) -> Budget:
@@ -180,7 +198,7 @@ class _Search:
         while True:
             found = []
             for i, w in left:
-                tried = (*now[:i], w, *now[i + 1:])
+                tried = (*now[:i], w, *now[i + 1 :])
                 price = self.widths.cost(tried)
                 saves = [getattr(spent, key) - getattr(price, key) for key in may_not_rise]
                 if min(saves) >= 0 and max(saves) > 0:
@@ -209,8 +227,10 @@ class _Search:
 
         found = longest(score, len(path) - 1, least, step.strategy)
         if found < 0:
-            self.job.report["notes"].append(f"mixed-precision: even the widest candidates reach {key} {score(0):.2f} only, "
-                                            f"not {least:.2f}; they were taken")
+            self.job.report["notes"].append(
+                f"mixed-precision: even the widest candidates reach {key} {score(0):.2f} only, "
+                f"not {least:.2f}; they were taken"
+            )
         return path[max(found, 0)]
 
     def measured(self, choices: Iterable[Choice]) -> None:
@@ -221,10 +241,13 @@ class _Search:
             self.scores[choice] = scores["sqnr" if self.step.budget == "sqnr" else metric_name(self.metric)]
             shares = self.widths.shares(choice)
             self.points[choice] = {
-                **{key: round(value, 4) for key, value in {"size": shares["size"], "stored": self.widths.stored(choice),
-                                                           **shares}.items()},
+                **{
+                    key: round(value, 4)
+                    for key, value in {"size": shares["size"], "stored": self.widths.stored(choice), **shares}.items()
+                },
                 **{key: round(value, 3) for key, value in scores.items()},
-                "widths": {g.name: str(w) for g, w in zip(self.widths.groups, choice, strict=True)}}
+                "widths": {g.name: str(w) for g, w in zip(self.widths.groups, choice, strict=True)},
+            }
 
     def latency(self, chosen: Choice) -> dict[str, Any]:
         """What the chosen network takes, and how far off the sum over its groups was; likewise for the networks from which
@@ -234,13 +257,21 @@ class _Search:
         ms, eight = latency.compared([widths.exported(chosen), widths.exported(widths.eight_bits)], self.feed)
         share, found = widths.shares(chosen)["latency"], ms / eight
         if self.step.budget == "latency" and found > 1.05 * self.step.limit:
-            self.job.report["notes"].append(f"mixed-precision: the chosen network takes {found:.3f} of 8 bits everywhere, "
-                                            f"more than the {share:.3f} that times of its groups add up to")
+            self.job.report["notes"].append(
+                f"mixed-precision: the chosen network takes {found:.3f} of 8 bits everywhere, "
+                f"more than the {share:.3f} that times of its groups add up to"
+            )
         error = 100 * (share / found - 1)
-        return {"predicted": round(share, 4), "measured": round(found, 4), "error_percent": round(error, 2),
-                "ms": round(ms, 4), "ms_of_8_bits": round(eight, 4), "rounds": widths.times.rounds,
-                "networks": [{"ms": round(a, 4), "predicted_ms": round(b, 4)} for a, b in widths.times.networks],
-                "machine": latency.machine()}
+        return {
+            "predicted": round(share, 4),
+            "measured": round(found, 4),
+            "error_percent": round(error, 2),
+            "ms": round(ms, 4),
+            "ms_of_8_bits": round(eight, 4),
+            "rounds": widths.times.rounds,
+            "networks": [{"ms": round(a, 4), "predicted_ms": round(b, 4)} for a, b in widths.times.networks],
+            "machine": latency.machine(),
+        }
 
     def whole(self, choice: Choice) -> Plan:
         """The plan of a choice, every group quantized."""
@@ -253,8 +284,12 @@ def _settle(step: MixedPrecision, widths: Widths, chosen: Choice) -> None:
     assert job.calibration.data is not None
     widths.round(step.method, job.calibration.data, numbered)
     job.plan = widths.plan(numbered)
-    job.report["floats"] |= {name: "mixed-precision chose float" for group, width in zip(widths.groups, chosen, strict=True)
-                             if width.weights == FLOAT_BITS for name in group.layers}
+    job.report["floats"] |= {
+        name: "mixed-precision chose float"
+        for group, width in zip(widths.groups, chosen, strict=True)
+        if width.weights == FLOAT_BITS
+        for name in group.layers
+    }
 
 
 def _noise(ranked: list[Entry]) -> dict[tuple[int, Width], float]:

@@ -54,19 +54,25 @@ class Orthogonality(Pass):
 
     def apply(self, job: Job) -> dict[str, Any]:
         if job.calibration.data is None:
-            raise OnnxqError("orthogonality compares outputs of layers on sample inputs, and there are none; give --data "
-                             "PATH, or put the pass data-free in front.")
+            raise OnnxqError(
+                "orthogonality compares outputs of layers on sample inputs, and there are none; give --data "
+                "PATH, or put the pass data-free in front."
+            )
         widths = Widths(job, parse_widths(self.candidates), sample(job))
         rated = [i for i, group in enumerate(widths.groups) if group.layers]
         names = [job.graph.layer(widths.groups[i].layers[0]).output for i in rated]
         weight = dict(zip(rated, importance(likeness(self._features(job, names)), self.beta), strict=True)) if rated else {}
         # bits times importance as large as possible: what is left out of it as small as possible
-        worth = [weight.get(i, 0.0) * np.array([options[0].weights - w.weights for w in options], float)
-                 for i, options in enumerate(widths.options)]
+        worth = [
+            weight.get(i, 0.0) * np.array([options[0].weights - w.weights for w in options], float)
+            for i, options in enumerate(widths.options)
+        ]
         chosen = widths.within(worth, self.budget, self.limit)
         job.plan |= widths.requests(chosen)
-        return {"importance": {widths.groups[i].name: round(float(w), 6) for i, w in weight.items()},
-                "widths": {g.name: str(w) for g, w in zip(widths.groups, chosen, strict=True)}}
+        return {
+            "importance": {widths.groups[i].name: round(float(w), 6) for i, w in weight.items()},
+            "widths": {g.name: str(w) for g, w in zip(widths.groups, chosen, strict=True)},
+        }
 
     def _features(self, job: Job, names: list[str]) -> list[Array]:
         """Some values of each tensor for every sample [samples, size]."""
@@ -77,7 +83,9 @@ class Orthogonality(Pass):
             model.graph.output.add().name = name
         runner = runtimes.session(model, weights=weights)
         assert job.calibration.data is not None
-        rows = [[y.reshape(-1)[:: max(y.size // self.features, 1)] for y in runner.run(names, feed)]
-                for feed in job.calibration.data.spread(self.samples)]
+        rows = [
+            [y.reshape(-1)[:: max(y.size // self.features, 1)] for y in runner.run(names, feed)]
+            for feed in job.calibration.data.spread(self.samples)
+        ]
         sizes = [min(len(row[k]) for row in rows) for k in range(len(names))]
         return [np.stack([row[k][:size] for row in rows]) for k, size in enumerate(sizes)]

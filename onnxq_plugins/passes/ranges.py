@@ -55,6 +55,9 @@ class Ranges(Pass):
                 else:
                     chosen[name] = kl_range(h.counts, h.low, h.high, levels)
         job.plan |= {name: activation_spec(chosen[name], job.plan[name]) for name in names}
-        cut = {n: round((chosen[n][1] - chosen[n][0]) / (exact[n][1] - exact[n][0]), 4) for n in names
-               if exact[n][1] > exact[n][0] and chosen[n] != exact[n]}
+        cut = {
+            n: round((chosen[n][1] - chosen[n][0]) / (exact[n][1] - exact[n][0]), 4)
+            for n in names
+            if exact[n][1] > exact[n][0] and chosen[n] != exact[n]
+        }
         return {"method": self.method, "activations": len(names), "kept_share_of_range": cut}

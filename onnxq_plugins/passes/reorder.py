@@ -49,22 +49,32 @@ class Reorder(Pass):
     def apply(self, job: Job) -> dict[str, Any]:
         graph = job.graph
         tiled = {y.weight: (y, block) for y in graph.layers if y.weight in job.plan and (block := _tile(job, y)) is not None}
-        groups = [g for g in channel_groups(graph, "permute") if any(_parts(m, *tiled[m.tensor]) for m in g.weights
-                                                                     if m.tensor in tiled)]
+        groups = [
+            g
+            for g in channel_groups(graph, "permute")
+            if any(_parts(m, *tiled[m.tensor]) for m in g.weights if m.tensor in tiled)
+        ]
         if not groups:
-            job.report.setdefault("notes", []).append("reorder found nothing to do: no planned weight has tiles of several "
-                                                      "channels; set weights.sub_block or weights.block")
+            job.report.setdefault("notes", []).append(
+                "reorder found nothing to do: no planned weight has tiles of several "
+                "channels; set weights.sub_block or weights.block"
+            )
             return {"groups": 0}
         if dropped := sum(job.plan[y.weight].solved for y in graph.layers if y.weight in job.plan):
-            job.report.setdefault("notes", []).append(f"reorder moves channels: what passes before it chose for {dropped} "
-                                                      "weights is dropped where it touches them; put it before them")
+            job.report.setdefault("notes", []).append(
+                f"reorder moves channels: what passes before it chose for {dropped} "
+                "weights is dropped where it touches them; put it before them"
+            )
         power = self._power(job, [y for y, _ in tiled.values()])
         told: dict[str, Any] = {"groups": len(groups)}
         costs: list[tuple[float, float]] = []
         for turn in range(2):
             for group in job.track(groups, "reordering", len(groups)):
-                views = [view for m in group.weights if m.tensor in tiled
-                         and (view := _view(graph, m, *tiled[m.tensor], power[m.tensor])) is not None]
+                views = [
+                    view
+                    for m in group.weights
+                    if m.tensor in tiled and (view := _view(graph, m, *tiled[m.tensor], power[m.tensor])) is not None
+                ]
                 before = total_cost(views, np.arange(group.size))
                 start = sort_channels(views) if turn == 0 else np.arange(group.size)
                 order = swap_channels(views, start, job.rng, self.sweeps)

@@ -68,14 +68,17 @@ class ResidualEnsemble(Pass):
             job.report["notes"].append("residual-ensemble: no layer can be expanded, so that there is still one network")
             return {"networks": 1, "left_alone": left}
         if why := unfit(graph, list(made)):
-            raise OnnxqError(f"residual-ensemble: {why}, so that the network cannot be a sum of networks; use "
-                             "residual-expansion, which sums the orders of each layer.")
+            raise OnnxqError(
+                f"residual-ensemble: {why}, so that the network cannot be a sum of networks; use "
+                "residual-expansion, which sums the orders of each layer."
+            )
         layers = {y.name: y for y in graph.layers}
         data = job.calibration.data
         feeds = list(data.spread(self.samples) if self.samples else data) if data is not None else []
         before = runtimes.outputs(runtimes.session(graph.model()), feeds)
-        maps, firsts = side_by_side(graph, {name: _parts(graph.constant(layers[name].weight), specs)
-                                            for name, specs in made.items()})
+        maps, firsts = side_by_side(
+            graph, {name: _parts(graph.constant(layers[name].weight), specs) for name, specs in made.items()}
+        )
         self._plan(job, {layers[name].weight: specs for name, specs in made.items()}, maps, firsts)
         told: dict[str, Any] = {"networks": len(self.groups), "layers": len(made), "left_alone": left}
         if not feeds:
@@ -83,8 +86,10 @@ class ResidualEnsemble(Pass):
             return told
         after = runtimes.outputs(runtimes.session(graph.model()), feeds)
         decibel, same = sqnr(before, after), agreement(before, after)
-        job.report["notes"].append(f"residual-ensemble: the ensemble itself, before any rounding, reaches {decibel:.1f} dB, "
-                                   f"and its largest output is the network's in {same:.1f} % of {len(feeds)} samples")
+        job.report["notes"].append(
+            f"residual-ensemble: the ensemble itself, before any rounding, reaches {decibel:.1f} dB, "
+            f"and its largest output is the network's in {same:.1f} % of {len(feeds)} samples"
+        )
         return told | {"ensemble_db": round(decibel, 2), "ensemble_agreement": round(same, 2), "samples": len(feeds)}
 
     def _unfit(self, job: Job, layer: Layer) -> str:
@@ -111,13 +116,15 @@ class ResidualEnsemble(Pass):
         bits = job.target.code_bits if layer_input(job.graph, job.plan, job.target, layer) else 8
         rest, made = job.graph.constant(layer.weight).astype(np.float64), list[QuantSpec]()
         for orders in self.groups:
-            made.append(solver.orders(rest, [spec], whole)[0] if orders == 1 else
-                        solver.folded(rest, [spec] * orders, whole, bits))
+            made.append(
+                solver.orders(rest, [spec], whole)[0] if orders == 1 else solver.folded(rest, [spec] * orders, whole, bits)
+            )
             rest = rest - solver.value(made[-1:])
         return made
 
-    def _plan(self, job: Job, weights: dict[str, list[QuantSpec]], maps: list[dict[str, str]],
-              firsts: dict[str, str]) -> None:
+    def _plan(
+        self, job: Job, weights: dict[str, list[QuantSpec]], maps: list[dict[str, str]], firsts: dict[str, str]
+    ) -> None:
         """Entries of every network; a sum has none. Ranges of the first network stay, others are open."""
         plan = dict(job.plan)
         for m, table in enumerate(maps):

@@ -149,8 +149,10 @@ class ResidualExpansion(Pass):
         narrow_ranges(job, sums)
         if apart:
             shown = f"{', '.join(apart[:4])}{' ...' if len(apart) > 4 else ''}"
-            job.report["notes"].append(f"residual-expansion: channels of {len(apart)} layers cannot be moved side by side; "
-                                       f"a Gather restores their order ({shown})")
+            job.report["notes"].append(
+                f"residual-expansion: channels of {len(apart)} layers cannot be moved side by side; "
+                f"a Gather restores their order ({shown})"
+            )
         inputs = _expand_inputs(job) if self.activations == 2 else {}
         return {"layers": told, "left_alone": left, "channel_groups_reordered": moved, **inputs}
 
@@ -161,8 +163,9 @@ class ResidualExpansion(Pass):
             spec, key = job.plan[layer.weight], layer_input(job.graph, job.plan, job.target, layer)
             bits = [spec.bits] if layer.name in fixed or not self.bits else list(self.bits)
             bits += bits[-1:] * (self.orders - len(bits))
-            asked = tuple(spec if n == spec.bits else weight_request(job.graph, job.recipe, job.target, layer, n)
-                          for n in bits)
+            asked = tuple(
+                spec if n == spec.bits else weight_request(job.graph, job.recipe, job.target, layer, n) for n in bits
+            )
             strange = next((one for one in asked if not one.symmetric or one.pow2 or one.sub_block is not None), None)
             if spec.solved:
                 left[layer.name] = "its scales are solved"
@@ -174,8 +177,15 @@ class ResidualExpansion(Pass):
                 left[layer.name] = f"beside 8-bit activations, {bits[0]}-bit weights would gain nothing"
             else:
                 channels = layer.shape[layer.out_axis]
-                found.append(_Expansion(layer, asked, job.plan[key].bits if key else 0,
-                                        np.zeros((self.orders, channels)), np.full(channels, self.orders)))
+                found.append(
+                    _Expansion(
+                        layer,
+                        asked,
+                        job.plan[key].bits if key else 0,
+                        np.zeros((self.orders, channels)),
+                        np.full(channels, self.orders),
+                    )
+                )
         return found
 
     def _depths(self, job: Job, found: list[_Expansion]) -> list[_Expansion]:
@@ -187,13 +197,20 @@ class ResidualExpansion(Pass):
             by_name = {one.layer.name: one for one in found if one.layer.op != "ConvTranspose"}
             for batch in float_inputs(job, [one.layer for one in by_name.values()], _POSITIONS, _LIMIT):
                 losses |= {layer.name: _losses(job, by_name[layer.name], gram.h) for layer, gram in batch}
-        found = [replace(one, losses=losses[one.layer.name] if one.layer.name in losses else _losses(job, one, None))
-                 for one in found]
+        found = [
+            replace(one, losses=losses[one.layer.name] if one.layer.name in losses else _losses(job, one, None))
+            for one in found
+        ]
         if not self.budget:
             return [replace(one, depth=solver.by_share(one.losses, self.share)) for one in found]
         work = multiply_adds(job.graph, sample(job))
-        costs = [np.array([spec.bits for spec in one.asked]) * float(one.activations or FLOAT_BITS)
-                 * work[one.layer.name] / len(one.depth) for one in found]
+        costs = [
+            np.array([spec.bits for spec in one.asked])
+            * float(one.activations or FLOAT_BITS)
+            * work[one.layer.name]
+            / len(one.depth)
+            for one in found
+        ]
         first = sum(float(cost[0]) * len(one.depth) for cost, one in zip(costs, found, strict=True))
         depths = solver.by_budget([one.losses for one in found], costs, self.budget * first)
         return [replace(one, depth=depth) for one, depth in zip(found, depths, strict=True)]
@@ -230,7 +247,7 @@ def _losses(job: Job, one: _Expansion, h: Array | None) -> Array:
         return np.asarray((error**2).sum(axis=tuple(a for a in range(error.ndim) if a != layer.out_axis)))
 
     made = solver.orders(job.graph.constant(layer.weight), one.asked, np.array(len(one.asked)))
-    left = [power(weight - solver.value(made[:k + 1])) for k in range(len(one.asked))]
+    left = [power(weight - solver.value(made[: k + 1])) for k in range(len(one.asked))]
     return np.array(left) / max(float(power(weight).sum()), 1e-300)
 
 
@@ -264,11 +281,16 @@ def _tell(job: Job, one: _Expansion, made: list[QuantSpec]) -> dict[str, Any]:
     weight = job.graph.constant(one.layer.weight)
     error, bound = np.abs(weight - solver.value(made)), solver.bound(weight, one.asked, one.spread)
     power = float(np.mean(weight.astype(np.float64) ** 2))
-    return {"form": one.form, "bits": [spec.bits for spec in one.asked],
-            "channels": [int((one.depth > k).sum()) for k in range(len(one.asked))],
-            "error_bound": float(np.max(bound)), "error": float(np.max(error)),
-            "weights_db": round(min(200.0, float(10 * np.log10(power / max(float(np.mean(error**2)), 1e-300)))), 2)
-            if power else 0.0}
+    return {
+        "form": one.form,
+        "bits": [spec.bits for spec in one.asked],
+        "channels": [int((one.depth > k).sum()) for k in range(len(one.asked))],
+        "error_bound": float(np.max(bound)),
+        "error": float(np.max(error)),
+        "weights_db": round(min(200.0, float(10 * np.log10(power / max(float(np.mean(error**2)), 1e-300)))), 2)
+        if power
+        else 0.0,
+    }
 
 
 # ---- the forms ------------------------------------------------------------------------------------------------------------
@@ -302,14 +324,13 @@ def _sparse(job: Job, one: _Expansion, sums: list[list[str]]) -> bool:
     depths = sorted(set(one.depth.tolist()), reverse=True)
     made = split_outputs(job.graph, layer, [np.flatnonzero(one.depth == d) for d in depths])
     job.plan = job.plan.without(layer.weight, layer.result) | {y.weight: spec for y in made}
-    concat, = job.graph.consumers(made[0].result)
+    (concat,) = job.graph.consumers(made[0].result)
     if whole is not None:  # a Gather behind carries the codes of the Concat
         inner = "Concat" in job.target.integer_ops
         results = [*(y.result for y in made), concat.outputs[0].name] if inner else [layer.result]
         job.plan |= {name: replace(whole) for name in results}
     for part, depth in zip(made, depths, strict=True):
-        _branches(job, part, solver.orders(job.graph.constant(part.weight), one.asked[:depth], np.array(depth)),
-                  sums)
+        _branches(job, part, solver.orders(job.graph.constant(part.weight), one.asked[:depth], np.array(depth)), sums)
     return bool((np.diff(one.depth) > 0).any())
 
 
@@ -321,8 +342,10 @@ def _gather_channels(job: Job, chosen: list[_Expansion]) -> tuple[list[_Expansio
     for group in channel_groups(job.graph, "permute") if sparse else []:
         if any(m.tensor in job.plan and job.plan[m.tensor].solved for m in group.weights):
             continue  # moving solved weights would throw their solution away
-        orders = (group.order_by(y.output, channel_axis(job.graph, y.output), np.argsort(-depths[y.name], kind="stable"))
-                  for y in sparse)
+        orders = (
+            group.order_by(y.output, channel_axis(job.graph, y.output), np.argsort(-depths[y.name], kind="stable"))
+            for y in sparse
+        )
         order = next((order for order in orders if order is not None), None)
         if order is None or np.array_equal(order, np.arange(group.size)):
             continue
@@ -382,8 +405,15 @@ def _whole(job: Job, key: str, layers: list[Layer]) -> str:
     if coded := next((op for op in ops if op in target.output_scale), ""):
         return f"target '{target.name}' rounds what a {coded} writes to one code"
     names, integer = {y.name for y in layers}, integer_nodes(graph, job.plan, target)
-    other = next((n for n in graph.nodes if n.name in integer - names
-                  and key in [input_key(graph, job.plan, name) for name in activation_inputs(graph, n)]), None)
+    other = next(
+        (
+            n
+            for n in graph.nodes
+            if n.name in integer - names
+            and key in [input_key(graph, job.plan, name) for name in activation_inputs(graph, n)]
+        ),
+        None,
+    )
     return f"{other.op} '{other.name}' reads it, too, and takes one code" if other is not None else ""
 
 

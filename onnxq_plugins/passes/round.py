@@ -70,8 +70,11 @@ class Round(Pass):
         complete_ranges(job)
         layers = solvable(job)
         mine = {y.weight for y in layers}
-        job.plan |= {y.weight: complete_weight(job, y, job.plan[y.weight]) for y in job.graph.layers
-                     if y.weight in job.plan and y.weight not in mine}  # what the sweep runs through must be solved
+        job.plan |= {
+            y.weight: complete_weight(job, y, job.plan[y.weight])
+            for y in job.graph.layers
+            if y.weight in job.plan and y.weight not in mine
+        }  # what the sweep runs through must be solved
         efforts = self._efforts(job, layers)
         told: dict[str, float] = {}
 
@@ -87,8 +90,13 @@ class Round(Pass):
                     keep(layer, one.solve(self.method, efforts[layer.name], self.search))
         else:
             for batch in float_inputs(job, layers, self.positions, self.limit):
-                solved = in_turn((partial(problem(job, layer, gram, self.shift).solve, self.method, efforts[layer.name],
-                                          self.search) for layer, gram in batch), job.workers)
+                solved = in_turn(
+                    (
+                        partial(problem(job, layer, gram, self.shift).solve, self.method, efforts[layer.name], self.search)
+                        for layer, gram in batch
+                    ),
+                    job.workers,
+                )
                 with runtimes.blas(1):
                     for (layer, _), found in zip(batch, job.track(solved, "rounding", len(batch)), strict=True):
                         keep(layer, found)
@@ -98,8 +106,10 @@ class Round(Pass):
         """How hard each layer is tried."""
         seeds = job.rng.integers(2**31, size=len(layers))
         learned = shared_steps([_seconds(y) for y in layers], self.steps, self.seconds)
-        return {y.name: Effort(self.damping, self.steps, steps, int(seed))
-                for y, steps, seed in zip(layers, learned, seeds, strict=True)}
+        return {
+            y.name: Effort(self.damping, self.steps, steps, int(seed))
+            for y, steps, seed in zip(layers, learned, seeds, strict=True)
+        }
 
 
 _LARGE = 1e9  # multiplications from which a product is worth several threads, which wait for each other on a busy machine

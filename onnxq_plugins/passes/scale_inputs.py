@@ -45,8 +45,10 @@ class ScaleInputs(Pass):
                 continue  # nothing to gain: no need to search the graph
             factors, gain = self._scale(job, name, np.maximum(size, size.max() * 1e-6))
             if gain:
-                told[name] = {"noise_reduced_by": round(gain, 2), "factors": [round(float(factors.min()), 6),
-                                                                           round(float(factors.max()), 6)]}
+                told[name] = {
+                    "noise_reduced_by": round(gain, 2),
+                    "factors": [round(float(factors.min()), 6), round(float(factors.max()), 6)],
+                }
         return told
 
     def _scale(self, job: Job, name: str, size: Array) -> tuple[Array, float]:

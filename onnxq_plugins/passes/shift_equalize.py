@@ -63,9 +63,11 @@ class ShiftEqualize(Pass):
             if made is not None:
                 job.plan |= {layer.weight: made}
         if behind:
-            job.report["notes"].append(f"{behind} layers have shifts as a Mul behind them, which OpenVINO fuses, as NPU "
-                                       "compilers may; onnxruntime does not, and runs such convolutions in float (target "
-                                       "ort-cpu has them in the scales instead)")
+            job.report["notes"].append(
+                f"{behind} layers have shifts as a Mul behind them, which OpenVINO fuses, as NPU "
+                "compilers may; onnxruntime does not, and runs such convolutions in float (target "
+                "ort-cpu has them in the scales instead)"
+            )
         return {"layers": done, "largest_shift": largest, **({"left_out": left} if left else {})}
 
     def _shifted(self, job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec | None:

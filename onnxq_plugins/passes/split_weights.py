@@ -73,8 +73,11 @@ class SplitWeights(Pass):
                 reason = self._worthless(gain, fits, bool(layer_input(job.graph, job.plan, job.target, layer)))
                 if not reason:
                     _replace(job, layer, coarse, fine, sums)
-                    told[layer.name] = {"gain_db": round(gain, 2), "weights_db_before": round(fits, 2),
-                                        "more_multiply_adds": round(1 / float(np.prod(layer.shape[2:])), 4)}
+                    told[layer.name] = {
+                        "gain_db": round(gain, 2),
+                        "weights_db_before": round(fits, 2),
+                        "more_multiply_adds": round(1 / float(np.prod(layer.shape[2:])), 4),
+                    }
                     continue
             left[layer.name] = reason
         narrow_ranges(job, sums)

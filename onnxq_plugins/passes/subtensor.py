@@ -83,8 +83,10 @@ class Subtensor(Pass):
         several = [y for y in layers if told[y.name]["clusters"] > 1]
         moved = self._gather_clusters(job, several, labels)
         if late := sum(y.result in job.plan and not job.plan[y.result].solved for y in several):
-            job.report["notes"].append(f"subtensor split {late} layers whose output ranges are open: each part gets a range "
-                                       "of its own and is requantized behind; put the pass ranges before it")
+            job.report["notes"].append(
+                f"subtensor split {late} layers whose output ranges are open: each part gets a range "
+                "of its own and is requantized behind; put the pass ranges before it"
+            )
         for layer in several:
             label = self._labels(_ranges(job, layer))  # in the order that the channels have now
             parts = [np.flatnonzero(label == c) for c in range(label.max() + 1)]
@@ -109,7 +111,7 @@ class Subtensor(Pass):
             return f"clusters are not defined for {spec.describe()}{' of powers of two' * spec.pow2}"
         if spec.block is not None:  # finer already
             asked = spec.describe((layer.out_axis, layer.in_axis))
-            return f"the recipe asks for {asked}; set weights.block = \"tensor\""
+            return f'the recipe asks for {asked}; set weights.block = "tensor"'
         top = _ranges(job, layer)
         if not np.isfinite(top).all() or not top.any():
             return "its weights are all 0" if np.isfinite(top).all() else "its weights are not finite"
@@ -164,6 +166,6 @@ def _split(job: Job, layer: Layer, parts: list[Array]) -> None:
     made = split_outputs(job.graph, layer, parts)
     job.plan = job.plan.without(layer.weight, layer.result) | {y.weight: spec.request() for y in made}
     if whole is not None:
-        concat, = job.graph.consumers(made[0].result)
+        (concat,) = job.graph.consumers(made[0].result)
         results = [*(y.result for y in made), concat.outputs[0].name]  # a Gather behind carries the codes of the Concat
         job.plan |= {name: replace(whole) for name in results}

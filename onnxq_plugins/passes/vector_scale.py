@@ -37,8 +37,11 @@ class VectorScale(Pass):
     method: Literal["minmax", "mse"] = "mse"
 
     def apply(self, job: Job) -> dict[str, Any]:
-        layers = [y for y in solvable(job) if not job.plan[y.weight].solved
-                  and (job.plan[y.weight].sub_block or job.plan[y.weight].block)]
+        layers = [
+            y
+            for y in solvable(job)
+            if not job.plan[y.weight].solved and (job.plan[y.weight].sub_block or job.plan[y.weight].block)
+        ]
         vectors = 0
         for layer in layers:
             weight = job.graph.constant(layer.weight)

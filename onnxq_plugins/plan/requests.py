@@ -76,8 +76,10 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
             problems.append(f"recipe, layer {n + 1}: nothing matches '{rule.match}'; layers are named {names} ...")
     OnnxqError.check(problems)
     if narrowed:
-        notes.append(f"{narrowed} layers have {target.code_bits}-bit weight codes, since target '{target.name}' "
-                     f"allows |code| <= {target.max_code}")
+        notes.append(
+            f"{narrowed} layers have {target.code_bits}-bit weight codes, since target '{target.name}' "
+            f"allows |code| <= {target.max_code}"
+        )
     if graph.layers and not plan:
         notes.append("no layer is quantized")
     activation_request = {**integer, **dict.fromkeys(_chain(graph, target, set(integer)), recipe.activations)}
@@ -91,8 +93,10 @@ def pinned(graph: Graph, recipe: Recipe) -> set[str]:
     """Names of the layers for which a [[layer]] rule of the recipe sets the bits of the weight."""
     found = set()
     for i, layer in enumerate(graph.layers):
-        if any("bits" in rule.weights and _matches(rule, layer.name, layer.op, layer.kind, _ends(graph, i))
-               for rule in recipe.layers):
+        if any(
+            "bits" in rule.weights and _matches(rule, layer.name, layer.op, layer.kind, _ends(graph, i))
+            for rule in recipe.layers
+        ):
             found.add(layer.name)
     return found
 
@@ -102,9 +106,12 @@ def said(graph: Graph, recipe: Recipe) -> dict[str, frozenset[str]]:
     found: dict[str, frozenset[str]] = {}
     for i, layer in enumerate(graph.layers):
         rules = [r for r in recipe.layers if _matches(r, layer.name, layer.op, layer.kind, _ends(graph, i))]
-        found[layer.name] = frozenset([
-            *(f"{table}.{key}" for r in rules for table in ("weights", "activations") for key in getattr(r, table)),
-            *("quantize" for r in rules if r.quantize is not None)])
+        found[layer.name] = frozenset(
+            [
+                *(f"{table}.{key}" for r in rules for table in ("weights", "activations") for key in getattr(r, table)),
+                *("quantize" for r in rules if r.quantize is not None),
+            ]
+        )
     return found
 
 
@@ -115,8 +122,9 @@ def weight_request(graph: Graph, recipe: Recipe, target: Target, layer: Layer, b
     at = [y.name for y in graph.layers].index(layer.name)
     weights, activations, _ = _settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, at), set())
     problems: list[str] = []
-    made = _weight(layer, replace(weights, bits=bits if activations.bits == FLOAT else _narrowed(bits, target)), target,
-                   problems)
+    made = _weight(
+        layer, replace(weights, bits=bits if activations.bits == FLOAT else _narrowed(bits, target)), target, problems
+    )
     OnnxqError.check(problems)
     return made
 
@@ -173,8 +181,9 @@ def _ends(graph: Graph, at: int) -> dict[str, bool]:
     return {"first": at == 0, "last": at == len(graph.layers) - 1}
 
 
-def _settings(recipe: Recipe, name: str, op: str, kind: str, ends: Mapping[str, bool],
-              unmatched: set[int]) -> tuple[TensorRequest, TensorRequest, bool | None]:
+def _settings(
+    recipe: Recipe, name: str, op: str, kind: str, ends: Mapping[str, bool], unmatched: set[int]
+) -> tuple[TensorRequest, TensorRequest, bool | None]:
     weights, activations, quantize = recipe.weights, recipe.activations, None
     for n, rule in enumerate(recipe.layers):
         if _matches(rule, name, op, kind, ends):
@@ -188,8 +197,12 @@ def _settings(recipe: Recipe, name: str, op: str, kind: str, ends: Mapping[str, 
 def _matches(rule: LayerRule, name: str, op: str, kind: str, ends: Mapping[str, bool]) -> bool:
     if op == "Attention" and rule.op != "Attention" and rule.match == "*":
         return False  # rules for all layers speak of layers with weights
-    return (fnmatchcase(name, rule.match) and rule.op in ("", op) and rule.kind in ("", kind)
-            and (not rule.position or ends.get(rule.position, False)))
+    return (
+        fnmatchcase(name, rule.match)
+        and rule.op in ("", op)
+        and rule.kind in ("", kind)
+        and (not rule.position or ends.get(rule.position, False))
+    )
 
 
 def _tuples(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,11 +240,14 @@ def _block(layer: Layer, wanted: BlockRequest, problems: list[str]) -> Block | N
     sizes = (wanted,) if isinstance(wanted, int) else tuple(int(n) for n in wanted)
     sizes = (1, *sizes) if len(sizes) == 1 else sizes
     if len(sizes) == 2:
-        return tuple(sizes[0] if a == layer.out_axis else sizes[1] if a == layer.in_axis else 0
-                     for a in range(len(layer.shape)))
+        return tuple(
+            sizes[0] if a == layer.out_axis else sizes[1] if a == layer.in_axis else 0 for a in range(len(layer.shape))
+        )
     if len(sizes) != len(layer.shape):
-        problem = (f"block {list(sizes)} has {len(sizes)} sizes, the weight of a {layer.op} with {len(layer.shape)} axes "
-                   "takes [outputs, inputs], or one size per axis.")
+        problem = (
+            f"block {list(sizes)} has {len(sizes)} sizes, the weight of a {layer.op} with {len(layer.shape)} axes "
+            "takes [outputs, inputs], or one size per axis."
+        )
         problems += [problem] if problem not in problems else []
         return None
     return sizes
@@ -240,8 +256,7 @@ def _block(layer: Layer, wanted: BlockRequest, problems: list[str]) -> Block | N
 def _multiply_adds(graph: Graph, node: Any) -> int:
     a, b = (graph.shape(t.name) for t in node.inputs)
     sizes = [*a[-2:], b[-1]] if a is not None and b is not None and len(a) > 1 and len(b) > 1 else []
-    return int(np.prod([n for n in sizes if isinstance(n, int)])) if sizes and all(
-        isinstance(n, int) for n in sizes) else 0
+    return int(np.prod([n for n in sizes if isinstance(n, int)])) if sizes and all(isinstance(n, int) for n in sizes) else 0
 
 
 def _source(graph: Graph, name: str) -> str:
@@ -265,15 +280,24 @@ def readers(graph: Graph, name: str) -> set[str]:
 def _chain(graph: Graph, target: Target, layers: set[str]) -> set[str]:
     """Operators other than layers that stay integer: every input comes from an integer operator and at least one
     reader is integer. The largest such set."""
-    nodes = {node.name: node for node in graph.nodes if node.op in target.integer_ops and not node.domain
-             and len(node.outputs) == 1 and len(activation_inputs(graph, node)) == len(node.inputs)
-             and all(t.dtype == np.float32 for t in node.inputs)}
+    nodes = {
+        node.name: node
+        for node in graph.nodes
+        if node.op in target.integer_ops
+        and not node.domain
+        and len(node.outputs) == 1
+        and len(activation_inputs(graph, node)) == len(node.inputs)
+        and all(t.dtype == np.float32 for t in node.inputs)
+    }
     chain = set(nodes) - layers
     while True:
         inside = layers | chain
-        kept = {name for name in chain
-                if all(_source(graph, t) in inside for t in activation_inputs(graph, nodes[name]))
-                and readers(graph, result_of(graph, nodes[name])) & inside}
+        kept = {
+            name
+            for name in chain
+            if all(_source(graph, t) in inside for t in activation_inputs(graph, nodes[name]))
+            and readers(graph, result_of(graph, nodes[name])) & inside
+        }
         if kept == chain:
             return chain
         chain = kept
@@ -329,8 +353,12 @@ def entry_problem(graph: Graph, tensor: str, spec: QuantSpec) -> str:
         return "has scales that are no powers of two, though its pow2 asks for them; round them up to powers of two"
     low, high = spec.grid
     for what, codes, wanted in (("codes", spec.codes, shape), ("zero points", spec.zero_point, scale.shape)):
-        if codes is not None and not (codes.shape == wanted and np.issubdtype(codes.dtype, np.integer)
-                                      and low <= codes.min(initial=low) and codes.max(initial=low) <= high):
+        if codes is not None and not (
+            codes.shape == wanted
+            and np.issubdtype(codes.dtype, np.integer)
+            and low <= codes.min(initial=low)
+            and codes.max(initial=low) <= high
+        ):
             return f"has {what} that are not integers of shape {wanted} in [{low}, {high}]; clip them to QuantSpec.grid"
     if spec.shift is not None and layer is not None and np.shape(spec.shift) != (layer.channels,):
         return f"has a shift of shape {np.shape(spec.shift)}; give one value per output channel, ({layer.channels},)"

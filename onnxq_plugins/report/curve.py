@@ -20,9 +20,13 @@ from onnxq_plugins.search.quantizers import parse_widths
 from onnxq_plugins.spec import Array
 
 _OTHER = ("widths", "chosen")  # what a point holds beside numbers
-_UNITS = {"sqnr": "SQNR, dB", "agreement": "same argmax as float, %", "size": "bits of the weights (8 bits everywhere: 1)",
-          "stored": "weights in the file (8 bits everywhere: 1)",
-          "bops": "bit operations (8 bits everywhere: 1)"}
+_UNITS = {
+    "sqnr": "SQNR, dB",
+    "agreement": "same argmax as float, %",
+    "size": "bits of the weights (8 bits everywhere: 1)",
+    "stored": "weights in the file (8 bits everywhere: 1)",
+    "bops": "bit operations (8 bits everywhere: 1)",
+}
 # Read on white and on black alike: the drawings have no background.
 _TEXT, _LINE, _CHOSEN = "#808080", "#3f88c5", "#e07a3f"
 COLORS = {_TEXT: "soft", _LINE: "blue", _CHOSEN: "orange"}  # what they are on a page that has colours of its own
@@ -76,8 +80,14 @@ class Curve:
         rows = []
         for number, point in enumerate(self.points, 1):
             counts = Counter(point["widths"].values())
-            rows.append([str(number), *(_shown(key, point.get(key)) for key in self.numbers),
-                         *(str(counts[name] or "") for name in names), "chosen" if point.get("chosen") else ""])
+            rows.append(
+                [
+                    str(number),
+                    *(_shown(key, point.get(key)) for key in self.numbers),
+                    *(str(counts[name] or "") for name in names),
+                    "chosen" if point.get("chosen") else "",
+                ]
+            )
         return ["point", *({"sqnr": "SQNR dB", "stored": "file"}.get(key, key) for key in self.numbers), *names, ""], rows
 
     def files(self) -> tuple[dict[str, bytes], list[str]]:
@@ -86,14 +96,20 @@ class Curve:
         names = [f"point-{number:0{digits}}.json" for number in range(1, len(self.points) + 1)]
         groups = list(self.points[0]["widths"]) if self.points else []
         common = {"model": self.model, "recipe": self.recipe, "seed": self.seed}
-        numbers = [{key: p[key] for key in self.numbers if key in p} | {"chosen": bool(p.get("chosen"))}
-                   for p in self.points]
-        made = {name: _json({**common, **n, "widths": p["widths"]})
-                for name, n, p in zip(names, numbers, self.points, strict=True)}
+        numbers = [
+            {key: p[key] for key in self.numbers if key in p} | {"chosen": bool(p.get("chosen"))} for p in self.points
+        ]
+        made = {
+            name: _json({**common, **n, "widths": p["widths"]})
+            for name, n, p in zip(names, numbers, self.points, strict=True)
+        }
         drawn, notes = self.drawn()
         listed = [{"file": name, **n} for name, n in zip(names, numbers, strict=True)]
-        return {**made, **drawn, "curve.json": _json({**common, "cost": self.cost, "metric": self.metric, "groups": groups,
-                                                      "points": listed})}, notes
+        return {
+            **made,
+            **drawn,
+            "curve.json": _json({**common, "cost": self.cost, "metric": self.metric, "groups": groups, "points": listed}),
+        }, notes
 
     def write(self, folder: str | Path) -> list[str]:
         """Write the files of `files` into a folder, which is made if it does not exist. Those of an earlier curve in it give

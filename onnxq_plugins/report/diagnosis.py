@@ -72,10 +72,17 @@ class LayerError:
         own = self.own
         parts = {} if own is None else {"own_weight": own.weight, "own_input": own.input, "own": own.both}
         numbers = {"sqnr": self.sqnr, **parts, **({} if self.alone is None else {"alone": self.alone})}
-        return {"name": self.name, "op": self.op, "input": self.input, **{k: round(v, 2) for k, v in numbers.items()},
-                **({} if self.share is None else {"share": round(self.share, 4)}),
-                "causes": [{"kind": c.kind, "text": c.text, "gain_estimated": c.gain,
-                            "remedies": [r.to_dict() for r in c.remedies]} for c in self.causes]}
+        return {
+            "name": self.name,
+            "op": self.op,
+            "input": self.input,
+            **{k: round(v, 2) for k, v in numbers.items()},
+            **({} if self.share is None else {"share": round(self.share, 4)}),
+            "causes": [
+                {"kind": c.kind, "text": c.text, "gain_estimated": c.gain, "remedies": [r.to_dict() for r in c.remedies]}
+                for c in self.causes
+            ],
+        }
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,14 @@ class FloatLayer:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return {"name": self.name, "op": self.op, "kernel": self.kernel, "why": self.why, "work": round(self.work, 4),
-                "remedies": [r.to_dict() for r in self.remedies]}
+        return {
+            "name": self.name,
+            "op": self.op,
+            "kernel": self.kernel,
+            "why": self.why,
+            "work": round(self.work, 4),
+            "remedies": [r.to_dict() for r in self.remedies],
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,20 +150,41 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values that JSON can hold."""
-        return {"sqnr": round(self.sqnr, 2), "samples": self.samples, "seconds": round(self.seconds, 3),
-                "notes": self.notes,
-                "layers": [layer.to_dict() for layer in self.layers], "floats": [f.to_dict() for f in self.floats],
-                "saturating_without_vnni": list(self.saturating),
-                "tried": [{"layer": t.layer, **t.remedy.to_dict(), "sqnr": None if t.sqnr is None else round(t.sqnr, 2),
-                           **({"refused": t.refused} if t.refused else {})} for t in self.tried]}
+        return {
+            "sqnr": round(self.sqnr, 2),
+            "samples": self.samples,
+            "seconds": round(self.seconds, 3),
+            "notes": self.notes,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "floats": [f.to_dict() for f in self.floats],
+            "saturating_without_vnni": list(self.saturating),
+            "tried": [
+                {
+                    "layer": t.layer,
+                    **t.remedy.to_dict(),
+                    "sqnr": None if t.sqnr is None else round(t.sqnr, 2),
+                    **({"refused": t.refused} if t.refused else {}),
+                }
+                for t in self.tried
+            ],
+        }
 
     @property
     def notes(self) -> list[str]:
         """What is to be known when reading it."""
-        made = [] if self.adds_up else ["Layers here make up for each other's errors (the pass round solves them so), and "
-                                        "one alone shows more error than it adds: read the order, not the parts."]
-        return [*made, "What to try are suggestions by rules of thumb; " + (
-            "only those under 'tried' were tried." if self.tried else "none was tried.")]
+        made = (
+            []
+            if self.adds_up
+            else [
+                "Layers here make up for each other's errors (the pass round solves them so), and "
+                "one alone shows more error than it adds: read the order, not the parts."
+            ]
+        )
+        return [
+            *made,
+            "What to try are suggestions by rules of thumb; "
+            + ("only those under 'tried' were tried." if self.tried else "none was tried."),
+        ]
 
     @property
     def adds_up(self) -> bool:
@@ -178,21 +212,28 @@ class Diagnosis:
 
     def __repr__(self) -> str:
         worst = ", ".join(y.name for y in self.explained[:3])
-        return (f"<Diagnosis: {self.sqnr:.1f} dB at the outputs of {len(self.layers)} layers, {len(self.floats)} in float"
-                + (f"; worst: {worst}>" if worst else ">"))
+        return f"<Diagnosis: {self.sqnr:.1f} dB at the outputs of {len(self.layers)} layers, {len(self.floats)} in float" + (
+            f"; worst: {worst}>" if worst else ">"
+        )
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the worst layers with cause and remedy."""
         rows = []
         for y in self.explained:
             part, ways = self.part(y), y.remedies[:1]
-            cells = [escape(y.name), "" if part is None else f"{part:.1f}", escape(self.told(y)),
-                     "".join(f"{escape(way.text)}<pre>{escape(way.typed)}</pre>" for way in ways)]
+            cells = [
+                escape(y.name),
+                "" if part is None else f"{part:.1f}",
+                escape(self.told(y)),
+                "".join(f"{escape(way.text)}<pre>{escape(way.typed)}</pre>" for way in ways),
+            ]
             rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
         head = "".join(f"<th>{name}</th>" for name in ("layer", self.part_of, "why", "to try"))
         notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
-        return (f"<p>{self.sqnr:.1f} dB at the outputs, on {self.samples} samples</p>"
-                f"<table><tr>{head}</tr>{''.join(rows)}</table>{notes}")
+        return (
+            f"<p>{self.sqnr:.1f} dB at the outputs, on {self.samples} samples</p>"
+            f"<table><tr>{head}</tr>{''.join(rows)}</table>{notes}"
+        )
 
     def told(self, layer: LayerError) -> str:
         """A layer in one paragraph: its error, its cause, what to try."""
@@ -202,14 +243,24 @@ class Diagnosis:
             noun = "tensor" if layer.at == layer.input else "layer"
             parts.append(f"With this {noun} alone quantized the outputs have {layer.alone:.1f} dB{part}.")
         if layer.own is not None and layer.own.weight < 200 and layer.own.input < 200:
-            parts.append(f"At its own output, rounding its weight leaves {layer.own.weight:.1f} dB, rounding its input "
-                         f"{layer.own.input:.1f} dB.")
+            parts.append(
+                f"At its own output, rounding its weight leaves {layer.own.weight:.1f} dB, rounding its input "
+                f"{layer.own.input:.1f} dB."
+            )
         parts += [cause.text for cause in layer.causes[:2]]
         return " ".join(parts)
 
 
-def diagnose(result: Result, data: Source | Data | None = None, *, samples: int = 8, alone: int | None = None,
-             attempts: int = 0, workers: int | None = None, track: Track = silent) -> Diagnosis:
+def diagnose(
+    result: Result,
+    data: Source | Data | None = None,
+    *,
+    samples: int = 8,
+    alone: int | None = None,
+    attempts: int = 0,
+    workers: int | None = None,
+    track: Track = silent,
+) -> Diagnosis:
     """Find where the error of a quantized network comes from.
 
     data      sample inputs, as for `quantize`; those it was calibrated with if not given
@@ -229,7 +280,7 @@ def diagnose(result: Result, data: Source | Data | None = None, *, samples: int 
     small = Data(data.inputs, lambda: iter(feeds), data.where, len(feeds))
     quantized = runtimes.outputs(runtimes.session(result.model), feeds)
     whole = sqnr(runtimes.outputs(runtimes.session(graph.model()), feeds), quantized)
-    measure = Measure(graph, ALONE, few := feeds[::-(-len(feeds) // _ALONE)], coded=_coded(graph, plan, result))
+    measure = Measure(graph, ALONE, few := feeds[:: -(-len(feeds) // _ALONE)], coded=_coded(graph, plan, result))
     noise = sqnr(measure.samples.reference, runtimes.outputs(runtimes.session(result.model), few))
     activations = _activations(graph, plan, small, workers)
     layers = _layers(result, feeds, activations)
@@ -237,8 +288,10 @@ def diagnose(result: Result, data: Source | Data | None = None, *, samples: int 
     plans = [_alone(result, y) for y in asked]
     scores = track(measure.scores(plans, [sqnr], workers), "layers alone", len(plans))
     found = {y.name: score["sqnr"] for y, score in zip(asked, scores, strict=True)}
-    layers = [replace(y, alone=found[y.name], share=float(10 ** ((noise - found[y.name]) / 10))) if y.name in found else y
-              for y in layers]
+    layers = [
+        replace(y, alone=found[y.name], share=float(10 ** ((noise - found[y.name]) / 10))) if y.name in found else y
+        for y in layers
+    ]
     layers.sort(key=lambda y: y.badness)
     saturating = needs(result.model)
     names = tuple(y.name for y in graph.layers if (need := saturating.get(y.output)) is not None and need.saturates)
@@ -250,15 +303,23 @@ def diagnose(result: Result, data: Source | Data | None = None, *, samples: int 
 def samples_of(result: Result, data: Source | Data | None) -> Data:
     if data is None and result.data is None:
         raise OnnxqError("a diagnosis measures networks on sample inputs, and there are none; give some (--data PATH).")
-    return data if isinstance(data, Data) else result.data if data is None and result.data is not None else (
-        open_data(data, graph_inputs(result.graph)))
+    return (
+        data
+        if isinstance(data, Data)
+        else result.data
+        if data is None and result.data is not None
+        else (open_data(data, graph_inputs(result.graph)))
+    )
 
 
 def _coded(graph: Graph, plan: Plan, result: Result) -> set[str]:
     """Activations that integer operators write in codes, so that all their readers see what that costs."""
     integer = integer_nodes(graph, plan, result.target)
-    return {name for name in plan if not graph.is_constant(name)
-            and (maker := maker_of(graph, name)) is not None and maker.name in integer}
+    return {
+        name
+        for name in plan
+        if not graph.is_constant(name) and (maker := maker_of(graph, name)) is not None and maker.name in integer
+    }
 
 
 def _activations(graph: Graph, plan: Plan, data: Data, workers: int) -> dict[str, Activation]:
@@ -286,13 +347,31 @@ def _layers(result: Result, feeds: Sequence[Mapping[str, Array]], activations: M
         shares = (10 ** (-mine.weight / 10), 10 ** (-mine.input / 10)) if layer is not None else (0.0, 1.0)
         return causes(layer, weight, spec, activations.get(key), shares, mine.mean_share, scene)
 
-    found = [LayerError(y.name, y.op, y.result, inputs[y.name], sums[y.result], owns.get(y.name),
-                        causes=explained(y, inputs[y.name], owns[y.name]) if y.name in owns else ())
-             for y in graph.layers]
+    found = [
+        LayerError(
+            y.name,
+            y.op,
+            y.result,
+            inputs[y.name],
+            sums[y.result],
+            owns.get(y.name),
+            causes=explained(y, inputs[y.name], owns[y.name]) if y.name in owns else (),
+        )
+        for y in graph.layers
+    ]
     for name in rest:
         maker = maker_of(graph, name)
-        found.append(LayerError(f"tensor {name}", maker.op if maker is not None else "input", name, name, sums[name],
-                                owns[name], causes=explained(None, name, owns[name])))
+        found.append(
+            LayerError(
+                f"tensor {name}",
+                maker.op if maker is not None else "input",
+                name,
+                name,
+                sums[name],
+                owns[name],
+                causes=explained(None, name, owns[name]),
+            )
+        )
     return found
 
 
@@ -309,9 +388,17 @@ def _floats(result: Result, feed: Mapping[str, Array]) -> tuple[FloatLayer, ...]
     work = multiply_adds(result.graph, feed)
     total = max(sum(work.values()), 1)
     said = requests.said(result.graph, _rules(result))
-    found = [FloatLayer(row["name"], row["op"], row["kernel"], row["why_float"], work.get(row["name"], 0) / total,
-                        float_remedies(row["name"], row["op"], row["why_float"], result.target,
-                                       said.get(row["name"], frozenset()))) for row in rows]
+    found = [
+        FloatLayer(
+            row["name"],
+            row["op"],
+            row["kernel"],
+            row["why_float"],
+            work.get(row["name"], 0) / total,
+            float_remedies(row["name"], row["op"], row["why_float"], result.target, said.get(row["name"], frozenset())),
+        )
+        for row in rows
+    ]
     return tuple(sorted(found, key=lambda f: -f.work))
 
 
@@ -327,7 +414,8 @@ class _Floating:
     def __init__(self, result: Result) -> None:
         self.graph, self.target, self.recipe = result.graph, result.target, _rules(result)
         self.may = {y.name for y in self.graph.layers} | {
-            n.name for n in self.graph.nodes if n.op == "MatMul" and not n.domain}  # products of activations, too
+            n.name for n in self.graph.nodes if n.op == "MatMul" and not n.domain
+        }  # products of activations, too
         self.known: dict[str, tuple[str, ...]] = {}
 
     def layers(self, name: str) -> tuple[str, ...]:
@@ -363,8 +451,7 @@ class _Floating:
         return all(self.graph.is_constant(name) or self.graph.root(name) != root for name in plan)
 
 
-def _try(result: Result, found: Diagnosis, data: Data, samples: int, attempts: int,
-         track: Track) -> tuple[Trial, ...]:
+def _try(result: Result, found: Diagnosis, data: Data, samples: int, attempts: int, track: Track) -> tuple[Trial, ...]:
     """Quantize anew with the remedies of the worst layer, then of the next, which is all that tells what they are worth."""
     each: dict[str, tuple[str, Remedy]] = {}  # many layers may name the same pass
     for y in found.layers:
@@ -386,4 +473,3 @@ def _try(result: Result, found: Diagnosis, data: Data, samples: int, attempts: i
         score = sqnr(reference, runtimes.outputs(runtimes.session(made.model), feeds))
         tried.append(Trial(name, remedy, score))
     return tuple(tried)
-

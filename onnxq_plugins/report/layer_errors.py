@@ -114,8 +114,6 @@ def _outputs(model: onnx.ModelProto, names: Iterable[str]) -> None:
     model.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in dict.fromkeys(names) if n not in known)
 
 
-
-
 # ---- own ------------------------------------------------------------------------------------------------------------------
 
 
@@ -156,8 +154,11 @@ class _Copies:
             assert values is not None
             bias = self._constant(f"{layer.name}|bias", values.astype(np.float32))
         exact, coded = layer.input, self._fake(layer.input, key) if key else ""
-        forms = {"weight": (exact, weight, bias), "input": (coded, layer.weight, layer.bias or ""),
-                 "both": (coded or exact, weight, bias)}
+        forms = {
+            "weight": (exact, weight, bias),
+            "input": (coded, layer.weight, layer.bias or ""),
+            "both": (coded or exact, weight, bias),
+        }
         self._sum(layer.name, "signal", layer.result)
         for what, inputs in forms.items():
             if inputs[0]:
@@ -223,8 +224,10 @@ class _Copies:
             at = f"{name}|rounded"
             scale = self._constant(f"{at}|scale", np.asarray(spec.scale, np.float32))
             zero = int(np.asarray(spec.zero_point))
-            low, high = (self._constant(f"{at}|{side}", np.asarray(code - zero, np.float32))
-                         for side, code in zip(("low", "high"), spec.grid, strict=True))
+            low, high = (
+                self._constant(f"{at}|{side}", np.asarray(code - zero, np.float32))
+                for side, code in zip(("low", "high"), spec.grid, strict=True)
+            )
             self._op("Div", [name, scale], f"{at}|steps")
             self._op("Round", [f"{at}|steps"], f"{at}|whole")
             self._op("Clip", [f"{at}|whole", low, high], f"{at}|codes")

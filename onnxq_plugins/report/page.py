@@ -28,13 +28,27 @@ if TYPE_CHECKING:
 
 _MEASURED, _TESTED = 32, 512  # samples for the summary: of those it was calibrated with, of others
 _SECONDS = 0.6  # of interleaved runs for the latencies
-_COLUMNS = (("#", "number"), ("layer", "name"), ("op", ""), ("weight", ""), ("input bits", "number"),
-            ("gathered dB", "number"), ("own dB", "number"), ("weight dB", "number"), ("input dB", "number"),
-            ("alone dB", "number"), ("noise %", "number"), ("kernel", ""), ("why float", "wide"))
+_COLUMNS = (
+    ("#", "number"),
+    ("layer", "name"),
+    ("op", ""),
+    ("weight", ""),
+    ("input bits", "number"),
+    ("gathered dB", "number"),
+    ("own dB", "number"),
+    ("weight dB", "number"),
+    ("input dB", "number"),
+    ("alone dB", "number"),
+    ("noise %", "number"),
+    ("kernel", ""),
+    ("why float", "wide"),
+)
 _MADE_UP = "the synthetic data"  # `Data.where` of samples that a pass made
 _SCALE = "6 dB are one bit; above 30 dB hardly any answer changes, below 10 dB many do."
-_WORDS = {"largest_shift_relative_to_bias": "largest correction, as a part of the largest bias",
-          "kept_share_of_range": "part of the range kept, least"}
+_WORDS = {
+    "largest_shift_relative_to_bias": "largest correction, as a part of the largest bias",
+    "kept_share_of_range": "part of the range kept, least",
+}
 
 
 def check_page() -> None:
@@ -43,8 +57,10 @@ def check_page() -> None:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise OnnxqError(f"a report as HTML needs {error.name}; pip install 'onnxq-plugins[report]', or give it a name that "
-                         "ends in .json.") from error
+        raise OnnxqError(
+            f"a report as HTML needs {error.name}; pip install 'onnxq-plugins[report]', or give it a name that "
+            "ends in .json."
+        ) from error
 
 
 def is_page(path: Path) -> bool:
@@ -52,8 +68,18 @@ def is_page(path: Path) -> bool:
     return path.suffix.lower() in (".html", ".htm")
 
 
-def write_report(result: Result, path: str | Path, data: Source | Data | None = None, *, name: str = "", command: str = "",
-                 samples: int = 8, attempts: int = 0, workers: int | None = None, track: Track = silent) -> Path:
+def write_report(
+    result: Result,
+    path: str | Path,
+    data: Source | Data | None = None,
+    *,
+    name: str = "",
+    command: str = "",
+    samples: int = 8,
+    attempts: int = 0,
+    workers: int | None = None,
+    track: Track = silent,
+) -> Path:
     """Write the report of a result. A name that ends in .html gives the page and, beside it, .json with the same in numbers;
     any other name gives what `Result.report` holds as JSON, without measuring anything.
 
@@ -75,8 +101,14 @@ def write_report(result: Result, path: str | Path, data: Source | Data | None = 
     found = diagnose(result, data, samples=samples, attempts=attempts, workers=workers, track=track)
     level, verdict = _verdict(measured)
     made = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine()}
-    table = {**result.report, "made": made, "verdict": {"level": level, "text": verdict}, "measured": measured,
-             "diagnosis": found.to_dict(), "activations": _activations(found)}
+    table = {
+        **result.report,
+        "made": made,
+        "verdict": {"level": level, "text": verdict},
+        "measured": measured,
+        "diagnosis": found.to_dict(),
+        "activations": _activations(found),
+    }
     page = _page(result, found, table, name, command, start)
     write_file((json.dumps(table, indent=2) + "\n").encode(), path.with_suffix(".json"))
     return write_file(page.encode(), path)
@@ -88,8 +120,13 @@ def _measured(result: Result, data: Data) -> dict[str, Any]:
     feeds, labels = data.spread(most), data.spread_labels(most)
     runners = [runtimes.session(result.original), runtimes.session(result.model)]
     exact, quantized = (runtimes.outputs(runner, (runtimes.wanted(runner, feed) for feed in feeds)) for runner in runners)
-    found: dict[str, Any] = {"samples": len(feeds), "of": data.size, "where": data.where,
-                             "calibrated_on_them": data is result.data, "sqnr": round(sqnr(exact, quantized), 2)}
+    found: dict[str, Any] = {
+        "samples": len(feeds),
+        "of": data.size,
+        "where": data.where,
+        "calibrated_on_them": data is result.data,
+        "sqnr": round(sqnr(exact, quantized), 2),
+    }
     if exact[0].ndim > 1 and exact[0].shape[-1] > 1:
         found["agreement"] = round(100 * runtimes.agreement(exact[0], quantized[0]), 2)
     if labels is not None:
@@ -104,8 +141,14 @@ def _activations(found: Diagnosis) -> dict[str, Any]:
     made = {}
     for name, x in found.activations.items():
         low, high = x.percentiles(0.1)
-        numbers = {"low": x.histogram.low, "high": x.histogram.high, "percentile_0.1": low, "percentile_99.9": high,
-                   "codes_low": x.grid[0], "codes_high": x.grid[1]}
+        numbers = {
+            "low": x.histogram.low,
+            "high": x.histogram.high,
+            "percentile_0.1": low,
+            "percentile_99.9": high,
+            "codes_low": x.grid[0],
+            "codes_high": x.grid[1],
+        }
         made[name] = {"bits": x.spec.bits, **{k: float(f"{v:.5g}") for k, v in numbers.items()}, "clipped": x.clipped}
     return made
 
@@ -122,8 +165,10 @@ def _page(result: Result, found: Diagnosis, table: Mapping[str, Any], name: str,
     order = [y.name for y in result.graph.layers]
     number = {layer: n for n, layer in enumerate(order, 1)}
     rows = {row["name"]: row for row in report["layers"]}
-    bits = [(float(result.plan[y.weight].bits) if y.weight in result.plan else 32.0, _input_bits(found, y.name))
-            for y in result.graph.layers]
+    bits = [
+        (float(result.plan[y.weight].bits) if y.weight in result.plan else 32.0, _input_bits(found, y.name))
+        for y in result.graph.layers
+    ]
     drawn: list[Plot] = plots(found, order, bits) if order else []
     shown = found.explained
     curve = Curve.of(result, name)
@@ -132,28 +177,71 @@ def _page(result: Result, found: Diagnosis, table: Mapping[str, Any], name: str,
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((Path(__file__).parent / "page.html").read_text("utf-8"))
     made: str = template.render(
-        title=name or "Quantized model", recipe=result.recipe_name or "of your own", target=result.target.name,
-        summary=result.summary.replace("->", "→"), made=table["made"], verdict=table["verdict"], scale=_SCALE,
-        cards=_cards(result, measured), measured=_sentence(measured),
-        worst=[_explained(found, y, number) for y in shown], tried=bool(found.tried), adds_up=found.adds_up,
-        floats=[{"name": y.name, "op": y.op, "why": y.why, "work": f"{100 * y.work:.1f} %",
-                 "remedies": [_way(found, r) for r in y.remedies]} for y in found.floats],
-        plots=drawn, columns=_columns(found),
+        title=name or "Quantized model",
+        recipe=result.recipe_name or "of your own",
+        target=result.target.name,
+        summary=result.summary.replace("->", "→"),
+        made=table["made"],
+        verdict=table["verdict"],
+        scale=_SCALE,
+        cards=_cards(result, measured),
+        measured=_sentence(measured),
+        worst=[_explained(found, y, number) for y in shown],
+        tried=bool(found.tried),
+        adds_up=found.adds_up,
+        floats=[
+            {
+                "name": y.name,
+                "op": y.op,
+                "why": y.why,
+                "work": f"{100 * y.work:.1f} %",
+                "remedies": [_way(found, r) for r in y.remedies],
+            }
+            for y in found.floats
+        ],
+        plots=drawn,
+        columns=_columns(found),
         rows=_rows(found, rows, number, {y.name for y in shown}),
-        curve=None if curve is None else {"svg": drawing(curve.figure(), "curve", COLORS), "columns": columns,
-                                          "rows": points, "size": "half" if curve.metric == "sqnr" else "pair"},
-        steps=[{"name": s["pass"], "seconds": f"{s['seconds']:.2f}", "told": _told(s.get("told", {})),
-                "exact": "the same" if s.get("exact", True) else "changed"} for s in report["steps"]],
-        notes=report["notes"], command=command, seed=props.get("onnxq.seed", "0"), versions=", ".join(
-            [*props.get("onnxq.versions", "").split(), *(f"{key} {value}" for key, value in report["machine"].items())]),
-        toml=recipe_toml(report["recipe"]), cost=_cost(found, measured, start))
+        curve=None
+        if curve is None
+        else {
+            "svg": drawing(curve.figure(), "curve", COLORS),
+            "columns": columns,
+            "rows": points,
+            "size": "half" if curve.metric == "sqnr" else "pair",
+        },
+        steps=[
+            {
+                "name": s["pass"],
+                "seconds": f"{s['seconds']:.2f}",
+                "told": _told(s.get("told", {})),
+                "exact": "the same" if s.get("exact", True) else "changed",
+            }
+            for s in report["steps"]
+        ],
+        notes=report["notes"],
+        command=command,
+        seed=props.get("onnxq.seed", "0"),
+        versions=", ".join(
+            [*props.get("onnxq.versions", "").split(), *(f"{key} {value}" for key, value in report["machine"].items())]
+        ),
+        toml=recipe_toml(report["recipe"]),
+        cost=_cost(found, measured, start),
+    )
     return made
 
 
 def _columns(found: Diagnosis) -> list[dict[str, Any]]:
     """Headings of the table; the last one tells nothing where no layer is float."""
-    return [{"name": found.part_of if name == "noise %" else name, "kind": {"number": "n"}.get(kind, kind),
-             "number": kind == "number"} for name, kind in _COLUMNS if found.floats or kind != "wide"]
+    return [
+        {
+            "name": found.part_of if name == "noise %" else name,
+            "kind": {"number": "n"}.get(kind, kind),
+            "number": kind == "number",
+        }
+        for name, kind in _COLUMNS
+        if found.floats or kind != "wide"
+    ]
 
 
 def _verdict(measured: Mapping[str, Any]) -> tuple[str, str]:
@@ -205,12 +293,22 @@ def _cards(result: Result, measured: Mapping[str, Any]) -> list[dict[str, str]]:
     before, after = (sizes[key] / 1e6 for key in ("float", "quantized"))
     unit, factor = ("MB", 1) if before >= 1 else ("kB", 1000)
     digits = 2 if unit == "MB" else 0
-    cards += [("Size", f"{after * factor:.{digits}f}", unit,
-               f"float {before * factor:.{digits}f} {unit}: {after / before:.0%} of it"),
-              ("Latency", f"{times['quantized']:.3g}", "ms",
-               f"float {times['float']:.3g} ms: {times['float'] / times['quantized']:.2f} times the speed"),
-              ("Layers in integer kernels", f"{integer}", f"of {len(layers)}", kernels),
-              ("Bits per weight", f"{report['bits_per_weight']:.2f}", "", _stored(result))]
+    cards += [
+        (
+            "Size",
+            f"{after * factor:.{digits}f}",
+            unit,
+            f"float {before * factor:.{digits}f} {unit}: {after / before:.0%} of it",
+        ),
+        (
+            "Latency",
+            f"{times['quantized']:.3g}",
+            "ms",
+            f"float {times['float']:.3g} ms: {times['float'] / times['quantized']:.2f} times the speed",
+        ),
+        ("Layers in integer kernels", f"{integer}", f"of {len(layers)}", kernels),
+        ("Bits per weight", f"{report['bits_per_weight']:.2f}", "", _stored(result)),
+    ]
     return [dict(zip(("name", "value", "unit", "note"), card, strict=True)) for card in cards]
 
 
@@ -238,8 +336,14 @@ def _sentence(measured: Mapping[str, Any]) -> str:
 def _explained(found: Diagnosis, layer: LayerError, number: Mapping[str, int]) -> dict[str, Any]:
     at = f"{number[layer.name]}. " if layer.name in number else ""
     op = "" if layer.at == layer.input else layer.op
-    return {"number": at, "name": layer.name, "op": op, "kinds": [c.kind.replace("-", " ") for c in layer.causes[:2]],
-            "text": found.told(layer), "remedies": [_way(found, r) for r in layer.remedies[:3]]}
+    return {
+        "number": at,
+        "name": layer.name,
+        "op": op,
+        "kinds": [c.kind.replace("-", " ") for c in layer.causes[:2]],
+        "text": found.told(layer),
+        "remedies": [_way(found, r) for r in layer.remedies[:3]],
+    }
 
 
 def _way(found: Diagnosis, remedy: Remedy) -> dict[str, str]:
@@ -248,18 +352,29 @@ def _way(found: Diagnosis, remedy: Remedy) -> dict[str, str]:
     return {"text": remedy.text, "typed": remedy.typed, "result": result}
 
 
-def _rows(found: Diagnosis, rows: Mapping[str, Mapping[str, Any]], number: Mapping[str, int],
-          worst: set[str]) -> list[dict[str, Any]]:
+def _rows(
+    found: Diagnosis, rows: Mapping[str, Mapping[str, Any]], number: Mapping[str, int], worst: set[str]
+) -> list[dict[str, Any]]:
     layers = sorted(found.layers, key=lambda y: number.get(y.name, len(number) + 1))
     made, columns = [], _columns(found)
     for y in layers:
         row = rows.get(y.name, {})
         own, part = y.own, found.part(y)
-        cells = [str(number.get(y.name, "")), y.name, y.op if row else "", row.get("weights", "float" if row else ""),
-                 f"{_input_bits(found, y.name):g}" if row else f"{found.activations[y.input].spec.bits}",
-                 _db(y.sqnr), _db(own.both if own else None), _db(own.weight if own and row else None),
-                 _db(own.input if own and row else None), _db(y.alone), "" if part is None else f"{part:.1f}",
-                 row.get("kernel", ""), row.get("why_float", "")]
+        cells = [
+            str(number.get(y.name, "")),
+            y.name,
+            y.op if row else "",
+            row.get("weights", "float" if row else ""),
+            f"{_input_bits(found, y.name):g}" if row else f"{found.activations[y.input].spec.bits}",
+            _db(y.sqnr),
+            _db(own.both if own else None),
+            _db(own.weight if own and row else None),
+            _db(own.input if own and row else None),
+            _db(y.alone),
+            "" if part is None else f"{part:.1f}",
+            row.get("kernel", ""),
+            row.get("why_float", ""),
+        ]
         made.append({"worst": y.name in worst, "cells": list(zip(cells, columns, strict=False))})
     return made
 
@@ -287,5 +402,7 @@ def _told(told: Mapping[str, Any]) -> str:
 
 
 def _cost(found: Diagnosis, measured: Mapping[str, Any], start: float) -> str:
-    return (f"This report took {time.perf_counter() - start:.1f} s: the summary is from {measured['samples']} samples, the "
-            f"layers are from {found.samples}, those with one layer alone from {min(found.samples, 4)} of these.")
+    return (
+        f"This report took {time.perf_counter() - start:.1f} s: the summary is from {measured['samples']} samples, the "
+        f"layers are from {found.samples}, those with one layer alone from {min(found.samples, 4)} of these."
+    )

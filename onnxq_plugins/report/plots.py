@@ -52,23 +52,39 @@ def _sqnr(found: Diagnosis, order: Sequence[str]) -> Plot:
     x = np.arange(1, len(order) + 1)
     rows = [by_name[name] for name in order]
     for values, color, marker, label in (
-            ([y.own.input if y.own else np.nan for y in rows], _BLUE, "v", "own, by rounding its input"),
-            ([y.own.weight if y.own else np.nan for y in rows], _ORANGE, "^", "own, by rounding its weight")):
+        ([y.own.input if y.own else np.nan for y in rows], _BLUE, "v", "own, by rounding its input"),
+        ([y.own.weight if y.own else np.nan for y in rows], _ORANGE, "^", "own, by rounding its weight"),
+    ):
         kept = np.where(np.array(values, float) >= 200, np.nan, np.array(values, float))
         axes.plot(x, kept, linestyle="none", marker=marker, markersize=4.5, color=color, markeredgewidth=0, label=label)
     gathered = np.array([y.sqnr for y in rows])
-    axes.plot(x, np.where(gathered >= 200, np.nan, gathered), color=_INK, linewidth=1.6, marker="o", markersize=3.5,
-              label="gathered up to here")
+    axes.plot(
+        x,
+        np.where(gathered >= 200, np.nan, gathered),
+        color=_INK,
+        linewidth=1.6,
+        marker="o",
+        markersize=3.5,
+        label="gathered up to here",
+    )
     for n, y in zip(x, rows, strict=True):
         if y.sqnr < 200:
-            _hidden(axes, float(n), y.sqnr, f"{n} {y.name}: {y.sqnr:.1f} dB gathered"
-                    + (f", own {y.own.both:.1f} dB" if y.own else ""))
+            _hidden(
+                axes,
+                float(n),
+                y.sqnr,
+                f"{n} {y.name}: {y.sqnr:.1f} dB gathered" + (f", own {y.own.both:.1f} dB" if y.own else ""),
+            )
     axes.set_ylabel("SQNR, dB")
     _depth(axes, len(order))
     _legend(axes)
-    return Plot("Error along the depth", _svg(figure, "sqnr"), "Signal to noise at each layer's output: line, in the "
-                "quantized network, where all errors before it have gathered; marks, by this layer's own rounding alone. "
-                "Higher is better.")
+    return Plot(
+        "Error along the depth",
+        _svg(figure, "sqnr"),
+        "Signal to noise at each layer's output: line, in the "
+        "quantized network, where all errors before it have gathered; marks, by this layer's own rounding alone. "
+        "Higher is better.",
+    )
 
 
 def _shares(found: Diagnosis, order: Sequence[str]) -> Plot:
@@ -83,16 +99,22 @@ def _shares(found: Diagnosis, order: Sequence[str]) -> Plot:
             labelled.append(n)
             axes.annotate(f"{n}", (n, values[n - 1]), (0, 2), textcoords="offset points", ha="center", color=_INK, size=9)
     for n, (name, value) in enumerate(zip(order, values, strict=True), 1):
-        bar, = axes.bar(n, value, width=0.72, color=_ORANGE if name in worst else _GREY)
+        (bar,) = axes.bar(n, value, width=0.72, color=_ORANGE if name in worst else _GREY)
         alone = by_name[name].alone
         bar.set_gid(_tooltip(f"{n} {name}: {value:.1f} {unit}; alone {alone:.1f} dB" if alone is not None else name))
     axes.set_ylabel(unit)
     axes.margins(y=0.15)
     _depth(axes, len(order))
-    parts = "in parts of the noise of the whole quantized network." if found.adds_up else (
-        "beside the worst one's. They are no parts of the whole: layers here make up for each other's errors.")
-    return Plot("Which layers hold the error", _svg(figure, "shares"), "Noise of the outputs with one layer quantized "
-                f"alone, its weight and its input, {parts}")
+    parts = (
+        "in parts of the noise of the whole quantized network."
+        if found.adds_up
+        else ("beside the worst one's. They are no parts of the whole: layers here make up for each other's errors.")
+    )
+    return Plot(
+        "Which layers hold the error",
+        _svg(figure, "shares"),
+        f"Noise of the outputs with one layer quantized alone, its weight and its input, {parts}",
+    )
 
 
 def _ranges(found: Diagnosis) -> Plot:
@@ -110,18 +132,24 @@ def _ranges(found: Diagnosis) -> Plot:
         axes.plot([n, n], [h.low / unit, h.high / unit], color=_BLUE, linewidth=1, solid_capstyle="butt")
         axes.bar(n, high - low, bottom=low, width=0.6, color=_BLUE, alpha=0.45)
         axes.bar(n, inner[1] - inner[0], bottom=inner[0], width=0.6, color=_BLUE)
-        bar, = axes.bar(n, high - low, bottom=low, width=0.6, color=_BLUE, alpha=0)
+        (bar,) = axes.bar(n, high - low, bottom=low, width=0.6, color=_BLUE, alpha=0)
         axes.plot([n - 0.38, n + 0.38], [first / unit] * 2, color=_INK, linewidth=1.2)
         axes.plot([n - 0.38, n + 0.38], [last / unit] * 2, color=_INK, linewidth=1.2)
-        bar.set_gid(_tooltip(f"{n} {name}: values {h.low:.3g} to {h.high:.3g}, codes {first:.3g} to {last:.3g}, "
-                             f"clipped {100 * x.clipped:.3g} %"))
+        bar.set_gid(
+            _tooltip(
+                f"{n} {name}: values {h.low:.3g} to {h.high:.3g}, codes {first:.3g} to {last:.3g}, "
+                f"clipped {100 * x.clipped:.3g} %"
+            )
+        )
         ends += [min(h.low, first) / unit, max(h.high, last) / unit]
     axes.set_ylim(max(min(ends), -3) * 1.05 - 0.04, min(max(ends), 3) * 1.05)  # what lies far beyond is cut off
     axes.set_ylabel("value / end of the codes")
     _depth(axes, len(names), "activation, in the order of the network")
-    text = ("Values of the float network against the codes: thin line, all; pale bar, all but 0.1 % at each end; full bar, "
-            "all but 5 %; ticks, where the codes end. What lies beyond the ticks is clipped; a short bar between wide ticks "
-            "means that most codes serve few values. Point at a bar for its name.")
+    text = (
+        "Values of the float network against the codes: thin line, all; pale bar, all but 0.1 % at each end; full bar, "
+        "all but 5 %; ticks, where the codes end. What lies beyond the ticks is clipped; a short bar between wide ticks "
+        "means that most codes serve few values. Point at a bar for its name."
+    )
     return Plot("Ranges of activations", _svg(figure, "ranges"), text, tuple(names))
 
 
@@ -130,7 +158,7 @@ def _bits(order: Sequence[str], bits: Sequence[tuple[float, float]]) -> Plot:
     x = np.arange(1, len(order) + 1)
     for n, (name, (weight, inner)) in enumerate(zip(order, bits, strict=True), 1):
         for at, value, color in ((n - 0.2, weight, _ORANGE), (n + 0.2, inner, _BLUE)):
-            bar, = axes.bar(at, value, width=0.36, color=color)
+            (bar,) = axes.bar(at, value, width=0.36, color=color)
             bar.set_gid(_tooltip(f"{n} {name}: weight {weight:g} bits, input {inner:g} bits"))
     axes.plot([], [], color=_ORANGE, linewidth=5, label="weight")
     axes.plot([], [], color=_BLUE, linewidth=5, label="input")
@@ -139,8 +167,9 @@ def _bits(order: Sequence[str], bits: Sequence[tuple[float, float]]) -> Plot:
     axes.set_ylim(0, 1.08 * max([8.0, *(max(pair) for pair in bits)]))
     _depth(axes, len(x))
     _legend(axes, 1)
-    return Plot("Bits", _svg(figure, "bits"), "Bits of the weight's codes, and of the activation that the layer reads; 32 "
-                "is float.")
+    return Plot(
+        "Bits", _svg(figure, "bits"), "Bits of the weight's codes, and of the activation that the layer reads; 32 is float."
+    )
 
 
 def drawing(figure: Any, prefix: str, colors: dict[str, str]) -> str:
@@ -187,13 +216,25 @@ def _depth(axes: Any, count: int, text: str = "layer, by its number in the table
 
 def _legend(axes: Any, order: int = -1) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::order], labels[::order], loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False,
-                fontsize=9, labelcolor=_INK, borderaxespad=0, borderpad=0.2, handlelength=1.2, columnspacing=1.6)
+    axes.legend(
+        handles[::order],
+        labels[::order],
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        labelcolor=_INK,
+        borderaxespad=0,
+        borderpad=0.2,
+        handlelength=1.2,
+        columnspacing=1.6,
+    )
 
 
 def _hidden(axes: Any, x: float, y: float, text: str) -> None:
     """A place of the drawing that tells something when pointed at."""
-    spot, = axes.plot([x], [y], marker="o", markersize=13, color=_INK, alpha=0.0, linestyle="none")
+    (spot,) = axes.plot([x], [y], marker="o", markersize=13, color=_INK, alpha=0.0, linestyle="none")
     spot.set_gid(_tooltip(text))
 
 
@@ -209,7 +250,7 @@ def _svg(figure: Any, prefix: str, colors: dict[str, str] | None = None) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "onnxq", "text.parse_math": False}):
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()
-    text = text[text.index("<svg"):]
+    text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     for color, name in (_VARIABLES if colors is None else colors).items():
         text = re.sub(re.escape(color), f"var({name})", text, flags=re.IGNORECASE)

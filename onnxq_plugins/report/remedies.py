@@ -21,8 +21,20 @@ from onnxq_plugins.targets import Target
 from onnxq_plugins.targets.target import granularities, granularity
 
 # A pass that a remedy puts in comes in front of the first of these, or, if it is one of them, behind all but the last two.
-_SOLVERS = ("ranges", "split-weights", "mixed-precision", "coding-length", "orthogonality", "sub-layer", "vector-scale",
-            "shift-equalize", "subtensor", "round", "bound-accumulator", "bias-correct")
+_SOLVERS = (
+    "ranges",
+    "split-weights",
+    "mixed-precision",
+    "coding-length",
+    "orthogonality",
+    "sub-layer",
+    "vector-scale",
+    "shift-equalize",
+    "subtensor",
+    "round",
+    "bound-accumulator",
+    "bias-correct",
+)
 _LAST = ("bound-accumulator", "bias-correct")
 _BIT = 20 * np.log10(2)  # dB
 _FEW = 0.25  # of the channels that reach more than half of the range: they hold it
@@ -55,8 +67,11 @@ class Remedy:
             steps = [s for s in steps if s.get("use") != step["use"]]
             at = next((i for i, s in enumerate(steps) if s.get("use") in before), len(steps))
             steps.insert(at, dict(step))
-        return {**recipe, **({"pass": steps} if steps else {}), **(
-            {"layer": [*recipe.get("layer", []), *(dict(rule) for rule in self.layers)]} if self.layers else {})}
+        return {
+            **recipe,
+            **({"pass": steps} if steps else {}),
+            **({"layer": [*recipe.get("layer", []), *(dict(rule) for rule in self.layers)]} if self.layers else {}),
+        }
 
     @property
     def typed(self) -> str:
@@ -65,15 +80,23 @@ class Remedy:
         for title, tables in (("pass", self.passes), ("layer", self.layers)):
             for table in tables:
                 if title == "pass":
-                    lines.append("# behind the others (bias-correct stays last)" if table["use"] in _SOLVERS else
-                                 "# in front of ranges")
+                    lines.append(
+                        "# behind the others (bias-correct stays last)"
+                        if table["use"] in _SOLVERS
+                        else "# in front of ranges"
+                    )
                 lines += [f"[[{title}]]", *_lines(table)]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return {"text": self.text, "type": self.typed, "settings": list(self.settings),
-                "passes": [dict(p) for p in self.passes], "layers": [dict(rule) for rule in self.layers]}
+        return {
+            "text": self.text,
+            "type": self.typed,
+            "settings": list(self.settings),
+            "passes": [dict(p) for p in self.passes],
+            "layers": [dict(rule) for rule in self.layers],
+        }
 
 
 @dataclass(frozen=True)
@@ -199,8 +222,10 @@ def _these(names: tuple[str, ...]) -> str:
 
 
 def _float(name: str) -> Remedy:
-    return Remedy("this layer in float, so that nothing rounds its weight; costs size and may cost speed",
-                  layers=(layer_rule(name, quantize=False),))
+    return Remedy(
+        "this layer in float, so that nothing rounds its weight; costs size and may cost speed",
+        layers=(layer_rule(name, quantize=False),),
+    )
 
 
 def _range(scene: Scene, method: str, text: str) -> Remedy:
@@ -210,15 +235,25 @@ def _range(scene: Scene, method: str, text: str) -> Remedy:
 
 
 def _round(scene: Scene, text: str) -> list[Remedy]:
-    return [] if scene.has("round") or scene.has("mixed-precision") else [
-        Remedy(text, passes=({"use": "round", "method": "gptq"},))]
+    return (
+        []
+        if scene.has("round") or scene.has("mixed-precision")
+        else [Remedy(text, passes=({"use": "round", "method": "gptq"},))]
+    )
 
 
 # ---- causes ---------------------------------------------------------------------------------------------------------------
 
 
-def causes(layer: Layer | None, weight: Array | None, spec: QuantSpec | None, activation: Activation | None,
-           shares: tuple[float, float], mean_share: float, scene: Scene) -> tuple[Cause, ...]:
+def causes(
+    layer: Layer | None,
+    weight: Array | None,
+    spec: QuantSpec | None,
+    activation: Activation | None,
+    shares: tuple[float, float],
+    mean_share: float,
+    scene: Scene,
+) -> tuple[Cause, ...]:
     """Causes of one layer's own error, those that hold most of it first.
 
     layer        or None for an activation that no layer reads
@@ -255,14 +290,34 @@ def _weight_causes(layer: Layer, weight: Array, spec: QuantSpec, scene: Scene) -
     found = []
     if spec.bits < 8:
         more = min(8, scene.target.code_bits)
-        finer = [Remedy("a multiplier for every 16 inputs, at integer speed",
-                        layers=(layer_rule(layer.name, weights={"sub_block": [1, 16]}),))] if (
-            spec.bits <= 4 and spec.sub_block is None and layer.shape[layer.in_axis] > 16
-            and any(r.op == layer.op and r.multipliers and r.activations == 8 for r in scene.target.rules)) else []
+        finer = (
+            [
+                Remedy(
+                    "a multiplier for every 16 inputs, at integer speed",
+                    layers=(layer_rule(layer.name, weights={"sub_block": [1, 16]}),),
+                )
+            ]
+            if (
+                spec.bits <= 4
+                and spec.sub_block is None
+                and layer.shape[layer.in_axis] > 16
+                and any(r.op == layer.op and r.multipliers and r.activations == 8 for r in scene.target.rules)
+            )
+            else []
+        )
         text = f"Its weight has {spec.bits} bits, {2**spec.bits - 1} codes."
-        found.append(Cause("few-bits", text, (more - spec.bits) * _BIT, (
-            Remedy(f"{more} bits for this layer's weight", layers=(layer_rule(layer.name, weights={"bits": more}),)),
-            *_round(scene, "codes by output error instead of the nearest ones"), *finer)))
+        found.append(
+            Cause(
+                "few-bits",
+                text,
+                (more - spec.bits) * _BIT,
+                (
+                    Remedy(f"{more} bits for this layer's weight", layers=(layer_rule(layer.name, weights={"bits": more}),)),
+                    *_round(scene, "codes by output error instead of the nearest ones"),
+                    *finer,
+                ),
+            )
+        )
     size = np.abs(weight)
     rows = size.max(axis=tuple(a for a in range(size.ndim) if a != layer.out_axis))
     shape = granularity(layer, spec)
@@ -271,27 +326,48 @@ def _weight_causes(layer: Layer, weight: Array, spec: QuantSpec, scene: Scene) -
         typical = float(np.median(rows))
         if gain > 3:
             few = _few(rows / rows.max())
-            text = (f"One scale serves all output channels, and channel {int(rows.argmax())} reaches {rows.max():.3g}, "
-                    + (f"{rows.max() / typical:.0f} times the median channel's {typical:.3g}." if typical > 0 else
-                       "while most are 0.") if few else
-                    f"One scale serves all output channels, though they reach from {rows.min():.3g} to {rows.max():.3g}: "
-                    f"a scale for each would round its weight with {gain:.0f} dB less error.")
-            found.append(Cause("outlier-weights" if few else "uneven-weights", text, float(gain),
-                               tuple(_per_channel(layer, scene))))
+            text = (
+                f"One scale serves all output channels, and channel {int(rows.argmax())} reaches {rows.max():.3g}, "
+                + (
+                    f"{rows.max() / typical:.0f} times the median channel's {typical:.3g}."
+                    if typical > 0
+                    else "while most are 0."
+                )
+                if few
+                else f"One scale serves all output channels, though they reach from {rows.min():.3g} to {rows.max():.3g}: "
+                f"a scale for each would round its weight with {gain:.0f} dB less error."
+            )
+            found.append(
+                Cause("outlier-weights" if few else "uneven-weights", text, float(gain), tuple(_per_channel(layer, scene)))
+            )
     elif shape == "channel" and spec.sub_block is None:
-        fine = reduce_blocks(size, tuple(1 if a == layer.out_axis else 16 if a == layer.in_axis else 0
-                                         for a in range(size.ndim)), np.maximum)
+        fine = reduce_blocks(
+            size, tuple(1 if a == layer.out_axis else 16 if a == layer.in_axis else 0 for a in range(size.ndim)), np.maximum
+        )
         axes = tuple(a for a in range(size.ndim) if a != layer.out_axis)
         part = fine / np.maximum(fine.max(axis=axes, keepdims=True), 1e-30)
         gain = -10 * np.log10(max(float(np.mean(part**2)), 1e-20))
         if gain > 6:
             reach = rows / np.maximum(np.sqrt(np.mean(size**2, axis=axes)), 1e-30)
-            text = (f"Single weights set the scale of their channel: the largest is {float(np.median(reach)):.0f} times the "
-                    "channel's root mean square.")
-            found.append(Cause("outlier-weights", text, float(gain), (
-                *_round(scene, "scales and codes by output error"),
-                *([] if scene.has("split-weights") or layer.op != "Conv" else [
-                    Remedy("large taps as a part of their own", passes=({"use": "split-weights"},))]))))
+            text = (
+                f"Single weights set the scale of their channel: the largest is {float(np.median(reach)):.0f} times the "
+                "channel's root mean square."
+            )
+            found.append(
+                Cause(
+                    "outlier-weights",
+                    text,
+                    float(gain),
+                    (
+                        *_round(scene, "scales and codes by output error"),
+                        *(
+                            []
+                            if scene.has("split-weights") or layer.op != "Conv"
+                            else [Remedy("large taps as a part of their own", passes=({"use": "split-weights"},))]
+                        ),
+                    ),
+                )
+            )
     return found
 
 
@@ -303,10 +379,16 @@ def _few(reach: Array) -> bool:
 def _per_channel(layer: Layer, scene: Scene) -> list[Remedy]:
     if "channel" in granularities(scene.target, layer.op):
         return [Remedy("a scale per output channel", layers=(layer_rule(layer.name, weights={"block": "channel"}),))]
-    made = [] if scene.has("shift-equalize") else [Remedy("a power-of-two shift per channel",
-                                                          passes=({"use": "shift-equalize"},))]
-    return made + ([] if scene.has("equalize") else [Remedy("factors between layers that even the channels out",
-                                                            passes=({"use": "equalize"},))])
+    made = (
+        []
+        if scene.has("shift-equalize")
+        else [Remedy("a power-of-two shift per channel", passes=({"use": "shift-equalize"},))]
+    )
+    return made + (
+        []
+        if scene.has("equalize")
+        else [Remedy("factors between layers that even the channels out", passes=({"use": "equalize"},))]
+    )
 
 
 def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scene: Scene) -> list[Cause]:
@@ -317,8 +399,18 @@ def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scen
     wide = _wider(layer, x, scene)
     if bits < 8:
         text = f"{it[0].upper()}{it[1:]} has {bits} bits."
-        found.append(Cause("few-bits", text, (8 - bits) * _BIT, tuple([Remedy("8 bits for this layer's input", layers=(
-            layer_rule(layer.name, activations={"bits": 8}),))] if layer is not None else [])))
+        found.append(
+            Cause(
+                "few-bits",
+                text,
+                (8 - bits) * _BIT,
+                tuple(
+                    [Remedy("8 bits for this layer's input", layers=(layer_rule(layer.name, activations={"bits": 8}),))]
+                    if layer is not None
+                    else []
+                ),
+            )
+        )
     best = mse_range(h.counts, h.low, h.high, 2**bits) if h.high > h.low else (low, high)
     ways = {"minmax": sum(x.noise(h.low, h.high)), "mse": sum(x.noise(*best))}
     method = min(ways, key=lambda m: ways[m])
@@ -327,8 +419,10 @@ def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scen
     worded = "ranges by least squared error" if method == "mse" else "ranges that clip nothing"
     ranges = [_range(scene, method, worded)]
     if clipping > rounding and better > 0.5:
-        text = (f"{_percent(x.clipped)} of {it} is clipped: values reach {h.low:.3g} to {h.high:.3g}, codes "
-                f"{low:.3g} to {high:.3g}.")
+        text = (
+            f"{_percent(x.clipped)} of {it} is clipped: values reach {h.low:.3g} to {h.high:.3g}, codes "
+            f"{low:.3g} to {high:.3g}."
+        )
         found.append(Cause("clipped", text, better, tuple((ranges if ranged else []) + wide)))
         return found
     spread = x.deviations
@@ -338,17 +432,34 @@ def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scen
         gain = -10 * np.log10(max(float(np.average(part**2, weights=_energies(layer, weight, len(part)))), 1e-20))
         few = int((part > 0.5).sum())
         if gain > 8:
-            text = (f"{few} of the {len(reach)} channels of {it} {'hold' if few > 1 else 'holds'} the "
-                    f"range; the median channel reaches {float(np.median(part)):.0%} of it." if _few(part) else
-                    f"The channels of {it} that its weights amplify most use little of the range: "
-                    f"a scale for each channel would leave {gain:.0f} dB less error, which one scale for all cannot.")
-            found.append(Cause("outlier-channels" if _few(part) else "uneven-channels", text, float(gain),
-                               tuple(_even_out(x, scene) + wide)))
+            text = (
+                f"{few} of the {len(reach)} channels of {it} {'hold' if few > 1 else 'holds'} the "
+                f"range; the median channel reaches {float(np.median(part)):.0%} of it."
+                if _few(part)
+                else f"The channels of {it} that its weights amplify most use little of the range: "
+                f"a scale for each channel would leave {gain:.0f} dB less error, which one scale for all cannot."
+            )
+            found.append(
+                Cause(
+                    "outlier-channels" if _few(part) else "uneven-channels",
+                    text,
+                    float(gain),
+                    tuple(_even_out(x, scene) + wide),
+                )
+            )
     if spread > 16:
-        text = (f"The range of {it}, {low:.3g} to {high:.3g}, spans {spread:.0f} standard deviations: few "
-                "codes are left for most values.")
-        found.append(Cause("heavy-tail", text, float(20 * np.log10(spread / 10)),
-                           tuple((ranges if ranged and better > 0.5 else []) + wide)))
+        text = (
+            f"The range of {it}, {low:.3g} to {high:.3g}, spans {spread:.0f} standard deviations: few "
+            "codes are left for most values."
+        )
+        found.append(
+            Cause(
+                "heavy-tail",
+                text,
+                float(20 * np.log10(spread / 10)),
+                tuple((ranges if ranged and better > 0.5 else []) + wide),
+            )
+        )
     return found
 
 
@@ -368,19 +479,26 @@ def _energies(layer: Layer | None, weight: Array | None, count: int) -> Array:
 
 def _even_out(x: Activation, scene: Scene) -> list[Remedy]:
     if x.is_input:
-        return [] if scene.has("scale-inputs") else [Remedy("a factor per input channel, undone in the first weights",
-                                                            passes=({"use": "scale-inputs"},))]
+        return (
+            []
+            if scene.has("scale-inputs")
+            else [Remedy("a factor per input channel, undone in the first weights", passes=({"use": "scale-inputs"},))]
+        )
     if x.name not in scene.equalizable or scene.setting("equalize", "by", "") == "activations":
         return []
-    return [Remedy("factors between layers, chosen by measured error",
-                   passes=({"use": "equalize", "by": "activations"},))]
+    return [Remedy("factors between layers, chosen by measured error", passes=({"use": "equalize", "by": "activations"},))]
 
 
 def _mean_error(share: float, scene: Scene) -> Cause:
-    text = (f"{share:.0%} of what rounding its weight costs is a constant error per output channel, which a bias could take "
-            "back.")
-    ways = [] if scene.has("bias-correct") or scene.has("round") else [
-        Remedy("mean errors taken back by the bias", passes=({"use": "bias-correct"},))]
+    text = (
+        f"{share:.0%} of what rounding its weight costs is a constant error per output channel, which a bias could take "
+        "back."
+    )
+    ways = (
+        []
+        if scene.has("bias-correct") or scene.has("round")
+        else [Remedy("mean errors taken back by the bias", passes=({"use": "bias-correct"},))]
+    )
     ways += _round(scene, "codes and biases by the inputs that the quantized layers before make")
     return Cause("mean-error", text, float(-10 * np.log10(max(1 - share, 1e-3))), tuple(ways))
 
@@ -391,8 +509,12 @@ def _plain(layer: Layer, by_weight: float, x: Activation | None, scene: Scene) -
         ways = (*_round(scene, "codes by output error instead of the nearest ones"), _float(layer.name))
         return Cause("rounding", text, 0.0, ways)
     name = f" '{x.name}'" if x is not None else ""
-    return Cause("rounding", f"Plain rounding of its input{name} ({1 - by_weight:.0%} of its own error); no outlier, no "
-                 "clipping.", 0.0, tuple(_wider(layer, x, scene) if x is not None else ()))
+    return Cause(
+        "rounding",
+        f"Plain rounding of its input{name} ({1 - by_weight:.0%} of its own error); no outlier, no clipping.",
+        0.0,
+        tuple(_wider(layer, x, scene) if x is not None else ()),
+    )
 
 
 # ---- layers in float ------------------------------------------------------------------------------------------------------
@@ -405,8 +527,11 @@ def float_remedies(name: str, op: str, why: str, target: Target, said: frozenset
     said   keys that [[layer]] rules of the recipe set for this layer, such as ``activations.bits``
     """
     eight = layer_rule(name, quantize=True, weights={"bits": 8}, activations={"bits": 8})
-    if "16-bit" in why or why in ("the recipe leaves it float", "mixed-precision chose float") or (
-            said & {"quantize", "activations.bits"}):
+    if (
+        "16-bit" in why
+        or why in ("the recipe leaves it float", "mixed-precision chose float")
+        or (said & {"quantize", "activations.bits"})
+    ):
         return ()
     if op != "ConvTranspose" and ("decoded to float" in why or target.name == "storage"):
         return (Remedy("a target with integer kernels", ("target=ort-cpu",)),)

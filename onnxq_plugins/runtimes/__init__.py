@@ -19,5 +19,21 @@ from onnxq_plugins.runtimes.sessions import (
     wanted,
 )
 
-__all__ = ["LARGE", "LARGEST_MESSAGE", "Feed", "Session", "agreement", "blas", "drift", "latency", "outputs", "quiet", "run",
-           "session", "size_of", "sqnr", "trim", "wanted"]
+__all__ = [
+    "LARGE",
+    "LARGEST_MESSAGE",
+    "Feed",
+    "Session",
+    "agreement",
+    "blas",
+    "drift",
+    "latency",
+    "outputs",
+    "quiet",
+    "run",
+    "session",
+    "size_of",
+    "sqnr",
+    "trim",
+    "wanted",
+]

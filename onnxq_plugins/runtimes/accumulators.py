@@ -70,7 +70,7 @@ def _rows(node: onnx.NodeProto, codes: Array) -> Iterator[Array]:
         whole = np.swapaxes(codes, -1, -2).reshape(-1, codes.shape[-2])
     count = max(1, _AT_ONCE // max(whole.shape[1], 1))
     for first in range(0, len(whole), count):
-        yield whole[first:first + count]
+        yield whole[first : first + count]
 
 
 class _Source:
@@ -124,9 +124,14 @@ class _Source:
 
     def _computed(self, nodes: list[onnx.NodeProto], name: str) -> Array:
         constants = dict.fromkeys(i for node in nodes for i in node.input if i in self.stored)
-        graph = helper.make_graph(nodes, "codes", [], [helper.make_empty_tensor_value_info(name)],
-                                  [self.stored[i] for i in constants])
-        model = helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version,
-                                  functions=list(self.model.functions))
+        graph = helper.make_graph(
+            nodes, "codes", [], [helper.make_empty_tensor_value_info(name)], [self.stored[i] for i in constants]
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=self.model.opset_import,
+            ir_version=self.model.ir_version,
+            functions=list(self.model.functions),
+        )
         values: Array = runtimes.session(model, folder=self.folder).run(None, {})[0]
         return values

@@ -20,8 +20,18 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.core import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import Need, needs
 
-QUANTIZED = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulNBits", "ConvInteger",
-             "MatMulInteger", "DynamicQuantizeMatMul", "QAttention", "int8"}
+QUANTIZED = {
+    "QLinearConv",
+    "QGemm",
+    "QLinearMatMul",
+    "MatMulIntegerToFloat",
+    "MatMulNBits",
+    "ConvInteger",
+    "MatMulInteger",
+    "DynamicQuantizeMatMul",
+    "QAttention",
+    "int8",
+}
 
 _PRODUCT = 'a product of two activations; [[layer]] op = "Attention" quantize = true makes it integer'
 
@@ -87,14 +97,21 @@ class Audit:
             return ""
         bits = sorted({layer.accumulator for layer in rows if layer.accumulator is not None})
         over = sum(layer.saturates for layer in rows)
-        pairs = "never saturate" if not over else (
-            f"can saturate in {over} layer{'s' * (over > 1)} (target ort-cpu-avx2 avoids that)")
+        pairs = (
+            "never saturate"
+            if not over
+            else (f"can saturate in {over} layer{'s' * (over > 1)} (target ort-cpu-avx2 avoids that)")
+        )
         span = f"{bits[0]}..{bits[-1]}" if len(bits) > 1 else f"{bits[0]}"
         return f"accumulators: {span} bits; on AVX2 without VNNI 16-bit pair sums {pairs}"
 
 
-def audit_model(model: onnx.ModelProto | str | Path, against: str | Path | onnx.ModelProto | None = None,
-          seconds: float = 2.0, folder: Path | None = None) -> Audit:
+def audit_model(
+    model: onnx.ModelProto | str | Path,
+    against: str | Path | onnx.ModelProto | None = None,
+    seconds: float = 2.0,
+    folder: Path | None = None,
+) -> Audit:
     """Audit a model in onnxruntime.
 
     model     QDQ (or any) model
@@ -120,16 +137,19 @@ def audit_model(model: onnx.ModelProto | str | Path, against: str | Path | onnx.
         return Audit(found, dict(other))
     reference = onnx.load(str(against)) if isinstance(against, (str, Path)) else against
     if not _alike(own := model_inputs(proto), theirs := model_inputs(reference)):
-        raise OnnxqError(f"the two models cannot be timed on the same input, one reads {_shapes(own)}, the other "
-                         f"{_shapes(theirs)}; give the float model that this one was made of.")
+        raise OnnxqError(
+            f"the two models cannot be timed on the same input, one reads {_shapes(own)}, the other "
+            f"{_shapes(theirs)}; give the float model that this one was made of."
+        )
     feed = example(proto)
     try:
         before = runtimes.session(reference)
         slow, fast = runtimes.latency([before, session], [runtimes.wanted(before, feed), feed], seconds)
     except Exception as error:  # onnxruntime's run() raises its own types
         reason = " ".join(str(error).split())[:200].partition("; check that")[0]
-        raise OnnxqError(f"the two models cannot be timed on the same input: {reason}; give the float model that this one "
-                         "was made of.") from error
+        raise OnnxqError(
+            f"the two models cannot be timed on the same input: {reason}; give the float model that this one was made of."
+        ) from error
     return Audit(found, dict(other), slow / fast, (slow, fast))
 
 
@@ -148,8 +168,9 @@ def audit_openvino(model: str | Path) -> Audit:
     ran: dict[str, tuple[str, str]] = {}
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
-        names, kind, precision = (info[key].astype(str) if key in info else ""
-                                  for key in ("originalLayersNames", "layerType", "runtimePrecision"))
+        names, kind, precision = (
+            info[key].astype(str) if key in info else "" for key in ("originalLayersNames", "layerType", "runtimePrecision")
+        )
         if kind in ("Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Deconvolution"):
             for name in names.split(","):
                 ran[name.partition("/")[0]] = (kind, precision)
@@ -157,13 +178,22 @@ def audit_openvino(model: str | Path) -> Audit:
     found = []
     for node in proto.graph.node:
         if node.op_type in LAYER_OPS:
-            kind, precision = next((ran[name] for n in _chain(node, readers) for name in (n.name, *n.output) if name in ran),
-                                   ("", ""))
+            kind, precision = next(
+                (ran[name] for n in _chain(node, readers) for name in (n.name, *n.output) if name in ran), ("", "")
+            )
             integer = precision in ("i8", "u8")
-            found.append(LayerAudit(node.name, node.op_type, node.input[1] in constants,
-                                    f"{kind or node.op_type} {precision or 'unknown'}", integer,
-                                    "" if integer else "OpenVINO runs it in floating point",
-                                    *_accumulator(known.get(node.output[0])), _product(node, constants)))
+            found.append(
+                LayerAudit(
+                    node.name,
+                    node.op_type,
+                    node.input[1] in constants,
+                    f"{kind or node.op_type} {precision or 'unknown'}",
+                    integer,
+                    "" if integer else "OpenVINO runs it in floating point",
+                    *_accumulator(known.get(node.output[0])),
+                    _product(node, constants),
+                )
+            )
     return Audit(tuple(found), {})
 
 
@@ -186,8 +216,10 @@ def _alike(own: list[Input], theirs: list[Input]) -> bool:
     """True if one feed could serve both."""
     others = {i.name: i.shape for i in theirs}
     return {i.name for i in own} == set(others) and all(
-        len(i.shape) == len(others[i.name]) and all(n is None or m is None or n == m
-                                                    for n, m in zip(i.shape, others[i.name], strict=True)) for i in own)
+        len(i.shape) == len(others[i.name])
+        and all(n is None or m is None or n == m for n, m in zip(i.shape, others[i.name], strict=True))
+        for i in own
+    )
 
 
 def _shapes(inputs: list[Input]) -> str:
@@ -235,9 +267,18 @@ def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto, known: dict[str,
             continue
         kernel = ran[node.name].op_type if node.name in ran else "unknown"
         quantized = kernel in QUANTIZED
-        found.append(LayerAudit(node.name, node.op_type, node.input[1] in constants, kernel, quantized,
-                                "" if quantized else _why(graph, node), *_accumulator(known.get(node.output[0])),
-                                _product(node, constants)))
+        found.append(
+            LayerAudit(
+                node.name,
+                node.op_type,
+                node.input[1] in constants,
+                kernel,
+                quantized,
+                "" if quantized else _why(graph, node),
+                *_accumulator(known.get(node.output[0])),
+                _product(node, constants),
+            )
+        )
     return found
 
 
@@ -245,8 +286,9 @@ def _product(node: onnx.NodeProto, constants: set[str]) -> bool:
     return node.op_type == "MatMul" and not any(name in constants for name in node.input)
 
 
-def _fused_into(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]],
-                by_output: dict[str, onnx.NodeProto]) -> onnx.NodeProto | None:
+def _fused_into(
+    node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], by_output: dict[str, onnx.NodeProto]
+) -> onnx.NodeProto | None:
     """The operator that took a layer and its only readers (a bias, a scale, a Q) over, found by what it writes."""
     return next((by_output[n.output[0]] for n in _chain(node, readers) if n.output[0] in by_output), None)
 
@@ -303,8 +345,11 @@ def _why(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
     if any(_sixteen(types, n) for n in readers if n.op_type == "QuantizeLinear"):
         return "its output is quantized to 16-bit codes, for which there is no integer kernel"
     if weight is None or weight.op_type != "DequantizeLinear":
-        return "its weight is decoded to float at load" if node.input[1] in _constants(graph) and weight is not None else (
-            "its weight is not quantized")
+        return (
+            "its weight is decoded to float at load"
+            if node.input[1] in _constants(graph) and weight is not None
+            else ("its weight is not quantized")
+        )
     if any(a.name == "block_size" and a.i for a in weight.attribute):
         return "its weight has blocked scales; use one scale per output channel"
     if types.get(weight.input[0]) in (TensorProto.INT4, TensorProto.UINT4):
@@ -312,16 +357,21 @@ def _why(graph: onnx.GraphProto, node: onnx.NodeProto) -> str:
     if node.op_type == "Conv" and (not readers or any(n.op_type != "QuantizeLinear" for n in readers)):
         other = next((n.name or n.op_type for n in readers if n.op_type != "QuantizeLinear"), "the model's output")
         if len(readers) == 1 and _shifts(graph, readers[0]):
-            return (f"Mul '{other}' shifts its channels, as target per-tensor has it for one scale per weight, which "
-                    "onnxruntime runs in float")
+            return (
+                f"Mul '{other}' shifts its channels, as target per-tensor has it for one scale per weight, which "
+                "onnxruntime runs in float"
+            )
         return f"its output is read in float by {other}; quantize it"
     return "onnxruntime did not fuse it (check zero points and the bias scale s_x * s_w)"
 
 
 def _shifts(graph: onnx.GraphProto, node: onnx.NodeProto) -> bool:
     """True if a node multiplies by constant powers of two."""
-    found = [onnx.numpy_helper.to_array(t) for t in graph.initializer if node.op_type == "Mul" and t.name in node.input
-             and t.data_location != TensorProto.EXTERNAL]
+    found = [
+        onnx.numpy_helper.to_array(t)
+        for t in graph.initializer
+        if node.op_type == "Mul" and t.name in node.input and t.data_location != TensorProto.EXTERNAL
+    ]
     return bool(found) and bool((np.frexp(found[0])[0] == 0.5).all())
 
 

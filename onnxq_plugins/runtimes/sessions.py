@@ -49,14 +49,23 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
 
 def _failed(error: Exception) -> OnnxqError:
     text = " ".join(str(error).split())[:300].rstrip(".")
-    return OnnxqError(f"onnxruntime {ort.__version__} cannot run the model on this input ({text}); check that the float "
-                      "model runs on it.")
+    return OnnxqError(
+        f"onnxruntime {ort.__version__} cannot run the model on this input ({text}); check that the float model runs on it."
+    )
 
 
-def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, optimize: bool = True,
-            dump: str | Path | None = None, weights: Mapping[str, Array] | None = None,
-            lean: bool = False, arena: bool = True, profile: str | Path | None = None,
-            folder: Path | None = None) -> Session:
+def session(
+    model: onnx.ModelProto | bytes | str | Path,
+    *,
+    threads: int = 1,
+    optimize: bool = True,
+    dump: str | Path | None = None,
+    weights: Mapping[str, Array] | None = None,
+    lean: bool = False,
+    arena: bool = True,
+    profile: str | Path | None = None,
+    folder: Path | None = None,
+) -> Session:
     """An onnxruntime session on the CPU.
 
     threads    intra-op threads
@@ -103,15 +112,15 @@ def session(model: onnx.ModelProto | bytes | str | Path, *, threads: int = 1, op
             values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
             options.add_external_initializers(list(weights), values)
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
-        return Session(str(source) if isinstance(source, Path) else source, options,
-                                    providers=["CPUExecutionProvider"])
+        return Session(str(source) if isinstance(source, Path) else source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen types
         text = " ".join(str(error).split())
         raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300].rstrip('.')}.") from error
 
 
-def _from_files(model: onnx.ModelProto | bytes | str | Path, weights: Mapping[str, Array]) -> tuple[
-        onnx.ModelProto | bytes | str | Path, dict[str, Array], Path | None]:
+def _from_files(
+    model: onnx.ModelProto | bytes | str | Path, weights: Mapping[str, Array]
+) -> tuple[onnx.ModelProto | bytes | str | Path, dict[str, Array], Path | None]:
     """A model that refers to weights where they lie in files, the other weights, and the folder that it names files from:
     onnxruntime copies arrays that it is handed, but maps files."""
     found = {name: place for name, array in weights.items() if (place := origin(array)) is not None}
@@ -124,8 +133,11 @@ def _from_files(model: onnx.ModelProto | bytes | str | Path, weights: Mapping[st
         if tensor.name in found:
             file, first = found[tensor.name]
             del tensor.external_data[:]
-            for key, value in (("location", file.relative_to(root).as_posix()), ("offset", first),
-                               ("length", weights[tensor.name].nbytes)):
+            for key, value in (
+                ("location", file.relative_to(root).as_posix()),
+                ("offset", first),
+                ("length", weights[tensor.name].nbytes),
+            ):
                 tensor.external_data.add(key=key, value=str(value))
     return made, {name: array for name, array in weights.items() if name not in found}, root
 
@@ -191,8 +203,10 @@ def agreement(reference: Array, other: Array) -> float:
 
 def drift(reference: Sequence[Array], other: Sequence[Array]) -> float:
     """Largest difference over all outputs, relative to each output's largest magnitude; infinite if one is not finite."""
-    found = [float(np.max(np.abs(a - b), initial=0.0) / max(float(np.max(np.abs(a), initial=0.0)), 1e-30))
-             for a, b in zip(reference, other, strict=True)]
+    found = [
+        float(np.max(np.abs(a - b), initial=0.0) / max(float(np.max(np.abs(a), initial=0.0)), 1e-30))
+        for a, b in zip(reference, other, strict=True)
+    ]
     return max(found, default=0.0) if np.isfinite(found).all() else float("inf")
 
 

@@ -79,8 +79,14 @@ class Kernel:
     ports: int
 
 
-def measured(groups: Sequence[Group], networks: Sequence[Network], feed: Feed, coded: Collection[str] = (),
-             cache: Path | None = None, seconds: float = 3.0) -> Times:
+def measured(
+    groups: Sequence[Group],
+    networks: Sequence[Network],
+    feed: Feed,
+    coded: Collection[str] = (),
+    cache: Path | None = None,
+    seconds: float = 3.0,
+) -> Times:
     """Times of the groups, from networks in which each group has each of its widths: the first is where differences
     start from, the widths of any other are new ones or those of the first.
 
@@ -113,14 +119,18 @@ def profile(models: Sequence[onnx.ModelProto], feed: Feed, seconds: float) -> tu
     """Run networks in turn, and how many rounds that were."""
     with tempfile.TemporaryDirectory() as folder:
         plain = [runtimes.session(model) for model in models]
-        profiled = [runtimes.session(model, profile=Path(folder) / f"profile{k}", dump=Path(folder) / f"{k}.onnx")
-                    for k, model in enumerate(models)]
+        profiled = [
+            runtimes.session(model, profile=Path(folder) / f"profile{k}", dump=Path(folder) / f"{k}.onnx")
+            for k, model in enumerate(models)
+        ]
         optimized = [onnx.load(str(Path(folder) / f"{k}.onnx"), load_external_data=False).graph for k in range(len(models))]
         most = _EVENTS // max((len(graph.node) for graph in optimized), default=1)
         taken = interleaved([*plain, *profiled], feed, seconds, most)
         files = [Path(runner.end_profiling()) for runner in profiled]
-        return [Ran(typical(own), graph, *_events(graph, json.loads(file.read_text(encoding="utf-8"))))
-                for own, graph, file in zip(taken, optimized, files, strict=False)], len(taken[0])
+        return [
+            Ran(typical(own), graph, *_events(graph, json.loads(file.read_text(encoding="utf-8"))))
+            for own, graph, file in zip(taken, optimized, files, strict=False)
+        ], len(taken[0])
 
 
 def interleaved(runners: Sequence[ort.InferenceSession], feed: Feed, seconds: float, most: int = 10_000) -> list[Array]:
@@ -146,8 +156,9 @@ def compared(models: Sequence[onnx.ModelProto], feed: Feed, seconds: float = 2.0
     return [typical(taken) for taken in interleaved([runtimes.session(model) for model in models], feed, seconds)]
 
 
-def attributed(groups: Sequence[Group], coded: Collection[str], networks: Sequence[Network], ran: Sequence[Ran],
-               rounds: int) -> Times:
+def attributed(
+    groups: Sequence[Group], coded: Collection[str], networks: Sequence[Network], ran: Sequence[Ran], rounds: int
+) -> Times:
     """The times of groups in networks that ran."""
     found = [_kernels(groups, coded, model.graph, one) for (_, model), one in zip(networks, ran, strict=True)]
     pooled: dict[Kernel, list[float]] = defaultdict(list)
@@ -186,23 +197,37 @@ def attributed(groups: Sequence[Group], coded: Collection[str], networks: Sequen
     return Times(tuple(made), tuple(zip(wholes, predicted, strict=True)), rounds)
 
 
-def _kernels(groups: Sequence[Group], coded: Collection[str], exported: onnx.GraphProto,
-             ran: Ran) -> list[tuple[Kernel, float]]:
+def _kernels(
+    groups: Sequence[Group], coded: Collection[str], exported: onnx.GraphProto, ran: Ran
+) -> list[tuple[Kernel, float]]:
     """The kernels that ran, with the milliseconds of each."""
     known = {node.name for node in exported.node}
     found = []
-    for node, owner, taken, types in zip(ran.optimized.node, owners(groups, coded, exported, ran.optimized), ran.nodes,
-                                         ran.types, strict=True):
+    for node, owner, taken, types in zip(
+        ran.optimized.node, owners(groups, coded, exported, ran.optimized), ran.nodes, ran.types, strict=True
+    ):
         if not np.isnan(taken):
             name = plain_name(node.name)
             attributes = b"".join(sorted(a.SerializeToString(deterministic=True) for a in node.attribute))
-            found.append((Kernel(-1 if owner is None else owner, name if name in known else "", node.op_type, types,
-                                 attributes, len(node.input) + len(node.output)), float(taken)))
+            found.append(
+                (
+                    Kernel(
+                        -1 if owner is None else owner,
+                        name if name in known else "",
+                        node.op_type,
+                        types,
+                        attributes,
+                        len(node.input) + len(node.output),
+                    ),
+                    float(taken),
+                )
+            )
     return found
 
 
-def owners(groups: Sequence[Group], coded: Collection[str], exported: onnx.GraphProto,
-           optimized: onnx.GraphProto) -> list[int | None]:
+def owners(
+    groups: Sequence[Group], coded: Collection[str], exported: onnx.GraphProto, optimized: onnx.GraphProto
+) -> list[int | None]:
     """The group (by number) of each node of an optimized graph; None for what comes before all of them."""
     tensors = {name: i for i, group in enumerate(groups) for name in group.activations}
     layers = {name: i for i, group in enumerate(groups) for name in group.layers}
@@ -225,8 +250,9 @@ def owners(groups: Sequence[Group], coded: Collection[str], exported: onnx.Graph
     found = follow(exported, layers)
     written = {node.name: owner for node, owner in zip(exported.node, found, strict=True) if node.name}
     ran = {plain_name(node.name): layers[name] for name, node in kernels(exported, optimized).items() if name in layers}
-    codes = {node.output[0]: owner for node, owner in zip(exported.node, found, strict=True)
-             if node.op_type == "QuantizeLinear"}
+    codes = {
+        node.output[0]: owner for node, owner in zip(exported.node, found, strict=True) if node.op_type == "QuantizeLinear"
+    }
     reader = {t: node for node in optimized.node for t in node.input}
     moved = {}
     for node in optimized.node:  # onnxruntime may quantize in front of operators that only move values
@@ -259,7 +285,7 @@ def typical(milliseconds: Array) -> float:
 
 def fastest(values: Array) -> Array:
     """Which values [n] are the least quarter: those of runs that nothing disturbed, on a machine with other work."""
-    return np.argsort(values, kind="stable")[:-(-len(values) // 4)]
+    return np.argsort(values, kind="stable")[: -(-len(values) // 4)]
 
 
 def machine() -> str:
@@ -288,7 +314,7 @@ def _steady(taken: Sequence[Sequence[float]]) -> bool:
     runs = len(taken[0]) if taken else _FEWEST
     if runs < _FEWEST or runs % _FEWEST:  # not after every round: looking takes time, too
         return False
-    halves = [(typical(np.array(own[:runs // 2])), typical(np.array(own[runs // 2:]))) for own in taken]
+    halves = [(typical(np.array(own[: runs // 2])), typical(np.array(own[runs // 2 :]))) for own in taken]
     return all(abs(a - b) <= _STEADY * b for a, b in halves)
 
 
@@ -321,8 +347,11 @@ def _events(graph: onnx.GraphProto, events: Sequence[Mapping[str, object]]) -> t
 def _digest(networks: Sequence[Network]) -> str:
     told = _processor()  # one name may stand for processors of unlike instructions
     mark = [platform.machine(), machine(), *(told.get(key, "") for key in ("cpu family", "model", "flags", "Features"))]
-    said = (part for choice, model in networks for part in (" ".join(map(str, choice)),
-                                                            bytes(model.SerializeToString(deterministic=True))))
+    said = (
+        part
+        for choice, model in networks
+        for part in (" ".join(map(str, choice)), bytes(model.SerializeToString(deterministic=True)))
+    )
     return digest(*mark, *said)
 
 
@@ -342,8 +371,11 @@ def _load(file: Path, networks: Sequence[Network]) -> Times | None:
 
 def _save(file: Path, times: Times) -> None:
     """Write beside the target and move into place, so that readers never meet half a file."""
-    told = {"groups": [{str(width): value for width, value in one.items()} for one in times.groups],
-            "networks": times.networks, "rounds": times.rounds}
+    told = {
+        "groups": [{str(width): value for width, value in one.items()} for one in times.groups],
+        "networks": times.networks,
+        "rounds": times.rounds,
+    }
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as stream:

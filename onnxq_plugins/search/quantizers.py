@@ -110,8 +110,10 @@ def multiply_adds(graph: Graph, feed: Mapping[str, Array]) -> dict[str, int]:
         model.graph.node.append(helper.make_node("Size", [layer.input if spread[layer.name] else layer.output], [made]))
         model.graph.output.append(helper.make_tensor_value_info(made, onnx.TensorProto.INT64, []))
     sizes = runtimes.session(model, weights=weights).run(None, dict(feed)) if graph.layers else []
-    return {y.name: int(size) * int(np.prod(y.shape)) // (y.shape[0] if spread[y.name] else y.channels)
-            for y, size in zip(graph.layers, sizes, strict=True)}
+    return {
+        y.name: int(size) * int(np.prod(y.shape)) // (y.shape[0] if spread[y.name] else y.channels)
+        for y, size in zip(graph.layers, sizes, strict=True)
+    }
 
 
 def share_of_work(graph: Graph, products: Iterable[str]) -> float | None:
@@ -131,13 +133,21 @@ def share_of_work(graph: Graph, products: Iterable[str]) -> float | None:
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     except (ValueError, onnx.shape_inference.InferenceError):
         return None
-    shapes = {v.name: [d.dim_value if d.HasField("dim_value") else np.nan for d in v.type.tensor_type.shape.dim]
-              for v in (*inferred.input, *inferred.value_info, *inferred.output)}
-    layers = [np.prod(shapes.get(y.input, [np.nan])) * np.prod(y.shape) / y.shape[0] if y.op == "ConvTranspose"
-              else np.prod(shapes.get(y.output, [np.nan])) * np.prod(y.shape) / y.channels for y in graph.layers]
-    work = {node.name: np.prod(shapes.get(node.outputs[0].name, [np.nan])) * shapes.get(node.inputs[0].name, [np.nan])[-1]
-            for node in graph.nodes
-            if node.op == "MatMul" and not node.domain and not any(graph.is_constant(t.name) for t in node.inputs)}
+    shapes = {
+        v.name: [d.dim_value if d.HasField("dim_value") else np.nan for d in v.type.tensor_type.shape.dim]
+        for v in (*inferred.input, *inferred.value_info, *inferred.output)
+    }
+    layers = [
+        np.prod(shapes.get(y.input, [np.nan])) * np.prod(y.shape) / y.shape[0]
+        if y.op == "ConvTranspose"
+        else np.prod(shapes.get(y.output, [np.nan])) * np.prod(y.shape) / y.channels
+        for y in graph.layers
+    ]
+    work = {
+        node.name: np.prod(shapes.get(node.outputs[0].name, [np.nan])) * shapes.get(node.inputs[0].name, [np.nan])[-1]
+        for node in graph.nodes
+        if node.op == "MatMul" and not node.domain and not any(graph.is_constant(t.name) for t in node.inputs)
+    }
     share = sum(work.get(name, np.nan) for name in products) / max(sum(layers) + sum(work.values()), 1)
     return float(share) if np.isfinite(share) else None
 
@@ -162,13 +172,16 @@ def cost(graph: Graph, widths: Mapping[str, Width], work: Mapping[str, int]) -> 
     work   multiply-adds per layer
     """
     sizes = {y.name: float(np.prod(y.shape)) for y in graph.layers}
-    return Cost(sum(sizes[name] * w.weights for name, w in widths.items()),
-                sum(float(work.get(name, 0)) * w.weights * w.activations for name, w in widths.items()))
+    return Cost(
+        sum(sizes[name] * w.weights for name, w in widths.items()),
+        sum(float(work.get(name, 0)) * w.weights * w.activations for name, w in widths.items()),
+    )
 
 
 def parse_widths(texts: Iterable[str]) -> tuple[Width, ...]:
     """Candidates, widest first. Raises ValueError if one cannot be read, or there are none."""
     if not (texts := list(texts)):
         raise ValueError("candidates must name at least one width, such as W8A8")
-    return tuple(sorted({Width.parse(text) for text in texts}, key=lambda w: (w.weights * w.activations, w.activations),
-                        reverse=True))
+    return tuple(
+        sorted({Width.parse(text) for text in texts}, key=lambda w: (w.weights * w.activations, w.activations), reverse=True)
+    )

@@ -51,8 +51,11 @@ class Trial:
     def follows(self, group: ChannelGroup) -> bool:
         """True if what is known of the group's activations is known channel by channel, so that `rescaled` can keep it up to
         date. The channels of attention heads, say, lie along another axis."""
-        return all(m.axis == channel_axis(self.job.graph, m.tensor) and channels(self.job.graph, m.tensor)
-                   for m in group.members if not m.constant and (m.tensor in self.ranges or m.tensor in self.means))
+        return all(
+            m.axis == channel_axis(self.job.graph, m.tensor) and channels(self.job.graph, m.tensor)
+            for m in group.members
+            if not m.constant and (m.tensor in self.ranges or m.tensor in self.means)
+        )
 
     def rescaled(self, group: ChannelGroup, factors: Array) -> None:
         """Take note that a group of the graph, one that it `follows`, was rescaled."""
@@ -68,8 +71,9 @@ class Trial:
                 self.means[member.tensor][at] *= spread
         touched = {m.tensor for m in group.members}
         self.stale |= touched
-        self.weights = self.weights.without(*(y.weight for y in self.job.graph.layers
-                                              if touched & {y.weight, y.bias, y.input}))
+        self.weights = self.weights.without(
+            *(y.weight for y in self.job.graph.layers if touched & {y.weight, y.bias, y.input})
+        )
 
     def sqnr(self) -> float:
         """Signal to noise ratio of the outputs in dB, averaged over samples and outputs."""
@@ -88,7 +92,10 @@ class Trial:
         if spec.codes is not None:
             return spec
         made = complete_weight(trial, layer, spec)
-        if layer.op not in ("Conv", "Gemm") or layer.input not in self.means or not layer_input(
-                trial.graph, trial.plan, trial.target, layer):
+        if (
+            layer.op not in ("Conv", "Gemm")
+            or layer.input not in self.means
+            or not layer_input(trial.graph, trial.plan, trial.target, layer)
+        ):
             return made
         return replace(made, shift=bias_shift(trial.graph, layer, made, self.means[layer.input]))

@@ -40,9 +40,16 @@ Budget = Literal["size", "bops", "latency"]
 _POSITIONS, _LIMIT = 256, 4608  # of what a layer sees: the defaults of the pass `round`
 
 # For one group alone: decoded weights, activations of any width, and no layer that must write codes.
-ALONE = replace(STORAGE, name="alone", output_scale=frozenset(), rules=tuple(
-    Rule(op, op, bits, tuple(range(2, 17)), ("tensor", "channel", "block", "tile"), "float", multipliers=True)
-    for op in LAYER_OPS for bits in (*range(16, 1, -1), 0)))
+ALONE = replace(
+    STORAGE,
+    name="alone",
+    output_scale=frozenset(),
+    rules=tuple(
+        Rule(op, op, bits, tuple(range(2, 17)), ("tensor", "channel", "block", "tile"), "float", multipliers=True)
+        for op in LAYER_OPS
+        for bits in (*range(16, 1, -1), 0)
+    ),
+)
 
 
 class Widths:
@@ -61,19 +68,30 @@ class Widths:
         self.fixed = pinned(job.graph, job.recipe)
         self.groups = quantizer_groups(job.graph, job.plan, job.target)
         integer = integer_nodes(job.graph, job.plan, job.target)
-        self.coded = {name for group in self.groups for name in group.activations
-                      if (maker := maker_of(job.graph, name)) is not None and maker.name in integer}
+        self.coded = {
+            name
+            for group in self.groups
+            for name in group.activations
+            if (maker := maker_of(job.graph, name)) is not None and maker.name in integer
+        }
         self.work = multiply_adds(job.graph, feed)
-        self.options = self._named(candidates) if isinstance(candidates, Mapping) else [
-            self._different(group, [w for w in candidates if self._runs(group, w)]) for group in self.groups]
+        self.options = (
+            self._named(candidates)
+            if isinstance(candidates, Mapping)
+            else [self._different(group, [w for w in candidates if self._runs(group, w)]) for group in self.groups]
+        )
         if bare := [g.name for g, options in zip(self.groups, self.options, strict=True) if not options]:
             others = f" and {len(bare) - 1} others" if len(bare) > 1 else ""
-            raise OnnxqError(f"widths: target '{job.target.name}' runs none of {', '.join(map(str, candidates))} for "
-                             f"'{bare[0]}'{others}; add a candidate that it runs, such as W8A8.")
+            raise OnnxqError(
+                f"widths: target '{job.target.name}' runs none of {', '.join(map(str, candidates))} for "
+                f"'{bare[0]}'{others}; add a candidate that it runs, such as W8A8."
+            )
         self.solved: dict[tuple[str, int], QuantSpec] = {}  # (layer, bits of its weight) -> its entry
         self.costs: dict[tuple[int, Width], Cost] = {}  # of one group
-        self.eight_bits: Choice = tuple(Width(8, 8) if self._runs(group, Width(8, 8)) else options[0]
-                                        for group, options in zip(self.groups, self.options, strict=True))
+        self.eight_bits: Choice = tuple(
+            Width(8, 8) if self._runs(group, Width(8, 8)) else options[0]
+            for group, options in zip(self.groups, self.options, strict=True)
+        )
         self.times: latency.Times | None = None
 
     def round(self, method: Method, data: Data, only: Mapping[int, Width] | None = None) -> None:
@@ -83,23 +101,37 @@ class Widths:
         """
         complete_ranges(self.job)
         old = self.job.calibration
-        calibration = old if data is old.data else Calibration(old.graph, data, cache=old.cache, workers=old.workers,
-                                                               track=old.track)
+        calibration = (
+            old if data is old.data else Calibration(old.graph, data, cache=old.cache, workers=old.workers, track=old.track)
+        )
         # scales are fine enough for biases beside inputs of 8 bits; trials leave no trace in the report
-        narrow = {name: self._activation(name, min(self.job.plan[name].bits, 8))
-                  for group in self.groups for name in group.activations}
-        job = replace(self.job, calibration=calibration, plan=self.job.plan | narrow,
-                      report=self.job.report if only is not None else {})
+        narrow = {
+            name: self._activation(name, min(self.job.plan[name].bits, 8))
+            for group in self.groups
+            for name in group.activations
+        }
+        job = replace(
+            self.job,
+            calibration=calibration,
+            plan=self.job.plan | narrow,
+            report=self.job.report if only is not None else {},
+        )
         options = self.options if only is None else [(only[i],) for i in range(len(self.groups))]
-        wanted = {name: {self._bits(name, w) for w in each if w.weights != FLOAT_BITS}
-                  for group, each in zip(self.groups, options, strict=True) for name in group.layers}
+        wanted = {
+            name: {self._bits(name, w) for w in each if w.weights != FLOAT_BITS}
+            for group, each in zip(self.groups, options, strict=True)
+            for name in group.layers
+        }
         matrix = [y for y in solvable(self.job) if wanted.get(y.name)]
         for layer in self.layers.values():
             if wanted.get(layer.name) and layer not in matrix:
                 for bits in wanted[layer.name]:
                     self.solved[layer.name, bits] = complete_weight(job, layer, self._request(layer, bits))
-        files = {(y.name, bits): self._file(replace(job, plan=job.plan | {y.weight: self._request(y, bits)}), y, method)
-                 for y in matrix for bits in wanted[y.name]}
+        files = {
+            (y.name, bits): self._file(replace(job, plan=job.plan | {y.weight: self._request(y, bits)}), y, method)
+            for y in matrix
+            for bits in wanted[y.name]
+        }
         for key, file in files.items():
             if file is not None and (known := load_arrays(file)):
                 solution: dict[str, Any] = dict(known)
@@ -107,13 +139,16 @@ class Widths:
                 wanted[key[0]].discard(key[1])
         matrix = [y for y in matrix if wanted[y.name]]
         for batch in float_inputs(job, matrix, _POSITIONS, _LIMIT):
+
             def keep(number: int, found: dict[int, QuantSpec], batch: list[tuple[Layer, Gram]] = batch) -> None:
                 layer = batch[number][0]
                 for bits, spec in found.items():
                     self.solved[layer.name, bits] = spec
                     if (file := files[layer.name, bits]) is not None:
-                        save_arrays(file, {f.name: value for f in fields(spec)
-                                           if isinstance(value := getattr(spec, f.name), np.ndarray)})
+                        save_arrays(
+                            file,
+                            {f.name: value for f in fields(spec) if isinstance(value := getattr(spec, f.name), np.ndarray)},
+                        )
 
             calls = (partial(_solve, self._problems(job, layer, gram, wanted[layer.name]), method) for layer, gram in batch)
             with runtimes.blas(1):
@@ -132,8 +167,17 @@ class Widths:
         if cache is None or data is None:
             return None
         spec = job.plan[layer.weight]
-        name = digest(__version__, job.calibration.graph.digest(), data.digest(), layer.name, spec.to_dict(),
-                      scale_floor(job, layer, spec), method, _POSITIONS, _LIMIT)
+        name = digest(
+            __version__,
+            job.calibration.graph.digest(),
+            data.digest(),
+            layer.name,
+            spec.to_dict(),
+            scale_floor(job, layer, spec),
+            method,
+            _POSITIONS,
+            _LIMIT,
+        )
         return cache / f"{name}-codes.npz"
 
     def time(self, feed: Mapping[str, Array]) -> latency.Times:
@@ -141,12 +185,21 @@ class Widths:
         were rounded before. Raises OnnxqError if the target is another runtime."""
         job = self.job
         if not job.target.here:
-            raise OnnxqError(f"latency is measured in onnxruntime on this machine, and target '{job.target.name}' stands "
-                             "for another runtime; choose target ort-cpu, or a budget on bops.")
+            raise OnnxqError(
+                f"latency is measured in onnxruntime on this machine, and target '{job.target.name}' stands "
+                "for another runtime; choose target ort-cpu, or a budget on bops."
+            )
         start = self.eight_bits
         kinds = dict.fromkeys(w for options in self.options for w in options)
-        choices = dict.fromkeys([start, *(tuple(width if width in options else base for options, base in zip(
-            self.options, start, strict=True)) for width in kinds)])  # one width at a time, beside 8 bits
+        choices = dict.fromkeys(
+            [
+                start,
+                *(
+                    tuple(width if width in options else base for options, base in zip(self.options, start, strict=True))
+                    for width in kinds
+                ),
+            ]
+        )  # one width at a time, beside 8 bits
         trial = replace(job, report={})
         for group, width in zip(self.groups, start, strict=True):
             for name in group.layers if width.weights != FLOAT_BITS else ():
@@ -179,8 +232,10 @@ class Widths:
         for group, width in zip(self.groups, choice, strict=True):
             if width.weights != FLOAT_BITS:
                 specs |= {name: replace(self.job.plan[name].request(), bits=width.activations) for name in group.activations}
-                specs |= {self.layers[name].weight: self._request(self.layers[name], self._bits(name, width))
-                          for name in group.layers}
+                specs |= {
+                    self.layers[name].weight: self._request(self.layers[name], self._bits(name, width))
+                    for name in group.layers
+                }
         return Plan(specs)
 
     def within(self, worth: Sequence[Array], budget: Budget, limit: float) -> Choice:
@@ -193,16 +248,19 @@ class Widths:
 
     def prices(self, budget: Budget) -> list[Array]:
         """What each option of each group costs, one array [options] per group."""
-        return [np.array([float(getattr(self._cost(i, w), budget)) for w in options])
-                for i, options in enumerate(self.options)]
+        return [
+            np.array([float(getattr(self._cost(i, w), budget)) for w in options]) for i, options in enumerate(self.options)
+        ]
 
     def too_dear(self, budget: Budget, limit: float) -> OnnxqError:
         """The complaint that no choice is cheap enough."""
         whole = getattr(self.eight, budget)
         least = sum(float(p.min()) for p in self.prices(budget)) / (whole or 1.0)
         kind, better = ("fastest", "that run faster") if budget == "latency" else ("narrowest", "of fewer bits")
-        return OnnxqError(f"widths: {budget} cannot fall to {limit} of 8 bits everywhere, the {kind} candidates have "
-                          f"{least:.3f}; raise limit, or add candidates {better}.")
+        return OnnxqError(
+            f"widths: {budget} cannot fall to {limit} of 8 bits everywhere, the {kind} candidates have "
+            f"{least:.3f}; raise limit, or add candidates {better}."
+        )
 
     def shares(self, choice: Choice) -> dict[str, float]:
         """What a choice costs, in parts of what 8 bits everywhere cost; latency only if it was measured."""
@@ -279,25 +337,34 @@ class Widths:
         for name, width in wanted.items():
             if name in groups and not self._runs(groups[name], width):
                 refused.setdefault(width, []).append(name)
-        wrong = {"no group is called {}": [n for n in wanted if n not in groups],
-                 "{} have no width": [n for n in groups if n not in wanted],
-                 **{f"target '{self.job.target.name}' does not run {w} for {{}}": names for w, names in refused.items()}}
+        wrong = {
+            "no group is called {}": [n for n in wanted if n not in groups],
+            "{} have no width": [n for n in groups if n not in wanted],
+            **{f"target '{self.job.target.name}' does not run {w} for {{}}": names for w, names in refused.items()},
+        }
         if told := [text.format(", ".join(f"'{n}'" for n in names)) for text, names in wrong.items() if names]:
-            raise OnnxqError(f"mixed-precision: the widths do not fit this model: {'; '.join(told)}; take them from a "
-                             "search on this model, with the same passes in front and the same target.")
+            raise OnnxqError(
+                f"mixed-precision: the widths do not fit this model: {'; '.join(told)}; take them from a "
+                "search on this model, with the same passes in front and the same target."
+            )
         return [(wanted[name],) for name in groups]
 
     def _runs(self, group: Group, width: Width) -> bool:
         """True if the target has kernels for a group at a width."""
         graph, target = self.job.graph, self.job.target
         if width.weights == FLOAT_BITS:  # what a kernel must write in codes cannot be read in float
-            bound = any(maker_of(graph, name).op in target.output_scale | target.integer_ops
-                        for name in group.activations if name in self.coded)
+            bound = any(
+                maker_of(graph, name).op in target.output_scale | target.integer_ops
+                for name in group.activations
+                if name in self.coded
+            )
             return not bound and not any(name in self.fixed for name in group.layers)
         activations = width.activations if group.activations else 0
         known = not group.activations or activations in target.activation_bits
-        return known and all(target.rule(y, self._request(y, self._bits(y.name, width)), activations) is not None
-                             for y in (self.layers[name] for name in group.layers))
+        return known and all(
+            target.rule(y, self._request(y, self._bits(y.name, width)), activations) is not None
+            for y in (self.layers[name] for name in group.layers)
+        )
 
 
 def _solve(problems: Mapping[int, Problem], method: Method) -> dict[int, QuantSpec]:

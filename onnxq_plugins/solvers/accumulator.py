@@ -107,8 +107,7 @@ def bounded(w: Array, h: Array, step: Array, grid: Grid, limit: int, sweeps: int
     return widen(descent(target, h, steps, grid, start=codes, sweeps=sweeps, limits=limits), w.shape)
 
 
-def _spend(w: Array, h: Array, step: Array, codes: Array, limits: tuple[Array, Array], grid: Grid,
-           which: Array) -> Array:
+def _spend(w: Array, h: Array, step: Array, codes: Array, limits: tuple[Array, Array], grid: Grid, which: Array) -> Array:
     """Codes of some rows after steps of one, each the one that lowers the row's loss most: [rows, D]."""
     group = np.nonzero(which)[0]
     size, found = step[which], codes[which]

@@ -11,8 +11,18 @@ from onnxq_plugins.spec import Array
 ZETA, GAMMA = 1.1, -0.1  # the stretch of the sigmoid
 
 
-def adaround(w: Array, h: Array, step: Array, grid: Grid, *, steps: int = 1000, rate: float = 3e-2,
-             weight: float = 5.0, beta: tuple[float, float] = (20.0, 2.0), warmup: float = 0.2) -> Array:
+def adaround(
+    w: Array,
+    h: Array,
+    step: Array,
+    grid: Grid,
+    *,
+    steps: int = 1000,
+    rate: float = 3e-2,
+    weight: float = 5.0,
+    beta: tuple[float, float] = (20.0, 2.0),
+    warmup: float = 0.2,
+) -> Array:
     """Codes [g, O, D], each the floor of w / step or one more; never worse than the nearest, row by row.
 
     w, h, step, grid   as for `gptq`

@@ -9,8 +9,18 @@ from onnxq_plugins.solvers.gram import Grid, nearest, row_loss
 from onnxq_plugins.spec import Array
 
 
-def attention(w: Array, h: Array, step: Array, grid: Grid, *, rng: np.random.Generator | None = None, tau: float = 0.5,
-              steps: int = 1000, rate: float = 1e-2, attenuate: bool = True) -> Array:
+def attention(
+    w: Array,
+    h: Array,
+    step: Array,
+    grid: Grid,
+    *,
+    rng: np.random.Generator | None = None,
+    tau: float = 0.5,
+    steps: int = 1000,
+    rate: float = 1e-2,
+    attenuate: bool = True,
+) -> Array:
     """Codes [g, O, D]: the best seen for each row, the nearest among them.
 
     w, h, step, grid   as for `gptq`

@@ -20,8 +20,12 @@ def clusters(top: Array, k: int, weight: Array | None = None) -> Array:
     """
     top = np.asarray(top, np.float64)
     weight = np.ones(top.shape) if weight is None else np.asarray(weight, np.float64)
-    if k < 1 or top.ndim != 1 or weight.shape != top.shape or not all(
-            (np.isfinite(v) & (v >= 0)).all() for v in (top, weight)):
+    if (
+        k < 1
+        or top.ndim != 1
+        or weight.shape != top.shape
+        or not all((np.isfinite(v) & (v >= 0)).all() for v in (top, weight))
+    ):
         raise ValueError("clusters needs k >= 1 and, per channel, one finite range and one finite weight of at least 0")
     labels = np.zeros(top.shape, np.int64)
     alive = top > 0

@@ -30,8 +30,16 @@ class Room:
         self.down += np.maximum(-old, 0) - np.maximum(-new, 0)
 
 
-def descent(w: Array, h: Array, step: Array, grid: Grid, *, start: Array | None = None, sweeps: int = 10,
-            limits: tuple[Array, Array] | None = None) -> Array:
+def descent(
+    w: Array,
+    h: Array,
+    step: Array,
+    grid: Grid,
+    *,
+    start: Array | None = None,
+    sweeps: int = 10,
+    limits: tuple[Array, Array] | None = None,
+) -> Array:
     """Codes [g, O, D] by coordinate descent on the layer loss, which never rises.
 
     w, h, step, grid   as for `gptq`

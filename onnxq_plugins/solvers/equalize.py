@@ -77,8 +77,13 @@ def noise(before: Array, after: Array) -> Array:
     return total
 
 
-def equalize(groups: Sequence[Sequence[Place]], bounds: Sequence[tuple[Array, Array]], gain: float = 1.0, sweeps: int = 40,
-             tolerance: float = 1e-3) -> list[Array]:
+def equalize(
+    groups: Sequence[Sequence[Place]],
+    bounds: Sequence[tuple[Array, Array]],
+    gain: float = 1.0,
+    sweeps: int = 40,
+    tolerance: float = 1e-3,
+) -> list[Array]:
     """Balance all groups in turn until no factor changes by more than `tolerance` (relative); returns each group's factors.
 
     bounds   (low, high) of each group's factors

@@ -63,7 +63,7 @@ def folded(weight: Array, asked: Sequence[QuantSpec], depth: Array, bits: int) -
         left = weight - codes * expand(scale / fine, weight.shape, request.block)
         if k:
             # as fine as the codes of this order can reach, the codes of all stay within the grid, and the later orders need
-            room = top // (asked[0].grid[1] * fine * _growth(asked[k + 1:]))
+            room = top // (asked[0].grid[1] * fine * _growth(asked[k + 1 :]))
             span = reduce_blocks(np.where(live, np.abs(left), 0.0), request.block, np.maximum)
             reach = np.floor(request.grid[1] * (1 + 1e-6) / np.maximum(span * fine / scale, 1e-6))
             factor = np.clip(np.minimum(reach, room), 2 * request.grid[1], None)

@@ -34,8 +34,10 @@ def fractals(count: int, height: int, width: int, channels: int, rng: np.random.
     if min(height, width, channels) < 1 or count < 0:
         raise ValueError("fractals needs a count of at least 0, and height, width and channels of at least 1")
     systems, images = rng.spawn(2)
-    return (_draw(maps, height, width, channels, images.spawn(1)[0])
-            for _, maps in zip(range(count), _systems(systems), strict=False))
+    return (
+        _draw(maps, height, width, channels, images.spawn(1)[0])
+        for _, maps in zip(range(count), _systems(systems), strict=False)
+    )
 
 
 def _systems(rng: np.random.Generator) -> Iterator[Array]:
@@ -97,7 +99,7 @@ def _draw(maps: Array, height: int, width: int, channels: int, rng: np.random.Ge
     points, which = _orbit(maps[None], max(4 * height * width // _STEPS, 1000), rng)
     points, which = points.transpose(1, 2, 0, 3).reshape(2, -1), which.ravel()
     angle, slope = rng.uniform(-30, 30) * np.pi / 180, rng.uniform(0, 2 * np.pi)
-    down, right = np.ogrid[-1:1:height * 1j, -1:1:width * 1j]
+    down, right = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     place = (np.cos(slope) * down + np.sin(slope) * right).astype(np.float32) / 2
     kind, dense, cover = _stamp(_counts(points, which, size, angle, rng.uniform(0.8, 1.4), rng), rng)
     image = _palette(rng.uniform(0.5, 1) * kind + rng.uniform(0.5, 1) * dense + rng.uniform(0, 0.7) * place, channels, rng)

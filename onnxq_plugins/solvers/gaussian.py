@@ -30,8 +30,9 @@ def clipped_moments(mean: Array, variance: Array, low: Array | float, high: Arra
     return first, np.maximum(square - first**2, 0.0)
 
 
-def mapped_moments(mean: Array, variance: Array, function: Callable[[Array], Array],
-                   points: int = 32) -> tuple[Array, Array]:
+def mapped_moments(
+    mean: Array, variance: Array, function: Callable[[Array], Array], points: int = 32
+) -> tuple[Array, Array]:
     """Mean and variance [C] of function(z) for normal z of the given mean and variance [C], by Gauss-Hermite quadrature."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(points)
     values = function(mean + np.sqrt(variance) * nodes[:, None])

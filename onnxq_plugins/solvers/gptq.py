@@ -40,7 +40,7 @@ def gptq(w: Array, h: Array, step: Array, grid: Grid, *, damping: float = 0.01, 
             column -= codes[:, i] * steps[:, i]
             column /= upper[:, i, i, None]  # now the error e, kept in place
             if i + 1 < last:
-                work[:, i + 1:last] -= upper[:, i, i + 1:last, None] * column[:, None]
+                work[:, i + 1 : last] -= upper[:, i, i + 1 : last, None] * column[:, None]
         if last < size:
             work[:, last:] -= upper[:, first:last, last:].swapaxes(1, 2) @ work[:, first:last]
     return order_of.restore(codes)

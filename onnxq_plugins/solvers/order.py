@@ -104,7 +104,7 @@ class _State:
         """Bring one tile up to date: its power and cost; of its slots the size and power of the channel there, and of the
         others in the tile."""
         first = tile * self.width
-        size, power = (a[first:first + self.width] for a in (self.size, self.power))
+        size, power = (a[first : first + self.width] for a in (self.size, self.power))
         self.total[tile] = power.sum(axis=0)
         self.cost[tile] = size.max(axis=0) ** 2 @ self.total[tile]
         size, power, load = size[:, self.rows], power[:, self.rows], self.total[tile, self.rows]
@@ -134,7 +134,7 @@ class _State:
         change = -self.cost[self.tile[slot]] - self.cost[self.tile[other]]
         for mine, yours in ((self.at[slot], self.at[other]), (self.at[other], self.at[slot])):
             tile = mine // self.width
-            size = self.size[tile * self.width:(tile + 1) * self.width].copy()
+            size = self.size[tile * self.width : (tile + 1) * self.width].copy()
             size[mine - tile * self.width] = self.size[yours]
             change += size.max(axis=0) ** 2 @ (self.total[tile] - self.power[mine] + self.power[yours])
         return float(change)

@@ -19,8 +19,10 @@ def percentile_range(counts: Array, low: float, high: float, percent: float) -> 
     out = 1 - percent / 100
     below = 0.0 if low >= 0 else out if high <= 0 else out / 2
     above = out - below
-    return (float(np.interp(below, share, edges)) if below else low,
-            float(np.interp(1 - above, share, edges)) if above else high)
+    return (
+        float(np.interp(below, share, edges)) if below else low,
+        float(np.interp(1 - above, share, edges)) if above else high,
+    )
 
 
 def mse_range(counts: Array, low: float, high: float, levels: int, candidates: int = 60) -> tuple[float, float]:
@@ -32,8 +34,11 @@ def mse_range(counts: Array, low: float, high: float, levels: int, candidates: i
     values = _values(counts, low, high)
     ends = np.array([min(low, 0.0), max(high, 0.0)])
     best, least = ends, _mse(counts, values, ends[None], levels)[0]
-    for both, scales in ((True, np.linspace(0.1, 1.0, candidates)), (False, np.linspace(0.5, 1.2, candidates)),
-                         (True, np.linspace(0.9, 1.1, candidates))):
+    for both, scales in (
+        (True, np.linspace(0.1, 1.0, candidates)),
+        (False, np.linspace(0.5, 1.2, candidates)),
+        (True, np.linspace(0.9, 1.1, candidates)),
+    ):
         masks = [np.array([1.0, 1.0])] if both else [np.array([1.0, 0.0]), np.array([0.0, 1.0])]
         for mask in masks:
             tried = best * (1 + (scales[:, None] - 1) * mask)

@@ -17,6 +17,7 @@ from onnxq_plugins.spec import Array
 
 Method = Literal["nearest", "gptq", "gpfq", "descent", "adaround", "attention", "auto"]
 
+
 @dataclass(frozen=True)
 class Effort:
     """How hard the solvers try.

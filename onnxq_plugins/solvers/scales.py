@@ -46,8 +46,7 @@ def search_scales(w: Array, h: Array, step: Array, grid: Grid, share: Array, fac
         losses = scale_losses(w, h, step, grid, factors)
         total = np.stack([np.bincount(share.reshape(-1), row.reshape(-1), count) for row in losses])
         at = total.argmin(axis=0)
-        each = np.broadcast_to(factors.reshape(len(factors), *(1,) * (3 - factors.ndim), *factors.shape[1:]),
-                               losses.shape)
+        each = np.broadcast_to(factors.reshape(len(factors), *(1,) * (3 - factors.ndim), *factors.shape[1:]), losses.shape)
         return np.take_along_axis(each, at[share][None], axis=0)[0], total.min(axis=0)[share]
 
     if factors is not None:

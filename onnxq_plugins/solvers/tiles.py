@@ -79,8 +79,9 @@ class Tiles:
         return np.repeat(unit, self.width, axis=2)[:, :, :size]
 
 
-def search_free(w: Array, h: Array | None, blocks: Array | None, tiles: Tiles, cover: Array, factors: Array,
-                rounds: int) -> Array:
+def search_free(
+    w: Array, h: Array | None, blocks: Array | None, tiles: Tiles, cover: Array, factors: Array, rounds: int
+) -> Array:
     """Step of each tile [bands, n] with the least output error, out of `cover` times each factor.
 
     w        weights [g, O, D]
@@ -102,8 +103,9 @@ def search_free(w: Array, h: Array | None, blocks: Array | None, tiles: Tiles, c
     return found
 
 
-def search_multipliers(w: Array, h: Array | None, blocks: Array | None, tiles: Tiles, unit: Array, choices: Array,
-                       share: Array, rounds: int) -> tuple[Array, Array]:
+def search_multipliers(
+    w: Array, h: Array | None, blocks: Array | None, tiles: Tiles, unit: Array, choices: Array, share: Array, rounds: int
+) -> tuple[Array, Array]:
     """Factor on each row's unit [g, O] and multiplier of each tile [bands, n] with the least output error.
 
     unit      step of multiplier 1 [g, O] whose largest multiplier covers the row

@@ -25,8 +25,13 @@ from onnxq_plugins.testing.checks import CHECKS
 __all__ = ["CHECKS", "cases", "parametrize_with_checks"]
 
 
-def parametrize_with_checks(steps: Iterable[Pass], *, expected_failures: Mapping[str, str] | None = None,
-                            recipe: Mapping[str, Any] | None = None, plugins: Iterable[object] = ()) -> Callable[..., Any]:
+def parametrize_with_checks(
+    steps: Iterable[Pass],
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    plugins: Iterable[object] = (),
+) -> Callable[..., Any]:
     """Decorate a test function of (step, check) that calls ``check(step)``: one test for each pass and check.
 
     steps               passes, with the parameters to try
@@ -40,12 +45,23 @@ def parametrize_with_checks(steps: Iterable[Pass], *, expected_failures: Mapping
     import pytest
 
     plugins = tuple(plugins)
-    return pytest.mark.parametrize(("step", "check"), [case for step in steps for case in cases(
-        step, expected_failures=expected_failures, recipe=recipe, plugins=plugins)])
+    return pytest.mark.parametrize(
+        ("step", "check"),
+        [
+            case
+            for step in steps
+            for case in cases(step, expected_failures=expected_failures, recipe=recipe, plugins=plugins)
+        ],
+    )
 
 
-def cases(step: Pass, *, expected_failures: Mapping[str, str] | None = None, recipe: Mapping[str, Any] | None = None,
-          plugins: Iterable[object] = ()) -> list[Any]:
+def cases(
+    step: Pass,
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    plugins: Iterable[object] = (),
+) -> list[Any]:
     """The tests of one pass as values of ``pytest.mark.parametrize(("step", "check"), ...)``, to join those of passes that
     need different recipes. Parameters as in `parametrize_with_checks`."""
     import pytest
@@ -56,10 +72,15 @@ def cases(step: Pass, *, expected_failures: Mapping[str, str] | None = None, rec
     if not isinstance(step, Pass):
         raise OnnxqError(f"{step!r} is no pass; give instances, such as MyPass().")
     bench = Bench(dict(recipe or {}), tuple(plugins))
-    return [pytest.param(step, partial(check, bench=bench), id=f"{_label(step)}-{name.removeprefix('check_')}",
-                         marks=[pytest.mark.xfail(strict=True, raises=AssertionError, reason=expected[name])]
-                         if name in expected else [])
-            for name, check in CHECKS.items()]
+    return [
+        pytest.param(
+            step,
+            partial(check, bench=bench),
+            id=f"{_label(step)}-{name.removeprefix('check_')}",
+            marks=[pytest.mark.xfail(strict=True, raises=AssertionError, reason=expected[name])] if name in expected else [],
+        )
+        for name, check in CHECKS.items()
+    ]
 
 
 def _label(step: Pass) -> str:

@@ -51,14 +51,25 @@ class Bench:
         for kind in dict.fromkeys(type(step) for step in steps):
             found = self.known.passes.get(kind.name)
             if found is not None and found is not kind:
-                raise AssertionError(f"pass '{kind.name}' is known from '{self.known.sources[f'pass {kind.name}']}' as "
-                                     f"another class, {found.__module__}.{found.__qualname__}; uninstall that package, or "
-                                     "install this one with: pip install -e .")
+                raise AssertionError(
+                    f"pass '{kind.name}' is known from '{self.known.sources[f'pass {kind.name}']}' as "
+                    f"another class, {found.__module__}.{found.__qualname__}; uninstall that package, or "
+                    "install this one with: pip install -e ."
+                )
             unknown += [kind] if found is None else []
         return [*self.plugins, *([Brings(tuple(unknown))] if unknown else [])]
 
-    def quantize(self, steps: Sequence[Pass], name: str, *, model: onnx.ModelProto | None = None, data: object = ...,
-                 changes: Mapping[str, Any] | None = None, watch: object = None, **options: Any) -> Result:
+    def quantize(
+        self,
+        steps: Sequence[Pass],
+        name: str,
+        *,
+        model: onnx.ModelProto | None = None,
+        data: object = ...,
+        changes: Mapping[str, Any] | None = None,
+        watch: object = None,
+        **options: Any,
+    ) -> Result:
         """The model of that name through the recipe and the passes. What the engine refuses is an OnnxqError, a pass that
         fails or breaks a rule an AssertionError.
 
@@ -70,8 +81,13 @@ class Bench:
         model = make(name) if model is None else model
         plugins = [*self.guests(*steps), *([] if watch is None else [watch])]
         try:
-            return quantize(model, self.table(*steps, **(changes or {})), feeds(model, SAMPLES) if data is ... else data,
-                            plugins=plugins, **{"workers": 1, **options})
+            return quantize(
+                model,
+                self.table(*steps, **(changes or {})),
+                feeds(model, SAMPLES) if data is ... else data,
+                plugins=plugins,
+                **{"workers": 1, **options},
+            )
         except LawBroken as error:
             raise AssertionError(f"on model '{name}', {error}") from error
 
@@ -80,9 +96,11 @@ class Bench:
         try:
             return self.quantize(steps, name, **options)
         except OnnxqError as error:
-            raise AssertionError(f"{_named(steps)} ends in an error on model '{name}' ({error.problems[0]}) where it must "
-                                 "work; give it a recipe that fits (recipe=...), or plan only what job.target.rule "
-                                 "accepts.") from error
+            raise AssertionError(
+                f"{_named(steps)} ends in an error on model '{name}' ({error.problems[0]}) where it must "
+                "work; give it a recipe that fits (recipe=...), or plan only what job.target.rule "
+                "accepts."
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -46,17 +46,21 @@ def check_declaration(step: Pass, bench: Bench) -> None:
     frozen = is_dataclass(kind) and getattr(vars(kind).get("__dataclass_params__"), "frozen", False)
     assert isinstance(step, Pass) and frozen, f"{where} must be a frozen dataclass: write @dataclass(frozen=True) above it."
     assert isinstance(kind.name, str) and "name" not in [f.name for f in fields(kind)], (
-        f"{where}: name must belong to the class and not be a parameter; write name: ClassVar[str] = \"vendor.pass\".")
+        f'{where}: name must belong to the class and not be a parameter; write name: ClassVar[str] = "vendor.pass".'
+    )
     word = r"[a-z0-9]+(-[a-z0-9]+)*"
     assert re.fullmatch(word if kind in BUILTIN else rf"{word}(\.{word})+", kind.name), (
-        f"{where}: name '{kind.name}' must be lower-case words with a vendor in front, such as acme.clip-weights.")
+        f"{where}: name '{kind.name}' must be lower-case words with a vendor in front, such as acme.clip-weights."
+    )
     assert isinstance(kind.exact, bool), f"{where}: exact must be True or False, it is {kind.exact!r}."
     own = vars(kind).get("__doc__") or ""
     assert own.strip() and not own.startswith(f"{kind.__name__}("), (
-        f"{where} needs a docstring, which 'onnxq plugins {kind.name}' shows; tell what it does, with what parameters.")
+        f"{where} needs a docstring, which 'onnxq plugins {kind.name}' shows; tell what it does, with what parameters."
+    )
     for field in fields(kind):
         assert not field.init or field.default is not MISSING or field.default_factory is not MISSING, (
-            f"{where}: parameter '{field.name}' has no default; give it one, so that a recipe may leave it out.")
+            f"{where}: parameter '{field.name}' has no default; give it one, so that a recipe may leave it out."
+        )
     every = {f.name: default_of(f) for f in fields(kind) if f.init}
     for source in ({k: v for k, v in every.items() if v is not None}, bench.table(step)["pass"][-1]):
         for key, value in source.items():
@@ -66,7 +70,8 @@ def check_declaration(step: Pass, bench: Bench) -> None:
                 again = None
             assert json.dumps(again, sort_keys=True) == json.dumps(_plain(value), sort_keys=True), (
                 f"{where}: {key} = {value!r} cannot be written in TOML and JSON; use numbers, text, booleans, and tuples or "
-                "dicts of these.")
+                "dicts of these."
+            )
 
 
 def check_recipe_round_trip(step: Pass, bench: Bench) -> None:
@@ -80,15 +85,20 @@ def check_recipe_round_trip(step: Pass, bench: Bench) -> None:
         try:
             again = parse(table, passes).passes[0]
         except OnnxqError as error:
-            raise AssertionError(f"pass '{step.name}' cannot be read from {how} that it wrote itself ({error.problems[0]}); "
-                                 "annotate each parameter with the type of its values.") from error
-        assert again == step, (f"pass '{step.name}' comes back from {how} as {again!r} instead of {step!r}; let parameters "
-                               "be plain values that __post_init__ does not change.")
+            raise AssertionError(
+                f"pass '{step.name}' cannot be read from {how} that it wrote itself ({error.problems[0]}); "
+                "annotate each parameter with the type of its values."
+            ) from error
+        assert again == step, (
+            f"pass '{step.name}' comes back from {how} as {again!r} instead of {step!r}; let parameters "
+            "be plain values that __post_init__ does not change."
+        )
     result = bench.must((step,), "cnn")
     kept = json.loads(next(p.value for p in result.model.metadata_props if p.key == "onnxq.recipe"))
     again = parse(kept, passes).passes[-1]
     assert again == step, (
-        f"pass '{step.name}' is {again!r} in the model's metadata instead of {step!r}; keep parameters plain.")
+        f"pass '{step.name}' is {again!r} in the model's metadata instead of {step!r}; keep parameters plain."
+    )
 
 
 def check_float_function(step: Pass, bench: Bench) -> None:
@@ -103,15 +113,18 @@ def check_float_function(step: Pass, bench: Bench) -> None:
         made = result.float_model
         for kind in ("input", "output"):
             old, new = ([port.name for port in getattr(m.graph, kind)] for m in (original, made))
-            assert old == new, (f"pass '{step.name}' changes the {kind}s of model '{name}' from {old} to {new}; keep their "
-                                "names and order.")
+            assert old == new, (
+                f"pass '{step.name}' changes the {kind}s of model '{name}' from {old} to {new}; keep their names and order."
+            )
         found = outputs(made, samples)
         assert all(np.isfinite(y).all() for y in found), (
-            f"behind pass '{step.name}' the float model '{name}' gives NaN or Inf; check the pass for divisions by 0.")
+            f"behind pass '{step.name}' the float model '{name}' gives NaN or Inf; check the pass for divisions by 0."
+        )
         moved = runtimes.drift(outputs(original, samples), found)
         assert not step.exact or moved <= DRIFT, (
             f"pass '{step.name}' moves the float outputs of model '{name}' by {moved:.1e} (limit {DRIFT:.0e}) though it "
-            "says exact = True; mend the rewrite, or declare exact = False if the change is meant.")
+            "says exact = True; mend the rewrite, or declare exact = False if the change is meant."
+        )
 
 
 def check_plan(step: Pass, bench: Bench) -> None:
@@ -145,10 +158,12 @@ def check_repeatable(step: Pass, bench: Bench) -> None:
         random.seed(12345)
         assert _bytes(bench.must((step,), "mobilenet")) == first, (
             f"pass '{step.name}' gives another model when it runs again with the same seed; draw random numbers from "
-            "job.rng, depend on no clock, and loop over no set.")
+            "job.rng, depend on no clock, and loop over no set."
+        )
     assert _bytes(bench.must((step,), "mobilenet", workers=2)) == first, (
         f"pass '{step.name}' gives another model with two workers than with one; draw random numbers before the work is "
-        "handed out, and collect results in the order of the layers.")
+        "handed out, and collect results in the order of the layers."
+    )
 
 
 def check_inputs_left_alone(step: Pass, bench: Bench) -> None:
@@ -165,9 +180,11 @@ def check_inputs_left_alone(step: Pass, bench: Bench) -> None:
             assert same(), f"pass '{step.name}' uses or sets a global random generator; draw from job.rng instead."
         assert model.SerializeToString() == make(name).SerializeToString(), (
             f"pass '{step.name}' changes the model it was given; change job.graph through its methods (set_constant ...), "
-            "not the arrays in it.")
+            "not the arrays in it."
+        )
         assert all(np.array_equal(a[k], b[k]) for a, b in zip(data, copies, strict=True) for k in a), (
-            f"pass '{step.name}' changes the calibration data; copy a sample before you write into it.")
+            f"pass '{step.name}' changes the calibration data; copy a sample before you write into it."
+        )
 
 
 def check_targets(step: Pass, bench: Bench) -> None:
@@ -189,7 +206,8 @@ def check_targets(step: Pass, bench: Bench) -> None:
             # a processor without VNNI saturates with some codes, whatever the pass
             assert apart > AGREE or apart > _apart(bench.quantize((), name, changes=changes), name, step, "") - 6, (
                 f"behind pass '{step.name}', model '{name}' for target '{target}' runs {apart:.0f} dB apart with and "
-                "without onnxruntime's optimizations; see docs/runtime.md for what its kernels round.")
+                "without onnxruntime's optimizations; see docs/runtime.md for what its kernels round."
+            )
 
 
 def check_twice(step: Pass, bench: Bench) -> None:
@@ -220,8 +238,10 @@ def check_odd_graphs(step: Pass, bench: Bench) -> None:
                 bench.quantize((), name, changes=changes)
             except OnnxqError:
                 continue  # the recipe does not fit, whatever the pass
-            raise AssertionError(f"pass '{step.name}' ends in an error on model '{name}'{how}, which works without it "
-                                 f"({error.problems[0]}); leave alone what it cannot handle.") from error
+            raise AssertionError(
+                f"pass '{step.name}' ends in an error on model '{name}'{how}, which works without it "
+                f"({error.problems[0]}); leave alone what it cannot handle."
+            ) from error
         _apart(made, name, step, how)
 
 
@@ -241,7 +261,8 @@ def check_not_harmful(step: Pass, bench: Bench) -> None:
     each = ", ".join(f"{name} {gain:+.1f}" for name, gain in zip(PLAIN, gains, strict=True))
     assert np.mean(gains) >= -HARM, (
         f"pass '{step.name}' loses {-np.mean(gains):.1f} dB against the recipe without it ({each}); if it trades that for "
-        "something else, say so in expected_failures.")
+        "something else, say so in expected_failures."
+    )
 
 
 def check_report(step: Pass, bench: Bench) -> None:
@@ -257,8 +278,9 @@ def check_report(step: Pass, bench: Bench) -> None:
     try:
         json.dumps(result.report, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise AssertionError(f"behind pass '{step.name}' the report is no JSON ({error}); turn numpy values into int, float "
-                             "or list.") from error
+        raise AssertionError(
+            f"behind pass '{step.name}' the report is no JSON ({error}); turn numpy values into int, float or list."
+        ) from error
 
 
 def check_without_data(step: Pass, bench: Bench) -> None:
@@ -274,13 +296,15 @@ def check_without_data(step: Pass, bench: Bench) -> None:
             _sentences(step, "cnn", error)
             assert re.search(r"\bdata\b", str(error)), (
                 f"pass '{step.name}'{how} ends without data in an error that does not mention them ({error.problems[0]}); "
-                "ask job.calibration, which says so, or leave out what needs data and note it.")
+                "ask job.calibration, which says so, or leave out what needs data and note it."
+            )
         else:
             _apart(made, "cnn", step, f" without data{how}")
 
 
-CHECKS: dict[str, Callable[..., None]] = {name: check for name, check in list(globals().items())
-                            if name.startswith("check_") and inspect.isfunction(check)}
+CHECKS: dict[str, Callable[..., None]] = {
+    name: check for name, check in list(globals().items()) if name.startswith("check_") and inspect.isfunction(check)
+}
 
 
 # ---- details --------------------------------------------------------------------------------------------------------------
@@ -319,7 +343,8 @@ def _apart(made: Result, name: str, step: Pass, how: str) -> float:
     for one in found:
         assert [y.shape for y in one] == [y.shape for y in wanted] and all(np.isfinite(y).all() for y in one), (
             f"behind pass '{step.name}'{how}, model '{name}' gives outputs of another shape, or NaN or Inf; compare "
-            "result.float_model with the original.")
+            "result.float_model with the original."
+        )
     return sqnr(found[0], found[1])
 
 
@@ -328,7 +353,8 @@ def _sentences(step: Pass, name: str, error: OnnxqError) -> None:
     for problem in error.problems or ("",):
         assert problem.strip().endswith(".") and "\n" not in problem, (
             f"pass '{step.name}' refuses model '{name}' with {problem!r}; raise OnnxqError with one sentence on one line: "
-            "what is wrong, where, and what to do.")
+            "what is wrong, where, and what to do."
+        )
 
 
 def _toml(value: object) -> str:

@@ -43,8 +43,9 @@ class Net:
         self.nodes.append(helper.make_node(op, inputs, names, name=f"{op.lower()}{n}", **attrs))
         return names[0]
 
-    def conv(self, x: str, cin: int, cout: int, k: int = 3, *, groups: int = 1, bias: bool = True, rank: int = 2,
-             **attrs: Any) -> str:
+    def conv(
+        self, x: str, cin: int, cout: int, k: int = 3, *, groups: int = 1, bias: bool = True, rank: int = 2, **attrs: Any
+    ) -> str:
         if "auto_pad" not in attrs:
             attrs.setdefault("pads", [k // 2] * 2 * rank)
         inputs = [self.weight(cout, cin // groups, *[k] * rank, fan_in=cin // groups * k**rank)]
@@ -255,13 +256,21 @@ def control_flow() -> onnx.ModelProto:
     largest = net.op("ReduceMax", "x", keepdims=0)
     condition = net.op("Greater", largest, net.constant(2.8))
     factor = net.weight(8, 1, 1)
-    branches = [helper.make_graph([helper.make_node("Mul", [x, factor], [f"{name}_out"])], name, [],
-                                  [helper.make_empty_tensor_value_info(f"{name}_out")]) for name in ("yes", "no")]
+    branches = [
+        helper.make_graph(
+            [helper.make_node("Mul", [x, factor], [f"{name}_out"])],
+            name,
+            [],
+            [helper.make_empty_tensor_value_info(f"{name}_out")],
+        )
+        for name in ("yes", "no")
+    ]
     branches[1].node[0].op_type = "Add"
     for branch in branches:
         branch.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
-        branch.output[0].type.tensor_type.shape.CopyFrom(helper.make_tensor_value_info(
-            "", TensorProto.FLOAT, ["N", 8, 8, 8]).type.tensor_type.shape)
+        branch.output[0].type.tensor_type.shape.CopyFrom(
+            helper.make_tensor_value_info("", TensorProto.FLOAT, ["N", 8, 8, 8]).type.tensor_type.shape
+        )
     x = net.op("If", condition, then_branch=branches[0], else_branch=branches[1])
     return net.model(net.head(net.op("Relu", net.conv(x, 8, 9)), 9))
 
@@ -285,9 +294,28 @@ def resnet20(opset: int = 17) -> onnx.ModelProto:
     return net.model(net.head(x, 16), opset=opset)
 
 
-ZOO: dict[str, Callable[[], onnx.ModelProto]] = {f.__name__: f for f in (
-    cnn, mobilenet, grouped, inception, mlp, transformer, written_out, conv_transpose, conv1d, no_bias, dead_channels,
-    odd_channels, shared_weights, no_layer, control_flow, prelu, resnet20)}
+ZOO: dict[str, Callable[[], onnx.ModelProto]] = {
+    f.__name__: f
+    for f in (
+        cnn,
+        mobilenet,
+        grouped,
+        inception,
+        mlp,
+        transformer,
+        written_out,
+        conv_transpose,
+        conv1d,
+        no_bias,
+        dead_channels,
+        odd_channels,
+        shared_weights,
+        no_layer,
+        control_flow,
+        prelu,
+        resnet20,
+    )
+}
 
 
 def fixed_batch() -> onnx.ModelProto:

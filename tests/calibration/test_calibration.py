@@ -90,8 +90,9 @@ def sessions(monkeypatch):
 # ---- values ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cnn", "mobilenet", "inception", "mlp", "transformer", "conv_transpose",
-                                  "control_flow", "no_layer"])
+@pytest.mark.parametrize(
+    "name", ["cnn", "mobilenet", "inception", "mlp", "transformer", "conv_transpose", "control_flow", "no_layer"]
+)
 def test_reductions_equal_numpy(name):
     calibration, graph, samples = calibrate(ZOO[name]())
     names = activations(graph)
@@ -204,8 +205,7 @@ CONVS = {  # (input, weight, attributes, pads written out)
     "groups": ((6, 7, 8), (9, 2, 3, 3), {"group": 3, "pads": [1] * 4}, [(1, 1), (1, 1)]),
     "depthwise": ((6, 7, 8), (12, 1, 3, 3), {"group": 6, "strides": [2, 1]}, [(0, 0), (0, 0)]),
     "conv1d": ((6, 21), (8, 3, 5), {"group": 2, "pads": [2, 1], "strides": [2], "dilations": [2]}, [(2, 1)]),
-    "conv3d": ((4, 4, 5, 3), (5, 4, 2, 3, 1), {"pads": [1, 0, 0, 0, 1, 0], "strides": [1, 2, 1]},
-               [(1, 0), (0, 1), (0, 0)]),
+    "conv3d": ((4, 4, 5, 3), (5, 4, 2, 3, 1), {"pads": [1, 0, 0, 0, 1, 0], "strides": [1, 2, 1]}, [(1, 0), (0, 1), (0, 0)]),
 }
 
 
@@ -215,7 +215,7 @@ def test_grams_of_convolutions(case):
     net = Net(["N", *shape])
     model = net.model(net.op("Conv", "x", net.weight(*weight), net.weight(weight[0]), **attrs))
     calibration, graph, samples = calibrate(model)
-    layer, = graph.layers
+    (layer,) = graph.layers
     gram = calibration.grams([layer], positions=10**6)[layer.name]
     columns = im2col(layer, fetch(graph, "x", samples), pads).astype(np.float64)
     check_gram(gram, columns)
@@ -228,7 +228,7 @@ def test_grams_of_matrix_products(op, shape):
     net = Net(shape)
     y = net.linear("x", 7, 9, bias=op == "Gemm")
     calibration, graph, samples = calibrate(net.model(y))
-    layer, = graph.layers
+    (layer,) = graph.layers
     assert layer.op == op
     gram = calibration.grams([layer], positions=10**6)[layer.name]
     check_gram(gram, np.concatenate([s["x"] for s in samples]).reshape(-1, 7).T[None].astype(np.float64))
@@ -327,7 +327,7 @@ def test_cache_knows_model_and_data(tmp_path, sessions):
 
 def test_half_a_cache_file_is_computed_again(tmp_path):
     wanted = ask(calibrate(cnn(), cache=tmp_path)[0], "moments")
-    file, = tmp_path.iterdir()
+    (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:200])
     assert_same(ask(calibrate(cnn(), cache=tmp_path)[0], "moments"), wanted)
 
@@ -414,10 +414,16 @@ def error(x, low, high, bits):
 
 def sample(kind, seed=0, n=20000):
     rng = np.random.default_rng(seed)
-    x = {"normal": lambda: rng.normal(size=n), "laplace": lambda: rng.laplace(size=n),
-         "relu": lambda: np.maximum(rng.normal(size=n), 0), "uniform": lambda: rng.uniform(-1, 2, n),
-         "heavy": lambda: rng.standard_t(2.5, n), "negative": lambda: -rng.exponential(size=n),
-         "offset": lambda: rng.normal(size=n) + 20, "outlier": lambda: np.append(rng.normal(size=n), 300.0)}[kind]()
+    x = {
+        "normal": lambda: rng.normal(size=n),
+        "laplace": lambda: rng.laplace(size=n),
+        "relu": lambda: np.maximum(rng.normal(size=n), 0),
+        "uniform": lambda: rng.uniform(-1, 2, n),
+        "heavy": lambda: rng.standard_t(2.5, n),
+        "negative": lambda: -rng.exponential(size=n),
+        "offset": lambda: rng.normal(size=n) + 20,
+        "outlier": lambda: np.append(rng.normal(size=n), 300.0),
+    }[kind]()
     return x.astype(np.float32)
 
 
@@ -434,8 +440,9 @@ def test_mse_is_never_worse_than_minmax(kind, bits):
     assert error(x, *kept, bits) <= error(x, low, high, bits) * 1.005 + ((high - low) / 2048) ** 2 / 3
 
 
-@pytest.mark.parametrize("kind, bits", [("heavy", 8), ("heavy", 4), ("laplace", 4), ("normal", 4), ("relu", 4),
-                                        ("negative", 4), ("offset", 4)])
+@pytest.mark.parametrize(
+    "kind, bits", [("heavy", 8), ("heavy", 4), ("laplace", 4), ("normal", 4), ("relu", 4), ("negative", 4), ("offset", 4)]
+)
 def test_mse_cut_is_nearly_the_best(kind, bits):
     """Against every pair of ends on a grid of 5 percent."""
     x = sample(kind, n=5000)
@@ -488,8 +495,9 @@ def test_kl_cuts_outliers_but_not_always():
         assert kl_range(*histogram(x), 256) == pytest.approx((x.min(), x.max()), rel=0.1, abs=1e-3)
 
 
-@pytest.mark.parametrize("choose", [lambda h: mse_range(*h, 256), lambda h: kl_range(*h, 256),
-                                    lambda h: percentile_range(*h, 99.9)])
+@pytest.mark.parametrize(
+    "choose", [lambda h: mse_range(*h, 256), lambda h: kl_range(*h, 256), lambda h: percentile_range(*h, 99.9)]
+)
 @pytest.mark.parametrize("x", [np.zeros(9), np.append(np.zeros(1000), 5.0), np.full(100, 3.0), np.array([-1.0, 1.0])])
 def test_degenerate_histograms(choose, x):
     low, high = choose(histogram(x))

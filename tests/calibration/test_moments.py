@@ -53,7 +53,7 @@ def check(net, output, *, variance=0.1, mean=0.04, spread=1.0, told=True, sample
     axis = channel_axis(graph, "x")
     moments = normal_input(graph.shape("x")[axis], spread=spread)
     found = expected(graph, {"x": moments})
-    name, = graph.outputs
+    (name,) = graph.outputs
     values = simulate(graph, moments, axis, [name], samples)[name]
     wanted_mean, wanted_variance = per_channel(graph, name, values)
     made = found[name]
@@ -85,7 +85,7 @@ def sane(made):
 def test_clipped_moments_by_integration(low, high):
     mean, deviation = (v.ravel() for v in np.meshgrid([-5, -1, 0, 0.3, 4], [0.2, 1, 3]))
     z = np.linspace(-9, 9, 200_001)
-    density = np.exp(-z**2 / 2)
+    density = np.exp(-(z**2) / 2)
     values = np.clip(mean[:, None] + deviation[:, None] * z, low, high)
     wanted = values @ density / density.sum()
     wanted_variance = ((values - wanted[:, None]) ** 2) @ density / density.sum()
@@ -127,7 +127,7 @@ def test_wider_convolutions_count_on_neighbours_that_are_alike(groups):
     """Means are exact without padding; variances lie between those of equal and of independent neighbours."""
     net = Net(["N", 6, 3, 3])
     graph = load(net.model(net.conv("x", 6, 12, groups=groups, pads=[0] * 4)))
-    layer, = graph.layers
+    (layer,) = graph.layers
     moments = normal_input(6)
     made = expected(graph, {"x": moments})[layer.output]
     mean, independent = per_channel(graph, layer.output, simulate(graph, moments, 1, [layer.output])[layer.output])
@@ -176,14 +176,28 @@ def test_what_a_relu_all_but_closes_stays_in_its_span():
     sane(expected(graph, {"x": start})[graph.outputs[0]])
 
 
-@pytest.mark.parametrize("op, attrs", [("LeakyRelu", {"alpha": 0.2}), ("Sigmoid", {}), ("Tanh", {}), ("Gelu", {}),
-                                       ("Gelu", {"approximate": "tanh"}), ("HardSwish", {}), ("Elu", {}), ("Softplus", {}),
-                                       ("HardSigmoid", {"alpha": 0.25}), ("Exp", {}), ("Abs", {}), ("Neg", {})])
+@pytest.mark.parametrize(
+    "op, attrs",
+    [
+        ("LeakyRelu", {"alpha": 0.2}),
+        ("Sigmoid", {}),
+        ("Tanh", {}),
+        ("Gelu", {}),
+        ("Gelu", {"approximate": "tanh"}),
+        ("HardSwish", {}),
+        ("Elu", {}),
+        ("Softplus", {}),
+        ("HardSigmoid", {"alpha": 0.25}),
+        ("Exp", {}),
+        ("Abs", {}),
+        ("Neg", {}),
+    ],
+)
 def test_functions_of_one_variable(op, attrs):
     net = Net(["N", 8, 3, 3])
     graph = load(net.model(net.op(op, "x", **attrs), opset=20))
     moments = normal_input(8, spread=0.5)
-    name, = graph.outputs
+    (name,) = graph.outputs
     values = simulate(graph, moments, 1, [name])[name]
     mean, variance = per_channel(graph, name, values)
     made = expected(graph, {"x": moments})[name]
@@ -283,8 +297,15 @@ def test_flatten_repeats_channels(how):
     check(net, y, mean=0.1)
 
 
-@pytest.mark.parametrize("op, attrs", [("GlobalAveragePool", {}), ("AveragePool", {"kernel_shape": [2, 2]}),
-                                       ("ReduceMean", {"axes": [2, 3]}), ("ReduceMean", {"axes": [-1, -2], "keepdims": 0})])
+@pytest.mark.parametrize(
+    "op, attrs",
+    [
+        ("GlobalAveragePool", {}),
+        ("AveragePool", {"kernel_shape": [2, 2]}),
+        ("ReduceMean", {"axes": [2, 3]}),
+        ("ReduceMean", {"axes": [-1, -2], "keepdims": 0}),
+    ],
+)
 def test_averages_keep_the_mean_and_lose_variance(op, attrs):
     net = Net(["N", 5, 4, 4])
     made = check(net, net.op(op, "x", **attrs), variance=None, mean=0.2)
@@ -305,7 +326,7 @@ def test_layer_normalization(written_out):
     y = net.layernorm("x", 48) if written_out else net.op("LayerNormalization", "x", net.weight(48), net.weight(48))
     graph = load(net.model(y))
     start = Moments(np.zeros(48), np.ones(48), np.full(48, -6.0), np.full(48, 6.0))
-    name, = graph.outputs
+    (name,) = graph.outputs
     values = simulate(graph, start, 2, [name])[name]
     mean, variance = per_channel(graph, name, values)
     made = expected(graph, {"x": start})[name]
@@ -343,7 +364,7 @@ def test_softmax_averages_what_it_multiplies():
     weights = net.op("Softmax", net.linear("x", 6, 6, bias=False), axis=2)
     graph = load(net.model(net.op("MatMul", weights, "x")))
     moments = normal_input(6)
-    name, = graph.outputs
+    (name,) = graph.outputs
     mean, _ = per_channel(graph, name, simulate(graph, moments, 2, [name])[name])
     made = expected(graph, {"x": moments})[name]
     assert (np.abs(made.mean - mean) < np.sqrt(moments.variance)).all() and (made.variance < moments.variance).all()
@@ -371,16 +392,22 @@ def test_channels_are_followed_where_they_move(how):
     def integers(*values):
         return net.constant(values, np.int64)
 
-    y = {"Slice": lambda: net.op("Slice", "x", integers(1), integers(6), integers(1), integers(2)),
-         "reverse": lambda: net.op("Slice", "x", integers(7), integers(-9), integers(1), integers(-1)),
-         "Gather": lambda: net.op("Gather", "x", integers(7, 0, 3, 3, 1, 2, 5, 4), axis=1),
-         "Split": lambda: [net.op("Split", "x", integers(3, 5), outputs=2, axis=1), net.nodes[-1].output[1]][1],
-         "Pad": lambda: net.op("Pad", "x", integers(0, 1, 0, 0, 0, 2, 0, 0)),
-         "shuffle": lambda: net.op("Reshape", net.op("Transpose", net.op("Reshape", "x", integers(0, 2, 4, 2, 2)),
-                                                     perm=[0, 2, 1, 3, 4]), integers(0, 8, 2, 2)),
-         "NHWC and back": lambda: net.op("Transpose", net.op("Identity", net.op("Transpose", "x", perm=[0, 2, 3, 1])),
-                                         perm=[0, 3, 1, 2]),
-         "DepthToSpace": lambda: net.op("DepthToSpace", "x", blocksize=2)}[how]()
+    y = {
+        "Slice": lambda: net.op("Slice", "x", integers(1), integers(6), integers(1), integers(2)),
+        "reverse": lambda: net.op("Slice", "x", integers(7), integers(-9), integers(1), integers(-1)),
+        "Gather": lambda: net.op("Gather", "x", integers(7, 0, 3, 3, 1, 2, 5, 4), axis=1),
+        "Split": lambda: [net.op("Split", "x", integers(3, 5), outputs=2, axis=1), net.nodes[-1].output[1]][1],
+        "Pad": lambda: net.op("Pad", "x", integers(0, 1, 0, 0, 0, 2, 0, 0)),
+        "shuffle": lambda: net.op(
+            "Reshape",
+            net.op("Transpose", net.op("Reshape", "x", integers(0, 2, 4, 2, 2)), perm=[0, 2, 1, 3, 4]),
+            integers(0, 8, 2, 2),
+        ),
+        "NHWC and back": lambda: net.op(
+            "Transpose", net.op("Identity", net.op("Transpose", "x", perm=[0, 2, 3, 1])), perm=[0, 3, 1, 2]
+        ),
+        "DepthToSpace": lambda: net.op("DepthToSpace", "x", blocksize=2),
+    }[how]()
     made = check(net, net.op("Identity", y), told=how not in ("NHWC and back", "shuffle"))
     assert how != "Gather" or made.mean[0] == normal_input(8).mean[7]
 
@@ -412,8 +439,14 @@ def test_whole_numbers_are_not_told():
 
 # ---- whole graphs ---------------------------------------------------------------------------------------------------
 
-VARIANTS = {**ZOO, **{f"{n}, opset {o}": lambda n=n, o=o: ZOO[n](opset=o) for n in ("cnn", "mobilenet", "mlp", "resnet20")
-                      for o in (13, 18)}}
+VARIANTS = {
+    **ZOO,
+    **{
+        f"{n}, opset {o}": lambda n=n, o=o: ZOO[n](opset=o)
+        for n in ("cnn", "mobilenet", "mlp", "resnet20")
+        for o in (13, 18)
+    },
+}
 
 
 def start_of(graph):
@@ -560,8 +593,10 @@ def both(model, n=6, inputs=None, **options):
 
 
 def named(graph):
-    return [*graph.inputs, *(t.name for node in graph.nodes for t in node.outputs
-                             if t.dtype == np.float32 and len(t.shape or ()) > 1)]
+    return [
+        *graph.inputs,
+        *(t.name for node in graph.nodes for t in node.outputs if t.dtype == np.float32 and len(t.shape or ()) > 1),
+    ]
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -573,8 +608,9 @@ def test_answers_have_the_form_of_a_calibration(name):
         assert list(a) == list(b) == names
         for tensor in names:
             x, y = (list(vars(v[tensor]).values()) if statistic == "moments" else v[tensor] for v in (a, b))
-            for left, right in zip(np.atleast_1d(x) if statistic == "means" else x,
-                                   np.atleast_1d(y) if statistic == "means" else y, strict=True):
+            for left, right in zip(
+                np.atleast_1d(x) if statistic == "means" else x, np.atleast_1d(y) if statistic == "means" else y, strict=True
+            ):
                 left, right = np.asarray(left), np.asarray(right)
                 assert left.shape == right.shape and left.dtype == right.dtype, (statistic, tensor)
         assert all(isinstance(v, float) for pair in ours.ranges(names[:1]).values() for v in pair)
@@ -586,7 +622,7 @@ def test_without_known_channels_samples_answer():
     sample = {"x": np.arange(-2, 5, dtype=np.float32).reshape(1, 7)}
     data = Data(graph_inputs(graph), lambda: iter([sample]))
     made = Expected(graph, data, {"x": normal_input(1)}, 6.0)
-    name, = graph.outputs
+    (name,) = graph.outputs
     np.testing.assert_array_equal(made.means([name])[name], np.maximum(sample["x"][0], 0))
     assert made.ranges([name])[name] != (0.0, 4.0)  # as a whole it is told
 
@@ -645,7 +681,7 @@ def test_more_deviations_are_wider_spans():
     graph = load(mobilenet())
     narrow, wide = (expected(graph, start_of(graph), deviations) for deviations in (3.0, 6.0))
     for name in graph.batchnorms:
-        assert (wide[name].high - wide[name].low == pytest.approx(2 * (narrow[name].high - narrow[name].low)))
+        assert wide[name].high - wide[name].low == pytest.approx(2 * (narrow[name].high - narrow[name].low))
 
 
 def test_results_do_not_depend_on_the_order_of_asking():

@@ -236,7 +236,7 @@ def folder_as_model():
 @bad("model.onnx'", "again")
 def truncated_model():
     content = Path("model.onnx").read_bytes()
-    Path("model.onnx").write_bytes(content[:len(content) // 2])
+    Path("model.onnx").write_bytes(content[: len(content) // 2])
     return []
 
 
@@ -333,7 +333,7 @@ def external(location: str, content: bytes | None) -> list:
     data = Path("weights").read_bytes()
     Path("weights").unlink()
     if content is not None:
-        Path(location).write_bytes(data[:len(content)] if content else data)
+        Path(location).write_bytes(data[: len(content)] if content else data)
     for tensor in proto.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
@@ -470,8 +470,13 @@ def test_bad_input(onnxq, prepare, phrases):
     write_data()
     more = prepare()
     before = listing()
-    arguments = ["quantize", "model.onnx", *([] if "--data" in more else ["--data", "data.npz"]),
-                 *([] if "-o" in more else ["-o", "made.onnx"]), *more]
+    arguments = [
+        "quantize",
+        "model.onnx",
+        *([] if "--data" in more else ["--data", "data.npz"]),
+        *([] if "-o" in more else ["-o", "made.onnx"]),
+        *more,
+    ]
     ran = onnxq(*arguments)
     assert (ran.code, ran.out) == (2, ""), ran
     assert all(line.startswith("error: ") for line in ran.err.splitlines()), ran.err
@@ -593,19 +598,49 @@ def test_options_reach_the_engine(ready, monkeypatch):
         return quantize(model, recipe, data, **{**options, "track": onnxq_plugins.calibration.statistics.silent})
 
     monkeypatch.setattr(cli.make, "quantize", spy)
-    ran = ready("quantize", "model.onnx", "--data", "data.npz", "--samples", 2, "--seed", 5, "--workers", 1, "--cache", "c",
-                "--verify", "--set", "ranges.method=mse", "--mean", "0.5", "--resize", 9)
+    ran = ready(
+        "quantize",
+        "model.onnx",
+        "--data",
+        "data.npz",
+        "--samples",
+        2,
+        "--seed",
+        5,
+        "--workers",
+        1,
+        "--cache",
+        "c",
+        "--verify",
+        "--set",
+        "ranges.method=mse",
+        "--mean",
+        "0.5",
+        "--resize",
+        9,
+    )
     assert ran.code == 0
-    wanted = {"samples": 2, "seed": 5, "workers": 1, "cache": Path("c"), "verify": True, "float32": False, "target": None,
-              "data": "data.npz", "recipe": "int8"}
+    wanted = {
+        "samples": 2,
+        "seed": 5,
+        "workers": 1,
+        "cache": Path("c"),
+        "verify": True,
+        "float32": False,
+        "target": None,
+        "data": "data.npz",
+        "recipe": "int8",
+    }
     assert {key: seen[key] for key in wanted} == wanted
     assert seen["settings"] == ["data.resize=9", "data.mean=[0.5]", "ranges.method=mse"]
     assert any(Path("c").iterdir())
 
 
 def test_a_callable_as_data(ready):
-    Path("my_data.py").write_text("import numpy as np\n\ndef make():\n    for n in range(3):\n"
-                                  "        yield {'x': np.full((1, 3, 12, 12), n, np.float32)}\n")
+    Path("my_data.py").write_text(
+        "import numpy as np\n\ndef make():\n    for n in range(3):\n"
+        "        yield {'x': np.full((1, 3, 12, 12), n, np.float32)}\n"
+    )
     ran = ready("quantize", "model.onnx", "--data", "my_data:make", "--report", "report.json")
     assert ran.code == 0, ran.err
 
@@ -615,8 +650,22 @@ def test_a_folder_of_images_as_data(ready):
     for n in range(5):
         write_png(f"pictures/{n}.png", 20, 16)
     Path("pictures/notes.txt").write_text("not an image")
-    ran = ready("quantize", "model.onnx", "--data", "pictures", "--resize", 14, "--crop", 12, "--mean", "0.485,0.456,0.406",
-                "--std", "0.229,0.224,0.225", "--samples", 3)
+    ran = ready(
+        "quantize",
+        "model.onnx",
+        "--data",
+        "pictures",
+        "--resize",
+        14,
+        "--crop",
+        12,
+        "--mean",
+        "0.485,0.456,0.406",
+        "--std",
+        "0.229,0.224,0.225",
+        "--samples",
+        3,
+    )
     assert ran.code == 0, ran.err
 
 
@@ -631,25 +680,31 @@ def test_audit(ready):
     assert "neither its input (from the model's input) nor its weight is quantized" in ran.out
 
 
-@pytest.mark.parametrize(("arguments", "phrase"), [
-    (["audit", "nowhere.onnx"], "does not exist"),
-    (["audit", "data.npz"], "not a readable ONNX model"),
-    (["audit", "model.onnx", "--against", "nowhere.onnx"], "does not exist"),
-    (["audit", "model.onnx", "--against", "other.onnx"], "cannot be timed on the same input"),
-    (["audit", "model.onnx", "--runtime", "tensorrt"], "runtime 'tensorrt' is unknown"),
-    (["compare", "model.onnx", "nowhere.onnx", "--data", "data.npz"], "does not exist"),
-    (["compare", "model.onnx", "other.onnx", "--data", "data.npz"], "different inputs: x and y"),
-    (["compare", "model.onnx", "wide.onnx", "--data", "data.npz"], "has shape (8, 10) in 'model.onnx' and (8, 4, 12, 12)"),
-    (["compare", "model.onnx", "model.onnx", "--data", "nowhere.npz"], "does not exist"),
-    (["plugins", "nope"], "'nope' is neither a pass nor a target"),
-    (["new-plugin", "Nope"], "plugin name 'Nope' must be lower-case words"),
-    (["recipes", "nope"], "recipe 'nope' is unknown"),
-    (["check", "nope"], "neither a built-in"),
-    (["check", "int8", "nowhere.onnx"], "does not exist"),
-    (["check", "int8", "--target", "gpu"], "target 'gpu' is unknown"),
-    (["check", "block.toml", "model.onnx"], "cannot run Conv 'conv0', '"),
-    (["quickstart", "-o", "model.onnx"], "folder 'model.onnx'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (["audit", "nowhere.onnx"], "does not exist"),
+        (["audit", "data.npz"], "not a readable ONNX model"),
+        (["audit", "model.onnx", "--against", "nowhere.onnx"], "does not exist"),
+        (["audit", "model.onnx", "--against", "other.onnx"], "cannot be timed on the same input"),
+        (["audit", "model.onnx", "--runtime", "tensorrt"], "runtime 'tensorrt' is unknown"),
+        (["compare", "model.onnx", "nowhere.onnx", "--data", "data.npz"], "does not exist"),
+        (["compare", "model.onnx", "other.onnx", "--data", "data.npz"], "different inputs: x and y"),
+        (
+            ["compare", "model.onnx", "wide.onnx", "--data", "data.npz"],
+            "has shape (8, 10) in 'model.onnx' and (8, 4, 12, 12)",
+        ),
+        (["compare", "model.onnx", "model.onnx", "--data", "nowhere.npz"], "does not exist"),
+        (["plugins", "nope"], "'nope' is neither a pass nor a target"),
+        (["new-plugin", "Nope"], "plugin name 'Nope' must be lower-case words"),
+        (["recipes", "nope"], "recipe 'nope' is unknown"),
+        (["check", "nope"], "neither a built-in"),
+        (["check", "int8", "nowhere.onnx"], "does not exist"),
+        (["check", "int8", "--target", "gpu"], "target 'gpu' is unknown"),
+        (["check", "block.toml", "model.onnx"], "cannot run Conv 'conv0', '"),
+        (["quickstart", "-o", "model.onnx"], "folder 'model.onnx'"),
+    ],
+)
 def test_bad_input_of_the_other_commands(ready, arguments, phrase):
     other = mlp()
     other.graph.input[0].name = other.graph.node[0].input[0] = "y"
@@ -727,8 +782,10 @@ def test_recipes(ready):
 
 def test_check(ready):
     ran = ready("check", "int8", "model.onnx")
-    assert ran.out.splitlines() == ["recipe 'int8' is valid: target ort-cpu, passes: scale-inputs, ranges, bias-correct",
-                                    "it quantizes 3 of 3 layers of 'model.onnx'"]
+    assert ran.out.splitlines() == [
+        "recipe 'int8' is valid: target ort-cpu, passes: scale-inputs, ranges, bias-correct",
+        "it quantizes 3 of 3 layers of 'model.onnx'",
+    ]
     Path("mine.toml").write_text("[[layer]]\nop = 'Gemm'\nquantize = false")
     ran = ready("check", "mine.toml", "model.onnx")
     assert "float: gemm7: the recipe leaves it float" in ran.out
@@ -744,8 +801,15 @@ def test_quickstart(onnxq):
     float_accuracy, int8_accuracy = (float(rows[name][1].rstrip("%")) for name in ("float", "int8"))
     assert float_accuracy > 95
     assert int8_accuracy > float_accuracy - 1
-    assert sorted(listing()) == ["start", "start/calibration.npz", "start/digits.int8.onnx", "start/digits.onnx",
-                                 "start/report.html", "start/report.json", "start/test.npz"]
+    assert sorted(listing()) == [
+        "start",
+        "start/calibration.npz",
+        "start/digits.int8.onnx",
+        "start/digits.onnx",
+        "start/report.html",
+        "start/report.json",
+        "start/test.npz",
+    ]
     commands = [line.split()[1:] for line in ran.out.splitlines() if line.startswith("  onnxq ")]
     assert [c[0] for c in commands] == ["quantize", "audit", "compare", "diagnose"]
     for command in commands:  # what it tells you to type next
@@ -758,8 +822,10 @@ def test_a_trace_shows_hook_calls_and_leaves_the_model_as_it_is(ready):
     assert shown.code == 0 and shown.out.count("onnxq_run_pass(step=") == len(steps)
     assert "onnxq_exported(" in shown.out and not list(Path().glob("*.onnx"))[1:]
     assert "leave 'ranges' out" in ready("plugins", "ranges", "--trace").err
-    plain, traced = (ready("quantize", "model.onnx", "--data", "data.npz", "-o", f"{name}.onnx", *options)
-                     for name, options in (("a", ()), ("b", ("--trace",))))
+    plain, traced = (
+        ready("quantize", "model.onnx", "--data", "data.npz", "-o", f"{name}.onnx", *options)
+        for name, options in (("a", ()), ("b", ("--trace",)))
+    )
     assert "onnxq_run_pass(" in traced.err and "onnxq_run_pass(" not in plain.err + traced.out
     assert Path("a.onnx").read_bytes() == Path("b.onnx").read_bytes()
 
@@ -768,8 +834,9 @@ def test_version(onnxq):
     assert onnxq("--version").out == f"onnxq-plugins {onnxq_plugins.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["quantize", "audit", "compare", "plugins", "new-plugin", "recipes", "check",
-                                     "quickstart"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "audit", "compare", "plugins", "new-plugin", "recipes", "check", "quickstart"]
+)
 def test_every_command_has_help(onnxq, command):
     ran = onnxq(command, "--help")
     assert ran.code == 0
@@ -780,6 +847,7 @@ def test_every_command_has_help(onnxq, command):
 @pytest.mark.parametrize("hidden", [False, True])
 def test_interruption_is_one_line(ready, monkeypatch, hidden):
     """Ctrl-C may come while a lock is taken, which then fails in a way of its own."""
+
     def interrupt(*_, **__):
         try:
             raise KeyboardInterrupt
@@ -808,8 +876,14 @@ def test_as_a_real_process(ready):
     env = {**os.environ, "PYTHONPATH": str(Path(onnxq_plugins.__file__).parent.parent)}
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "onnxq_plugins.cli", *arguments], env=env, capture_output=True,
-                              text=True, timeout=60, check=False)
+        return subprocess.run(
+            [sys.executable, "-m", "onnxq_plugins.cli", *arguments],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
 
     good = run("quantize", "model.onnx", "--data", "data.npz")
     assert (good.returncode, good.stderr) == (0, "")
@@ -847,19 +921,22 @@ class Rewinding(Reader):
         self.left = iter(VALUES)
 
 
-@pytest.mark.parametrize("source", [
-    pytest.param(lambda: VALUES, id="array"),
-    pytest.param(lambda: VALUES.astype(np.float64), id="float64"),
-    pytest.param(lambda: {"x": VALUES}, id="mapping"),
-    pytest.param(lambda: {"anything": VALUES}, id="single array"),
-    pytest.param(lambda: [{"x": row[None]} for row in VALUES], id="list of feeds"),
-    pytest.param(lambda: [row[None] for row in VALUES], id="list of arrays"),
-    pytest.param(lambda: ({"x": row[None]} for row in VALUES), id="generator"),
-    pytest.param(lambda: [{"x": VALUES[:4]}, {"x": VALUES[4:]}], id="batches"),
-    pytest.param(lambda: [{"x": row[None], "label": 1} for row in VALUES], id="more than asked"),
-    pytest.param(Reader, id="reader"),
-    pytest.param(Rewinding, id="rewinding reader"),
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(lambda: VALUES, id="array"),
+        pytest.param(lambda: VALUES.astype(np.float64), id="float64"),
+        pytest.param(lambda: {"x": VALUES}, id="mapping"),
+        pytest.param(lambda: {"anything": VALUES}, id="single array"),
+        pytest.param(lambda: [{"x": row[None]} for row in VALUES], id="list of feeds"),
+        pytest.param(lambda: [row[None] for row in VALUES], id="list of arrays"),
+        pytest.param(lambda: ({"x": row[None]} for row in VALUES), id="generator"),
+        pytest.param(lambda: [{"x": VALUES[:4]}, {"x": VALUES[4:]}], id="batches"),
+        pytest.param(lambda: [{"x": row[None], "label": 1} for row in VALUES], id="more than asked"),
+        pytest.param(Reader, id="reader"),
+        pytest.param(Rewinding, id="rewinding reader"),
+    ],
+)
 def test_sources_give_single_samples_as_often_as_asked(source):
     data = open_data(source(), [X])
     for _ in range(2):
@@ -914,10 +991,16 @@ def nchw(size: int, channels: int = 3) -> Input:
     return Input("x", np.dtype(np.float32), (None, channels, size, size))
 
 
-@pytest.mark.parametrize(("mode", "mean", "std"), [
-    ("RGB", (0.0,), (1.0,)), ("RGB", (0.5,), (0.25,)), ("RGB", (0.485, 0.456, 0.406), (0.2, 0.3, 0.4)),
-    ("L", (0.0,), (1.0,)), ("L", (0.5,), (0.25,)),
-])
+@pytest.mark.parametrize(
+    ("mode", "mean", "std"),
+    [
+        ("RGB", (0.0,), (1.0,)),
+        ("RGB", (0.5,), (0.25,)),
+        ("RGB", (0.485, 0.456, 0.406), (0.2, 0.3, 0.4)),
+        ("L", (0.0,), (1.0,)),
+        ("L", (0.5,), (0.25,)),
+    ],
+)
 @pytest.mark.parametrize(("layout", "channels_last"), [("nchw", False), ("", False), ("nhwc", True), ("", True)])
 def test_images_become_exactly_the_expected_array(tmp_path, monkeypatch, mode, mean, std, layout, channels_last):
     monkeypatch.chdir(tmp_path)
@@ -939,15 +1022,16 @@ def test_crop_takes_the_middle(tmp_path, monkeypatch):
     np.testing.assert_allclose(feed["x"][0].transpose(1, 2, 0), pixels[4:12, 6:14] / 255, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("size", "resized"), [((20, 16), (15, 12)), ((16, 20), (12, 15)), ((7, 6), (14, 12)),
-                                               ((12, 12), (12, 12))])
+@pytest.mark.parametrize(
+    ("size", "resized"), [((20, 16), (15, 12)), ((16, 20), (12, 15)), ((7, 6), (14, 12)), ((12, 12), (12, 12))]
+)
 def test_resize_gives_the_shorter_side(tmp_path, monkeypatch, size, resized):
     monkeypatch.chdir(tmp_path)
     pixels = write_png("a.png", *size)
     (feed,) = open_data(tmp_path, [nchw(12)], DataOptions(resize=12, crop=12))
     image = np.asarray(Image.fromarray(pixels).resize(resized, Image.Resampling.BILINEAR), np.float32) / 255
     left, top = (resized[0] - 12) // 2, (resized[1] - 12) // 2
-    np.testing.assert_allclose(feed["x"][0].transpose(1, 2, 0), image[top:top + 12, left:left + 12], rtol=1e-6)
+    np.testing.assert_allclose(feed["x"][0].transpose(1, 2, 0), image[top : top + 12, left : left + 12], rtol=1e-6)
 
 
 def test_images_of_other_modes_are_converted(tmp_path, monkeypatch):
@@ -992,9 +1076,9 @@ def test_mobilenet_from_file_to_file(ready):
 # ---- remarks on how data are read -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("options", "remark"), [
-    ([], "images were read as RGB/255"),
-    (["--mean", "0.5", "--std", "0.25"], "")])
+@pytest.mark.parametrize(
+    ("options", "remark"), [([], "images were read as RGB/255"), (["--mean", "0.5", "--std", "0.25"], "")]
+)
 def test_remarks_on_images(ready, options, remark):
     Path("pictures").mkdir()
     for n in range(8):
@@ -1009,6 +1093,7 @@ def test_image_options_beside_arrays_are_remarked(ready):
 
 
 def test_weight_only_needs_no_data(ready):
-    ran = ready("quantize", "model.onnx", "--set", "activations.bits=32", "--set", "weights.bits=4", "--set",
-                "weights.block=32")
+    ran = ready(
+        "quantize", "model.onnx", "--set", "activations.bits=32", "--set", "weights.bits=4", "--set", "weights.block=32"
+    )
     assert ran.code == 0 and "bias-correct was left out" in ran.err

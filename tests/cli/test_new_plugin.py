@@ -35,16 +35,26 @@ class Environment:
         # hatchling is there in an environment with the extra "test"; elsewhere pip fetches it
         ready = all(importlib.util.find_spec(name) for name in ("hatchling", "editables"))
         editable = [part for package in packages for part in ("-e", str(package))]
-        done = self.run(folder, "-m", "pip", "install", "--quiet", "--no-deps", *editable,
-                        *(["--no-build-isolation"] if ready else []), check=ready)
+        done = self.run(
+            folder,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            *editable,
+            *(["--no-build-isolation"] if ready else []),
+            check=ready,
+        )
         if done.returncode:
             pytest.skip("neither is hatchling installed nor does pip reach a package index")
 
     def run(self, folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         environment.pop("PYTEST_ADDOPTS", None)
-        done = subprocess.run([str(self.python), *arguments], cwd=folder, env=environment, capture_output=True, text=True,
-                              check=False)
+        done = subprocess.run(
+            [str(self.python), *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
         assert not check or done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         return done
 
@@ -59,28 +69,60 @@ def test_a_new_plugin_installs_passes_its_tests_and_runs_from_a_recipe(tmp_path)
     onnx.save(cnn(), tmp_path / "m.onnx")
     code = "import numpy as np; np.save('x.npy', np.random.default_rng(0).normal(size=(4, 3, 12, 12)).astype('float32'))"
     environment.run(tmp_path, "-c", code)
-    environment.run(tmp_path, "-m", "onnxq_plugins.cli", "quantize", "m.onnx", "--data", "x.npy", "-r",
-                    str(made / "recipe.toml"), "-o", "q.onnx", "--verify")
+    environment.run(
+        tmp_path,
+        "-m",
+        "onnxq_plugins.cli",
+        "quantize",
+        "m.onnx",
+        "--data",
+        "x.npy",
+        "-r",
+        str(made / "recipe.toml"),
+        "-o",
+        "q.onnx",
+        "--verify",
+    )
     told = {p.key: p.value for p in onnx.load(tmp_path / "q.onnx").metadata_props}
     assert "acme.shrink" in told["onnxq.recipe"] and "acme-shrink==0.1.0" in told["onnxq.versions"]
 
 
 def test_the_samples_install_pass_their_tests_and_show_in_a_trace(tmp_path):
-    copies = [Path(shutil.copytree(file.parent, tmp_path / file.parent.name, ignore=shutil.ignore_patterns("__pycache__")))
-              for file in sorted(SAMPLES.glob("*/pyproject.toml"))]
+    copies = [
+        Path(shutil.copytree(file.parent, tmp_path / file.parent.name, ignore=shutil.ignore_patterns("__pycache__")))
+        for file in sorted(SAMPLES.glob("*/pyproject.toml"))
+    ]
     assert [copy.name for copy in copies] == ["acme-edge", "acme-keep"]
     environment = Environment(tmp_path / "venv", *copies)
     for copy in copies:
         environment.run(copy, "-m", "ruff", "check", ".")
-    assert " passed" in environment.run(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-                                        *(f"{copy.name}/tests" for copy in copies)).stdout
+    assert (
+        " passed"
+        in environment.run(
+            tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{copy.name}/tests" for copy in copies)
+        ).stdout
+    )
     shown = environment.run(tmp_path, "-m", "onnxq_plugins.cli", "plugins", "--trace", "-r", "acme-keep/recipe.toml").stdout
     assert "onnxq_run_pass(step=acme.keep-worst" in shown and "acme-edge [wrapper], the pass itself" in shown
     assert "onnxq_exported(" in shown and "by acme-edge ->" in shown
 
 
-@pytest.mark.parametrize("name", ["", "acme", "Acme-clip", "acme_clip", "acme-", "-clip", "1acme-clip", "../acme-clip",
-                                  "acme--clip", "acme clip", "acme-clip\n"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "acme",
+        "Acme-clip",
+        "acme_clip",
+        "acme-",
+        "-clip",
+        "1acme-clip",
+        "../acme-clip",
+        "acme--clip",
+        "acme clip",
+        "acme-clip\n",
+    ],
+)
 def test_names_that_will_not_do_are_told(name, tmp_path):
     with pytest.raises(OnnxqError, match="such as acme-clip"):
         new_plugin(name, tmp_path)

@@ -78,11 +78,15 @@ def mlp_net(k: int = 64) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("block", ["channel", "tensor"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("groups", "attrs"), [(1, {}), (2, {}), (8, {}), (1, {"dilations": [2, 2], "pads": [2] * 4}),
-                                               (8, {"strides": [2, 2]})])
+@pytest.mark.parametrize(
+    ("groups", "attrs"), [(1, {}), (2, {}), (8, {}), (1, {"dilations": [2, 2], "pads": [2] * 4}), (8, {"strides": [2, 2]})]
+)
 def test_convolutions_run_as_qlinearconv(ops, block, bias, groups, attrs):
-    model = image_net(lambda net: net.head(net.op("Relu", net.conv(
-        net.op("Relu", net.conv("x", 3, 8)), 8, 8, groups=groups, bias=bias, **attrs)), 8))
+    model = image_net(
+        lambda net: net.head(
+            net.op("Relu", net.conv(net.op("Relu", net.conv("x", 3, 8)), 8, 8, groups=groups, bias=bias, **attrs)), 8
+        )
+    )
     result = quantized(model, settings=[f"weights.block={block}"])
     found = ops(result.model)
     assert found["QLinearConv"] == 2
@@ -119,12 +123,15 @@ def test_operators_of_two_branches_stay_integer(ops, op, kernel):
     assert found["QuantizeLinear"] == 1  # the model's input alone
 
 
-@pytest.mark.parametrize(("op", "kernel", "attrs"), [
-    ("AveragePool", "QLinearAveragePool", {"kernel_shape": [2, 2], "strides": [2, 2]}),
-    ("GlobalAveragePool", "QLinearGlobalAveragePool", {}),
-    ("LeakyRelu", "QLinearLeakyRelu", {"alpha": 0.1}),
-    ("Sigmoid", "QLinearSigmoid", {}),
-])
+@pytest.mark.parametrize(
+    ("op", "kernel", "attrs"),
+    [
+        ("AveragePool", "QLinearAveragePool", {"kernel_shape": [2, 2], "strides": [2, 2]}),
+        ("GlobalAveragePool", "QLinearGlobalAveragePool", {}),
+        ("LeakyRelu", "QLinearLeakyRelu", {"alpha": 0.1}),
+        ("Sigmoid", "QLinearSigmoid", {}),
+    ],
+)
 def test_operators_between_layers_stay_integer(ops, op, kernel, attrs):
     model = image_net(lambda net: net.conv(net.op(op, net.conv("x", 3, 8), **attrs), 8, 4, 1))
     found = ops(quantized(model).model)
@@ -140,12 +147,15 @@ def test_a_lone_operator_stays_float(ops):
     assert found["Sigmoid"] == found["QLinearConv"] == 1
 
 
-@pytest.mark.parametrize(("op", "shape", "attrs"), [
-    ("MaxPool", None, {"kernel_shape": [3, 3], "strides": [1, 1], "pads": [1] * 4}),
-    ("Transpose", None, {"perm": [0, 1, 3, 2]}),
-    ("Reshape", [0, 8, 4, 16], {}),
-    ("Slice", None, {}),
-])
+@pytest.mark.parametrize(
+    ("op", "shape", "attrs"),
+    [
+        ("MaxPool", None, {"kernel_shape": [3, 3], "strides": [1, 1], "pads": [1] * 4}),
+        ("Transpose", None, {"perm": [0, 1, 3, 2]}),
+        ("Reshape", [0, 8, 4, 16], {}),
+        ("Slice", None, {}),
+    ],
+)
 def test_movers_between_layers_carry_codes(ops, op, shape, attrs):
     def build(net: Net) -> str:
         more = {"Reshape": [shape], "Slice": [[0, 0], [4, 4], [2, 3]]}.get(op, [])
@@ -162,8 +172,14 @@ def test_movers_between_layers_carry_codes(ops, op, shape, attrs):
 
 def test_pad_between_layers_runs_in_float_and_right(ops):
     """onnxruntime has no integer Pad here, but both ends share one grid, so nothing is lost."""
-    model = image_net(lambda net: net.head(net.conv(net.op("Pad", net.op("Relu", net.conv("x", 3, 8)), net.constant(
-        [0, 0, 1, 1, 0, 0, 1, 1], np.int64)), 8, 8), 8))
+    model = image_net(
+        lambda net: net.head(
+            net.conv(
+                net.op("Pad", net.op("Relu", net.conv("x", 3, 8)), net.constant([0, 0, 1, 1, 0, 0, 1, 1], np.int64)), 8, 8
+            ),
+            8,
+        )
+    )
     result = quantized(model)
     assert ops(result.model)["QLinearConv"] == 2
     assert error_db(model, result.model) > 30
@@ -200,8 +216,13 @@ def test_what_stays_float_behind_a_layer_does_not_drag_it_along(ops, layer, behi
     """onnxruntime fuses Gemm + Relu and MatMul + Add into float kernels before it looks for integer ones."""
     net = Net(["N", 32])
     x = net.gemm("x", 32, 32) if layer == "gemm" else net.linear("x", 32, 32, bias="bias" in layer)
-    x = (net.clip(x, low=-1.0 if "-1" in behind else 0.0) if "Clip" in behind else
-         net.op("Add", net.op("Tanh", "x"), x) if behind == "Add" else net.op(behind, x))
+    x = (
+        net.clip(x, low=-1.0 if "-1" in behind else 0.0)
+        if "Clip" in behind
+        else net.op("Add", net.op("Tanh", "x"), x)
+        if behind == "Add"
+        else net.op(behind, x)
+    )
     model = net.model(net.op("Softmax", net.op("Tanh", x), axis=-1))
     result = quantized(model, WEIGHT_ONLY if recipe == "weight-only" else {})
     found = ops(result.model)
@@ -354,8 +375,9 @@ def test_a_float_layer_between_quantized_ones_stays_float(ops, rule):
     bare = without_sums(result.model)
     assert ops(bare)["QLinearConv"] == 3  # what the Sum prevents
     samples = feeds(model, 8, seed=1)
-    exact, kept, taken = (outputs(m, samples, optimize)[0] for m, optimize in
-                          ((bare, False), (result.model, True), (bare, True)))
+    exact, kept, taken = (
+        outputs(m, samples, optimize)[0] for m, optimize in ((bare, False), (result.model, True), (bare, True))
+    )
     assert runtimes.sqnr(exact, kept) > 130 > runtimes.sqnr(exact, taken)
 
 
@@ -486,8 +508,11 @@ def test_products_of_two_activations_are_integer_on_request(ops, quantize_it):
     model = transformer()
     result = quantized(model, {"layer": [{"op": "Attention", "quantize": quantize_it}]})
     found = ops(result.model)
-    products = [n.name for n in model.graph.node if n.op_type == "MatMul"
-                and not set(n.input) & {t.name for t in model.graph.initializer}]
+    products = [
+        n.name
+        for n in model.graph.node
+        if n.op_type == "MatMul" and not set(n.input) & {t.name for t in model.graph.initializer}
+    ]
     kernels = {y.name: y.quantized for y in audit_model(result.model).layers}
     assert len(products) == 2
     assert all(kernels[name] == quantize_it for name in products)
@@ -515,8 +540,9 @@ def test_openvino_agrees_with_onnxruntime(name):
     model = ZOO[name]()
     result = quantized(model, target="openvino")
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(result.model.SerializeToString()), "CPU",
-                                  {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core.compile_model(
+        core.read_model(result.model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
     samples = feeds(model, 8, seed=1)
     ours = outputs(result.model, samples)[0]
     theirs = np.concatenate([compiled(feed)[0] for feed in samples])
@@ -557,7 +583,11 @@ def test_names_shapes_and_metadata_are_kept():
     props = {p.key: p.value for p in made.metadata_props}
     assert (props["author"], props["classes"]) == ("me", "a,b")
     assert (made.doc_string, made.producer_name, made.graph.doc_string, made.graph.name) == (
-        "about the model", "trainer", "about the graph", "the_graph")
+        "about the model",
+        "trainer",
+        "about the graph",
+        "the_graph",
+    )
     assert next(n for n in made.graph.node if n.name == "conv0").doc_string == "first"
     assert {n.name for n in model.graph.node} <= {n.name for n in made.graph.node}
     assert error_db(model, made) > 30
@@ -606,14 +636,37 @@ def test_the_audit_names_the_kernel_of_every_layer(name):
     """Float models too, whose convolutions onnxruntime renames when it changes their memory layout."""
     for model in (ZOO[name](), quantized(ZOO[name]()).model):
         kernels = {y.kernel for y in audit_model(model).layers}
-        assert kernels <= {"Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "QLinearConv",
-                           "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}
+        assert kernels <= {
+            "Conv",
+            "FusedConv",
+            "ConvTranspose",
+            "Gemm",
+            "FusedGemm",
+            "MatMul",
+            "FusedMatMul",
+            "QLinearConv",
+            "QGemm",
+            "QLinearMatMul",
+            "MatMulIntegerToFloat",
+        }
 
 
 # ---- random graphs ------------------------------------------------------------------------------------------------------
 
-STEPS = ("conv", "pointwise", "bare conv", "strided", "depthwise", "relu", "clip", "add", "flipped add", "concat", "maxpool",
-         "averagepool")
+STEPS = (
+    "conv",
+    "pointwise",
+    "bare conv",
+    "strided",
+    "depthwise",
+    "relu",
+    "clip",
+    "add",
+    "flipped add",
+    "concat",
+    "maxpool",
+    "averagepool",
+)
 
 
 def random_model(steps: list[str], seed: int) -> onnx.ModelProto:
@@ -636,8 +689,9 @@ def random_model(steps: list[str], seed: int) -> onnx.ModelProto:
         elif step == "concat" and c < 16:
             x, c = net.op("Concat", x, net.conv(x, c, 4, 1), axis=1), c + 4
         elif step in ("maxpool", "averagepool"):
-            x = net.op("MaxPool" if step == "maxpool" else "AveragePool", x, kernel_shape=[3, 3], pads=[1] * 4,
-                       strides=[1, 1])
+            x = net.op(
+                "MaxPool" if step == "maxpool" else "AveragePool", x, kernel_shape=[3, 3], pads=[1] * 4, strides=[1, 1]
+            )
     return net.model(net.head(x, c))
 
 
@@ -677,15 +731,22 @@ def random_mlp(steps: list[str], tokens: bool, seed: int) -> onnx.ModelProto:
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.sampled_from(("linear", "bare linear", "layernorm", "gelu", "clip", "Relu", "Add", "Mul", "Tanh")),
-                max_size=7), st.booleans(), st.sampled_from(["int8", "weight-only"]), st.integers(0, 2**16))
+@given(
+    st.lists(
+        st.sampled_from(("linear", "bare linear", "layernorm", "gelu", "clip", "Relu", "Add", "Mul", "Tanh")), max_size=7
+    ),
+    st.booleans(),
+    st.sampled_from(["int8", "weight-only"]),
+    st.integers(0, 2**16),
+)
 def test_random_mlps(steps, tokens, recipe, seed):
     model = random_mlp(steps, tokens, seed)
     weight_only = {"activations": {"bits": 32}, "weights": {"block": 16}}
     result = quantize(model, weight_only if recipe == "weight-only" else "int8", feeds(model, 12), workers=1, verify=True)
     onnx.checker.check_model(result.model, full_check=True)
     assert {row["kernel"] for row in result.report["layers"]} <= (
-        {"MatMulNBits"} if recipe == "weight-only" else {"QGemm", "QLinearMatMul", "MatMulIntegerToFloat"})
+        {"MatMulNBits"} if recipe == "weight-only" else {"QGemm", "QLinearMatMul", "MatMulIntegerToFloat"}
+    )
     samples = feeds(model, 6, seed=1)
     optimized, plain = outputs(result.model, samples)[0], outputs(result.model, samples, optimize=False)[0]
     assert runtimes.sqnr(plain, optimized) > 30  # MatMulNBits rounds activations to 8 bits by itself

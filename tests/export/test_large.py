@@ -106,8 +106,12 @@ def test_data_has_a_name_of_its_own_and_earlier_data_give_way(small: None, tmp_p
         quantize(path, recipe, output=output)
         names.append({f.name for f in output.parent.iterdir()} - {"q.onnx", "q.onnx.data"})
         assert len(names[-1]) == 1 and (output.parent / "q.onnx.data").exists()
-        locations = {e.value for t in onnx.load(output, load_external_data=False).graph.initializer for e in t.external_data
-                     if e.key == "location"}
+        locations = {
+            e.value
+            for t in onnx.load(output, load_external_data=False).graph.initializer
+            for e in t.external_data
+            if e.key == "location"
+        }
         assert locations == names[-1]
     assert names[0] == names[2] != names[1]
 
@@ -141,8 +145,9 @@ def test_a_streamed_result_is_not_saved_again_without_its_data(small: None, tmp_
         result.save(tmp_path / "again.onnx")
 
 
-def test_a_model_too_large_for_a_message_is_saved_with_external_data(tmp_path: Path,
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_too_large_for_a_message_is_saved_with_external_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As one above 2 GB is."""
     model = zoo.mlp()
     result = quantize(model, "int8", zoo.feeds(model, 3))
@@ -165,8 +170,14 @@ def test_size_of_counts_what_a_file_holds() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("run", "kernels"), [("4", "12/12 MatMul as MatMulNBits"), ("8", "12/12 MatMul as MatMulNBits"),
-                                              ("calibrated", "12/12 MatMul as 11 QLinearMatMul")])
+@pytest.mark.parametrize(
+    ("run", "kernels"),
+    [
+        ("4", "12/12 MatMul as MatMulNBits"),
+        ("8", "12/12 MatMul as MatMulNBits"),
+        ("calibrated", "12/12 MatMul as 11 QLinearMatMul"),
+    ],
+)
 def test_three_gigabytes_need_little_memory(tmp_path: Path, run: str, kernels: str) -> None:
     model = chain(tmp_path, 12, 8192)
     peak, own, _, summary = measured(model, run)

@@ -72,8 +72,10 @@ def on_grid(layer: str) -> onnx.ModelProto:
 def test_16_bit_activations_are_legal_and_onnxruntime_runs_what_is_written(name):
     model = ZOO[name]()
     samples = feeds(model, 8, seed=1)
-    wide, narrow = (quantize(model, "int8", feeds(model, 8), target="npu", settings=[f"activations.bits={bits}"], workers=1)
-                    for bits in (16, 8))
+    wide, narrow = (
+        quantize(model, "int8", feeds(model, 8), target="npu", settings=[f"activations.bits={bits}"], workers=1)
+        for bits in (16, 8)
+    )
     onnx.checker.check_model(wide.model, full_check=True)
     written, run, eight = (outputs(wide.model, samples, False), outputs(wide.model, samples), outputs(narrow.model, samples))
     assert error_db(written, run) > 130  # no 16-bit code and no float weight was rounded again
@@ -129,8 +131,12 @@ def test_16_bits_gain_48_db_where_weights_are_exact(layer):
     model = on_grid(layer)
     samples = feeds(model, 8)
     reference = outputs(model, samples)
-    eight, sixteen = (error_db(reference, outputs(quantize(model, {**WIDE, "activations": {"bits": bits}}, samples,
-                                                           workers=1).model, samples)) for bits in (8, 16))
+    eight, sixteen = (
+        error_db(
+            reference, outputs(quantize(model, {**WIDE, "activations": {"bits": bits}}, samples, workers=1).model, samples)
+        )
+        for bits in (8, 16)
+    )
     assert 40 < sixteen - eight < 56  # 256 times smaller steps: 48.2 dB
 
 
@@ -160,8 +166,9 @@ def test_exported_layers_compute_what_numpy_expects(wide):
 def test_every_method_of_ranges_takes_16_bits(method):
     model = mobilenet()
     samples = feeds(model, 8)
-    plain, chosen = (quantize(model, {**WIDE, "pass": [{"use": "ranges", "method": m}]}, samples, workers=1)
-                     for m in ("minmax", method))
+    plain, chosen = (
+        quantize(model, {**WIDE, "pass": [{"use": "ranges", "method": m}]}, samples, workers=1) for m in ("minmax", method)
+    )
     if method != "percentile":  # which clips as it is told
         assert error_db(outputs(plain.model, samples), outputs(chosen.model, samples)) == pytest.approx(200)
     assert error_db(outputs(model, samples), outputs(chosen.model, samples)) > 30
@@ -170,8 +177,10 @@ def test_every_method_of_ranges_takes_16_bits(method):
 @pytest.mark.parametrize("recipe", ["int8-rounded", "int4-rounded", "int4-storage", "int8-per-tensor"])
 def test_recipes_take_16_bits(recipe):
     model = mobilenet()
-    eight, sixteen = (quantize(model, recipe, feeds(model, 16), target="npu", settings=[f"activations.bits={bits}"],
-                               workers=1).model for bits in (8, 16))
+    eight, sixteen = (
+        quantize(model, recipe, feeds(model, 16), target="npu", settings=[f"activations.bits={bits}"], workers=1).model
+        for bits in (8, 16)
+    )
     samples = feeds(model, 8, seed=1)
     reference = outputs(model, samples)
     assert error_db(outputs(sixteen, samples, False), outputs(sixteen, samples)) > 130
@@ -206,8 +215,9 @@ def test_the_summary_and_the_audit_tell_what_runs_in_float():
     assert "6/6 layers with 16-bit activations run in float" in result.summary
     assert all("16-bit" in row["why_float"] for row in result.report["layers"])
     assert all(layer.accumulator is None for layer in audit_model(result.model).layers)
-    mixed = quantize(model, {"target": "npu", "layer": [{"position": "last", "activations": {"bits": 16}}]},
-                     feeds(model, 8), workers=1)
+    mixed = quantize(
+        model, {"target": "npu", "layer": [{"position": "last", "activations": {"bits": 16}}]}, feeds(model, 8), workers=1
+    )
     assert "5/5 Conv" in mixed.summary and "1/6 layers with 16-bit activations" in mixed.summary
     eight = quantize(model, {"target": "npu"}, feeds(model, 8), workers=1)
     assert "16-bit" not in eight.summary and set(eight.report["kernels"]) == {"QLinearConv", "QGemm"}
@@ -252,10 +262,15 @@ def test_a_low_opset_is_refused():
 # ---- requests at other widths -------------------------------------------------------------------------------------------
 
 
-RECIPES = ({}, {"weights": {"bits": 4, "block": "tensor"}},
-           {"weights": {"bits": 4, "sub_block": 16}, "layer": [{"position": "first", "weights": {"bits": 8}},
-                                                               {"match": "conv3", "weights": {"block": "tensor"}}]},
-           {"weights": {"bits": 4, "block": 32}, "activations": {"bits": 32}})
+RECIPES = (
+    {},
+    {"weights": {"bits": 4, "block": "tensor"}},
+    {
+        "weights": {"bits": 4, "sub_block": 16},
+        "layer": [{"position": "first", "weights": {"bits": 8}}, {"match": "conv3", "weights": {"block": "tensor"}}],
+    },
+    {"weights": {"bits": 4, "block": 32}, "activations": {"bits": 32}},
+)
 
 
 @pytest.mark.parametrize("target", [ORT_CPU, ORT_CPU_AVX2, NPU], ids=lambda t: t.name)

@@ -193,9 +193,16 @@ def test_kinds_and_axes():
     x = net.gemm(net.gemm(x, 12, 9, trans_b=0), 9, 10)
     graph = imported(net.model(net.op("MatMul", x, net.weight(10, 5))))
     assert [(y.op, y.kind, y.out_axis, y.in_axis) for y in graph.layers] == [
-        ("Conv", "dense", 0, 1), ("Conv", "depthwise", 0, 1), ("Conv", "depthwise", 0, 1), ("Conv", "grouped", 0, 1),
-        ("ConvTranspose", "grouped", 1, 0), ("ConvTranspose", "depthwise", 1, 0), ("Gemm", "dense", 1, 0),
-        ("Gemm", "dense", 0, 1), ("MatMul", "dense", 1, 0)]
+        ("Conv", "dense", 0, 1),
+        ("Conv", "depthwise", 0, 1),
+        ("Conv", "depthwise", 0, 1),
+        ("Conv", "grouped", 0, 1),
+        ("ConvTranspose", "grouped", 1, 0),
+        ("ConvTranspose", "depthwise", 1, 0),
+        ("Gemm", "dense", 1, 0),
+        ("Gemm", "dense", 0, 1),
+        ("MatMul", "dense", 1, 0),
+    ]
     with pytest.raises(KeyError):
         graph.layer("nobody")
     with pytest.raises(ValueError, match="ConvTranspose"):
@@ -319,10 +326,17 @@ def test_batchnorm_is_folded_and_remembered():
             np.testing.assert_array_equal(found, values[name])
 
 
-@pytest.mark.parametrize("op, shape, attrs", [
-    ("Conv", (12, 4, 3, 3), {"group": 2}), ("Conv", (16, 1, 1, 1), {"group": 8}), ("ConvTranspose", (8, 12, 2, 2), {}),
-    ("ConvTranspose", (8, 6, 3, 3), {"group": 2}), ("ConvTranspose", (8, 1, 3, 3), {"group": 8}),
-    ("ConvTranspose", (8, 3, 2, 2), {"group": 4, "strides": [2, 2]})])
+@pytest.mark.parametrize(
+    "op, shape, attrs",
+    [
+        ("Conv", (12, 4, 3, 3), {"group": 2}),
+        ("Conv", (16, 1, 1, 1), {"group": 8}),
+        ("ConvTranspose", (8, 12, 2, 2), {}),
+        ("ConvTranspose", (8, 6, 3, 3), {"group": 2}),
+        ("ConvTranspose", (8, 1, 3, 3), {"group": 8}),
+        ("ConvTranspose", (8, 3, 2, 2), {"group": 4, "strides": [2, 2]}),
+    ],
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_batchnorm_behind_groups(op, shape, attrs, bias):
     net = Net(["N", 8, 6, 6])
@@ -357,8 +371,10 @@ def test_batchnorm_stays_where_the_layer_is_read_twice():
     assert ops(imported(net.model(x, net.batchnorm(x, 8))))["BatchNormalization"] == 1
 
 
-@pytest.mark.parametrize("shape, folded", [((8, 1, 1), True), ((1, 8, 1, 1), True), ((8,), False), ((1,), False),
-                                           ((8, 1, 8), False), ((1, 1, 8, 1, 1), False)])
+@pytest.mark.parametrize(
+    "shape, folded",
+    [((8, 1, 1), True), ((1, 8, 1, 1), True), ((8,), False), ((1,), False), ((8, 1, 8), False), ((1, 1, 8, 1, 1), False)],
+)
 def test_constant_behind_conv(shape, folded):
     """Only one constant per channel is a bias; the image here is 8 pixels wide on purpose."""
     net = Net(["N", 3, 8, 8])
@@ -420,11 +436,21 @@ def written(function, *more):
     return imported(net.model(y, *inner))
 
 
-@pytest.mark.parametrize("function, op, approximate", [
-    (Net.gelu_tanh, "Gelu", "tanh"), (tanh_mul_cube, "Gelu", "tanh"), (tanh_factored, "Gelu", "tanh"),
-    (Net.gelu_erf, "Gelu", "none"), (erf_half_first, "Gelu", "none"), (erf_half_inside, "Gelu", "none"),
-    (Net.hardswish, "HardSwish", None), (swish_clip, "HardSwish", None), (swish_reciprocal, "HardSwish", None),
-    (swish_hardsigmoid, "HardSwish", None)])
+@pytest.mark.parametrize(
+    "function, op, approximate",
+    [
+        (Net.gelu_tanh, "Gelu", "tanh"),
+        (tanh_mul_cube, "Gelu", "tanh"),
+        (tanh_factored, "Gelu", "tanh"),
+        (Net.gelu_erf, "Gelu", "none"),
+        (erf_half_first, "Gelu", "none"),
+        (erf_half_inside, "Gelu", "none"),
+        (Net.hardswish, "HardSwish", None),
+        (swish_clip, "HardSwish", None),
+        (swish_reciprocal, "HardSwish", None),
+        (swish_hardsigmoid, "HardSwish", None),
+    ],
+)
 def test_functions_become_one_operator(function, op, approximate):
     graph = written(function)
     assert ops(graph) == {"Gemm": 2, op: 1}
@@ -467,8 +493,16 @@ def test_near_misses_stay(function):
     assert not {"Gelu", "HardSwish"} & set(ops(written(function)))
 
 
-@pytest.mark.parametrize("function, inner", [(Net.gelu_tanh, "Tanh"), (Net.gelu_tanh, "Pow"), (Net.gelu_erf, "Erf"),
-                                             (Net.hardswish, "Clip"), (swish_hardsigmoid, "HardSigmoid")])
+@pytest.mark.parametrize(
+    "function, inner",
+    [
+        (Net.gelu_tanh, "Tanh"),
+        (Net.gelu_tanh, "Pow"),
+        (Net.gelu_erf, "Erf"),
+        (Net.hardswish, "Clip"),
+        (swish_hardsigmoid, "HardSigmoid"),
+    ],
+)
 def test_values_that_are_read_elsewhere_stay(function, inner):
     graph = written(function, inner)
     assert not {"Gelu", "HardSwish"} & set(ops(graph)) and ops(graph)[inner] == 1
@@ -494,8 +528,19 @@ def layernorm(net, x, *, square="Pow", twice=False, axis=-1, epsilon=1e-5, affin
     return y
 
 
-@pytest.mark.parametrize("options", [{}, {"square": "Mul"}, {"twice": True}, {"axis": 2}, {"epsilon": 0.1},
-                                     {"affine": ()}, {"affine": ("Mul",)}, {"affine": ("Add",)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"square": "Mul"},
+        {"twice": True},
+        {"axis": 2},
+        {"epsilon": 0.1},
+        {"affine": ()},
+        {"affine": ("Mul",)},
+        {"affine": ("Add",)},
+    ],
+)
 def test_layernorm_becomes_one_operator(options):
     net = Net(["N", 5, 8])
     graph = imported(net.model(net.op("Relu", layernorm(net, "x", **options))))
@@ -503,14 +548,19 @@ def test_layernorm_becomes_one_operator(options):
     assert graph.nodes[0].attrs["epsilon"] == pytest.approx(options.get("epsilon", 1e-5))
 
 
-@pytest.mark.parametrize("options", [{"axis": 1}, {"affine": ("Add", "Mul")}, {"affine": ("Mul", "Mul")},
-                                     {"affine": ("Mul", "Add", "Mul", "Add")}])
+@pytest.mark.parametrize(
+    "options",
+    [{"axis": 1}, {"affine": ("Add", "Mul")}, {"affine": ("Mul", "Mul")}, {"affine": ("Mul", "Add", "Mul", "Add")}],
+)
 def test_layernorm_with_something_else_behind(options):
     net = Net(["N", 5, 8])
     graph = imported(net.model(net.op("Relu", layernorm(net, "x", **options))))
     assert ops(graph)["LayerNormalization"] == ("axis" not in options)
     assert sum(ops(graph)[op] for op in ("Add", "Mul")) == (1 if "axis" in options else 0) + {
-        ("Add", "Mul"): 1, ("Mul", "Mul"): 1, ("Mul", "Add", "Mul", "Add"): 2}.get(options.get("affine"), 2)
+        ("Add", "Mul"): 1,
+        ("Mul", "Mul"): 1,
+        ("Mul", "Add", "Mul", "Add"): 2,
+    }.get(options.get("affine"), 2)
 
 
 def test_layernorm_with_an_inner_value_read_elsewhere():
@@ -549,8 +599,9 @@ def test_matmul_and_add_become_gemm_with_few_reshapes():
     assert ops(graph) == {"LayerNormalization": 1, "Gemm": 3, "Gelu": 1, "HardSwish": 1, "Reshape": 2}
 
 
-@pytest.mark.parametrize("shape, gemm", [(["N", 6], True), (["N", 5, 6], True), ([2, 5, 6], True),
-                                         (["N", 3, 5, 6], True), (["N", "T", 6], False)])
+@pytest.mark.parametrize(
+    "shape, gemm", [(["N", 6], True), (["N", 5, 6], True), ([2, 5, 6], True), (["N", 3, 5, 6], True), (["N", "T", 6], False)]
+)
 def test_ranks_of_matmul(shape, gemm):
     net = Net(shape)
     y = net.op("Relu", net.linear("x", 6, 9))

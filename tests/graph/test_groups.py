@@ -42,8 +42,10 @@ def names(model, kind):
     """The groups, by what they hold of the layers: a set of layer:role."""
     graph = load(model)
     owner = {c: layer for layer in graph.layers for c in (layer.weight, layer.bias) if c}
-    return {frozenset(f"{owner[m.tensor].name}:{m.role}" for m in g.weights if m.tensor in owner): g
-            for g in channel_groups(graph, kind)}
+    return {
+        frozenset(f"{owner[m.tensor].name}:{m.role}" for m in g.weights if m.tensor in owner): g
+        for g in channel_groups(graph, kind)
+    }
 
 
 # ---- all models -----------------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def test_what_is_no_permutation_is_refused(order):
     net = Net(["N", 4])
     graph = load(net.model(net.gemm(net.op("Relu", net.gemm("x", 4, 3)), 3, 5)))
     digest = graph.digest()
-    group, = channel_groups(graph, "permute")
+    (group,) = channel_groups(graph, "permute")
     with pytest.raises(ValueError, match="permutation"):
         permute(graph, group, order)
     with pytest.raises(ValueError, match="rescale"):
@@ -143,7 +145,7 @@ def test_what_is_no_permutation_is_refused(order):
 def test_factors_that_are_not_positive_are_refused(factors):
     net = Net(["N", 4])
     graph = load(net.model(net.gemm(net.op("Relu", net.gemm("x", 4, 3)), 3, 5)))
-    group, = channel_groups(graph, "rescale")
+    (group,) = channel_groups(graph, "rescale")
     with pytest.raises(ValueError, match="factors"):
         rescale(graph, group, factors)
     with pytest.raises(ValueError, match="permutation"):
@@ -156,10 +158,19 @@ def test_factors_that_are_not_positive_are_refused(factors):
 
 def test_residual_stream_ties_all_its_layers():
     found = names(mobilenet(), "permute")
-    stem, expand1, project1, expand2, project2, head = (
-        y.name for y in load(mobilenet()).layers if y.kind == "dense")
-    stream = found[frozenset({f"{stem}:output", f"{expand1}:input", f"{project1}:output", f"{expand2}:input",
-                              f"{project2}:output", f"{head}:input"})]
+    stem, expand1, project1, expand2, project2, head = (y.name for y in load(mobilenet()).layers if y.kind == "dense")
+    stream = found[
+        frozenset(
+            {
+                f"{stem}:output",
+                f"{expand1}:input",
+                f"{project1}:output",
+                f"{expand2}:input",
+                f"{project2}:output",
+                f"{head}:input",
+            }
+        )
+    ]
     assert stream.size == 8 and len(found) == 3  # and two expansions
 
 
@@ -168,10 +179,11 @@ def test_depthwise_ties_permutations_but_not_factors():
     x = net.op("Relu", net.conv("x", 3, 8))
     x = net.op("Relu", net.conv(x, 8, 8, groups=8))
     model = net.model(net.conv(x, 8, 4))
-    assert set(names(model, "permute")) == {
-        frozenset({"conv0:output", "conv2:output", "conv4:input"})}
+    assert set(names(model, "permute")) == {frozenset({"conv0:output", "conv2:output", "conv4:input"})}
     assert set(names(model, "rescale")) == {
-        frozenset({"conv0:output", "conv2:input"}), frozenset({"conv2:output", "conv4:input"})}
+        frozenset({"conv0:output", "conv2:input"}),
+        frozenset({"conv2:output", "conv4:input"}),
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,8 +230,21 @@ def test_clip_at_six_stops_factors_alone():
     assert len(channel_groups(load(net.model(net.conv(x, 8, 4))), "rescale")) == 1
 
 
-@pytest.mark.parametrize("op, count", [("Relu", 1), ("LeakyRelu", 1), ("Abs", 1), ("Neg", 1), ("Sigmoid", 0),
-                                       ("Tanh", 0), ("HardSwish", 0), ("Gelu", 0), ("Softplus", 0), ("Elu", 0)])
+@pytest.mark.parametrize(
+    "op, count",
+    [
+        ("Relu", 1),
+        ("LeakyRelu", 1),
+        ("Abs", 1),
+        ("Neg", 1),
+        ("Sigmoid", 0),
+        ("Tanh", 0),
+        ("HardSwish", 0),
+        ("Gelu", 0),
+        ("Softplus", 0),
+        ("Elu", 0),
+    ],
+)
 def test_activations(op, count):
     net = Net(["N", 4, 6, 6])
     model = net.model(net.conv(net.op(op, net.conv("x", 4, 8)), 8, 4), opset=20)
@@ -234,7 +259,7 @@ def test_flatten_gives_a_channel_all_its_positions(kind, how):
     flat = net.op("Flatten", x) if how == "Flatten" else net.op("Reshape", x, net.constant([0, -1], np.int64))
     model = net.model(net.gemm(flat, 160, 10))
     assert check(model, kind)[1] == 1
-    group, = channel_groups(load(model), kind)
+    (group,) = channel_groups(load(model), kind)
     index = next(m.index for m in group.members if m.tensor == flat)
     np.testing.assert_array_equal(index, np.arange(160).reshape(8, 20))
 
@@ -247,7 +272,7 @@ def test_flatten_of_channels_last(kind):
     flat = net.op("Flatten", x)
     model = net.model(net.gemm(flat, 160, 10))
     assert check(model, kind)[1] == 1
-    group, = channel_groups(load(model), kind)
+    (group,) = channel_groups(load(model), kind)
     index = next(m.index for m in group.members if m.tensor == flat)
     np.testing.assert_array_equal(index, np.arange(160).reshape(20, 8).T)
 
@@ -265,8 +290,7 @@ def test_shortcut_of_resnet20(kind):
     """The 8 channels of the stream meet channels 4..11 of the 16; the other 8 are free among themselves."""
     graph, _ = check(resnet20(), kind)
     add = [n for n in graph.nodes if n.op == "Add"][1].outputs[0].name
-    places = [sorted(m.index.ravel().tolist()) for g in channel_groups(graph, kind) for m in g.members
-              if m.tensor == add]
+    places = [sorted(m.index.ravel().tolist()) for g in channel_groups(graph, kind) for m in g.members if m.tensor == add]
     assert sorted(places) == [[0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 8, 9, 10, 11]]
 
 
@@ -277,7 +301,7 @@ def test_layernorm_ties_permutations_and_takes_factors_behind():
     model = net.model(net.linear(y, 12, 6))
     graph, count = check(model, "permute")
     assert count == 1
-    group, = channel_groups(graph, "permute")
+    (group,) = channel_groups(graph, "permute")
     first, last = graph.layers
     assert {first.weight, last.weight} < {m.tensor for m in group.weights}
     graph, count = check(model, "rescale")
@@ -314,7 +338,7 @@ def sliced(net):
 
 def sliced_backwards(net):
     x = net.op("Relu", net.conv("x", 4, 8))
-    at = [net.constant([v], np.int64) for v in (-1, -2**63, 1, -2)]
+    at = [net.constant([v], np.int64) for v in (-1, -(2**63), 1, -2)]
     return net.conv(net.op("Slice", x, *at), 4, 4)
 
 
@@ -508,8 +532,11 @@ def gram_matrix(net):
     y = net.op("Reshape", net.op("Relu", net.conv("x", 4, 8)), net.constant([0, 8, 64], np.int64))
     over_positions = net.op("MatMul", x, net.op("Transpose", y, perm=[0, 2, 1]))
     over_channels = net.op("MatMul", net.op("Transpose", x, perm=[0, 2, 1]), y)
-    return net.op("Add", net.op("ReduceSum", over_positions, net.constant([1, 2], np.int64)),
-                  net.op("ReduceSum", over_channels, net.constant([1, 2], np.int64)))
+    return net.op(
+        "Add",
+        net.op("ReduceSum", over_positions, net.constant([1, 2], np.int64)),
+        net.op("ReduceSum", over_channels, net.constant([1, 2], np.int64)),
+    )
 
 
 def same_twice(net):
@@ -552,14 +579,55 @@ def loop_in_channels(net):
     return net.conv(x, 8, 4)
 
 
-TARGETED = {f.__name__: f for f in (
-    split_uneven, split_tied, sliced, sliced_backwards, sliced_from_the_end, gathered, gathered_twice,
-    gathered_after_flatten, one_channel, channel_shuffle, squeeze_excite, scaled, shifted, reciprocal, divided,
-    preactivation, densenet, depth_multiplier, grouped_chain, grouped_residual, grouped_transposed,
-    depthwise_transposed, padded, padded_with_ones, padded_by_reflection, cropped, resized, channel_softmax,
-    spatial_softmax, depth_to_space, instance_norm, channel_mean, spatial_norm, expanded, expanded_channels,
-    broadcast_channel, gram_matrix, same_twice, max_of_two, prelu_then_flatten, slope_of_one_image,
-    constant_image, constant_row, loop_in_channels)}
+TARGETED = {
+    f.__name__: f
+    for f in (
+        split_uneven,
+        split_tied,
+        sliced,
+        sliced_backwards,
+        sliced_from_the_end,
+        gathered,
+        gathered_twice,
+        gathered_after_flatten,
+        one_channel,
+        channel_shuffle,
+        squeeze_excite,
+        scaled,
+        shifted,
+        reciprocal,
+        divided,
+        preactivation,
+        densenet,
+        depth_multiplier,
+        grouped_chain,
+        grouped_residual,
+        grouped_transposed,
+        depthwise_transposed,
+        padded,
+        padded_with_ones,
+        padded_by_reflection,
+        cropped,
+        resized,
+        channel_softmax,
+        spatial_softmax,
+        depth_to_space,
+        instance_norm,
+        channel_mean,
+        spatial_norm,
+        expanded,
+        expanded_channels,
+        broadcast_channel,
+        gram_matrix,
+        same_twice,
+        max_of_two,
+        prelu_then_flatten,
+        slope_of_one_image,
+        constant_image,
+        constant_row,
+        loop_in_channels,
+    )
+}
 
 
 def targeted(name):
@@ -573,11 +641,29 @@ def test_function_stays_in_targeted_graphs(name, kind):
     check(targeted(name), kind)
 
 
-@pytest.mark.parametrize("name, permutations, factors", [
-    ("split_uneven", 2, 2), ("split_tied", 1, 1), ("sliced", 2, 2), ("squeeze_excite", 2, 1), ("scaled", 1, 2),
-    ("divided", 1, 1), ("preactivation", 1, 0), ("densenet", 3, 1), ("depth_multiplier", 1, 2), ("padded", 2, 2),
-    ("grouped_residual", 2, 2), ("padded_with_ones", 1, 0), ("resized", 1, 1), ("spatial_softmax", 1, 0),
-    ("prelu_then_flatten", 1, 1), ("spatial_norm", 1, 1), ("expanded", 1, 1), ("loop_in_channels", 1, 1)])
+@pytest.mark.parametrize(
+    "name, permutations, factors",
+    [
+        ("split_uneven", 2, 2),
+        ("split_tied", 1, 1),
+        ("sliced", 2, 2),
+        ("squeeze_excite", 2, 1),
+        ("scaled", 1, 2),
+        ("divided", 1, 1),
+        ("preactivation", 1, 0),
+        ("densenet", 3, 1),
+        ("depth_multiplier", 1, 2),
+        ("padded", 2, 2),
+        ("grouped_residual", 2, 2),
+        ("padded_with_ones", 1, 0),
+        ("resized", 1, 1),
+        ("spatial_softmax", 1, 0),
+        ("prelu_then_flatten", 1, 1),
+        ("spatial_norm", 1, 1),
+        ("expanded", 1, 1),
+        ("loop_in_channels", 1, 1),
+    ],
+)
 def test_groups_are_found(name, permutations, factors):
     """What could move, moves: pinning everything would keep the function too."""
     graph = load(targeted(name))
@@ -651,8 +737,17 @@ def test_replace_with_sum(name, count):
     assert drift(run(model, feed), run(graph, feed)) < 1e-4
 
 
-@pytest.mark.parametrize("spoil", [lambda w: [w, w * 1e-3], lambda w: [w / 2], lambda w: [], lambda w: [w[:1]],
-                                   lambda w: [w[..., None]], lambda w: [w * np.nan]])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda w: [w, w * 1e-3],
+        lambda w: [w / 2],
+        lambda w: [],
+        lambda w: [w[:1]],
+        lambda w: [w[..., None]],
+        lambda w: [w * np.nan],
+    ],
+)
 def test_wrong_sums_are_refused(spoil):
     graph = load(shared_weights())
     digest, layer = graph.digest(), graph.layers[1]

@@ -15,9 +15,14 @@ from tests.zoo import ZOO, Net, feeds, run
 READERS = ("dense", "depthwise", "grouped", "two", "strided", "no bias", "valid")
 LEFT = ("padded", "same", "one padded", "pool", "matmul", "output", "linear", "residual", "no bias to take from")
 _WIDE = ("depthwise", "grouped", "strided", "valid", "padded", "same")
-_ATTRS = {"depthwise": {"groups": 12, "pads": [0] * 4}, "grouped": {"groups": 3, "pads": [0] * 4},
-          "strided": {"pads": [0] * 4, "strides": [2, 2]}, "no bias": {"bias": False}, "valid": {"auto_pad": "VALID"},
-          "same": {"auto_pad": "SAME_UPPER"}}
+_ATTRS = {
+    "depthwise": {"groups": 12, "pads": [0] * 4},
+    "grouped": {"groups": 3, "pads": [0] * 4},
+    "strided": {"pads": [0] * 4, "strides": [2, 2]},
+    "no bias": {"bias": False},
+    "valid": {"auto_pad": "VALID"},
+    "same": {"auto_pad": "SAME_UPPER"},
+}
 
 
 def high(kind, top=None, seed=0):
@@ -169,8 +174,10 @@ def test_statistics_follow():
 def test_the_range_shrinks_and_so_does_the_error(kind):
     model = high(kind)
     data = feeds(model, 16)
-    plain, made = (quantize(model, {"pass": [*steps, {"use": "ranges"}, {"use": "bias-correct"}]}, data)
-                   for steps in ([], [{"use": "absorb-bias"}]))
+    plain, made = (
+        quantize(model, {"pass": [*steps, {"use": "ranges"}, {"use": "bias-correct"}]}, data)
+        for steps in ([], [{"use": "absorb-bias"}])
+    )
     name = load(model).layers[0].result
     assert float(made.plan[name].scale) < float(plain.plan[name].scale) / 3
     outputs = [runtimes.outputs(runtimes.session(m), data)[0] for m in (model, plain.model, made.model)]

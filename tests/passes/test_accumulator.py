@@ -98,8 +98,9 @@ def test_pairs_saturate_where_int16_does(codes):
 
 def test_codes_within_64_never_saturate_and_rows_count_apart():
     assert not saturates(np.array([[64, 64, 64], [-64, -64, 3]], np.int8)).any()
-    np.testing.assert_array_equal(saturates(np.array([[65, 0, 64], [65, 63, -128], [-65, 0, -64]], np.int8)),
-                                  [True, False, True])
+    np.testing.assert_array_equal(
+        saturates(np.array([[65, 0, 64], [65, 63, -128], [-65, 0, -64]], np.int8)), [True, False, True]
+    )
     assert not saturates(np.array([[-128], [127]], np.int8)).any()
 
 
@@ -126,8 +127,14 @@ def test_projection_is_the_nearest_point(seed, limit):
 
 
 @examples(150)
-@given(seed=st.integers(0, 9999), bits=st.sampled_from([2, 3, 4, 8]), limit=st.integers(0, 300), groups=st.integers(1, 3),
-       outputs=st.integers(1, 4), size=st.integers(1, 14))
+@given(
+    seed=st.integers(0, 9999),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    limit=st.integers(0, 300),
+    groups=st.integers(1, 3),
+    outputs=st.integers(1, 4),
+    size=st.integers(1, 14),
+)
 def test_bounds_always_hold(seed, bits, limit, groups, outputs, size):
     w, h, step, grid = problem(seed, groups, outputs, size, bits)
     codes = bounded(w, h, step, grid, limit)
@@ -160,8 +167,9 @@ def test_a_limit_that_does_not_bind_is_descent_from_truncation(seed, bits):
 def test_without_correlations_no_codes_are_better(seed, limit, size):
     w, _, step, grid = problem(seed, 1, 1, size, 3)
     h = np.eye(size)[None]
-    everything = np.array([q for q in itertools.product(range(grid[0], grid[1] + 1), repeat=size)
-                           if within(np.array(q), limit)])
+    everything = np.array(
+        [q for q in itertools.product(range(grid[0], grid[1] + 1), repeat=size) if within(np.array(q), limit)]
+    )
     best = ((w[0] - step[0] * everything) ** 2).sum(axis=1).min()
     assert row_loss(w - step * bounded(w, h, step, grid, limit), h).item() == pytest.approx(best, rel=1e-9, abs=1e-12)
 
@@ -205,8 +213,10 @@ def told(result):
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "ort-cpu-avx2", "openvino"])
-@pytest.mark.parametrize("name", ["cnn", "mobilenet", "grouped", "mlp", "transformer", "conv1d", "no_bias", "dead_channels",
-                                  "odd_channels", "resnet20"])
+@pytest.mark.parametrize(
+    "name",
+    ["cnn", "mobilenet", "grouped", "mlp", "transformer", "conv1d", "no_bias", "dead_channels", "odd_channels", "resnet20"],
+)
 def test_every_layer_fits(name, target):
     model = ZOO[name]()
     weights = 4 if target == "openvino" else 8
@@ -270,8 +280,9 @@ def test_the_bias_takes_the_mean_error():
 def test_what_it_costs_is_told():
     model = cnn()
     found = [told(quantize(model, recipe(bits, 4), feeds(model, 16)))["bounded"] for bits in (15, 13)]
-    assert all(found[1][name]["loss_relative_to_nearest"] >= y["loss_relative_to_nearest"] >= 1
-               for name, y in found[0].items())
+    assert all(
+        found[1][name]["loss_relative_to_nearest"] >= y["loss_relative_to_nearest"] >= 1 for name, y in found[0].items()
+    )
 
 
 def test_without_data_the_weights_count():
@@ -326,18 +337,27 @@ def hand_made(op, codes, attributes=None, shape=(1, 4), kind=np.uint8, chain=Non
     """Q -> DQ -> layer with given weight codes; `chain` makes more operators in front of the weight's DQ."""
     scale, zero = np.float32(0.1), kind(0)
     tensors = {"s": scale, "z": zero, "zw": np.int8(0)}
-    nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
-             helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"])]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+    ]
     stored = [numpy_helper.from_array(codes, "codes")]
     name = "codes"
     if chain is not None:
         made, extra, name = chain
         nodes, stored = [*made, *nodes], stored + extra
-    nodes += [helper.make_node("DequantizeLinear", [name, "s", "zw"], ["w"]),
-              helper.make_node(op, ["xd", "w"], ["y"], name="layer", **(attributes or {}))]
+    nodes += [
+        helper.make_node("DequantizeLinear", [name, "s", "zw"], ["w"]),
+        helper.make_node(op, ["xd", "w"], ["y"], name="layer", **(attributes or {})),
+    ]
     stored += [numpy_helper.from_array(np.asarray(v), n) for n, v in tensors.items()]
-    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-                              [helper.make_empty_tensor_value_info("y")], stored)
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_empty_tensor_value_info("y")],
+        stored,
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     return onnx.shape_inference.infer_shapes(model)
 
@@ -345,20 +365,23 @@ def hand_made(op, codes, attributes=None, shape=(1, 4), kind=np.uint8, chain=Non
 ROWS = np.array([[1, -2, 3, 4], [100, -100, 100, -100]], np.int8)  # 8 * 255 and 200 * 255 = 51000: 17 bits
 
 
-@pytest.mark.parametrize(("op", "codes", "attributes", "shape"), [
-    ("Gemm", ROWS, {"transB": 1}, (1, 4)),
-    ("Gemm", ROWS.T.copy(), {}, (1, 4)),
-    ("MatMul", ROWS.T.copy(), {}, (1, 4)),
-    ("MatMul", ROWS.T.copy()[None], {}, (1, 1, 4)),
-    ("Conv", ROWS.reshape(2, 1, 2, 2), {}, (1, 1, 3, 3)),
-    ("Conv", ROWS.reshape(2, 4, 1, 1), {}, (1, 4, 3, 3)),
-    ("Conv", np.concatenate([ROWS, ROWS]).reshape(4, 2, 2, 1), {"group": 2}, (1, 4, 3, 3)),
-    ("Conv", ROWS.reshape(2, 1, 2, 2), {"group": 2}, (1, 2, 3, 3)),
-])
+@pytest.mark.parametrize(
+    ("op", "codes", "attributes", "shape"),
+    [
+        ("Gemm", ROWS, {"transB": 1}, (1, 4)),
+        ("Gemm", ROWS.T.copy(), {}, (1, 4)),
+        ("MatMul", ROWS.T.copy(), {}, (1, 4)),
+        ("MatMul", ROWS.T.copy()[None], {}, (1, 1, 4)),
+        ("Conv", ROWS.reshape(2, 1, 2, 2), {}, (1, 1, 3, 3)),
+        ("Conv", ROWS.reshape(2, 4, 1, 1), {}, (1, 4, 3, 3)),
+        ("Conv", np.concatenate([ROWS, ROWS]).reshape(4, 2, 2, 1), {"group": 2}, (1, 4, 3, 3)),
+        ("Conv", ROWS.reshape(2, 1, 2, 2), {"group": 2}, (1, 2, 3, 3)),
+    ],
+)
 def test_layouts(op, codes, attributes, shape):
     found = needs(hand_made(op, codes, attributes, shape))["y"]
     assert (found.bits, found.saturates) == (17, True)
-    audit, = audit_model(hand_made(op, codes, attributes, shape)).layers
+    (audit,) = audit_model(hand_made(op, codes, attributes, shape)).layers
     assert (audit.accumulator, audit.saturates) == (17, True)
     small = needs(hand_made(op, np.clip(codes, -4, 4), attributes, shape))["y"]
     assert (small.bits, small.saturates) == (1 + (255 * 8).bit_length(), False)
@@ -374,12 +397,20 @@ def test_chains_are_computed():
     codes = np.array([[1, -2, 3, 4], [7, -7, 7, -7]]).astype(ml_dtypes.int4)
     cast = ([helper.make_node("Cast", ["codes"], ["c"], to=TensorProto.INT8)], [], "c")
     assert needs(hand_made("Gemm", codes, {"transB": 1}, chain=cast))["y"].bits == 1 + (14 * 255).bit_length()
-    product = ([helper.make_node("Cast", ["codes"], ["a"], to=TensorProto.INT32),
-                helper.make_node("Cast", ["factor"], ["b"], to=TensorProto.INT32),
-                helper.make_node("Mul", ["a", "b"], ["m"]), helper.make_node("Reshape", ["m", "shape"], ["r"]),
-                helper.make_node("Cast", ["r"], ["c"], to=TensorProto.INT8)],
-               [numpy_helper.from_array(np.array([[15], [15]]).astype(ml_dtypes.uint4), "factor"),
-                numpy_helper.from_array(np.array([2, 4]), "shape")], "c")
+    product = (
+        [
+            helper.make_node("Cast", ["codes"], ["a"], to=TensorProto.INT32),
+            helper.make_node("Cast", ["factor"], ["b"], to=TensorProto.INT32),
+            helper.make_node("Mul", ["a", "b"], ["m"]),
+            helper.make_node("Reshape", ["m", "shape"], ["r"]),
+            helper.make_node("Cast", ["r"], ["c"], to=TensorProto.INT8),
+        ],
+        [
+            numpy_helper.from_array(np.array([[15], [15]]).astype(ml_dtypes.uint4), "factor"),
+            numpy_helper.from_array(np.array([2, 4]), "shape"),
+        ],
+        "c",
+    )
     found = needs(hand_made("Gemm", codes, {"transB": 1}, chain=product))["y"]
     assert found.bits == 1 + (15 * 14 * 255).bit_length() and found.saturates
     rounded = ([helper.make_node("QuantizeLinear", ["codes", "s", "zw"], ["c"])], [], "c")
@@ -459,8 +490,13 @@ def test_a_plan_with_codes_that_saturate_is_refused():
             return [Widen]
 
     def run(**step):
-        return quantize(cnn(), {"target": "ort-cpu-avx2", "pass": [{"use": "acme.widen", **step}]}, feeds(cnn(), 4),
-                        plugins=[Vendor()], workers=1)
+        return quantize(
+            cnn(),
+            {"target": "ort-cpu-avx2", "pass": [{"use": "acme.widen", **step}]},
+            feeds(cnn(), 4),
+            plugins=[Vendor()],
+            workers=1,
+        )
 
     with pytest.raises(OnnxqError, match=r"8-bit codes up to 127, target 'ort-cpu-avx2' runs codes up to 64.*plan 7 bits\."):
         run()

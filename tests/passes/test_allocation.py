@@ -42,8 +42,11 @@ def test_coding_length_is_the_determinant():
     assert sign == 1 and coding_length(w, distortion) == pytest.approx((m + n) / 2 * logarithm / np.log(2))
 
 
-@given(st.lists(st.tuples(st.floats(0, 10), st.integers(1, 50)), min_size=1, max_size=12), st.integers(1, 4),
-       st.floats(0.3, 1.2))
+@given(
+    st.lists(st.tuples(st.floats(0, 10), st.integers(1, 50)), min_size=1, max_size=12),
+    st.integers(1, 4),
+    st.floats(0.3, 1.2),
+)
 @examples(100)
 def test_levels_fit_the_budget_and_leave_no_room_for_one_more(items, levels, share):
     score = np.array([s for s, _ in items])

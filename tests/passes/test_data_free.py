@@ -54,9 +54,17 @@ def with_inputs(net, output, *inputs, opset=17):
     """A model with inputs beside or instead of x: (name, type, shape) each."""
     made = [helper.make_tensor_value_info(*i) for i in inputs]
     given = [net.input] if any("x" in node.input for node in net.nodes) else []
-    model = helper.make_model(helper.make_graph(net.nodes, "net", [*given, *made], [
-        helper.make_tensor_value_info(output, TensorProto.FLOAT, None)], net.constants),
-        opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    model = helper.make_model(
+        helper.make_graph(
+            net.nodes,
+            "net",
+            [*given, *made],
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+            net.constants,
+        ),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=8,
+    )
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 
@@ -189,8 +197,9 @@ def pixels(samples):
     return np.concatenate([s["x"] for s in samples])
 
 
-@pytest.mark.parametrize("options, size", [(((0.5,), (0.25,)), 3), (((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), 3),
-                                           (((0.1,), (2.0,)), 1)])
+@pytest.mark.parametrize(
+    "options, size", [(((0.5,), (0.25,)), 3), (((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), 3), (((0.1,), (2.0,)), 1)]
+)
 def test_mean_and_std_say_the_scale(options, size):
     mean, std = (np.array(v).reshape(-1, 1, 1) for v in options)
     given, made = make(image_net(size), options=DataOptions(mean=options[0], std=options[1]))
@@ -216,11 +225,18 @@ def test_images_that_are_rgb_over_255_as_they_are():
     assert "[0, 1]" in DataFree.__doc__
 
 
-@pytest.mark.parametrize("size, settings, words", [
-    (3, ["data.mean=[0.5, 0.5]"], "'x' has 3 channels.*2 values"), (1, ["data.mean=[0.4, 0.5, 0.6]"], "'x' has 1 channels"),
-    (5, ["data.std=[0.4, 0.5, 0.6]"], "'x' has 5 channels"), (3, ["data.std=0.0"], "not zero"),
-    (3, ["data.std=nan"], "finite"), (3, ["data.mean=inf"], "finite"),
-    (3, ["data-free.inputs={x=[[0, 0], [1, 1]]}"], "'x' is declared for 2 channels, but it has 3")])
+@pytest.mark.parametrize(
+    "size, settings, words",
+    [
+        (3, ["data.mean=[0.5, 0.5]"], "'x' has 3 channels.*2 values"),
+        (1, ["data.mean=[0.4, 0.5, 0.6]"], "'x' has 1 channels"),
+        (5, ["data.std=[0.4, 0.5, 0.6]"], "'x' has 5 channels"),
+        (3, ["data.std=0.0"], "not zero"),
+        (3, ["data.std=nan"], "finite"),
+        (3, ["data.mean=inf"], "finite"),
+        (3, ["data-free.inputs={x=[[0, 0], [1, 1]]}"], "'x' is declared for 2 channels, but it has 3"),
+    ],
+)
 def test_scales_that_do_not_fit_the_channels(size, settings, words):
     with pytest.raises(OnnxqError, match=words) as caught:
         free(image_net(size), *settings)
@@ -397,9 +413,15 @@ def test_truth_values_are_true_unless_declared():
     free(model, verify=True)
 
 
-@pytest.mark.parametrize("ends, words", [
-    ("[0, 20]", "table of 20"), ("[-21, 3]", "table of 20"), ("[0.2, 0.8]", "whole numbers"),
-    ("[[0, 0], [1, 1]]", "one range for all")])
+@pytest.mark.parametrize(
+    "ends, words",
+    [
+        ("[0, 20]", "table of 20"),
+        ("[-21, 3]", "table of 20"),
+        ("[0.2, 0.8]", "whole numbers"),
+        ("[[0, 0], [1, 1]]", "one range for all"),
+    ],
+)
 def test_declared_tokens_must_be_rows_of_the_table(ends, words):
     with pytest.raises(OnnxqError, match=f"input 'ids'.*{words}") as caught:
         free(tokens(rows=20), f"data-free.inputs={{ids={ends}}}")
@@ -441,8 +463,22 @@ def test_verify_before_there_is_data_fits_tables_masks_and_kernels():
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ends", ["[1, -1]", "[0, nan]", "[0, inf]", "[0]", "[0, 1, 2]", "3", "'wide'", "[[0, 1], [1]]",
-                                  "[[], []]", "[[0, 3], [1, 2]]", "{low=0, high=1}"])
+@pytest.mark.parametrize(
+    "ends",
+    [
+        "[1, -1]",
+        "[0, nan]",
+        "[0, inf]",
+        "[0]",
+        "[0, 1, 2]",
+        "3",
+        "'wide'",
+        "[[0, 1], [1]]",
+        "[[], []]",
+        "[[0, 3], [1, 2]]",
+        "{low=0, high=1}",
+    ],
+)
 def test_ranges_that_are_none(ends):
     with pytest.raises(OnnxqError, match="range of 'x' must be") as caught:
         free(mlp(), f"data-free.inputs={{x={ends}}}")
@@ -481,8 +517,10 @@ def test_int8_without_data_names_this_recipe():
 # ---- results --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model, settings", [(cnn, []), (mobilenet, []), (tokens, []), (cnn, ["data-free.source=noise"]),
-                                             (mlp, ["data-free.inputs={x=[-1, 1]}"])])
+@pytest.mark.parametrize(
+    "model, settings",
+    [(cnn, []), (mobilenet, []), (tokens, []), (cnn, ["data-free.source=noise"]), (mlp, ["data-free.inputs={x=[-1, 1]}"])],
+)
 def test_a_seed_decides_the_model(model, settings):
     first, again, other = (free(model(), *settings, seed=seed).model.SerializeToString() for seed in (3, 3, 4))
     assert first == again
@@ -529,8 +567,23 @@ def test_command_line(tmp_path):
     from typer.testing import CliRunner
 
     onnx.save(cnn(), tmp_path / "m.onnx")
-    arguments = ["quantize", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "q.onnx"), "--report", str(tmp_path / "r.json"),
-                 "-r", RECIPE, "--mean", "0.5", "--std", "0.5", "--verify", "--set", "data-free.samples=4"]
+    arguments = [
+        "quantize",
+        str(tmp_path / "m.onnx"),
+        "-o",
+        str(tmp_path / "q.onnx"),
+        "--report",
+        str(tmp_path / "r.json"),
+        "-r",
+        RECIPE,
+        "--mean",
+        "0.5",
+        "--std",
+        "0.5",
+        "--verify",
+        "--set",
+        "data-free.samples=4",
+    ]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     report = json.loads((tmp_path / "r.json").read_text())
     assert "mean and std" in report["steps"][0]["told"]["inputs"]["x"]

@@ -17,13 +17,29 @@ from onnxq_plugins.solvers import expansion as solver
 from onnxq_plugins.spec import QuantSpec
 from tests.zoo import ZOO, Net, cnn, conv_transpose, feeds, mlp, resnet20, run, transformer
 
-FIT = ["cnn", "mobilenet", "grouped", "inception", "mlp", "conv_transpose", "conv1d", "no_bias", "dead_channels",
-       "odd_channels", "shared_weights", "prelu", "resnet20"]
+FIT = [
+    "cnn",
+    "mobilenet",
+    "grouped",
+    "inception",
+    "mlp",
+    "conv_transpose",
+    "conv1d",
+    "no_bias",
+    "dead_channels",
+    "odd_channels",
+    "shared_weights",
+    "prelu",
+    "resnet20",
+]
 
 
 def recipe(groups=(2, 2), bits=4, **more):
-    return {"weights": {"bits": bits}, "pass": [{"use": "residual-ensemble", "groups": list(groups)}, {"use": "ranges"}],
-            **more}
+    return {
+        "weights": {"bits": bits},
+        "pass": [{"use": "residual-ensemble", "groups": list(groups)}, {"use": "ranges"}],
+        **more,
+    }
 
 
 def told(made):
@@ -116,20 +132,24 @@ def test_layers_without_parts_have_their_weight_in_every_network():
 def broken(what):
     net = Net(["N", 4, 6, 6])
     y = net.conv("x", 4, 4)
-    y = {"Sqrt": lambda: net.op("Sqrt", net.op("Relu", y)),
-         "product of two": lambda: net.op("Mul", y, y),
-         "divides by": lambda: net.op("Div", y, net.op("Add", y, net.constant(9.0))),
-         "Divs": lambda: net.op("Div", net.constant(1.0), y),
-         "map 0 to 0": lambda: net.clip(y, 1.0, 2.0),
-         "they do not": lambda: net.op("Concat", y, "x", axis=1),
-         "another shape": lambda: net.op("Add", net.op("GlobalAveragePool", y), net.weight(1, 4, 6, 6)),
-         "move values": lambda: net.op("Pad", y, net.constant([0, 0, 1, 1] * 2, np.int64), net.constant(1.0)),
-         "body": lambda: None}[what]()
+    y = {
+        "Sqrt": lambda: net.op("Sqrt", net.op("Relu", y)),
+        "product of two": lambda: net.op("Mul", y, y),
+        "divides by": lambda: net.op("Div", y, net.op("Add", y, net.constant(9.0))),
+        "Divs": lambda: net.op("Div", net.constant(1.0), y),
+        "map 0 to 0": lambda: net.clip(y, 1.0, 2.0),
+        "they do not": lambda: net.op("Concat", y, "x", axis=1),
+        "another shape": lambda: net.op("Add", net.op("GlobalAveragePool", y), net.weight(1, 4, 6, 6)),
+        "move values": lambda: net.op("Pad", y, net.constant([0, 0, 1, 1] * 2, np.int64), net.constant(1.0)),
+        "body": lambda: None,
+    }[what]()
     return net.model(y)
 
 
-@pytest.mark.parametrize("what", ["Sqrt", "product of two", "divides by", "Divs", "map 0 to 0", "they do not",
-                                  "another shape", "move values", "body"])
+@pytest.mark.parametrize(
+    "what",
+    ["Sqrt", "product of two", "divides by", "Divs", "map 0 to 0", "they do not", "another shape", "move values", "body"],
+)
 def test_operators_in_the_way_are_named(what):
     model = ZOO["control_flow"]() if what == "body" else broken(what)
     graph = load(model)
@@ -174,12 +194,14 @@ def test_its_own_error_is_told():
     made = quantize(model, recipe((1, 1)), samples)
     own = np.mean([runtimes.sqnr(run(model, f)[0], run(made.float_model, f)[0]) for f in samples])
     assert told(made)["ensemble_db"] == pytest.approx(own, abs=0.01) and told(made)["samples"] == 6
-    note, = [n for n in made.report["notes"] if "residual-ensemble" in n]
+    (note,) = [n for n in made.report["notes"] if "residual-ensemble" in n]
     assert f"reaches {own:.1f} dB" in note and made.report["steps"][0]["exact"] is False
     better = quantize(model, recipe((2, 2)), samples)
     assert told(better)["ensemble_db"] > own + 10
-    blind = quantize(model, {"weights": {"bits": 4}, "target": "storage", "activations": {"bits": 32},
-                             "pass": [{"use": "residual-ensemble"}]})
+    blind = quantize(
+        model,
+        {"weights": {"bits": 4}, "target": "storage", "activations": {"bits": 32}, "pass": [{"use": "residual-ensemble"}]},
+    )
     assert "ensemble_db" not in told(blind) and any("without data its own error" in n for n in blind.report["notes"])
 
 
@@ -194,7 +216,7 @@ def test_scales_whose_product_underflows():
 def test_layers_that_do_not_fold_are_the_same_in_every_network():
     model, samples = mlp(), feeds(mlp(), 4)
     made = quantize(model, recipe(layer=[{"position": "last", "weights": {"bits": 8}}]), samples)
-    reason, = told(made)["left_alone"].values()
+    (reason,) = told(made)["left_alone"].values()
     assert "do not fold" in reason and told(made)["layers"] == 2
     last = made.graph.layers[-1].name.partition("_net")[0]
     same = [made.plan[y.weight] for y in made.graph.layers if y.name.startswith(last)]
@@ -232,8 +254,9 @@ def test_other_operators_are_refused_in_one_sentence():
     assert quantize(cnn(), recipe(), feeds(cnn(), 2)).model.graph.node
 
 
-@pytest.mark.parametrize(("given", "why"), [({"groups": (2,)}, "groups"), ({"groups": (1, 0)}, "groups"),
-                                            ({"samples": -1}, "samples")])
+@pytest.mark.parametrize(
+    ("given", "why"), [({"groups": (2,)}, "groups"), ({"groups": (1, 0)}, "groups"), ({"samples": -1}, "samples")]
+)
 def test_parameters_are_checked(given, why):
     with pytest.raises(ValueError, match=why):
         replace(ResidualEnsemble(), **given)

@@ -23,8 +23,12 @@ TENSOR = {"weights": {"block": "tensor"}}
 
 
 def equalized(model, n=4, steps=(), data=None, **parameters):
-    return quantize(model, {**TENSOR, "pass": [{"use": "equalize", "gain": 1.0, **parameters}, *steps]},
-                    feeds(model, n) if data is None else data, verify=True)
+    return quantize(
+        model,
+        {**TENSOR, "pass": [{"use": "equalize", "gain": 1.0, **parameters}, *steps]},
+        feeds(model, n) if data is None else data,
+        verify=True,
+    )
 
 
 def told(made):
@@ -60,8 +64,13 @@ def uneven(relu6=False, seed=0):
         return net.op("Conv", x, net.constant(weight), net.constant(bias), **attrs)
 
     x = conv("x", net.rng.normal(size=(16, 3, 1, 1)) * one[:, None, None, None], one / 4)
-    x = conv(activation(x), net.rng.normal(size=(16, 1, 3, 3)) * (two / one)[:, None, None, None] / 3, two / 4,
-             group=16, pads=[1] * 4)
+    x = conv(
+        activation(x),
+        net.rng.normal(size=(16, 1, 3, 3)) * (two / one)[:, None, None, None] / 3,
+        two / 4,
+        group=16,
+        pads=[1] * 4,
+    )
     x = conv(activation(x), net.rng.normal(size=(12, 16, 1, 1)) / two[None, :, None, None] / 4, np.zeros(12))
     return net.model(net.head(net.op("Relu", x), 12))
 
@@ -98,8 +107,13 @@ def prenorm():
         return net.op("Add", net.op("MatMul", x, net.constant(weight)), net.weight(cout))
 
     x = linear("x", 32, 32)
-    y = net.op("LayerNormalization", x, net.constant(net.rng.uniform(0.5, 1.5, 32) * size),
-               net.constant(net.rng.normal(size=32) * size / 4), axis=-1)
+    y = net.op(
+        "LayerNormalization",
+        x,
+        net.constant(net.rng.uniform(0.5, 1.5, 32) * size),
+        net.constant(net.rng.normal(size=32) * size / 4),
+        axis=-1,
+    )
     y = linear(net.op("Relu", linear(y, 32, 48, size)), 48, 32)
     return net.model(linear(net.op("Add", x, y), 32, 5))
 
@@ -109,8 +123,16 @@ def partly_clipped():
     net = Net(["N", 4, 8, 8])
     size = np.where(np.arange(12) % 2, 5.0, 0.05)[:, None, None, None]
     x = net.clip(net.op("Conv", "x", net.constant(net.rng.normal(size=(12, 4, 1, 1)) * size), net.constant(np.zeros(12))))
-    x = net.clip(net.op("Conv", x, net.constant(net.rng.normal(size=(12, 1, 3, 3)) / 3), net.constant(np.ones(12) / 8),
-                        group=12, pads=[1] * 4))
+    x = net.clip(
+        net.op(
+            "Conv",
+            x,
+            net.constant(net.rng.normal(size=(12, 1, 3, 3)) / 3),
+            net.constant(np.ones(12) / 8),
+            group=12,
+            pads=[1] * 4,
+        )
+    )
     return net.model(net.head(net.op("Relu", net.conv(x, 12, 8, 1)), 8))
 
 
@@ -147,8 +169,12 @@ def test_balance_stays_within_its_bounds(case):
     before, after, low, high = case
     f = balance(before, after, low, high)
     assert (f >= low).all() and (f <= high).all()
-    assert noise(before * f, after / f) <= noise(before, after) * (1 + 1e-9) or not ((before > 0) & (after > 0)).all() or (
-        low > np.exp2(-10)).any() or (high < 2.0**10).any()
+    assert (
+        noise(before * f, after / f) <= noise(before, after) * (1 + 1e-9)
+        or not ((before > 0) & (after > 0)).all()
+        or (low > np.exp2(-10)).any()
+        or (high < 2.0**10).any()
+    )
 
 
 @examples(100)
@@ -175,8 +201,10 @@ def test_channels_that_are_0_on_a_side_do_not_set_the_scale():
 def places(weights, links):
     """Groups from (weight, axis, writes) triples, one triple list per group."""
     sizes = [np.abs(w).astype(np.float64) for w in weights]
-    return sizes, [[Place(sizes[k], axis, np.arange(sizes[k].shape[axis])[:, None], writes) for k, axis, writes in link]
-                   for link in links]
+    return sizes, [
+        [Place(sizes[k], axis, np.arange(sizes[k].shape[axis])[:, None], writes) for k, axis, writes in link]
+        for link in links
+    ]
 
 
 def free(groups):
@@ -189,8 +217,9 @@ def test_three_layers_come_to_the_closed_form(n, seed):
     """Conv, depthwise, Conv: s1 = r1 / (r1 r2 r3)^(1/3), s2 = (r1 r2 r3)^(1/3) / r3, up to a common factor; divided by."""
     rng = np.random.default_rng(seed)
     r1, r2, r3 = np.exp2(rng.uniform(-4, 4, (3, n)))
-    sizes, groups = places([r1[:, None], r2[:, None], r3[None, :]],
-                           [[(0, 0, True), (1, 0, False)], [(1, 0, True), (2, 1, False)]])
+    sizes, groups = places(
+        [r1[:, None], r2[:, None], r3[None, :]], [[(0, 0, True), (1, 0, False)], [(1, 0, True), (2, 1, False)]]
+    )
     one, two = equalize(groups, free(groups), sweeps=200, tolerance=1e-10)
     mean = np.cbrt(r1 * r2 * r3)
     for found, s in ((one, r1 / mean), (two, mean / r3)):
@@ -236,8 +265,21 @@ def test_the_float_function_stays(name, by):
         assert quality(model, made, feeds(model, 4)) > 15
 
 
-@pytest.mark.parametrize("name", ["cnn", "grouped", "inception", "mlp", "conv1d", "odd_channels", "shared_weights",
-                                  "resnet20", "uneven", "dead_channels"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cnn",
+        "grouped",
+        "inception",
+        "mlp",
+        "conv1d",
+        "odd_channels",
+        "shared_weights",
+        "resnet20",
+        "uneven",
+        "dead_channels",
+    ],
+)
 def test_ranges_on_both_sides_are_equal_afterwards(name):
     """For groups with one weight on either side, channels free of bounds, up to one common factor."""
     job, _ = passed(NETS[name](), Equalize(gain=1.0))
@@ -272,7 +314,8 @@ def test_powers_of_two_change_no_bit(name):
     job, found = passed(model, Equalize(gain=1.0, pow2=True))
     for feed in feeds(model, 3):
         assert drift(run(model, feed, False), run(job.graph, feed, False)) == drift(
-            run(model, feed, False), run(load(model), feed, False))
+            run(model, feed, False), run(load(model), feed, False)
+        )
     assert found["largest_ratio_of_factors"] == 2.0 ** round(np.log2(found["largest_ratio_of_factors"]))
 
 
@@ -388,8 +431,9 @@ def test_outlier_channels_no_longer_set_the_scale(make, db):
     data, fresh = feeds(model, 16), feeds(model, 16, seed=1)
     recipe = {"pass": [{"use": "bias-correct"}]}
     plain = quantize(model, recipe, data)
-    made = quantize(model, {"pass": [{"use": "equalize", "by": "activations", "samples": 8}, *recipe["pass"]]}, data,
-                    verify=True)
+    made = quantize(
+        model, {"pass": [{"use": "equalize", "by": "activations", "samples": 8}, *recipe["pass"]]}, data, verify=True
+    )
     found = told(made)
     assert found["equalized"] and made.report["steps"][0]["drift"] <= 1e-5
     assert quality(model, made, fresh) > quality(model, plain, fresh) + db
@@ -420,8 +464,10 @@ def test_solved_ranges_do_not_hide_the_gain():
     data = feeds(model, 8)
     step = {"use": "equalize", "by": "activations", "samples": 8}
     recipes = [{"pass": steps} for steps in ([step], [{"use": "ranges"}, step])]
-    one, two = (next(s["told"] for s in quantize(model, r, data, verify=True).report["steps"] if s["pass"] == "equalize")
-                for r in recipes)
+    one, two = (
+        next(s["told"] for s in quantize(model, r, data, verify=True).report["steps"] if s["pass"] == "equalize")
+        for r in recipes
+    )
     assert one["equalized"] and two["equalized"]
     assert two["sqnr_before_and_after"][1] > two["sqnr_before_and_after"][0] + 6
 

@@ -47,8 +47,9 @@ def told(made):
 
 
 def same_codes(a, b):
-    return len(a) == len(b) and all(np.array_equal(x.codes, y.codes) and np.array_equal(x.scale, y.scale)
-                                    for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(
+        np.array_equal(x.codes, y.codes) and np.array_equal(x.scale, y.scale) for x, y in zip(a, b, strict=True)
+    )
 
 
 # ---- the solver -----------------------------------------------------------------------------------------------------
@@ -61,8 +62,8 @@ def test_bound_holds_for_every_channel_and_order(bits, block, size, seed):
     made = solver.orders(w, asked, depth)
     before = np.full(len(w), np.inf)
     for k in range(len(made)):
-        left = np.abs(w - solver.value(made[:k + 1]))
-        assert (left <= solver.bound(w, asked[:k + 1], np.minimum(depth, k + 1)) * (1 + 1e-5)).all()
+        left = np.abs(w - solver.value(made[: k + 1]))
+        assert (left <= solver.bound(w, asked[: k + 1], np.minimum(depth, k + 1)) * (1 + 1e-5)).all()
         now = left.reshape(len(w), -1).max(axis=1)
         assert (now <= before).all()
         before = now
@@ -126,10 +127,31 @@ def test_budget_is_kept_and_spent_on_what_gains_most(limit, seed):
 # ---- the pass -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [{"form": "branches", "orders": 3}, {"form": "sparse", "share": 0.3}, {"share": 0.3},
-                                  {"form": "sparse", "orders": 3, "budget": 0.4, "data": False}])
-@pytest.mark.parametrize("name", ["mobilenet", "grouped", "inception", "mlp", "transformer", "conv1d", "dead_channels",
-                                  "odd_channels", "shared_weights", "control_flow", "resnet20"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"form": "branches", "orders": 3},
+        {"form": "sparse", "share": 0.3},
+        {"share": 0.3},
+        {"form": "sparse", "orders": 3, "budget": 0.4, "data": False},
+    ],
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenet",
+        "grouped",
+        "inception",
+        "mlp",
+        "transformer",
+        "conv1d",
+        "dead_channels",
+        "odd_channels",
+        "shared_weights",
+        "control_flow",
+        "resnet20",
+    ],
+)
 def test_function_stays_and_bounds_are_told(name, step):
     model = ZOO[name]()
     samples = feeds(model, 3)
@@ -137,15 +159,18 @@ def test_function_stays_and_bounds_are_told(name, step):
     table = told(made)
     json.dumps(made.report)
     assert table["layers"] and set(table["layers"]) | set(table["left_alone"]) >= {
-        y.name for y in load(model).layers if y.weight in made.plan}
+        y.name for y in load(model).layers if y.weight in made.plan
+    }
     for row in table["layers"].values():
         assert row["error"] <= row["error_bound"] * (1 + 1e-4) and row["channels"] == sorted(row["channels"], reverse=True)
     assert all(np.isfinite(y).all() for f in samples for y in run(made.model, f))
 
 
 @pytest.mark.parametrize("name", ["mobilenet", "resnet20", "mlp", "transformer", "grouped"])
-@pytest.mark.parametrize("step", [{}, {"form": "branches"}, {"form": "branches", "orders": 3, "bits": [4, 4, 3]},
-                                  {"form": "sparse", "share": 0.3}])
+@pytest.mark.parametrize(
+    "step",
+    [{}, {"form": "branches"}, {"form": "branches", "orders": 3, "bits": [4, 4, 3]}, {"form": "sparse", "share": 0.3}],
+)
 def test_every_layer_stays_integer(name, step):
     model = ZOO[name]()
     made = quantize(model, recipe(step), feeds(model, 3))
@@ -159,9 +184,16 @@ def test_every_layer_stays_integer(name, step):
 @pytest.mark.parametrize("make", [mobilenet, resnet20, mlp])
 def test_no_share_is_order_one_and_the_whole_share_is_dense(make):
     model, samples = make(), feeds(make(), 3)
-    outputs = {key: [run(quantize(model, r, samples).model, f)[0] for f in samples] for key, r in {
-        "plain": {"weights": {"bits": 4}}, "none": recipe({"share": 0.0}), "dense": recipe({"form": "branches"}),
-        "whole": recipe({"share": 1.0, "form": "sparse"}), "budget": recipe({"budget": 9.0, "form": "branches"})}.items()}
+    outputs = {
+        key: [run(quantize(model, r, samples).model, f)[0] for f in samples]
+        for key, r in {
+            "plain": {"weights": {"bits": 4}},
+            "none": recipe({"share": 0.0}),
+            "dense": recipe({"form": "branches"}),
+            "whole": recipe({"share": 1.0, "form": "sparse"}),
+            "budget": recipe({"budget": 9.0, "form": "branches"}),
+        }.items()
+    }
     assert all(map(np.array_equal, outputs["plain"], outputs["none"]))
     assert all(map(np.array_equal, outputs["dense"], outputs["whole"]))
     assert all(map(np.array_equal, outputs["dense"], outputs["budget"]))
@@ -192,6 +224,7 @@ def test_two_orders_of_four_bits_are_as_good_as_eight():
     def noise(r):
         made = quantize(model, r, samples)
         return np.mean([runtimes.sqnr(run(model, f)[0], run(made.model, f)[0]) for f in samples]), made.report
+
     eight, _ = noise({"pass": [{"use": "ranges"}]})
     four, _ = noise({"weights": {"bits": 4}, "pass": [{"use": "ranges"}]})
     two, report = noise(recipe())
@@ -203,10 +236,13 @@ def test_sparse_equals_branches_on_the_same_channels():
     """Float activations: the two forms compute the same weights, whether channels could be moved or not."""
     for make in (mlp, resnet20):
         model, samples = make(), feeds(make(), 3)
-        a, b = (quantize(model, float_recipe({"share": 0.3, "form": form, "data": False}), samples)
-                for form in ("branches", "sparse"))
+        a, b = (
+            quantize(model, float_recipe({"share": 0.3, "form": form, "data": False}), samples)
+            for form in ("branches", "sparse")
+        )
         assert [row["channels"] for row in told(a)["layers"].values()] == [
-            row["channels"] for row in told(b)["layers"].values()]
+            row["channels"] for row in told(b)["layers"].values()
+        ]
         for f in samples:
             assert runtimes.drift(run(a.model, f), run(b.model, f)) < 1e-5
 
@@ -237,8 +273,9 @@ def test_data_chooses_other_channels_where_inputs_differ():
     w = net.rng.normal(size=(16, 8)).astype(np.float32)
     model = net.model(net.op("Gemm", "x", net.constant(w), transB=1))
     samples = [{"x": f["x"] * np.r_[100, np.full(7, 0.01)].astype(np.float32)} for f in feeds(model, 20)]
-    by_data, by_weights = (quantize(model, float_recipe({"share": 0.25, "form": "branches", "data": data}), samples)
-                           for data in (True, False))
+    by_data, by_weights = (
+        quantize(model, float_recipe({"share": 0.25, "form": "branches", "data": data}), samples) for data in (True, False)
+    )
     loss = [np.mean([runtimes.sqnr(run(model, f)[0], run(m.model, f)[0]) for f in samples]) for m in (by_data, by_weights)]
     assert loss[0] > loss[1] + 1
 
@@ -267,8 +304,9 @@ def test_orders_left_for_passes_behind():
     base = recipe({"form": "branches"})
     plain = quantize(model, base, samples)
     corrected = quantize(model, {**base, "pass": [*base["pass"], {"use": "bias-correct"}]}, samples)
-    learned = quantize(model, {**base, "pass": [*base["pass"], {"use": "round", "method": "gptq", "sequential": False}]},
-                       samples)
+    learned = quantize(
+        model, {**base, "pass": [*base["pass"], {"use": "round", "method": "gptq", "sequential": False}]}, samples
+    )
     firsts = [name for name in plain.plan if name.endswith("_part1")]
     assert len(firsts) == 8
     for name in firsts:
@@ -290,12 +328,14 @@ def test_channels_with_one_order_are_stored_in_four_bits():
 
 def test_left_alone_with_a_reason():
     model, samples = mobilenet(), feeds(mobilenet(), 2)
-    cases = {"solved": {"weights": {"bits": 4}, "pass": [{"use": "vector-scale"}, {"use": "residual-expansion"}]},
-             "would gain nothing": recipe(bits=8),
-             "do not fold": recipe({"form": "folded"}, bits=8),
-             "not defined": recipe(weights={"bits": 4, "sub_block": 4}),
-             "orders are not": recipe({"bits": [4]}, weights={"bits": 8, "sub_block": 4}),
-             "earned a second order": recipe({"share": 0.0})}
+    cases = {
+        "solved": {"weights": {"bits": 4}, "pass": [{"use": "vector-scale"}, {"use": "residual-expansion"}]},
+        "would gain nothing": recipe(bits=8),
+        "do not fold": recipe({"form": "folded"}, bits=8),
+        "not defined": recipe(weights={"bits": 4, "sub_block": 4}),
+        "orders are not": recipe({"bits": [4]}, weights={"bits": 8, "sub_block": 4}),
+        "earned a second order": recipe({"share": 0.0}),
+    }
     for why, asked in cases.items():
         reasons = told(quantize(model, asked, samples))["left_alone"]
         assert any(why in reason for reason in reasons.values()), (why, reasons)
@@ -314,8 +354,9 @@ def test_auto_takes_the_cheapest_form():
 
 
 def test_layers_with_widths_of_their_own_keep_them():
-    made = quantize(mlp(), recipe({"bits": [4, 3]}, bits=6, layer=[{"position": "last", "weights": {"bits": 3}}]),
-                    feeds(mlp(), 2))
+    made = quantize(
+        mlp(), recipe({"bits": [4, 3]}, bits=6, layer=[{"position": "last", "weights": {"bits": 3}}]), feeds(mlp(), 2)
+    )
     assert [row["bits"] for row in told(made)["layers"].values()] == [[4, 3], [4, 3], [3, 3]]
 
 
@@ -326,13 +367,22 @@ def test_conv_transpose_and_blocks_of_weights():
     model = net.model(net.op("Gemm", "x", net.weight(64, 16)))
     made = quantize(model, recipe(None, activations={"bits": 32}, weights={"bits": 4, "block": 32}), feeds(model, 2))
     assert audit_model(made.model).layers[0].kernel == "MatMulNBits"
-    row, = told(made)["layers"].values()
+    (row,) = told(made)["layers"].values()
     assert row["form"] == "folded" and made.plan[load(model).layers[0].weight].bits == 8
 
 
-@pytest.mark.parametrize("given_, why", [({"orders": 0}, "orders"), ({"bits": (1,)}, "bits"), ({"bits": (4, 4, 4)}, "bits"),
-                                         ({"share": 1.5}, "share"), ({"budget": -1.0}, "budget"),
-                                         ({"budget": 1.0, "share": 0.5}, "set one"), ({"activations": 3}, "1 or 2")])
+@pytest.mark.parametrize(
+    "given_, why",
+    [
+        ({"orders": 0}, "orders"),
+        ({"bits": (1,)}, "bits"),
+        ({"bits": (4, 4, 4)}, "bits"),
+        ({"share": 1.5}, "share"),
+        ({"budget": -1.0}, "budget"),
+        ({"budget": 1.0, "share": 0.5}, "set one"),
+        ({"activations": 3}, "1 or 2"),
+    ],
+)
 def test_parameters_are_checked(given_, why):
     with pytest.raises(ValueError, match=why):
         replace(ResidualExpansion(), **given_)
@@ -360,8 +410,9 @@ def test_two_orders_of_an_activation_are_the_halves_of_a_code(low, span, bits, s
 
 
 @pytest.mark.parametrize("shift", [0.5, 0.03])
-@pytest.mark.parametrize("name", ["mobilenet", "grouped", "mlp", "transformer", "conv_transpose", "shared_weights",
-                                  "control_flow"])
+@pytest.mark.parametrize(
+    "name", ["mobilenet", "grouped", "mlp", "transformer", "conv_transpose", "shared_weights", "control_flow"]
+)
 def test_split_inputs_leave_the_function(name, shift):
     model = ZOO[name]()
     graph = load(model)
@@ -390,23 +441,32 @@ def test_split_inputs_check_their_arguments():
 def narrow(bits=4, activations=1, target="npu4", ranges="minmax", **more):
     """Weights so fine that activations are what is heard."""
     step = {"use": "residual-expansion", "orders": 4, "form": "branches", "activations": activations}
-    return {"target": target, "weights": {"bits": 4}, "activations": {"bits": bits},
-            "pass": [{"use": "ranges", "method": ranges}, step, {"use": "bias-correct"}], **more}
+    return {
+        "target": target,
+        "weights": {"bits": 4},
+        "activations": {"bits": bits},
+        "pass": [{"use": "ranges", "method": ranges}, step, {"use": "bias-correct"}],
+        **more,
+    }
 
 
 @pytest.mark.parametrize("name", ["mobilenet", "mlp", "transformer", "conv1d", "cnn", "resnet20"])
 def test_two_orders_of_four_bit_activations_are_eight_bits(name):
     model, samples = ZOO[name](), feeds(ZOO[name](), 6)
-    made = {key: quantize(model, r, samples, verify=True)
-            for key, r in {"one": narrow(), "two": narrow(activations=2), "eight": narrow(8)}.items()}
+    made = {
+        key: quantize(model, r, samples, verify=True)
+        for key, r in {"one": narrow(), "two": narrow(activations=2), "eight": narrow(8)}.items()
+    }
     table = told(made["two"])
     assert table["inputs"] and not table["inputs_left_alone"]
     assert all(row["error_bound"] == pytest.approx(row["step"] / 32) for row in table["inputs"].values())
     grids = {s.bits for n, s in made["two"].plan.items() if not made["two"].graph.is_constant(n)}
     assert grids == {4}
     outputs = {key: [run(m.model, f)[0] for f in samples] for key, m in made.items()}
-    noise = {key: np.mean([runtimes.sqnr(run(model, f)[0], y) for f, y in zip(samples, ys, strict=True)])
-             for key, ys in outputs.items()}
+    noise = {
+        key: np.mean([runtimes.sqnr(run(model, f)[0], y) for f, y in zip(samples, ys, strict=True)])
+        for key, ys in outputs.items()
+    }
     assert abs(noise["two"] - noise["eight"]) < 0.5 and noise["one"] < noise["eight"] - 15
     for f in samples[:2]:  # codes of 4 bits stay within 4 bits, for any input
         wild = {k: 3 * v for k, v in f.items()}
@@ -417,8 +477,10 @@ def test_two_orders_of_four_bit_activations_are_eight_bits(name):
 def test_one_order_of_activations_is_the_plain_network():
     model, samples = cnn(), feeds(cnn(), 4)
     plain = narrow()
-    without = {**plain, "pass": [plain["pass"][0], {k: v for k, v in plain["pass"][1].items() if k != "activations"},
-                                 plain["pass"][2]]}
+    without = {
+        **plain,
+        "pass": [plain["pass"][0], {k: v for k, v in plain["pass"][1].items() if k != "activations"}, plain["pass"][2]],
+    }
     a, b = (quantize(model, r, samples).model for r in (plain, without))
     assert all(np.array_equal(run(a, f)[0], run(b, f)[0]) for f in samples)
 
@@ -426,8 +488,9 @@ def test_one_order_of_activations_is_the_plain_network():
 def test_chosen_ranges_of_activations_are_kept():
     """Where `ranges` cut the extremes off, so do the two orders; where it only met a coarse grid, the extremes are back."""
     model, samples = resnet20(), feeds(resnet20(), 6)
-    cut, whole = (told(quantize(model, narrow(activations=2, ranges=method), samples))["inputs"]
-                  for method in ("mse", "minmax"))
+    cut, whole = (
+        told(quantize(model, narrow(activations=2, ranges=method), samples))["inputs"] for method in ("mse", "minmax")
+    )
     assert cut.keys() == whole.keys()
     assert any(cut[n]["step"] < 0.9 * whole[n]["step"] for n in cut)
     assert all(cut[n]["step"] <= 1.05 * whole[n]["step"] for n in cut)
@@ -452,9 +515,10 @@ def test_inputs_left_alone_with_a_reason():
     asked = narrow(activations=2, layer=[{"op": "Attention", "quantize": True}])
     attention = quantize(both, asked, feeds(both, 2), verify=True)
     assert list(told(attention)["inputs"]) == ["x"]
-    reason, = told(attention)["inputs_left_alone"].values()
+    (reason,) = told(attention)["inputs_left_alone"].values()
     assert "MatMul" in reason and "takes one code" in reason
     coded = replace(NPU4, name="vendor.npu", output_scale=frozenset({"Conv"}))
+
     class Vendor:
         @hookimpl
         def onnxq_targets(self):

@@ -40,8 +40,16 @@ def make_job(model, recipe=None, n: int = 6) -> Job:
     graph = load(model, flatten=target.flatten)
     asked = requests.request(graph, made, target)
     calibration = Calibration(graph, open_data(feeds(model, n), graph_inputs(graph)), workers=1)
-    return Job(graph, asked.plan, calibration, target, made, np.random.default_rng(0), 1,
-               {"floats": dict(asked.floats), "notes": []})
+    return Job(
+        graph,
+        asked.plan,
+        calibration,
+        target,
+        made,
+        np.random.default_rng(0),
+        1,
+        {"floats": dict(asked.floats), "notes": []},
+    )
 
 
 def make_widths(model, candidates=("W4A8", "W8A8"), recipe=None) -> Widths:
@@ -78,8 +86,9 @@ def two_layers(first: dict, second: dict | None = None) -> tuple[onnx.ModelProto
 # ---- widths -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "W8", "A8", "8A8", "W8A", "w8a8", "W8A8 ", "W1A8", "W8A1", "W17A8", "W8A32", "W-4A8",
-                                  "FLOAT", "W4A8,W8A8"])
+@pytest.mark.parametrize(
+    "text", ["", "W8", "A8", "8A8", "W8A", "w8a8", "W8A8 ", "W1A8", "W8A1", "W17A8", "W8A32", "W-4A8", "FLOAT", "W4A8,W8A8"]
+)
 def test_what_is_no_width_is_told(text):
     with pytest.raises(ValueError, match="W4A8") as error:
         Width.parse(text)
@@ -94,7 +103,12 @@ def test_widths_are_read_as_they_are_written(weights, bits):
 
 def test_candidates_are_sorted_from_the_widest_and_named_once():
     assert [str(w) for w in parse_widths(["W4A8", "float", "W8A16", "W8A8", "W4A8", "W4A16"])] == [
-        "float", "W8A16", "W4A16", "W8A8", "W4A8"]
+        "float",
+        "W8A16",
+        "W4A16",
+        "W8A8",
+        "W4A8",
+    ]
     assert str(Width.parse("float")) == "float"
     with pytest.raises(ValueError, match="at least one"):
         parse_widths([])
@@ -108,8 +122,10 @@ def ties(model, recipe=None):
     return job.graph, job.plan, job.target, quantizer_groups(job.graph, job.plan, job.target)
 
 
-@pytest.mark.parametrize("recipe", [{}, {"target": "npu"}, {"target": "storage"},
-                                    {"target": "npu", "layer": [{"op": "Attention", "quantize": True}]}])
+@pytest.mark.parametrize(
+    "recipe",
+    [{}, {"target": "npu"}, {"target": "storage"}, {"target": "npu", "layer": [{"op": "Attention", "quantize": True}]}],
+)
 @pytest.mark.parametrize("name", ZOO)
 def test_groups_hold_each_quantizer_once_with_all_that_it_meets(name, recipe):
     graph, plan, target, groups = ties(ZOO[name](), recipe)
@@ -118,8 +134,11 @@ def test_groups_hold_each_quantizer_once_with_all_that_it_meets(name, recipe):
     assert sorted(planned) == sorted(activations(graph, plan))
     assert sorted(layers) == sorted(y.name for y in graph.layers if y.weight in plan)
     assert len({g.name for g in groups}) == len(groups)
-    of = {member: i for i, g in enumerate(groups) for member in (*[("a", a) for a in g.activations],
-                                                                 *[("y", y) for y in g.layers])}
+    of = {
+        member: i
+        for i, g in enumerate(groups)
+        for member in (*[("a", a) for a in g.activations], *[("y", y) for y in g.layers])
+    }
     integer = qdq.integer_nodes(graph, plan, target)
     by_name = {y.name: y for y in graph.layers}
     for node in graph.nodes:
@@ -149,7 +168,7 @@ def test_adds_and_concats_tie_their_inputs():
         keys = {requests.input_key(graph, plan, t.name) for t in node.inputs}
         assert len(keys) == 2 and any(keys <= set(g.activations) for g in groups)
     graph, plan, _, groups = ties(ZOO["inception"]())
-    concat, = (n for n in graph.nodes if n.op == "Concat")
+    (concat,) = (n for n in graph.nodes if n.op == "Concat")
     assert any({requests.input_key(graph, plan, t.name) for t in concat.inputs} <= set(g.activations) for g in groups)
 
 
@@ -166,15 +185,17 @@ def test_groups_do_not_depend_on_names(name):
     (one, _, _, groups), (two, _, _, others) = ties(model), ties(other)
     places = [{n.name: i for i, n in enumerate(graph.nodes)} for graph in (one, two)]
     back = {new: old for old, new in renamed.items()}
-    numbers = [[sorted(place[y] for y in g.layers) for g in found]
-               for place, found in zip(places, (groups, others), strict=True)]
+    numbers = [
+        [sorted(place[y] for y in g.layers) for g in found] for place, found in zip(places, (groups, others), strict=True)
+    ]
     assert numbers[0] == numbers[1]
 
     def old(name: str) -> str:
         return back.get(name, back.get(name.removesuffix("_2d"), name.removesuffix("_2d")))  # flattened tokens
 
     assert [sorted(a.removesuffix("_2d") for a in g.activations) for g in groups] == [
-        sorted(old(a) for a in g.activations) for g in others]
+        sorted(old(a) for a in g.activations) for g in others
+    ]
 
 
 def test_weight_only_layers_stand_alone_in_the_order_of_the_graph():
@@ -200,18 +221,29 @@ def test_products_of_activations_are_in_groups():
     for node in products:
         keys = {requests.input_key(graph, plan, t.name) for t in node.inputs}
         assert "" not in keys and any(keys <= set(g.activations) for g in groups)
-    told = search(make_job(transformer(), {"target": "npu", **attention}), candidates=("W4A8", "W8A8", "W8A16"),
-                  budget="bops", limit=1.0)
+    told = search(
+        make_job(transformer(), {"target": "npu", **attention}),
+        candidates=("W4A8", "W8A8", "W8A16"),
+        budget="bops",
+        limit=1.0,
+    )
     assert told["groups"] == len(groups)
 
 
 # ---- costs --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("settings", "expected"), [
-    ({"k": 3}, 9 * 9 * 12 * 8 * 9), ({"k": 1}, 9 * 9 * 12 * 8), ({"k": 3, "strides": [2, 2]}, 5 * 5 * 12 * 8 * 9),
-    ({"k": 3, "groups": 4}, 9 * 9 * 12 * 2 * 9), ({"k": 3, "pads": [0] * 4}, 7 * 7 * 12 * 8 * 9),
-    ({"k": 3, "dilations": [2, 2], "pads": [0] * 4}, 5 * 5 * 12 * 8 * 9)])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"k": 3}, 9 * 9 * 12 * 8 * 9),
+        ({"k": 1}, 9 * 9 * 12 * 8),
+        ({"k": 3, "strides": [2, 2]}, 5 * 5 * 12 * 8 * 9),
+        ({"k": 3, "groups": 4}, 9 * 9 * 12 * 2 * 9),
+        ({"k": 3, "pads": [0] * 4}, 7 * 7 * 12 * 8 * 9),
+        ({"k": 3, "dilations": [2, 2], "pads": [0] * 4}, 5 * 5 * 12 * 8 * 9),
+    ],
+)
 def test_multiply_adds_of_convolutions(settings, expected):
     model, _ = two_layers(settings)
     assert list(multiply_adds(load(model), feeds(model, 1)[0]).values()) == [expected]
@@ -253,7 +285,10 @@ def test_pinned_layers_keep_their_bits_and_are_counted_with_them():
         assert widths.cost(everywhere).size == sum(n * (6 if y == "conv0" else width.weights) for y, n in sizes.items())
     result = quantize(cnn(), {**recipe, **recipe_of(candidates=["W4A8"], limit=1.0)}, feeds(cnn(), 6))
     assert {y["name"]: y["weights"].split()[0] for y in result.report["layers"]} == {
-        "conv0": "int6", "conv3": "int4", "gemm7": "int4"}
+        "conv0": "int6",
+        "conv3": "int4",
+        "gemm7": "int4",
+    }
 
 
 # ---- one group alone ------------------------------------------------------------------------------------------------------
@@ -292,8 +327,10 @@ def test_every_planned_activation_alone_costs_something(name):
     assert widths.coded
     for group in widths.groups:
         for a in widths.coded & set(group.activations):
-            coarse = from_range(*(float((code - whole[a].zero_point) * whole[a].scale) for code in whole[a].grid),
-                                replace(whole[a].request(), bits=4))
+            coarse = from_range(
+                *(float((code - whole[a].zero_point) * whole[a].scale) for code in whole[a].grid),
+                replace(whole[a].request(), bits=4),
+            )
             assert 0 < measure.score(Plan({a: coarse})) < 100, a
 
 
@@ -325,7 +362,7 @@ def test_budgets_on_cost_hold_for_the_plan(name, budget):
     told = search(job, candidates=("W3A8", "W4A8", "W6A8", "W8A8", "W8A16"), budget=budget, limit=limit, curve=4)
     found = dict(zip(("size", "bops"), plan_cost(job, job.plan), strict=True))
     assert found[budget] <= limit * (1 + 1e-9)
-    chosen, = (p for p in told["curve"] if p.get("chosen"))
+    (chosen,) = (p for p in told["curve"] if p.get("chosen"))
     assert {key: pytest.approx(chosen[key], abs=1e-4) for key in found} == found
     assert way_down(told["curve"], budget)
     assert all(len(p["widths"]) == told["groups"] for p in told["curve"])
@@ -336,7 +373,7 @@ def test_budgets_on_cost_hold_for_the_plan(name, budget):
 def test_budgets_on_accuracy_hold_on_the_measured_samples(name):
     job = make_job(ZOO[name](), {"target": "npu"})
     told = search(job, candidates=("W3A8", "W8A8", "W8A16"), budget="sqnr", limit=38.0)
-    chosen, = (p for p in told["curve"] if p.get("chosen"))
+    (chosen,) = (p for p in told["curve"] if p.get("chosen"))
     assert chosen["sqnr"] >= 38
     # fewer than 16 samples: rounded and measured on the same ones, so the final plan is the measured one
     measure = Measure(job.graph, job.target, list(job.calibration.data))
@@ -366,10 +403,10 @@ def test_the_way_down_never_rises_in_any_cost(order):
         noise = {(i, w): 10 ** (-db / 10) for db, i, w in ranked}
         rates = {}
         for (i, w), value in noise.items():
-            price = found.widths.cost((*path[0][:i], w, *path[0][i + 1:]))
+            price = found.widths.cost((*path[0][:i], w, *path[0][i + 1 :]))
             if price.size <= prices[0].size and price.bops < prices[0].bops:
                 rates[i, w] = (value - noise[i, path[0][i]]) / (prices[0].bops - price.bops)
-        first, = ((i, w) for i, w in enumerate(path[1]) if w != path[0][i])
+        (first,) = ((i, w) for i, w in enumerate(path[1]) if w != path[0][i])
         assert rates[first] == min(rates.values())
     else:  # the list is worked off from its front
         changed = [next((i, w) for i, (old, w) in enumerate(zip(a, b, strict=True)) if w != old) for a, b in pairwise(path)]
@@ -380,8 +417,12 @@ def test_the_way_down_never_rises_in_any_cost(order):
 def test_one_candidate_is_a_homogeneous_plan():
     model, samples = mobilenet(), feeds(mobilenet(), 6)
     mixed = quantize(model, recipe_of(candidates=["W4A8"], limit=1.0), samples, workers=1)
-    plain = quantize(model, {"weights": {"bits": 4}, "pass": [{"use": "round", "method": "nearest", "sequential": False,
-                                                              "seconds": 0}]}, samples, workers=1)
+    plain = quantize(
+        model,
+        {"weights": {"bits": 4}, "pass": [{"use": "round", "method": "nearest", "sequential": False, "seconds": 0}]},
+        samples,
+        workers=1,
+    )
     assert set(mixed.plan) == set(plain.plan)
     for name, spec in plain.plan.items():
         assert spec.bits == mixed.plan[name].bits
@@ -403,8 +444,13 @@ def test_one_seed_one_plan(method):
 @pytest.mark.parametrize("name", SMALL)
 def test_the_whole_way_on_an_npu(name):
     model = ZOO[name]()
-    result = quantize(model, recipe_of("npu", candidates=["W4A8", "W8A8", "W8A16"], budget="sqnr", limit=40.0),
-                      feeds(model, 6), workers=1, verify=True)
+    result = quantize(
+        model,
+        recipe_of("npu", candidates=["W4A8", "W8A8", "W8A16"], budget="sqnr", limit=40.0),
+        feeds(model, 6),
+        workers=1,
+        verify=True,
+    )
     onnx.checker.check_model(result.model, full_check=True)
     json.dumps(result.report)
     samples = feeds(model, 6)
@@ -426,8 +472,11 @@ def test_candidates_that_the_target_cannot_run_are_left_out():
 def test_weight_only_layers_are_searched(target):
     net = Net(["N", 4, 64])
     model = net.model(net.linear(net.op("Relu", net.linear("x", 64, 32)), 32, 32))
-    recipe = {"weights": {"bits": 4, "block": 16}, "activations": {"bits": 32}, **recipe_of(
-        target, candidates=["W4A8", "W8A8"])}
+    recipe = {
+        "weights": {"bits": 4, "block": 16},
+        "activations": {"bits": 32},
+        **recipe_of(target, candidates=["W4A8", "W8A8"]),
+    }
     result = quantize(model, recipe, feeds(model, 6), workers=1)
     assert sorted(spec.bits for spec in result.plan.values()) == [4, 8]
     widths = make_widths(model, ("W4A8", "W8A8"), {key: recipe[key] for key in ("target", "weights", "activations")})
@@ -453,8 +502,18 @@ def test_behind_data_free(source):
     assert 4 <= np.mean(bits) <= 6
 
 
-@pytest.mark.parametrize(("key", "value"), [("candidates", ["W8"]), ("candidates", []), ("metric", "top1"), ("samples", 0),
-                                            ("curve", -1), ("strategy", "best"), ("budget", "time")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("candidates", ["W8"]),
+        ("candidates", []),
+        ("metric", "top1"),
+        ("samples", 0),
+        ("curve", -1),
+        ("strategy", "best"),
+        ("budget", "time"),
+    ],
+)
 def test_parameters_are_checked(key, value):
     with pytest.raises(OnnxqError):
         quantize(mlp(), recipe_of(**{key: value}), feeds(mlp(), 2))
@@ -538,9 +597,16 @@ def test_strategies_agree_where_scores_fall_steadily(budget):
     found = {}
     for strategy in ("brute", "binary", "interpolation", "hybrid"):
         job = make_job(mlp())
-        told = search(job, candidates=("W2A8", "W4A8", "W8A8"), budget=budget, limit=28.0 if budget == "sqnr" else 60.0,
-                      strategy=strategy, metric="sqnr" if budget == "sqnr" else "agreement", curve=0)
-        chosen, = (p for p in told["curve"] if p.get("chosen"))
+        told = search(
+            job,
+            candidates=("W2A8", "W4A8", "W8A8"),
+            budget=budget,
+            limit=28.0 if budget == "sqnr" else 60.0,
+            strategy=strategy,
+            metric="sqnr" if budget == "sqnr" else "agreement",
+            curve=0,
+        )
+        (chosen,) = (p for p in told["curve"] if p.get("chosen"))
         found[strategy] = chosen["widths"], len(told["curve"])
     assert len({json.dumps(widths) for widths, _ in found.values()}) == 1
     assert found["brute"][1] == 7  # the widest, and two steps for each of three groups
@@ -551,17 +617,17 @@ def test_an_accuracy_budget_is_not_met_by_rounding_numbers_for_the_report():
     job = make_job(mlp())
     first = search(job, candidates=("W8A8", "W4A8"), budget="sqnr", limit=0.0, strategy="brute")
     exact = Measure(job.graph, job.target, list(job.calibration.data)).score(job.plan)
-    chosen, = (p for p in first["curve"] if p.get("chosen"))
+    (chosen,) = (p for p in first["curve"] if p.get("chosen"))
     for limit in (exact + 1e-5, exact + 4e-4):
         again = search(make_job(mlp()), candidates=("W8A8", "W4A8"), budget="sqnr", limit=limit, strategy="brute")
-        other, = (p for p in again["curve"] if p.get("chosen"))
+        (other,) = (p for p in again["curve"] if p.get("chosen"))
         assert other["widths"] != chosen["widths"]
 
 
 def test_an_accuracy_that_none_reaches_is_told():
     job = make_job(mlp())
     told = search(job, candidates=("W4A8", "W8A8"), budget="sqnr", limit=190.0)
-    chosen, = (p for p in told["curve"] if p.get("chosen"))
+    (chosen,) = (p for p in told["curve"] if p.get("chosen"))
     assert set(chosen["widths"].values()) == {"W8A8"}
     assert any("even the widest" in note for note in job.report["notes"])
 
@@ -577,7 +643,7 @@ def test_shifts_of_a_pass_before_are_kept():
 @pytest.mark.parametrize("behind", [[], [{"use": "bias-correct"}]])
 def test_what_comes_behind_keeps_the_widths(behind):
     result = quantize(mobilenet(), recipe_of(behind=behind, limit=0.7), feeds(mobilenet(), 6), workers=1, verify=True)
-    chosen, = (p for p in result.report["steps"][0]["told"]["curve"] if p.get("chosen"))
+    (chosen,) = (p for p in result.report["steps"][0]["told"]["curve"] if p.get("chosen"))
     layers = {y.name: y for y in load(mobilenet()).layers}
     for name, width in chosen["widths"].items():
         if name in layers:
@@ -594,8 +660,14 @@ def test_the_search_rounds_on_half_and_the_result_on_all(monkeypatch):
 
     monkeypatch.setattr(Widths, "round", spy)
     start = Measure.__init__
-    monkeypatch.setattr(Measure, "__init__", lambda self, graph, target, samples, *rest, **more: (
-        measured.append([feed["x"].tobytes() for feed in samples]), start(self, graph, target, samples, *rest, **more))[1])
+    monkeypatch.setattr(
+        Measure,
+        "__init__",
+        lambda self, graph, target, samples, *rest, **more: (
+            measured.append([feed["x"].tobytes() for feed in samples]),
+            start(self, graph, target, samples, *rest, **more),
+        )[1],
+    )
     samples = feeds(mlp(), 40)
     job = make_job(mlp(), n=40)
     search(job, samples=32)
@@ -609,7 +681,7 @@ def test_the_search_rounds_on_half_and_the_result_on_all(monkeypatch):
 def test_a_mixed_network_is_no_worse_than_a_homogeneous_one_of_its_cost():
     job = make_job(ZOO["resnet20"](), n=32)
     told = search(job, candidates=("W4A8", "W6A8", "W8A8"), budget="bops", limit=0.75, method="gptq")
-    chosen, = (p for p in told["curve"] if p.get("chosen"))
+    (chosen,) = (p for p in told["curve"] if p.get("chosen"))
     alone = search(make_job(ZOO["resnet20"](), n=32), candidates=("W6A8",), budget="bops", limit=0.75, method="gptq")
     assert chosen["sqnr"] >= alone["curve"][0]["sqnr"]
 

@@ -42,9 +42,18 @@ def view(seed, channels, rows, width, extra=0, spread=1.0, dead=0):
 @st.composite
 def views(draw, most=12):
     channels = draw(st.integers(2, most))
-    made = [view(draw(seeds), channels, draw(st.sampled_from([1, 3, 60])), draw(st.integers(2, 5)), draw(st.integers(0, 5)),
-                 draw(st.sampled_from([0.0, 1.0])), draw(st.sampled_from([0, 0, 1, channels])))
-            for _ in range(draw(st.integers(1, 3)))]
+    made = [
+        view(
+            draw(seeds),
+            channels,
+            draw(st.sampled_from([1, 3, 60])),
+            draw(st.integers(2, 5)),
+            draw(st.integers(0, 5)),
+            draw(st.sampled_from([0.0, 1.0])),
+            draw(st.sampled_from([0, 0, 1, channels])),
+        )
+        for _ in range(draw(st.integers(1, 3)))
+    ]
     return made, np.random.default_rng(draw(seeds)).permutation(channels)
 
 
@@ -176,8 +185,10 @@ def test_sorted_channels_have_less_error_in_tiles(rows, columns, bits):
             by_row = np.maximum.reduceat(np.abs(values), np.arange(0, 64, 16), axis=1).T
             by_column = np.maximum.reduceat(np.abs(values), np.arange(0, 128, 16), axis=0)
             met = np.repeat(np.add.reduceat(power, np.arange(0, 64, 16))[:, None], 128, axis=1)
-            return (View(by_row, met, np.arange(128), 16),
-                    View(by_column, np.repeat(16 * power[None], 8, axis=0), np.arange(64), 16))
+            return (
+                View(by_row, met, np.arange(128), 16),
+                View(by_column, np.repeat(16 * power[None], 8, axis=0), np.arange(64), 16),
+            )
 
         made = w[sort_channels(sides(w, power)[:1])]
         order = sort_channels(sides(made, power)[1:])
@@ -206,8 +217,8 @@ def slow_tiles(job, layer, block, power, only=None):
     for o in range(start // rows * rows, stop, rows):
         for i in range(0, w.shape[1], columns):
             within = range(max(o, start), min(o + rows, stop))
-            part = w[within.start:within.stop, i:i + columns]
-            met = sum(power[r // per_group, i:i + columns].sum() for r in within)
+            part = w[within.start : within.stop, i : i + columns]
+            met = sum(power[r // per_group, i : i + columns].sum() for r in within)
             total += part.max() ** 2 * met
     return total
 
@@ -223,8 +234,9 @@ def test_views_cost_what_their_tiles_do(name, tile):
         for member in group.weights:
             made = member.tensor in known and _view(job.graph, member, *known[member.tensor], power[member.tensor])
             if made:
-                wanted = slow_tiles(job, *known[member.tensor], power[member.tensor],
-                                    member.rows if member.role == "input" else None)
+                wanted = slow_tiles(
+                    job, *known[member.tensor], power[member.tensor], member.rows if member.role == "input" else None
+                )
                 assert made.cost(np.arange(group.size)) == pytest.approx(wanted, rel=1e-9)
                 seen += 1
     assert seen
@@ -308,10 +320,15 @@ def test_nothing_to_do_is_told_and_leaves_the_graph(weights):
 def test_what_was_solved_for_the_old_order_is_dropped():
     """Law L5: scales found before the channels moved belong to other channels."""
     model = resnet20()
-    results = [quantize(model, {**TWO_LEVEL, "pass": steps}, feeds(model, 4), workers=1, seed=3) for steps in (
-        [{"use": "sub-layer"}, {"use": "reorder"}], [{"use": "reorder"}])]
-    moved = [name for name, spec in results[0].plan.items() if spec.sub_block
-             and not np.array_equal(spec.multiplier, results[1].plan[name].multiplier)]
+    results = [
+        quantize(model, {**TWO_LEVEL, "pass": steps}, feeds(model, 4), workers=1, seed=3)
+        for steps in ([{"use": "sub-layer"}, {"use": "reorder"}], [{"use": "reorder"}])
+    ]
+    moved = [
+        name
+        for name, spec in results[0].plan.items()
+        if spec.sub_block and not np.array_equal(spec.multiplier, results[1].plan[name].multiplier)
+    ]
     kept = [name for name, spec in results[0].plan.items() if spec.sub_block]
     assert len(moved) < len(kept)  # those are the default's scales again; a layer that did not move may keep its own
 
@@ -361,8 +378,10 @@ def test_reordering_gains_where_ranges_are_wide(form, solver):
     for seed in range(4):
         model = spread_out(seed, 1.5)
         recipe = {**form, "target": "storage", "activations": {"bits": 32}}
-        results = [quantize(model, {**recipe, "pass": steps + solver}, feeds(model, 6), workers=1)
-                   for steps in ([], [{"use": "reorder"}])]
+        results = [
+            quantize(model, {**recipe, "pass": steps + solver}, feeds(model, 6), workers=1)
+            for steps in ([], [{"use": "reorder"}])
+        ]
         before, after = (distance(model, result, feeds(model, 6, seed=1)) for result in results)
         gains.append(after - before)
     assert min(gains) > 0 and np.mean(gains) > (2 if form is not TWO_LEVEL else 0.2)  # multipliers span a factor of 15
@@ -380,6 +399,7 @@ def test_ranges_chosen_before_stay(name):
     """A range per tensor does not depend on the order of its channels."""
     model, steps = ZOO[name](), [{"use": "ranges", "method": "percentile", "percentile": 90.0}, {"use": "reorder"}]
     first, both = (quantize(model, {**TWO_LEVEL, "pass": passes}, feeds(model, 4)) for passes in (steps[:1], steps))
-    ranges = [{n: s.scale.item() for n, s in made.plan.items() if s.block is None and s.codes is None}
-              for made in (first, both)]
+    ranges = [
+        {n: s.scale.item() for n, s in made.plan.items() if s.block is None and s.codes is None} for made in (first, both)
+    ]
     assert ranges[0] == ranges[1] and ranges[0]

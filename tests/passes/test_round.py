@@ -32,8 +32,23 @@ from onnxq_plugins.solvers.gaussian import clipped_moments
 from onnxq_plugins.solvers.gram import nearest
 from tests.zoo import ZOO, Net, conv_transpose, feeds, mlp, mobilenet, no_bias, transformer
 
-LAYERED = ["cnn", "mobilenet", "grouped", "inception", "mlp", "transformer", "written_out", "conv1d", "no_bias",
-           "dead_channels", "odd_channels", "shared_weights", "control_flow", "prelu", "resnet20"]
+LAYERED = [
+    "cnn",
+    "mobilenet",
+    "grouped",
+    "inception",
+    "mlp",
+    "transformer",
+    "written_out",
+    "conv1d",
+    "no_bias",
+    "dead_channels",
+    "odd_channels",
+    "shared_weights",
+    "control_flow",
+    "prelu",
+    "resnet20",
+]
 
 
 def make_job(model, recipe=None, n: int = 5, workers: int = 1) -> Job:
@@ -140,7 +155,7 @@ def test_the_sweep_does_not_depend_on_workers():
 def test_the_sweep_takes_samples_evenly_and_says_so(most, used):
     job = make_job(mlp(), n=7)
     complete(job)
-    (_, seen), = sweep(job, layerwise.solvable(job)[:1], samples=most)
+    ((_, seen),) = sweep(job, layerwise.solvable(job)[:1], samples=most)
     assert seen.count == used
     assert bool(job.report.get("notes")) == (used < 7)
 
@@ -163,8 +178,10 @@ def test_values_that_are_not_finite_are_told():
 @pytest.mark.parametrize("name", LAYERED)
 def test_round_keeps_float_function_and_kernels(name, sequential):
     model = ZOO[name]()
-    plain, learned = (quantize(model, {"weights": {"bits": 4}, "pass": steps}, feeds(model, 6), verify=True)
-                      for steps in ([], [rounding(sequential=sequential)]))
+    plain, learned = (
+        quantize(model, {"weights": {"bits": 4}, "pass": steps}, feeds(model, 6), verify=True)
+        for steps in ([], [rounding(sequential=sequential)])
+    )
     assert learned.report["kernels"] == plain.report["kernels"]
     losses = learned.report["steps"][0]["told"]["loss_relative_to_nearest"]
     assert all(loss <= 1 + 1e-9 for loss in losses.values())
@@ -176,8 +193,10 @@ def test_every_method_beats_plain_rounding_on_the_digits_model(method):
     data = digits_split()
     images, test = data["calibration_images"], [{"image": data["test_images"]}]
     reference = onnx.load(digits_model_path())
-    db = [distance(reference, quantize(reference, {"weights": {"bits": 3}, "pass": steps}, images[:64]), test)
-          for steps in ([], [{"use": "bias-correct"}], [rounding(method=method, steps=200)])]
+    db = [
+        distance(reference, quantize(reference, {"weights": {"bits": 3}, "pass": steps}, images[:64]), test)
+        for steps in ([], [{"use": "bias-correct"}], [rounding(method=method, steps=200)])
+    ]
     assert db[2] > max(db[:2]) + 2
 
 
@@ -185,8 +204,10 @@ def test_int4_rounded_on_the_digits_model_and_its_storage():
     data = digits_split()
     result = quantize(digits_model_path(), "int4-rounded", data["calibration_images"][:64], settings=["round.seconds=0"])
     test = [{"image": data["test_images"]}]
-    accuracy = [float(np.mean(runtimes.outputs(runtimes.session(m), test)[0].argmax(1) == data["test_labels"]))
-                for m in (digits_model_path(), result.model)]
+    accuracy = [
+        float(np.mean(runtimes.outputs(runtimes.session(m), test)[0].argmax(1) == data["test_labels"]))
+        for m in (digits_model_path(), result.model)
+    ]
     assert accuracy[1] > accuracy[0] - 0.02
     stored = [t for t in result.model.graph.initializer if t.data_type == onnx.TensorProto.INT4]
     inner = [y for y in load(digits_model_path()).layers[1:-1] if y.kind != "depthwise"]
@@ -204,8 +225,10 @@ def test_scales_lower_the_error_of_outlier_weights(block):
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     samples = feeds(model, 16)
     recipe = {"weights": {"bits": 3, "block": block}}
-    plain, searched = (distance(model, quantize(model, {**recipe, "pass": steps}, samples), samples)
-                       for steps in ([], [{"use": "sub-layer"}]))
+    plain, searched = (
+        distance(model, quantize(model, {**recipe, "pass": steps}, samples), samples)
+        for steps in ([], [{"use": "sub-layer"}])
+    )
     assert searched > plain + 1
 
 
@@ -214,8 +237,10 @@ def test_scales_of_blocks_within_a_channel():
     model = net.model(net.linear("x", 64, 32))
     samples = feeds(model, 16)
     recipe = {"weights": {"bits": 4, "block": 16}, "activations": {"bits": 32}}
-    made = [quantize(model, {**recipe, "pass": steps}, samples) for steps in (
-        [], [{"use": "sub-layer"}], [rounding(method="gptq")], [rounding(method="gptq", sequential=False)])]
+    made = [
+        quantize(model, {**recipe, "pass": steps}, samples)
+        for steps in ([], [{"use": "sub-layer"}], [rounding(method="gptq")], [rounding(method="gptq", sequential=False)])
+    ]
     plain, searched, learned, alone = (distance(model, result, samples) for result in made)
     assert plain < searched < min(learned, alone)
     assert "MatMulNBits" in made[2].report["kernels"]
@@ -248,8 +273,10 @@ def test_layers_are_solved_in_other_processes(backend):
     here = quantize(model, recipe, feeds(model, 6), workers=2)
     if backend == "dask":
         distributed = pytest.importorskip("distributed", reason="needs dask's distributed")
-        with distributed.Client(n_workers=2, threads_per_worker=1, dashboard_address=None), \
-                joblib.parallel_config(backend="dask"):
+        with (
+            distributed.Client(n_workers=2, threads_per_worker=1, dashboard_address=None),
+            joblib.parallel_config(backend="dask"),
+        ):
             there = quantize(model, recipe, feeds(model, 6), workers=2)
     else:
         with joblib.parallel_config(backend="loky"):
@@ -315,8 +342,9 @@ def test_round_without_data_is_one_sentence():
         quantize(mlp(), {"activations": {"bits": 32}, "weights": {"bits": 4, "block": 16}, "pass": [rounding()]})
 
 
-@pytest.mark.parametrize(("key", "value"), [("seconds", -1), ("steps", 0), ("damping", 0.0), ("positions", 0), ("limit", 1),
-                                            ("method", "best")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("seconds", -1), ("steps", 0), ("damping", 0.0), ("positions", 0), ("limit", 1), ("method", "best")]
+)
 def test_parameters_are_checked(key, value):
     with pytest.raises(OnnxqError, match=key):
         quantize(mlp(), {"pass": [{"use": "round", key: value}]}, feeds(mlp(), 2))
@@ -325,8 +353,9 @@ def test_parameters_are_checked(key, value):
 def test_steps_that_do_not_fit_the_time_are_left_out(monkeypatch):
     tried = []
     learn = layerwise.solve.__globals__["adaround"]
-    monkeypatch.setitem(layerwise.solve.__globals__, "adaround",
-                        lambda *a, steps: tried.append(steps) or learn(*a, steps=min(steps, 10)))
+    monkeypatch.setitem(
+        layerwise.solve.__globals__, "adaround", lambda *a, steps: tried.append(steps) or learn(*a, steps=min(steps, 10))
+    )
     model = mlp()
     for seconds in (0, 1e-6, 1e6):
         quantize(model, {"weights": {"bits": 4}, "pass": [rounding(seconds=seconds)]}, feeds(model, 3))
@@ -364,8 +393,10 @@ def test_a_shift_of_a_weight_only_gemm():
     model = net.model(net.gemm("x", 32, 16))
     recipe = {"weights": {"bits": 4, "block": 16}, "activations": {"bits": 32}, "pass": [rounding(method="gptq")]}
     samples = [{"x": s["x"] + 2} for s in feeds(model, 20)]
-    wanted, found, plain = (runtimes.outputs(runtimes.session(m), samples)[0].mean(axis=0) for m in (
-        model, quantize(model, recipe, samples).model, quantize(model, {**recipe, "pass": []}, samples).model))
+    wanted, found, plain = (
+        runtimes.outputs(runtimes.session(m), samples)[0].mean(axis=0)
+        for m in (model, quantize(model, recipe, samples).model, quantize(model, {**recipe, "pass": []}, samples).model)
+    )
     assert np.abs(found - wanted).max() < 0.05 * np.abs(plain - wanted).max()
 
 
@@ -413,8 +444,12 @@ def test_analytic_correction_comes_near_the_empirical_one():
 
 def test_analytic_correction_reports_what_it_left_out():
     model = mobilenet()
-    result = quantize(model, {"weights": {"bits": 4}, "pass": [{"use": "bias-correct", "method": "analytic"}]},
-                      feeds(model, 3), verify=True)
+    result = quantize(
+        model,
+        {"weights": {"bits": 4}, "pass": [{"use": "bias-correct", "method": "analytic"}]},
+        feeds(model, 3),
+        verify=True,
+    )
     told = result.report["steps"][0]["told"]
     assert told["left_out"] and any("no BatchNorm statistics" in note for note in result.report["notes"])
 

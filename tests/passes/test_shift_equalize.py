@@ -25,8 +25,20 @@ from onnxq_plugins.targets.target import channel_block, channel_multipliers
 from tests.passes.test_subtensor import spread
 from tests.zoo import ZOO, Net, cnn, conv_transpose, examples, feeds, mlp, mobilenet, run, transformer
 
-FORMS = ["cnn", "mobilenet", "grouped", "inception", "mlp", "transformer", "conv1d", "no_bias", "dead_channels",
-         "odd_channels", "shared_weights", "conv_transpose"]
+FORMS = [
+    "cnn",
+    "mobilenet",
+    "grouped",
+    "inception",
+    "mlp",
+    "transformer",
+    "conv1d",
+    "no_bias",
+    "dead_channels",
+    "odd_channels",
+    "shared_weights",
+    "conv_transpose",
+]
 TARGETS = {t.name: t for t in BUILTIN}
 RECIPE = {"weights": {"block": "tensor"}, "pass": [{"use": "shift-equalize"}]}
 ASKED = {"weights": {"block": "tensor", "sub_block": "channel", "pow2": True, "max_multiplier": 32768}}
@@ -34,8 +46,11 @@ ASKED = {"weights": {"block": "tensor", "sub_block": "channel", "pow2": True, "m
 
 def recipe(*steps, bits=8, block="tensor", target="ort-cpu", **parameters):
     """shift-equalize with parameters, then the steps."""
-    return {"target": target, "weights": {"bits": bits, "block": block},
-            "pass": [{"use": "shift-equalize", **parameters}, *steps]}
+    return {
+        "target": target,
+        "weights": {"bits": bits, "block": block},
+        "pass": [{"use": "shift-equalize", **parameters}, *steps],
+    }
 
 
 def one_layer(rows, bias=None, op="Conv"):
@@ -54,7 +69,7 @@ def one_layer(rows, bias=None, op="Conv"):
 
 def entry(made):
     """The solved entry of the only weight."""
-    found, = (spec for spec in made.plan.values() if spec.codes is not None)
+    (found,) = (spec for spec in made.plan.values() if spec.codes is not None)
     return found
 
 
@@ -86,8 +101,13 @@ def mse(weight, spec):
 
 
 @examples(100)
-@given(exponents=st.lists(st.floats(-22, 0), min_size=1, max_size=12), bits=st.integers(2, 8), width=st.integers(1, 4),
-       size=st.floats(-20, 20), most=st.integers(1, 4))
+@given(
+    exponents=st.lists(st.floats(-22, 0), min_size=1, max_size=12),
+    bits=st.integers(2, 8),
+    width=st.integers(1, 4),
+    size=st.floats(-20, 20),
+    most=st.integers(1, 4),
+)
 def test_shifts_are_what_the_formula_says(exponents, bits, width, size, most):
     """multiplier * scale == s 2^-n with n = min(floor(log2(R / r)), 2^most - 1); a range hardly above a power of two counts
     as that power."""
@@ -112,8 +132,13 @@ def test_a_power_of_two_is_its_own_shift():
 
 
 @examples(60)
-@given(seed=st.integers(0, 9999), outputs=st.integers(8, 24), inputs=st.integers(24, 64), bits=st.integers(3, 8),
-       tail=st.floats(1.5, 8))
+@given(
+    seed=st.integers(0, 9999),
+    outputs=st.integers(8, 24),
+    inputs=st.integers(24, 64),
+    bits=st.integers(3, 8),
+    tail=st.floats(1.5, 8),
+)
 def test_between_one_scale_and_one_per_channel(seed, outputs, inputs, bits, tail):
     weight = heavy(seed, outputs, inputs, tail)
     spec, channel = wes(weight, bits), solve_minmax(weight, QuantSpec(bits, block=(1, 0)))
@@ -220,15 +245,22 @@ def test_gain_decides():
         assert bool(told["layers"]) == bool(shifted) and "left_out" not in told
 
 
-@pytest.mark.parametrize("weights, before", [({"bits": 4, "block": "channel", "sub_block": 2}, []),
-                                             ({"block": "tensor", "pow2": True}, []),
-                                             ({"block": "tensor"}, [{"use": "sub-layer"}]),
-                                             ({"block": "channel"}, [{"use": "round", "method": "gptq"}])])
+@pytest.mark.parametrize(
+    "weights, before",
+    [
+        ({"bits": 4, "block": "channel", "sub_block": 2}, []),
+        ({"block": "tensor", "pow2": True}, []),
+        ({"block": "tensor"}, [{"use": "sub-layer"}]),
+        ({"block": "channel"}, [{"use": "round", "method": "gptq"}]),
+    ],
+)
 def test_what_was_asked_or_solved_otherwise_is_left_out(weights, before):
     """Finer multipliers, scales that must be powers of two, scales and codes that another pass chose."""
     model = mlp()
-    plain, made = (quantize(model, {"weights": weights, "pass": before + steps}, feeds(model, 4))
-                   for steps in ([], [{"use": "shift-equalize"}]))
+    plain, made = (
+        quantize(model, {"weights": weights, "pass": before + steps}, feeds(model, 4))
+        for steps in ([], [{"use": "shift-equalize"}])
+    )
     told = made.report["steps"][-2]["told"]
     assert told["layers"] == 0 and told["left_out"] == [y.name for y in load(model).layers]
     for name, spec in plain.plan.items():
@@ -254,7 +286,7 @@ def test_multipliers_per_input_are_no_channel_multipliers():
     assert drift(run(made.model, feeds(model, 1)[0], False), run(made.model, feeds(model, 1)[0])) < 1e-2
     for trans_b, block in ((1, (1, 0)), (0, (0, 1))):
         net = Net(["N", 6])
-        layer, = load(net.model(net.gemm("x", 6, 5, trans_b=trans_b))).layers
+        (layer,) = load(net.model(net.gemm("x", 6, 5, trans_b=trans_b))).layers
         assert channel_block(layer) == block
         assert channel_multipliers(layer, QuantSpec(sub_block=block))
         assert not channel_multipliers(layer, QuantSpec(sub_block=block[::-1]))
@@ -290,8 +322,11 @@ def test_both_forms_compute_the_same(name):
     outputs = [[run(made.model, feed, optimize) for feed in data] for made in (a, b) for optimize in (False, True)]
     assert max(drift(x, y) for other in outputs[1:] for x, y in zip(outputs[0], other, strict=True)) < 1e-4
     constants = {t.name: numpy_helper.to_array(t) for t in b.model.graph.initializer}
-    scales = {n.output[0]: constants[n.input[1]] for n in b.model.graph.node if n.op_type == "DequantizeLinear"
-              and n.input[0] in constants}
+    scales = {
+        n.output[0]: constants[n.input[1]]
+        for n in b.model.graph.node
+        if n.op_type == "DequantizeLinear" and n.input[0] in constants
+    }
     assert scales and all(scale.ndim == 0 for scale in scales.values())
     muls = [n for n in b.model.graph.node if n.op_type == "Mul" and n.name.partition("_shift")[1]]
     told = b.report["steps"][0]["told"]
@@ -386,14 +421,23 @@ def test_uneven_channels_gain_much(target):
     """Outputs that range over 1000 : 1, each as important as the others."""
     model = spread("gemm")
     data = feeds(model, 16)
-    plain, made = (quantize(model, {"target": target, "weights": {"block": "tensor"}, "pass": steps}, data)
-                   for steps in ([], RECIPE["pass"]))
+    plain, made = (
+        quantize(model, {"target": target, "weights": {"block": "tensor"}, "pass": steps}, data)
+        for steps in ([], RECIPE["pass"])
+    )
     assert quality(model, made, data) > quality(model, plain, data) + 20
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "per-tensor"])
-@pytest.mark.parametrize("steps", [[], [{"use": "bias-correct"}], [{"use": "round", "method": "gptq"}],
-                                   [{"use": "round", "method": "gptq", "sequential": False}]])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [],
+        [{"use": "bias-correct"}],
+        [{"use": "round", "method": "gptq"}],
+        [{"use": "round", "method": "gptq", "sequential": False}],
+    ],
+)
 def test_later_passes_keep_the_shifts(steps, target):
     model = uneven(cnn())
     data = feeds(model, 12)
@@ -403,8 +447,10 @@ def test_later_passes_keep_the_shifts(steps, target):
     for (layer, spec), (_, before) in zip(solved(model, made), solved(model, alone), strict=True):
         np.testing.assert_array_equal(shifts(layer, spec), shifts(layer, before))
     assert quality(model, made, data) > quality(model, alone, data) + (1 if steps else -0.1)
-    changed = any((spec.codes != before.codes).any() for (_, spec), (_, before) in
-                  zip(solved(model, made), solved(model, alone), strict=True))
+    changed = any(
+        (spec.codes != before.codes).any()
+        for (_, spec), (_, before) in zip(solved(model, made), solved(model, alone), strict=True)
+    )
     assert changed == any(s["use"] == "round" for s in steps)
 
 
@@ -429,8 +475,10 @@ def test_reorder_before_or_after(target, first):
     model = mobilenet()
     data = feeds(model, 4)
     steps = [{"use": "reorder"}, {"use": "shift-equalize"}]
-    made, alone = (quantize(model, {"target": target, "weights": {"block": "tensor"}, "pass": passes}, data, verify=True)
-                   for passes in (steps if first else steps[::-1], [steps[1]]))
+    made, alone = (
+        quantize(model, {"target": target, "weights": {"block": "tensor"}, "pass": passes}, data, verify=True)
+        for passes in (steps if first else steps[::-1], [steps[1]])
+    )
     assert drift(run(alone.model, data[0]), run(made.model, data[0])) < 0.1
     assert [y.kernel for y in audit_model(made.model).layers] == [y.kernel for y in audit_model(alone.model).layers]
 
@@ -441,10 +489,13 @@ def test_stored_bits_count_what_is_written(target, bits):
     rows = np.random.default_rng(0).normal(size=(16, 64)) * np.exp2(-np.arange(16.0) / 2)[:, None]
     model = one_layer(rows)
     made = quantize(model, recipe(bits=bits, target=target), feeds(model, 2))
-    layer, = load(model).layers
+    (layer,) = load(model).layers
     told = stored_bits(layer, entry(made), TARGETS[target].rule(layer, entry(made), 8))
     wanted = {"INT4": 0.5, "INT8": 1, "FLOAT": 4}
-    written = sum(wanted.get(onnx.TensorProto.DataType.Name(t.data_type), 0) * int(np.prod(t.dims)) * 8
-                  for t in made.model.graph.initializer if np.prod(t.dims) >= 16 and "zero_point" not in t.name)
+    written = sum(
+        wanted.get(onnx.TensorProto.DataType.Name(t.data_type), 0) * int(np.prod(t.dims)) * 8
+        for t in made.model.graph.initializer
+        if np.prod(t.dims) >= 16 and "zero_point" not in t.name
+    )
     assert told * 16 * 64 == pytest.approx(written, abs=32)
     assert made.report["layers"][0]["bits_per_weight"] == pytest.approx(told, abs=1e-3)

@@ -64,8 +64,11 @@ def model_of(kind, behind="relu", size=9):
 
 def recipe(step=None, bits=8, block="channel", **more):
     """Split and, behind it, ranges."""
-    return {"weights": {"bits": bits, "block": block},
-            "pass": [{"use": "split-weights", "below": 99.0, **(step or {})}, {"use": "ranges"}], **more}
+    return {
+        "weights": {"bits": bits, "block": block},
+        "pass": [{"use": "split-weights", "below": 99.0, **(step or {})}, {"use": "ranges"}],
+        **more,
+    }
 
 
 def told(made):
@@ -76,8 +79,15 @@ def told(made):
 
 
 @examples(200)
-@given(bits=st.integers(2, 8), block=st.sampled_from([None, (1, 0, 0, 0), (1, 2, 0, 0), (4, 2, 0, 0)]), pow2=st.booleans(),
-       sub=st.booleans(), times=st.floats(0, 200), size=st.floats(1e-6, 1e6), seed=st.integers(0, 999))
+@given(
+    bits=st.integers(2, 8),
+    block=st.sampled_from([None, (1, 0, 0, 0), (1, 2, 0, 0), (4, 2, 0, 0)]),
+    pow2=st.booleans(),
+    sub=st.booleans(),
+    times=st.floats(0, 200),
+    size=st.floats(1e-6, 1e6),
+    seed=st.integers(0, 999),
+)
 def test_parts_are_the_weight_to_the_last_bit(bits, block, pow2, sub, times, size, seed):
     net = Net(["N", 6, 8, 8], seed)
     layer = load(net.model(net.conv("x", 6, 8))).layers[0]
@@ -97,8 +107,13 @@ def test_parts_are_the_weight_to_the_last_bit(bits, block, pow2, sub, times, siz
 
 
 @examples(60)
-@given(bits=st.integers(3, 8), block=st.sampled_from(["tensor", "channel"]), times=st.floats(0.5, 100),
-       gain=st.sampled_from([0.0, 6.0]), seed=st.integers(0, 999))
+@given(
+    bits=st.integers(3, 8),
+    block=st.sampled_from(["tensor", "channel"]),
+    times=st.floats(0.5, 100),
+    gain=st.sampled_from([0.0, 6.0]),
+    seed=st.integers(0, 999),
+)
 def test_split_only_where_the_error_falls(bits, block, times, gain, seed):
     net = Net(["N", 4, 6, 6], seed)
     x = net.op("Conv", "x", outlier(net, 4, 8, (3, 3), times=times), pads=[1] * 4)
@@ -143,9 +158,16 @@ def test_same_padding_of_unknown_sizes():
             assert centre_pads(graph, graph.layers[0]) == [0] * 4
 
 
-@pytest.mark.parametrize("kernel, attrs, why", [
-    (4, {"pads": [2] * 4}, "odd kernel"), (3, {}, "negative"), (3, {"pads": [1, 1, 1, 0]}, "negative"),
-    (3, {"pads": [1] * 4, "dilations": [2, 2]}, "negative"), (3, {"auto_pad": "VALID"}, "negative")])
+@pytest.mark.parametrize(
+    "kernel, attrs, why",
+    [
+        (4, {"pads": [2] * 4}, "odd kernel"),
+        (3, {}, "negative"),
+        (3, {"pads": [1, 1, 1, 0]}, "negative"),
+        (3, {"pads": [1] * 4, "dilations": [2, 2]}, "negative"),
+        (3, {"auto_pad": "VALID"}, "negative"),
+    ],
+)
 def test_what_has_no_centre_is_refused(kernel, attrs, why):
     net = Net(["N", 3, 8, 8])
     weight = np.zeros((4, 3, kernel, kernel))
@@ -222,8 +244,9 @@ def test_a_solved_range_is_kept(behind):
     """The sum is the tensor that the range was found for."""
     model, data = model_of("plain", behind), feeds(model_of("plain", behind), 4)
     first = {"use": "ranges", "method": "percentile", "percentile": 90.0}
-    plain, made = (quantize(model, {"pass": [first, *more]}, data)
-                   for more in ([], [{"use": "split-weights", "below": 99.0}]))
+    plain, made = (
+        quantize(model, {"pass": [first, *more]}, data) for more in ([], [{"use": "split-weights", "below": 99.0}])
+    )
     assert made.report["steps"][1]["told"]["layers"]
     result = load(model).layers[1].result
     assert made.plan[result].scale == plain.plan[result].scale
@@ -246,8 +269,9 @@ def test_bias_keeps_its_precision():
         bias = load(model).constant(load(model).layers[0].bias)
         at = next(n for n in made.model.graph.node if n.name == "conv0_part1")
         dequantize = next(n for n in made.model.graph.node if at.input[2] in n.output)
-        codes, scale = (np.frombuffer(graph[name].raw_data, kind) for name, kind in zip(dequantize.input, ("<i4", "<f4"),
-                                                                                       strict=False))
+        codes, scale = (
+            np.frombuffer(graph[name].raw_data, kind) for name, kind in zip(dequantize.input, ("<i4", "<f4"), strict=False)
+        )
         fine = next(spec for spec in made.plan.values() if spec.codes is not None and spec.codes.shape == (6, 4, 3, 3))
         assert np.abs(codes * scale - bias).max() < 1e-3
         assert (fine.codes.reshape(6, -1).any(axis=1).all()) != empty
@@ -257,7 +281,8 @@ def test_what_is_left_alone_is_told():
     def left(model, step=None, **more):
         made = quantize(model, recipe(step, **more), feeds(model, 2))
         assert not told(made)["layers"] and set(told(made)["left_alone"]) == {
-            y.name for y in load(model).layers if y.weight in made.plan}
+            y.name for y in load(model).layers if y.weight in made.plan
+        }
         return set(told(made)["left_alone"].values())
 
     kernel = "only convolutions with a kernel larger than 1 have a centre among other taps"
@@ -265,13 +290,17 @@ def test_what_is_left_alone_is_told():
     assert any("fall by" in why for why in left(mobilenet(), {"gain": 20.0}))
     assert any("as they are" in why for why in left(model_of("plain"), {"below": 20.0}))
     assert left(conv_transpose(), target="storage") >= {kernel}
-    solved = quantize(model_of("plain"), {"pass": [{"use": "ranges"}, {"use": "vector-scale"}, {"use": "split-weights"}]},
-                      feeds(model_of("plain"), 2)).report["steps"][2]["told"]
+    solved = quantize(
+        model_of("plain"),
+        {"pass": [{"use": "ranges"}, {"use": "vector-scale"}, {"use": "split-weights"}]},
+        feeds(model_of("plain"), 2),
+    ).report["steps"][2]["told"]
     assert not solved["layers"] and "its scales are solved" in solved["left_alone"].values()
 
 
-@pytest.mark.parametrize("steps", [[{"use": "round", "method": "gptq"}], [{"use": "bias-correct"}], [{"use": "sub-layer"}],
-                                   [{"use": "reorder"}]])
+@pytest.mark.parametrize(
+    "steps", [[{"use": "round", "method": "gptq"}], [{"use": "bias-correct"}], [{"use": "sub-layer"}], [{"use": "reorder"}]]
+)
 @pytest.mark.parametrize("block", ["tensor", "channel"])
 def test_later_passes_take_the_parts_as_layers(steps, block):
     model = network(1, 12)

@@ -74,8 +74,18 @@ def test_weights_count():
     np.testing.assert_array_equal(clusters(top, 2, np.array([9.0, 1, 1])), [0, 1, 1])
 
 
-@pytest.mark.parametrize("top, k, weight", [([1.0], 0, None), ([-1.0], 1, None), ([np.nan], 1, None), ([[1.0]], 1, None),
-                                            ([1.0], 1, [-1.0]), ([1.0], 1, [1.0, 2.0]), ([1.0], 1, [np.inf])])
+@pytest.mark.parametrize(
+    "top, k, weight",
+    [
+        ([1.0], 0, None),
+        ([-1.0], 1, None),
+        ([np.nan], 1, None),
+        ([[1.0]], 1, None),
+        ([1.0], 1, [-1.0]),
+        ([1.0], 1, [1.0, 2.0]),
+        ([1.0], 1, [np.inf]),
+    ],
+)
 def test_what_is_no_range_is_refused(top, k, weight):
     with pytest.raises(ValueError, match="clusters needs"):
         clusters(np.array(top), k, None if weight is None else np.array(weight))
@@ -157,8 +167,19 @@ def test_statistics_follow_channels():
     assert layer.output not in graph.batchnorms
 
 
-@pytest.mark.parametrize("parts", [[], [[0, 1, 2]], [range(8), [8]], [range(8), []], [range(7)], [range(8), [0]],
-                                   [[[0, 1], [2, 3]], [4, 5, 6, 7]], [[-1, *range(7)]]])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [],
+        [[0, 1, 2]],
+        [range(8), [8]],
+        [range(8), []],
+        [range(7)],
+        [range(8), [0]],
+        [[[0, 1], [2, 3]], [4, 5, 6, 7]],
+        [[-1, *range(7)]],
+    ],
+)
 def test_what_is_no_partition_is_refused(parts):
     graph = load(grouped())
     digest = graph.digest()
@@ -197,6 +218,7 @@ def spread(kind):
     y = net.op("Conv", "x", net.constant(weight), net.constant(size), pads=[1] * 4, group=groups)
     return net.model(net.op("Tanh", net.op("Mul", y, net.constant((1 / size / 8).reshape(24, 1, 1)))))
 
+
 def measure(model, made, data):
     reference = runtimes.outputs(runtimes.session(model), data)[0]
     return runtimes.sqnr(reference, runtimes.outputs(runtimes.session(made.model), data)[0])
@@ -211,8 +233,10 @@ def test_few_scales_gain_much(kind):
     data = feeds(model, 16)
     plain = measure(model, quantize(model, recipe(**more), data), data)
     for split in (False, True):
-        db = [measure(model, quantize(model, recipe({"clusters": k, "split": split}, **more), data, verify=True), data)
-              for k in (1, 2, 4, 24)]
+        db = [
+            measure(model, quantize(model, recipe({"clusters": k, "split": split}, **more), data, verify=True), data)
+            for k in (1, 2, 4, 24)
+        ]
         assert db[0] == pytest.approx(plain) and db[1] > plain + 2 and db[2] > plain + 6 and db[3] > plain + 20, db
 
 
@@ -234,7 +258,8 @@ def test_both_realisations_compute_the_same(name):
     assert all(spec.scale.ndim == 0 and spec.block is None for spec in weights)
     assert all(len(np.unique(spec.scale)) <= 3 for spec in few.plan.values() if spec.codes is not None)
     assert len(weights) == len([s for s in few.plan.values() if s.codes is not None]) + sum(
-        v["clusters"] - 1 for v in told["layers"].values())
+        v["clusters"] - 1 for v in told["layers"].values()
+    )
     plain = {y.name for y in audit_model(quantize(model, recipe(), data).model).layers if not y.quantized}
     audit = audit_model(split.model)
     assert {y.name.partition("_part")[0] for y in audit.layers if not y.quantized} <= plain
@@ -329,15 +354,23 @@ def test_what_is_left_alone_is_told():
 def test_solved_scales_are_kept():
     model = mobilenet()
     steps = [{"use": "ranges"}, {"use": "sub-layer"}]
-    both = [quantize(model, {**recipe(), "pass": steps + more}, feeds(model, 4))
-            for more in ([], [{"use": "subtensor", "split": True, "gain": 1.0}])]
+    both = [
+        quantize(model, {**recipe(), "pass": steps + more}, feeds(model, 4))
+        for more in ([], [{"use": "subtensor", "split": True, "gain": 1.0}])
+    ]
     assert set(both[1].report["steps"][2]["told"]["left_alone"].values()) == {"its scales are solved"}
     for key, spec in both[0].plan.items():
         assert spec.codes is None or np.array_equal(both[1].plan[key].codes, spec.codes)
 
 
-@pytest.mark.parametrize("steps", [[{"use": "round", "method": "gptq"}], [{"use": "bias-correct", "method": "analytic"}],
-                                   [{"use": "sub-layer"}, {"use": "bias-correct"}]])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"use": "round", "method": "gptq"}],
+        [{"use": "bias-correct", "method": "analytic"}],
+        [{"use": "sub-layer"}, {"use": "bias-correct"}],
+    ],
+)
 def test_later_passes_take_the_parts_as_layers(steps):
     model = mobilenet()
     data = feeds(model, 8)
@@ -375,7 +408,7 @@ def test_balance_spares_the_small_channels():
     weight = np.diag([1e-6, 1.0, 1.1, 1.2, 2.0, 2.1])
     model = net.model(net.op("Gemm", "x", net.constant(weight), net.constant(np.zeros(6)), transB=1))
     made = quantize(model, recipe({"clusters": 2, "gain": 1.0, "balance": 2.0}), feeds(model, 4))
-    scale, = (spec.scale.ravel() for spec in made.plan.values() if spec.codes is not None)
+    (scale,) = (spec.scale.ravel() for spec in made.plan.values() if spec.codes is not None)
     assert scale.tolist() == pytest.approx([1.2 / 127] * 4 + [2.1 / 127] * 2)
 
 

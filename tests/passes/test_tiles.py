@@ -73,7 +73,7 @@ def covering(w, tiles):
 
 def loss(w, h, tiles, each):
     """Loss of each band in float64, for one step per row and run [g, O, n], by rounding to the nearest."""
-    size = np.repeat(np.asarray(each, np.float32), tiles.width, axis=2)[:, :, :w.shape[2]].astype(np.float64)
+    size = np.repeat(np.asarray(each, np.float32), tiles.width, axis=2)[:, :, : w.shape[2]].astype(np.float64)
     error = w - size * np.clip(np.rint(w / size), *tiles.grid)
     return np.bincount(tiles.bands.reshape(-1), row_loss(error, h).reshape(-1), tiles.count)
 
@@ -94,8 +94,14 @@ def two_level(draw):
     for _ in range(draw(st.integers(0, 2))):  # dead rows and columns: sub-blocks of zeros
         x[draw(st.integers(0, rows - 1))] = 0
         x[:, draw(st.integers(0, columns - 1))] = 0
-    spec = QuantSpec(draw(st.integers(2, 7)), True, BLOCKS[draw(st.sampled_from(list(BLOCKS)))], sub,
-                     draw(st.booleans()), draw(st.integers(1, 127)))
+    spec = QuantSpec(
+        draw(st.integers(2, 7)),
+        True,
+        BLOCKS[draw(st.sampled_from(list(BLOCKS)))],
+        sub,
+        draw(st.booleans()),
+        draw(st.integers(1, 127)),
+    )
     return x, spec
 
 
@@ -148,8 +154,10 @@ def test_halving_vectors_never_raises_the_error_bound(seed, bits, pow2, rows):
 def test_more_multipliers_never_raise_the_bound_where_they_contain_the_fewer(pow2):
     """Multipliers 1..M of unit c / M: those of 2 M hold all of M's steps."""
     x = weights(0, (8, 32)).astype(np.float32)
-    sizes = [np.broadcast_to(step(solve_minmax(x, QuantSpec(2, True, (1, 0), (1, 4), pow2, m)), x.shape), x.shape)
-             for m in (1, 2, 4, 8, 16, 32, 64)]
+    sizes = [
+        np.broadcast_to(step(solve_minmax(x, QuantSpec(2, True, (1, 0), (1, 4), pow2, m)), x.shape), x.shape)
+        for m in (1, 2, 4, 8, 16, 32, 64)
+    ]
     assert all((b <= a * (1 + 1e-6)).all() for a, b in pairwise(sizes)) and sizes[-1].sum() < sizes[0].sum()
 
 
@@ -309,7 +317,7 @@ def test_wide_layers_are_searched_by_their_diagonal_blocks(width):
         at = slice(p * inner, (p + 1) * inner)
         whole[g, at, at] = h[g * pieces + p]
     w = weights(1, (groups, 5, pieces * inner - 1), 0.5)
-    whole = whole[:, :w.shape[2], :w.shape[2]]
+    whole = whole[:, : w.shape[2], : w.shape[2]]
     tiles = Tiles(bands(groups, 5, 2), width, (-3, 3))
     cover = covering(w, tiles)
     found = search_free(w, h, diagonal_runs(h, groups, w.shape[2], width), tiles, cover, FREE, 2)
@@ -383,8 +391,10 @@ def test_multipliers_never_lose_against_covering_ones(case, most, one_unit, roun
     blocks = diagonal_runs(h, len(w), w.shape[2], tiles.width)
     factor, multiplier = search_multipliers(w, h, blocks, tiles, unit, choices, share, rounds)
     shared = np.array([share[tiles.bands == band][0] for band in range(tiles.count)])
-    found, plain = (np.bincount(shared, loss(w, h, tiles, u[..., None] * m[tiles.bands]))
-                    for u, m in ((unit * factor, multiplier), (unit, covers)))
+    found, plain = (
+        np.bincount(shared, loss(w, h, tiles, u[..., None] * m[tiles.bands]))
+        for u, m in ((unit * factor, multiplier), (unit, covers))
+    )
     assert (found <= plain * (1 + 1e-4)).all()
 
 
@@ -402,8 +412,15 @@ def test_the_unit_that_is_looked_up_is_nearly_the_best():
         each = (unit * factor)[..., None] * multiplier[tiles.bands]
         reached = loss(w, blockwise(h, 8), tiles, each).sum()
         ratios.append(reached / min(tried))
-        covered.append(reached / loss(w, blockwise(h, 8), tiles, unit[..., None] * np.clip(
-            np.ceil(covering(w, tiles) / unit[0, 0] - 1e-6), 1, 15)[tiles.bands]).sum())
+        covered.append(
+            reached
+            / loss(
+                w,
+                blockwise(h, 8),
+                tiles,
+                unit[..., None] * np.clip(np.ceil(covering(w, tiles) / unit[0, 0] - 1e-6), 1, 15)[tiles.bands],
+            ).sum()
+        )
     assert min(ratios) >= 1 - 1e-4 and np.mean(ratios) < 1.06 and max(covered) < 1
 
 
@@ -413,11 +430,16 @@ def test_the_unit_that_is_looked_up_is_nearly_the_best():
 def layer_of(kind):
     """A layer and its float32 weight."""
     net = Net(["N", 8, 6, 6] if "conv" in kind else ["N", 12], seed=3)
-    made = {"conv": lambda: net.conv("x", 8, 6), "grouped conv": lambda: net.conv("x", 8, 6, groups=2),
-            "depthwise conv": lambda: net.conv("x", 8, 8, groups=8), "gemm": lambda: net.gemm("x", 12, 10),
-            "gemm [K, N]": lambda: net.gemm("x", 12, 10, trans_b=0), "matmul": lambda: net.linear("x", 12, 10, bias=False)}
+    made = {
+        "conv": lambda: net.conv("x", 8, 6),
+        "grouped conv": lambda: net.conv("x", 8, 6, groups=2),
+        "depthwise conv": lambda: net.conv("x", 8, 8, groups=8),
+        "gemm": lambda: net.gemm("x", 12, 10),
+        "gemm [K, N]": lambda: net.gemm("x", 12, 10, trans_b=0),
+        "matmul": lambda: net.linear("x", 12, 10, bias=False),
+    }
     graph = load(net.model(made[kind]()))
-    layer, = graph.layers
+    (layer,) = graph.layers
     return layer, graph.constant(layer.weight) * np.float32(weights(5, layer.shape, 0.4) / weights(5, layer.shape, 0.0))
 
 
@@ -466,8 +488,9 @@ def test_rows_and_tiles_of_whole_rows_agree_on_the_same_candidates(kind):
     layer, w = layer_of(kind)
     size = layer.matrix_shape[2]
     h, spec = gram(0, layer.groups, size), solve_minmax(w, QuantSpec(3, True, block_of(layer, 1, 0), pow2=True))
-    np.testing.assert_array_equal(_by_tile(layer, spec, layer.matrix(w), h, size, 2).scale,
-                                  _by_row(layer, spec, layer.matrix(w), h).scale)
+    np.testing.assert_array_equal(
+        _by_tile(layer, spec, layer.matrix(w), h, size, 2).scale, _by_row(layer, spec, layer.matrix(w), h).scale
+    )
 
 
 @pytest.mark.parametrize("sub", [(1, 2), (1, 3), (4, 4), (3, 5)])
@@ -506,7 +529,7 @@ def test_channels_under_the_multipliers_of_a_band_share_their_factor(kind):
     found = search(layer, spec, layer.matrix(w), gram(0, 1, layer.matrix_shape[2]), 2)
     factors = (found.scale / spec.scale).reshape(-1)
     for first in range(0, len(factors), 3):
-        np.testing.assert_allclose(factors[first:first + 3], factors[first], rtol=1e-5)
+        np.testing.assert_allclose(factors[first : first + 3], factors[first], rtol=1e-5)
     assert np.ptp(factors) > 0.01
 
 
@@ -528,10 +551,13 @@ def test_blocks_on_the_diagonal_serve_wide_layers(kind):
     h = gram(0, groups * pieces, inner)
     whole = np.zeros((groups, size, size))
     for g, p in product(range(groups), range(pieces)):
-        whole[g, p * inner:(p + 1) * inner, p * inner:(p + 1) * inner] = h[g * pieces + p]
+        whole[g, p * inner : (p + 1) * inner, p * inner : (p + 1) * inner] = h[g * pieces + p]
     half = inner // int(np.prod(layer.shape[2:]))
-    for request in (QuantSpec(3, True, block_of(layer, 2, half)), QuantSpec(3, True, block_of(layer, 1, 0)),
-                    QuantSpec(3, True, None, block_of(layer, 2, half))):
+    for request in (
+        QuantSpec(3, True, block_of(layer, 2, half)),
+        QuantSpec(3, True, block_of(layer, 1, 0)),
+        QuantSpec(3, True, None, block_of(layer, 2, half)),
+    ):
         spec = solve_minmax(w, request)
         matrix = layer.matrix(w)
         wide, full = (search(layer, spec, narrow(matrix, one), one, 0) for one in (h, whole))
@@ -601,8 +627,9 @@ def test_none_in_a_rule_takes_multipliers_away():
     assert len(lost) == 1 and "gemm" in lost.pop() and any(spec.sub_block for spec in ruled.values())
 
 
-@pytest.mark.parametrize(("target", "bits", "top"), [("ort-cpu-avx2", 4, 9), ("ort-cpu-avx2", 3, 21), ("ort-cpu", 4, 15),
-                                                      ("ort-cpu", 3, 15)])
+@pytest.mark.parametrize(
+    ("target", "bits", "top"), [("ort-cpu-avx2", 4, 9), ("ort-cpu-avx2", 3, 21), ("ort-cpu", 4, 15), ("ort-cpu", 3, 15)]
+)
 def test_codes_times_multipliers_stay_within_the_target(target, bits, top):
     recipe = {"target": target, "weights": {"bits": bits, "block": "tensor", "sub_block": [4, 4], "max_multiplier": 15}}
     wide = {**recipe, "weights": {**recipe["weights"], "max_multiplier": 127}}
@@ -637,8 +664,16 @@ def losses_of(job, plans):
         for layer, seen in batch:
             w, h = problem(job, layer, seen, False)._target()
             w = w.astype(np.float64)
-            found.append([row_loss(w - narrow(layer.matrix(qdq.weight_values(layer, complete_weight(
-                job, layer, plan[layer.weight]))), h), h).sum() for plan in plans])
+            found.append(
+                [
+                    row_loss(
+                        w
+                        - narrow(layer.matrix(qdq.weight_values(layer, complete_weight(job, layer, plan[layer.weight]))), h),
+                        h,
+                    ).sum()
+                    for plan in plans
+                ]
+            )
     return np.array(found).T
 
 
@@ -653,8 +688,11 @@ def test_no_layer_loses_against_the_default_solver(name, form):
     assert (found <= default * (1 + 1e-4)).all() and found.sum() < default.sum()
     specs = [job.plan[y.weight] for y in solvable(job)]
     assert all(spec.codes is None and spec.solved for spec in specs)
-    assert told == {"layers": len(specs), "scales": sum(spec.scale.size for spec in specs),
-                    "multipliers": sum(spec.multiplier.size for spec in specs if spec.multiplier is not None)}
+    assert told == {
+        "layers": len(specs),
+        "scales": sum(spec.scale.size for spec in specs),
+        "multipliers": sum(spec.multiplier.size for spec in specs if spec.multiplier is not None),
+    }
 
 
 def test_more_rounds_never_lose():
@@ -691,8 +729,12 @@ def test_vector_scale_needs_no_data(method, weights_):
         errors = []
         for made in (result, plain):
             graph = load(model, flatten=False)
-            errors.append(sum(float(((graph.constant(y.weight) - qdq.weight_values(y, made.plan[y.weight])) ** 2).sum())
-                              for y in graph.layers))
+            errors.append(
+                sum(
+                    float(((graph.constant(y.weight) - qdq.weight_values(y, made.plan[y.weight])) ** 2).sum())
+                    for y in graph.layers
+                )
+            )
         if method == "minmax":
             assert errors[0] == errors[1]
         else:
@@ -703,9 +745,20 @@ def test_vector_scale_needs_no_data(method, weights_):
 
 def test_vectors_that_hold_a_row_equal_a_scale_per_channel():
     for extra in ({"block": [1, 500]}, {"block": "channel", "sub_block": [1, 500]}):
-        plans = [quantize(cnn(), {"target": "storage", "activations": {"bits": 32}, "weights": {"bits": 4, **weights_},
-                                  "pass": [{"use": "vector-scale"}]}, None, workers=1).plan
-                 for weights_ in ({"block": "channel"}, extra)]
+        plans = [
+            quantize(
+                cnn(),
+                {
+                    "target": "storage",
+                    "activations": {"bits": 32},
+                    "weights": {"bits": 4, **weights_},
+                    "pass": [{"use": "vector-scale"}],
+                },
+                None,
+                workers=1,
+            ).plan
+            for weights_ in ({"block": "channel"}, extra)
+        ]
         assert set(plans[0]) == set(plans[1])
         for name, spec in plans[0].items():
             np.testing.assert_array_equal(spec.scale, plans[1][name].scale)
@@ -718,8 +771,12 @@ def test_finer_vectors_have_less_error():
         job = make_job(cnn(), {"target": "storage", "weights": {"bits": 3, "block": [1, width]}}, n=1)
         VectorScale().apply(job)
         complete(job)
-        errors.append(sum(float(((job.graph.constant(y.weight) - qdq.weight_values(y, job.plan[y.weight])) ** 2).sum())
-                          for y in job.graph.layers))
+        errors.append(
+            sum(
+                float(((job.graph.constant(y.weight) - qdq.weight_values(y, job.plan[y.weight])) ** 2).sum())
+                for y in job.graph.layers
+            )
+        )
     assert all(b < a for a, b in pairwise(errors))
 
 
@@ -773,8 +830,18 @@ def faint():
     return net.model(net.gemm(x, 8, 5))
 
 
-@pytest.mark.parametrize("steps", [[SubLayer()], [Round(seconds=0)], [SubLayer(), Round(seconds=0)], [VectorScale()],
-                                   [Round(seconds=0, sequential=False, search=False)], []], ids=str)
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [SubLayer()],
+        [Round(seconds=0)],
+        [SubLayer(), Round(seconds=0)],
+        [VectorScale()],
+        [Round(seconds=0, sequential=False, search=False)],
+        [],
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("weights_", [{"block": "channel"}, {"block": "tensor"}, {"block": [4, 4]}], ids=str)
 @pytest.mark.parametrize("name", ["mlp", "faint"])
 def test_powers_of_two_stay_powers_of_two(name, weights_, steps):
@@ -834,8 +901,9 @@ def test_exported_weights_are_those_of_the_plan_and_run_the_same_optimized(name,
 def test_engine_reports_and_runs_all_forms(form):
     for make in (grouped, dead_channels):
         model = make()
-        result = quantize(model, {**FORMS[form], "pass": [SUB, {"use": "round", "seconds": 0}]}, feeds(model, 5), workers=1,
-                          verify=True)
+        result = quantize(
+            model, {**FORMS[form], "pass": [SUB, {"use": "round", "seconds": 0}]}, feeds(model, 5), workers=1, verify=True
+        )
         json.dumps(result.report)
         assert distance(model, result, feeds(model, 5, seed=1)) > 8
         told = result.report["steps"][0]["told"]

@@ -17,8 +17,21 @@ from onnxq_plugins.spec import block_shape, expand
 from onnxq_plugins.targets import BUILTIN
 from tests.zoo import ZOO, Net, feeds
 
-TILED = ["cnn", "mobilenet", "grouped", "inception", "mlp", "transformer", "conv1d", "no_bias", "dead_channels",
-         "odd_channels", "shared_weights", "prelu", "resnet20"]
+TILED = [
+    "cnn",
+    "mobilenet",
+    "grouped",
+    "inception",
+    "mlp",
+    "transformer",
+    "conv1d",
+    "no_bias",
+    "dead_channels",
+    "odd_channels",
+    "shared_weights",
+    "prelu",
+    "resnet20",
+]
 TARGETS = {target.name: target for target in BUILTIN}
 INT4 = (TensorProto.INT4, TensorProto.UINT4)
 
@@ -44,12 +57,23 @@ def net(k: int = 1, groups: int = 1, cin: int = 24, cout: int = 24) -> onnx.Mode
 # ---- integer kernels ------------------------------------------------------------------------------------------------------
 
 
-CASES = [*((name, "ort-cpu", recipe) for name in TILED for recipe in (tiled(), tiled("tensor", (4, 4)), tiled(bits=5))),
-         *((name, target, recipe) for name in ("mobilenet", "grouped", "transformer", "odd_channels")
-           for target, recipe in (("ort-cpu", tiled(pow2=True)), ("ort-cpu", tiled("tensor", (1, 0))),
-                                  ("ort-cpu", tiled(bits=3, max_multiplier=42)), ("ort-cpu", tiled("channel", (1, 5))),
-                                  ("ort-cpu", tiled(bits=2, max_multiplier=127)), ("ort-cpu-avx2", tiled()),
-                                  ("ort-cpu-avx2", tiled("tensor", (3, 5))), ("openvino", tiled())))]
+CASES = [
+    *((name, "ort-cpu", recipe) for name in TILED for recipe in (tiled(), tiled("tensor", (4, 4)), tiled(bits=5))),
+    *(
+        (name, target, recipe)
+        for name in ("mobilenet", "grouped", "transformer", "odd_channels")
+        for target, recipe in (
+            ("ort-cpu", tiled(pow2=True)),
+            ("ort-cpu", tiled("tensor", (1, 0))),
+            ("ort-cpu", tiled(bits=3, max_multiplier=42)),
+            ("ort-cpu", tiled("channel", (1, 5))),
+            ("ort-cpu", tiled(bits=2, max_multiplier=127)),
+            ("ort-cpu-avx2", tiled()),
+            ("ort-cpu-avx2", tiled("tensor", (3, 5))),
+            ("openvino", tiled()),
+        )
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "target", "recipe"), CASES, ids=str)
@@ -69,8 +93,9 @@ def test_multipliers_run_in_integer_kernels(name, target, recipe):
             assert set(np.unique(spec.multiplier)) <= set(spec.multipliers.tolist())
 
 
-@pytest.mark.parametrize(("k", "groups", "cin", "sub"), [(1, 1, 24, 16), (3, 1, 24, 16), (3, 2, 24, 8), (1, 1, 20, 8),
-                                                        (3, 4, 24, 5)])
+@pytest.mark.parametrize(
+    ("k", "groups", "cin", "sub"), [(1, 1, 24, 16), (3, 1, 24, 16), (3, 2, 24, 8), (1, 1, 20, 8), (3, 4, 24, 5)]
+)
 def test_what_the_kernel_computes_with_is_the_plan(tmp_path, k, groups, cin, sub):
     """The int8 initializer in the optimized model holds codes * multiplier."""
     model = net(k, groups, cin)
@@ -105,9 +130,10 @@ def test_finer_scales_have_less_error():
     model = net(1, cin=64, cout=64)
     samples, other = feeds(model, 16), feeds(model, 16, seed=1)
     wanted = runtimes.outputs(runtimes.session(model), other)[0]
-    found = [runtimes.sqnr(
-        wanted, runtimes.outputs(runtimes.session(quantize(model, r, samples, workers=1).model), other)[0])
-             for r in ({"weights": {"bits": 4, "block": "tensor"}}, {"weights": {"bits": 4}}, tiled(sub_block=(1, 8)))]
+    found = [
+        runtimes.sqnr(wanted, runtimes.outputs(runtimes.session(quantize(model, r, samples, workers=1).model), other)[0])
+        for r in ({"weights": {"bits": 4, "block": "tensor"}}, {"weights": {"bits": 4}}, tiled(sub_block=(1, 8)))
+    ]
     assert found[0] < found[1] < found[2]
 
 
@@ -124,9 +150,17 @@ def test_multipliers_have_the_smallest_type(most, kind):
     assert {int(np.max(s.multiplier)) for s in result.plan.values() if s.multiplier is not None} == {most}
 
 
-@pytest.mark.parametrize("recipe", [tiled(sub_block=(1, 16)), tiled("tensor", (16, 16)), {"weights": {"bits": 4}},
-                                    {"weights": {"bits": 4, "block": [16, 16]}, "target": "storage"},
-                                    {"weights": {"bits": 8, "block": [1, 16]}, "target": "storage"}], ids=str)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        tiled(sub_block=(1, 16)),
+        tiled("tensor", (16, 16)),
+        {"weights": {"bits": 4}},
+        {"weights": {"bits": 4, "block": [16, 16]}, "target": "storage"},
+        {"weights": {"bits": 8, "block": [1, 16]}, "target": "storage"},
+    ],
+    ids=str,
+)
 def test_bits_per_weight_are_those_of_the_file(recipe):
     """Codes, factors and scales of the weights, counted in the file."""
     model = net(1, cin=72, cout=40)
@@ -136,8 +170,9 @@ def test_bits_per_weight_are_those_of_the_file(recipe):
     for layer in graph.layers:
         mine = [t for t in result.model.graph.initializer if t.name.startswith(f"{layer.weight}_")]
         sizes = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.INT8: 8, TensorProto.UINT8: 8, TensorProto.FLOAT: 32}
-        counted += sum(int(np.prod(t.dims)) * sizes[t.data_type] for t in mine
-                       if t.data_type in sizes and "zero_point" not in t.name)
+        counted += sum(
+            int(np.prod(t.dims)) * sizes[t.data_type] for t in mine if t.data_type in sizes and "zero_point" not in t.name
+        )
     weights = sum(int(np.prod(layer.shape)) for layer in graph.layers)
     assert result.report["bits_per_weight"] == pytest.approx(counted / weights, abs=2e-3)
     assert f"{result.report['bits_per_weight']:.1f} bits per weight" in result.summary
@@ -145,16 +180,22 @@ def test_bits_per_weight_are_those_of_the_file(recipe):
 
 def test_storage_is_smaller():
     model = net(1, cin=256, cout=256)
-    size = {name: quantize(model, {"weights": {"bits": 4}} | recipe, feeds(model, 2), workers=1).model.ByteSize()
-            for name, recipe in {"int8": {"weights": {"bits": 8}}, "int4": {}, "two": tiled(sub_block=(1, 16))}.items()}
+    size = {
+        name: quantize(model, {"weights": {"bits": 4}} | recipe, feeds(model, 2), workers=1).model.ByteSize()
+        for name, recipe in {"int8": {"weights": {"bits": 8}}, "int4": {}, "two": tiled(sub_block=(1, 16))}.items()
+    }
     assert size["int4"] < size["two"] < 0.75 * size["int8"]
 
 
-@pytest.mark.parametrize(("shape", "block", "whole", "split", "counts"), [
-    ((40, 20, 3, 3), (1, 16, 0, 0), (40, 32, 3, 3), (40, 2, 16, 3, 3), (40, 2, 1, 1, 1)),
-    ((40, 20), (16, 16), (48, 32), (3, 16, 2, 16), (3, 1, 2, 1)),
-    ((40, 3, 3, 3), (16, 16, 0, 0), (48, 3, 3, 3), (3, 16, 3, 3, 3), (3, 1, 1, 1, 1)),  # one block covers all inputs
-    ((4, 4), None, (4, 4), (4, 4), (1, 1))])
+@pytest.mark.parametrize(
+    ("shape", "block", "whole", "split", "counts"),
+    [
+        ((40, 20, 3, 3), (1, 16, 0, 0), (40, 32, 3, 3), (40, 2, 16, 3, 3), (40, 2, 1, 1, 1)),
+        ((40, 20), (16, 16), (48, 32), (3, 16, 2, 16), (3, 1, 2, 1)),
+        ((40, 3, 3, 3), (16, 16, 0, 0), (48, 3, 3, 3), (3, 16, 3, 3, 3), (3, 1, 1, 1, 1)),  # one block covers all inputs
+        ((4, 4), None, (4, 4), (4, 4), (1, 1)),
+    ],
+)
 def test_layout(shape, block, whole, split, counts):
     found = Layout.of(shape, block)
     assert (found.whole, found.split, found.counts) == (whole, split, counts)
@@ -169,15 +210,26 @@ def test_layout(shape, block, whole, split, counts):
 # ---- float scales: target storage -------------------------------------------------------------------------------------
 
 
-WEIGHTS = [{"bits": 4, "block": [4, 4]}, {"bits": 3, "block": [1, 5]}, {"bits": 8, "block": [3, 0]},
-           {"bits": 4, "block": "channel", "sub_block": [1, 4]}, {"bits": 6, "block": "tensor"},
-           {"bits": 4, "block": [2, 4], "pow2": True}, {"bits": 6, "block": "tensor", "sub_block": [4, 4]}]
+WEIGHTS = [
+    {"bits": 4, "block": [4, 4]},
+    {"bits": 3, "block": [1, 5]},
+    {"bits": 8, "block": [3, 0]},
+    {"bits": 4, "block": "channel", "sub_block": [1, 4]},
+    {"bits": 6, "block": "tensor"},
+    {"bits": 4, "block": [2, 4], "pow2": True},
+    {"bits": 6, "block": "tensor", "sub_block": [4, 4]},
+]
 
 
-@pytest.mark.parametrize(("name", "weights", "activations"), [
-    *((name, weights, 32) for name in ("mobilenet", "grouped", "transformer", "conv_transpose") for weights in WEIGHTS),
-    *((name, WEIGHTS[0], activations) for name in TILED for activations in (8, 32)),
-    *(("odd_channels", weights, 8) for weights in WEIGHTS[1:])], ids=str)
+@pytest.mark.parametrize(
+    ("name", "weights", "activations"),
+    [
+        *((name, weights, 32) for name in ("mobilenet", "grouped", "transformer", "conv_transpose") for weights in WEIGHTS),
+        *((name, WEIGHTS[0], activations) for name in TILED for activations in (8, 32)),
+        *(("odd_channels", weights, 8) for weights in WEIGHTS[1:]),
+    ],
+    ids=str,
+)
 def test_storage_computes_with_the_planned_weights(name, weights, activations):
     """Weight-only: a float network whose weights were replaced gives the same. Beside 8-bit activations: layers run in
     float, and onnxruntime does not quantize their weights once more."""
@@ -253,7 +305,7 @@ def test_a_plan_that_overflows_int8_is_refused():
     spec = QuantSpec(4, block=(1, 0, 0, 0), sub_block=(1, 1, 0, 0), max_multiplier=15)
     key = layer.input
     plan = Plan({layer.weight: spec, key: QuantSpec(8, symmetric=False)})
-    problem, = target.problems(graph, plan, {layer.name: key})
+    (problem,) = target.problems(graph, plan, {layer.name: key})
     assert "reach 105" in problem and "up to 64" in problem and "max_multiplier = 9" in problem
     assert not TARGETS["ort-cpu"].problems(graph, plan, {layer.name: key})
 
@@ -280,8 +332,14 @@ def test_a_plan_by_hand_exports_without_a_pass():
     layer = graph.layers[1]
     result = quantize(model, "int8", feeds(model, 4), workers=1)
     rng = np.random.default_rng(0)
-    spec = QuantSpec(4, block=(1, 0, 0, 0), sub_block=(1, 8, 0, 0), scale=np.full((24, 1, 1, 1), 0.01, np.float32),
-                     multiplier=rng.integers(1, 16, (24, 3, 1, 1)), codes=rng.integers(-7, 8, layer.shape))
+    spec = QuantSpec(
+        4,
+        block=(1, 0, 0, 0),
+        sub_block=(1, 8, 0, 0),
+        scale=np.full((24, 1, 1, 1), 0.01, np.float32),
+        multiplier=rng.integers(1, 16, (24, 3, 1, 1)),
+        codes=rng.integers(-7, 8, layer.shape),
+    )
     made = export(graph, result.plan | {layer.weight: spec}, TARGETS["ort-cpu"])
     agree(made, feeds(model, 3))
     assert stored_bits(layer, spec, TARGETS["ort-cpu"].rule(layer, spec, 8)) == pytest.approx(4 + 4 / 8 + 32 / 24)

@@ -57,7 +57,7 @@ def bare(model) -> bytes:
 
 
 def chosen(points) -> dict:
-    found, = (p for p in points if p.get("chosen"))
+    (found,) = (p for p in points if p.get("chosen"))
     return found
 
 
@@ -83,12 +83,17 @@ def onnxq(monkeypatch, capsys, tmp_path):
 # ---- a point made again -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "settings"), [
-    ("mlp", {}), ("mobilenet", {"method": "gptq", "front": [{"use": "scale-inputs"}, {"use": "ranges"}]}),
-    ("mobilenet", {"behind": [{"use": "bias-correct"}], "budget": "sqnr", "limit": 25.0}),
-    ("transformer", {"budget": "bops"}),
-    ("resnet20", {"candidates": ["float", "W4A8", "W8A8"], "budget": "sqnr", "limit": 20.0}),
-    ("cnn", {"target": "npu", "candidates": ["W4A8", "W8A8", "W8A16"], "budget": "bops"})])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mlp", {}),
+        ("mobilenet", {"method": "gptq", "front": [{"use": "scale-inputs"}, {"use": "ranges"}]}),
+        ("mobilenet", {"behind": [{"use": "bias-correct"}], "budget": "sqnr", "limit": 25.0}),
+        ("transformer", {"budget": "bops"}),
+        ("resnet20", {"candidates": ["float", "W4A8", "W8A8"], "budget": "sqnr", "limit": 20.0}),
+        ("cnn", {"target": "npu", "candidates": ["W4A8", "W8A8", "W8A16"], "budget": "bops"}),
+    ],
+)
 def test_a_point_made_again_is_the_network_that_the_search_gave(name, settings, monkeypatch):
     model = ZOO[name]()
     first = searched(model, 18, **settings)  # the search rounds on half of them
@@ -99,7 +104,7 @@ def test_a_point_made_again_is_the_network_that_the_search_gave(name, settings, 
     table, seed = point_recipe({"recipe": curve.recipe, "widths": found["widths"], "seed": 0})
     again = quantize(model, table, feeds(model, 18), workers=1, seed=seed)
     assert bare(again.model) == bare(first.model)
-    told, = (step["told"] for step in again.report["steps"] if step["pass"] == "mixed-precision")
+    (told,) = (step["told"] for step in again.report["steps"] if step["pass"] == "mixed-precision")
     assert told == {"groups": len(found["widths"]), "size": found["size"], "bops": found["bops"]}
     assert again.report["floats"] == first.report["floats"]
     assert Curve.of(again) is None
@@ -116,10 +121,10 @@ def test_the_recipe_in_the_model_makes_it_again():
 def test_widths_are_written_as_an_inline_table():
     table = tomllib.loads('[[pass]]\nuse = "mixed-precision"\nwidths = {"a/b.c" = "W4A8", "tensor x" = "float"}')
     passes = find_plugins().passes
-    step, = load_recipe(table, passes).passes
+    (step,) = load_recipe(table, passes).passes
     assert step.widths == {"a/b.c": "W4A8", "tensor x": "float"}
     assert load_recipe(Recipe(passes=(step,)).to_dict(), passes).passes == (step,)
-    step, = load_recipe(recipe_of(), passes, ['mixed-precision.widths={a = "W4A8"}']).passes
+    (step,) = load_recipe(recipe_of(), passes, ['mixed-precision.widths={a = "W4A8"}']).passes
     assert step.widths == {"a": "W4A8"}
     hash(step)
 
@@ -136,17 +141,25 @@ def test_all_that_does_not_fit_is_told_in_one_sentence():
     asked = {name: w for name, w in widths.items() if name != first} | {second: "W8A16", "nowhere": "W8A8"}
     with pytest.raises(OnnxqError) as error:
         quantize(mlp(), recipe_of(widths=asked), feeds(mlp(), 6), workers=1)
-    text, = error.value.problems
+    (text,) = error.value.problems
     assert "no group is called 'nowhere'" in text and f"'{first}' have no width" in text
     assert f"does not run W8A16 for '{second}'" in text and "'ort-cpu'" in text
     with pytest.raises(OnnxqError, match="'W8'"):
         quantize(mlp(), recipe_of(widths={"a": "W8"}), feeds(mlp(), 6), workers=1)
 
 
-@pytest.mark.parametrize(("content", "phrase"), [
-    ("{", "cannot be read"), ("[]", "has no recipe and widths"), ("{}", "has no recipe and widths"),
-    ('{"points": []}', "whole curve"), ('{"recipe": {}, "widths": {}}', "no pass 'mixed-precision'"),
-    ('{"recipe": {"pass": 3}, "widths": {}}', "no pass 'mixed-precision'"), (None, "cannot be read")])
+@pytest.mark.parametrize(
+    ("content", "phrase"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "has no recipe and widths"),
+        ("{}", "has no recipe and widths"),
+        ('{"points": []}', "whole curve"),
+        ('{"recipe": {}, "widths": {}}', "no pass 'mixed-precision'"),
+        ('{"recipe": {"pass": 3}, "widths": {}}', "no pass 'mixed-precision'"),
+        (None, "cannot be read"),
+    ],
+)
 def test_what_is_no_point_is_told(content, phrase, tmp_path):
     path = tmp_path / "point.json"
     if content is not None:
@@ -172,13 +185,17 @@ def test_files_hold_the_curve(tmp_path):
     assert len(reported) == len(whole["points"])
     for entry in whole["points"]:
         point = json.loads((folder / entry["file"]).read_text())
-        told, = (p for p in reported if p["widths"] == point["widths"])
+        (told,) = (p for p in reported if p["widths"] == point["widths"])
         assert list(point["widths"]) == whole["groups"] and point["recipe"] == whole["recipe"]
         for key in ("size", "bops", "sqnr", "agreement"):
             assert point[key] == entry[key] == told[key]
         assert point["chosen"] == entry["chosen"] == told.get("chosen", False)
-    assert {f.name for f in folder.iterdir()} == {"curve.json", "curve.png", "curve.svg",
-                                                  *(p["file"] for p in whole["points"])}
+    assert {f.name for f in folder.iterdir()} == {
+        "curve.json",
+        "curve.png",
+        "curve.svg",
+        *(p["file"] for p in whole["points"]),
+    }
 
 
 def test_an_earlier_curve_gives_way_and_other_files_stay(tmp_path):
@@ -194,8 +211,11 @@ def test_an_earlier_curve_gives_way_and_other_files_stay(tmp_path):
 def test_a_failure_while_writing_leaves_no_part_of_a_file(tmp_path, monkeypatch):
     curve = Curve.of(searched(mlp()))
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if "02" not in str(b) else (_ for _ in ()).throw(OSError(
-        28, "No space left on device")))
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda a, b: replace(a, b) if "02" not in str(b) else (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     with pytest.raises(OnnxqError, match="No space left"):
         curve.write(tmp_path)
     left = {f.name for f in tmp_path.iterdir()}
@@ -225,8 +245,10 @@ def test_the_table_counts_every_group_once():
 
 
 def test_costs_that_are_not_known_here_are_shown():
-    points = tuple({"size": 1.0 - n / 10, "bops": 1.0, "latency": 2.5 - n, "sqnr": 20.0 - n, "top1": 80.0,
-                    "widths": {"a": "W8A8"}} for n in range(3))
+    points = tuple(
+        {"size": 1.0 - n / 10, "bops": 1.0, "latency": 2.5 - n, "sqnr": 20.0 - n, "top1": 80.0, "widths": {"a": "W8A8"}}
+        for n in range(3)
+    )
     curve = Curve("", {}, 0, "latency", "top1", points)
     assert curve.numbers == ["size", "bops", "latency", "sqnr", "top1"]
     assert "1.500" in curve.table()[1][1]
@@ -239,7 +261,7 @@ def test_the_drawing_shows_every_point_on_any_background(monkeypatch):
     curve = Curve.of(searched(mlp(), metric="agreement"))
     left, right = curve.figure().axes
     for axes, key in ((left, "sqnr"), (right, "agreement")):
-        line, = axes.lines
+        (line,) = axes.lines
         assert np.array_equal(line.get_xydata(), [(p["size"], p[key]) for p in curve.points])
         assert any("chosen" in text.get_text() for text in axes.texts)
     assert len(Curve.of(searched(mlp())).figure().axes) == 1
@@ -256,7 +278,7 @@ def test_without_matplotlib_the_rest_is_written(tmp_path, monkeypatch):
     curve = Curve.of(searched(mlp()))
     curve.write(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    note, = curve.write(tmp_path)
+    (note,) = curve.write(tmp_path)
     assert "pip install onnxq-plugins[report]" in note
     assert (tmp_path / "curve.json").exists() and not (tmp_path / "curve.png").exists()  # none of an earlier curve
 
@@ -276,23 +298,28 @@ def test_a_point_from_the_command_line(onnxq):
     points = json.loads(Path("folder/curve.json").read_text())["points"]
     assert onnxq("--plan", f"folder/{chosen(points)['file']}", "-o", "b.onnx")[0] == 0
     assert bare(onnx.load("a.onnx")) == bare(onnx.load("b.onnx"))
-    seed, = (p.value for p in onnx.load("b.onnx").metadata_props if p.key == "onnxq.seed")
+    (seed,) = (p.value for p in onnx.load("b.onnx").metadata_props if p.key == "onnxq.seed")
     assert seed == "3"
     last = Path("folder", points[-1]["file"])
     assert onnxq("--plan", last)[0] == 0 and Path(f"model.{last.stem}.onnx").is_file()
 
 
-@pytest.mark.parametrize(("arguments", "phrases"), [
-    (["--plan", "point.json", "-r", "int8"], ["--recipe", "leave"]),
-    (["--plan", "point.json", "--curve", "folder"], ["--curve", "leave"]),
-    (["--plan", "search.json"], ["has no recipe and widths"]), (["--curve", "folder"], ["'int8'", "mixed-precision"]),
-    (["-r", "search.json", "--curve", "data.npz"], ["is a file"]),
-    (["-r", "search.json", "--curve", "no/where"], ["does not exist"]),
-    (["-r", "search.json", "--overrides", "no/where.json"], ["does not exist"]),
-    (["-r", "search.json", "--overrides", "made.json", "-o", "made.onnx"], ["both 'made.onnx'"]),
-    (["-r", "search.json", "--overrides", "made.onnx"], ["both 'made.onnx'"]),
-    (["-r", "search.json", "--overrides", "model.json"], ["is the model itself"]),
-    (["--plan", "point.json", "--report", "point.json"], ["is the plan itself"])])
+@pytest.mark.parametrize(
+    ("arguments", "phrases"),
+    [
+        (["--plan", "point.json", "-r", "int8"], ["--recipe", "leave"]),
+        (["--plan", "point.json", "--curve", "folder"], ["--curve", "leave"]),
+        (["--plan", "search.json"], ["has no recipe and widths"]),
+        (["--curve", "folder"], ["'int8'", "mixed-precision"]),
+        (["-r", "search.json", "--curve", "data.npz"], ["is a file"]),
+        (["-r", "search.json", "--curve", "no/where"], ["does not exist"]),
+        (["-r", "search.json", "--overrides", "no/where.json"], ["does not exist"]),
+        (["-r", "search.json", "--overrides", "made.json", "-o", "made.onnx"], ["both 'made.onnx'"]),
+        (["-r", "search.json", "--overrides", "made.onnx"], ["both 'made.onnx'"]),
+        (["-r", "search.json", "--overrides", "model.json"], ["is the model itself"]),
+        (["--plan", "point.json", "--report", "point.json"], ["is the plan itself"]),
+    ],
+)
 def test_what_cannot_be_done_is_one_sentence_before_the_search(onnxq, monkeypatch, arguments, phrases):
     Path("point.json").write_text(json.dumps({"recipe": recipe_of(), "widths": {"a": "W8A8"}}))
     before = sorted(p.name for p in Path().iterdir())
@@ -337,11 +364,16 @@ def constants(model) -> dict[str, np.ndarray]:
 
 
 KINDS = {"QInt4": TensorProto.INT4, "QInt8": TensorProto.INT8, "QUInt8": TensorProto.UINT8, "QUInt16": TensorProto.UINT16}
-CASES = [("cnn", {}), ("mobilenet", {"method": "gptq", "front": [{"use": "scale-inputs"}]}), ("mlp", {}),
-         ("transformer", {"target": "openvino"}), ("conv_transpose", {}),
-         ("resnet20", {"behind": [{"use": "bias-correct"}]}),
-         ("mobilenet", {"target": "npu", "candidates": ["W4A8", "W8A8", "W8A16"], "budget": "bops", "limit": 0.9}),
-         ("inception", {"target": "npu", "candidates": ["W4A8", "W4A16", "W8A16"], "budget": "bops", "limit": 0.9})]
+CASES = [
+    ("cnn", {}),
+    ("mobilenet", {"method": "gptq", "front": [{"use": "scale-inputs"}]}),
+    ("mlp", {}),
+    ("transformer", {"target": "openvino"}),
+    ("conv_transpose", {}),
+    ("resnet20", {"behind": [{"use": "bias-correct"}]}),
+    ("mobilenet", {"target": "npu", "candidates": ["W4A8", "W8A8", "W8A16"], "budget": "bops", "limit": 0.9}),
+    ("inception", {"target": "npu", "candidates": ["W4A8", "W4A16", "W8A16"], "budget": "bops", "limit": 0.9}),
+]
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
@@ -356,8 +388,11 @@ def test_the_tool_gives_tensors_the_types_scales_and_codes_of_the_plan(name, set
     assert layers and set(layers) <= set(told["TensorQuantOverrides"])
     for weight in layers:
         spec, entry = result.plan[weight], told["TensorQuantOverrides"][weight]
-        assert kinds[f"{weight}_quantized"] == KINDS[entry[0]["quant_type"]] == (
-            TensorProto.INT4 if spec.bits <= 4 else TensorProto.INT8)
+        assert (
+            kinds[f"{weight}_quantized"]
+            == KINDS[entry[0]["quant_type"]]
+            == (TensorProto.INT4 if spec.bits <= 4 else TensorProto.INT8)
+        )
         assert np.array_equal(values[f"{weight}_scale"], np.ravel(spec.scale) if spec.block else spec.scale)
         assert np.array_equal(values[f"{weight}_quantized"].astype(int), spec.codes)
     seen = 0
@@ -378,8 +413,9 @@ def test_the_tool_is_as_accurate_as_our_own_export(name, settings, tmp_path):
     result = searched(model, 6, **settings)
     made, samples = by_tool(result, feeds(model, 6), tmp_path / "made.onnx"), feeds(model, 12, seed=1)
     reference = runtimes.outputs(runtimes.session(model), samples)
-    ours, tools = (sqnr(reference, runtimes.outputs(runtimes.session(m, optimize=False), samples))
-                   for m in (result.model, made))
+    ours, tools = (
+        sqnr(reference, runtimes.outputs(runtimes.session(m, optimize=False), samples)) for m in (result.model, made)
+    )
     noted = any("range of the tool's own" in note for note in ort_overrides(result)["notes"])
     assert abs(ours - tools) < (3.0 if noted else 0.5), (ours, tools)
 
@@ -402,8 +438,13 @@ def test_the_model_for_the_tool_holds_what_the_codes_stand_for():
         assert np.array_equal(held[layer.weight], decode(spec.codes, spec))
         assert np.allclose(held[layer.bias], given[layer.bias] + spec.shift, atol=1e-6)
     samples = feeds(mobilenet(), 4)
-    assert runtimes.drift(runtimes.outputs(runtimes.session(mobilenet()), samples),
-                         runtimes.outputs(runtimes.session(result.float_model), samples)) < 1e-4
+    assert (
+        runtimes.drift(
+            runtimes.outputs(runtimes.session(mobilenet()), samples),
+            runtimes.outputs(runtimes.session(result.float_model), samples),
+        )
+        < 1e-4
+    )
 
 
 def test_a_shift_without_a_bias_gets_one(tmp_path):

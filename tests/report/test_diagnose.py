@@ -43,8 +43,11 @@ def chain(plant=lambda net, x: x, seed: int = 0) -> onnx.ModelProto:
 def changed(model: onnx.ModelProto, layer: str, change) -> onnx.ModelProto:
     """The model with another weight and bias in one layer."""
     node = next(n for n in model.graph.node if n.name == layer)
-    for name, made in zip(node.input[1:], change(*(numpy_helper.to_array(t) for name in node.input[1:]
-                                                   for t in model.graph.initializer if t.name == name)), strict=True):
+    for name, made in zip(
+        node.input[1:],
+        change(*(numpy_helper.to_array(t) for name in node.input[1:] for t in model.graph.initializer if t.name == name)),
+        strict=True,
+    ):
         tensor = next(t for t in model.graph.initializer if t.name == name)
         tensor.CopyFrom(numpy_helper.from_array(np.asarray(made, np.float32), name))
     return model
@@ -104,6 +107,7 @@ def test_without_scales_per_channel_another_remedy():
 
 def test_scales_that_differ_a_little_are_no_outliers():
     """One scale for channels of many sizes: no single one is to blame."""
+
     def graded(weight, bias):
         return weight * np.where(np.arange(len(weight)) < 6, 2, 0.1)[:, None, None, None], bias
 
@@ -116,6 +120,7 @@ def test_scales_that_differ_a_little_are_no_outliers():
 
 def test_channels_that_count_most_and_reach_least():
     """Most channels hold the range, but those with the largest weights do not."""
+
     def quiet(weight, bias):
         weight = weight.copy()
         weight[3] /= 300
@@ -137,8 +142,9 @@ def test_a_clipped_activation():
     def sparse(weight, bias):  # few values get through the Relu: a percentile leaves most of them out
         return weight, np.full_like(bias, -2.6)
 
-    result = quantized(changed(chain(), "conv2", sparse), {"pass": [
-        {"use": "ranges", "method": "percentile", "percentile": 99.5}]})
+    result = quantized(
+        changed(chain(), "conv2", sparse), {"pass": [{"use": "ranges", "method": "percentile", "percentile": 99.5}]}
+    )
     found = diagnose(result)
     assert first(found) == ("conv4", "clipped")  # it reads what is clipped
     remedy = found.layers[0].remedies[0]
@@ -177,8 +183,10 @@ def test_an_input_with_an_outlier_channel():
 
 
 def test_a_heavy_tail():
-    data = [{"x": f["x"] * np.where(np.random.default_rng(n).random(f["x"].shape) < 0.005, 30, 0.3).astype(np.float32)}
-            for n, f in enumerate(feeds(chain(), 16))]
+    data = [
+        {"x": f["x"] * np.where(np.random.default_rng(n).random(f["x"].shape) < 0.005, 30, 0.3).astype(np.float32)}
+        for n, f in enumerate(feeds(chain(), 16))
+    ]
     found = diagnose(onnxq.quantize(chain(), INT8, data, workers=1))
     layer = next(y for y in found.layers if y.name == "conv0")
     assert "heavy-tail" in [c.kind for c in layer.causes] and layer.own.input < layer.own.weight
@@ -186,6 +194,7 @@ def test_a_heavy_tail():
 
 def test_an_error_that_is_the_same_everywhere():
     """Weights that all round the same way, on inputs that are never negative."""
+
     def skewed(weight, bias):
         made = np.rint(weight * 3) / 3 + 0.07
         made[:, 0, 0, 0] = 7  # codes of 1 / 18
@@ -210,14 +219,19 @@ def test_an_operator_without_integer_kernel():
     assert next(y for y in found.layers if y.name == "convtranspose4").own is None
 
 
-@pytest.mark.parametrize("recipe", [
-    {**INT8, "layer": [{"match": "conv4", "quantize": False}]},
-    {**INT8, "layer": [{"match": "conv?", "weights": {"bits": 32}}]},
-    {**INT8, "target": "npu", "layer": [{"match": "conv4", "activations": {"bits": 16}}]},
-    {**INT8, "target": "npu", "activations": {"bits": 16}}], ids=["float", "32", "16-bit", "all 16-bit"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {**INT8, "layer": [{"match": "conv4", "quantize": False}]},
+        {**INT8, "layer": [{"match": "conv?", "weights": {"bits": 32}}]},
+        {**INT8, "target": "npu", "layer": [{"match": "conv4", "activations": {"bits": 16}}]},
+        {**INT8, "target": "npu", "activations": {"bits": 16}},
+    ],
+    ids=["float", "32", "16-bit", "all 16-bit"],
+)
 def test_what_the_recipe_says_on_purpose_is_not_undone(recipe):
     found = diagnose(quantized(chain(), recipe))
-    slow, = [f for f in found.floats if f.name == "conv4"]
+    (slow,) = [f for f in found.floats if f.name == "conv4"]
     assert not slow.remedies
     typed = [r.typed for y in found.layers for r in y.remedies]
     assert not any('match = "conv4"' in text for text in typed)  # it is float already, or 16 bits
@@ -226,7 +240,8 @@ def test_what_the_recipe_says_on_purpose_is_not_undone(recipe):
 def is_float(model: onnx.ModelProto, tensor: str) -> bool:
     """No quantizer reads a tensor, and no kernel gets it from codes."""
     return tensor in {o for n in model.graph.node for o in n.output if n.op_type != "DequantizeLinear"} and not any(
-        tensor in n.input for n in model.graph.node if n.op_type == "QuantizeLinear")
+        tensor in n.input for n in model.graph.node if n.op_type == "QuantizeLinear"
+    )
 
 
 @pytest.mark.parametrize("make", [chain, mobilenet, transformer], ids=lambda f: f.__name__)
@@ -353,7 +368,7 @@ def test_remedies_are_tried_when_asked():
     result = quantized(chain(), {**INT8, "layer": [{"match": "conv4", "weights": {"bits": 2}}]})
     untried, found = diagnose(result, samples=4), diagnose(result, samples=4, attempts=1)
     assert not untried.tried and any("none was tried" in note for note in untried.notes)
-    tried, = found.tried
+    (tried,) = found.tried
     assert tried.layer == "conv4" and tried.sqnr > found.sqnr + 6
     assert found.to_dict()["tried"][0]["sqnr"] == round(tried.sqnr, 2)
 
@@ -365,7 +380,7 @@ def test_different_remedies_are_tried_the_worst_layer_first():
     wanted = list(dict.fromkeys(r.typed for y in found.layers for r in y.remedies[:3]))
     assert [t.remedy.typed for t in found.tried] == wanted[:3] and len(found.tried) == 3
     worst = found.layers[0]
-    assert all(t.layer == worst.name for t in found.tried[:len(worst.remedies[:3])])
+    assert all(t.layer == worst.name for t in found.tried[: len(worst.remedies[:3])])
     refused = diagnose(dataclasses.replace(result, again=refuse), samples=2, attempts=1).tried[0]
     assert refused.sqnr is None and refused.verdict(30) == "refused: no."
 
@@ -477,9 +492,20 @@ def test_a_narrow_terminal_shortens_no_name(width, adds_up):
     from onnxq_plugins.cli.look import _fitting, _table
 
     share = 0.3 if adds_up else 3.0
-    layers = [LayerError(name, "ConvTranspose", name, "x", 21.25, Own(45.5, 40.25, 38.125, 0.0), 30.0, share, (
-                         Cause("uneven-channels", "", 1.0), Cause("heavy-tail", "", 1.0)))
-              for name in NAMES]
+    layers = [
+        LayerError(
+            name,
+            "ConvTranspose",
+            name,
+            "x",
+            21.25,
+            Own(45.5, 40.25, 38.125, 0.0),
+            30.0,
+            share,
+            (Cause("uneven-channels", "", 1.0), Cause("heavy-tail", "", 1.0)),
+        )
+        for name in NAMES
+    ]
     found = Diagnosis(30.0, tuple(layers), (), {}, (), 8, 0.0)
     lines = _fitting(_table(found, found.layers), width)
     for n, (name, line) in enumerate(zip(NAMES, lines[1:], strict=True), 1):
@@ -517,10 +543,12 @@ def test_a_model_brings_its_recipe(monkeypatch, tmp_path, capsys):
     assert code == 0 and "few-bits" in out and "5 bits" in out and "note" not in err
     _, _, err = run("--quantized", "made.onnx", "--samples", "2")
     assert "is not what its recipe makes" in err
-    for bad, told in ((("--quantized", "model.onnx"), "no recipe in its metadata"),
-                      (("--quantized", "data.npz"), "not a readable ONNX model"),
-                      (("--quantized", "nowhere.onnx"), "does not exist"),
-                      (("--quantized", "made.onnx", "-r", "int8"), "leave --recipe out"),
-                      (("--measured", "0"), "at least 1")):
+    for bad, told in (
+        (("--quantized", "model.onnx"), "no recipe in its metadata"),
+        (("--quantized", "data.npz"), "not a readable ONNX model"),
+        (("--quantized", "nowhere.onnx"), "does not exist"),
+        (("--quantized", "made.onnx", "-r", "int8"), "leave --recipe out"),
+        (("--measured", "0"), "at least 1"),
+    ):
         code, out, err = run(*bad)
         assert code == 2 and told in err and err.count("\n") == 1

@@ -142,15 +142,34 @@ def test_labels_and_calibration_are_told(tmp_path):
 def measured(sqnr: float, agreement=None, top1=None, speed: float = 2.0, **more) -> dict:
     answers = {} if agreement is None else {"agreement": agreement}
     right = {} if top1 is None else {"top1": {"float": 90.0, "quantized": top1}}
-    return {"sqnr": sqnr, **answers, **right, "milliseconds": {"float": speed, "quantized": 1.0}, "samples": 8,
-            "where": "the data", "calibrated_on_them": True, **more}
+    return {
+        "sqnr": sqnr,
+        **answers,
+        **right,
+        "milliseconds": {"float": speed, "quantized": 1.0},
+        "samples": 8,
+        "where": "the data",
+        "calibrated_on_them": True,
+        **more,
+    }
 
 
-@pytest.mark.parametrize(("found", "level"), [
-    (measured(35), "good"), (measured(20), "fair"), (measured(8), "poor"),
-    (measured(20, 99.5), "good"), (measured(35, 96), "fair"), (measured(12, 80), "poor"),
-    (measured(12, 80, 89.5), "good"), (measured(35, 100, 88), "fair"), (measured(35, 100, 80), "poor"),
-    (measured(35, speed=0.8), "fair"), (measured(8, speed=0.8), "poor")])
+@pytest.mark.parametrize(
+    ("found", "level"),
+    [
+        (measured(35), "good"),
+        (measured(20), "fair"),
+        (measured(8), "poor"),
+        (measured(20, 99.5), "good"),
+        (measured(35, 96), "fair"),
+        (measured(12, 80), "poor"),
+        (measured(12, 80, 89.5), "good"),
+        (measured(35, 100, 88), "fair"),
+        (measured(35, 100, 80), "poor"),
+        (measured(35, speed=0.8), "fair"),
+        (measured(8, speed=0.8), "poor"),
+    ],
+)
 def test_a_page_says_whether_this_is_good(found, level):
     told = _verdict(found)
     assert told[0] == level and told[1].endswith("8 calibration samples.")
@@ -276,9 +295,11 @@ def test_a_page_may_be_measured_on_other_samples(quantize):
 
 def test_other_samples_that_are_of_no_use_are_told_before_anything_is_done(quantize):
     np.savez("short.npz", x=np.ones((4, 8), np.float32), labels=np.zeros(3))
-    for arguments, word in ((("--test", "data.npz"), "--report NAME.html"),
-                            (("--test", "nowhere.npz", "--report", "out.html"), "does not exist"),
-                            (("--test", "short.npz", "--report", "out.html"), "labels")):
+    for arguments, word in (
+        (("--test", "data.npz"), "--report NAME.html"),
+        (("--test", "nowhere.npz", "--report", "out.html"), "does not exist"),
+        (("--test", "short.npz", "--report", "out.html"), "labels"),
+    ):
         code, told = quantize("--data", "data.npz", *arguments)
         assert code == 2 and word in told and not Path("made.onnx").exists(), told
 
@@ -309,8 +330,9 @@ def page_file(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     model = renamed(conv_transpose(), {"conv0": NASTY, "conv9": "a_very_long_name/" * 12})
     result = onnxq.quantize(model, "int8", feeds(model, 4), workers=1)
-    return result.save_report(folder / "page.html", name="a_very_long_name_of_a_model_" * 5 + ".onnx",
-                              command="onnxq quantize " + "x" * 300)
+    return result.save_report(
+        folder / "page.html", name="a_very_long_name_of_a_model_" * 5 + ".onnx", command="onnxq quantize " + "x" * 300
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -327,8 +349,11 @@ def test_page_in_chromium(browser, page_file, scheme, width):
     page.goto(page_file.as_uri(), wait_until="load")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     # what is wider than the page scrolls inside its box
-    assert page.evaluate("""[...document.querySelectorAll("main *")].filter(e => !e.closest(".scroll, pre")
-                            && e.getBoundingClientRect().right > window.innerWidth + 0.5).length""") == 0
+    assert (
+        page.evaluate("""[...document.querySelectorAll("main *")].filter(e => !e.closest(".scroll, pre")
+                            && e.getBoundingClientRect().right > window.innerWidth + 0.5).length""")
+        == 0
+    )
     if width == 1280:  # all columns can be seen
         assert page.evaluate("(e => e.scrollWidth <= e.clientWidth)(document.querySelector('.bleed'))")
     paper, ink = (page.evaluate(f"getComputedStyle(document.body).{key}") for key in ("backgroundColor", "color"))

@@ -115,8 +115,11 @@ def test_compare_counts_external_data(onnxq):
 
 def test_products_of_two_activations_that_stay_float_are_told(onnxq):
     model = transformer()
-    products = {node.name for node in model.graph.node if node.op_type == "MatMul" and not
-                {t.name for t in model.graph.initializer} & set(node.input)}
+    products = {
+        node.name
+        for node in model.graph.node
+        if node.op_type == "MatMul" and not {t.name for t in model.graph.initializer} & set(node.input)
+    }
     onnx.save(model, "m.onnx")
     name = model.graph.input[0].name
     np.savez("d.npz", **{name: rows(model, 4)})
@@ -159,13 +162,18 @@ def labelled(n: int = 40, wrong: bool = False) -> tuple[onnx.ModelProto, np.ndar
 
 
 @pytest.mark.parametrize("command", ["quantize", "auto", "compare"])
-@pytest.mark.parametrize(("spoil", "phrase"), [
-    (lambda y, n: np.where(np.arange(len(y)) == 3, n, y),
-     "label {n} of sample 3, but output '{out}' has {n} classes, 0..{m}"),
-    (lambda y, n: y * 0 + n, "count from 1: subtract 1"),
-    (lambda y, n: np.where(np.arange(len(y)) == 3, -1, y), "label -1"),
-    (lambda y, n: np.eye(n)[y], "one-hot"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "phrase"),
+    [
+        (
+            lambda y, n: np.where(np.arange(len(y)) == 3, n, y),
+            "label {n} of sample 3, but output '{out}' has {n} classes, 0..{m}",
+        ),
+        (lambda y, n: y * 0 + n, "count from 1: subtract 1"),
+        (lambda y, n: np.where(np.arange(len(y)) == 3, -1, y), "label -1"),
+        (lambda y, n: np.eye(n)[y], "one-hot"),
+    ],
+)
 def test_labels_that_are_no_classes_are_refused_before_any_output(onnxq, command, spoil, phrase):
     model, x, y = labelled()
     shape = runtimes.session(model).get_outputs()[0]
@@ -204,12 +212,15 @@ def test_a_float_model_at_chance_is_told(onnxq, wrong):
 # ---- data -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("spoil", "phrase"), [
-    (lambda x: x[:3], "holds 3 samples only"),
-    (lambda x: x[:1].repeat(12, 0), "are all equal"),
-    (lambda x: np.arange(12, dtype=np.float32)[:, None, None, None] * np.ones_like(x), "are one value everywhere"),
-    (lambda x: x, ""),
-])
+@pytest.mark.parametrize(
+    ("spoil", "phrase"),
+    [
+        (lambda x: x[:3], "holds 3 samples only"),
+        (lambda x: x[:1].repeat(12, 0), "are all equal"),
+        (lambda x: np.arange(12, dtype=np.float32)[:, None, None, None] * np.ones_like(x), "are one value everywhere"),
+        (lambda x: x, ""),
+    ],
+)
 def test_samples_that_tell_little_are_remarked(spoil, phrase):
     x = np.random.default_rng(0).standard_normal((12, 3, 12, 12)).astype(np.float32)
     for data in (spoil(x), [{"x": one[None]} for one in spoil(x)]):
@@ -217,8 +228,10 @@ def test_samples_that_tell_little_are_remarked(spoil, phrase):
         assert phrase in told and (phrase or not told)
 
 
-@pytest.mark.parametrize(("mean", "std", "right"), [
-    ("127.5", "127.5", "--mean 0.5 --std 0.5"), ("124,116,104", "1", "--mean 0.4863,0.4549,0.4078 --std 0.003922")])
+@pytest.mark.parametrize(
+    ("mean", "std", "right"),
+    [("127.5", "127.5", "--mean 0.5 --std 0.5"), ("124,116,104", "1", "--mean 0.4863,0.4549,0.4078 --std 0.003922")],
+)
 def test_normalization_of_raw_pixels_is_refused_with_the_right_numbers(onnxq, mean, std, right):
     from PIL import Image
 
@@ -242,9 +255,15 @@ def test_all_broken_images_are_told_at_once(onnxq):
     assert "and 2 more" in err
 
 
-@pytest.mark.parametrize(("shape", "phrase"), [
-    ((4, 12, 12, 3), "transpose to NCHW: x.transpose(0, 3, 1, 2)"), ((4, 8, 8, 3), "transpose to NCHW"),
-    ((3, 12, 12), "add a batch axis: x[None]"), ((4, 3, 8, 8), "the data has [1, 3, 8, 8].")])
+@pytest.mark.parametrize(
+    ("shape", "phrase"),
+    [
+        ((4, 12, 12, 3), "transpose to NCHW: x.transpose(0, 3, 1, 2)"),
+        ((4, 8, 8, 3), "transpose to NCHW"),
+        ((3, 12, 12), "add a batch axis: x[None]"),
+        ((4, 3, 8, 8), "the data has [1, 3, 8, 8]."),
+    ],
+)
 def test_shapes_that_nearly_fit_are_told_how_to(shape, phrase):
     with pytest.raises(OnnxqError) as told:
         quantize(cnn(), "int8", np.ones(shape, np.float32), workers=1)
@@ -260,10 +279,13 @@ def test_files_that_cannot_be_used_are_told_plainly(onnxq):
     Path("t.npz").write_text("1,2")
     np.savez("o.npz", x=np.array([{}], object))
     np.savez("d.npz", x=np.zeros((9, 3, 12, 12), np.float32))
-    for arguments, phrase in ((["--data", "d.npz", "--labels", "none.txt"], "labels 'none.txt' do not exist"),
-                              (["--data", "t.npz"], "not in numpy's format"), (["--data", "o.npz"], "holds Python objects"),
-                              (["--data", "d.npz", "--mean", "a"], "--mean 'a' must be a number"),
-                              ([], "give data (--data PATH)")):
+    for arguments, phrase in (
+        (["--data", "d.npz", "--labels", "none.txt"], "labels 'none.txt' do not exist"),
+        (["--data", "t.npz"], "not in numpy's format"),
+        (["--data", "o.npz"], "holds Python objects"),
+        (["--data", "d.npz", "--mean", "a"], "--mean 'a' must be a number"),
+        ([], "give data (--data PATH)"),
+    ):
         code, _, err = onnxq("quantize", "m.onnx", *arguments)
         assert code == 2 and phrase in err and "pickle" not in err
 
@@ -285,8 +307,11 @@ def test_shifts_for_other_targets_are_not_blamed(onnxq):
     for t in model.graph.initializer:  # channels of unequal ranges, so that there is something to shift
         if len(t.dims) == 4:
             w = onnx.numpy_helper.to_array(t)
-            t.CopyFrom(onnx.numpy_helper.from_array(
-                (w * np.geomspace(1, 0.01, len(w)).reshape(-1, 1, 1, 1)).astype(np.float32), t.name))
+            t.CopyFrom(
+                onnx.numpy_helper.from_array(
+                    (w * np.geomspace(1, 0.01, len(w)).reshape(-1, 1, 1, 1)).astype(np.float32), t.name
+                )
+            )
     onnx.save(model, "m.onnx")
     np.savez("d.npz", x=rows(model, 8))
     Path("r.toml").write_text('target = "per-tensor"\n[weights]\nblock = "tensor"\n[[pass]]\nuse = "shift-equalize"\n')
@@ -351,15 +376,17 @@ def test_a_search_tells_what_its_widths_take_in_the_file(candidates, told):
     model = mlp()
     step = {"use": "mixed-precision", "candidates": candidates, "limit": 0.9, "method": "nearest", "curve": 3}
     result = quantize(model, {"pass": [step]}, feeds(model, 8), workers=1)
-    point, = (p for p in result.report["steps"][0]["told"]["curve"] if p.get("chosen"))
+    (point,) = (p for p in result.report["steps"][0]["told"]["curve"] if p.get("chosen"))
     eight = quantize(model, "int8", feeds(model, 8), workers=1)
     counts = {y.weight: y.shape for y in result.graph.layers}
 
     def stored(made) -> float:
         types = {t.name: t.data_type for t in made.graph.initializer}
-        sizes = {t.name: np.prod(t.dims) * (0.5 if types[t.name] == onnx.TensorProto.INT4 else 1)
-                 for t in made.graph.initializer
-                 if types[t.name] in (onnx.TensorProto.INT4, onnx.TensorProto.INT8) and len(t.dims) == 2}
+        sizes = {
+            t.name: np.prod(t.dims) * (0.5 if types[t.name] == onnx.TensorProto.INT4 else 1)
+            for t in made.graph.initializer
+            if types[t.name] in (onnx.TensorProto.INT4, onnx.TensorProto.INT8) and len(t.dims) == 2
+        }
         assert len(sizes) == len(counts)
         return float(sum(sizes.values()))
 

@@ -39,8 +39,10 @@ def cluster():
 
 
 def same(a, b) -> bool:
-    return (a.model.SerializeToString() == b.model.SerializeToString()
-            and a.report["steps"][0]["told"] == b.report["steps"][0]["told"])
+    return (
+        a.model.SerializeToString() == b.model.SerializeToString()
+        and a.report["steps"][0]["told"] == b.report["steps"][0]["told"]
+    )
 
 
 def test_processes_find_what_threads_find(here):
@@ -128,8 +130,10 @@ def test_a_cache_is_of_its_samples_and_codes(tmp_path):
 def test_scores_of_metrics_that_may_change_are_not_kept(tmp_path):
     values = iter(range(1000))
     model = mlp()
-    found = [quantize(model, RECIPE, feeds(model, 20), cache=tmp_path, workers=1, metric=lambda *_: next(values))
-             for _ in range(2)]
+    found = [
+        quantize(model, RECIPE, feeds(model, 20), cache=tmp_path, workers=1, metric=lambda *_: next(values))
+        for _ in range(2)
+    ]
     last, again = ([p["<lambda>"] for p in one.report["steps"][0]["told"]["curve"]] for one in found)
     assert min(again) > max(last)
 

@@ -33,6 +33,7 @@ def quick(monkeypatch):
 def fake(taken):
     """A profile in which the time of each node is told by a function of (node, number of its network), in milliseconds, with
     nothing added by profiling."""
+
     def profile(models, feed, seconds):
         made = []
         for k, model in enumerate(models):
@@ -40,6 +41,7 @@ def fake(taken):
             nodes = np.array([taken(node, k) for node in graph.node])
             made.append(latency.Ran(float(nodes.sum()), graph, nodes, ["t"] * len(nodes)))
         return made, 7
+
     return profile
 
 
@@ -53,8 +55,18 @@ def optimized(model: onnx.ModelProto) -> onnx.GraphProto:
 
 def by_operator(node, k):
     """Integer kernels are four times as fast as float ones."""
-    return {"QGemm": 1.0, "QLinearConv": 1.0, "QLinearMatMul": 1.0, "MatMulIntegerToFloat": 1.0, "Gemm": 4.0, "MatMul": 4.0,
-            "FusedGemm": 4.0, "Conv": 4.0, "FusedConv": 4.0, "QuantizeLinear": 0.25}.get(node.op_type, 0.125)
+    return {
+        "QGemm": 1.0,
+        "QLinearConv": 1.0,
+        "QLinearMatMul": 1.0,
+        "MatMulIntegerToFloat": 1.0,
+        "Gemm": 4.0,
+        "MatMul": 4.0,
+        "FusedGemm": 4.0,
+        "Conv": 4.0,
+        "FusedConv": 4.0,
+        "QuantizeLinear": 0.25,
+    }.get(node.op_type, 0.125)
 
 
 # ---- what profiling adds ------------------------------------------------------------------------------------------------
@@ -196,8 +208,9 @@ def test_a_real_profile_covers_the_network(name, quick):
 def test_times_are_kept_on_this_machine(tmp_path, monkeypatch, quick):
     sessions = []
     profile = latency.profile
-    monkeypatch.setattr(latency, "profile", lambda models, feed, seconds: (
-        sessions.append(len(models)), profile(models, feed, seconds))[1])
+    monkeypatch.setattr(
+        latency, "profile", lambda models, feed, seconds: (sessions.append(len(models)), profile(models, feed, seconds))[1]
+    )
 
     def timed():
         job = make_job(mlp())
@@ -208,12 +221,19 @@ def test_times_are_kept_on_this_machine(tmp_path, monkeypatch, quick):
 
     first = timed()
     assert timed() == first and sessions == [3]
-    file, = (tmp_path / "cache").glob("latency-*.json")
+    (file,) = (tmp_path / "cache").glob("latency-*.json")
     good = json.loads(file.read_text())
-    bad = ["", "{", "[]", "null", json.dumps({**good, "groups": good["groups"][1:]}),
-           json.dumps({**good, "groups": [{**g, "W8A8": -1.0} for g in good["groups"]]}),
-           json.dumps({**good, "groups": [{**g, "W8A8": float("nan")} for g in good["groups"]]}),
-           json.dumps({**good, "groups": [{"W8A8": 1.0} for _ in good["groups"]]}), json.dumps({"groups": good["groups"]})]
+    bad = [
+        "",
+        "{",
+        "[]",
+        "null",
+        json.dumps({**good, "groups": good["groups"][1:]}),
+        json.dumps({**good, "groups": [{**g, "W8A8": -1.0} for g in good["groups"]]}),
+        json.dumps({**good, "groups": [{**g, "W8A8": float("nan")} for g in good["groups"]]}),
+        json.dumps({**good, "groups": [{"W8A8": 1.0} for _ in good["groups"]]}),
+        json.dumps({"groups": good["groups"]}),
+    ]
     for n, text in enumerate(bad):
         file.write_text(text)
         timed()
@@ -240,7 +260,7 @@ def test_a_budget_on_latency_is_kept(limit, monkeypatch, quick):
     monkeypatch.setattr(latency, "profile", fake(by_operator))
     job = make_job(transformer())
     told = search(job, candidates=CANDIDATES, budget="latency", limit=max(limit, 1.0))
-    chosen, = (p for p in told["curve"] if p.get("chosen"))
+    (chosen,) = (p for p in told["curve"] if p.get("chosen"))
     assert chosen["latency"] <= max(limit, 1.0) + 1e-4
     assert told["latency"]["predicted"] == pytest.approx(chosen["latency"], abs=1e-4)
     assert {"measured", "error_percent", "ms", "ms_of_8_bits", "machine", "rounds"} <= set(told["latency"])
@@ -259,7 +279,7 @@ def test_more_latency_is_never_worse_by_the_noise_that_is_chosen_by(monkeypatch,
         job = make_job(transformer())
         told = search(job, candidates=("W8A8", "float"), budget="latency", limit=limit, curve=0)
         noise = {(s["group"], s["width"]): 10 ** (-s["sqnr"] / 10) for s in told["sensitivities"]}
-        chosen, = (p for p in told["curve"] if p.get("chosen"))
+        (chosen,) = (p for p in told["curve"] if p.get("chosen"))
         floats.append(sum(noise.get(pair, 0.0) for pair in chosen["widths"].items()))
     assert floats == sorted(floats, reverse=True)
 
@@ -271,7 +291,7 @@ def test_latency_falls_until_the_network_is_just_accurate_enough(monkeypatch, qu
     assert fastest["chosen"] and fastest["latency"] == 1 and set(fastest["widths"].values()) == {"W8A8"}
     limit = fastest["sqnr"] + 1
     told = search(make_job(transformer()), limit=limit, **settings)
-    chosen, = (p for p in told["curve"] if p.get("chosen"))
+    (chosen,) = (p for p in told["curve"] if p.get("chosen"))
     assert chosen["sqnr"] >= limit and set(chosen["widths"].values()) == {"float", "W8A8"}
     assert all(p["sqnr"] < limit for p in told["curve"] if p["latency"] < chosen["latency"])
 
@@ -299,8 +319,11 @@ def test_without_a_candidate_of_8_bits(monkeypatch, quick):
 def test_weight_only_layers_are_timed(quick):
     net = Net(["N", 4, 64])
     model = net.model(net.linear(net.op("Relu", net.linear("x", 64, 32)), 32, 32))
-    recipe = {"weights": {"bits": 4, "block": 16}, "activations": {"bits": 32}, **recipe_of(
-        candidates=["W4A8", "W8A8", "float"], budget="latency", limit=100.0)}
+    recipe = {
+        "weights": {"bits": 4, "block": 16},
+        "activations": {"bits": 32},
+        **recipe_of(candidates=["W4A8", "W8A8", "float"], budget="latency", limit=100.0),
+    }
     told = quantize(model, recipe, feeds(model, 6), workers=1).report["steps"][0]["told"]
     assert told["latency"]["measured"] > 0 and len(told["latency"]["networks"]) == 3
 

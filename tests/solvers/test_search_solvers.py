@@ -32,8 +32,11 @@ def asked(scores, target, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@given(st.lists(VALUES, min_size=1, max_size=40).map(lambda v: sorted(v, reverse=True)),
-       st.one_of(VALUES, st.just(1e9)), st.data())
+@given(
+    st.lists(VALUES, min_size=1, max_size=40).map(lambda v: sorted(v, reverse=True)),
+    st.one_of(VALUES, st.just(1e9)),
+    st.data(),
+)
 @examples(150)
 def test_strategies_find_the_longest_prefix(strategy, scores, target, data):
     if data.draw(st.booleans()):
@@ -48,9 +51,15 @@ def test_strategies_find_the_longest_prefix(strategy, scores, target, data):
 @pytest.mark.parametrize("shape", ["line", "cliff at the front", "cliff at the back", "plateau", "steps", "hyperbola"])
 def test_halving_needs_few_scores(strategy, size, shape):
     k = np.arange(size)
-    scores = {"line": -1.0 * k, "cliff at the front": -1.0 * (k > 0), "cliff at the back": -1.0 * (k == size - 1),
-              "plateau": -1.0 * (k > size // 3), "steps": -1.0 * (k // 7), "hyperbola": 1.0 / (k + 1)}[shape]
-    for target in np.unique(np.concatenate([np.linspace(scores[-1], scores[0], 23), scores[::max(1, size // 20)]])):
+    scores = {
+        "line": -1.0 * k,
+        "cliff at the front": -1.0 * (k > 0),
+        "cliff at the back": -1.0 * (k == size - 1),
+        "plateau": -1.0 * (k > size // 3),
+        "steps": -1.0 * (k // 7),
+        "hyperbola": 1.0 / (k + 1),
+    }[shape]
+    for target in np.unique(np.concatenate([np.linspace(scores[-1], scores[0], 23), scores[:: max(1, size // 20)]])):
         found, calls = asked(scores, target, strategy)
         assert found == prefix(scores, target)
         assert len(calls) <= 2 * math.log2(size) + 3

@@ -78,12 +78,33 @@ def layer(seed, groups=1, rows=4, size=12, bits=4, two_level=False, cover=0.9, d
     return Case(w, x @ x.swapaxes(1, 2) / count, step, (-high, high), x)
 
 
-layers = st.builds(layer, seeds, groups=st.integers(1, 3), rows=st.integers(1, 4), bits=st.integers(2, 5),
-                   size=st.integers(1, 12) | st.sampled_from([31, 32, 33, 40]), two_level=st.booleans())
-small = st.builds(layer, seeds, groups=st.integers(1, 2), rows=st.integers(1, 4), bits=st.integers(2, 5),
-                  size=st.integers(1, 10), two_level=st.booleans())
-wide = st.builds(layer, seeds, groups=st.integers(1, 2), rows=st.integers(1, 3), bits=st.integers(2, 4),
-                 size=st.sampled_from([33, 64, 70]), two_level=st.booleans())
+layers = st.builds(
+    layer,
+    seeds,
+    groups=st.integers(1, 3),
+    rows=st.integers(1, 4),
+    bits=st.integers(2, 5),
+    size=st.integers(1, 12) | st.sampled_from([31, 32, 33, 40]),
+    two_level=st.booleans(),
+)
+small = st.builds(
+    layer,
+    seeds,
+    groups=st.integers(1, 2),
+    rows=st.integers(1, 4),
+    bits=st.integers(2, 5),
+    size=st.integers(1, 10),
+    two_level=st.booleans(),
+)
+wide = st.builds(
+    layer,
+    seeds,
+    groups=st.integers(1, 2),
+    rows=st.integers(1, 3),
+    bits=st.integers(2, 4),
+    size=st.sampled_from([33, 64, 70]),
+    two_level=st.booleans(),
+)
 
 SOLVERS = {
     "gptq": gptq,
@@ -106,8 +127,12 @@ def run(solver, case, **kwargs):
 
 
 def valid(codes, case):
-    return (codes.shape == case.w.shape and np.array_equal(codes, np.rint(codes)) and codes.min() >= case.grid[0]
-            and codes.max() <= case.grid[1])
+    return (
+        codes.shape == case.w.shape
+        and np.array_equal(codes, np.rint(codes))
+        and codes.min() >= case.grid[0]
+        and codes.max() <= case.grid[1]
+    )
 
 
 def not_above(found, other, slack=1e-9):
@@ -233,7 +258,7 @@ def test_narrow_groups_keep_the_blocks_on_the_diagonal(seed, groups, size, limit
 @given(seeds, st.integers(2, 12), st.integers(0, 3), st.sampled_from([0.0, 1e-3, 1.0]))
 def test_ridge_makes_singular_and_dead_matrices_invertible(seed, size, dead, amount):
     x = np.random.default_rng(seed).normal(size=(2, size, 1))
-    x[:, :min(dead, size - 1)] = 0
+    x[:, : min(dead, size - 1)] = 0
     h = x @ x.swapaxes(1, 2)
     before = h.copy()
     made = ridge(h, amount)
@@ -392,8 +417,16 @@ def test_inputs_are_not_modified(solver, shape, two_level):
 
 @separable
 @examples(10)
-@given(case=st.builds(layer, seeds, groups=st.integers(2, 4), rows=st.integers(1, 3), size=st.sampled_from([1, 5, 9, 40]),
-                      two_level=st.booleans()))
+@given(
+    case=st.builds(
+        layer,
+        seeds,
+        groups=st.integers(2, 4),
+        rows=st.integers(1, 3),
+        size=st.sampled_from([1, 5, 9, 40]),
+        two_level=st.booleans(),
+    )
+)
 def test_groups_at_once_equal_groups_alone(solver, case):
     alone = [run(solver, case.groups(slice(g, g + 1))) for g in range(len(case.w))]
     np.testing.assert_array_equal(run(solver, case), np.concatenate(alone))
@@ -409,8 +442,11 @@ def test_attention_without_noise_treats_groups_alike(case):
 
 @separable
 @examples(10)
-@given(case=st.builds(layer, seeds, groups=st.integers(1, 2), rows=st.just(5), size=st.sampled_from([3, 9, 40]),
-                      two_level=st.booleans()))
+@given(
+    case=st.builds(
+        layer, seeds, groups=st.integers(1, 2), rows=st.just(5), size=st.sampled_from([3, 9, 40]), two_level=st.booleans()
+    )
+)
 def test_rows_do_not_influence_each_other(solver, case):
     part = [4, 0, 1]
     np.testing.assert_array_equal(run(solver, case)[:, part], run(solver, case.rows(part)))
@@ -462,11 +498,13 @@ def test_steps_that_broadcast_to_the_weights_equal_full_ones(solver):
 def total(solver, bits, repeats=3, rank=None, **kwargs):
     """Loss relative to that of rounding to the nearest, on correlated inputs."""
     cases = [layer(seed, rows=16, size=48, bits=bits, cover=0.95, rank=rank) for seed in range(repeats)]
-    return (sum(c.loss(run(solver, c, **kwargs)).sum() for c in cases) / sum(c.loss(c.nearest).sum() for c in cases))
+    return sum(c.loss(run(solver, c, **kwargs)).sum() for c in cases) / sum(c.loss(c.nearest).sum() for c in cases)
 
 
-@pytest.mark.parametrize("name, bound", [("gptq", 0.35), ("gptq in given order", 0.5), ("gpfq", 0.55),
-                                         ("gpfq in given order", 0.7), ("descent", 0.5)])
+@pytest.mark.parametrize(
+    "name, bound",
+    [("gptq", 0.35), ("gptq in given order", 0.5), ("gpfq", 0.55), ("gpfq in given order", 0.7), ("descent", 0.5)],
+)
 def test_solvers_beat_nearest_clearly_on_correlated_inputs(name, bound):
     assert total(SOLVERS[name], 4) < bound
 
@@ -511,9 +549,19 @@ def test_gptq_equals_the_plain_algorithm(case, damping, order):
 
 
 @few
-@given(st.builds(layer, seeds, groups=st.integers(1, 2), rows=st.integers(1, 3), bits=st.integers(2, 4),
-                 size=st.integers(1, 40), two_level=st.booleans(), cover=st.sampled_from([0.3, 1.0])),
-       st.booleans())
+@given(
+    st.builds(
+        layer,
+        seeds,
+        groups=st.integers(1, 2),
+        rows=st.integers(1, 3),
+        bits=st.integers(2, 4),
+        size=st.integers(1, 40),
+        two_level=st.booleans(),
+        cover=st.sampled_from([0.3, 1.0]),
+    ),
+    st.booleans(),
+)
 def test_gptq_error_identity_holds_with_clipping(case, order):
     codes = run(gptq, case, order=order)
     _, errors, factors = naive_gptq(case, 0.01, order)
@@ -615,8 +663,9 @@ def test_descent_leaves_the_codes_of_dead_inputs():
 
 def test_descent_takes_integer_codes_as_a_start():
     case = layer(0, size=12)
-    np.testing.assert_array_equal(run(descent, case, start=case.random().astype(np.int8)),
-                                  run(descent, case, start=case.random()))
+    np.testing.assert_array_equal(
+        run(descent, case, start=case.random().astype(np.int8)), run(descent, case, start=case.random())
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 12), (5, 1, 9)])
@@ -690,8 +739,9 @@ def test_adaround_of_weights_on_the_grid_keeps_them():
             np.testing.assert_array_equal(run(solver, exact), codes)
 
 
-@pytest.mark.parametrize("solver", [partial(adaround, steps=5),
-                                    partial(attention, steps=5, rng=np.random.default_rng(0), tau=2.0)])
+@pytest.mark.parametrize(
+    "solver", [partial(adaround, steps=5), partial(attention, steps=5, rng=np.random.default_rng(0), tau=2.0)]
+)
 def test_zero_weights_do_not_overflow(solver):
     case = layer(0)._replace(w=np.zeros((1, 4, 12)), step=np.ones((1, 4, 1)))
     with np.errstate(over="raise", invalid="raise"):
@@ -771,8 +821,10 @@ def test_attention_beats_nearest_clearly_at_few_bits(bits):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_attention_factor_keeps_codes_near_their_weights(seed):
     case = layer(seed, rows=32, size=64, bits=3, cover=0.95)
-    moved = {on: np.abs(run(attention, case, rng=np.random.default_rng(0), steps=300, attenuate=on) - case.nearest).sum()
-             for on in (True, False)}
+    moved = {
+        on: np.abs(run(attention, case, rng=np.random.default_rng(0), steps=300, attenuate=on) - case.nearest).sum()
+        for on in (True, False)
+    }
     assert moved[True] < 0.75 * moved[False]
 
 
@@ -825,14 +877,17 @@ def test_solve_keeps_the_start_where_it_is_as_good():
     np.testing.assert_array_equal(run(partial(solve, "nearest"), case, effort=QUICK, start=start), start)
 
 
-@pytest.mark.parametrize("method, solver", [
-    ("gptq", partial(gptq, damping=0.2)),
-    ("gpfq", gpfq),
-    ("descent", descent),
-    ("adaround", partial(adaround, steps=30)),
-    ("attention", lambda *given: attention(*given, rng=np.random.default_rng(7), steps=30)),
-    ("auto", lambda *given: descent(*given, start=gptq(*given, damping=0.2))),
-])
+@pytest.mark.parametrize(
+    "method, solver",
+    [
+        ("gptq", partial(gptq, damping=0.2)),
+        ("gpfq", gpfq),
+        ("descent", descent),
+        ("adaround", partial(adaround, steps=30)),
+        ("attention", lambda *given: attention(*given, rng=np.random.default_rng(7), steps=30)),
+        ("auto", lambda *given: descent(*given, start=gptq(*given, damping=0.2))),
+    ],
+)
 def test_solve_hands_its_effort_to_the_method(method, solver):
     case = layer(5, rows=8, size=40, bits=3)
     effort = Effort(damping=0.2, steps=30, seed=7)
@@ -855,8 +910,9 @@ def test_auto_is_at_least_as_good_as_gptq_and_descent_from_there(case):
 def test_auto_uses_adaround_where_it_may():
     case = layer(0, rows=8, size=24, bits=3)
     start = case.nearest
-    found = {steps: case.loss(run(partial(solve, "auto"), case, effort=Effort(learned=steps), start=start))
-             for steps in (0, 100)}
+    found = {
+        steps: case.loss(run(partial(solve, "auto"), case, effort=Effort(learned=steps), start=start)) for steps in (0, 100)
+    }
     assert not_above(found[100], found[0])
     assert found[100].sum() < found[0].sum()
 
@@ -912,14 +968,19 @@ def test_searched_scales_never_lose_against_the_given_ones(case, shared):
 
 
 @few
-@given(st.builds(layer, seeds, groups=st.integers(1, 3), rows=st.integers(1, 4), size=st.integers(2, 10),
-                 bits=st.integers(2, 4)))
+@given(
+    st.builds(
+        layer, seeds, groups=st.integers(1, 3), rows=st.integers(1, 4), size=st.integers(2, 10), bits=st.integers(2, 4)
+    )
+)
 def test_rows_with_a_scale_of_their_own_are_searched_on_their_own(case):
     together = search_scales(case.w, case.h, case.step, case.grid, own(case))
     for g, row in np.ndindex(together.shape):
         alone = case.groups(slice(g, g + 1)).rows(slice(row, row + 1))
-        loss = {f: scale_losses(alone.w, alone.h, alone.step, alone.grid, np.array([f]))[0, 0, 0]
-                for f in (together[g, row], search_scales(*alone[:4], np.zeros((1, 1), int))[0, 0])}
+        loss = {
+            f: scale_losses(alone.w, alone.h, alone.step, alone.grid, np.array([f]))[0, 0, 0]
+            for f in (together[g, row], search_scales(*alone[:4], np.zeros((1, 1), int))[0, 0])
+        }
         assert np.ptp(list(loss.values())) <= 1e-5 * max(loss.values()) + 1e-9
 
 

@@ -27,7 +27,7 @@ def test_every_form_takes_the_kernel_of_its_rule_and_the_page_tells_it(target):
         if row.openvino is not None:
             assert all(kernel.endswith((" u8", " i8")) for kernel in row.openvino), row
     text = PAGE.read_text("utf-8")
-    made_with, = re.findall(r"^Made with onnxruntime (\S+) ", text, re.MULTILINE)
+    (made_with,) = re.findall(r"^Made with onnxruntime (\S+) ", text, re.MULTILINE)
     if made_with != onnxruntime.__version__:
         pytest.skip(f"rules hold, but docs/targets.md was made with onnxruntime {made_with}, and this is another")
     if target.name in targets.IN_OPENVINO and not targets.openvino_installed():

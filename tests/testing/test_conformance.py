@@ -35,20 +35,29 @@ NARROWER = {"check_not_harmful": "it makes weights narrower: size for accuracy"}
 CASES = [
     cases(AbsorbBias()),
     cases(BiasCorrect()),
-    cases(BiasCorrect(method="analytic"), expected_failures={
-        "check_not_harmful": "the BatchNorm statistics of random models are not those of their data"}),
+    cases(
+        BiasCorrect(method="analytic"),
+        expected_failures={"check_not_harmful": "the BatchNorm statistics of random models are not those of their data"},
+    ),
     cases(BoundAccumulator(), expected_failures={"check_not_harmful": "codes that fit 16-bit accumulators lose accuracy"}),
     cases(CodingLength(), expected_failures=NARROWER),
-    cases(DataFree(samples=8, inputs={"x": [-4.0, 4.0]}), expected_failures={
-        "check_not_harmful": "its images are not the random numbers that count as data here"}),
+    cases(
+        DataFree(samples=8, inputs={"x": [-4.0, 4.0]}),
+        expected_failures={"check_not_harmful": "its images are not the random numbers that count as data here"},
+    ),
     cases(Equalize(), recipe=TENSOR),
     cases(Equalize(by="activations", samples=4), recipe=TENSOR),
     cases(MixedPrecision(samples=4, strategy="binary", curve=2), expected_failures=NARROWER),
     cases(Orthogonality(samples=8), expected_failures=NARROWER),
     cases(Ranges(method="mse")),
     cases(Reorder(sweeps=1), recipe=TILES),
-    cases(ResidualEnsemble(groups=(1, 1), samples=4), recipe={"weights": {"bits": 4}}, expected_failures=dict.fromkeys(
-        ("check_float_function", "check_odd_graphs"), "it refuses networks whose operators rule a sum of networks out")),
+    cases(
+        ResidualEnsemble(groups=(1, 1), samples=4),
+        recipe={"weights": {"bits": 4}},
+        expected_failures=dict.fromkeys(
+            ("check_float_function", "check_odd_graphs"), "it refuses networks whose operators rule a sum of networks out"
+        ),
+    ),
     cases(ResidualExpansion(), recipe={"weights": {"bits": 4}}),
     cases(ResidualExpansion(form="branches", share=0.5), recipe={"weights": {"bits": 4}}),
     cases(Round(method="gptq", samples=8)),

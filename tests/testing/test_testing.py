@@ -31,17 +31,25 @@ def planned(job):
 
 def plans(made):
     """A pass that puts something into the plan, made of (job, first planned layer)."""
+
     def apply(self, job):
         job.plan |= made(job, planned(job))
+
     return bad(apply)
 
 
 def entry(**values):
     def made(job, layer):
         weight = job.graph.constant(layer.weight)
-        return {layer.weight: QuantSpec(codes=np.zeros(weight.shape, np.int64), scale=np.float32(1), zero_point=np.int64(0))
-                if not values else replace(QuantSpec(scale=np.array(1, np.float32)), **{
-                    key: value(weight) if callable(value) else value for key, value in values.items()})}
+        return {
+            layer.weight: QuantSpec(codes=np.zeros(weight.shape, np.int64), scale=np.float32(1), zero_point=np.int64(0))
+            if not values
+            else replace(
+                QuantSpec(scale=np.array(1, np.float32)),
+                **{key: value(weight) if callable(value) else value for key, value in values.items()},
+            )
+        }
+
     return plans(made)
 
 
@@ -67,6 +75,7 @@ def spoil_data(job):
 def by_chance(draw):
     def made(job, layer):
         return {layer.weight: QuantSpec(scale=np.array(0.01 * (1 + draw(job)), np.float32))}
+
     return plans(made)
 
 
@@ -86,6 +95,7 @@ def ignores_pow2(job):
 def refuse(text):
     def body(job):
         raise OnnxqError(text)
+
     return function(body)
 
 
@@ -215,7 +225,7 @@ def test_one_case_for_each_pass_and_check_with_a_name_that_tells_both():
     def decorated(step, check):
         check(step)
 
-    mark, = decorated.pytestmark
+    (mark,) = decorated.pytestmark
     assert len(mark.args[1]) == 2 * len(CHECKS)
     assert {"ranges-plan", "ranges(method=mse)-plan"} <= {case.id for case in mark.args[1]}
 
