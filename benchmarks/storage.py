@@ -25,7 +25,7 @@ from benchmarks.models import NAMES, Case, load_case, shared_folder
 from onnxq_plugins import runtimes
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import Recipe, load_recipe
-from onnxq_plugins.runtimes.audit import audit_openvino
+from onnxq_plugins.runtimes.openvino import audit_openvino
 
 
 def recipes() -> dict[str, Recipe]:

@@ -24,7 +24,8 @@ import onnxruntime
 import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from onnxq_plugins.plugins import find_plugins
-from onnxq_plugins.runtimes.audit import Audit, audit_openvino
+from onnxq_plugins.runtimes.audit import Audit
+from onnxq_plugins.runtimes.openvino import audit_openvino
 from onnxq_plugins.targets import Rule, Target
 from onnxq_plugins.testing.models import Net, feeds
 

@@ -21,11 +21,11 @@ from onnxq_plugins.graph import (
     split_outputs,
 )
 from onnxq_plugins.hookspecs import hookimpl
-from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.recipe import Recipe
+from onnxq_plugins.job import Job, Pass, Recipe
 from onnxq_plugins.report.curve import Curve, point_recipe
 from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
-from onnxq_plugins.runtimes.audit import Audit, LayerAudit, audit_model
+from onnxq_plugins.runtimes.audit import Audit, LayerAudit
+from onnxq_plugins.runtimes.onnxruntime import audit_model
 from onnxq_plugins.selection import auto
 from onnxq_plugins.spec import Plan, QuantSpec
 from onnxq_plugins.targets import Rule, Target

@@ -1,4 +1,4 @@
-"""The one exception users meet."""
+"""What users are told: the one exception they meet, and the reasons why something stays float."""
 
 from __future__ import annotations
 
@@ -6,6 +6,39 @@ import difflib
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal, Self
+
+Kind = Literal[
+    "recipe",  # the recipe says so
+    "search",  # a search chose it
+    "unsupported",  # no quantized kernel for this operator
+    "weight-only",  # no kernel for a quantized weight beside float activations
+    "product",  # of two activations, at a size where integer kernels do not pay
+    "float-input",  # only the input is float
+    "unquantized",  # neither input nor weight is quantized
+    "float-weight",
+    "float-output",
+    "wide-codes",  # codes of 16 bits
+    "decoded",  # the weight is decoded to float at load
+    "blocked",  # scales per block
+    "undecoded",  # 4-bit codes where the kernel wants 8-bit ones
+    "shifted",  # channels are shifted by a Mul behind the layer
+    "runtime",  # the runtime says no more
+]
+
+
+class Reason(str):
+    """Why something stays float: a text for people, whose ``kind`` code decides by."""
+
+    kind: Kind
+
+    def __new__(cls, kind: Kind, text: str) -> Self:
+        reason = super().__new__(cls, text)
+        reason.kind = kind
+        return reason
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
+        return self.kind, str(self)
 
 
 class OnnxqError(Exception):

@@ -1,4 +1,5 @@
-"""Files written whole or not at all, and arrays kept in a folder between runs, which count as missing when damaged."""
+"""Files written whole or not at all, models of any size, and arrays kept in a folder between runs, which count as missing
+when damaged."""
 
 from __future__ import annotations
 
@@ -20,6 +21,8 @@ import onnx
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
 
+LARGE = 2**30  # bytes of weights from which a second copy of them is too much
+LARGEST_MESSAGE = 2**31 - 2**20  # protobuf's limit is 2 GiB
 _PART = ".part"  # ends the names of files that are being written
 
 
@@ -128,6 +131,68 @@ class DataFile:
             if file.name != name and re.fullmatch(re.escape(self.path.name) + r"\.[0-9a-f]{8}\.data", file.name):
                 file.unlink(missing_ok=True)
         return self.path
+
+
+def size_of(model: onnx.ModelProto) -> int:
+    """Bytes of a model in a file, external data left out; of any size, which `ByteSize` is not."""
+    if sum(int(tensor.ByteSize()) for tensor in model.graph.initializer) < LARGE:
+        return int(model.ByteSize())
+    rest = onnx.ModelProto(graph=onnx.GraphProto(node=model.graph.node), metadata_props=model.metadata_props)
+    return int(rest.ByteSize()) + sum(int(tensor.ByteSize()) for tensor in model.graph.initializer)
+
+
+def skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a model without its initializers."""
+    shell = onnx.ModelProto()
+    for part, whole, heavy in ((shell, proto, "graph"), (shell.graph, proto.graph, "initializer")):
+        for field, value in whole.ListFields():
+            if field.name == heavy:
+                continue
+            if hasattr(value, "extend"):
+                getattr(part, field.name).extend(value)
+            elif field.message_type is not None:
+                getattr(part, field.name).CopyFrom(value)
+            else:
+                setattr(part, field.name, value)
+    return shell
+
+
+def save_model(model: onnx.ModelProto, path: Path) -> Path:
+    """Write a model, complete or not at all; one that is too large for a protobuf message with external data beside it.
+    Raises OnnxqError if that is not possible."""
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise OnnxqError(f"output '{path}': the model's weights lie beside the output it was made for; copy both files.")
+    if size_of(model) <= LARGEST_MESSAGE:
+        return write_file(model.SerializeToString(), path)
+    check_writable(path)
+    shell = skeleton(model)
+    with DataFile(path) as data:
+        for tensor in model.graph.initializer:
+            stored = shell.graph.initializer.add()
+            stored.CopyFrom(tensor)
+            data.take(stored)
+        return data.finish(shell)
+
+
+def write_file(content: bytes, path: Path) -> Path:
+    """Write beside the target, then move into place. Raises OnnxqError if that is not possible."""
+    check_writable(path)
+    with writing(path), replacing(path) as stream:
+        stream.write(content)
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """Raise OnnxqError if a file could not be made at `path`."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise OnnxqError(f"output '{path}': the folder '{folder}' does not exist; make it first.")
+    if path.is_dir():
+        raise OnnxqError(f"output '{path}' is a folder; give a file name.")
+    if path.exists() and not path.is_file():  # moving a file into place would replace a device
+        raise OnnxqError(f"output '{path}' is not an ordinary file; give a file name.")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise OnnxqError(f"output '{path}' cannot be written: permission denied; choose another place with -o.")
 
 
 def clear_leftovers(folder: Path, seconds: float = 86400.0) -> None:

@@ -1,37 +1,235 @@
-"""What a pass is, and the job it receives."""
+"""What a pass is, the recipe that lists passes, the job they receive, and what a job leaves."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import onnx
 
-from onnxq_plugins.calibration import Calibration, Track, silent
+from onnxq_plugins.calibration import Calibration
+from onnxq_plugins.data import Data, DataOptions
+from onnxq_plugins.errors import Reason
 from onnxq_plugins.graph import ChannelGroup, Graph, permute
+from onnxq_plugins.parallel import Track, silent
 from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.targets import Target
 
-if TYPE_CHECKING:
-    from onnxq_plugins.measure.metrics import Metric
-    from onnxq_plugins.recipe import Recipe
+# (outputs of the float network, of the quantized one, labels or None) -> larger is better. Outputs: one array [samples, ...]
+# each; labels: [samples, ...]
+Metric = Callable[[Sequence[Array], Sequence[Array], Array | None], float]
+
+Stage = Literal["rewrite", "solve", "finish"]
+Service = Literal["data", "ranges", "codes", "bias", "curve"]
+
+
+# ---- passes ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Pass:
     """One algorithm. A subclass is a frozen dataclass: its fields are its parameters, their defaults its defaults.
 
-    name    how recipes call it; guests write ``vendor.pass``, built-ins have no dot
-    exact   False if `apply` may change the float function (bias correction, pruning); the report shows it
+    name      how recipes call it; guests write ``vendor.pass``, built-ins have no dot
+    exact     False if `apply` may change the float function (bias correction, pruning); the report shows it
+    stage     where it belongs in a recipe: ``rewrite`` changes the graph or the calibration, before anything is solved;
+              ``solve`` fills in the plan; ``finish`` works on what was solved
+    provides  what it takes care of, so that nothing else does it again or suggests it:
+              ``data`` calibration without the user's samples;
+              ``ranges`` of activations;
+              ``codes`` of weights, by the error they cause;
+              ``bias`` takes back mean errors;
+              ``curve`` its result holds the points of a search under ``curve``, and its parameter ``widths`` makes one of
+              them again (see `onnxq_plugins.Curve`)
     """
 
     name: ClassVar[str] = ""
     exact: ClassVar[bool] = True
+    stage: ClassVar[Stage] = "solve"
+    provides: ClassVar[frozenset[Service]] = frozenset()
 
     def apply(self, job: Job) -> dict[str, Any] | None:
         """Rewrite `job.graph` (its float function unchanged) and, or, replace `job.plan`. What is returned goes into
         the report and must be JSON."""
         raise NotImplementedError
+
+
+# ---- recipes --------------------------------------------------------------------------------------------------------------
+
+BlockRequest = Literal["tensor", "channel"] | int | tuple[int, ...]
+SubBlockRequest = Literal["none", "channel"] | int | tuple[int, ...]
+FLOAT = 32  # bits = 32: stays float
+
+
+@dataclass(frozen=True)
+class TensorRequest:
+    """How one kind of tensor is to be quantized; the ``[weights]`` and ``[activations]`` tables.
+
+    bits        2..16, or 32 to stay float (targets run weights of 2..8 bits, activations of 8, some of 16)
+    symmetric   signed codes with zero point 0
+    block       granularity of the scale: "tensor", "channel", a number of inputs per scale, [outputs, inputs] or one
+                size per axis
+    sub_block   granularity of integer multipliers below that, written like `block`; "none" for none
+    pow2        scales (or multipliers) are powers of two
+    max_multiplier   largest multiplier: 15 packs into 4 bits; up to 127, or 32768 for multipliers per channel of one scale
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    block: BlockRequest = "channel"
+    sub_block: SubBlockRequest = "none"
+    pow2: bool = False
+    max_multiplier: int = 15
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """Settings for some layers; the ``[[layer]]`` tables. Later rules win.
+
+    match      glob on the layer's name
+    op         Conv, ConvTranspose, Gemm, MatMul, or Attention for products of two activations
+    kind       dense, grouped or depthwise
+    position   first or last layer of the model
+    quantize   false leaves the layer in float; true quantizes attention products whether or not it pays
+    weights, activations   fields of TensorRequest that differ; activations means the layer's input
+    """
+
+    match: str = "*"
+    op: Literal["", "Conv", "ConvTranspose", "Gemm", "MatMul", "Attention"] = ""
+    kind: Literal["", "dense", "grouped", "depthwise"] = ""
+    position: Literal["", "first", "last"] = ""
+    quantize: bool | None = None
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    activations: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe. `onnxq_plugins.recipe` reads and writes its text."""
+
+    target: str = "ort-cpu"
+    weights: TensorRequest = TensorRequest()
+    activations: TensorRequest = TensorRequest(symmetric=False, block="tensor")
+    passes: tuple[Pass, ...] = ()
+    layers: tuple[LayerRule, ...] = ()
+    data: DataOptions = DataOptions()
+    name: str = ""
+
+    def provides(self, *services: Service) -> bool:
+        """True if one pass provides all of these."""
+        return any(step.provides >= set(services) for step in self.passes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, defaults left out: `recipe.parse` makes the same recipe of them."""
+        table: dict[str, Any] = {"recipe": 1, "target": self.target}
+        for key in ("weights", "activations", "data"):
+            if changes := changed(getattr(self, key), getattr(Recipe, key)):
+                table[key] = changes
+        if self.passes:
+            table["pass"] = [{"use": step.name, **parameters(step)} for step in self.passes]
+        if self.layers:
+            table["layer"] = [changed(rule, LayerRule()) for rule in self.layers]
+        return table
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON; a file with it is a recipe too."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+
+def parameters(step: Pass) -> dict[str, Any]:
+    """The parameters of a pass that differ from its defaults, as plain values."""
+    return changed(step, None)
+
+
+def changed(value: Any, default: Any) -> dict[str, Any]:
+    """Fields of a dataclass that differ from a default instance (or from the fields' own defaults), as plain values."""
+    changes = {}
+    for f in fields(value):
+        now = getattr(value, f.name)
+        if now != (getattr(default, f.name) if default is not None else default_of(f)):
+            changes[f.name] = list(now) if isinstance(now, tuple) else dict(now) if isinstance(now, Mapping) else now
+    return changes
+
+
+def default_of(f: Field[Any]) -> Any:
+    """The default of a dataclass field, made by its factory where it has one."""
+    return f.default_factory() if f.default_factory is not MISSING else f.default
+
+
+# ---- jobs -----------------------------------------------------------------------------------------------------------------
+
+
+class Report(dict[str, Any]):
+    """What a run did, for people and for JSON: a dict whose known entries are attributes with types. Plugins may add
+    entries of their own, as values that JSON can hold."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know."""
+        notes: list[str] = self.setdefault("notes", [])
+        return notes
+
+    @property
+    def floats(self) -> dict[str, Reason]:
+        """Layers that stay float by choice -> why."""
+        floats: dict[str, Reason] = self.setdefault("floats", {})
+        return floats
+
+    @property
+    def widened(self) -> dict[str, int]:
+        """Layers -> scales that were widened so that biases fit int32; a note in the end."""
+        widened: dict[str, int] = self.setdefault("widened", {})
+        return widened
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """One entry a pass: ``pass``, ``seconds``, ``exact``, ``parameters``, ``result`` (what it returned; also under its
+        old name, ``told``), ``drift``."""
+        return list(self.get("steps", []))
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """One row a layer: ``name``, ``op``, ``kernel``, ``parameters``, ``weights``, ``bits_per_weight``; for one that runs
+        in float ``why_float`` and ``why_float_kind`` (`Reason`)."""
+        return list(self.get("layers", []))
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe as plain values."""
+        return dict(self.get("recipe", {}))
+
+    @property
+    def recipe_name(self) -> str:
+        """Name of the recipe's file; "" if it came from none."""
+        return str(self.get("recipe_name", ""))
+
+    @property
+    def summary(self) -> str:
+        """One line: kernels, size, what stayed float."""
+        return str(self.get("summary", ""))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """On disk, with scales and multipliers."""
+        return float(self.get("bits_per_weight", 0.0))
+
+    @property
+    def float_products(self) -> list[str]:
+        """Products of two activations that run in float."""
+        return list(self.get("float_products", []))
+
+    def size(self, of: Literal["float", "quantized"]) -> int:
+        """Bytes of the user's own model, or of what was made of it."""
+        return int(self["bytes"][of])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        values: dict[str, Any] = json.loads(json.dumps(self))
+        return values
 
 
 @dataclass
@@ -45,8 +243,8 @@ class Job:
     recipe        the recipe being run
     rng           the only source of randomness, seeded by the user
     workers       how many things may run at once (joblib's n_jobs)
-    metric        how the user judges a network, if he says so (`measure.Metric`); a search asks it
-    report        JSON-able notes for the user, by topic
+    metric        how the user wants networks judged, None if no metric was given; a search asks it
+    report        what the user should know, by topic; see `note`
     track         wrap a long loop in it to show progress: track(items, what, total)
     """
 
@@ -57,13 +255,69 @@ class Job:
     recipe: Recipe
     rng: np.random.Generator
     workers: int = 1
-    report: dict[str, Any] = field(default_factory=dict)
+    report: Report = field(default_factory=Report)
     track: Track = silent
     metric: Metric | None = None
+
+    def note(self, text: str) -> None:
+        """Put what the user should know into the report."""
+        self.report.notes.append(text)
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Entries of the plan that stay valid although the pass changed their tensors: the engine drops other solutions of
+        what was changed (law L5)."""
+        self.plan |= {name: replace(self.plan[name]) for name in names if name in self.plan}
 
     def permute(self, group: ChannelGroup, order: Array) -> None:
         """Reorder the channels of a group (`graph.permute`). What was solved for the weights it moves is dropped when the
         pass ends (law L5); ranges per tensor, which do not depend on the order, stay."""
         permute(self.graph, group, order)
-        kept = {n: self.plan[n] for n in group.tensors if n in self.plan and self.plan[n].block is None}
-        self.plan |= {n: replace(spec) for n, spec in kept.items()}  # put anew: not stale in the engine's eyes
+        self.keep(name for name in group.tensors if name in self.plan and self.plan[name].block is None)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a job leaves.
+
+    model    the QDQ model
+    plan     the solved plan
+    report   what was done
+    graph    the float graph that the plan is about: canonical, and rewritten by the passes
+    target   what the model is for
+    data     the samples it was calibrated with, None without
+    source   the user's own model: its path, or what was passed; None for a Graph
+    recipe   the recipe that was run
+    again    quantizes the same model on the same data by another recipe: again(recipe, settings=())
+    """
+
+    model: onnx.ModelProto
+    plan: Plan
+    report: Report
+    graph: Graph
+    target: Target
+    data: Data | None = None
+    source: Path | onnx.ModelProto | None = None
+    recipe: Recipe = Recipe()
+    again: Callable[..., Outcome] | None = None
+
+    @property
+    def float_model(self) -> onnx.ModelProto:
+        """The float model that the plan is about. Its function is the user's model's, unless a pass declares otherwise;
+        its tensors and weights need not be: BatchNorm is folded, channels may be rescaled."""
+        return self.graph.model()
+
+    @property
+    def original(self) -> Path | onnx.ModelProto:
+        """What latency and accuracy are compared with: the user's own model, or `float_model` where that is gone."""
+        gone = self.source is None or (isinstance(self.source, Path) and not self.source.is_file())
+        return self.float_model if gone or self.source is None else self.source
+
+    @property
+    def recipe_name(self) -> str:
+        """Name of the recipe's file; "" if it came from none."""
+        return self.report.recipe_name
+
+    @property
+    def summary(self) -> str:
+        """One line: kernels, size, what stayed float."""
+        return self.report.summary

@@ -1,14 +1,28 @@
-"""Independent calls side by side: in threads, or wherever `joblib.parallel_config` has them run, such as a Dask cluster."""
+"""Independent calls side by side, in threads or wherever `joblib.parallel_config` runs them, such as a Dask cluster; and how
+long loops show their progress."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 R = TypeVar("R")
+Track = Callable[[Iterable[Any], str, int | None], Iterable[Any]]  # (items, what, how many) -> the same items
 _TRIES = 3  # how often in a row workers may be lost before any call has ended
+
+
+def silent(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """The Track that shows nothing."""
+    return items
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_turn(calls: Iterable[Callable[[], R]], workers: int, keep: Callable[[int, R], None] | None = None) -> Iterator[R]:

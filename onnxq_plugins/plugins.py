@@ -7,7 +7,8 @@ warning; it is an error only when a recipe asks for one of its passes or targets
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib.metadata import entry_points
 from itertools import chain
@@ -18,16 +19,17 @@ import pluggy
 
 from onnxq_plugins import hookspecs
 from onnxq_plugins.errors import OnnxqError, known, raised
-from onnxq_plugins.job import Pass
+from onnxq_plugins.job import Job, Pass, Recipe
 from onnxq_plugins.passes import BUILTIN
-from onnxq_plugins.recipe import Recipe, load_recipe
+from onnxq_plugins.recipe import load_recipe
 from onnxq_plugins.targets import BUILTIN as TARGETS
 from onnxq_plugins.targets import Target
-from onnxq_plugins.trace import Trace, follow
 
 GROUP = "onnxq_plugins"
 BUILTIN_SOURCE = "onnxq-plugins"
 log = logging.getLogger("onnxq_plugins")
+Trace = Callable[[str], None]  # takes one line for each hook call, when it ends
+_LONGEST = 100  # characters of a value
 
 
 class _Builtins:
@@ -174,3 +176,59 @@ def _hint(error: Exception) -> str:
 def _broken(found: Plugins, name: str, why: str) -> None:
     found.broken[name] = why
     log.warning("plugin '%s' is ignored: %s", name, why)
+
+
+# ---- trace ----------------------------------------------------------------------------------------------------------------
+
+
+def follow(manager: pluggy.PluginManager, sources: Mapping[str, str], trace: Trace) -> None:
+    """Hand a line to `trace` for each hook call of a manager from now on.
+
+    sources   label of a plugin in the manager -> distribution it comes from
+    """
+    started: list[float] = []  # calls may be nested
+
+    def before(name: str, implementations: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]) -> None:
+        started.append(time.perf_counter())
+
+    def after(
+        outcome: pluggy.Result[Any], name: str, implementations: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]
+    ) -> None:
+        taken = 1e3 * (time.perf_counter() - started.pop())
+        # pluggy calls the last one first
+        called = ", ".join(_who(one, sources, name) for one in reversed(implementations)) or "nobody"
+        told = ", ".join(f"{key}={short(value)}" for key, value in arguments.items())
+        gave = f"raises {short(outcome.exception)}" if outcome.exception else f"-> {short(outcome.get_result())}"
+        trace(f"{'  ' * len(started)}{name}({told}) by {called} {gave}  {taken:.1f} ms")
+
+    manager.add_hookcall_monitoring(before, after)
+
+
+def _who(one: pluggy.HookImpl, sources: Mapping[str, str], hook: str) -> str:
+    if hook == "onnxq_run_pass" and one.plugin_name == "built-in":
+        return "the pass itself"
+    source = sources.get(one.plugin_name, "")
+    label = one.plugin_name if source in ("", one.plugin_name) else f"{one.plugin_name} ({source})"
+    return f"{label} [wrapper]" if one.wrapper or one.hookwrapper else label
+
+
+def short(value: object) -> str:
+    """A value in a few words."""
+    if isinstance(value, Pass):
+        table = Recipe(passes=(value,)).to_dict()["pass"][0]
+        return " ".join([str(table.pop("use")), *(f"{key}={item!r}" for key, item in table.items())])
+    if isinstance(value, Job):
+        return f"<job: {len(value.graph.layers)} layers, {len(value.plan)} planned>"
+    if isinstance(value, type) and issubclass(value, Pass):
+        return value.name
+    if isinstance(value, Target):
+        return value.name
+    if isinstance(value, list) and value and all(isinstance(one, (list, Target, type)) for one in value):
+        return _cut(f"[{', '.join(map(short, value))}]")
+    if hasattr(value, "SerializeToString"):
+        return f"<model: {len(value.graph.node)} nodes>" if hasattr(value, "graph") else f"<{type(value).__name__}>"
+    return _cut(" ".join((f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else repr(value)).split()))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."

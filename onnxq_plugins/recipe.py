@@ -1,4 +1,4 @@
-"""Recipes: TOML files that say what to quantize, how, and with which passes. Text <-> validated values."""
+"""Recipes as text: TOML files that say what to quantize, how, and with which passes, read into validated values and back."""
 
 from __future__ import annotations
 
@@ -7,88 +7,14 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from onnxq_plugins.data import DataOptions
+import tomli_w
+
 from onnxq_plugins.errors import OnnxqError, known
-from onnxq_plugins.job import Pass
-
-BlockRequest = Literal["tensor", "channel"] | int | tuple[int, ...]
-SubBlockRequest = Literal["none", "channel"] | int | tuple[int, ...]
-FLOAT = 32  # bits = 32: stays float
-
-
-@dataclass(frozen=True)
-class TensorRequest:
-    """How one kind of tensor is asked for; the ``[weights]`` and ``[activations]`` tables.
-
-    bits        2..16, or 32 to stay float (targets run weights of 2..8 bits, activations of 8, some of 16)
-    symmetric   signed codes with zero point 0
-    block       granularity of the scale: "tensor", "channel", a number of inputs per scale, [outputs, inputs] or one
-                size per axis
-    sub_block   granularity of integer multipliers below that, written like `block`; "none" for none
-    pow2        scales (or multipliers) are powers of two
-    max_multiplier   largest multiplier: 15 packs into 4 bits; up to 127, or 32768 for multipliers per channel of one scale
-    """
-
-    bits: int = 8
-    symmetric: bool = True
-    block: BlockRequest = "channel"
-    sub_block: SubBlockRequest = "none"
-    pow2: bool = False
-    max_multiplier: int = 15
-
-
-@dataclass(frozen=True)
-class LayerRule:
-    """Settings for some layers; the ``[[layer]]`` tables. Later rules win.
-
-    match      glob on the layer's name
-    op         Conv, ConvTranspose, Gemm, MatMul, or Attention for products of two activations
-    kind       dense, grouped or depthwise
-    position   first or last layer of the model
-    quantize   false leaves the layer in float; true quantizes attention products whether or not it pays
-    weights, activations   fields of TensorRequest that differ; activations means the layer's input
-    """
-
-    match: str = "*"
-    op: Literal["", "Conv", "ConvTranspose", "Gemm", "MatMul", "Attention"] = ""
-    kind: Literal["", "dense", "grouped", "depthwise"] = ""
-    position: Literal["", "first", "last"] = ""
-    quantize: bool | None = None
-    weights: Mapping[str, Any] = field(default_factory=dict)
-    activations: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A validated recipe."""
-
-    target: str = "ort-cpu"
-    weights: TensorRequest = TensorRequest()
-    activations: TensorRequest = TensorRequest(symmetric=False, block="tensor")
-    passes: tuple[Pass, ...] = ()
-    layers: tuple[LayerRule, ...] = ()
-    data: DataOptions = DataOptions()
-    name: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, defaults left out: `parse` makes the same recipe of it."""
-        made: dict[str, Any] = {"recipe": 1, "target": self.target}
-        for key in ("weights", "activations", "data"):
-            if table := _changed(getattr(self, key), getattr(Recipe, key)):
-                made[key] = table
-        if self.passes:
-            made["pass"] = [{"use": type(p).name, **_changed(p, None)} for p in self.passes]
-        if self.layers:
-            made["layer"] = [_changed(rule, LayerRule()) for rule in self.layers]
-        return made
-
-    def to_json(self) -> str:
-        """`to_dict` as JSON; a file with it is a recipe too."""
-        return json.dumps(self.to_dict(), sort_keys=True)
+from onnxq_plugins.job import FLOAT, LayerRule, Pass, Recipe, TensorRequest
 
 
 def recipe_folder() -> Path:
@@ -175,6 +101,11 @@ def parse(
         _check_request(parts.get(key), f"{where}, [{key}]", problems)
     OnnxqError.check(problems)
     return Recipe(str(target), passes=tuple(steps), layers=tuple(rules), name=name, **parts)
+
+
+def to_toml(recipe: Mapping[str, Any]) -> str:
+    """A recipe's plain values as a TOML file."""
+    return tomli_w.dumps(recipe)
 
 
 # ---- details --------------------------------------------------------------------------------------------------------------
@@ -318,18 +249,3 @@ def _type_name(hint: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}.get(
         hint, "a table"
     )
-
-
-def _changed(value: Any, default: Any) -> dict[str, Any]:
-    """Fields of a dataclass that differ from a default instance (or from the fields' own defaults)."""
-    found = {}
-    for f in fields(value):
-        now = getattr(value, f.name)
-        if now != (getattr(default, f.name) if default is not None else default_of(f)):
-            found[f.name] = list(now) if isinstance(now, tuple) else dict(now) if isinstance(now, Mapping) else now
-    return found
-
-
-def default_of(f: Field[Any]) -> Any:
-    """The default of a dataclass field, made by its factory where it has one."""
-    return f.default_factory() if f.default_factory is not MISSING else f.default

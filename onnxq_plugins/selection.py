@@ -11,12 +11,12 @@ import numpy as np
 import onnx
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.calibration import Track, silent
 from onnxq_plugins.data import Data, DataOptions, Source, graph_inputs, open_data
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, load
 from onnxq_plugins.measure.metrics import Metric, agreement, chance, check_labels, find_metric, metric_name, sqnr, top1
+from onnxq_plugins.parallel import Track, silent
 from onnxq_plugins.spec import Array
 
 Prefer = Literal["speed", "size"]

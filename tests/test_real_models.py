@@ -8,7 +8,7 @@ import pytest
 import onnxq_plugins as onnxq
 from benchmarks.models import NAMES, load_case, shared_folder
 from onnxq_plugins import runtimes
-from onnxq_plugins.runtimes.audit import audit_openvino
+from onnxq_plugins.runtimes.openvino import audit_openvino
 
 pytestmark = pytest.mark.slow
 # largest loss of top-1 in points, least SQNR in dB: onnxruntime's own tool reaches 16.4, 30.4 and 26.9 dB

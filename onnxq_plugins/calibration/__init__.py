@@ -5,10 +5,8 @@ from onnxq_plugins.calibration.statistics import (
     Gram,
     Histogram,
     Moments,
-    Track,
     channel_axis,
     channels,
-    silent,
 )
 
 __all__ = ["Calibration", "Gram", "Histogram", "Moments", "Track", "channel_axis", "channels", "silent"]

@@ -27,6 +27,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import load_arrays, save_arrays
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.patches import add_gram, gram_shape, patches, split
+from onnxq_plugins.parallel import Track, silent
 from onnxq_plugins.spec import Array
 
 Read = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
@@ -35,12 +36,6 @@ State = dict[str, Array]  # "tensor|field" -> array; the field's first letters t
 _MERGE: dict[str, Callable[[Array, Array], Array]] = {"low": np.minimum, "high": np.maximum, "sum": np.add, "gram": add_gram}
 T = TypeVar("T")
 R = TypeVar("R")
-Track = Callable[[Iterable[Any], str, int | None], Iterable[Any]]  # (items, what, how many) -> the same items
-
-
-def silent(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """The progress display that shows nothing."""
-    return items
 
 
 @dataclass(frozen=True, eq=False)

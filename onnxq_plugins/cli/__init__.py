@@ -12,8 +12,8 @@ from onnxq_plugins.cli import make, look, about  # the help lists commands in th
 
 # isort: on
 from onnxq_plugins.cli.console import app, complain
-from onnxq_plugins.engine import LawBroken
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.laws import LawBroken
 
 __all__ = ["about", "app", "look", "main", "make"]
 

@@ -20,9 +20,11 @@ from onnxq_plugins.cli.quickstart import quickstart
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.graph import load
+from onnxq_plugins.job import default_of
 from onnxq_plugins.plan import requests
 from onnxq_plugins.plugins import find_plugins
-from onnxq_plugins.recipe import builtin_recipes, default_of
+from onnxq_plugins.recipe import builtin_recipes
+from onnxq_plugins.targets.refusals import choices, problems
 
 
 @command("plugins")
@@ -55,7 +57,7 @@ def plugins_command(
             target = found.targets[name]
             say(f"{target.doc}\nruns:")
             for op in dict.fromkeys(rule.op for rule in target.rules):
-                say(f"  {op}: {target.choices(op)}")
+                say(f"  {op}: {choices(target, op)}")
         return
     table = Table("kind", "name", "from", "about", box=None, header_style="bold")
     for key, kind in sorted(found.passes.items()):
@@ -109,7 +111,7 @@ def check(
     if model is not None:
         graph = load(model, flatten=chosen.flatten)
         asked = requests.request(graph, made, chosen)
-        OnnxqError.check(chosen.problems(graph, asked.plan, asked.inputs))
+        OnnxqError.check(problems(chosen, graph, asked.plan, asked.inputs))
         for line in float_lines(asked.floats):
             say(line)
         say(f"it quantizes {sum(y.weight in asked.plan for y in graph.layers)} of {len(graph.layers)} layers of '{model}'")

@@ -31,14 +31,16 @@ from onnxq_plugins.cli.options import (
     image_settings,
 )
 from onnxq_plugins.data import model_inputs, open_data
-from onnxq_plugins.engine import quantize, recipe_of
+from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.export.provenance import recipe_of
 from onnxq_plugins.graph.importer import bytes_on_disk, read
 from onnxq_plugins.measure.metrics import chance, check_labels, find_metric, metric_name, top1
 from onnxq_plugins.recipe import load_recipe
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose
 from onnxq_plugins.report.remedies import Remedy
-from onnxq_plugins.runtimes.audit import audit_model, audit_openvino
+from onnxq_plugins.runtimes.onnxruntime import audit_model
+from onnxq_plugins.runtimes.openvino import audit_openvino
 from onnxq_plugins.search.latency import has_vnni
 
 

@@ -33,11 +33,11 @@ from onnxq_plugins.cli.options import (
     spread_over,
 )
 from onnxq_plugins.data import Data, DataOptions, graph_inputs, open_data
-from onnxq_plugins.engine import quantize, save_model, write_file
+from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.export.overrides import ort_model, ort_overrides
+from onnxq_plugins.files import save_model, write_file
 from onnxq_plugins.graph import load
-from onnxq_plugins.passes.mixed_precision import MixedPrecision
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
 from onnxq_plugins.report.curve import Curve, check_folder, point_recipe
@@ -147,15 +147,15 @@ def quantize_command(
     made = find_plugins().recipe(asked, settings) if curve is not None or beside is not None else None
     if curve is not None and made is not None:
         check_folder(curve)
-        if not any(isinstance(step, MixedPrecision) and not step.widths for step in made.passes):
+        if not any("curve" in step.provides and not getattr(step, "widths", None) for step in made.passes):
             raise OnnxqError(
                 f"--curve: recipe '{recipe or 'int8'}' searches no widths; give one with the pass "
-                f"'{MixedPrecision.name}', such as -r mixed."
+                "'mixed-precision', such as -r mixed."
             )
     tested = None
     if beside is not None and made is not None:
         check_page()
-        if not (test or data or made.data.path) and not any(step.name == "data-free" for step in made.passes):
+        if not (test or data or made.data.path) and not made.provides("data"):
             raise OnnxqError(
                 f"--report '{report}' measures the result on sample inputs, and there are none; give --data "
                 "PATH, or a name that ends in .json."
@@ -180,7 +180,7 @@ def quantize_command(
             track=track,
             trace=tell if trace else None,
         )
-    notes, wrote = list(result.report["notes"]), []
+    notes, wrote = list(result.report.notes), []
     if report is not None:
         start = time.perf_counter()
         write_report(
@@ -206,7 +206,7 @@ def quantize_command(
         wrote.append(f"overrides: {overrides}, for {float_path}")
     for note in notes:
         tell(f"note: {note}")
-    for line in float_lines(result.report["floats"]):
+    for line in float_lines(result.report.floats):
         tell(line)
     say(f"{target_path}: {result.summary} | {result.report['seconds']:.1f} s")
     for line in wrote:

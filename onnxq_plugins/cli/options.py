@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from onnxq_plugins.engine import check_writable
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.files import check_writable
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="an .onnx file", show_default=False)]
 DataPath = Annotated[

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.calibration import Track, silent
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.parallel import Track, silent
 from onnxq_plugins.report.page import check_page
 from onnxq_plugins.spec import Array
 

@@ -9,28 +9,27 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.export.qdq import bias_values, integer_nodes, weight_values
 from onnxq_plugins.export.storage import settle
 from onnxq_plugins.graph import Graph, Layer
-from onnxq_plugins.plan.requests import activation_inputs, input_key, layer_input, maker_of, result_of
+from onnxq_plugins.graph.flow import maker_of, result_of
+from onnxq_plugins.job import Outcome
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.plan.values import bias_values, weight_values
 from onnxq_plugins.spec import Array, Plan, QuantSpec
-from onnxq_plugins.targets.target import granularity
-
-if TYPE_CHECKING:
-    from onnxq_plugins.engine import Result
+from onnxq_plugins.targets import granularity_of
 
 # Operators to which quantize_static gives the scale of their input, whatever the overrides say.
 _SHARES_SCALE = frozenset({"AveragePool"})
 
 
-def ort_overrides(result: Result) -> dict[str, Any]:
+def ort_overrides(result: Outcome) -> dict[str, Any]:
     """What `quantize_static` has to be told to quantize `ort_model(result)` as planned, as plain values that JSON can hold.
 
     TensorQuantOverrides                tensor -> a list with one dictionary, or one per output channel of a weight:
@@ -44,20 +43,21 @@ def ort_overrides(result: Result) -> dict[str, Any]:
     makes the tool's own objects of it. Raises OnnxqError if the plan quantizes nothing that the tool could quantize.
     """
     graph, plan, target = result.graph, result.plan, result.target
-    integer = integer_nodes(graph, plan, target)
+    planned = Planned(graph, plan, target)
+    integer = planned.integer
     if not integer:
         raise OnnxqError(
             "overrides: no layer reads quantized activations, and onnxruntime's tool quantizes no weight "
             "alone; plan activations, too (activations.bits = 8)."
         )
     notes = _Notes()
-    tensors = {name: [_activation(plan[key], name, notes)] for name, key in _read(graph, plan, integer).items()}
+    tensors = {name: [_activation(plan[key], name, notes)] for name, key in _scales(planned).items()}
     for layer in graph.layers:
         if layer.name in integer:
             tensors[layer.weight] = _weight(result, layer, notes)
         elif layer.weight in plan:
             notes.add("stay float, the tool quantizes no weight beside float activations", layer.name)
-    nodes = _nodes(graph, plan, integer)
+    nodes = _nodes(planned)
     return {
         "TensorQuantOverrides": tensors,
         "DedicatedQDQPair": _pairs(graph, plan, set(nodes), notes),
@@ -67,11 +67,11 @@ def ort_overrides(result: Result) -> dict[str, Any]:
     }
 
 
-def ort_model(result: Result) -> onnx.ModelProto:
+def ort_model(result: Outcome) -> onnx.ModelProto:
     """The float model to give to `quantize_static` with the overrides: `result.float_model` with weights that lie on the
     grids of the plan, and biases with the planned shifts."""
     graph, plan, model = result.graph, result.plan, result.float_model
-    integer, new = integer_nodes(graph, plan, result.target), dict[str, Array]()
+    integer, new = Planned(graph, plan, result.target).integer, dict[str, Array]()
     nodes = {node.name: node for node in model.graph.node}
     taken = {tensor.name for tensor in model.graph.initializer} | {name for node in model.graph.node for name in node.output}
     for layer in graph.layers:
@@ -92,7 +92,7 @@ def ort_model(result: Result) -> onnx.ModelProto:
     return model
 
 
-def ort_arguments(overrides: Result | Mapping[str, Any] | str | Path) -> dict[str, Any]:
+def ort_arguments(overrides: Outcome | Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """Keyword arguments of `onnxruntime.quantization.quantize_static` beside the model, the output and the data.
 
     overrides   a Result, what `ort_overrides` gave, or a file with it
@@ -152,32 +152,21 @@ class _Notes:
         ]
 
 
-def _read(graph: Graph, plan: Plan, integer: set[str]) -> dict[str, str]:
+def _scales(planned: Planned) -> dict[str, str]:
     """Tensors that hold quantized activations -> the planned one whose scale they have, carried ones included."""
-    found = {name: name for name in plan if not graph.is_constant(name)}
-    for node in _carriers(graph, plan, integer):
-        for tensor in node.outputs:
-            found[tensor.name] = input_key(graph, plan, tensor.name)
-    return {name: key for name, key in found.items() if key}
+    keys = {name: name for name in planned.activations}
+    for node in planned.graph.nodes:
+        if node.name in planned.carriers:
+            keys |= {tensor.name: planned.source(tensor.name) for tensor in node.outputs}
+    return {name: key for name, key in keys.items() if key}
 
 
-def _carriers(graph: Graph, plan: Plan, integer: set[str]) -> list[Any]:
-    """Nodes that only move values, on the way from a planned tensor to a node that reads it quantized."""
-    found: dict[str, Any] = {}
-    for node in graph.nodes:
-        for name in activation_inputs(graph, node) if node.name in integer else ():
-            while name not in plan and (mover := graph.producer(name)) is not None:
-                found[mover.name] = mover
-                name = mover.inputs[0].name
-    return list(found.values())
-
-
-def _nodes(graph: Graph, plan: Plan, integer: set[str]) -> list[str]:
+def _nodes(planned: Planned) -> list[str]:
     """The nodes that the tool must look at, in the order of the graph. It drops a Relu or Clip behind a quantized layer."""
-    wanted = integer | {node.name for node in _carriers(graph, plan, integer)}
+    graph, wanted = planned.graph, planned.integer | planned.carriers
     for node in graph.nodes:
-        after = graph.elided_activation(node.outputs[0].name) if node.name in integer else None
-        if after is not None and after.outputs[0].name in plan:
+        after = graph.elided_activation(node.outputs[0].name) if node.name in planned.integer else None
+        if after is not None and after.outputs[0].name in planned.plan:
             wanted.add(after.name)
     return [str(node.name) for node in graph.nodes if node.name in wanted]
 
@@ -219,17 +208,17 @@ def _float_outputs(graph: Graph, plan: Plan, integer: set[str], notes: _Notes) -
     return sorted(set(bare) - followed)
 
 
-def _written(result: Result, layer: Layer) -> QuantSpec | None:
+def _written(result: Outcome, layer: Layer) -> QuantSpec | None:
     """The entry of a weight as the tool can write it; None if one scale per tensor or output channel does not tell it."""
     graph, plan, spec = result.graph, result.plan, result.plan[layer.weight]
-    rule = result.target.rule(layer, spec, plan[layer_input(graph, plan, result.target, layer)].bits)
+    rule = Planned(graph, plan, result.target).rule(layer)
     assert rule is not None
     spec, factor = settle(layer, spec, rule)
-    plain = granularity(layer, spec) in ("tensor", "channel") and spec.multiplier is None and factor is None
+    plain = granularity_of(layer, spec) in ("tensor", "channel") and spec.multiplier is None and factor is None
     return spec if plain else None
 
 
-def _weight(result: Result, layer: Layer, notes: _Notes) -> list[dict[str, Any]]:
+def _weight(result: Outcome, layer: Layer, notes: _Notes) -> list[dict[str, Any]]:
     """The override of one weight."""
     bits, spec = result.plan[layer.weight].bits, _written(result, layer)
     kind = {"quant_type": "QInt4" if bits <= 4 else "QInt8" if bits <= 8 else "QInt16"}

@@ -21,10 +21,11 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.storage import Layout, codes_type, int8_codes, multiplier_type, narrow_channels, settle, shifts
 from onnxq_plugins.files import DataFile
 from onnxq_plugins.graph import Graph, Layer
-from onnxq_plugins.plan.requests import activation_inputs, input_key, layer_input, maker_of, result_of
-from onnxq_plugins.spec import Array, Block, Plan, QuantSpec, step
-from onnxq_plugins.targets import Rule, Target
-from onnxq_plugins.targets.target import granularity
+from onnxq_plugins.graph.flow import maker_of
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.plan.values import bias_scale, bias_values
+from onnxq_plugins.spec import Array, Block, Plan, QuantSpec
+from onnxq_plugins.targets import Rule, Target, granularity_of
 
 # What onnxruntime fuses a Gemm or MatMul with before it looks for integer kernels.
 _FUSED_IN_FLOAT = {
@@ -61,31 +62,6 @@ def export(
     return Writer(graph, plan, target, coded, data).write()
 
 
-def integer_nodes(graph: Graph, plan: Plan, target: Target) -> set[str]:
-    """Names of the operators that read quantized activations: planned layers, and operators between them whose
-    inputs and output are all planned."""
-    layers = {layer.name: layer for layer in graph.layers}
-    found = set()
-    for node in graph.nodes:
-        inputs = activation_inputs(graph, node)
-        if not inputs or not all(input_key(graph, plan, name) for name in inputs):
-            continue
-        if node.name in layers:
-            layer = layers[node.name]
-            fits = (
-                layer.weight in plan
-                and bool(layer_input(graph, plan, target, layer))
-                and (node.op not in target.output_scale or result_of(graph, node) in plan)
-            )
-        elif node.op == "MatMul":
-            fits = len(inputs) == 2
-        else:
-            fits = node.op in target.integer_ops and len(inputs) == len(node.inputs) and result_of(graph, node) in plan
-        if fits:
-            found.add(str(node.name))
-    return found
-
-
 class Writer:
     """Writes the operators of a QDQ model in order; `export` runs it to the end, a sweep layer by layer.
 
@@ -100,7 +76,8 @@ class Writer:
         self, graph: Graph, plan: Plan, target: Target, coded: Collection[str] = (), data: DataFile | None = None
     ) -> None:
         self.graph, self.plan, self.target, self.coded, self.data = graph, plan, target, coded, data
-        self.integer = integer_nodes(graph, plan, target)
+        self.planned = Planned(graph, plan, target)  # which operators are integer does not change while weights are solved
+        self.integer, self.carried = self.planned.integer, self.planned.carriers
         self.layers = {layer.name: layer for layer in graph.layers}
         self.floats: dict[str, Array] = {}  # most are replaced by codes: only what stays float is copied, at the end
         self.model = graph.model(self.floats)
@@ -112,7 +89,6 @@ class Writer:
         self.names |= {t.name for t in proto.initializer}
         self.outputs = {o.name for o in proto.output} | subgraph_reads(proto.node)  # read by name: the DQ must bear it
         self.dequantized: dict[str, str] = {}  # tensor -> the output of its DQ
-        self.carried = self._carried()
 
     def write(self) -> onnx.ModelProto:
         for _ in self.layer_by_layer():
@@ -158,23 +134,9 @@ class Writer:
 
     # ---- activations ---------------------------------------------------------------------------------------------------
 
-    def _carried(self) -> set[str]:
-        """Shape-only operators on the way from a planned tensor to an integer reader: they move codes."""
-        found: set[str] = set()
-        for node in self.graph.nodes:
-            if node.name not in self.integer:
-                continue
-            for name in activation_inputs(self.graph, node):
-                while name not in self.plan:
-                    mover = self.graph.producer(name)
-                    assert mover is not None
-                    found.add(str(mover.name))
-                    name = mover.inputs[0].name
-        return found
-
     def _quantize_after(self, name: str) -> None:
         """Q and DQ behind a tensor, if it is planned or moved by an operator that carries codes."""
-        key = input_key(self.graph, self.plan, name)
+        key = self.planned.source(name)
         maker = self.graph.producer(name)
         carried = maker is not None and maker.name in self.carried
         if not key or (name not in self.plan and not carried) or name in self.dequantized:
@@ -231,7 +193,7 @@ class Writer:
 
     def _rule(self, layer: Layer) -> tuple[Rule, str]:
         """The form a planned layer is written in, and the planned activation it reads, "" for float."""
-        key = input_key(self.graph, self.plan, layer.input) if layer.name in self.integer else ""
+        key = self.planned.source(layer.input) if layer.name in self.integer else ""
         rule = self.target.rule(layer, self.plan[layer.weight], self.plan[key].bits if key else 0)
         if rule is None:
             raise OnnxqError(
@@ -306,7 +268,7 @@ class Writer:
             codes = self._constant(f"{name}_codes", int8_codes(layer, spec))
         scale_values = np.asarray(spec.scale, np.float32)
         attrs: dict[str, Any] = {}
-        if granularity(layer, spec) == "channel":
+        if granularity_of(layer, spec) == "channel":
             scale_values, attrs = scale_values.reshape(-1), {"axis": layer.out_axis}
         if rule.activations > 8 and layer.op != "Conv":
             # Otherwise onnxruntime makes a MatMulNBits of it, which without a word rounds the 16-bit input to 8 bits. It
@@ -475,29 +437,6 @@ class Writer:
             candidate, i = f"{name}_{i}", i + 1
         self.names.add(candidate)
         return candidate
-
-
-def bias_scale(layer: Layer, weight: QuantSpec, activation: QuantSpec) -> Array:
-    """s_x * s_w as float32: [OC], or a scalar where the weight has one scale. Not 0, where both are all but 0."""
-    assert weight.scale is not None and activation.scale is not None
-    product = np.asarray(weight.scale, np.float32) * np.float32(activation.scale)
-    product = np.maximum(product, np.finfo(np.float32).tiny)
-    return np.asarray(product if product.ndim == 0 else product.reshape(-1))
-
-
-def bias_values(graph: Graph, layer: Layer, spec: QuantSpec) -> Array | None:
-    """The layer's bias and the shift that its weight's entry adds, in float64; None if there is neither."""
-    if layer.bias is None and spec.shift is None:
-        return None
-    bias = graph.constant(layer.bias).astype(np.float64) if layer.bias is not None else np.zeros(1)
-    return np.asarray(bias if spec.shift is None else bias.reshape(-1) + spec.shift)
-
-
-def weight_values(layer: Layer, spec: QuantSpec) -> Array:
-    """The float32 weight that the exported model computes with."""
-    assert spec.codes is not None
-    values: Array = (spec.codes * np.broadcast_to(step(spec, layer.shape), layer.shape)).astype(np.float32)
-    return values
 
 
 def _code_type(spec: QuantSpec) -> Any:

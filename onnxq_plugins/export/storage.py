@@ -10,8 +10,7 @@ import numpy as np
 
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.spec import Array, Block, QuantSpec, expand
-from onnxq_plugins.targets import Rule
-from onnxq_plugins.targets.target import channel_multipliers, granularity
+from onnxq_plugins.targets import Rule, channel_multipliers, granularity_of
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def narrow_channels(layer: Layer, spec: QuantSpec, rule: Rule) -> Array | None:
     """Which output channels [outputs] of a weight with int8 codes are stored in 4 bits, as their codes fit; None if the rule
     does not store them so, or these are less than a quarter: channels that a residual expansion left with one order. Scales
     per tensor are left out, where it would be chance."""
-    if not rule.narrow or spec.codes is None or spec.multiplier is not None or granularity(layer, spec) != "channel":
+    if not rule.narrow or spec.codes is None or spec.multiplier is not None or granularity_of(layer, spec) != "channel":
         return None
     fits = np.abs(np.moveaxis(spec.codes, layer.out_axis, 0)).reshape(layer.shape[layer.out_axis], -1).max(axis=1) <= 7
     return np.asarray(fits) if 4 * fits.sum() >= fits.size else None

@@ -14,6 +14,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.files import skeleton
 from onnxq_plugins.graph.canonical import canonicalize
 from onnxq_plugins.graph.core import LAYER_OPS, Graph, Mapped
 
@@ -363,22 +364,6 @@ def _without_weights(proto: onnx.ModelProto, limit: int = 1024) -> onnx.ModelPro
             shell.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         else:
             shell.graph.initializer.append(tensor)
-    return shell
-
-
-def skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of a model without its initializers."""
-    shell = onnx.ModelProto()
-    for part, whole, heavy in ((shell, proto, "graph"), (shell.graph, proto.graph, "initializer")):
-        for field, value in whole.ListFields():
-            if field.name == heavy:
-                continue
-            if hasattr(value, "extend"):
-                getattr(part, field.name).extend(value)
-            elif field.message_type is not None:
-                getattr(part, field.name).CopyFrom(value)
-            else:
-                setattr(part, field.name, value)
     return shell
 
 

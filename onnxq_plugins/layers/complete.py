@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.export.qdq import bias_values
 from onnxq_plugins.graph import Layer
-from onnxq_plugins.plan.requests import layer_input
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.plan.values import bias_values
 from onnxq_plugins.spec import (
     Array,
     QuantSpec,
@@ -22,7 +22,7 @@ from onnxq_plugins.spec import (
     solve_minmax,
     weight_codes,
 )
-from onnxq_plugins.targets.target import channel_multipliers
+from onnxq_plugins.targets import channel_multipliers
 
 if TYPE_CHECKING:
     from onnxq_plugins.job import Job
@@ -44,7 +44,7 @@ def complete(job: Job) -> None:
 
 def complete_ranges(job: Job) -> None:
     """Activations that are still open take their extremes over the data."""
-    open_ranges = [n for n, spec in job.plan.items() if not spec.solved and not job.graph.is_constant(n)]
+    open_ranges = [n for n in Planned.of(job).activations if not job.plan[n].solved]
     if open_ranges:
         ranges = job.calibration.ranges(open_ranges)
         job.plan |= {n: activation_spec(ranges[n], job.plan[n]) for n in open_ranges}
@@ -70,7 +70,7 @@ def complete_weight(job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec:
         spec = replace(spec, scale=scale)
     over = floor > scale
     if over.any():
-        widened = job.report.setdefault("widened", {})
+        widened = job.report.widened
         widened[layer.name] = widened.get(layer.name, 0) + int(over.sum())
         spec = replace(spec, scale=np.maximum(scale, floor).astype(np.float32))
         again = weight_codes(weight, replace(spec, codes=None))
@@ -97,7 +97,7 @@ def scale_floor(job: Job, layer: Layer, spec: QuantSpec) -> Array:
 def _least_steps(job: Job, layer: Layer, spec: QuantSpec) -> Array | None:
     """Sizes of a weight's code [outputs] at which |bias| / (s_x s_w) is 2^30; None where nothing limits them: beside 16-bit
     inputs, whose scales are 256 times finer, export writes such a bias at a scale of its own."""
-    key, bias = layer_input(job.graph, job.plan, job.target, layer), bias_values(job.graph, layer, spec)
+    key, bias = Planned.of(job).input(layer), bias_values(job.graph, layer, spec)
     if not key or bias is None or job.plan[key].bits > 8:
         return None
     return np.asarray(np.abs(bias) / (float(job.plan[key].scale or 1) * 2.0**30))

@@ -12,13 +12,13 @@ import numpy as np
 
 from onnxq_plugins.calibration import Gram
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.export.qdq import weight_values
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.patches import blocks
 from onnxq_plugins.job import Job
+from onnxq_plugins.layers.blocks import row_steps, search
 from onnxq_plugins.layers.complete import scale_floor
-from onnxq_plugins.layers.granularity import row_steps, search
 from onnxq_plugins.layers.sweep import Seen
+from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.solvers.accumulator import bounded, within
 from onnxq_plugins.solvers.gram import narrow, nearest, regress, ridge, row_loss, widen
 from onnxq_plugins.solvers.rounding import Effort, Method, solve

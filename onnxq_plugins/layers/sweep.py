@@ -25,7 +25,7 @@ from onnxq_plugins.export.qdq import Writer, subgraph_reads
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.patches import gram, output_columns, patches, split
 from onnxq_plugins.job import Job
-from onnxq_plugins.plan.requests import layer_input
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Array
 
 
@@ -178,7 +178,7 @@ class _Sums:
         self.layer, self.limit, self.live = layer, limit, network.live
         self.inputs = int(np.prod(layer.shape)) // layer.channels
         self.positions = min(positions, max(64, self.inputs))
-        key = layer_input(job.graph, job.plan, job.target, layer)
+        key = Planned.of(job).input(layer)
         self.spec = job.plan[key] if key else None
         self.source = _source(writer, layer.name, layer.input, network.dequantizers)
         self.bias = job.graph.constant(layer.bias).reshape(layer.groups, -1, 1) if layer.bias is not None else None

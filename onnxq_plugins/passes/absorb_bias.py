@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from onnxq_plugins.graph import Graph, Layer, add_bias, clip_maximum
-from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.spec import Array
 
 
@@ -34,6 +34,7 @@ class AbsorbBias(Pass):
 
     name: ClassVar[str] = "absorb-bias"
     exact: ClassVar[bool] = False
+    stage: ClassVar[Stage] = "rewrite"
     margin: float = 0.0
 
     def __post_init__(self) -> None:
@@ -43,7 +44,7 @@ class AbsorbBias(Pass):
     def apply(self, job: Job) -> dict[str, Any]:
         graph = job.graph
         if not job.calibration.ready:
-            job.report["notes"].append("absorb-bias was left out: without --data nothing tells how low a channel gets")
+            job.note("absorb-bias was left out: without --data nothing tells how low a channel gets")
             return {"layers": {}}
         pairs = {y.name: readers for y in graph.layers if (readers := _readers(graph, y))}
         ranges = job.calibration.channel_ranges([graph.layer(name).output for name in pairs])

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins.calibration.propagation import expected
-from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.job import Job, Pass, Service, Stage
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.layers.problem import bias_shift
 
@@ -35,6 +35,8 @@ class BiasCorrect(Pass):
     """
 
     name: ClassVar[str] = "bias-correct"
+    stage: ClassVar[Stage] = "finish"
+    provides: ClassVar[frozenset[Service]] = frozenset({"bias"})
     method: Literal["empirical", "analytic"] = "empirical"
 
     def apply(self, job: Job) -> dict[str, Any]:
@@ -48,7 +50,7 @@ class BiasCorrect(Pass):
                 if y.input in told and told[y.input].mean.size == y.shape[y.in_axis] * y.groups
             }
         elif not job.calibration.ready and all(graph.is_constant(name) for name in job.plan):
-            job.report["notes"].append("bias-correct was left out: without --data there are no means to correct by")
+            job.note("bias-correct was left out: without --data there are no means to correct by")
             return {"layers": 0}
         else:
             means = job.calibration.means([y.input for y in layers])
@@ -56,7 +58,7 @@ class BiasCorrect(Pass):
         complete(job)
         left = [y.name for y in layers if y.name not in means_of]
         if left:
-            job.report["notes"].append(
+            job.note(
                 f"bias-correct left {len(left)} of {len(layers)} layers out, since no BatchNorm "
                 f"statistics tell the mean of their inputs ({', '.join(left[:4])}"
                 f'{" ..." if len(left) > 4 else ""}); method = "empirical" needs only data'

@@ -12,14 +12,14 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import Gram
 from onnxq_plugins.export.storage import int8_codes
 from onnxq_plugins.graph import Layer
-from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.layers.problem import float_inputs, problem, unseen
-from onnxq_plugins.plan.requests import layer_input
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.solvers.accumulator import limit_of, within
 from onnxq_plugins.solvers.accumulator import width as widths
 from onnxq_plugins.spec import QuantSpec
-from onnxq_plugins.targets.target import channel_multipliers
+from onnxq_plugins.targets import channel_multipliers
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class BoundAccumulator(Pass):
     """
 
     name: ClassVar[str] = "bound-accumulator"
+    stage: ClassVar[Stage] = "finish"
     bits: int = 16
     positions: int = 256
     limit: int = 4608
@@ -68,7 +69,7 @@ class BoundAccumulator(Pass):
                 needs[layer.name] = _need(job, layer)
         for reason in dict.fromkeys(left.values()):
             names = [name for name, why in left.items() if why == reason]
-            job.report["notes"].append(
+            job.note(
                 f"bound-accumulator left {len(names)} layers alone, since {reason} "
                 f"({', '.join(names[:4])}{' ...' if len(names) > 4 else ''})"
             )
@@ -81,7 +82,7 @@ class BoundAccumulator(Pass):
         if told:
             worst = max(told, key=lambda name: told[name]["loss_relative_to_nearest"])
             times = told[worst]["loss_relative_to_nearest"]
-            job.report["notes"].append(
+            job.note(
                 f"bound-accumulator bounded {len(told)} layers; squared errors are up to {times:.3g} "
                 f"times those of nearest rounding, in '{worst}' (see onnxq compare)"
             )
@@ -109,9 +110,9 @@ class BoundAccumulator(Pass):
 
     def _unfit(self, job: Job, layer: Layer) -> str:
         """Why a planned layer cannot be bounded; "" if it can, or need not be."""
-        spec, key = job.plan[layer.weight], layer_input(job.graph, job.plan, job.target, layer)
-        rule = job.target.rule(layer, spec, job.plan[key].bits if key else 0)
-        if not key or rule is None:
+        spec, planned = job.plan[layer.weight], Planned.of(job)
+        rule = planned.rule(layer)
+        if not planned.input(layer) or rule is None:
             return "they read float inputs: no integers are added"
         if rule.storage == "float":
             return f"target '{job.target.name}' runs them in float: no integers are added"
@@ -130,4 +131,4 @@ def _need(job: Job, layer: Layer) -> int:
 
 def _largest_input(job: Job, layer: Layer) -> int:
     """The largest code of a layer's unsigned input."""
-    return job.plan[layer_input(job.graph, job.plan, job.target, layer)].grid[1]
+    return job.plan[Planned.of(job).input(layer)].grid[1]

@@ -12,7 +12,7 @@ from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.calibration.expected import Expected
 from onnxq_plugins.calibration.synthetic import Range, Wish, synthesize
 from onnxq_plugins.graph import Graph
-from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.job import Job, Pass, Service, Stage
 
 _MOSTLY = 0.75  # share of layers with statistics from which these are the source
 
@@ -48,6 +48,8 @@ class DataFree(Pass):
     """
 
     name: ClassVar[str] = "data-free"
+    stage: ClassVar[Stage] = "rewrite"
+    provides: ClassVar[frozenset[Service]] = frozenset({"data"})
     source: Literal["auto", "fractals", "noise", "statistics"] = "auto"
     samples: int = 64
     inputs: Mapping[str, Any] = field(default_factory=dict)
@@ -82,11 +84,11 @@ class DataFree(Pass):
             source = "noise"  # no input is an image
         told: dict[str, Any] = {"source": source, "inputs": {name: one.source for name, one in made.items()}}
         inputs = "; ".join(f"'{name}': {text}" for name, text in told["inputs"].items())
-        job.report["notes"].append(f"calibrated without data, by {source}; inputs: {inputs}")
+        job.note(f"calibrated without data, by {source}; inputs: {inputs}")
         if real.data is not None and real.data.where != data.where:
             told["against_real_data"] = distance = _distance(job, real)
             worst = next(iter(distance.get("worst", {}).items()), None)
-            job.report["notes"].append(
+            job.note(
                 "the passes behind data-free do not use the data given"
                 + (
                     f"; ranges overlap with theirs by {100 * distance['overlap_mean']:.0f} % on average, least at "

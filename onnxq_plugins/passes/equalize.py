@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxq_plugins.calibration import channel_axis
 from onnxq_plugins.graph import ChannelGroup, Graph, Member, channel_groups, clip_maximum, rescale
-from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.search.trial import Trial
 from onnxq_plugins.solvers.equalize import Place, equalize
 from onnxq_plugins.spec import Array
@@ -58,6 +58,7 @@ class Equalize(Pass):
     """
 
     name: ClassVar[str] = "equalize"
+    stage: ClassVar[Stage] = "rewrite"
     by: Literal["weights", "activations"] = "weights"
     gain: float = 2.0
     pow2: bool = False
@@ -75,15 +76,13 @@ class Equalize(Pass):
 
     def apply(self, job: Job) -> dict[str, Any]:
         if self.by == "activations" and not job.calibration.ready:
-            job.report["notes"].append("equalize by activations was left out: without data there are no ranges to even out")
+            job.note("equalize by activations was left out: without data there are no ranges to even out")
             return {"groups": 0}
         groups = channel_groups(job.graph, "rescale", clips=job.calibration.ready)
         bounds = self._bounds(job, groups)
         told: dict[str, Any] = {}
         if not job.calibration.ready and (stopped := _stopped(job.graph)):
-            job.report["notes"].append(
-                f"equalize went through no Clip, since there are no data that tell where it is idle ({stopped} Clips)"
-            )
+            job.note(f"equalize went through no Clip, since there are no data that tell where it is idle ({stopped} Clips)")
             told["clips_not_passed"] = stopped
         found = self._by_weights(job, groups, bounds) if self.by == "weights" else self._by_activations(job, groups, bounds)
         held = sum(int((low == high).sum()) for low, high in bounds)

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins.data import open_data
-from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.errors import OnnxqError, Reason
+from onnxq_plugins.job import Job, Pass, Service
 from onnxq_plugins.measure.metrics import Measure, Metric, chance, metric, metric_name, sqnr, top1
 from onnxq_plugins.search import latency
 from onnxq_plugins.search.quantizers import FLOAT_BITS, Width, parse_widths
@@ -61,6 +61,7 @@ class MixedPrecision(Pass):
     """
 
     name: ClassVar[str] = "mixed-precision"
+    provides: ClassVar[frozenset[Service]] = frozenset({"codes", "curve"})
     candidates: tuple[str, ...] = ("W4A8", "W6A8", "W8A8")
     budget: Literal["size", "bops", "latency", "sqnr", "metric"] = "size"
     limit: float = 0.75
@@ -133,7 +134,7 @@ class _Search:
         samples = self.measure.samples
         self.best = 0.0 if by is sqnr else by(samples.reference, samples.reference, samples.labels)
         if by is top1 and (remark := chance(self.best, samples.reference[0].shape[-1], len(samples.reference[0]))):
-            job.report["notes"].append(remark)
+            job.note(remark)
         self.feed = feeds[0]
         self.points: dict[Choice, dict[str, Any]] = {}
         self.scores: dict[Choice, float] = {}  # what a budget on accuracy is about, not rounded for the report
@@ -155,7 +156,7 @@ class _Search:
         self.points[chosen]["chosen"] = True
         size, stored = self.points[chosen]["size"], self.points[chosen]["stored"]
         if self.falling == "size" and stored > size + 0.005:
-            self.job.report["notes"].append(
+            self.job.note(
                 f"mixed-precision: size {size:.3f} counts bits of codes; in the file for target '{self.job.target.name}' "
                 f"they take {stored:.3f} of 8 bits, as codes of 5 to 7 bits take a byte there: for small files use "
                 "candidates W4A8 and W8A8"
@@ -165,6 +166,7 @@ class _Search:
         return {
             "groups": len(groups),
             "metric": metric_name(self.metric),
+            "cost": self.falling,
             **best,
             "networks_measured": self.measure.scored,
             "sensitivities": [{"group": groups[i].name, "width": str(w), "sqnr": round(s, 2)} for s, i, w in ranked],
@@ -227,7 +229,7 @@ class _Search:
 
         found = longest(score, len(path) - 1, least, step.strategy)
         if found < 0:
-            self.job.report["notes"].append(
+            self.job.note(
                 f"mixed-precision: even the widest candidates reach {key} {score(0):.2f} only, "
                 f"not {least:.2f}; they were taken"
             )
@@ -257,7 +259,7 @@ class _Search:
         ms, eight = latency.compared([widths.exported(chosen), widths.exported(widths.eight_bits)], self.feed)
         share, found = widths.shares(chosen)["latency"], ms / eight
         if self.step.budget == "latency" and found > 1.05 * self.step.limit:
-            self.job.report["notes"].append(
+            self.job.note(
                 f"mixed-precision: the chosen network takes {found:.3f} of 8 bits everywhere, "
                 f"more than the {share:.3f} that times of its groups add up to"
             )
@@ -284,12 +286,14 @@ def _settle(step: MixedPrecision, widths: Widths, chosen: Choice) -> None:
     assert job.calibration.data is not None
     widths.round(step.method, job.calibration.data, numbered)
     job.plan = widths.plan(numbered)
-    job.report["floats"] |= {
-        name: "mixed-precision chose float"
-        for group, width in zip(widths.groups, chosen, strict=True)
-        if width.weights == FLOAT_BITS
-        for name in group.layers
-    }
+    job.report.floats.update(
+        {
+            name: Reason("search", "mixed-precision chose float")
+            for group, width in zip(widths.groups, chosen, strict=True)
+            if width.weights == FLOAT_BITS
+            for name in group.layers
+        }
+    )
 
 
 def _noise(ranked: list[Entry]) -> dict[tuple[int, Width], float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.job import Job, Pass, Service
 from onnxq_plugins.layers.complete import activation_spec
 from onnxq_plugins.solvers.ranges import kl_range, mse_range, percentile_range
 
@@ -29,6 +29,7 @@ class Ranges(Pass):
     """
 
     name: ClassVar[str] = "ranges"
+    provides: ClassVar[frozenset[Service]] = frozenset({"ranges"})
     method: Literal["minmax", "percentile", "mse", "kl"] = "minmax"
     percentile: float = 99.99
     bins: int = 2048

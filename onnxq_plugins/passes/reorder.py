@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from onnxq_plugins.graph import ChannelGroup, Graph, Layer, Member, channel_groups
-from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.solvers.order import View, sort_channels, swap_channels, total_cost
 from onnxq_plugins.spec import Array, Block
 
@@ -39,6 +39,7 @@ class Reorder(Pass):
     """
 
     name: ClassVar[str] = "reorder"
+    stage: ClassVar[Stage] = "rewrite"
     sweeps: int = 2
     data: bool = True
 

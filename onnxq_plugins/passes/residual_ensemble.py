@@ -11,11 +11,11 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.ensemble import side_by_side, unfit
-from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.measure.metrics import agreement, sqnr
-from onnxq_plugins.plan.requests import layer_input
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.solvers import expansion as solver
-from onnxq_plugins.spec import Array, QuantSpec, decode
+from onnxq_plugins.spec import Array, Plan, QuantSpec, decode
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class ResidualEnsemble(Pass):
 
     name: ClassVar[str] = "residual-ensemble"
     exact: ClassVar[bool] = False
+    stage: ClassVar[Stage] = "rewrite"
     groups: tuple[int, ...] = (2, 2)
     samples: int = 64
 
@@ -65,7 +66,7 @@ class ResidualEnsemble(Pass):
             else:
                 made[layer.name] = self._solve(job, layer)
         if not made:
-            job.report["notes"].append("residual-ensemble: no layer can be expanded, so that there is still one network")
+            job.note("residual-ensemble: no layer can be expanded, so that there is still one network")
             return {"networks": 1, "left_alone": left}
         if why := unfit(graph, list(made)):
             raise OnnxqError(
@@ -82,11 +83,11 @@ class ResidualEnsemble(Pass):
         self._plan(job, {layers[name].weight: specs for name, specs in made.items()}, maps, firsts)
         told: dict[str, Any] = {"networks": len(self.groups), "layers": len(made), "left_alone": left}
         if not feeds:
-            job.report["notes"].append("residual-ensemble: without data its own error could not be measured")
+            job.note("residual-ensemble: without data its own error could not be measured")
             return told
         after = runtimes.outputs(runtimes.session(graph.model()), feeds)
         decibel, same = sqnr(before, after), agreement(before, after)
-        job.report["notes"].append(
+        job.note(
             f"residual-ensemble: the ensemble itself, before any rounding, reaches {decibel:.1f} dB, "
             f"and its largest output is the network's in {same:.1f} % of {len(feeds)} samples"
         )
@@ -94,8 +95,8 @@ class ResidualEnsemble(Pass):
 
     def _unfit(self, job: Job, layer: Layer) -> str:
         """Why a layer has the same weight in every network; "" if it is expanded."""
-        spec, key = job.plan[layer.weight], layer_input(job.graph, job.plan, job.target, layer)
-        bits = job.target.code_bits if key else 8
+        spec, planned = job.plan[layer.weight], Planned.of(job)
+        bits = job.target.code_bits if planned.input(layer) else 8
         if spec.solved:
             return "its scales are solved"
         if not spec.symmetric or spec.pow2 or spec.sub_block is not None:
@@ -106,14 +107,14 @@ class ResidualEnsemble(Pass):
             if not solver.foldable([spec.bits] * orders, bits):
                 return f"{orders} orders of {spec.bits} bits do not fold into codes of {bits} bits"
             wanted = spec if orders == 1 else replace(spec, bits=bits)
-            if job.target.rule(layer, wanted, job.plan[key].bits if key else 0) is None:
+            if planned.rule(layer, wanted) is None:
                 return f"target '{job.target.name}' cannot run it as {wanted.describe()}"
         return ""
 
     def _solve(self, job: Job, layer: Layer) -> list[QuantSpec]:
         """The solved entries, with codes, of a layer's weight in each network."""
         spec, whole = job.plan[layer.weight], np.array(max(self.groups))
-        bits = job.target.code_bits if layer_input(job.graph, job.plan, job.target, layer) else 8
+        bits = job.target.code_bits if Planned.of(job).input(layer) else 8
         rest, made = job.graph.constant(layer.weight).astype(np.float64), list[QuantSpec]()
         for orders in self.groups:
             made.append(
@@ -138,7 +139,8 @@ class ResidualEnsemble(Pass):
         for end, first in firsts.items():
             if end in plan:
                 plan[first] = plan.pop(end)
-        job.plan = job.plan.without(*job.plan) | {name: replace(spec) for name, spec in plan.items()}  # new: not stale
+        job.plan = Plan(plan)
+        job.keep(plan)
 
 
 def _parts(weight: Array, made: list[QuantSpec]) -> list[Array]:

@@ -8,13 +8,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins.calibration import channel_axis
-from onnxq_plugins.export.qdq import integer_nodes
 from onnxq_plugins.graph import Layer, channel_groups, replace_with_sum, split_input, split_outputs, split_values
+from onnxq_plugins.graph.flow import activation_inputs, maker_of
 from onnxq_plugins.graph.rewrites import splittable
-from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.layers.problem import float_inputs
 from onnxq_plugins.layers.sums import limits, narrow_ranges
-from onnxq_plugins.plan.requests import activation_inputs, input_key, layer_input, maker_of, pinned, weight_request
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.plan.requests import pinned, weight_request
 from onnxq_plugins.search.quantizers import FLOAT_BITS, multiply_adds
 from onnxq_plugins.search.widths import sample
 from onnxq_plugins.solvers import expansion as solver
@@ -99,6 +100,7 @@ class ResidualExpansion(Pass):
     """
 
     name: ClassVar[str] = "residual-expansion"
+    stage: ClassVar[Stage] = "rewrite"
     orders: int = 2
     bits: tuple[int, ...] = ()
     share: float = 1.0
@@ -149,7 +151,7 @@ class ResidualExpansion(Pass):
         narrow_ranges(job, sums)
         if apart:
             shown = f"{', '.join(apart[:4])}{' ...' if len(apart) > 4 else ''}"
-            job.report["notes"].append(
+            job.note(
                 f"residual-expansion: channels of {len(apart)} layers cannot be moved side by side; "
                 f"a Gather restores their order ({shown})"
             )
@@ -159,8 +161,9 @@ class ResidualExpansion(Pass):
     def _candidates(self, job: Job, left: dict[str, str]) -> list[_Expansion]:
         """The layers that can be expanded, every channel with all orders; why others cannot goes to `left`."""
         fixed, found = pinned(job.graph, job.recipe), []
-        for layer in [y for y in job.graph.layers if y.weight in job.plan]:
-            spec, key = job.plan[layer.weight], layer_input(job.graph, job.plan, job.target, layer)
+        planned = Planned.of(job)
+        for layer in planned.layers:
+            spec, inputs = job.plan[layer.weight], planned.bits(layer)
             bits = [spec.bits] if layer.name in fixed or not self.bits else list(self.bits)
             bits += bits[-1:] * (self.orders - len(bits))
             asked = tuple(
@@ -173,7 +176,7 @@ class ResidualExpansion(Pass):
                 left[layer.name] = f"orders are not defined for {strange.describe()}{' of powers of two' * strange.pow2}"
             elif not np.isfinite(job.graph.constant(layer.weight)).all():
                 left[layer.name] = "its weights are not finite"
-            elif self.form == "auto" and key and job.plan[key].bits <= 8 and bits[0] >= job.target.code_bits:
+            elif self.form == "auto" and 0 < inputs <= 8 and bits[0] >= job.target.code_bits:
                 left[layer.name] = f"beside 8-bit activations, {bits[0]}-bit weights would gain nothing"
             else:
                 channels = layer.shape[layer.out_axis]
@@ -181,7 +184,7 @@ class ResidualExpansion(Pass):
                     _Expansion(
                         layer,
                         asked,
-                        job.plan[key].bits if key else 0,
+                        inputs,
                         np.zeros((self.orders, channels)),
                         np.full(channels, self.orders),
                     )
@@ -303,13 +306,13 @@ def _branches(job: Job, layer: Layer, made: list[QuantSpec], sums: list[list[str
     if len(made) == 1:
         job.plan |= {layer.weight: made[0]}
         return
-    whole, quantized = job.plan.get(layer.result), bool(layer_input(job.graph, job.plan, job.target, layer))
+    whole, quantized = job.plan.get(layer.result), bool(Planned.of(job).input(layer))
     parts = [decode(spec.codes, spec) for spec in made[:-1] if spec.codes is not None]
     rest = job.graph.constant(layer.weight) - np.sum(parts, axis=0, dtype=np.float64)
     layers = replace_with_sum(job.graph, layer, [*parts, rest.astype(np.float32)])
     job.plan = job.plan.without(layer.weight) | {y.weight: spec for y, spec in zip(layers, made, strict=True)}
     if whole is not None:
-        job.plan |= {layer.result: replace(whole)}  # put anew: a range that was solved is not stale
+        job.keep([layer.result])
         if quantized and "Add" in job.target.integer_ops:
             names = [y.output for y in layers]
             names += [str(job.graph.consumers(y.output)[0].outputs[0].name) for y in layers[1:-1]]
@@ -368,8 +371,9 @@ def _expand_inputs(job: Job) -> dict[str, Any]:
     """Two orders for every input of 4 bits or fewer that layers alone read. What is told: tensors with the largest error
     within their range, and why others stay as they are."""
     graph, readers, told, left = job.graph, dict[str, list[Layer]](), dict[str, dict[str, Any]](), dict[str, str]()
-    for layer in [y for y in graph.layers if y.weight in job.plan]:
-        if key := layer_input(graph, job.plan, job.target, layer):
+    planned = Planned.of(job)
+    for layer in planned.layers:
+        if key := planned.input(layer):
             readers.setdefault(key, []).append(layer)
     reasons = {key: _whole(job, key, layers) for key, layers in readers.items()}
     chosen = [key for key, reason in reasons.items() if not reason]
@@ -386,10 +390,9 @@ def _expand_inputs(job: Job) -> dict[str, Any]:
             job.plan |= dict(zip(parts, (first, second), strict=True))
             for layer in [y for y in readers[key] if y.input == name]:
                 spec = job.plan[layer.weight]
-                ends = {n: replace(job.plan[n]) for n in (layer.output, layer.result) if n in job.plan}  # not stale
                 made = split_input(graph, layer, parts)
-                job.plan = job.plan.without(layer.weight) | ends | {made[0].weight: replace(spec, shift=None)}
-                job.plan |= {made[1].weight: spec}
+                job.plan = job.plan.without(layer.weight) | {made[0].weight: replace(spec, shift=None), made[1].weight: spec}
+                job.keep([layer.output, layer.result])
         job.plan = job.plan.without(key)
         told[key] = {"layers": len(readers[key]), "step": float(first.scale), "error_bound": float(second.scale) / 2}
     return {"inputs": told, "inputs_left_alone": left}
@@ -397,20 +400,19 @@ def _expand_inputs(job: Job) -> dict[str, Any]:
 
 def _whole(job: Job, key: str, layers: list[Layer]) -> str:
     """Why an activation keeps one order; "" if it can have two."""
-    graph, target, bits = job.graph, job.target, job.plan[key].bits
+    graph, target, bits, planned = job.graph, job.target, job.plan[key].bits, Planned.of(job)
     if bits > 4:
         return f"it has {bits} bits: two orders are for 4 bits or fewer"
     maker = maker_of(graph, key)
     ops = [*(y.op for y in layers), *([maker.op] if maker is not None else [])]
     if coded := next((op for op in ops if op in target.output_scale), ""):
         return f"target '{target.name}' rounds what a {coded} writes to one code"
-    names, integer = {y.name for y in layers}, integer_nodes(graph, job.plan, target)
+    names = {y.name for y in layers}
     other = next(
         (
             n
             for n in graph.nodes
-            if n.name in integer - names
-            and key in [input_key(graph, job.plan, name) for name in activation_inputs(graph, n)]
+            if n.name in planned.integer - names and key in [planned.source(name) for name in activation_inputs(graph, n)]
         ),
         None,
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.graph import Layer
-from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.job import Job, Pass, Service
 from onnxq_plugins.layers.complete import complete_ranges, complete_weight
 from onnxq_plugins.layers.problem import float_inputs, problem, solvable
 from onnxq_plugins.layers.sweep import sweep
@@ -50,6 +50,7 @@ class Round(Pass):
     """
 
     name: ClassVar[str] = "round"
+    provides: ClassVar[frozenset[Service]] = frozenset({"codes", "bias"})
     method: Method = "auto"
     sequential: bool = True
     search: bool = True

@@ -9,8 +9,8 @@ import numpy as np
 
 from onnxq_plugins.calibration import channel_axis, channels
 from onnxq_plugins.graph import ChannelGroup, channel_groups, rescale
-from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.plan.requests import input_key
+from onnxq_plugins.job import Job, Pass, Stage
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Array
 
 
@@ -32,12 +32,14 @@ class ScaleInputs(Pass):
     """
 
     name: ClassVar[str] = "scale-inputs"
+    stage: ClassVar[Stage] = "rewrite"
     gain: float = 2.0
 
     def apply(self, job: Job) -> dict[str, Any]:
         graph, told = job.graph, {}
-        planned = {graph.root(key) for y in graph.layers if (key := input_key(graph, job.plan, y.input))}
-        inputs = [n for n in graph.inputs if n in planned and channels(graph, n)]
+        planned = Planned.of(job)
+        roots = {graph.root(key) for y in graph.layers if (key := planned.source(y.input))}
+        inputs = [n for n in graph.inputs if n in roots and channels(graph, n)]
         ranges = job.calibration.channel_ranges(inputs) if inputs else {}
         for name, (low, high) in ranges.items():
             size = np.maximum(np.abs(low), np.abs(high))

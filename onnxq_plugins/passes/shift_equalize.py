@@ -9,9 +9,9 @@ import numpy as np
 
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.plan.requests import layer_input
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Array, QuantSpec, solve_minmax, step
-from onnxq_plugins.targets.target import channel_block, granularities
+from onnxq_plugins.targets import channel_block
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class ShiftEqualize(Pass):
                 left.append(layer.name)
             elif made.multiplier is not None:
                 done, largest = done + 1, max(largest, int(np.log2(made.multiplier.max() / made.multiplier.min())))
-                behind += granularities(job.target, layer.op).isdisjoint({"channel"})
+                behind += "channel" not in job.target.granularities(layer.op)
             if made is not None:
                 job.plan |= {layer.weight: made}
         if behind:
-            job.report["notes"].append(
+            job.note(
                 f"{behind} layers have shifts as a Mul behind them, which OpenVINO fuses, as NPU "
                 "compilers may; onnxruntime does not, and runs such convolutions in float (target "
                 "ort-cpu has them in the scales instead)"
@@ -81,8 +81,7 @@ class ShiftEqualize(Pass):
             return None
         plain = replace(spec, block=None)
         asked = replace(plain, sub_block=channel_block(layer), pow2=True, max_multiplier=2 ** (2**self.bits - 1))
-        key = layer_input(job.graph, job.plan, job.target, layer)
-        if job.target.rule(layer, asked, job.plan[key].bits if key else 0) is None:
+        if Planned.of(job).rule(layer, asked) is None:
             return None
         weight = job.graph.constant(layer.weight)
         made = solve_minmax(weight, asked)

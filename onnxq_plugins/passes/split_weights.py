@@ -11,9 +11,9 @@ from onnxq_plugins.graph import Layer, replace_with_sum
 from onnxq_plugins.graph.rewrites import centre_of, centre_pads
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.layers.sums import narrow_ranges
-from onnxq_plugins.plan.requests import layer_input
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Array, QuantSpec, decode, encode, fake, solve_minmax
-from onnxq_plugins.targets.target import channel_block
+from onnxq_plugins.targets import channel_block
 
 MOST = 200.0  # dB that stand for "no error left"
 
@@ -70,7 +70,7 @@ class SplitWeights(Pass):
                 coarse, fine = split(layer, weight, spec)
                 before, after = error(weight, spec), error(fine, spec)
                 gain, fits = decibel(before, after), decibel(float(np.mean(weight.astype(np.float64) ** 2)), before)
-                reason = self._worthless(gain, fits, bool(layer_input(job.graph, job.plan, job.target, layer)))
+                reason = self._worthless(gain, fits, bool(Planned.of(job).input(layer)))
                 if not reason:
                     _replace(job, layer, coarse, fine, sums)
                     told[layer.name] = {
@@ -136,11 +136,11 @@ def _unfit(job: Job, layer: Layer) -> str:
     weight = job.graph.constant(layer.weight)
     if not np.isfinite(weight).all():
         return "its weights are not finite"
-    key = layer_input(job.graph, job.plan, target, layer)
-    if key and "Add" not in target.integer_ops:
+    planned = Planned.of(job)
+    if planned.input(layer) and "Add" not in target.integer_ops:
         return f"target '{target.name}' has no integer Add that would join its parts"
     coarse, _ = split(layer, weight, spec)
-    if target.rule(layer, coarse, job.plan[key].bits if key else 0) is None:
+    if planned.rule(layer, coarse) is None:
         return f"target '{target.name}' cannot run its coarse part as {coarse.describe()}"
     return ""
 
@@ -150,14 +150,14 @@ def _replace(job: Job, layer: Layer, coarse: QuantSpec, fine: Array, sums: list[
     `sums` gets the outputs of both parts and the result."""
     assert coarse.codes is not None
     spec, whole = job.plan[layer.weight], job.plan.get(layer.result)
-    quantized = bool(layer_input(job.graph, job.plan, job.target, layer))
+    quantized = bool(Planned.of(job).input(layer))
     parts = {"fine": fine, "coarse": decode(coarse.codes, coarse)}
     if not fine.reshape(len(fine), -1).any(axis=1).all():
         parts = dict(reversed(parts.items()))  # the first part gets the bias
     made = dict(zip(parts, replace_with_sum(job.graph, layer, list(parts.values())), strict=True))
     job.plan = job.plan.without(layer.weight) | {made["fine"].weight: spec.request(), made["coarse"].weight: coarse}
     if whole is not None:
-        job.plan |= {layer.result: replace(whole)}  # put anew: a range that was solved is not stale
+        job.keep([layer.result])
         if quantized:
             job.plan |= {y.output: whole.request() for y in made.values()}
             sums.append([*(y.output for y in made.values()), layer.result])

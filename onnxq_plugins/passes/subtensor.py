@@ -12,10 +12,10 @@ from onnxq_plugins.calibration import channel_axis
 from onnxq_plugins.graph import Layer, channel_groups, split_outputs
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.plan.requests import layer_input
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.solvers import clusters as solver
 from onnxq_plugins.spec import Array, QuantSpec, from_range, reduce_blocks
-from onnxq_plugins.targets.target import channel_block
+from onnxq_plugins.targets import channel_block
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Subtensor(Pass):
         several = [y for y in layers if told[y.name]["clusters"] > 1]
         moved = self._gather_clusters(job, several, labels)
         if late := sum(y.result in job.plan and not job.plan[y.result].solved for y in several):
-            job.report["notes"].append(
+            job.note(
                 f"subtensor split {late} layers whose output ranges are open: each part gets a range "
                 "of its own and is requantized behind; put the pass ranges before it"
             )
@@ -116,8 +116,7 @@ class Subtensor(Pass):
         if not np.isfinite(top).all() or not top.any():
             return "its weights are all 0" if np.isfinite(top).all() else "its weights are not finite"
         if not self.split:
-            key = layer_input(job.graph, job.plan, target, layer)
-            fits = target.rule(layer, replace(spec, block=channels), job.plan[key].bits if key else 0)
+            fits = Planned.of(job).rule(layer, replace(spec, block=channels))
             return "" if fits else f"target '{target.name}' has no scales per channel for it"
         if not splittable(layer):
             return f"a {layer.kind} {layer.op} cannot be split by output channels"

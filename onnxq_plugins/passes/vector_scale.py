@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.layers.granularity import search
+from onnxq_plugins.layers.blocks import search
 from onnxq_plugins.layers.problem import solvable
 from onnxq_plugins.spec import solve_minmax
 

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.graph import Graph, Layer
-from onnxq_plugins.recipe import FLOAT, BlockRequest, LayerRule, Recipe, TensorRequest
+from onnxq_plugins.graph.flow import activation_inputs, readers, result_of, source_of
+from onnxq_plugins.job import FLOAT, BlockRequest, LayerRule, Recipe, TensorRequest
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Block, Plan, QuantSpec, block_shape
-from onnxq_plugins.targets import Target
-from onnxq_plugins.targets.target import channel_block, channel_multipliers
+from onnxq_plugins.targets import Target, channel_block, channel_multipliers
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class Request:
 
     plan: Plan
     inputs: dict[str, str]
-    floats: dict[str, str]
+    floats: dict[str, Reason]
     notes: tuple[str, ...]
 
 
 def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
     """The first plan. Raises OnnxqError, all problems at once, if a rule matches nothing or a block does not fit."""
     problems: list[str] = []
-    floats: dict[str, str] = {}
+    floats: dict[str, Reason] = {}
     notes: list[str] = []
     narrowed = 0
     plan: dict[str, QuantSpec] = {}
@@ -49,14 +50,14 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
     for i, layer in enumerate(graph.layers):
         weights, activations, quantize = _settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, i), unmatched)
         if quantize is False or weights.bits == FLOAT:
-            floats[layer.name] = "the recipe leaves it float"
+            floats[layer.name] = Reason("recipe", "the recipe leaves it float")
             continue
         if layer.op not in ops:
-            floats[layer.name] = f"target '{target.name}' has no quantized {layer.op}"
+            floats[layer.name] = Reason("unsupported", f"target '{target.name}' has no quantized {layer.op}")
             continue
         weight_only = activations.bits == FLOAT
         if weight_only and not any(r.op == layer.op and not r.activations for r in target.rules):
-            floats[layer.name] = f"target '{target.name}' has no weight-only {layer.op}"
+            floats[layer.name] = Reason("weight-only", f"target '{target.name}' has no weight-only {layer.op}")
             continue
         bits = weights.bits if weight_only else _narrowed(weights.bits, target)
         narrowed += bits != weights.bits
@@ -84,8 +85,8 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
         notes.append("no layer is quantized")
     activation_request = {**integer, **dict.fromkeys(_chain(graph, target, set(integer)), recipe.activations)}
     whole = Plan(plan) | _activations(graph, target, activation_request)
-    planned = [layer for layer in graph.layers if layer.weight in plan]
-    inputs = {layer.name: input_key(graph, whole, layer.input) if layer.name in integer else "" for layer in planned}
+    view = Planned(graph, whole, target)
+    inputs = {layer.name: view.source(layer.input) if layer.name in integer else "" for layer in view.layers}
     return Request(whole, inputs, floats, tuple(notes))
 
 
@@ -101,7 +102,7 @@ def pinned(graph: Graph, recipe: Recipe) -> set[str]:
     return found
 
 
-def said(graph: Graph, recipe: Recipe) -> dict[str, frozenset[str]]:
+def rule_keys(graph: Graph, recipe: Recipe) -> dict[str, frozenset[str]]:
     """Layer -> the keys that [[layer]] rules about it set, such as ``quantize`` or ``weights.bits``."""
     found: dict[str, frozenset[str]] = {}
     for i, layer in enumerate(graph.layers):
@@ -127,48 +128,6 @@ def weight_request(graph: Graph, recipe: Recipe, target: Target, layer: Layer, b
     )
     OnnxqError.check(problems)
     return made
-
-
-def input_key(graph: Graph, plan: Mapping[str, QuantSpec], name: str) -> str:
-    """The planned activation from which a reader of `name` gets its codes: `name` itself or what it is tied to
-    through shape-only operators; "" if none is planned."""
-    while True:
-        if name in plan and not graph.is_constant(name):
-            return name
-        node = graph.producer(name)
-        if node is None or not graph.is_shape_only(node):
-            return ""
-        name = node.inputs[0].name
-
-
-def layer_input(graph: Graph, plan: Plan, target: Target, layer: Layer) -> str:
-    """The planned activation that a planned layer reads; "" if it reads float. A weight-only layer reads float even
-    where another reader of the same tensor made it planned."""
-    key = input_key(graph, plan, layer.input)
-    spec = plan[layer.weight]
-    if key and target.rule(layer, spec, plan[key].bits) is None and target.rule(layer, spec, 0) is not None:
-        return ""
-    return key
-
-
-def activation_inputs(graph: Graph, node: Any) -> list[str]:
-    """Names of a node's inputs that are activations."""
-    return [t.name for t in node.inputs if not t.is_empty() and not graph.is_constant(t.name)]
-
-
-def result_of(graph: Graph, node: Any) -> str:
-    """The output that carries a node's values after the Relu or Clip it absorbs."""
-    after = graph.elided_activation(node.outputs[0].name)
-    return str((after or node).outputs[0].name)
-
-
-def maker_of(graph: Graph, name: str) -> Any:
-    """The inverse of `result_of`: the node that computes a tensor, perhaps through the Relu or Clip it absorbs; None for
-    inputs."""
-    node = graph.producer(name)
-    if node is not None and node.op in ("Relu", "Clip") and graph.elided_activation(node.inputs[0].name) is not None:
-        return graph.producer(node.inputs[0].name)
-    return node
 
 
 def _narrowed(bits: int, target: Target) -> int:
@@ -259,24 +218,6 @@ def _multiply_adds(graph: Graph, node: Any) -> int:
     return int(np.prod([n for n in sizes if isinstance(n, int)])) if sizes and all(isinstance(n, int) for n in sizes) else 0
 
 
-def _source(graph: Graph, name: str) -> str:
-    """Name of the node that computes a tensor, seen through shape-only operators and absorbed activations."""
-    node = maker_of(graph, graph.root(name))
-    return str(node.name) if node is not None else ""
-
-
-def readers(graph: Graph, name: str) -> set[str]:
-    """Names of the nodes that read a tensor, seen through shape-only operators."""
-    found = set()
-    for node in graph.consumers(name):
-        if graph.is_shape_only(node):
-            for output in node.outputs:
-                found |= readers(graph, output.name)
-        else:
-            found.add(str(node.name))
-    return found
-
-
 def _chain(graph: Graph, target: Target, layers: set[str]) -> set[str]:
     """Operators other than layers that stay integer: every input comes from an integer operator and at least one
     reader is integer. The largest such set."""
@@ -295,7 +236,7 @@ def _chain(graph: Graph, target: Target, layers: set[str]) -> set[str]:
         kept = {
             name
             for name in chain
-            if all(_source(graph, t) in inside for t in activation_inputs(graph, nodes[name]))
+            if all(source_of(graph, t) in inside for t in activation_inputs(graph, nodes[name]))
             and readers(graph, result_of(graph, nodes[name])) & inside
         }
         if kept == chain:
@@ -318,48 +259,10 @@ def _activations(graph: Graph, target: Target, integer: Mapping[str, TensorReque
                 asked[graph.root(name)].append((name, integer[node.name]))
             if node.op in target.output_scale or (node.name not in layers and node.op != "MatMul"):
                 specs[result_of(graph, node)] = spec(integer[node.name])
-    for root, readers in asked.items():
-        names = {name for name, _ in readers}
-        widest = max((how for _, how in readers), key=lambda how: how.bits)
+    for root, reads in asked.items():
+        names = {name for name, _ in reads}
+        widest = max((how for _, how in reads), key=lambda how: how.bits)
         # a float producer may be followed by one slice or reshape that all read: quantize there, it can be smaller
-        alone = len(names) == 1 and _source(graph, root) not in integer
+        alone = len(names) == 1 and source_of(graph, root) not in integer
         specs[names.pop() if alone else root] = spec(widest)
     return Plan(specs)
-
-
-def entry_problem(graph: Graph, tensor: str, spec: QuantSpec) -> str:
-    """What is wrong with one entry of a plan, as the end of a sentence about it; "" if nothing."""
-    if tensor not in graph:
-        return "names no tensor of the graph; take names from job.graph.layers"
-    layer = next((y for y in graph.layers if y.weight == tensor), None)
-    if layer is None and graph.is_constant(tensor):
-        return "is about a constant that is no layer's weight; plan weights and activations, biases follow from them"
-    if not spec.solved:
-        return ""
-    if layer is None:
-        shape: tuple[int, ...] = ()
-        if spec.block is not None:
-            return f"has block {spec.block}; activations have one scale, block = None"
-    else:
-        shape = layer.shape
-    scale = np.asarray(spec.scale)
-    if scale.shape != block_shape(shape, spec.block):
-        return f"has scales of shape {scale.shape}, its block asks for {block_shape(shape, spec.block)}; see QuantSpec"
-    if not (np.isfinite(scale).all() and (scale > 0).all()):
-        return "has scales that are not positive numbers; use scale 1 where all values are 0"
-    if spec.multiplier is not None and not np.isin(spec.multiplier, spec.multipliers).all():
-        return f"has multipliers other than {spec.multipliers.tolist()}; keep to QuantSpec.multipliers"
-    if spec.pow2 and spec.sub_block is None and not (np.frexp(scale)[0] == 0.5).all():
-        return "has scales that are no powers of two, though its pow2 asks for them; round them up to powers of two"
-    low, high = spec.grid
-    for what, codes, wanted in (("codes", spec.codes, shape), ("zero points", spec.zero_point, scale.shape)):
-        if codes is not None and not (
-            codes.shape == wanted
-            and np.issubdtype(codes.dtype, np.integer)
-            and low <= codes.min(initial=low)
-            and codes.max(initial=low) <= high
-        ):
-            return f"has {what} that are not integers of shape {wanted} in [{low}, {high}]; clip them to QuantSpec.grid"
-    if spec.shift is not None and layer is not None and np.shape(spec.shift) != (layer.channels,):
-        return f"has a shift of shape {np.shape(spec.shift)}; give one value per output channel, ({layer.channels},)"
-    return ""

@@ -1,1 +1,5 @@
-"""What a result is worth and why: the diagnosis, remedies, plots, the page."""
+"""What a result is worth and why: the diagnosis with causes and remedies, the curve of a search, plots and the page."""
+
+from onnxq_plugins.report.page import write_report
+
+__all__ = ["write_report"]

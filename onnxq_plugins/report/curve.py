@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from onnxq_plugins.engine import Result, check_writable, write_file
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.passes.mixed_precision import MixedPrecision
+from onnxq_plugins.files import check_writable, write_file
+from onnxq_plugins.job import Outcome
 from onnxq_plugins.search.quantizers import parse_widths
 from onnxq_plugins.spec import Array
 
+_SEARCH = "mixed-precision"  # the pass of points that do not name one: those of release 0.1
 _OTHER = ("widths", "chosen")  # what a point holds beside numbers
 _UNITS = {
     "sqnr": "SQNR, dB",
@@ -43,6 +44,7 @@ class Curve:
     metric   the metric that was measured beside SQNR
     points   from the dearest to the cheapest, as in the report: costs, ``sqnr``, the metric, ``widths`` by group; the chosen
              one has ``chosen``
+    step     name of the pass that searched
     """
 
     model: str
@@ -51,20 +53,21 @@ class Curve:
     cost: str
     metric: str
     points: tuple[Mapping[str, Any], ...]
+    step: str = _SEARCH
 
     @classmethod
-    def of(cls, result: Result, model: str = "") -> Curve | None:
+    def of(cls, result: Outcome, model: str = "") -> Curve | None:
         """The curve of a result; None if no search was run."""
-        report = result.report
-        steps = [step for step in report["steps"] if step["pass"] == MixedPrecision.name and step["told"].get("curve")]
-        if not steps:
+        searches = [step for step in result.report.steps if step.get("result", {}).get("curve")]
+        if not searches:
             return None
-        told = steps[-1]["told"]
-        points, budget = told["curve"], steps[-1].get("parameters", {}).get("budget", MixedPrecision.budget)
-        cost = budget if budget in points[0] and budget not in ("sqnr", "metric") else "bops"
+        search = searches[-1]["result"]
+        points, metric = search["curve"], str(search.get("metric", "sqnr"))
+        costs = [key for key in points[0] if key not in (*_OTHER, "sqnr", metric)]
+        cost = search.get("cost", costs[0])
         seed = next((p.value for p in result.model.metadata_props if p.key == "onnxq.seed"), "0")
         points = sorted(points, key=lambda p: -float(p[cost]))
-        return cls(model, report["recipe"], int(seed), cost, told["metric"], tuple(points))
+        return cls(model, result.report.recipe, int(seed), cost, metric, tuple(points), searches[-1]["pass"])
 
     @property
     def numbers(self) -> list[str]:
@@ -95,7 +98,7 @@ class Curve:
         digits = max(2, len(str(len(self.points))))
         names = [f"point-{number:0{digits}}.json" for number in range(1, len(self.points) + 1)]
         groups = list(self.points[0]["widths"]) if self.points else []
-        common = {"model": self.model, "recipe": self.recipe, "seed": self.seed}
+        common = {"model": self.model, "recipe": self.recipe, "pass": self.step, "seed": self.seed}
         numbers = [
             {key: p[key] for key in self.numbers if key in p} | {"chosen": bool(p.get("chosen"))} for p in self.points
         ]
@@ -195,10 +198,11 @@ def point_recipe(point: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any],
         raise OnnxqError(f"{where} has no recipe and widths; give a file point-NN.json that quantize --curve wrote.")
     steps = recipe.get("pass")
     steps = list(steps) if isinstance(steps, list) else []
-    found = [i for i, step in enumerate(steps) if isinstance(step, Mapping) and step.get("use") == MixedPrecision.name]
-    if not found:
-        raise OnnxqError(f"{where}: its recipe has no pass '{MixedPrecision.name}' that could take the widths.")
-    steps[found[-1]] = {**steps[found[-1]], "widths": dict(widths)}
+    search = table.get("pass", _SEARCH)
+    places = [i for i, step in enumerate(steps) if isinstance(step, Mapping) and step.get("use") == search]
+    if not places:
+        raise OnnxqError(f"{where}: its recipe has no pass '{search}' that could take the widths.")
+    steps[places[-1]] = {**steps[places[-1]], "widths": dict(widths)}
     seed = table.get("seed", 0)
     return {**recipe, "pass": steps}, seed if isinstance(seed, int) else 0
 

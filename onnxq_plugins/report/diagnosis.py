@@ -5,23 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from html import escape
 from typing import Any
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.calibration import Calibration, Track, channels, silent
+from onnxq_plugins.calibration import Calibration, channels
 from onnxq_plugins.data import Data, Source, graph_inputs, open_data
-from onnxq_plugins.engine import Result, cores, quantize
-from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.export.qdq import integer_nodes
-from onnxq_plugins.graph import Graph, Layer, channel_groups
+from onnxq_plugins.errors import OnnxqError, Reason
+from onnxq_plugins.graph import Layer, channel_groups
+from onnxq_plugins.graph.flow import activation_inputs, maker_of, readers
+from onnxq_plugins.job import Outcome
 from onnxq_plugins.measure.metrics import Measure, sqnr
-from onnxq_plugins.plan import requests
-from onnxq_plugins.plan.requests import activation_inputs, layer_input, maker_of
-from onnxq_plugins.recipe import LayerRule, Recipe, parse
+from onnxq_plugins.parallel import Track, cores, silent
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.plan.requests import request, rule_keys
+from onnxq_plugins.report.causes import Activation, Cause, causes
 from onnxq_plugins.report.layer_errors import Own, gathered, own
-from onnxq_plugins.report.remedies import Activation, Cause, Remedy, Scene, causes, float_remedies, layer_rule
+from onnxq_plugins.report.remedies import Remedy, Scene, float_remedies, layer_rule
 from onnxq_plugins.runtimes.accumulators import needs
 from onnxq_plugins.search.quantizers import multiply_adds
 from onnxq_plugins.search.widths import ALONE
@@ -252,7 +252,7 @@ class Diagnosis:
 
 
 def diagnose(
-    result: Result,
+    result: Outcome,
     data: Source | Data | None = None,
     *,
     samples: int = 8,
@@ -275,14 +275,15 @@ def diagnose(
     """
     start, workers = time.perf_counter(), workers or cores()
     graph, plan = result.graph, result.plan
+    planned = Planned(graph, plan, result.target)
     data = samples_of(result, data)
     feeds = data.spread(samples)
     small = Data(data.inputs, lambda: iter(feeds), data.where, len(feeds))
     quantized = runtimes.outputs(runtimes.session(result.model), feeds)
     whole = sqnr(runtimes.outputs(runtimes.session(graph.model()), feeds), quantized)
-    measure = Measure(graph, ALONE, few := feeds[:: -(-len(feeds) // _ALONE)], coded=_coded(graph, plan, result))
+    measure = Measure(graph, ALONE, few := feeds[:: -(-len(feeds) // _ALONE)], coded=planned.coded)
     noise = sqnr(measure.samples.reference, runtimes.outputs(runtimes.session(result.model), few))
-    activations = _activations(graph, plan, small, workers)
+    activations = _activations(planned, small, workers)
     layers = _layers(result, feeds, activations)
     asked = sorted((y for y in layers if y.own is not None), key=lambda y: y.badness)[:alone]
     plans = [_alone(result, y) for y in asked]
@@ -300,7 +301,7 @@ def diagnose(
     return replace(made, tried=tried, seconds=time.perf_counter() - start)
 
 
-def samples_of(result: Result, data: Source | Data | None) -> Data:
+def samples_of(result: Outcome, data: Source | Data | None) -> Data:
     if data is None and result.data is None:
         raise OnnxqError("a diagnosis measures networks on sample inputs, and there are none; give some (--data PATH).")
     return (
@@ -312,18 +313,8 @@ def samples_of(result: Result, data: Source | Data | None) -> Data:
     )
 
 
-def _coded(graph: Graph, plan: Plan, result: Result) -> set[str]:
-    """Activations that integer operators write in codes, so that all their readers see what that costs."""
-    integer = integer_nodes(graph, plan, result.target)
-    return {
-        name
-        for name in plan
-        if not graph.is_constant(name) and (maker := maker_of(graph, name)) is not None and maker.name in integer
-    }
-
-
-def _activations(graph: Graph, plan: Plan, data: Data, workers: int) -> dict[str, Activation]:
-    names = [name for name in plan if not graph.is_constant(name)]
+def _activations(planned: Planned, data: Data, workers: int) -> dict[str, Activation]:
+    graph, plan, names = planned.graph, planned.plan, planned.activations
     calibration = Calibration(graph, data, workers=workers)
     shapes = calibration.histograms(names)
     each = calibration.channel_ranges([name for name in names if channels(graph, name)])
@@ -331,15 +322,18 @@ def _activations(graph: Graph, plan: Plan, data: Data, workers: int) -> dict[str
     return {n: Activation(n, plan[n], shapes[n], each.get(n), n in roots) for n in names}
 
 
-def _layers(result: Result, feeds: Sequence[Mapping[str, Array]], activations: Mapping[str, Activation]) -> list[LayerError]:
+def _layers(
+    result: Outcome, feeds: Sequence[Mapping[str, Array]], activations: Mapping[str, Activation]
+) -> list[LayerError]:
     """Every layer, and every planned activation that no planned layer reads, with its errors and causes."""
     graph, plan = result.graph, result.plan
-    inputs = {y.name: layer_input(graph, plan, result.target, y) if y.weight in plan else "" for y in graph.layers}
+    planned = Planned(graph, plan, result.target)
+    inputs = {y.name: planned.input(y) for y in graph.layers}
     rest = [name for name in activations if name not in inputs.values()]
     owns = own(graph, plan, result.target, feeds, rest)
     sums = gathered(graph, result.model, [*(y.result for y in graph.layers), *rest], feeds)
     tied = {m.tensor for g in channel_groups(graph, "rescale", clips=True) for m in g.members if not m.constant}
-    scene = Scene(result.target, result.report["recipe"], frozenset(tied), _Floating(result).layers)
+    scene = Scene(result.target, result.recipe, frozenset(tied), _Floating(result).layers)
 
     def explained(layer: Layer | None, key: str, mine: Own) -> tuple[Cause, ...]:
         spec = plan[layer.weight] if layer is not None else None
@@ -375,19 +369,19 @@ def _layers(result: Result, feeds: Sequence[Mapping[str, Array]], activations: M
     return found
 
 
-def _alone(result: Result, layer: LayerError) -> Plan:
+def _alone(result: Outcome, layer: LayerError) -> Plan:
     """The plan with nothing but a layer's weight and the activation it reads."""
     weights = [y.weight for y in result.graph.layers if y.name == layer.name]
     return Plan({name: result.plan[name] for name in [*weights, *([layer.input] if layer.input else [])]})
 
 
-def _floats(result: Result, feed: Mapping[str, Array]) -> tuple[FloatLayer, ...]:
-    rows = [row for row in result.report["layers"] if "why_float" in row]
+def _floats(result: Outcome, feed: Mapping[str, Array]) -> tuple[FloatLayer, ...]:
+    rows = [row for row in result.report.layers if "why_float" in row]
     if not rows:
         return ()
     work = multiply_adds(result.graph, feed)
     total = max(sum(work.values()), 1)
-    said = requests.said(result.graph, _rules(result))
+    keys = rule_keys(result.graph, result.recipe)
     found = [
         FloatLayer(
             row["name"],
@@ -395,24 +389,25 @@ def _floats(result: Result, feed: Mapping[str, Array]) -> tuple[FloatLayer, ...]
             row["kernel"],
             row["why_float"],
             work.get(row["name"], 0) / total,
-            float_remedies(row["name"], row["op"], row["why_float"], result.target, said.get(row["name"], frozenset())),
+            float_remedies(
+                row["name"],
+                row["op"],
+                Reason(row["why_float_kind"], row["why_float"]),
+                result.target,
+                keys.get(row["name"], frozenset()),
+            ),
         )
         for row in rows
     ]
     return tuple(sorted(found, key=lambda f: -f.work))
 
 
-def _rules(result: Result) -> Recipe:
-    """The recipe without its passes: what planning looks at, whoever wrote the passes."""
-    return parse({key: value for key, value in result.report["recipe"].items() if key != "pass"}, {})
-
-
 class _Floating:
     """Which layers must be float for an activation to be float: asked of the planner, which knows what each operator reads
     and writes."""
 
-    def __init__(self, result: Result) -> None:
-        self.graph, self.target, self.recipe = result.graph, result.target, _rules(result)
+    def __init__(self, result: Outcome) -> None:
+        self.graph, self.target, self.recipe = result.graph, result.target, result.recipe
         self.may = {y.name for y in self.graph.layers} | {
             n.name for n in self.graph.nodes if n.op == "MatMul" and not n.domain
         }  # products of activations, too
@@ -426,11 +421,11 @@ class _Floating:
         return self.known[root]
 
     def _found(self, root: str) -> tuple[str, ...]:
-        readers = requests.readers(self.graph, root) & self.may
+        reading = readers(self.graph, root) & self.may
         makers = self._makers(root)
-        ways = [readers, *(readers | {maker} for maker in makers), readers | set(makers)]
+        ways = [reading, *(reading | {maker} for maker in makers), reading | set(makers)]
         try:
-            floats = set(requests.request(self.graph, self.recipe, self.target).floats)
+            floats = set(request(self.graph, self.recipe, self.target).floats)
             enough = next((way for way in ways if way and self._float(root, way)), set())
         except OnnxqError:  # a rule of the recipe is about a layer that a pass replaced
             return ()
@@ -446,12 +441,12 @@ class _Floating:
         return [str(n.name) for n in before if n is not None and n.name in self.may]
 
     def _float(self, root: str, names: set[str]) -> bool:
-        rules = tuple(LayerRule(**layer_rule(name, quantize=False)) for name in sorted(names))
-        plan = requests.request(self.graph, replace(self.recipe, layers=self.recipe.layers + rules), self.target).plan
+        rules = tuple(layer_rule(name, quantize=False) for name in sorted(names))
+        plan = request(self.graph, replace(self.recipe, layers=self.recipe.layers + rules), self.target).plan
         return all(self.graph.is_constant(name) or self.graph.root(name) != root for name in plan)
 
 
-def _try(result: Result, found: Diagnosis, data: Data, samples: int, attempts: int, track: Track) -> tuple[Trial, ...]:
+def _try(result: Outcome, found: Diagnosis, data: Data, samples: int, attempts: int, track: Track) -> tuple[Trial, ...]:
     """Quantize anew with the remedies of the worst layer, then of the next, which is all that tells what they are worth."""
     each: dict[str, tuple[str, Remedy]] = {}  # many layers may name the same pass
     for y in found.layers:
@@ -462,10 +457,10 @@ def _try(result: Result, found: Diagnosis, data: Data, samples: int, attempts: i
         return ()
     tried = []
     feeds = data.spread(samples)
-    again = result.again or partial(quantize, result.graph, data=data)
+    assert result.again is not None  # `quantize` sets it
     for name, remedy in track(wanted, "trying remedies", len(wanted)):
         try:
-            made = again(remedy.on(result.report["recipe"]), settings=remedy.settings)
+            made = result.again(remedy.on(result.recipe), settings=remedy.settings)
         except OnnxqError as error:
             tried.append(Trial(name, remedy, None, str(error)))
             continue

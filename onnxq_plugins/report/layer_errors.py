@@ -19,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import channel_axis
 from onnxq_plugins.calibration.statistics import add_reduction
-from onnxq_plugins.export.qdq import bias_values, weight_values
 from onnxq_plugins.graph import Graph, Layer
-from onnxq_plugins.plan.requests import layer_input
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.plan.values import bias_values, weight_values
 from onnxq_plugins.spec import Array, Plan, QuantSpec
 from onnxq_plugins.targets import Target
 
@@ -146,7 +146,7 @@ class _Copies:
     def add(self, layer: Layer) -> None:
         """Copies of one layer and the sums of squares of their errors."""
         graph, spec = self.graph, self.plan[layer.weight]
-        key = layer_input(graph, self.plan, self.target, layer)
+        key = Planned(graph, self.plan, self.target).input(layer)
         weight = self._constant(f"{layer.name}|weight", weight_values(layer, spec))
         bias = layer.bias or ""
         if spec.shift is not None:

@@ -8,23 +8,23 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.calibration import Track, silent
 from onnxq_plugins.data import Data, Source
-from onnxq_plugins.engine import Result, write_file
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.files import write_file
+from onnxq_plugins.job import Outcome
 from onnxq_plugins.measure.metrics import sqnr, top1
+from onnxq_plugins.parallel import Track, silent
+from onnxq_plugins.recipe import to_toml
 from onnxq_plugins.report.curve import COLORS, Curve
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose, samples_of
-from onnxq_plugins.report.remedies import Remedy, recipe_toml
+from onnxq_plugins.report.plots import drawing, plots
+from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.search.latency import machine
-
-if TYPE_CHECKING:
-    from onnxq_plugins.report.plots import Plot
 
 _MEASURED, _TESTED = 32, 512  # samples for the summary: of those it was calibrated with, of others
 _SECONDS = 0.6  # of interleaved runs for the latencies
@@ -69,7 +69,7 @@ def is_page(path: Path) -> bool:
 
 
 def write_report(
-    result: Result,
+    result: Outcome,
     path: str | Path,
     data: Source | Data | None = None,
     *,
@@ -114,7 +114,7 @@ def write_report(
     return write_file(page.encode(), path)
 
 
-def _measured(result: Result, data: Data) -> dict[str, Any]:
+def _measured(result: Outcome, data: Data) -> dict[str, Any]:
     """Accuracy and latency of the quantized network beside the user's own model."""
     most = _MEASURED if data is result.data else _TESTED
     feeds, labels = data.spread(most), data.spread_labels(most)
@@ -156,20 +156,18 @@ def _activations(found: Diagnosis) -> dict[str, Any]:
 # ---- the page -------------------------------------------------------------------------------------------------------------
 
 
-def _page(result: Result, found: Diagnosis, table: Mapping[str, Any], name: str, command: str, start: float) -> str:
+def _page(result: Outcome, found: Diagnosis, table: Mapping[str, Any], name: str, command: str, start: float) -> str:
     import jinja2
-
-    from onnxq_plugins.report.plots import drawing, plots
 
     report, measured = result.report, table["measured"]
     order = [y.name for y in result.graph.layers]
     number = {layer: n for n, layer in enumerate(order, 1)}
-    rows = {row["name"]: row for row in report["layers"]}
+    rows = {row["name"]: row for row in report.layers}
     bits = [
         (float(result.plan[y.weight].bits) if y.weight in result.plan else 32.0, _input_bits(found, y.name))
         for y in result.graph.layers
     ]
-    drawn: list[Plot] = plots(found, order, bits) if order else []
+    drawn = plots(found, order, bits) if order else []
     shown = found.explained
     curve = Curve.of(result, name)
     columns, points = curve.table() if curve is not None else ([], [])
@@ -214,18 +212,18 @@ def _page(result: Result, found: Diagnosis, table: Mapping[str, Any], name: str,
             {
                 "name": s["pass"],
                 "seconds": f"{s['seconds']:.2f}",
-                "told": _told(s.get("told", {})),
+                "told": _told(s.get("result", {})),
                 "exact": "the same" if s.get("exact", True) else "changed",
             }
-            for s in report["steps"]
+            for s in report.steps
         ],
-        notes=report["notes"],
+        notes=report.notes,
         command=command,
         seed=props.get("onnxq.seed", "0"),
         versions=", ".join(
             [*props.get("onnxq.versions", "").split(), *(f"{key} {value}" for key, value in report["machine"].items())]
         ),
-        toml=recipe_toml(report["recipe"]),
+        toml=to_toml(report.recipe),
         cost=_cost(found, measured, start),
     )
     return made
@@ -276,12 +274,12 @@ def _on(measured: Mapping[str, Any]) -> str:
     return f"{measured['samples']} {kind}samples"
 
 
-def _cards(result: Result, measured: Mapping[str, Any]) -> list[dict[str, str]]:
+def _cards(result: Outcome, measured: Mapping[str, Any]) -> list[dict[str, str]]:
     report, times = result.report, measured["milliseconds"]
-    sizes, layers = report["bytes"], report["layers"]
+    layers = report.layers
     integer = sum("why_float" not in row for row in layers)
     kernels = ", ".join(f"{n} {kernel}" for kernel, n in Counter(row["kernel"] for row in layers).most_common(3))
-    if n := len(report["float_products"]):
+    if n := len(report.float_products):
         kernels += f"; {n} product{'s' * (n > 1)} of two activations run{'s' * (n == 1)} in float"
     on = _on(measured)
     cards = [("SQNR of the outputs", f"{measured['sqnr']:.1f}", "dB", on)]
@@ -290,7 +288,7 @@ def _cards(result: Result, measured: Mapping[str, Any]) -> list[dict[str, str]]:
     if "top1" in measured:
         right = measured["top1"]
         cards.append(("Accuracy (top-1)", f"{right['quantized']:.1f}", "%", f"float {right['float']:.1f} %; {on}"))
-    before, after = (sizes[key] / 1e6 for key in ("float", "quantized"))
+    before, after = report.size("float") / 1e6, report.size("quantized") / 1e6
     unit, factor = ("MB", 1) if before >= 1 else ("kB", 1000)
     digits = 2 if unit == "MB" else 0
     cards += [
@@ -307,15 +305,15 @@ def _cards(result: Result, measured: Mapping[str, Any]) -> list[dict[str, str]]:
             f"float {times['float']:.3g} ms: {times['float'] / times['quantized']:.2f} times the speed",
         ),
         ("Layers in integer kernels", f"{integer}", f"of {len(layers)}", kernels),
-        ("Bits per weight", f"{report['bits_per_weight']:.2f}", "", _stored(result)),
+        ("Bits per weight", f"{report.bits_per_weight:.2f}", "", _stored(result)),
     ]
     return [dict(zip(("name", "value", "unit", "note"), card, strict=True)) for card in cards]
 
 
-def _stored(result: Result) -> str:
+def _stored(result: Outcome) -> str:
     """Why the bits per weight are not those of the recipe."""
     planned = [result.plan[y.weight].bits for y in result.graph.layers if y.weight in result.plan]
-    if planned and result.report["bits_per_weight"] < min(planned):
+    if planned and result.report.bits_per_weight < min(planned):
         return "in the file; channels whose codes fit in 4 bits have 4"
     return "in the file, with scales and multipliers"
 

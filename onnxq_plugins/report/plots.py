@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from onnxq_plugins.report.diagnosis import Diagnosis
+from onnxq_plugins.report.diagnosis import Diagnosis
 
 # Stand-ins that no drawing has by itself -> names of the page's colours.
 _INK, _FAINT, _BLUE, _ORANGE, _GREY = "#010203", "#010204", "#010205", "#010206", "#010207"

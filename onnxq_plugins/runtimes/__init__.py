@@ -1,8 +1,6 @@
 """Runtimes at work: sessions, and audits that read off which kernels a model really runs."""
 
 from onnxq_plugins.runtimes.sessions import (
-    LARGE,
-    LARGEST_MESSAGE,
     Feed,
     Session,
     agreement,
@@ -13,15 +11,12 @@ from onnxq_plugins.runtimes.sessions import (
     quiet,
     run,
     session,
-    size_of,
     sqnr,
     trim,
     wanted,
 )
 
 __all__ = [
-    "LARGE",
-    "LARGEST_MESSAGE",
     "Feed",
     "Session",
     "agreement",
@@ -32,7 +27,6 @@ __all__ = [
     "quiet",
     "run",
     "session",
-    "size_of",
     "sqnr",
     "trim",
     "wanted",

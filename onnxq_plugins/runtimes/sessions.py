@@ -15,13 +15,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from onnxq_plugins import files
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.files import origin
 from onnxq_plugins.spec import Array
 
 Feed = Mapping[str, Array]
-LARGE = 2**30  # bytes of weights from which a second copy of them is too much
-LARGEST_MESSAGE = 2**31 - 2**20  # protobuf's limit is 2 GiB
 
 
 def quiet() -> None:
@@ -98,12 +96,12 @@ def session(
         if folder is not None:
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
     try:
-        if isinstance(model, onnx.ModelProto) and size_of(model) > LARGEST_MESSAGE:
+        if isinstance(model, onnx.ModelProto) and files.size_of(model) > files.LARGEST_MESSAGE:
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch) / "model.onnx"
                 onnx.save(model, str(path), save_as_external_data=True, location="weights")
                 return Session(str(path), options, providers=["CPUExecutionProvider"])
-        if weights and sum(array.nbytes for array in weights.values()) > LARGE:
+        if weights and sum(array.nbytes for array in weights.values()) > files.LARGE:
             options.add_session_config_entry("session.disable_prepacking", "1")  # packed anew they are there twice
             model, weights, root = _from_files(model, weights)
             if root is not None:
@@ -123,7 +121,7 @@ def _from_files(
 ) -> tuple[onnx.ModelProto | bytes | str | Path, dict[str, Array], Path | None]:
     """A model that refers to weights where they lie in files, the other weights, and the folder that it names files from:
     onnxruntime copies arrays that it is handed, but maps files."""
-    found = {name: place for name, array in weights.items() if (place := origin(array)) is not None}
+    found = {name: place for name, array in weights.items() if (place := files.origin(array)) is not None}
     if not found or not isinstance(model, onnx.ModelProto):
         return model, dict(weights), None
     root = Path(os.path.commonpath([file.parent for file, _ in found.values()]))
@@ -140,14 +138,6 @@ def _from_files(
             ):
                 tensor.external_data.add(key=key, value=str(value))
     return made, {name: array for name, array in weights.items() if name not in found}, root
-
-
-def size_of(model: onnx.ModelProto) -> int:
-    """Bytes of a model in a file, external data left out; of any size, which `ByteSize` is not."""
-    if sum(int(tensor.ByteSize()) for tensor in model.graph.initializer) < LARGE:
-        return int(model.ByteSize())
-    rest = onnx.ModelProto(graph=onnx.GraphProto(node=model.graph.node), metadata_props=model.metadata_props)
-    return int(rest.ByteSize()) + sum(int(tensor.ByteSize()) for tensor in model.graph.initializer)
 
 
 def blas(threads: int) -> contextlib.AbstractContextManager[object]:

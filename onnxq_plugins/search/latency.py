@@ -21,7 +21,7 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import digest, replacing
 from onnxq_plugins.runtimes import Feed
-from onnxq_plugins.runtimes.audit import kernels, plain_name
+from onnxq_plugins.runtimes.onnxruntime import kernels, plain_name
 from onnxq_plugins.search.quantizers import Group, Width
 from onnxq_plugins.spec import Array
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 from onnx import helper
+from scipy.cluster.hierarchy import DisjointSet
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.graph import Graph
-from onnxq_plugins.plan.requests import activation_inputs, input_key, layer_input, result_of
+from onnxq_plugins.graph.flow import activation_inputs, result_of
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.targets import Target
 
@@ -60,37 +62,31 @@ def quantizer_groups(graph: Graph, plan: Plan, target: Target) -> list[Group]:
 
     Source: Practical Mixed Precision (arXiv 2302.05397), section 3.
     """
-    names = [n for n in plan if not graph.is_constant(n)]
-    parent = {n: n for n in names}
-
-    def find(n: str) -> str:
-        while parent[n] != n:
-            n = parent[n]
-        return n
-
+    planned = Planned(graph, plan, target)
+    names = planned.activations
+    tied = DisjointSet(names)
     layers = {y.name: y for y in graph.layers}
     order: dict[str, int] = {}  # planned activations and weight-only layers -> where they first appear
     alone: dict[str, int] = {}  # weight-only layers
     members: dict[str, list[str]] = {}
     for position, node in enumerate(graph.nodes):
-        keys = list(dict.fromkeys(key for t in activation_inputs(graph, node) if (key := input_key(graph, plan, t))))
+        keys = list(dict.fromkeys(key for t in activation_inputs(graph, node) if (key := planned.source(t))))
         for key in keys:
             order.setdefault(key, position)
         if node.name in layers:
             if layers[node.name].weight in plan:
-                key = layer_input(graph, plan, target, layers[node.name])
-                if key:
+                if key := planned.input(layers[node.name]):
                     members.setdefault(key, []).append(node.name)
                 else:
                     alone[node.name] = position
         elif len(keys) > 1 and (node.op in target.integer_ops or node.op == "MatMul"):
             for key in keys[1:]:
-                parent[find(key)] = find(keys[0])
-        if result_of(graph, node) in parent:
+                tied.merge(key, keys[0])
+        if result_of(graph, node) in tied:
             order.setdefault(result_of(graph, node), position + 1)
     gathered: dict[str, tuple[list[str], list[str]]] = {}
     for name in sorted(names, key=lambda n: order.get(n, -1)):
-        mine = gathered.setdefault(find(name), ([], []))
+        mine = gathered.setdefault(tied[name], ([], []))
         mine[0].append(name)
         mine[1].extend(members.get(name, []))
     placed = [(order.get(a[0], -1), Group(tuple(a), tuple(w))) for a, w in gathered.values()]

@@ -10,11 +10,11 @@ import numpy as np
 
 from onnxq_plugins.calibration import channel_axis, channels
 from onnxq_plugins.graph import ChannelGroup, Layer
-from onnxq_plugins.job import Job
+from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.complete import activation_spec, complete_weight
 from onnxq_plugins.layers.problem import bias_shift
 from onnxq_plugins.measure.metrics import Measure
-from onnxq_plugins.plan.requests import layer_input
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Array, Plan, QuantSpec
 
 Range = tuple[Array, Array]  # lowest and highest value per channel [C], or of the tensor as a whole ()
@@ -31,12 +31,12 @@ class Trial:
         assert job.calibration.data is not None
         graph, self.job = job.graph, job
         self.measure = Measure(graph, job.target, job.calibration.data.spread(samples))
-        names = [n for n in job.plan if not graph.is_constant(n)]
+        names = Planned.of(job).activations
         fine = [n for n in names if channels(graph, n)]
         self.ranges: dict[str, Range] = dict(job.calibration.channel_ranges(fine))
         whole = job.calibration.ranges([n for n in names if n not in self.ranges])
         self.ranges |= {n: (np.array(low), np.array(high)) for n, (low, high) in whole.items()}
-        corrects = any(step.name in ("bias-correct", "round") for step in job.recipe.passes)
+        corrects = job.recipe.provides("bias")
         inputs = [y.input for y in graph.layers if corrects and y.weight in job.plan and y.op in ("Conv", "Gemm")]
         self.means = dict(job.calibration.means([n for n in inputs if channels(graph, n)]))
         self.stale: set[str] = set()  # tensors of which the plan's solution holds no longer
@@ -81,7 +81,7 @@ class Trial:
         spans = {n: (float(low.min()), float(high.max())) for n, (low, high) in self.ranges.items()}
         opened = job.plan | {n: spec.request() for n, spec in job.plan.items() if n in self.stale}
         plan = opened | {n: activation_spec(spans[n], opened[n]) for n in spans if not opened[n].solved}
-        trial = replace(job, plan=plan | self.weights, report={})
+        trial = replace(job, plan=plan | self.weights, report=Report())
         layers = [y for y in graph.layers if y.weight in plan and y.weight not in self.weights]
         self.weights |= {y.weight: self._weight(trial, y) for y in layers}
         return self.measure.score(trial.plan | self.weights)
@@ -92,10 +92,6 @@ class Trial:
         if spec.codes is not None:
             return spec
         made = complete_weight(trial, layer, spec)
-        if (
-            layer.op not in ("Conv", "Gemm")
-            or layer.input not in self.means
-            or not layer_input(trial.graph, trial.plan, trial.target, layer)
-        ):
+        if layer.op not in ("Conv", "Gemm") or layer.input not in self.means or not Planned.of(trial).input(layer):
             return made
         return replace(made, shift=bias_shift(trial.graph, layer, made, self.means[layer.input]))

@@ -16,24 +16,24 @@ from onnxq_plugins.calibration import Calibration, Gram
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export import qdq
-from onnxq_plugins.export.qdq import integer_nodes
 from onnxq_plugins.export.storage import code_bits
 from onnxq_plugins.files import digest, load_arrays, save_arrays
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.core import LAYER_OPS
-from onnxq_plugins.job import Job
+from onnxq_plugins.graph.flow import maker_of
+from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.complete import complete_ranges, complete_weight, scale_floor
 from onnxq_plugins.layers.problem import Problem, float_inputs, problem, solvable
 from onnxq_plugins.parallel import in_turn
-from onnxq_plugins.plan.requests import maker_of, pinned, weight_request
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.plan.requests import pinned, weight_request
 from onnxq_plugins.runtimes.audit import example
 from onnxq_plugins.search import latency
 from onnxq_plugins.search.quantizers import FLOAT_BITS, Cost, Group, Width, cost, multiply_adds, quantizer_groups
 from onnxq_plugins.solvers.allocate import allocate
 from onnxq_plugins.solvers.rounding import Effort, Method
 from onnxq_plugins.spec import Array, Plan, QuantSpec, from_range
-from onnxq_plugins.targets import Rule
-from onnxq_plugins.targets.target import STORAGE
+from onnxq_plugins.targets import STORAGE, Rule
 
 Choice = tuple[Width, ...]  # one per group
 Budget = Literal["size", "bops", "latency"]
@@ -67,13 +67,7 @@ class Widths:
         self.job, self.layers = job, {y.name: y for y in job.graph.layers}
         self.fixed = pinned(job.graph, job.recipe)
         self.groups = quantizer_groups(job.graph, job.plan, job.target)
-        integer = integer_nodes(job.graph, job.plan, job.target)
-        self.coded = {
-            name
-            for group in self.groups
-            for name in group.activations
-            if (maker := maker_of(job.graph, name)) is not None and maker.name in integer
-        }
+        self.coded = Planned.of(job).coded
         self.work = multiply_adds(job.graph, feed)
         self.options = (
             self._named(candidates)
@@ -114,7 +108,7 @@ class Widths:
             self.job,
             calibration=calibration,
             plan=self.job.plan | narrow,
-            report=self.job.report if only is not None else {},
+            report=self.job.report if only is not None else Report(),
         )
         options = self.options if only is None else [(only[i],) for i in range(len(self.groups))]
         wanted = {
@@ -200,7 +194,7 @@ class Widths:
                 ),
             ]
         )  # one width at a time, beside 8 bits
-        trial = replace(job, report={})
+        trial = replace(job, report=Report())
         for group, width in zip(self.groups, start, strict=True):
             for name in group.layers if width.weights != FLOAT_BITS else ():
                 key = name, self._bits(name, width)

@@ -1,5 +1,12 @@
-"""What a runtime can execute and how it wants it stored."""
+"""What a runtime can execute and how it wants it stored: one file a runtime, as data; and how refusals are worded."""
 
-from onnxq_plugins.targets.target import BUILTIN, Rule, Target
+from onnxq_plugins.targets.npu import NPU, NPU4
+from onnxq_plugins.targets.openvino import OPENVINO
+from onnxq_plugins.targets.ort_cpu import ORT_CPU, ORT_CPU_AVX2
+from onnxq_plugins.targets.per_tensor import PER_TENSOR
+from onnxq_plugins.targets.storage import STORAGE
+from onnxq_plugins.targets.target import Granularity, Rule, Target, channel_block, channel_multipliers, granularity_of
 
-__all__ = ["BUILTIN", "Rule", "Target"]
+BUILTIN = (ORT_CPU, ORT_CPU_AVX2, OPENVINO, PER_TENSOR, NPU, NPU4, STORAGE)
+
+__all__ = ["BUILTIN", "STORAGE", "Granularity", "Rule", "Target", "channel_block", "channel_multipliers", "granularity_of"]

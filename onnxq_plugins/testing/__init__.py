@@ -17,8 +17,7 @@ from functools import partial
 from typing import Any
 
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.job import Pass
-from onnxq_plugins.recipe import Recipe
+from onnxq_plugins.job import Pass, Recipe
 from onnxq_plugins.testing.bench import Bench
 from onnxq_plugins.testing.checks import CHECKS
 

@@ -11,13 +11,13 @@ import numpy as np
 import onnx
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.engine import LawBroken, Result, quantize
+from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph
 from onnxq_plugins.hookspecs import hookimpl
-from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.job import Job, Pass, Recipe
+from onnxq_plugins.laws import LawBroken
 from onnxq_plugins.plugins import Plugins, find_plugins
-from onnxq_plugins.recipe import Recipe
 from onnxq_plugins.spec import Array
 from onnxq_plugins.testing.models import feeds, make
 

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.engine import DRIFT, Result
+from onnxq_plugins.engine import Result
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.job import Pass
+from onnxq_plugins.job import Pass, Recipe, default_of
+from onnxq_plugins.laws import DRIFT
 from onnxq_plugins.passes import BUILTIN
 from onnxq_plugins.passes.ranges import Ranges
 from onnxq_plugins.passes.round import Round
-from onnxq_plugins.recipe import Recipe, default_of, parse
+from onnxq_plugins.recipe import parse
 from onnxq_plugins.targets import BUILTIN as TARGETS
 from onnxq_plugins.testing.bench import SAMPLES, Bench, Watch, outputs, sqnr
 from onnxq_plugins.testing.models import ZOO, batch, feeds, make

@@ -22,7 +22,8 @@ from onnxq_plugins.export.storage import int8_codes
 from onnxq_plugins.job import Pass
 from onnxq_plugins.layers.problem import unseen
 from onnxq_plugins.runtimes.accumulators import needs
-from onnxq_plugins.runtimes.audit import Audit, audit_openvino
+from onnxq_plugins.runtimes.audit import Audit
+from onnxq_plugins.runtimes.openvino import audit_openvino
 from onnxq_plugins.solvers.accumulator import (
     bounded,
     limit_of,

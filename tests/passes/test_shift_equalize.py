@@ -18,7 +18,7 @@ from onnxq_plugins.graph import load
 from onnxq_plugins.passes import ShiftEqualize
 from onnxq_plugins.plan.requests import layer_input
 from onnxq_plugins.runtimes import drift
-from onnxq_plugins.runtimes.audit import audit_openvino
+from onnxq_plugins.runtimes.openvino import audit_openvino
 from onnxq_plugins.spec import QuantSpec, fake, solve_minmax, step
 from onnxq_plugins.targets import BUILTIN
 from onnxq_plugins.targets.target import channel_block, channel_multipliers

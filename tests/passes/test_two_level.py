@@ -113,7 +113,7 @@ def test_what_the_kernel_computes_with_is_the_plan(tmp_path, k, groups, cin, sub
 
 def test_openvino_runs_multipliers_as_integer(tmp_path):
     ov = pytest.importorskip("openvino", reason="needs the extra openvino")
-    from onnxq_plugins.runtimes.audit import audit_openvino
+    from onnxq_plugins.runtimes.openvino import audit_openvino
 
     for recipe in (tiled(sub_block=(1, 16)), tiled("tensor", (8, 5)), tiled(pow2=True)):
         model = net(3)

@@ -1,0 +1,139 @@
+"""What passes are held to, where they run: the float function stays (L1), plans are plans (L3), no solution is stale
+(L5), and whatever fails has an owner."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.data import Data, graph_inputs
+from onnxq_plugins.errors import OnnxqError, raised
+from onnxq_plugins.graph import Graph
+from onnxq_plugins.job import Job, Pass, parameters
+from onnxq_plugins.plan.entries import entry_problem
+from onnxq_plugins.plugins import Plugins
+from onnxq_plugins.spec import Array, Plan
+
+DRIFT = 1e-4  # law L1, relative
+
+
+class LawBroken(OnnxqError):
+    """A pass fails, or does what its declaration or the rules for passes rule out: a bug of the pass, not of the input."""
+
+
+def run_pass(job: Job, step: Pass, plugins: Plugins, verify: bool) -> dict[str, Any]:
+    """Run one pass through the hook and hold it to the laws; its entry in `Report.steps`.
+
+    verify   run the float model before and behind it (law L1)
+    """
+    data = job.calibration.data  # the pass may bring its own
+    plan, weights = job.plan, _weights(job.graph)
+    reference = _probe(job.graph, data) if verify and step.exact else None
+    job.graph.touched.clear()
+    start = time.perf_counter()
+    result = _guarded(step, lambda: plugins.manager.hook.onnxq_run_pass(step=step, job=job), plugins)
+    entry = {"pass": step.name, "seconds": round(time.perf_counter() - start, 3), "exact": step.exact}
+    if changes := parameters(step):
+        entry["parameters"] = changes
+    entry |= {"result": result, "told": result}  # the old name, for one more release
+    if reference is not None:
+        entry["drift"] = _drift(step, reference, _probe(job.graph, data))
+    if not isinstance(job.plan, Plan):
+        raise LawBroken(
+            f"pass '{step.name}' leaves a {type(job.plan).__name__} in job.plan; write job.plan |= "
+            "{name: spec}, which makes a new Plan."
+        )
+    _drop_stale(job, plan, weights)
+    for name, spec in job.plan.items():
+        if spec is not plan.get(name) and (problem := entry_problem(job.graph, name, spec)):
+            raise LawBroken(
+                f"the planned entry of '{name}' that pass '{step.name}' leaves {problem}; this is a bug of the pass."
+            )
+    return entry
+
+
+def _drift(step: Pass, before: list[Array], after: list[Array]) -> float:
+    """By how much an exact pass moved the float function. Raises LawBroken beyond the limit."""
+    drift = runtimes.drift(before, after)
+    if drift > DRIFT:
+        raise LawBroken(
+            f"pass '{step.name}' changed the float function by {drift:.1e} (limit {DRIFT:.0e}) though "
+            "it declares exact = True; this is a bug of the pass: fix it, or declare exact = False."
+        )
+    return drift
+
+
+def _drop_stale(job: Job, before: Plan, weights: dict[str, int]) -> None:
+    """Drop solutions of what a pass changed without planning it anew, and entries of tensors that are gone."""
+    changed = {n for n, w in _weights(job.graph).items() if n in weights and w != weights[n]} | job.graph.touched
+    stale = [n for n in changed if n in job.plan and job.plan[n].solved and job.plan[n] is before.get(n)]
+    job.plan |= {n: job.plan[n].request() for n in stale}
+    if gone := [n for n in job.plan if n not in job.graph and n in before]:
+        job.plan = job.plan.without(*gone)
+
+
+def _guarded(step: Pass, run: Callable[[], Any], plugins: Plugins) -> dict[str, Any]:
+    """What a pass returns. Raises LawBroken where it fails by anything but an OnnxqError, and for what reports cannot
+    hold."""
+    try:
+        result = run() or {}
+    except OnnxqError:
+        raise
+    except Exception as error:  # whatever a stranger's code raises
+        source = plugins.sources.get(f"pass {step.name}", "")
+        by = f" ({source} {plugins.versions[source]})" if source in plugins.versions else ""
+        file = getattr(sys.modules.get(type(step).__module__), "__file__", None)
+        home = None if file is None else Path(file).parent if Path(file).name == "__init__.py" else Path(file)
+        raise LawBroken(
+            f"pass '{step.name}'{by} fails with {raised(error, home)}; this is a bug of the pass, or "
+            "of what it was given to call."
+        ) from error
+    try:
+        if not isinstance(result, dict):
+            raise TypeError(f"it is a {type(result).__name__}")
+        json.dumps(result, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise LawBroken(
+            f"pass '{step.name}' returns what a report cannot hold ({error}); return a dict of plain numbers, "
+            "text, lists and dicts, such as int(n) for a numpy number."
+        ) from error
+    return result
+
+
+def _weights(graph: Graph) -> dict[str, int]:
+    """A quick fingerprint of each layer's weight."""
+    arrays = {layer.weight: graph.constant(layer.weight) for layer in graph.layers}
+    files = {id(array) for array in graph.mapped.arrays.values()}  # they cannot change: they are mapped for reading
+    return {name: id(array) if id(array) in files else hash(array.tobytes()) for name, array in arrays.items()}
+
+
+def _probe(graph: Graph, data: Data | None) -> list[Array]:
+    """Outputs of the float model on a few samples, or on noise where there are none (whole numbers: 1, so that they are rows
+    of a table, and nothing is masked; images of dynamic size: 128)."""
+    feeds: list[dict[str, Array]]
+    if data is not None:
+        feeds = list(islice(data, 4))
+    else:
+        rng = np.random.default_rng(0)
+        shapes = {
+            i.name: [n or (128 if len(i.shape) == 4 and a > 1 else 1) for a, n in enumerate(i.shape)]
+            for i in graph_inputs(graph)
+        }
+        feeds = [
+            {
+                i.name: (rng.standard_normal(shapes[i.name]) if i.dtype.kind == "f" else np.ones(shapes[i.name])).astype(
+                    i.dtype
+                )
+                for i in graph_inputs(graph)
+            }
+        ]
+    weights: dict[str, Array] = {}
+    return runtimes.outputs(runtimes.session(graph.model(weights), weights=weights), feeds)

@@ -1,0 +1,46 @@
+"""Whether an entry of a plan is in order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxq_plugins.graph import Graph
+from onnxq_plugins.spec import QuantSpec, block_shape
+
+
+def entry_problem(graph: Graph, tensor: str, spec: QuantSpec) -> str:
+    """What is wrong with one entry of a plan, as the end of a sentence about it; "" if nothing."""
+    if tensor not in graph:
+        return "names no tensor of the graph; take names from job.graph.layers"
+    layer = next((y for y in graph.layers if y.weight == tensor), None)
+    if layer is None and graph.is_constant(tensor):
+        return "is about a constant that is no layer's weight; plan weights and activations, biases follow from them"
+    if not spec.solved:
+        return ""
+    if layer is None:
+        shape: tuple[int, ...] = ()
+        if spec.block is not None:
+            return f"has block {spec.block}; activations have one scale, block = None"
+    else:
+        shape = layer.shape
+    scale = np.asarray(spec.scale)
+    if scale.shape != block_shape(shape, spec.block):
+        return f"has scales of shape {scale.shape}, its block asks for {block_shape(shape, spec.block)}; see QuantSpec"
+    if not (np.isfinite(scale).all() and (scale > 0).all()):
+        return "has scales that are not positive numbers; use scale 1 where all values are 0"
+    if spec.multiplier is not None and not np.isin(spec.multiplier, spec.multipliers).all():
+        return f"has multipliers other than {spec.multipliers.tolist()}; keep to QuantSpec.multipliers"
+    if spec.pow2 and spec.sub_block is None and not (np.frexp(scale)[0] == 0.5).all():
+        return "has scales that are no powers of two, though its pow2 asks for them; round them up to powers of two"
+    low, high = spec.grid
+    for what, codes, wanted in (("codes", spec.codes, shape), ("zero points", spec.zero_point, scale.shape)):
+        if codes is not None and not (
+            codes.shape == wanted
+            and np.issubdtype(codes.dtype, np.integer)
+            and low <= codes.min(initial=low)
+            and codes.max(initial=low) <= high
+        ):
+            return f"has {what} that are not integers of shape {wanted} in [{low}, {high}]; clip them to QuantSpec.grid"
+    if spec.shift is not None and layer is not None and np.shape(spec.shift) != (layer.channels,):
+        return f"has a shift of shape {np.shape(spec.shift)}; give one value per output channel, ({layer.channels},)"
+    return ""

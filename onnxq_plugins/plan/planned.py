@@ -1,0 +1,122 @@
+"""A graph, its plan and the target it is for, seen together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.graph.flow import activation_inputs, maker_of, result_of
+from onnxq_plugins.job import Job
+from onnxq_plugins.plan.values import bias_values
+from onnxq_plugins.spec import Array, Plan, QuantSpec
+from onnxq_plugins.targets import Rule, Target
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """What follows from graph, plan and target together. A view of one moment: make another when one of them changed."""
+
+    graph: Graph
+    plan: Plan
+    target: Target
+
+    @classmethod
+    def of(cls, job: Job) -> Planned:
+        """As the job stands."""
+        return cls(job.graph, job.plan, job.target)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """Layers whose weight is planned."""
+        return [layer for layer in self.graph.layers if layer.weight in self.plan]
+
+    @cached_property
+    def activations(self) -> list[str]:
+        """Planned tensors that are no weights."""
+        return [name for name in self.plan if not self.graph.is_constant(name)]
+
+    def source(self, tensor: str) -> str:
+        """The planned activation from which a reader of `tensor` gets its codes: itself or what it is tied to through
+        shape-only operators; "" if none is planned."""
+        graph, plan = self.graph, self.plan
+        while True:
+            if tensor in plan and not graph.is_constant(tensor):
+                return tensor
+            node = graph.producer(tensor)
+            if node is None or not graph.is_shape_only(node):
+                return ""
+            tensor = node.inputs[0].name
+
+    def input(self, layer: Layer) -> str:
+        """The planned activation that a layer reads; "" if it reads float. A weight-only layer reads float even where
+        another reader of the same tensor made it planned."""
+        spec = self.plan.get(layer.weight)
+        key = self.source(layer.input) if spec is not None else ""
+        if key and spec is not None and self.target.rule(layer, spec, self.plan[key].bits) is None:
+            return "" if self.target.rule(layer, spec, 0) is not None else key
+        return key
+
+    def bits(self, layer: Layer) -> int:
+        """Bits of the activation that a layer reads; 0 for float."""
+        key = self.input(layer)
+        return self.plan[key].bits if key else 0
+
+    def rule(self, layer: Layer, weight: QuantSpec | None = None) -> Rule | None:
+        """The target's rule for a layer; None if it has no quantized kernel for it.
+
+        weight   in place of the weight's planned entry
+        """
+        weight = self.plan.get(layer.weight) if weight is None else weight
+        return None if weight is None else self.target.rule(layer, weight, self.bits(layer))
+
+    def bias(self, layer: Layer) -> Array | None:
+        """The bias of a planned layer with the shift that its weight's entry adds, float64; None if there is neither."""
+        return bias_values(self.graph, layer, self.plan[layer.weight])
+
+    @cached_property
+    def integer(self) -> set[str]:
+        """Names of the operators that read quantized activations: planned layers, and operators between them whose inputs
+        and output are all planned."""
+        graph, plan, target = self.graph, self.plan, self.target
+        layers = {layer.name: layer for layer in graph.layers}
+        names = set()
+        for node in graph.nodes:
+            inputs = activation_inputs(graph, node)
+            if not inputs or not all(self.source(name) for name in inputs):
+                continue
+            if node.name in layers:
+                fits = bool(self.input(layers[node.name])) and (
+                    node.op not in target.output_scale or result_of(graph, node) in plan
+                )
+            elif node.op == "MatMul":
+                fits = len(inputs) == 2
+            else:
+                fits = node.op in target.integer_ops and len(inputs) == len(node.inputs) and result_of(graph, node) in plan
+            if fits:
+                names.add(str(node.name))
+        return names
+
+    @cached_property
+    def carriers(self) -> set[str]:
+        """Names of the shape-only operators between a planned tensor and an integer reader: they move codes."""
+        names: set[str] = set()
+        for node in self.graph.nodes:
+            if node.name not in self.integer:
+                continue
+            for tensor in activation_inputs(self.graph, node):
+                while tensor not in self.plan:
+                    mover = self.graph.producer(tensor)
+                    assert mover is not None
+                    names.add(str(mover.name))
+                    tensor = mover.inputs[0].name
+        return names
+
+    @cached_property
+    def coded(self) -> set[str]:
+        """Planned activations that integer operators write in codes, so that all readers see what that costs."""
+        return {
+            name
+            for name in self.activations
+            if (maker := maker_of(self.graph, name)) is not None and maker.name in self.integer
+        }

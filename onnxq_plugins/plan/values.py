@@ -1,0 +1,31 @@
+"""The numbers that a planned layer computes with."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.spec import Array, QuantSpec, step
+
+
+def weight_values(layer: Layer, spec: QuantSpec) -> Array:
+    """The float32 weight that the exported model computes with."""
+    assert spec.codes is not None
+    values: Array = (spec.codes * np.broadcast_to(step(spec, layer.shape), layer.shape)).astype(np.float32)
+    return values
+
+
+def bias_values(graph: Graph, layer: Layer, spec: QuantSpec) -> Array | None:
+    """The layer's bias and the shift that its weight's entry adds, in float64; None if there is neither."""
+    if layer.bias is None and spec.shift is None:
+        return None
+    bias = graph.constant(layer.bias).astype(np.float64) if layer.bias is not None else np.zeros(1)
+    return np.asarray(bias if spec.shift is None else bias.reshape(-1) + spec.shift)
+
+
+def bias_scale(layer: Layer, weight: QuantSpec, activation: QuantSpec) -> Array:
+    """s_x * s_w as float32: [OC], or a scalar where the weight has one scale. Not 0, where both are all but 0."""
+    assert weight.scale is not None and activation.scale is not None
+    product = np.asarray(weight.scale, np.float32) * np.float32(activation.scale)
+    product = np.maximum(product, np.finfo(np.float32).tiny)
+    return np.asarray(product if product.ndim == 0 else product.reshape(-1))

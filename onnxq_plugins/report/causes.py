@@ -1,0 +1,352 @@
+"""Why rounding costs a layer so much: causes of its own error, each with what may be done about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxq_plugins.calibration import Histogram
+from onnxq_plugins.graph import Layer
+from onnxq_plugins.passes import BiasCorrect, Equalize, Ranges, ScaleInputs, ShiftEqualize, SplitWeights
+from onnxq_plugins.report.layer_errors import grid
+from onnxq_plugins.report.remedies import (
+    Remedy,
+    Scene,
+    codes_by_error,
+    even_channels,
+    in_float,
+    layer_remedy,
+    ranges_by,
+    wider,
+)
+from onnxq_plugins.solvers.ranges import mse_range
+from onnxq_plugins.spec import Array, QuantSpec, from_range, reduce_blocks
+from onnxq_plugins.targets import granularity_of
+
+_BIT = 20 * np.log10(2)  # dB
+_FEW = 0.25  # of the channels that reach more than half of the range: they hold it
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A reason for a layer's own error.
+
+    kind     ``few-bits``, ``outlier-weights``, ``uneven-weights``, ``outlier-channels``, ``uneven-channels``,
+             ``heavy-tail``, ``clipped``, ``mean-error`` or ``rounding`` (none of these)
+    text     one sentence, with the numbers it rests on
+    gain     dB by which the layer's own error would fall without it: estimated, not measured
+    """
+
+    kind: str
+    text: str
+    gain: float
+    remedies: tuple[Remedy, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """What is known of one planned activation: its solved entry, histogram, least and largest value per channel [C] (None
+    where channels are not known)."""
+
+    name: str
+    spec: QuantSpec
+    histogram: Histogram
+    channels: tuple[Array, Array] | None = None
+    is_input: bool = False
+
+    @property
+    def grid(self) -> tuple[float, float]:
+        """Lowest and highest value that the codes stand for."""
+        return grid(self.spec)
+
+    def percentiles(self, percent: float) -> tuple[float, float]:
+        """The values that leave so many percent out at either end."""
+        h = self.histogram
+        edges = np.linspace(h.low, h.high, len(h.counts) + 1)
+        share = np.concatenate([[0.0], np.cumsum(h.counts) / max(h.counts.sum(), 1.0)])
+        return float(np.interp(percent / 100, share, edges)), float(np.interp(1 - percent / 100, share, edges))
+
+    @property
+    def clipped(self) -> float:
+        """Share of the values beyond the grid, 0..1."""
+        low, high = grid(self.spec)
+        half = float(np.asarray(self.spec.scale)) / 2
+        out = (self.histogram.centers < low - half) | (self.histogram.centers > high + half)
+        return float(self.histogram.counts[out].sum() / max(self.histogram.counts.sum(), 1.0))
+
+    @property
+    def deviations(self) -> float:
+        """Standard deviations that the codes reach across."""
+        h, (low, high) = self.histogram, grid(self.spec)
+        total = max(h.counts.sum(), 1.0)
+        mean = float(h.centers @ h.counts / total)
+        spread = float(np.sqrt(max(float((h.centers - mean) ** 2 @ h.counts / total), 0.0)))
+        return (high - low) / spread if spread > 0 else 0.0
+
+    def noise(self, low: float, high: float) -> tuple[float, float]:
+        """Mean square error of this activation's grid over another range: by rounding, and by clipping."""
+        spec = from_range(low, high, self.spec.request())
+        (first, last), step = grid(spec), float(np.asarray(spec.scale))
+        h, total = self.histogram, max(self.histogram.counts.sum(), 1.0)
+        over = np.maximum(np.maximum(first - h.centers, h.centers - last), 0.0)
+        over = np.where(over > step / 2 + (h.high - h.low) / len(h.counts), over, 0.0)  # what the bins can tell
+        zero = 0.0 if h.low > 0 or h.high < 0 else float(h.counts[self._zero])  # exact zeros (Relu) are not rounded
+        inside = float(h.counts[over == 0].sum()) - zero
+        return step**2 / 12 * max(inside, 1.0) / total, float(over**2 @ h.counts / total)
+
+    @property
+    def _zero(self) -> int:
+        h = self.histogram
+        return min(int(-h.low / max(h.high - h.low, 1e-30) * len(h.counts)), len(h.counts) - 1)
+
+
+def causes(
+    layer: Layer | None,
+    weight: Array | None,
+    spec: QuantSpec | None,
+    activation: Activation | None,
+    shares: tuple[float, float],
+    mean_share: float,
+    scene: Scene,
+) -> tuple[Cause, ...]:
+    """Causes of one layer's own error, those that hold most of it first.
+
+    layer        or None for an activation that no layer reads
+    weight       its float values
+    spec         its solved entry
+    activation   what the layer reads, if that is planned
+    shares       parts of the noise that come from rounding the weight and the input
+    mean_share   part of the weight's noise that is constant per channel
+    """
+    by_weight, by_input = (max(share, 0.0) / max(sum(shares), 1e-300) for share in shares)
+    candidates: list[Cause] = []
+    if layer is not None and weight is not None and spec is not None and by_weight > 0:
+        candidates += [_lowered(cause, by_weight) for cause in _weight_causes(layer, weight, spec, scene)]
+    if activation is not None and by_input > 0:
+        candidates += [_lowered(cause, by_input) for cause in _input_causes(layer, weight, activation, scene)]
+    solved = scene.recipe.provides("codes", "bias")  # codes and biases were chosen together: what is left is no mean error
+    if layer is not None and mean_share > 0.2 and by_weight > 0 and not solved:
+        candidates.append(_lowered(_mean_error(mean_share, scene), by_weight))
+    candidates = sorted((c for c in candidates if c.gain >= 0.5), key=lambda c: -c.gain)
+    if candidates:
+        return tuple(candidates)
+    if layer is None:
+        ways = wider(None, activation.name, activation.spec.bits, scene) if activation is not None else []
+        return (Cause("rounding", "Plain rounding: the codes are used evenly.", 0.0, tuple(ways)),)
+    return (_plain(layer, by_weight, activation, scene),)
+
+
+def _lowered(cause: Cause, share: float) -> Cause:
+    """What a gain on a part of the noise is worth on the whole of it."""
+    rest = 1 - share + share * 10 ** (-cause.gain / 10)
+    return Cause(cause.kind, cause.text, round(float(-10 * np.log10(max(rest, 1e-20))), 1), cause.remedies)
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------------
+
+
+def _weight_causes(layer: Layer, weight: Array, spec: QuantSpec, scene: Scene) -> list[Cause]:
+    candidates = [_few_bits(layer, spec, scene)] if spec.bits < 8 else []
+    shape = granularity_of(layer, spec)
+    if shape == "tensor" and spec.sub_block is None:
+        candidates += _uneven_weights(layer, weight, scene)
+    elif shape == "channel" and spec.sub_block is None:
+        candidates += _outlier_weights(layer, weight, scene)
+    return candidates
+
+
+def _few_bits(layer: Layer, spec: QuantSpec, scene: Scene) -> Cause:
+    more = min(8, scene.target.code_bits)
+    multipliers = any(r.op == layer.op and r.multipliers and r.activations == 8 for r in scene.target.rules)
+    divisible = spec.bits <= 4 and spec.sub_block is None and layer.shape[layer.in_axis] > 16
+    remedies = [
+        layer_remedy(layer.name, f"{more} bits for this layer's weight", weights={"bits": more}),
+        *codes_by_error(scene, "codes by output error instead of the nearest ones"),
+    ]
+    if divisible and multipliers:
+        text = "a multiplier for every 16 inputs, at integer speed"
+        remedies.append(layer_remedy(layer.name, text, weights={"sub_block": [1, 16]}))
+    text = f"Its weight has {spec.bits} bits, {2**spec.bits - 1} codes."
+    return Cause("few-bits", text, (more - spec.bits) * _BIT, tuple(remedies))
+
+
+def _uneven_weights(layer: Layer, weight: Array, scene: Scene) -> list[Cause]:
+    """One scale for output channels of unequal ranges."""
+    rows = np.abs(weight).max(axis=_other_axes(layer))
+    if rows.size < 2 or not rows.max() > 0:
+        return []
+    gain = float(-10 * np.log10(np.mean((rows / rows.max()) ** 2)))
+    if gain <= 3:
+        return []
+    remedies = tuple(_per_channel(layer, scene))
+    if not _few(rows / rows.max()):
+        text = (
+            f"One scale serves all output channels, though they reach from {rows.min():.3g} to {rows.max():.3g}: "
+            f"a scale for each would round its weight with {gain:.0f} dB less error."
+        )
+        return [Cause("uneven-weights", text, gain, remedies)]
+    typical = float(np.median(rows))
+    others = f"{rows.max() / typical:.0f} times the median channel's {typical:.3g}" if typical > 0 else "while most are 0"
+    text = f"One scale serves all output channels, and channel {int(rows.argmax())} reaches {rows.max():.3g}, {others}."
+    return [Cause("outlier-weights", text, gain, remedies)]
+
+
+def _per_channel(layer: Layer, scene: Scene) -> list[Remedy]:
+    if "channel" in scene.target.granularities(layer.op):
+        return [layer_remedy(layer.name, "a scale per output channel", weights={"block": "channel"})]
+    return [
+        *scene.use(ShiftEqualize(), "a power-of-two shift per channel"),
+        *scene.use(Equalize(), "factors between layers that even the channels out"),
+    ]
+
+
+def _outlier_weights(layer: Layer, weight: Array, scene: Scene) -> list[Cause]:
+    """Single weights that set the scale of their channel."""
+    size, axes = np.abs(weight), _other_axes(layer)
+    block = tuple(1 if a == layer.out_axis else 16 if a == layer.in_axis else 0 for a in range(size.ndim))
+    fine = reduce_blocks(size, block, np.maximum)
+    part = fine / np.maximum(fine.max(axis=axes, keepdims=True), 1e-30)
+    gain = float(-10 * np.log10(max(float(np.mean(part**2)), 1e-20)))
+    if gain <= 6:
+        return []
+    reach = size.max(axis=axes) / np.maximum(np.sqrt(np.mean(size**2, axis=axes)), 1e-30)
+    text = (
+        f"Single weights set the scale of their channel: the largest is {float(np.median(reach)):.0f} times the "
+        "channel's root mean square."
+    )
+    taps = scene.use(SplitWeights(), "large taps as a part of their own") if layer.op == "Conv" else []
+    return [Cause("outlier-weights", text, gain, (*codes_by_error(scene, "scales and codes by output error"), *taps))]
+
+
+def _other_axes(layer: Layer) -> tuple[int, ...]:
+    """The axes of a weight but that of its output channels."""
+    return tuple(axis for axis in range(len(layer.shape)) if axis != layer.out_axis)
+
+
+def _few(reach: Array) -> bool:
+    """True if few of the channels [C], with 1 for the largest, hold the range."""
+    return int((reach > 0.5).sum()) <= max(_FEW * reach.size, 1)
+
+
+def _mean_error(share: float, scene: Scene) -> Cause:
+    text = (
+        f"{share:.0%} of what rounding its weight costs is a constant error per output channel, which a bias could take "
+        "back."
+    )
+    text_of_bias = "mean errors taken back by the bias"
+    remedies = [] if scene.recipe.provides("bias") else scene.use(BiasCorrect(), text_of_bias)
+    remedies += codes_by_error(scene, "codes and biases by the inputs that the quantized layers before make")
+    return Cause("mean-error", text, float(-10 * np.log10(max(1 - share, 1e-3))), tuple(remedies))
+
+
+# ---- inputs ---------------------------------------------------------------------------------------------------------------
+
+
+def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scene: Scene) -> list[Cause]:
+    it = f"its input '{x.name}'" if layer is not None else "this tensor"
+    more_bits = wider(layer, x.name, x.spec.bits, scene)
+    causes = []
+    if x.spec.bits < 8:
+        text, remedies = f"{it[0].upper()}{it[1:]} has {x.spec.bits} bits.", tuple[Remedy, ...]()
+        if layer is not None:
+            remedies = (layer_remedy(layer.name, "8 bits for this layer's input", activations={"bits": 8}),)
+        causes.append(Cause("few-bits", text, (8 - x.spec.bits) * _BIT, remedies))
+    low, high = x.grid
+    rounding, clipping = x.noise(low, high)
+    better, ranges = _better_ranges(x, rounding + clipping, scene)
+    if clipping > rounding and better > 0.5:
+        text = (
+            f"{_percent(x.clipped)} of {it} is clipped: values reach {x.histogram.low:.3g} to {x.histogram.high:.3g}, codes "
+            f"{low:.3g} to {high:.3g}."
+        )
+        return [*causes, Cause("clipped", text, better, (*ranges, *more_bits))]
+    causes += _uneven_channels(layer, weight, x, it, scene, more_bits)
+    if (spread := x.deviations) > 16:
+        text = (
+            f"The range of {it}, {low:.3g} to {high:.3g}, spans {spread:.0f} standard deviations: few "
+            "codes are left for most values."
+        )
+        remedies = (*(ranges if better > 0.5 else ()), *more_bits)
+        causes.append(Cause("heavy-tail", text, float(20 * np.log10(spread / 10)), remedies))
+    return causes
+
+
+def _better_ranges(x: Activation, noise: float, scene: Scene) -> tuple[float, list[Remedy]]:
+    """By how many dB the better of two ways to choose the range would lower the noise, and the remedy that does so; none
+    where ranges are chosen so."""
+    h = x.histogram
+    least = mse_range(h.counts, h.low, h.high, 2**x.spec.bits) if h.high > h.low else x.grid
+    noises = {"minmax": sum(x.noise(h.low, h.high)), "mse": sum(x.noise(*least))}
+    method = min(noises, key=lambda m: noises[m])
+    gain = float(10 * np.log10(max(noise, 1e-300) / max(noises[method], 1e-300)))
+    current = next((step.method for step in reversed(scene.recipe.passes) if isinstance(step, Ranges)), "minmax")
+    text = "ranges by least squared error" if method == "mse" else "ranges that clip nothing"
+    return gain, [] if current == method else ranges_by(method, scene, text)
+
+
+def _uneven_channels(
+    layer: Layer | None, weight: Array | None, x: Activation, it: str, scene: Scene, more_bits: list[Remedy]
+) -> list[Cause]:
+    """Channels of an activation that use little of its range.
+
+    it          the activation in words
+    more_bits   remedies that help against any of this
+    """
+    if x.channels is None or len(x.channels[0]) < 2:
+        return []
+    reach = np.maximum(np.abs(x.channels[0]), np.abs(x.channels[1]))
+    part = reach / max(float(reach.max()), 1e-30)
+    gain = float(-10 * np.log10(max(float(np.average(part**2, weights=_energies(layer, weight, len(part)))), 1e-20)))
+    if gain <= 8:
+        return []
+    remedies = (*_even_out(x, scene), *more_bits)
+    if _few(part):
+        few = int((part > 0.5).sum())
+        text = (
+            f"{few} of the {len(reach)} channels of {it} {'hold' if few > 1 else 'holds'} the "
+            f"range; the median channel reaches {float(np.median(part)):.0%} of it."
+        )
+        return [Cause("outlier-channels", text, gain, remedies)]
+    text = (
+        f"The channels of {it} that its weights amplify most use little of the range: "
+        f"a scale for each channel would leave {gain:.0f} dB less error, which one scale for all cannot."
+    )
+    return [Cause("uneven-channels", text, gain, remedies)]
+
+
+def _energies(layer: Layer | None, weight: Array | None, count: int) -> Array:
+    """How much of an error in each input channel [count] reaches a layer's output: squares of the weights that read it."""
+    equal = np.ones(count)
+    if layer is None or weight is None or layer.op == "ConvTranspose":
+        return equal
+    groups, outputs, _ = layer.matrix_shape
+    per_group = layer.shape[layer.in_axis]
+    if groups * per_group != count:
+        return equal
+    squares = np.square(layer.matrix(weight), dtype=np.float64).reshape(groups, outputs, per_group, -1)
+    energies: Array = squares.sum(axis=(1, 3)).reshape(-1)
+    return energies if energies.sum() > 0 else equal
+
+
+def _even_out(x: Activation, scene: Scene) -> list[Remedy]:
+    if x.is_input:
+        return scene.use(ScaleInputs(), "a factor per input channel, undone in the first weights")
+    return even_channels(scene, "factors between layers, chosen by measured error") if x.name in scene.equalizable else []
+
+
+# ---- neither --------------------------------------------------------------------------------------------------------------
+
+
+def _plain(layer: Layer, by_weight: float, x: Activation | None, scene: Scene) -> Cause:
+    if by_weight >= 0.5:
+        text = f"Plain rounding of its weight ({by_weight:.0%} of its own error); no outlier, no clipping."
+        ways = (*codes_by_error(scene, "codes by output error instead of the nearest ones"), in_float(layer.name))
+        return Cause("rounding", text, 0.0, ways)
+    name = f" '{x.name}'" if x is not None else ""
+    text = f"Plain rounding of its input{name} ({1 - by_weight:.0%} of its own error); no outlier, no clipping."
+    return Cause("rounding", text, 0.0, tuple(wider(layer, x.name, x.spec.bits, scene) if x is not None else ()))
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}" if share < 0.01 else f"{share:.0%}"

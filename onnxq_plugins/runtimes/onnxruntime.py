@@ -1,0 +1,202 @@
+"""Audit in onnxruntime: read off its own optimized graph, on this machine."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.data import Input, model_inputs
+from onnxq_plugins.errors import OnnxqError, Reason
+from onnxq_plugins.graph.core import LAYER_OPS
+from onnxq_plugins.runtimes.accumulators import Need, needs
+from onnxq_plugins.runtimes.audit import Audit, LayerAudit, audited, chain, constants_of, example, is_product, readers_of
+
+QUANTIZED = {
+    "QLinearConv",
+    "QGemm",
+    "QLinearMatMul",
+    "MatMulIntegerToFloat",
+    "MatMulNBits",
+    "ConvInteger",
+    "MatMulInteger",
+    "DynamicQuantizeMatMul",
+    "QAttention",
+    "int8",
+}
+
+_PRODUCT = Reason("product", 'a product of two activations; [[layer]] op = "Attention" quantize = true makes it integer')
+
+
+def audit_model(
+    model: onnx.ModelProto | str | Path,
+    against: str | Path | onnx.ModelProto | None = None,
+    seconds: float = 2.0,
+    folder: Path | None = None,
+) -> Audit:
+    """Audit a model in onnxruntime.
+
+    model     QDQ (or any) model
+    folder    where the external data of a ModelProto lie
+    against   the float model: the latency ratio at batch 1 is measured too, interleaved, one thread
+
+    Raises OnnxqError if onnxruntime cannot load or run it.
+    """
+    proto = onnx.load(str(model)) if isinstance(model, (str, Path)) else model
+    named = proto
+    if not all(node.name for node in proto.graph.node):
+        named = onnx.ModelProto()
+        named.CopyFrom(proto)
+        for i, node in enumerate(named.graph.node):
+            node.name = node.name or f"{node.op_type}_{node.output[0] if node.output else i}"
+    with tempfile.TemporaryDirectory() as scratch:
+        dump = Path(scratch) / "optimized.onnx"
+        session = runtimes.session(named, dump=dump, folder=folder)
+        optimized = onnx.load(str(dump), load_external_data=False)
+    found = tuple(_layers(named.graph, optimized.graph, needs(named, folder)))
+    other = Counter(n.op_type for n in optimized.graph.node if n.op_type not in QUANTIZED)
+    if against is None:
+        return Audit(found, dict(other))
+    reference = onnx.load(str(against)) if isinstance(against, (str, Path)) else against
+    if not _alike(own := model_inputs(proto), theirs := model_inputs(reference)):
+        raise OnnxqError(
+            f"the two models cannot be timed on the same input, one reads {_shapes(own)}, the other "
+            f"{_shapes(theirs)}; give the float model that this one was made of."
+        )
+    feed = example(proto)
+    try:
+        before = runtimes.session(reference)
+        slow, fast = runtimes.latency([before, session], [runtimes.wanted(before, feed), feed], seconds)
+    except Exception as error:  # onnxruntime's run() raises its own types
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise OnnxqError(
+            f"the two models cannot be timed on the same input: {reason}; give the float model that this one was made of."
+        ) from error
+    return Audit(found, dict(other), slow / fast, (slow, fast))
+
+
+def _alike(own: list[Input], theirs: list[Input]) -> bool:
+    """True if one feed could serve both."""
+    others = {i.name: i.shape for i in theirs}
+    return {i.name for i in own} == set(others) and all(
+        len(i.shape) == len(others[i.name])
+        and all(n is None or m is None or n == m for n, m in zip(i.shape, others[i.name], strict=True))
+        for i in own
+    )
+
+
+def _shapes(inputs: list[Input]) -> str:
+    return ", ".join(f"'{i.name}' {[n if n is not None else 'any' for n in i.shape]}" for i in inputs)
+
+
+def kernels(graph: onnx.GraphProto, optimized: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    """Layers of a model by name -> the node of the runtime's optimized graph that runs them, where one is found.
+
+    graph   every node has a name
+    """
+    by_name: dict[str, onnx.NodeProto] = {}
+    by_output: dict[str, onnx.NodeProto] = {}
+    for node in optimized.node:
+        by_name.setdefault(plain_name(node.name), node)
+        if node.name.endswith("_nchwc"):  # such nodes bear the name of what they write
+            by_output[plain_name(node.name)] = node
+        for output in node.output if node.op_type != "ReorderOutput" else ():
+            by_output.setdefault(plain_name(output), node)
+    readers = readers_of(graph)
+    found = {}
+    for node in graph.node:
+        if node.op_type in LAYER_OPS and not node.domain:
+            kernel = by_name.get(node.name) or by_name.get(node.output[0]) or _fused_into(node, readers, by_output)
+            if kernel is not None:
+                found[node.name] = kernel
+    return found
+
+
+def plain_name(name: str) -> str:
+    """A name in an optimized graph without what moving to another memory layout adds to it."""
+    return re.sub(r"_token_\d+$|_nchwc$", "", name)
+
+
+def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto, known: dict[str, Need]) -> list[LayerAudit]:
+    ran = kernels(graph, optimized)
+    constants = constants_of(graph)
+    found = []
+    for node in graph.node:
+        if node.op_type not in LAYER_OPS or node.domain:
+            continue
+        kernel = ran[node.name].op_type if node.name in ran else "unknown"
+        quantized = kernel in QUANTIZED
+        reason = None if quantized else _reason(graph, node)
+        found.append(audited(node, constants, kernel, quantized, reason, known.get(node.output[0])))
+    return found
+
+
+def _fused_into(
+    node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], by_output: dict[str, onnx.NodeProto]
+) -> onnx.NodeProto | None:
+    """The operator that took a layer and its only readers (a bias, a scale, a Q) over, found by what it writes."""
+    return next((by_output[n.output[0]] for n in chain(node, readers) if n.output[0] in by_output), None)
+
+
+def _reason(graph: onnx.GraphProto, node: onnx.NodeProto) -> Reason:
+    """The first reason why onnxruntime cannot take a layer as integer."""
+    made = {o: n for n in graph.node for o in n.output}
+    types = {t.name: t.data_type for t in graph.initializer}
+    readers = [n for n in graph.node if node.output[0] in n.input]
+    while len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
+        readers = [n for n in graph.node if readers[0].output[0] in n.input]
+    if node.op_type == "ConvTranspose":
+        return Reason("unsupported", "onnxruntime has no integer ConvTranspose")
+    weight, source = made.get(node.input[1]), made.get(node.input[0])
+    decoded = any(n is not None and n.op_type == "DequantizeLinear" for n in (weight, source))
+    if is_product(node, constants_of(graph)) and not decoded:
+        return _PRODUCT
+    if source is None or source.op_type != "DequantizeLinear":
+        origin = f"operator '{source.name or source.op_type}'" if source is not None else "the model's input"
+        if weight is None or weight.op_type != "DequantizeLinear":
+            return Reason("unquantized", f"neither its input (from {origin}) nor its weight is quantized")
+        return Reason("float-input", f"its input, from {origin}, is float")
+    codes = source.input[0]
+    if _sixteen(types, source):
+        return Reason("wide-codes", f"its input '{codes}' has 16-bit codes, for which there is no integer kernel")
+    if any(_sixteen(types, n) for n in readers if n.op_type == "QuantizeLinear"):
+        return Reason("wide-codes", "its output is quantized to 16-bit codes, for which there is no integer kernel")
+    if weight is None or weight.op_type != "DequantizeLinear":
+        if weight is not None and node.input[1] in constants_of(graph):
+            return Reason("decoded", "its weight is decoded to float at load")
+        return Reason("float-weight", "its weight is not quantized")
+    if any(a.name == "block_size" and a.i for a in weight.attribute):
+        return Reason("blocked", "its weight has blocked scales; use one scale per output channel")
+    if types.get(weight.input[0]) in (TensorProto.INT4, TensorProto.UINT4):
+        return Reason("undecoded", "its 4-bit weight goes straight into DequantizeLinear; put a Cast to INT8 between")
+    if node.op_type == "Conv" and (not readers or any(n.op_type != "QuantizeLinear" for n in readers)):
+        other = next((n.name or n.op_type for n in readers if n.op_type != "QuantizeLinear"), "the model's output")
+        if len(readers) == 1 and _shifts(graph, readers[0]):
+            return Reason(
+                "shifted",
+                f"Mul '{other}' shifts its channels, as target per-tensor has it for one scale per weight, which "
+                "onnxruntime runs in float",
+            )
+        return Reason("float-output", f"its output is read in float by {other}; quantize it")
+    return Reason("runtime", "onnxruntime did not fuse it (check zero points and the bias scale s_x * s_w)")
+
+
+def _shifts(graph: onnx.GraphProto, node: onnx.NodeProto) -> bool:
+    """True if a node multiplies by constant powers of two."""
+    found = [
+        onnx.numpy_helper.to_array(t)
+        for t in graph.initializer
+        if node.op_type == "Mul" and t.name in node.input and t.data_location != TensorProto.EXTERNAL
+    ]
+    return bool(found) and bool((np.frexp(found[0])[0] == 0.5).all())
+
+
+def _sixteen(types: dict[str, int], node: onnx.NodeProto) -> bool:
+    """True if a QuantizeLinear writes, or a DequantizeLinear reads, 16-bit codes."""
+    return len(node.input) > 2 and types.get(node.input[2]) in (TensorProto.UINT16, TensorProto.INT16)

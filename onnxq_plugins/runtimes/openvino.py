@@ -1,0 +1,47 @@
+"""Audit in OpenVINO: the precision of each layer in its execution graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+from onnxq_plugins.errors import OnnxqError, Reason
+from onnxq_plugins.graph.core import LAYER_OPS
+from onnxq_plugins.runtimes.accumulators import needs
+from onnxq_plugins.runtimes.audit import Audit, audited, chain, constants_of, readers_of
+
+
+def audit_openvino(model: str | Path) -> Audit:
+    """The same for OpenVINO: precision of each layer in its execution graph. Needs the extra ``openvino``."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise OnnxqError("OpenVINO is not installed; pip install 'onnxq-plugins[openvino]'.") from error
+    proto = onnx.load(str(model))
+    try:
+        compiled = openvino.Core().compile_model(str(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1][:300]
+        raise OnnxqError(f"OpenVINO cannot load '{model}' ({reason}); quantize it with --target openvino.") from error
+    ran: dict[str, tuple[str, str]] = {}
+    for node in compiled.get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        names, kind, precision = (
+            info[key].astype(str) if key in info else "" for key in ("originalLayersNames", "layerType", "runtimePrecision")
+        )
+        if kind in ("Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Deconvolution"):
+            for name in names.split(","):
+                ran[name.partition("/")[0]] = (kind, precision)
+    constants, known, readers = constants_of(proto.graph), needs(proto), readers_of(proto.graph)
+    found = []
+    for node in proto.graph.node:
+        if node.op_type in LAYER_OPS:
+            kind, precision = next(
+                (ran[name] for n in chain(node, readers) for name in (n.name, *n.output) if name in ran), ("", "")
+            )
+            integer = precision in ("i8", "u8")
+            why_float = None if integer else Reason("runtime", "OpenVINO runs it in floating point")
+            kernel = f"{kind or node.op_type} {precision or 'unknown'}"
+            found.append(audited(node, constants, kernel, integer, why_float, known.get(node.output[0])))
+    return Audit(tuple(found), {})

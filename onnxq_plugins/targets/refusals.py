@@ -1,0 +1,157 @@
+"""What a target cannot express, in sentences that name the valid choices and the setting nearest to the refused one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.spec import Plan, QuantSpec
+from onnxq_plugins.targets import BUILTIN
+from onnxq_plugins.targets.target import Rule, Target, channel_multipliers, granularity_of
+
+
+def problems(target: Target, graph: Graph, plan: Plan, inputs: Mapping[str, str]) -> list[str]:
+    """Everything in a plan that the target cannot express, each with the valid choices.
+
+    inputs   planned layers by name -> the planned activation they read, "" for float (`Planned.input`)
+    """
+    sentences = []
+    refused: dict[str, list[str]] = {}  # refusal -> names of the layers it is about
+    for layer in (y for y in graph.layers if y.weight in plan):
+        weight, key = plan[layer.weight], inputs[layer.name]
+        bits = plan[key].bits if key else 0
+        rule = target.rule(layer, weight, bits)
+        if rule is None:
+            refused.setdefault(refusal(target, layer, weight, bits), []).append(layer.name)
+        elif text := _too_wide(target, rule, layer, weight):
+            sentences.append(text)
+        if weight.shift is not None and not layer.takes_bias:
+            sentences.append(
+                f"{layer.op} '{layer.name}' has no bias that its planned shift could be added to; leave the "
+                "shift of its weight out."
+            )
+    activations = {name: spec for name, spec in plan.items() if not graph.is_constant(name)}
+    return [
+        *(text.format(_names(names)) for text, names in refused.items()),
+        *sentences,
+        *_activation_problems(target, activations),
+        *_opset_problems(target, graph.opset, plan, activations),
+    ]
+
+
+def refusal(target: Target, layer: Layer, weight: QuantSpec, activations: int) -> str:
+    """Why a layer cannot run as requested, and how it can; with a placeholder {} for names of layers."""
+    way = f"{activations}-bit activations" if activations else "float activations (weight-only)"
+    form = weight.describe((layer.out_axis, layer.in_axis))
+    return (
+        f"target '{target.name}' cannot run {layer.op} {{}} with {form} weights and {way}; it "
+        f"runs {choices(target, layer.op) or 'no quantized ' + layer.op}." + _advice(target, layer, weight, activations)
+    )
+
+
+def choices(target: Target, op: str) -> str:
+    """The forms of one operator in words."""
+    forms: dict[tuple[str, str], set[int]] = {}  # (granularity of scales, what runs) -> widths
+    for rule in (r for r in target.rules if r.op == op):
+        where = " or ".join(_blocks(rule.blocks) if g == "block" and rule.blocks else f"per {g}" for g in rule.granularity)
+        where += " (and integer multipliers per sub_block)" if rule.multipliers else ""
+        beside = f"{rule.activations}-bit" if rule.activations else "float"
+        forms.setdefault((where, f"{beside} activations ({rule.kernel})"), set()).update(rule.weights)
+    return "; ".join(f"{_widths(widths)}-bit weights {where} with {runs}" for (where, runs), widths in forms.items())
+
+
+def _too_wide(target: Target, rule: Rule, layer: Layer, weight: QuantSpec) -> str:
+    """Why the codes of a weight do not fit the target's kernels; "" if they do."""
+    if rule.storage == "float" or not rule.activations:
+        return ""
+    if weight.sub_block and not channel_multipliers(layer, weight):
+        largest = weight.multipliers[-1] if weight.multiplier is None else np.max(weight.multiplier)
+        if largest * weight.grid[1] <= target.max_code:
+            return ""
+        return (
+            f"{layer.op} '{layer.name}': {weight.bits}-bit codes times multipliers up to {largest} "
+            f"reach {largest * weight.grid[1]}, target '{target.name}' runs codes up to {target.max_code}; "
+            f"set max_multiplier = {target.max_code // weight.grid[1]}."
+        )
+    if rule.activations == 8 and (reach := _reach(weight)) > target.max_code:
+        return (
+            f"{layer.op} '{layer.name}' is planned with {weight.bits}-bit codes up to {reach}, target "
+            f"'{target.name}' runs codes up to {target.max_code} beside 8-bit activations; plan {target.code_bits} bits."
+        )
+    return ""
+
+
+def _activation_problems(target: Target, activations: Mapping[str, QuantSpec]) -> Iterator[str]:
+    widths = target.activation_bits
+    types, bits = " or ".join(f"uint{n}" for n in widths), " or ".join(map(str, widths))
+    runs = [f"{types} per tensor (activations.bits = {bits})"] if widths else []
+    for name, spec in activations.items():
+        if spec.bits not in widths or spec.symmetric or spec.block is not None:
+            yield (
+                f"target '{target.name}' cannot run activation '{name}' as {spec.describe()}; it runs "
+                f"{', or '.join([*runs, 'float (activations.bits = 32)'])}."
+            )
+
+
+def _opset_problems(target: Target, opset: int, plan: Plan, activations: Mapping[str, QuantSpec]) -> Iterator[str]:
+    kinds = {
+        "4-bit tensors": any(spec.bits <= 4 for spec in plan.values()),
+        "16-bit activations": any(spec.bits > 8 for spec in activations.values()),
+    }
+    for kind, planned in kinds.items():
+        if planned and opset < target.opset:
+            yield f"{kind} need opset {target.opset}, the model has {opset}; export it again."
+
+
+def _advice(target: Target, layer: Layer, weight: QuantSpec, activations: int) -> str:
+    """The setting nearest to a refused one."""
+    shape = granularity_of(layer, weight)
+    if 0 < activations < min(target.activation_bits, default=0):
+        other = next((t.name for t in BUILTIN if activations in t.activation_bits), "")
+        return f" Target '{other}' reads {activations}-bit activations." if other else ""
+    if not weight.symmetric:
+        return " Set weights.symmetric = true."
+    if shape == "channel" and "channel" not in target.granularities(layer.op):
+        return " Set weights.block = \"tensor\"; pass 'shift-equalize' then serves channels of unequal ranges."
+    if weight.sub_block is not None and shape in ("block", "tile"):
+        return ' Multipliers refine one scale per tensor or channel: set weights.block to "channel" or "tensor".'
+    anything = next(t.name for t in BUILTIN if not t.integer)  # a target that stores every granularity
+    if weight.sub_block is not None:
+        sizes = sorted({b for r in target.rules if r.op == layer.op and r.activations == activations for b in r.blocks})
+        free = f", for float scales {_blocks(tuple(sizes))} set weights.block" if sizes else ""
+        return (
+            f" Integer multipliers need 8-bit activations: leave weights.sub_block out{free}; target '{anything}' "
+            "takes them and runs in float."
+        )
+    if shape in ("block", "tile") and activations and any(r.op == layer.op and r.multipliers for r in target.rules):
+        assert weight.block is not None
+        tile = [weight.block[layer.out_axis], weight.block[layer.in_axis]]
+        coarse = "channel" if tile[0] == 1 else "tensor"
+        return (
+            f" Integer multipliers run at integer speed: set weights.sub_block = {tile} and weights.block = "
+            f"\"{coarse}\"; target '{anything}', with activations.bits = 32, stores float scales and runs in float."
+        )
+    return ""
+
+
+def _blocks(sizes: tuple[int, ...]) -> str:
+    *first, last = map(str, sizes)
+    return f"per {', '.join(first)}{' or ' * bool(first)}{last} inputs"
+
+
+def _reach(weight: QuantSpec) -> int:
+    """Largest |code| that a weight has or, while it is open, may get."""
+    return int(np.abs(weight.codes).max(initial=0)) if weight.codes is not None else weight.grid[1]
+
+
+def _widths(widths: set[int]) -> str:
+    run = len(widths) == max(widths) - min(widths) + 1 > 2
+    return f"{min(widths)} to {max(widths)}" if run else " or ".join(str(n) for n in sorted(widths))
+
+
+def _names(names: list[str]) -> str:
+    """Some names in a sentence."""
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 4 else ", ".join(f"'{name}'" for name in names)
