@@ -36,7 +36,7 @@ def needs(model: onnx.ModelProto, folder: Path | None = None) -> dict[str, Need]
 
     Weights that small operators decode (INT4 -> Cast -> Mul ...) are computed by onnxruntime, one at a time.
     """
-    source = _Source(model, folder)
+    source = CodeSource(model, folder)
     found = {}
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul") or node.domain:
@@ -73,7 +73,7 @@ def _rows(node: onnx.NodeProto, codes: Array) -> Iterator[Array]:
         yield whole[first : first + count]
 
 
-class _Source:
+class CodeSource:
     """Where the tensors of a model come from."""
 
     def __init__(self, model: onnx.ModelProto, folder: Path | None) -> None:

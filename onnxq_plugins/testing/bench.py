@@ -19,6 +19,7 @@ from onnxq_plugins.job import Job, Pass, Recipe
 from onnxq_plugins.laws import LawBroken
 from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.spec import Array
+from onnxq_plugins.testing.exact import exact_session
 from onnxq_plugins.testing.models import feeds, make
 
 SAMPLES = 8  # of calibration data
@@ -136,7 +137,7 @@ def _named(steps: Sequence[Pass]) -> str:
 
 def outputs(model: onnx.ModelProto, samples: Sequence[Mapping[str, Array]], optimize: bool = True) -> list[Array]:
     """Every output over the samples."""
-    return runtimes.outputs(runtimes.session(model, optimize=optimize), samples)
+    return runtimes.outputs(exact_session(model, optimize=optimize), samples)
 
 
 def sqnr(reference: Sequence[Array], found: Sequence[Array]) -> float:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from onnxq_plugins import OnnxqError, quantize, runtimes
 from onnxq_plugins.export import qdq
 from onnxq_plugins.graph import load
-from onnxq_plugins.layers.complete import complete, complete_ranges, complete_weight
 from onnxq_plugins.layers.blocks import _by_row, _by_tile, row_steps, search
+from onnxq_plugins.layers.complete import complete, complete_ranges, complete_weight
 from onnxq_plugins.layers.problem import float_inputs, problem, solvable
 from onnxq_plugins.passes import Round, SubLayer, VectorScale
 from onnxq_plugins.solvers.gram import narrow, row_loss

@@ -1,0 +1,56 @@
+"""The integers that a model means, on every machine. Kernels for x86-64 without VNNI add two products of an unsigned and a
+signed code in 16 bits, which saturates; those of two unsigned codes are exact. So a comparison that is about the model and
+not about the machine runs a copy whose weights have unsigned codes: the same numbers, through other kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.runtimes.accumulators import CodeSource
+from onnxq_plugins.search.latency import has_vnni
+from onnxq_plugins.spec import Array
+
+_LAYERS = ("Conv", "Gemm", "MatMul")
+
+
+def exact_session(model: onnx.ModelProto, *, optimize: bool = True) -> runtimes.Session:
+    """A session in which no kernel saturates. Operators as written (`optimize` False) never do."""
+    return runtimes.session(unsigned_weights(model) if optimize and saturates() else model, optimize=optimize)
+
+
+def saturates() -> bool:
+    """True if integer kernels of this machine can saturate."""
+    return has_vnni() is False
+
+
+def unsigned_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose int8 weights beside quantized inputs are uint8, codes and zero points 128 higher; the model itself if it
+    has none."""
+    source = CodeSource(model, None)
+    dequantizers = {n.output[0]: n for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    wanted: dict[str, Array] = {}  # output of a weight's DequantizeLinear -> its codes
+    for node in model.graph.node:
+        if node.op_type in _LAYERS and not node.domain and node.input[0] in dequantizers:
+            weight = dequantizers.get(node.input[1])
+            if weight is not None and not any(a.name == "block_size" and a.i for a in weight.attribute):
+                codes = source.values(weight.input[0])
+                if codes is not None and codes.dtype == np.int8:
+                    wanted[node.input[1]] = codes
+    if not wanted:
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        if node.op_type == "DequantizeLinear" and node.output[0] in wanted:
+            name, scale = node.output[0], source.stored[node.input[1]]
+            codes = (wanted[name].astype(np.int16) + 128).astype(np.uint8)
+            zeros = np.full(tuple(scale.dims), 128, np.uint8)
+            new = [numpy_helper.from_array(codes, f"{name}|codes"), numpy_helper.from_array(zeros, f"{name}|zero")]
+            copy.graph.initializer.extend(new)
+            del node.input[2:]
+            node.input[0] = new[0].name
+            node.input.append(new[1].name)
+    return copy
