@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
 R = TypeVar("R")
+T = TypeVar("T")
 _TRIES = 3  # how often in a row workers may be lost before any call has ended
 
 
-def in_turn(calls: Iterable[Callable[[], R]], workers: int, keep: Callable[[int, R], None] | None = None) -> Iterator[R]:
+def run_all(calls: Iterable[Callable[[], R]], workers: int, keep: Callable[[int, R], None] | None = None) -> Iterator[R]:
     """The results of some calls, in their order.
 
     calls     functions without arguments, made when they are needed; what `functools.partial` makes of a module's function
@@ -68,3 +70,19 @@ def _completed(calls: Iterable[Callable[[], R]], workers: int) -> Iterator[tuple
 
 def _numbered(number: int, call: Callable[..., R], *args: object, **more: object) -> tuple[int, R]:
     return number, call(*args, **more)
+
+
+def map_threads(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """Results in the order of the items, with `workers` threads and never more than workers + 1 items under way.
+    Threads, not processes: a session releases the interpreter while it runs, and cannot be pickled."""
+    if workers == 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        under_way: deque[Future[R]] = deque()
+        for item in items:
+            under_way.append(pool.submit(work, item))
+            if len(under_way) > workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()

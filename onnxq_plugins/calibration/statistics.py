@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +23,9 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import load_arrays, save_arrays
-from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.graph import Graph, Layer, channel_axis
 from onnxq_plugins.graph.patches import add_gram, gram_shape, patches, split
+from onnxq_plugins.parallel import map_threads
 from onnxq_plugins.spec import Array
 
 Read = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
@@ -34,7 +33,6 @@ Run = tuple[onnx.ModelProto, dict[str, Array], Read]  # model, its large weights
 State = dict[str, Array]  # "tensor|field" -> array; the field's first letters tell how two states merge
 _MERGE: dict[str, Callable[[Array, Array], Array]] = {"low": np.minimum, "high": np.maximum, "sum": np.add, "gram": add_gram}
 T = TypeVar("T")
-R = TypeVar("R")
 Track = Callable[[Iterable[Any], str, int | None], Iterable[Any]]  # (items, what, how many) -> the same items
 
 
@@ -291,7 +289,7 @@ class Calibration:
             return found
 
         total = None if self.data.size is None else self.data.size - start
-        results = in_order(one, itertools.islice(enumerate(self.data), start, None), self.workers)
+        results = map_threads(one, itertools.islice(enumerate(self.data), start, None), self.workers)
         with runtimes.blas(1):
             for n, found in enumerate(self.track(results, f"calibrating: {statistic}", total), start=start + 1):
                 for key, value in found.items():
@@ -307,38 +305,6 @@ class Calibration:
         if partial is not None and partial.is_file():
             partial.unlink(missing_ok=True)  # another process may have done the same fold
         return state
-
-
-def in_order(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Results in the order of the items, with `workers` threads and never more than workers + 1 items under way.
-    Threads, not processes: a session releases the interpreter while it runs, and cannot be pickled."""
-    if workers == 1:
-        yield from map(work, items)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        under_way: deque[Future[R]] = deque()
-        for item in items:
-            under_way.append(pool.submit(work, item))
-            if len(under_way) > workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-
-
-def channel_axis(graph: Graph, name: str) -> int:
-    """The axis of an activation that holds its channels: 1 for images, the last one for matrices and tokens."""
-    shape, maker = graph.shape(name) or (), graph.producer(name)
-    while maker is not None and maker.op in ("Relu", "Clip", "LeakyRelu", "PRelu", "BatchNormalization"):
-        maker = graph.producer(maker.inputs[0].name)
-    around = [*graph.consumers(name), *([maker] if maker is not None else [])]
-    return 1 if len(shape) >= 4 or any(n.op.startswith("Conv") for n in around) else len(shape) - 1
-
-
-def channels(graph: Graph, name: str) -> int | None:
-    """How many channels an activation has; None where that is not known, or it is a vector."""
-    shape = graph.shape(name) or ()
-    size = shape[channel_axis(graph, name)] if len(shape) > 1 else None
-    return size if isinstance(size, int) else None
 
 
 def _other_axes(graph: Graph, name: str, statistic: str) -> tuple[int, ...]:

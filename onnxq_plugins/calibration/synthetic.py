@@ -9,11 +9,10 @@ from typing import Literal
 
 import numpy as np
 
-from onnxq_plugins.calibration.propagation import Moments
-from onnxq_plugins.calibration.statistics import channel_axis
+from onnxq_plugins.calibration.propagation import Distribution
 from onnxq_plugins.data import Data, DataOptions, Input, graph_inputs
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.graph import Graph, Layer, channel_axis
 from onnxq_plugins.graph.patches import patches
 from onnxq_plugins.solvers.fractals import fractals
 from onnxq_plugins.solvers.gaussian import clipped_moments
@@ -50,7 +49,7 @@ class Made:
     from."""
 
     at: Callable[[int], Array]
-    moments: Moments | None
+    moments: Distribution | None
     source: str
 
 
@@ -142,7 +141,7 @@ def _images(graph: Graph, wanted: Input, shape: tuple[int, ...], axis: int, wish
         return made if wanted.dtype.kind == "f" else np.clip(np.rint(made), 0, 255).astype(wanted.dtype)
 
     low, high = np.minimum(offset, offset + slope), np.maximum(offset, offset + slope)
-    moments = Moments(offset + slope * mean, (slope * deviation) ** 2 + 0 * mean, low + 0 * mean, high + 0 * mean)
+    moments = Distribution(offset + slope * mean, (slope * deviation) ** 2 + 0 * mean, low + 0 * mean, high + 0 * mean)
     return Made(at, moments, f"{wish.kind}, {source}")
 
 
@@ -273,7 +272,7 @@ def _features(graph: Graph, wanted: Input, shape: tuple[int, ...], axis: int, de
 
     middle, variance, lowest, highest = (np.asarray(v, np.float64).reshape(-1) for v in (centre, deviation**2, bottom, top))
     mean, variance = clipped_moments(middle, variance, lowest, highest)
-    return Made(at, Moments(np.clip(mean, lowest, highest), variance, lowest, highest), source)
+    return Made(at, Distribution(np.clip(mean, lowest, highest), variance, lowest, highest), source)
 
 
 def _weights_that_read(graph: Graph, name: str, size: int) -> Array | None:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq_plugins.graph.core import Graph, Layer
+from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.elements import ChannelGroup, Elements, Key, Kind
+from onnxq_plugins.graph.layer import Layer
 from onnxq_plugins.spec import Array
 
 _HOMOGENEOUS = {"Relu", "LeakyRelu", "Identity", "Dropout"}

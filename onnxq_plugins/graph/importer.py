@@ -15,7 +15,9 @@ from onnx.external_data_helper import load_external_data_for_model, uses_externa
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.canonical import canonicalize
-from onnxq_plugins.graph.core import LAYER_OPS, Graph, Mapped
+from onnxq_plugins.graph.core import Graph
+from onnxq_plugins.graph.layer import LAYER_OPS
+from onnxq_plugins.graph.mapped import MappedWeights
 
 # What onnxruntime 1.31 reads (docs/runtime.md), and the version from which int4 tensors, Gelu and LayerNormalization exist.
 WANTED_OPSET, OLDEST_OPSET, NEWEST_OPSET = 21, 7, 26
@@ -48,7 +50,7 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
     """
     if isinstance(model, Graph):
         return model.copy()
-    mapped = Mapped()
+    mapped = MappedWeights()
     if isinstance(model, onnx.ModelProto):
         proto = onnx.ModelProto()
         proto.CopyFrom(model)
@@ -61,7 +63,7 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
         raise OnnxqError(f"{where} has names that are no text (corrupt?); export or download it again.") from error
 
 
-def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool, mapped: Mapped) -> Graph:
+def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool, mapped: MappedWeights) -> Graph:
     notes: list[str] = []
     OnnxqError.check(_problems(proto, where, float32))
     if float32 and _half(proto):
@@ -131,7 +133,7 @@ def bytes_on_disk(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, *(path.parent / name for name in beside)))
 
 
-def read(path: Path, mapped: Mapped | None = None) -> onnx.ModelProto:
+def read(path: Path, mapped: MappedWeights | None = None) -> onnx.ModelProto:
     """The file as a ModelProto with its external data. Raises OnnxqError in one sentence if that fails.
 
     mapped   takes the large float32 weights of external data, which then stay in their files: the ModelProto refers to them

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxq_plugins.graph import Layer
+from onnxq_plugins.graph.layer import Layer
 from onnxq_plugins.spec import Array
 
 

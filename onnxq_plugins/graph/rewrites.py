@@ -9,8 +9,9 @@ from dataclasses import fields, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq_plugins.graph.core import BatchNorm, Graph, Layer
+from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.elements import ChannelGroup
+from onnxq_plugins.graph.layer import BatchNorm, Layer
 from onnxq_plugins.spec import Array
 
 
