@@ -1,8 +1,8 @@
-"""Exact float rewrites done once, at import, so that every later pass and the exporter meet one form.
+"""Exact float rewrites done once, at import, so that every later pass and the exporter see one form.
 
 Constants are folded, each layer gets a weight of its own, BatchNorm and constant additions move into layers, and
 chains that exporters wrote out (GELU, HardSwish, LayerNormalization, MatMul + Add) become the one operator that
-runtimes know. Each function is one rewrite; `canonicalize` is their order.
+runtimes know. Each function is one rewrite; `canonicalize` applies them in order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def canonicalize(graph: Graph, flatten: bool = True) -> None:
     """Bring a freshly imported graph into canonical form, in place; `flatten` includes `flatten_matmul`."""
     try:
         graph._graph.fold_constants(error_ok=True, size_threshold=2**31).cleanup()
-    except Exception as error:  # graphsurgeon looks into control flow without asking what is there
+    except Exception as error:  # graphsurgeon makes assumptions about control flow
         raise OnnxqError(
             f"the constants of the model cannot be folded ({' '.join(str(error).split())[:200]}); check it "
             "with onnx.checker.check_model."
@@ -54,7 +54,7 @@ def split_shared_weights(graph: Graph) -> None:
 
 
 def normalize_gemm(graph: Graph) -> None:
-    """alpha and beta of a Gemm move into its weight and bias; a bias is one vector [N], any other an Add behind."""
+    """alpha and beta of a Gemm move into its weight and bias; a bias other than a vector [N] becomes an Add behind it."""
     for layer in [layer for layer in graph.layers if layer.op == "Gemm"]:
         node = graph.producer(layer.output)
         assert node is not None
@@ -75,7 +75,7 @@ def normalize_gemm(graph: Graph) -> None:
 
 
 def fold_batchnorm(graph: Graph) -> None:
-    """y = gamma (Wx + b - mean) / sqrt(var + eps) + beta becomes one layer; the statistics are kept by the graph."""
+    """y = gamma (Wx + b - mean) / sqrt(var + eps) + beta becomes one layer; the graph keeps the statistics."""
     for node in graph.nodes:
         if node.op != "BatchNormalization" or node.attrs.get("training_mode", 0):
             continue
@@ -88,20 +88,19 @@ def fold_batchnorm(graph: Graph) -> None:
             continue
         gamma, beta, mean, variance = (graph.constant(t.name).astype(np.float64) for t in node.inputs[1:5])
         if any(v.shape != (layer.channels,) for v in (gamma, beta, mean, variance)):
-            continue  # it cannot run; onnxruntime tells why
+            continue  # it cannot run; onnxruntime reports why
         factor = gamma / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
         scale_outputs(graph, layer.name, factor)
         add_bias(graph, layer.name, beta - mean * factor)
-        owner = node.inputs[0]
         graph.batchnorms[layer.output] = BatchNorm(gamma, beta, mean, variance)
-        last = node.outputs[0]
-        graph.bypass(node, owner)
-        if last.name in graph.outputs:  # the layer took over the output's name
-            graph.batchnorms[last.name] = graph.batchnorms.pop(layer.output)
+        output = node.outputs[0]
+        graph.bypass(node, node.inputs[0])
+        if output.name in graph.outputs:  # the layer took over the output's name
+            graph.batchnorms[output.name] = graph.batchnorms.pop(layer.output)
 
 
 def fold_bias(graph: Graph) -> None:
-    """A constant per output channel, added behind a Conv, ConvTranspose or Gemm, joins the bias."""
+    """A constant per output channel that is added behind a Conv, ConvTranspose or Gemm becomes part of the bias."""
     for node in graph.nodes:
         if node.op != "Add":
             continue
@@ -109,12 +108,10 @@ def fold_bias(graph: Graph) -> None:
         layer = next((y for y in graph.layers if x is not None and y.output == x.name), None)
         if layer is None or constant is None or layer.op == "MatMul" or len(graph.consumers(layer.output)) > 1:
             continue
-        channels = layer.channels
-        rank = len(layer.shape)
-        values = constant.values
-        at = 1 if layer.op != "Gemm" else rank - 1  # axis of the channels in the output
+        rank, values = len(layer.shape), constant.values
+        channel_axis = 1 if layer.op != "Gemm" else rank - 1  # of the output
         shape = (1,) * (rank - values.ndim) + tuple(values.shape)
-        if len(shape) != rank or any(n != (channels if axis == at else 1) for axis, n in enumerate(shape)):
+        if len(shape) != rank or any(n != (layer.channels if a == channel_axis else 1) for a, n in enumerate(shape)):
             continue
         if layer.output not in graph.outputs:
             add_bias(graph, layer.name, values.reshape(-1).astype(np.float64))
@@ -139,7 +136,7 @@ def scale_outputs(graph: Graph, name: str, factor: Array) -> None:
 
 
 def add_bias(graph: Graph, name: str, values: Array) -> None:
-    """Add one value per output channel to a layer's bias, made if there is none. MatMul has no place for one."""
+    """Add one value per output channel to a layer's bias, which is created if missing. Not for MatMul, which has none."""
     layer = graph.layer(name)
     if layer.bias is not None:
         graph.set_constant(layer.bias, (graph.constant(layer.bias) + values).astype(np.float32))

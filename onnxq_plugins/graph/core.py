@@ -45,9 +45,9 @@ SHAPE_OPS = frozenset(
 
 class Graph:
     """The float model. Rewrites change it in place and keep its function; `touched` collects the names of the tensors
-    whose values they changed, so that the engine can drop what was solved for the old values.
+    whose values they changed, so that the engine can drop solutions for the old values.
 
-    Made by `onnxq_plugins.graph.importer.load`, never by hand.
+    Made by `onnxq_plugins.graph.load`, never by hand.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Graph:
         self._graph = graph
         self._header = header  # a ModelProto without nodes and weights: names, metadata, documentation
         self.batchnorms = dict(batchnorms or {})  # by name of the layer output that absorbed it
-        self.notes = list(notes)  # what import did or could not do, for the report
+        self.notes = list(notes)  # what import changed or could not change, for the report
         self.touched: set[str] = set()
-        self.mapped = mapped or MappedWeights()  # weights that lie in files
+        self.mapped = mapped or MappedWeights()  # weights that stay in files
 
-    # ---- looking ---------------------------------------------------------------------------------------------------
+    # ---- queries ---------------------------------------------------------------------------------------------------
 
     @cached_property
     def _tensors(self) -> dict[str, gs.Tensor]:
@@ -97,8 +97,8 @@ class Graph:
 
     def producer(self, name: str) -> gs.Node | None:
         """The operator that computes a tensor; None for inputs and constants."""
-        made_by = self.tensor(name).inputs
-        return made_by[0] if made_by else None
+        producers = self.tensor(name).inputs
+        return producers[0] if producers else None
 
     def consumers(self, name: str) -> list[gs.Node]:
         """The operators that read a tensor, those inside control-flow subgraphs included."""
@@ -172,7 +172,7 @@ class Graph:
         )
 
     def elided_activation(self, name: str) -> gs.Node | None:
-        """The Relu, or Clip from 0, that is the only reader of `name`. An output grid that starts at 0 does its work,
+        """The Relu, or Clip from 0, that is the only consumer of `name`. An output grid that starts at 0 does the same,
         so onnxruntime drops it from a quantized chain."""
         tensor = self.tensor(name)
         if len(tensor.outputs) != 1 or tensor in self._graph.outputs:
@@ -204,7 +204,7 @@ class Graph:
             name = node.inputs[0].name
         return name
 
-    # ---- changing --------------------------------------------------------------------------------------------------
+    # ---- edits --------------------------------------------------------------------------------------------------
 
     def changed(self) -> None:
         """Forget the layers, which are derived from the structure; every edit of nodes or edges calls it."""
@@ -231,7 +231,7 @@ class Graph:
         before: gs.Node | None = None,
         **attrs: Any,
     ) -> gs.Node:
-        """Insert an operator before another (the order is mended on export); its outputs must have no producer."""
+        """Insert an operator before another, at the end by default; `tidy` sorts. Its outputs must have no producer."""
         node = gs.Node(op=op, name=name, attrs=attrs, inputs=list(inputs), outputs=list(outputs))
         nodes = self._graph.nodes
         position = next((i for i, n in enumerate(nodes) if n is before), len(nodes))
@@ -252,25 +252,25 @@ class Graph:
         return variable
 
     def fresh(self, name: str) -> str:
-        """`name`, numbered if a tensor already bears it."""
+        """`name`, numbered if a tensor already has it."""
         candidate, i = name, 1
         while candidate in self._tensors:
             candidate, i = f"{name}_{i}", i + 1
         return candidate
 
     def bypass(self, node: gs.Node, by: gs.Tensor) -> None:
-        """Remove a one-output node; whoever read its output reads `by`. A model output keeps its name."""
+        """Remove a one-output node; consumers of its output then read `by`. A model output keeps its name."""
         old = node.outputs[0]
         node.outputs.clear()
         if old in self._graph.outputs:
             if isinstance(by, gs.Variable) and by.inputs and by not in self._graph.outputs:
-                maker = by.inputs[0]
-                _replace_reads(by, old)
-                maker.outputs[next(i for i, t in enumerate(maker.outputs) if t is by)] = old
+                producer = by.inputs[0]
+                replace_reads(by, old)
+                producer.outputs[next(i for i, t in enumerate(producer.outputs) if t is by)] = old
             else:
                 self.add_node("Identity", node.name, [by], [old])
         else:
-            _replace_reads(old, by)
+            replace_reads(old, by)
         node.inputs.clear()
         self._graph.nodes.remove(node)
         self.changed()
@@ -289,13 +289,15 @@ class Graph:
         self.__dict__.pop("_tensors", None)
         self.changed()
 
-    # ---- leaving ---------------------------------------------------------------------------------------------------
+    # ---- export ---------------------------------------------------------------------------------------------------
 
     def model(self, weights: dict[str, Array] | None = None) -> onnx.ModelProto:
         """The float model as ONNX, with IR version, opset, metadata and documentation as imported.
 
-        weights   a dict to put the large constants into; the model then holds placeholders ("external data") for
-                  them and no copy is made. `runtime.session` takes both.
+        weights   a dict that receives the large constants; the model then has placeholders ("external data") for them and
+                  no copy is made. `runtimes.session` takes both.
+
+        Raises OnnxqError if an attribute cannot be written.
         """
         large = (
             []
@@ -306,8 +308,8 @@ class Graph:
                 if isinstance(t, gs.Constant) and t.values.nbytes > 1024 and t.values.dtype == np.float32
             ]
         )
-        kept = [t.values for t in large]
-        for tensor, values in zip(large, kept, strict=True):
+        arrays = [t.values for t in large]
+        for tensor, values in zip(large, arrays, strict=True):
             stub = onnx.TensorProto(
                 name=tensor.name,
                 data_type=onnx.TensorProto.FLOAT,
@@ -324,10 +326,10 @@ class Graph:
                 "onnx.checker.check_model."
             ) from error
         finally:
-            for tensor, values in zip(large, kept, strict=True):
+            for tensor, values in zip(large, arrays, strict=True):
                 tensor.values = values
         if weights is not None:
-            weights.update((t.name, np.ascontiguousarray(v)) for t, v in zip(large, kept, strict=True))
+            weights.update((t.name, np.ascontiguousarray(v)) for t, v in zip(large, arrays, strict=True))
         for key, value in self._header.ListFields():
             if key.name in ("opset_import", "metadata_props", "functions"):
                 model.ClearField(key.name)
@@ -342,43 +344,44 @@ class Graph:
 
     def digest(self) -> str:
         """A fingerprint of the float function: equal for equal operators and weights. Copies no weight."""
-        seen = hashlib.blake2b(digest_size=16)
-        _update(seen, self._graph)
-        return seen.hexdigest()
+        digest = hashlib.blake2b(digest_size=16)
+        _update(digest, self._graph)
+        return digest.hexdigest()
 
     def copy(self) -> Graph:
         """An independent copy; weights are copied too."""
         return Graph(gs.import_onnx(self.model()), self._header, copy.copy(self.batchnorms), self.notes)
 
 
-def _update(seen: Any, value: Any) -> None:
+def _update(digest: Any, value: Any) -> None:
     """Feed a graph, tensor, array or plain value to a hash."""
     if isinstance(value, gs.Graph):
         for part in (value.opset, value.inputs, value.outputs, value.nodes):
-            _update(seen, part)
+            _update(digest, part)
     elif isinstance(value, gs.Node):
         for part in (value.op, value.name, value.domain, sorted(value.attrs.items()), value.inputs, value.outputs):
-            _update(seen, part)
+            _update(digest, part)
     elif isinstance(value, gs.Constant):
-        _update(seen, value.name)
-        _update(seen, value.values)
+        _update(digest, value.name)
+        _update(digest, value.values)
     elif isinstance(value, gs.Variable):
-        seen.update(f"{value.name} {value.dtype} {value.shape};".encode())
+        digest.update(f"{value.name} {value.dtype} {value.shape};".encode())
     elif isinstance(value, np.ndarray):
-        seen.update(f"{value.dtype}{value.shape}".encode())
-        seen.update(
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(
             np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
             if value.size and value.dtype != object
             else repr(value.tolist()).encode()
         )
     elif isinstance(value, (list, tuple)):
         for item in value:
-            _update(seen, item)
+            _update(digest, item)
     else:
-        seen.update(f"{value!r};".encode())
+        digest.update(f"{value!r};".encode())
 
 
-def _replace_reads(old: gs.Tensor, new: gs.Tensor) -> None:
+def replace_reads(old: gs.Tensor, new: gs.Tensor) -> None:
+    """Make all consumers of a tensor read another."""
     for consumer in list(old.outputs):
         for i, tensor in enumerate(consumer.inputs):
             if tensor is old:

@@ -14,12 +14,12 @@ _POINTWISE = {"Relu", "LeakyRelu", "Gelu", "Erf", "Tanh", "Sigmoid", "HardSwish"
 def flatten_matmul(graph: Graph) -> None:
     """MatMul + Add(bias) becomes Gemm, in two dimensions: [batch * tokens, channels].
 
-    onnxruntime has an integer Gemm with bias, but its integer MatMul has none, so the bias (and what follows it) would
-    run apart. Pointwise operators, residual adds and LayerNormalization behind such a Gemm stay in two dimensions as
-    well, which leaves few Reshapes. With more than one dynamic axis besides the channels the
-    shape back could not be written down: those MatMuls are left alone.
+    onnxruntime has an integer Gemm with bias, but no integer MatMul with bias, so the bias (and what follows it) would
+    run separately. Pointwise operators, residual adds and LayerNormalization behind such a Gemm stay in two dimensions as
+    well, which leaves few Reshapes. MatMuls with more than one dynamic axis besides the channels are left alone, since a
+    Reshape cannot restore their shape.
     """
-    flat: dict[str, gs.Tensor] = {}  # tensor name -> the same values in two dimensions
+    flat: dict[str, gs.Tensor] = {}  # tensor name -> its two-dimensional form
     for node in graph.nodes:
         if node.op == "MatMul":
             _matmul_to_gemm(graph, node, flat)
@@ -55,7 +55,7 @@ def _matmul_to_gemm(graph: Graph, node: gs.Node, flat: dict[str, gs.Tensor]) -> 
 
 
 def _stay_flat(graph: Graph, node: gs.Node, flat: dict[str, gs.Tensor]) -> None:
-    """Run a node that does not look across tokens on the two-dimensional form of its inputs."""
+    """Run a node that treats tokens independently on the two-dimensional form of its inputs."""
     if not any(t.name in flat for t in node.inputs) or _unflat_shape(node.outputs[0]) is None:
         return
     x, output = node.inputs[0], node.outputs[0]
@@ -87,6 +87,7 @@ def _stay_flat(graph: Graph, node: gs.Node, flat: dict[str, gs.Tensor]) -> None:
 
 
 def _flat(graph: Graph, tensor: gs.Tensor, flat: dict[str, gs.Tensor], before: gs.Node) -> gs.Tensor:
+    """The two-dimensional form of a tensor."""
     if isinstance(tensor, gs.Constant):
         return tensor
     if tensor.name not in flat:
@@ -104,7 +105,7 @@ def _unflatten(graph: Graph, two_d: gs.Tensor, output: gs.Tensor, flat: dict[str
 
 
 def _unflat_shape(tensor: gs.Tensor) -> list[int] | None:
-    """The target of a Reshape to the tensor's shape; None if more than one axis is dynamic."""
+    """The target of a Reshape back to the tensor's shape; None if more than one axis is dynamic."""
     if tensor.shape is None or len(tensor.shape) < 3 or not isinstance(tensor.shape[-1], int):
         return None
     shape = [n if isinstance(n, int) else -1 for n in tensor.shape]

@@ -1,4 +1,4 @@
-"""Functions that exporters write out in elementary operators become the one operator that runtimes know.
+"""Functions that exporters write out in elementary operators become one operator that runtimes know.
 
 GELU and HardSwish are recognised by value, LayerNormalization by its pattern.
 """
@@ -15,7 +15,7 @@ from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.spec import Array
 
 erf = np.vectorize(math.erf, otypes=[np.float64])
-_FUNCTIONS: dict[str, Callable[..., Array]] = {
+_NUMPY: dict[str, Callable[..., Array]] = {
     "Add": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,
@@ -49,9 +49,9 @@ def fuse_scalar_functions(graph: Graph) -> None:
         if anchor.op not in _ANCHORS or not anchor.outputs:
             continue
         for x, end in _regions(graph, anchor):
-            known = next((k for k in _KNOWN if k[2] <= graph.opset and _matches(end, x, grid, k[3])), None)
-            if known is not None:
-                op, attrs = known[:2]
+            match = next((k for k in _KNOWN if k[2] <= graph.opset and _matches(end, x, grid, k[3])), None)
+            if match is not None:
+                op, attrs = match[:2]
                 output = end.outputs[0]
                 end.outputs.clear()
                 graph.add_node(op, end.name, [x], [output], before=end, **attrs)
@@ -60,11 +60,11 @@ def fuse_scalar_functions(graph: Graph) -> None:
 
 
 def _regions(graph: Graph, anchor: gs.Node) -> Iterator[tuple[gs.Tensor, gs.Node]]:
-    """(start tensor, last node) of regions around `anchor` that could be x * f(x): smallest first."""
+    """(start tensor, last node) of regions around `anchor` that may be x * f(x), smallest first."""
     ends, node = [], anchor
     for _ in range(6):
         readers = node.outputs[0].outputs
-        if len(readers) != 1 or readers[0].op not in _FUNCTIONS or node.outputs[0] in graph._graph.outputs:
+        if len(readers) != 1 or readers[0].op not in _NUMPY or node.outputs[0] in graph._graph.outputs:
             break
         node = readers[0]
         if node.op in ("Mul", "Div"):
@@ -82,7 +82,7 @@ def _regions(graph: Graph, anchor: gs.Node) -> Iterator[tuple[gs.Tensor, gs.Node
 
 
 def _closed(graph: Graph, start: gs.Tensor, end: gs.Node) -> bool:
-    """True if `end` depends on `start` and scalar constants alone and nothing between is read elsewhere."""
+    """True if `end` depends on `start` and scalar constants alone and no value in between is read elsewhere."""
     region, todo, names = [end], [end], {end.name}
     while todo:
         for t in todo.pop().inputs:
@@ -92,7 +92,7 @@ def _closed(graph: Graph, start: gs.Tensor, end: gs.Node) -> bool:
                 if t.values.size != 1:
                     return False
                 continue
-            if not t.inputs or t.inputs[0].op not in (*_FUNCTIONS, "HardSigmoid") or len(region) > 12:
+            if not t.inputs or t.inputs[0].op not in (*_NUMPY, "HardSigmoid") or len(region) > 12:
                 return False
             if t.inputs[0].name not in names:
                 names.add(t.inputs[0].name)
@@ -105,6 +105,8 @@ def _closed(graph: Graph, start: gs.Tensor, end: gs.Node) -> bool:
 
 
 def _matches(end: gs.Node, start: gs.Tensor, grid: Array, function: Callable[[Array], Array]) -> bool:
+    """True if the region from `start` to `end` computes `function` on a grid of inputs."""
+
     def value(t: gs.Tensor) -> Array:
         if t is start:
             return grid
@@ -114,11 +116,11 @@ def _matches(end: gs.Node, start: gs.Tensor, grid: Array, function: Callable[[Ar
         if node.op == "HardSigmoid":
             alpha, beta = node.attrs.get("alpha", 0.2), node.attrs.get("beta", 0.5)
             return np.asarray(np.clip(alpha * value(node.inputs[0]) + beta, 0, 1))
-        return np.asarray(_FUNCTIONS[node.op](*(value(i) for i in node.inputs if not i.is_empty())))
+        return np.asarray(_NUMPY[node.op](*(value(i) for i in node.inputs if not i.is_empty())))
 
     with np.errstate(all="ignore"):
-        found, wanted = value(end.outputs[0]), function(grid)
-    return found.shape == wanted.shape and bool(np.allclose(found, wanted, rtol=1e-5, atol=1e-6))
+        region, expected = value(end.outputs[0]), function(grid)
+    return region.shape == expected.shape and bool(np.allclose(region, expected, rtol=1e-5, atol=1e-6))
 
 
 def fuse_layernorm(graph: Graph) -> None:
@@ -126,10 +128,10 @@ def fuse_layernorm(graph: Graph) -> None:
     for root in graph.nodes:
         if root.op != "Sqrt" or graph.opset < 17:
             continue
-        plus = _made_by(root.inputs[0], "Add")
+        plus = _producer(root.inputs[0], "Add")
         variance, epsilon = variable_and_constant(plus) if plus else (None, None)
         square = _mean_of(variance)
-        power = _made_by(square, "Pow") or _made_by(square, "Mul")
+        power = _producer(square, "Pow") or _producer(square, "Mul")
         if power is None or epsilon is None or epsilon.values.size != 1:
             continue
         two: gs.Tensor = power.inputs[1]
@@ -175,13 +177,14 @@ def fuse_layernorm(graph: Graph) -> None:
     graph.tidy()
 
 
-def _made_by(tensor: gs.Tensor | None, op: str) -> gs.Node | None:
+def _producer(tensor: gs.Tensor | None, op: str) -> gs.Node | None:
+    """The operator that computes a tensor, if it is of that kind."""
     return tensor.inputs[0] if tensor is not None and tensor.inputs and tensor.inputs[0].op == op else None
 
 
 def _mean_of(tensor: gs.Tensor | None) -> gs.Tensor | None:
-    """What `tensor` is the mean of, if that is over the last axis alone and keeps it."""
-    node = _made_by(tensor, "ReduceMean")
+    """x, if `tensor` is the mean of x over the last axis alone, which is kept."""
+    node = _producer(tensor, "ReduceMean")
     if node is None or not node.attrs.get("keepdims", 1):
         return None
     axes = node.attrs.get("axes")
@@ -193,11 +196,12 @@ def _mean_of(tensor: gs.Tensor | None) -> gs.Tensor | None:
 
 def _centred(tensor: gs.Tensor) -> gs.Tensor | None:
     """x, if `tensor` is x - mean(x)."""
-    node = _made_by(tensor, "Sub")
+    node = _producer(tensor, "Sub")
     return node.inputs[0] if node is not None and _mean_of(node.inputs[1]) is node.inputs[0] else None
 
 
 def variable_and_constant(node: gs.Node) -> tuple[gs.Tensor | None, gs.Constant | None]:
+    """The variable and the constant operand of a binary operator, in either order; (None, None) unless it has both."""
     a, b = (*node.inputs, None, None)[:2]
     if isinstance(a, gs.Constant):
         a, b = b, a

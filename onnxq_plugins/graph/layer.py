@@ -27,7 +27,7 @@ class BatchNorm:
 class Layer:
     """One linear operator with a constant weight.
 
-    weight, bias   names of its constants (each owned by this layer alone, law L7); bias is None where there is none
+    weight, bias   names of its constants (each owned by this layer alone, law L7); bias is None if it has none
     output         the operator's own output; `result` is the output of the Relu or Clip behind it, if that is the
                    only consumer, else `output`
     shape          shape of the weight: Conv [OC, IC/groups, *kernel], ConvTranspose [IC, OC/groups, *kernel],
@@ -64,7 +64,7 @@ class Layer:
 
     @property
     def takes_bias(self) -> bool:
-        """True if the operator has, or could have, a bias: a correction can be added to it."""
+        """True if the operator can have a bias, to which a correction can be added."""
         return self.op != "MatMul"
 
     @property

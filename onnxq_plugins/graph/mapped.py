@@ -6,6 +6,8 @@ import math
 import mmap
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -17,10 +19,10 @@ from onnxq_plugins.spec import Array
 
 
 class MappedWeights:
-    """Large float32 weights of external data, by name, where they lie: arrays on the mapped files, read when they are looked
-    at. `release` gives the memory of what was read back; so a model may be larger than memory."""
+    """Large float32 weights of external data, by name: arrays on memory-mapped files, read when they are used. Pages that
+    are used within `reading` leave memory at its end."""
 
-    least = 2**20  # bytes of a weight that is worth it
+    least = 2**20  # bytes of the smallest weight that is mapped
 
     def __init__(self) -> None:
         self.arrays: dict[str, Array] = {}
@@ -28,8 +30,8 @@ class MappedWeights:
         self._scratch: IO[bytes] | None = None
 
     def take(self, tensor: onnx.TensorProto, folder: Path) -> bool:
-        """Map a tensor's data; False if it is small, no float32, or not as it should be. The file must be there."""
-        told = {e.key: e.value for e in tensor.external_data}
+        """Map a tensor's data; False if it is small, not float32, or its entries do not fit. The file must exist."""
+        entries = {e.key: e.value for e in tensor.external_data}
         count = math.prod(tensor.dims)
         if (
             tensor.data_location != onnx.TensorProto.EXTERNAL
@@ -39,11 +41,11 @@ class MappedWeights:
             or min(tensor.dims, default=0) < 1
         ):
             return False
-        file, first = (folder / told["location"]).resolve(), int(told.get("offset") or 0)
+        file, first = (folder / entries["location"]).resolve(), int(entries.get("offset") or 0)
         if (
             first < 0
             or first % 4
-            or int(told.get("length") or 4 * count) != 4 * count
+            or int(entries.get("length") or 4 * count) != 4 * count
             or (first + 4 * count > file.stat().st_size)
         ):
             return False
@@ -58,19 +60,27 @@ class MappedWeights:
         return sum(array.nbytes for array in self.arrays.values())
 
     def keep(self, array: Array) -> Array:
-        """The same values, for reading only, in a temporary file: what is made of all weights need not fit memory."""
-        self._scratch = self._scratch or tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the graph
+        """The same values, read-only, in a temporary file: results as large as all weights need not fit memory."""
+        self._scratch = self._scratch or tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the graph exists
         page = mmap.ALLOCATIONGRANULARITY
         first = -(-self._scratch.seek(0, 2) // page) * page
         self._scratch.seek(first)
         self._scratch.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._scratch.flush()
-        kept = mmap.mmap(self._scratch.fileno(), array.nbytes, access=mmap.ACCESS_READ, offset=first)
-        self._files[Path(f"{first}")] = kept
-        return np.frombuffer(kept, array.dtype).reshape(array.shape)
+        copy = mmap.mmap(self._scratch.fileno(), array.nbytes, access=mmap.ACCESS_READ, offset=first)
+        self._files[Path(f"{first}")] = copy
+        return np.frombuffer(copy, array.dtype).reshape(array.shape)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Release the memory of all weights when the block ends."""
+        try:
+            yield
+        finally:
+            self.release()
 
     def release(self) -> None:
-        """Give back the memory of what was read; it is read again when it is looked at."""
+        """Release the memory of all weights; they are read from their files again when used."""
         for file in self._files.values():
             if hasattr(mmap, "MADV_DONTNEED"):
                 file.madvise(mmap.MADV_DONTNEED)
