@@ -1,4 +1,4 @@
-"""Labels: what is known of each sample."""
+"""Labels of samples."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from onnxq_plugins.spec import Array
 
 
 def load_labels(path: str) -> Array | None:
-    """Labels along the first axis, of an .npy file or of a text file with a number a line; None for no path."""
+    """Labels along the first axis, from an .npy file or from a text file with one number a line; None for no path. Raises
+    OnnxqError if they cannot be read."""
     if not path:
         return None
     if not Path(path).exists():
-        raise OnnxqError(f"labels '{path}' do not exist; give an .npy file, or a text file with a whole number a line.")
+        raise OnnxqError(f"labels '{path}' do not exist; give an .npy file, or a text file with one integer a line.")
     try:
         with warnings.catch_warnings(action="ignore"):  # numpy warns of empty files
             labels: Array = (
@@ -25,28 +26,28 @@ def load_labels(path: str) -> Array | None:
                 else np.loadtxt(path, dtype=np.int64, ndmin=1)
             )
         if not labels.ndim:
-            raise ValueError("one number only")
+            raise ValueError("a single number")
         if not labels.size:
-            raise ValueError("no number")
+            raise ValueError("empty")
         return labels
-    except Exception as error:  # as in `_load_numpy`
+    except Exception as error:  # numpy and zipfile raise their own
         raise OnnxqError(
-            f"labels '{path}' are not a readable .npy file or text file with a whole number a line ({reason(error)})."
+            f"labels '{path}' are not a readable .npy file or text file with one integer a line ({reason(error)})."
         ) from error
 
 
-def one_label_each(labels: Array | None, samples: int, where: str) -> Array | None:
-    """The labels, if there is one for each sample."""
+def check_labels(labels: Array | None, samples: int, where: str) -> Array | None:
+    """The labels. Raises OnnxqError unless there is one for each sample."""
     if labels is not None and (not labels.ndim or len(labels) != samples):
         raise OnnxqError(
-            f"{where} has {samples} samples and {len(labels) if labels.ndim else 1} labels; give one label a sample."
+            f"{where} has {samples} samples and {len(labels) if labels.ndim else 1} labels; give one label per sample."
         )
     return labels
 
 
 def reason(error: Exception) -> str:
-    """What numpy says of a file; its advice to allow pickles, which run code, is left out."""
+    """Why numpy cannot read a file, without its advice to allow pickles, which run code."""
     text = " ".join(str(error).split())
     if "pickle" in text.lower():
-        return "it holds Python objects" if text.startswith("Object arrays") else "it is not in numpy's format"
+        return "it contains Python objects" if text.startswith("Object arrays") else "it is not in numpy's format"
     return text[:120].rstrip(".")

@@ -1,4 +1,4 @@
-"""How files become samples."""
+"""Options for reading samples from files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class DataOptions:
     """How files become samples; the ``[data]`` table of a recipe and the options of the command line.
 
     path       an .npz or .npy file or a folder of images
-    samples    use that many, spread evenly over the source; 0 for all
+    samples    number of samples to use, spread evenly over the source; 0 for all
     resize     images: shorter side in pixels after resizing, 0 for none
     crop       images: side of the square cut from the middle, 0 for none
     mean, std  images: of RGB / 255, one value or three
-    layout     images: ``nchw`` or ``nhwc``; "" reads it off the model's input
-    labels     an .npy file, or a text file of numbers: one label a sample of the source, in its order. An .npz file may hold
-               them itself, under the name ``labels``
+    layout     images: ``nchw`` or ``nhwc``; "" infers it from the model's input
+    labels     an .npy file, or a text file of numbers: one label for each sample of the source, in its order. An .npz file
+               may contain them itself, under the name ``labels``
     """
 
     path: str = ""

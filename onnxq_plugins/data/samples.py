@@ -1,4 +1,4 @@
-"""Data: a re-iterable of checked one-sample feeds."""
+"""Data: the samples for a model, as checked feeds."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from onnxq_plugins.data.inputs import Input, fit, names
-from onnxq_plugins.data.labels import one_label_each
+from onnxq_plugins.data.inputs import Input, fit, quoted
+from onnxq_plugins.data.labels import check_labels
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
 
-_FEW = 8  # samples below which their number is remarked
+_FEW = 8  # fewer samples than this are worth a warning
 
 
 class Data:
-    """Samples for a model: iterate as often as you like, each item one checked feed (batch 1, or the model's own
-    batch size where that is fixed).
+    """Samples for a model. Iterate as often as you like; each item is one checked feed (batch 1, or the model's own batch
+    size if that is fixed).
 
-    labels   what is known of each sample, along the first axis, or None
+    inputs    the model's inputs
+    samples   a function that starts a new iteration over feeds
+    where     the source, for messages
+    size      number of samples; None if unknown
+    labels    one label per sample, along the first axis, or None
 
-    Raises OnnxqError while iterating when a sample has NaN or Inf, a wrong name, shape or dtype, or there is none.
+    Iterating raises OnnxqError when a sample has NaN or Inf, a wrong name, shape or dtype, and when there is none.
     """
 
     def __init__(
@@ -34,69 +38,70 @@ class Data:
         labels: Array | None = None,
     ) -> None:
         self.inputs, self._samples, self.where, self.size, self.labels = list(inputs), samples, where, size, labels
-        self.notes: tuple[str, ...] = ()  # what the user may want to know about how the source was read
+        self.notes: tuple[str, ...] = ()  # about how the source was read, for the user
         self._digest = ""
 
     def __iter__(self) -> Iterator[dict[str, Array]]:
-        fixed = self._fixed
-        one = (self._checked(feed, number) for number, feed in enumerate(self._samples()))
+        size = self._fixed
+        singles = (self._checked(feed, number) for number, feed in enumerate(self._samples()))
         empty = True
-        for feed in one if fixed is None else self._batches(one, fixed):
+        for feed in singles if size is None else self._batches(singles, size):
             empty = False
             yield feed
         if empty:
-            raise OnnxqError(f"{self.where} holds no sample; give at least one.")
+            raise OnnxqError(f"{self.where} has no sample; give at least one.")
 
     def remarks(self) -> list[str]:
-        """What the user may want to know about the samples, seen from the first eight. Raises OnnxqError as iterating
-        does."""
+        """`notes`, and warnings that follow from the first eight samples. Raises OnnxqError as iterating does."""
         first = [self._checked(feed, n) for n, feed in enumerate(itertools.islice(self._samples(), _FEW))]
-        found = list(self.notes)
+        remarks = list(self.notes)
         if 0 < len(first) < _FEW:
-            found.append(
-                f"{self.where} holds {len(first)} sample{'s' * (len(first) > 1)} only, which all ranges and codes "
-                "will rest on; give 32 or more"
+            remarks.append(
+                f"{self.where} has only {len(first)} sample{'s' * (len(first) > 1)}, on which all ranges and codes will "
+                "depend; give 32 or more"
             )
         alike = len(first) > 1 and all(np.array_equal(first[0][name], x) for feed in first for name, x in feed.items())
         flat = all((x == x.flat[0]).all() for feed in first for x in feed.values() if x.size)
         large = any(x.size > 1 for feed in first for x in feed.values())
         if alike or (flat and large):
-            found.append(
+            remarks.append(
                 f"the first samples of {self.where} are "
-                + ("all equal" if alike else "one value everywhere")
+                + ("all equal" if alike else "constant")
                 + "; calibrate on inputs as the model will see them"
             )
-        return found
+        return remarks
 
     def spread(self, count: int) -> list[dict[str, Array]]:
-        """So many feeds spread evenly, or all where there are fewer; no more are held."""
-        chosen = set(spread(self._feeds(), count))
-        return [feed for n, feed in enumerate(self) if n in chosen]
+        """`count` feeds, spread evenly, or all if there are fewer; no more are in memory."""
+        numbers = set(spread(self._feeds(), count))
+        return [feed for n, feed in enumerate(self) if n in numbers]
 
     def spread_labels(self, count: int) -> list[Array] | None:
-        """The labels of the feeds that `spread` gives, one array [batch, ...] each; None if there are none. Raises
+        """The labels of the feeds that `spread` returns, one array [batch, ...] each; None if there are no labels. Raises
         OnnxqError if there are more or fewer labels than samples."""
         if self.labels is None:
             return None
-        size = self._fixed or 1
-        samples = self.size or sum(1 for _ in self._samples())
-        one_label_each(self.labels, samples, self.where)
+        size, samples = self._fixed or 1, self._count()
+        check_labels(self.labels, samples, self.where)
         at = [np.arange(first, min(first + size, samples)) for first in range(0, samples, size)]
         return [self.labels[np.resize(at[n], size)] for n in spread(self._feeds(), count)]
 
     @property
     def _fixed(self) -> int | None:
-        """The batch size that the model insists on, if that is not 1."""
+        """The model's fixed batch size, if that is not 1."""
         return next((i.batch for i in self.inputs if i.batch not in (None, 1)), None)
 
-    def _feeds(self) -> int:
-        """How many feeds there are."""
-        samples = self.size or sum(1 for _ in self._samples())
-        return -(-samples // (self._fixed or 1))
+    def _count(self) -> int:
+        """Number of samples."""
+        return self.size or sum(1 for _ in self._samples())
 
-    def _batches(self, one: Iterator[dict[str, Array]], size: int) -> Iterator[dict[str, Array]]:
-        """Groups of `size` samples; the last group is filled up with its own first samples."""
-        while chunk := list(itertools.islice(one, size)):
+    def _feeds(self) -> int:
+        """Number of feeds."""
+        return -(-self._count() // (self._fixed or 1))
+
+    def _batches(self, singles: Iterator[dict[str, Array]], size: int) -> Iterator[dict[str, Array]]:
+        """Batches of `size` samples; the last one is completed with its own first samples."""
+        while chunk := list(itertools.islice(singles, size)):
             full = [chunk[i % len(chunk)] for i in range(size)]
             yield {
                 i.name: np.concatenate([f[i.name] for f in full]) if i.batch == size else full[0][i.name]
@@ -106,32 +111,32 @@ class Data:
     def digest(self) -> str:
         """A fingerprint of all samples; reads them once."""
         if not self._digest:
-            seen = hashlib.blake2b(digest_size=16)
+            digest = hashlib.blake2b(digest_size=16)
             for feed in self:
                 for name in sorted(feed):
-                    seen.update(f"{name}{feed[name].shape}{feed[name].dtype}".encode())
-                    seen.update(np.ascontiguousarray(feed[name]).tobytes())
-            self._digest = seen.hexdigest()
+                    digest.update(f"{name}{feed[name].shape}{feed[name].dtype}".encode())
+                    digest.update(np.ascontiguousarray(feed[name]).tobytes())
+            self._digest = digest.hexdigest()
         return self._digest
 
     def _checked(self, feed: Mapping[str, Array], number: int) -> dict[str, Array]:
-        wanted = {i.name for i in self.inputs}
+        names = {i.name for i in self.inputs}
         if not isinstance(feed, Mapping):
             raise OnnxqError(
                 f"{self.where}, sample {number}: expected a mapping from input name to array, got {type(feed).__name__}."
             )
-        if missing := wanted - set(feed):
-            unknown = sorted(set(feed) - wanted)
+        if missing := names - set(feed):
+            unknown = sorted(set(feed) - names)
             raise OnnxqError(
-                f"{self.where}, sample {number}: no array for the model's input {names(missing)}"
-                + (f" (it has {names(unknown)})" if unknown else "")
+                f"{self.where}, sample {number}: no array for the model's input {quoted(missing)}"
+                + (f" (it has {quoted(unknown)})" if unknown else "")
                 + "; name the arrays after the inputs."
             )
         return {i.name: fit(np.asarray(feed[i.name]), i, f"{self.where}, sample {number}") for i in self.inputs}
 
 
-def spread(total: int, wanted: int) -> list[int]:
-    """`wanted` numbers spread evenly over range(total): files are often sorted by class."""
-    if wanted <= 0 or wanted >= total:
+def spread(total: int, count: int) -> list[int]:
+    """`count` numbers spread evenly over range(total), since files are often sorted by class; all for 0."""
+    if count <= 0 or count >= total:
         return list(range(total))
-    return [n * total // wanted for n in range(wanted)]
+    return [n * total // count for n in range(count)]

@@ -1,4 +1,4 @@
-"""Sample inputs for calibration and comparison: any source becomes Data."""
+"""Sample inputs from any source, for calibration and comparison."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxq_plugins.data.images import image_samples
-from onnxq_plugins.data.inputs import Input, names
-from onnxq_plugins.data.labels import load_labels, one_label_each, reason
+from onnxq_plugins.data.images import open_images
+from onnxq_plugins.data.inputs import Input, quoted
+from onnxq_plugins.data.labels import check_labels, load_labels, reason
 from onnxq_plugins.data.options import DataOptions
 from onnxq_plugins.data.samples import Data, spread
 from onnxq_plugins.errors import OnnxqError
@@ -24,42 +24,42 @@ Source = Any  # str | Path | ndarray | mapping of arrays | iterable of feeds | C
 def open_data(
     source: Source, inputs: Sequence[Input], options: DataOptions | None = None, labels: str | Path | Array | None = None
 ) -> Data:
-    """Make Data of a source.
+    """Open a source as Data.
 
-    source   Data, taken as it is; path of an .npz or .npy file (arrays named after the inputs, first axis = samples; a
+    source   Data, returned unchanged; path of an .npz or .npy file (arrays named after the inputs, first axis = samples; a
              single array serves a single input), folder of images, ``package.module:callable`` that returns any of the
              others, array, mapping of arrays, iterable of feeds (mappings from input name to array with a batch axis), or an
              onnxruntime CalibrationDataReader. Iterators and readers without `rewind` are read into memory.
 
-    labels   one a sample of the source: an array, or a file as in `DataOptions`, which it overrides
+    labels   one for each sample of the source: an array, or a file as in `DataOptions`, which it overrides
 
     Raises OnnxqError if the source cannot be read or does not fit the inputs.
     """
     if isinstance(source, Data):
         return source
     options = options or DataOptions()
-    known = labels if isinstance(labels, np.ndarray) else load_labels(str(labels or options.labels))
+    labels = labels if isinstance(labels, np.ndarray) else load_labels(str(labels or options.labels))
     if isinstance(source, (str, Path)):
         path = Path(source)
-        if isinstance(source, str) and not path.exists() and ":" in source:  # never a Path, such as a recipe's
-            return open_data(_call(source), inputs, options, known)
+        if isinstance(source, str) and not path.exists() and ":" in source:  # a Path, such as a recipe's, is never code
+            return open_data(_call(source), inputs, options, labels)
         if not path.exists():
             raise OnnxqError(
                 f"data '{source}' does not exist; give an .npz or .npy file, a folder of images or package.module:callable."
             )
         if path.is_dir():
-            return image_samples(path, inputs, options, known)
-        return _arrays(_load_numpy(path), inputs, options, known, f"'{path}'")
+            return open_images(path, inputs, options, labels)
+        return _arrays(_load_numpy(path), inputs, options, labels, f"'{path}'")
     if isinstance(source, np.ndarray):
-        return _arrays({"": source}, inputs, options, known, "the data")
+        return _arrays({"": source}, inputs, options, labels, "the data")
     if isinstance(source, Mapping):
-        return _arrays(source, inputs, options, known, "the data")
+        return _arrays(source, inputs, options, labels, "the data")
     if hasattr(source, "get_next"):
-        return _feeds(_reader(source), inputs, options, known)
+        return _feeds(_reader(source), inputs, options, labels)
     if isinstance(source, Iterable):
-        return _feeds(source, inputs, options, known)
+        return _feeds(source, inputs, options, labels)
     raise OnnxqError(
-        f"data of type {type(source).__name__} is not understood; give a path, arrays, an iterable of "
+        f"data of type {type(source).__name__} is not supported; give a path, arrays, an iterable of "
         "feeds or a CalibrationDataReader."
     )
 
@@ -67,8 +67,8 @@ def open_data(
 def _call(name: str) -> Source:
     module, _, attribute = name.partition(":")
     try:
-        made: Source = getattr(importlib.import_module(module), attribute)()
-        return made
+        source: Source = getattr(importlib.import_module(module), attribute)()
+        return source
     except Exception as error:  # the user's own code: any error is theirs
         raise OnnxqError(f"data '{name}' failed: {type(error).__name__}: {' '.join(str(error).split())}.") from error
 
@@ -95,34 +95,31 @@ def _arrays(
         arrays = {inputs[0].name: next(iter(arrays.values()))}
     if missing := {i.name for i in inputs} - set(arrays):
         raise OnnxqError(
-            f"{where} has no array for the model's input {names(missing)}; it has "
-            f"{names(arrays) or 'none'}. Name the arrays after the inputs."
+            f"{where} has no array for the model's input {quoted(missing)}; it has "
+            f"{quoted(arrays) or 'none'}. Name the arrays after the inputs."
         )
-    chosen = {i.name: np.asarray(arrays[i.name]) for i in inputs}
-    images = [
+    used = {i.name: np.asarray(arrays[i.name]) for i in inputs}
+    image_options = [
         name for name in ("resize", "crop", "mean", "std", "layout") if getattr(options, name) != getattr(DataOptions, name)
     ]
-    counts = {name: len(a) if a.ndim else 0 for name, a in chosen.items()}
+    counts = {name: len(a) if a.ndim else 0 for name, a in used.items()}
     if len(set(counts.values())) > 1:
         raise OnnxqError(f"{where}: the arrays differ in their number of samples (first axis): {counts}.")
     total = next(iter(counts.values()), 0)
     if not total:
         raise OnnxqError(f"{where} is empty; give at least one sample along the first axis.")
-    picked = spread(total, options.samples)
-    labels = one_label_each(labels, total, where)
+    numbers = spread(total, options.samples)
+    labels = check_labels(labels, total, where)
 
     def samples() -> Iterator[Mapping[str, Array]]:
-        for n in picked:
-            yield {
-                i.name: chosen[i.name][n : n + 1] if chosen[i.name].ndim == len(i.shape) else chosen[i.name][n]
-                for i in inputs
-            }
+        for n in numbers:
+            yield {i.name: used[i.name][n : n + 1] if used[i.name].ndim == len(i.shape) else used[i.name][n] for i in inputs}
 
-    made = Data(inputs, samples, where, len(picked), None if labels is None else labels[picked])
-    if images:
-        named = ", ".join(f"--{name}" for name in images)
-        made.notes = (f"{named} apply to folders of images only; {where} is used as it is",)
-    return made
+    data = Data(inputs, samples, where, len(numbers), None if labels is None else labels[numbers])
+    if image_options:
+        listed = ", ".join(f"--{name}" for name in image_options)
+        data.notes = (f"{listed} apply to folders of images only; {where} is used unchanged",)
+    return data
 
 
 def _reader(reader: Any) -> Iterable[Mapping[str, Array]]:
@@ -130,26 +127,26 @@ def _reader(reader: Any) -> Iterable[Mapping[str, Array]]:
     if not hasattr(reader, "rewind"):
         return list(iter(reader.get_next, None))
 
-    class Again:
+    class Rewound:
         def __iter__(self) -> Iterator[Mapping[str, Array]]:
             reader.rewind()
             return iter(reader.get_next, None)
 
-    return Again()
+    return Rewound()
 
 
 def _feeds(source: Iterable[Any], inputs: Sequence[Input], options: DataOptions, labels: Array | None) -> Data:
     feeds: Iterable[Any] = list(source) if iter(source) is source else source
 
     def samples() -> Iterator[Mapping[str, Array]]:
-        made = (sample for feed in feeds for sample in _unbatch(feed, inputs))
-        return itertools.islice(made, options.samples or None)
+        singles = (sample for feed in feeds for sample in _unbatch(feed, inputs))
+        return itertools.islice(singles, options.samples or None)
 
     return Data(inputs, samples, "the data", labels=labels if labels is None else labels[: options.samples or None])
 
 
 def _unbatch(feed: Any, inputs: Sequence[Input]) -> Iterator[Any]:
-    """One feed with a batch of several samples as several feeds."""
+    """Split a feed with a batch of several samples into single samples."""
     if isinstance(feed, np.ndarray) and len(inputs) == 1:
         feed = {inputs[0].name: feed}
     if not isinstance(feed, Mapping):

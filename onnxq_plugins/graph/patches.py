@@ -50,7 +50,7 @@ def output_columns(layer: Layer, y: Array, positions: int, sample: int = 0) -> A
 
 
 def split(columns: Array, limit: int) -> Array:
-    """Columns [g, D, P] with D above `limit` as [g * n, B, P], padded with zeros, with B at most a quarter of the limit: their
+    """Columns [g, D, P] with D above `limit` as [g * n, B, P], padded with zeros, B at most a quarter of it: their
     Gram matrices are the n blocks on the diagonal of the whole ones."""
     groups, size, count = columns.shape
     pieces = blocks(size, limit)

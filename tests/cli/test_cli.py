@@ -145,7 +145,7 @@ def pickled_data():
     return []
 
 
-@bad("holds no image", ".png")
+@bad("has no image", ".png")
 def empty_folder():
     Path("pictures").mkdir()
     return ["--data", "pictures"]
@@ -197,8 +197,8 @@ def bad_callable(name: str, body: str, *phrases: str, attribute: str = "make") -
 
 bad_callable("raises", "raise RuntimeError('disk\\non fire')", "'data_raises:make' failed", "RuntimeError: disk on fire")
 bad_callable("missing", "pass", "failed", "AttributeError", attribute="nothing")
-bad_callable("none", "return None", "NoneType", "is not understood")
-bad_callable("empty", "return iter(())", "holds no sample")
+bad_callable("none", "return None", "NoneType", "is not supported")
+bad_callable("empty", "return iter(())", "has no sample")
 bad_callable("list", "return [[1, 2]]", "expected a mapping from input name to array, got list")
 bad_callable("feeds", "return [{'y': 1}]", "no array for the model's input 'x'", "'y'")
 
@@ -978,7 +978,7 @@ def test_several_inputs():
 
 @pytest.mark.parametrize("source", [None, 5, object()])
 def test_what_is_no_data(source):
-    with pytest.raises(OnnxqError, match="is not understood"):
+    with pytest.raises(OnnxqError, match="is not supported"):
         open_data(source, [X])
 
 
