@@ -293,7 +293,7 @@ def _integers(graph: Graph, target: Input, declared: Range | None) -> tuple[int,
     """Lowest and highest integer, as declared or as the rows of the table they pick from, and the origin in words."""
     rows = min(_tables(graph, target.name), default=0)
     if declared is None:
-        return (0, rows - 1, f"integers from 0 to {rows - 1}, the rows of the table they pick from") if rows else None
+        return (0, rows - 1, f"whole numbers from 0 to {rows - 1}, the rows of the table they pick from") if rows else None
     low, high = int(np.ceil(declared[0][0])), int(np.floor(declared[1][0]))
     lowest, highest = (
         (0, 1) if target.dtype.kind == "b" else (int(v) for v in (np.iinfo(target.dtype).min, np.iinfo(target.dtype).max))
@@ -303,11 +303,11 @@ def _integers(graph: Graph, target: Input, declared: Range | None) -> tuple[int,
     if low > high or low < lowest or high > highest:
         raise OnnxqError(
             f"data-free: the range declared for input '{target.name}' ({target.dtype}), {low} to {high}, must "
-            f"contain integers between {lowest} and {highest}"
+            f"be whole numbers between {lowest} and {highest}"
             + (f", since they pick rows of a table of {rows}" if rows else "")
             + "; declare another."
         )
-    return low, high, f"integers from {low} to {high}, as declared"
+    return low, high, f"whole numbers from {low} to {high}, as declared"
 
 
 def _tables(graph: Graph, name: str) -> list[int]:

@@ -17,7 +17,7 @@ def load_labels(path: str) -> Array | None:
     if not path:
         return None
     if not Path(path).exists():
-        raise OnnxqError(f"labels '{path}' do not exist; give an .npy file, or a text file with one integer a line.")
+        raise OnnxqError(f"labels '{path}' do not exist; give an .npy file, or a text file with one whole number a line.")
     try:
         with warnings.catch_warnings(action="ignore"):  # numpy warns of empty files
             labels: Array = (
@@ -32,7 +32,7 @@ def load_labels(path: str) -> Array | None:
         return labels
     except Exception as error:  # numpy and zipfile raise their own
         raise OnnxqError(
-            f"labels '{path}' are not a readable .npy file or text file with one integer a line ({reason(error)})."
+            f"labels '{path}' are not a readable .npy file or text file with one whole number a line ({reason(error)})."
         ) from error
 
 
