@@ -1,18 +1,19 @@
-"""Independent calls side by side, in threads or wherever `joblib.parallel_config` runs them, such as a Dask cluster; and how
+"""Independent calls in parallel, in threads or wherever `joblib.parallel_config` runs them, such as a Dask cluster; and how
 long loops show their progress."""
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 Track = Callable[[Iterable[Any], str, int | None], Iterable[Any]]  # (items, what, how many) -> the same items
-_TRIES = 3  # how often in a row workers may be lost before any call has ended
+_TRIES = 3  # times in a row that workers may be lost before any call completes
 
 
 def silent(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
@@ -25,51 +26,53 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_turn(calls: Iterable[Callable[[], R]], workers: int, keep: Callable[[int, R], None] | None = None) -> Iterator[R]:
-    """The results of some calls, in their order.
+def run_all(
+    calls: Iterable[Callable[[], R]], workers: int, on_result: Callable[[int, R], None] | None = None
+) -> Iterator[R]:
+    """Run calls in parallel; their results in the order of the calls.
 
-    calls     functions without arguments, made when they are needed; what `functools.partial` makes of a module's function
-              and plain values can go to other processes and machines
-    workers   calls at the same time, in threads; a configured backend has its own number
-    keep      called with number and result as soon as a result is there, whatever its turn
+    calls       functions without arguments, taken when a worker is free; a `functools.partial` of a module's function and
+                plain values can be sent to other processes and machines
+    workers     threads; a configured backend has its own number
+    on_result   called with number and result as soon as a result arrives, in any order
 
-    When a cluster loses a worker, and with it calls or data that were sent there, the calls without a result are made again.
+    When a cluster loses a worker, and with it calls or data that were sent there, the calls without a result run again.
     """
-    ready: dict[int, R] = {}
-    turn = 0
+    results: dict[int, R] = {}
+    following = 0
     for number, result in _completed(calls, workers):
-        if keep is not None:
-            keep(number, result)
-        ready[number] = result
-        while turn in ready:
-            yield ready.pop(turn)
-            turn += 1
+        if on_result is not None:
+            on_result(number, result)
+        results[number] = result
+        while following in results:
+            yield results.pop(following)
+            following += 1
 
 
 def _completed(calls: Iterable[Callable[[], R]], workers: int) -> Iterator[tuple[int, R]]:
-    """Number and result of each call, as they come."""
+    """Number and result of each call, in order of completion."""
     from joblib import Parallel, delayed
 
     fresh = enumerate(calls)
     pending: dict[int, Callable[[], R]] = {}
 
-    def tasks(again: list[tuple[int, Callable[[], R]]]) -> Iterator[object]:
-        for number, call in again:
+    def tasks(unfinished: list[tuple[int, Callable[[], R]]]) -> Iterator[object]:
+        for number, call in unfinished:
             yield _task(number, call)
         for number, call in fresh:
             pending[number] = call
             yield _task(number, call)
 
     def _task(number: int, call: Callable[[], R]) -> object:
-        if isinstance(call, partial):  # arguments of their own, so that joblib sees what is large and the same for all
+        if isinstance(call, partial):  # passed one by one, so that joblib recognises large arguments that calls share
             return delayed(_numbered)(number, call.func, *call.args, **call.keywords)
         return delayed(_numbered)(number, call)
 
     tries = 0
     while True:
         try:
-            spread = Parallel(n_jobs=workers, prefer="threads", return_as="generator_unordered")
-            for number, result in spread(tasks(list(pending.items()))):
+            parallel = Parallel(n_jobs=workers, prefer="threads", return_as="generator_unordered")
+            for number, result in parallel(tasks(list(pending.items()))):
                 del pending[number]
                 tries = 0
                 yield number, result
@@ -82,3 +85,21 @@ def _completed(calls: Iterable[Callable[[], R]], workers: int) -> Iterator[tuple
 
 def _numbered(number: int, call: Callable[..., R], *args: object, **more: object) -> tuple[int, R]:
     return number, call(*args, **more)
+
+
+def map_threads(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """The results of `work` in the order of the items, by `workers` threads and with at most workers + 1 items in progress.
+
+    Always in this process, unlike `run_all`: for work on a session, which releases the interpreter while it runs and cannot
+    be pickled."""
+    if workers == 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) > workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -448,7 +448,7 @@ def test_any_labels_file_is_read_or_told(tmp_path_factory: pytest.TempPathFactor
 
 def test_empty_labels_are_told(tmp_path: Path) -> None:
     (tmp_path / "l.txt").touch()
-    with pytest.raises(OnnxqError, match=r"labels.*no number"):
+    with pytest.raises(OnnxqError, match=r"labels.*empty"):
         open_data(np.zeros((2, 4), np.float32), INPUTS, labels=tmp_path / "l.txt")
 
 

@@ -1,18 +1,16 @@
-"""Statistics of activations, asked for on demand and computed in as few runs over the data as possible.
+"""Statistics of activations, computed on demand in as few runs over the data as possible.
 
 Ranges and moments are reduced inside the graph; histograms and Gram matrices fetch activations, one sample at a time.
 Nothing holds more than a few samples' activations (batch 1 is fastest and leanest). Every statistic is a
 fold over samples with minimum, maximum or sum, taken in sample order, so results do not depend on the number of
-workers, and a fold that was interrupted goes on from its last checkpoint in the cache.
+workers, and an interrupted fold resumes from its last checkpoint in the cache.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,17 +23,16 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import load_arrays, save_arrays
-from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.graph import Graph, Layer, channel_axis
 from onnxq_plugins.graph.patches import add_gram, gram_shape, patches, split
-from onnxq_plugins.parallel import Track, silent
+from onnxq_plugins.parallel import Track, map_threads, silent
 from onnxq_plugins.spec import Array
 
-Read = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
-Run = tuple[onnx.ModelProto, dict[str, Array], Read]  # model, its large weights, what to make of its outputs
-State = dict[str, Array]  # "tensor|field" -> array; the field's first letters tell how two states merge
+Reader = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
+Run = tuple[onnx.ModelProto, dict[str, Array], Reader]  # model, its large weights, how its outputs become a state
+State = dict[str, Array]  # "tensor|field" -> array; the field's first letters say how two states merge
 _MERGE: dict[str, Callable[[Array, Array], Array]] = {"low": np.minimum, "high": np.maximum, "sum": np.add, "gram": add_gram}
 T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +62,8 @@ class Histogram:
 @dataclass(frozen=True, eq=False)
 class Gram:
     """Second moments of a layer's input patches x over `count` of them, float64: h = E[x x^T] [groups, D, D] and mean
-    E[x] [groups, D], with D = inputs per group * kernel taps. A layer with D above the limit it was asked with counts
-    as several groups of equal width, the last one filled up with zeros: the blocks on the diagonal of h."""
+    E[x] [groups, D], with D = inputs per group * kernel taps. A layer with D above `limit` (see `Calibration.grams`) counts
+    as several groups of equal width, the last one padded with zeros: the blocks on the diagonal of h."""
 
     h: Array
     mean: Array
@@ -77,7 +74,7 @@ class Calibration:
     """Statistics of the current float graph over the data.
 
     graph     the graph passes are rewriting: statistics always describe its present state
-    data      the samples, or None when the user gave none: asking then raises OnnxqError
+    data      the samples, or None if the user gave none: statistics then raise OnnxqError
     cache     folder for results, keyed by the digests of model and data; shared by runs and processes
     workers   samples computed at the same time, one thread each
     """
@@ -92,13 +89,12 @@ class Calibration:
 
     @property
     def ready(self) -> bool:
-        """True if statistics can be asked for."""
+        """True if there are samples, so that statistics can be computed."""
         return self.data is not None
 
     def ranges(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """Exact (minimum, maximum) of each tensor."""
-        state = self._summary(names)
-        return {n: (float(state[f"{n}|low"]), float(state[f"{n}|high"])) for n in names}
+        return self._extremes(names)
 
     def channel_ranges(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
         """Exact (minimum [C], maximum [C]) per channel of each tensor."""
@@ -119,7 +115,7 @@ class Calibration:
 
     def histograms(self, names: Sequence[str], bins: int = 2048) -> dict[str, Histogram]:
         """Histogram of each tensor between its extremes."""
-        ranges = Calibration.ranges(self, names)  # of the samples that are counted, whatever a subclass tells of ranges
+        ranges = self._extremes(names)
 
         def reduce(name: str, x: Array, _: int) -> State:
             low, high = ranges[name]
@@ -137,8 +133,8 @@ class Calibration:
         positions   patches per sample at most
         limit       largest D with a full matrix, see `patches.split`
 
-        All are held at once (8 * groups * D^2 bytes each): ask for few layers at a time where D is large. They are not
-        kept, except in the cache folder.
+        All are in memory at once (8 * groups * D^2 bytes each): pass few layers at a time where D is large. They are
+        stored in the cache folder only.
         """
         by_name = {layer.name: layer for layer in layers}
 
@@ -151,7 +147,7 @@ class Calibration:
             }
 
         state = self._fetched(f"grams-{positions}-{limit}", list(by_name), reduce, {n: y.input for n, y in by_name.items()})
-        self._known = {key: kept for key, kept in self._known.items() if not key[1].startswith("grams")}
+        self._known = {key: known for key, known in self._known.items() if not key[1].startswith("grams")}
         return {
             n: Gram(
                 state[f"{n}|gram"] / state[f"{n}|sum_n"], state[f"{n}|sum_x"] / state[f"{n}|sum_n"], int(state[f"{n}|sum_n"])
@@ -159,9 +155,14 @@ class Calibration:
             for n in by_name
         }
 
+    def _extremes(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """`ranges` of the samples, also where a subclass knows other ranges: histograms count samples."""
+        state = self._summary(names)
+        return {n: (float(state[f"{n}|low"]), float(state[f"{n}|high"])) for n in names}
+
     def _summary(self, names: Sequence[str]) -> State:
-        """Range and channel means together: the reductions cost a fraction of the run, and whoever asks for the ranges
-        of a model's activations mostly wants the means of its layers' inputs next."""
+        """Ranges and channel means together: the reductions cost a fraction of the run, and the means of layer inputs are
+        mostly needed right after the ranges of activations."""
         inputs = [y.input for y in self.graph.layers] if len(names) > 1 else []
         return self._reduced(
             "ranges",
@@ -171,9 +172,9 @@ class Calibration:
 
     # ---- the fold -------------------------------------------------------------------------------------------------------
 
-    def _reduced(self, statistic: str, names: Sequence[str], wanted: list[tuple[str, str, bool]]) -> State:
-        """Statistics that ORT reduces inside the graph: one small output per (tensor, field)."""
-        labels = {label for label, _, _ in wanted}
+    def _reduced(self, statistic: str, names: Sequence[str], fields: list[tuple[str, str, bool]]) -> State:
+        """Statistics that onnxruntime reduces inside the graph: one small output per (tensor, field)."""
+        labels = {label for label, _, _ in fields}
 
         def outputs(missing: Sequence[str]) -> Run:
             weights: dict[str, Array] = {}
@@ -181,7 +182,7 @@ class Calibration:
             del model.graph.output[:]
             for name in missing:
                 shape = self.graph.shape(name)
-                for label, op, per_channel in wanted:
+                for label, op, per_channel in fields:
                     axes = _other_axes(self.graph, name, statistic) if per_channel and shape is not None else None
                     add_reduction(model, op, name, f"{name}|{label}", axes, self.graph.opset)
                 if "sum" in labels:
@@ -192,7 +193,7 @@ class Calibration:
                 state: State = {}
                 at = iter(values)
                 for name in missing:
-                    for label, *_rest in wanted:
+                    for label, *_rest in fields:
                         state[f"{name}|{label}"] = np.asarray(next(at), np.float64)
                     if "sum" in labels:
                         positions = int(next(at)) / max(state[f"{name}|sum"].size, 1)
@@ -212,21 +213,24 @@ class Calibration:
         tensors: dict[str, str] | None = None,
         thin: bool = False,
     ) -> State:
-        """Statistics that need the activations themselves; `tensors` maps each name to the tensor it is about; `thin`
-        lets the graph pick the subsample, so that no whole activation is handed over."""
-        of = tensors or {n: n for n in names}
+        """Statistics that need the activations themselves.
+
+        tensors   the tensor of each name; None: the name itself
+        thin      the graph takes the subsample, so that no whole activation is copied
+        """
+        tensor_of = tensors or {n: n for n in names}
 
         def outputs(missing: Sequence[str]) -> Run:
             weights: dict[str, Array] = {}
             model = self.graph.model(weights)
-            fetched = list(dict.fromkeys(of[n] for n in missing))
+            fetched = list(dict.fromkeys(tensor_of[n] for n in missing))
             inputs = set(self.graph.inputs)
             del model.graph.output[:]
             for name in fetched:
                 source = name
                 shape = self.graph.shape(name) or ()
                 step = _stride(int(np.prod([n for n in shape if isinstance(n, int)]))) if thin else 1
-                if step > 1 and self.graph.opset >= 10:  # dynamic axes count as 1: what is left is thinned here
+                if step > 1 and self.graph.opset >= 10:  # dynamic axes count as 1; `reduce` thins the rest
                     source = f"{name}|thin"
                     _add_slice(model, name, source, step)
                 elif name in inputs:  # a model input cannot be an output at the same time
@@ -237,7 +241,7 @@ class Calibration:
             def read(values: list[Array], sample: int) -> State:
                 by_tensor = dict(zip(fetched, values, strict=True))
                 _finite({name: v for name, v in by_tensor.items() if v.dtype.kind == "f"})
-                return {k: v for n in missing for k, v in reduce(n, by_tensor[of[n]], sample).items()}
+                return {k: v for n in missing for k, v in reduce(n, by_tensor[tensor_of[n]], sample).items()}
 
             return model, weights, read
 
@@ -257,39 +261,38 @@ class Calibration:
         file = self.cache / f"{digest}-{self.data.digest()}-{statistic}.npz" if self.cache else None
         if file is not None:
             known.update(load_arrays(file))
-        have = {key.partition("|")[0] for key in known}
-        missing = [n for n in dict.fromkeys(names) if n not in have]
+        available = {key.partition("|")[0] for key in known}
+        missing = [n for n in dict.fromkeys(names) if n not in available]
         if missing:
-            done = self._run(statistic, missing, outputs(missing), file)
-            known.update(done)
+            state = self._run(statistic, missing, outputs(missing), file)
+            known.update(state)
             if file is not None:
-                save_arrays(file, {**load_arrays(file), **done})
+                save_arrays(file, {**load_arrays(file), **state})
         return known
 
     def _run(self, statistic: str, missing: Sequence[str], run: Run, file: Path | None) -> State:
         assert self.data is not None
-        mark = hashlib.blake2b("\n".join(missing).encode(), digest_size=8).hexdigest()
-        partial = file.with_name(f"{file.stem}-{mark}.part.npz") if file else None
-        state = load_arrays(partial) if partial else {}
+        digest = hashlib.blake2b("\n".join(missing).encode(), digest_size=8).hexdigest()
+        checkpoint = file.with_name(f"{file.stem}-{digest}.part.npz") if file else None
+        state = load_arrays(checkpoint) if checkpoint else {}
         start = int(state.pop("next", np.array(0)))
         model, weights, read = run
         _prune(model)
         names = {t.name for t in model.graph.initializer}
         runtimes.trim()
-        runner = runtimes.session(model, lean=True, weights={name: w for name, w in weights.items() if name in names})
-
+        session = runtimes.session(model, lean=True, weights={name: w for name, w in weights.items() if name in names})
         runtimes.trim()
 
-        def one(numbered: tuple[int, dict[str, Array]]) -> State:
-            found = read(runner.run(None, numbered[1]), numbered[0])
-            self.graph.mapped.release()
-            return found
+        def state_of(numbered: tuple[int, dict[str, Array]]) -> State:
+            number, feed = numbered
+            with self.graph.mapped.reading():
+                return read(session.run(None, feed), number)
 
         total = None if self.data.size is None else self.data.size - start
-        results = in_order(one, itertools.islice(enumerate(self.data), start, None), self.workers)
+        states = map_threads(state_of, itertools.islice(enumerate(self.data), start, None), self.workers)
         with runtimes.blas(1):
-            for n, found in enumerate(self.track(results, f"calibrating: {statistic}", total), start=start + 1):
-                for key, value in found.items():
+            for n, sample in enumerate(self.track(states, f"calibrating: {statistic}", total), start=start + 1):
+                for key, value in sample.items():
                     field = key.rpartition("|")[2]
                     if key not in state:
                         state[key] = np.zeros(gram_shape(value)) if field == "gram" else value
@@ -297,43 +300,11 @@ class Calibration:
                             continue
                     merge = next(m for prefix, m in _MERGE.items() if field.startswith(prefix))
                     state[key] = merge(state[key], value)
-                if partial is not None and n % self.checkpoint == 0:
-                    save_arrays(partial, {**state, "next": np.array(n)})
-        if partial is not None and partial.is_file():
-            partial.unlink(missing_ok=True)  # another process may have done the same fold
+                if checkpoint is not None and n % self.checkpoint == 0:
+                    save_arrays(checkpoint, {**state, "next": np.array(n)})
+        if checkpoint is not None and checkpoint.is_file():
+            checkpoint.unlink(missing_ok=True)  # another process may have done the same fold
         return state
-
-
-def in_order(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """Results in the order of the items, with `workers` threads and never more than workers + 1 items under way.
-    Threads, not processes: a session releases the interpreter while it runs, and cannot be pickled."""
-    if workers == 1:
-        yield from map(work, items)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        under_way: deque[Future[R]] = deque()
-        for item in items:
-            under_way.append(pool.submit(work, item))
-            if len(under_way) > workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-
-
-def channel_axis(graph: Graph, name: str) -> int:
-    """The axis of an activation that holds its channels: 1 for images, the last one for matrices and tokens."""
-    shape, maker = graph.shape(name) or (), graph.producer(name)
-    while maker is not None and maker.op in ("Relu", "Clip", "LeakyRelu", "PRelu", "BatchNormalization"):
-        maker = graph.producer(maker.inputs[0].name)
-    around = [*graph.consumers(name), *([maker] if maker is not None else [])]
-    return 1 if len(shape) >= 4 or any(n.op.startswith("Conv") for n in around) else len(shape) - 1
-
-
-def channels(graph: Graph, name: str) -> int | None:
-    """How many channels an activation has; None where that is not known, or it is a vector."""
-    shape = graph.shape(name) or ()
-    size = shape[channel_axis(graph, name)] if len(shape) > 1 else None
-    return size if isinstance(size, int) else None
 
 
 def _other_axes(graph: Graph, name: str, statistic: str) -> tuple[int, ...]:
@@ -345,6 +316,7 @@ def _other_axes(graph: Graph, name: str, statistic: str) -> tuple[int, ...]:
 
 
 def add_reduction(model: onnx.ModelProto, op: str, name: str, output: str, axes: tuple[int, ...] | None, opset: int) -> None:
+    """Add an operator that reduces tensor `name` over `axes` (None: all) to a new float model output, without these axes."""
     inputs: list[str] = [name]
     attrs: dict[str, Any] = {"keepdims": 0}
     if axes is not None and opset >= (13 if op == "ReduceSum" else 18):
@@ -356,9 +328,9 @@ def add_reduction(model: onnx.ModelProto, op: str, name: str, output: str, axes:
     model.graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
 
 
-def _stride(size: int, wanted: int = 16384) -> int:
-    """Step of a subsample of at most `wanted` values; an odd one does not fall in with channels or rows."""
-    return 1 if size <= wanted else -(-size // wanted) | 1
+def _stride(size: int, limit: int = 16384) -> int:
+    """Step of a subsample of at most `limit` values; odd, so that it is not in step with channels or rows."""
+    return 1 if size <= limit else -(-size // limit) | 1
 
 
 def _add_slice(model: onnx.ModelProto, name: str, output: str, step: int) -> None:
@@ -377,11 +349,11 @@ def _add_slice(model: onnx.ModelProto, name: str, output: str, step: int) -> Non
 
 
 def _prune(model: onnx.ModelProto) -> None:
-    """Drop operators that no output needs: onnxruntime would run them all the same."""
-    made = {o: n for n in model.graph.node for o in n.output if o}
+    """Drop operators that no output needs: onnxruntime would run them anyway."""
+    producers = {o: n for n in model.graph.node for o in n.output if o}
     todo, needed = [o.name for o in model.graph.output], set()
     while todo:
-        node = made.get(todo.pop())
+        node = producers.get(todo.pop())
         if node is None or node.name in needed:
             continue
         if any(a.HasField("g") or a.graphs for a in node.attribute):
@@ -391,8 +363,8 @@ def _prune(model: onnx.ModelProto) -> None:
     kept = [n for n in model.graph.node if (n.name or n.output[0]) in needed]
     del model.graph.node[:]
     model.graph.node.extend(kept)
-    read = {name for node in kept for name in node.input} | {o.name for o in model.graph.output}
-    constants = [t for t in model.graph.initializer if t.name in read]
+    used = {name for node in kept for name in node.input} | {o.name for o in model.graph.output}
+    constants = [t for t in model.graph.initializer if t.name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(constants)
 
@@ -402,5 +374,5 @@ def _finite(state: State) -> None:
         if not np.isfinite(value).all():
             raise OnnxqError(
                 f"activation '{key.partition('|')[0]}' is not finite (NaN or Inf) on the given data: the "
-                "float model itself overflows there, so check its weights and the data's normalization."
+                "float model itself overflows, so check its weights and the data's normalization."
             )

@@ -1,23 +1,28 @@
-"""The float model: reading, canonical form, layers, channel groups, exact rewrites.
+"""The float model: import, canonical form, layers, channel groups, exact rewrites.
 
 onnx-graphsurgeon is imported in this folder alone.
 """
 
 from onnxq_plugins.graph.canonical import add_bias
-from onnxq_plugins.graph.core import BatchNorm, Graph, Layer
+from onnxq_plugins.graph.channels import channel_axis, channels
+from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.elements import ChannelGroup, Member
 from onnxq_plugins.graph.groups import channel_groups, clip_maximum
 from onnxq_plugins.graph.importer import load
+from onnxq_plugins.graph.layer import LAYER_OPS, BatchNorm, Layer
 from onnxq_plugins.graph.rewrites import permute, replace_with_sum, rescale, split_input, split_outputs, split_values
 
 __all__ = [
+    "LAYER_OPS",
     "BatchNorm",
     "ChannelGroup",
     "Graph",
     "Layer",
     "Member",
     "add_bias",
+    "channel_axis",
     "channel_groups",
+    "channels",
     "clip_maximum",
     "load",
     "permute",

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
-import mmap
-import sys
-import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,10 +14,11 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.files import mapped
+from onnxq_plugins.graph.layer import LAYER_OPS, BatchNorm, Layer
+from onnxq_plugins.graph.mapped import MappedWeights
 from onnxq_plugins.spec import Array
 
-LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+__all__ = ["LAYER_OPS", "SHAPE_OPS", "BatchNorm", "Graph", "Layer"]
 
 # Operators that move or select values without computing: input and output share one quantizer. Pad with zeros belongs
 # here too, since 0 is always on the grid.
@@ -48,161 +43,11 @@ SHAPE_OPS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class BatchNorm:
-    """Statistics of a BatchNormalization that was folded into the layer before it; arrays [C]."""
-
-    gamma: Array
-    beta: Array
-    mean: Array
-    variance: Array
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One linear operator with a constant weight.
-
-    weight, bias   names of its constants (each owned by this layer alone, law L7); bias is None where there is none
-    output         the operator's own output; `result` is the output of the Relu or Clip behind it, if that is the
-                   only consumer, else `output`
-    shape          shape of the weight: Conv [OC, IC/groups, *kernel], ConvTranspose [IC, OC/groups, *kernel],
-                   Gemm [K, N] or, with transB, [N, K]; MatMul [K, N]
-    out_axis, in_axis   axes of the weight that hold output and input channels
-    attrs          the operator's attributes
-    """
-
-    name: str
-    op: str
-    input: str
-    output: str
-    result: str
-    weight: str
-    bias: str | None
-    shape: tuple[int, ...]
-    out_axis: int
-    in_axis: int
-    groups: int = 1
-    attrs: dict[str, Any] = field(default_factory=dict, compare=False)
-
-    @property
-    def kind(self) -> str:
-        """``depthwise`` (one input channel per group), ``grouped`` or ``dense``."""
-        if self.groups == 1:
-            return "dense"
-        per_group = self.shape[1] if self.op == "Conv" else self.shape[0] // self.groups
-        return "depthwise" if per_group == 1 else "grouped"
-
-    @property
-    def channels(self) -> int:
-        """Number of output channels."""
-        return self.shape[self.out_axis] * (self.groups if self.op == "ConvTranspose" else 1)
-
-    @property
-    def takes_bias(self) -> bool:
-        """True if the operator has, or could have, a bias: a correction can be added to it."""
-        return self.op != "MatMul"
-
-    @property
-    def matrix_shape(self) -> tuple[int, int, int]:
-        """[groups, outputs per group, D] of the matrix form, D = weights per output."""
-        return self.groups, self.channels // self.groups, int(np.prod(self.shape)) // self.channels
-
-    def matrix(self, weight: Array) -> Array:
-        """The weight as a batch of matrices [groups, outputs per group, D], with D = inputs per group * kernel taps (inputs
-        vary slowest). Matrix form of all solvers: y = W x over columns x of input patches."""
-        if self.op == "ConvTranspose":
-            raise ValueError(f"layer '{self.name}': ConvTranspose has no matrix form over input patches")
-        rows = weight if self.out_axis == 0 else weight.T
-        return rows.reshape(self.groups, rows.shape[0] // self.groups, -1)
-
-    def from_matrix(self, matrix: Array) -> Array:
-        """The inverse of `matrix`."""
-        rows = matrix.reshape(-1, matrix.shape[-1])
-        return rows.reshape(self.shape) if self.out_axis == 0 else np.ascontiguousarray(rows.T)
-
-    def geometry(self, sizes: Sequence[int]) -> tuple[Sequence[int], list[int], list[int], list[tuple[int, int]]]:
-        """Kernel, strides, dilations and pads (before, after) of a Conv whose input has these spatial sizes. With explicit
-        pads, or at stride 1, they do not depend on the sizes."""
-        rank, kernel = len(self.shape) - 2, self.shape[2:]
-        strides = list(self.attrs.get("strides") or [1] * rank)
-        dilations = list(self.attrs.get("dilations") or [1] * rank)
-        auto = self.attrs.get("auto_pad", "NOTSET")
-        if auto in ("SAME_UPPER", "SAME_LOWER"):
-            pads = []
-            for n, s, d, k in zip(sizes, strides, dilations, kernel, strict=True):
-                total = max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0)
-                small, large = total // 2, total - total // 2
-                pads.append((small, large) if auto == "SAME_UPPER" else (large, small))
-            return kernel, strides, dilations, pads
-        flat = (self.attrs.get("pads") or [0] * 2 * rank) if auto == "NOTSET" else [0] * 2 * rank
-        return kernel, strides, dilations, list(zip(flat[:rank], flat[rank:], strict=True))
-
-
-class Mapped:
-    """Large float32 weights of external data, by name, where they lie: arrays on the mapped files, read when they are looked
-    at. `release` gives the memory of what was read back; so a model may be larger than memory."""
-
-    least = 2**20  # bytes of a weight that is worth it
-
-    def __init__(self) -> None:
-        self.arrays: dict[str, Array] = {}
-        self._files: dict[Path, mmap.mmap] = {}
-        self._scratch: IO[bytes] | None = None
-
-    def take(self, tensor: onnx.TensorProto, folder: Path) -> bool:
-        """Map a tensor's data; False if it is small, no float32, or not as it should be. The file must be there."""
-        told = {e.key: e.value for e in tensor.external_data}
-        count = math.prod(tensor.dims)
-        if (
-            tensor.data_location != onnx.TensorProto.EXTERNAL
-            or tensor.data_type != onnx.TensorProto.FLOAT
-            or 4 * count < self.least
-            or sys.byteorder != "little"
-            or min(tensor.dims, default=0) < 1
-        ):
-            return False
-        file, first = (folder / told["location"]).resolve(), int(told.get("offset") or 0)
-        if (
-            first < 0
-            or first % 4
-            or int(told.get("length") or 4 * count) != 4 * count
-            or (first + 4 * count > file.stat().st_size)
-        ):
-            return False
-        if file not in self._files:
-            self._files[file] = mapped(file)
-        self.arrays[tensor.name] = np.frombuffer(self._files[file], np.float32, count, first).reshape(tensor.dims)
-        return True
-
-    @property
-    def size(self) -> int:
-        """Bytes of all weights."""
-        return sum(array.nbytes for array in self.arrays.values())
-
-    def keep(self, array: Array) -> Array:
-        """The same values, for reading only, in a temporary file: what is made of all weights need not fit memory."""
-        self._scratch = self._scratch or tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the graph
-        page = mmap.ALLOCATIONGRANULARITY
-        first = -(-self._scratch.seek(0, 2) // page) * page
-        self._scratch.seek(first)
-        self._scratch.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        self._scratch.flush()
-        kept = mmap.mmap(self._scratch.fileno(), array.nbytes, access=mmap.ACCESS_READ, offset=first)
-        self._files[Path(f"{first}")] = kept
-        return np.frombuffer(kept, array.dtype).reshape(array.shape)
-
-    def release(self) -> None:
-        """Give back the memory of what was read; it is read again when it is looked at."""
-        for file in self._files.values():
-            if hasattr(mmap, "MADV_DONTNEED"):
-                file.madvise(mmap.MADV_DONTNEED)
-
-
 class Graph:
     """The float model. Rewrites change it in place and keep its function; `touched` collects the names of the tensors
-    whose values they changed, so that the engine can drop what was solved for the old values.
+    whose values they changed, so that the engine can drop solutions for the old values.
 
-    Made by `onnxq_plugins.graph.importer.load`, never by hand.
+    Made by `onnxq_plugins.graph.load`, never by hand.
     """
 
     def __init__(
@@ -211,16 +56,16 @@ class Graph:
         header: onnx.ModelProto,
         batchnorms: dict[str, BatchNorm] | None = None,
         notes: Iterable[str] = (),
-        mapped: Mapped | None = None,
+        mapped: MappedWeights | None = None,
     ) -> None:
         self._graph = graph
         self._header = header  # a ModelProto without nodes and weights: names, metadata, documentation
         self.batchnorms = dict(batchnorms or {})  # by name of the layer output that absorbed it
-        self.notes = list(notes)  # what import did or could not do, for the report
+        self.notes = list(notes)  # what import changed or could not change, for the report
         self.touched: set[str] = set()
-        self.mapped = mapped or Mapped()  # weights that lie in files
+        self.mapped = mapped or MappedWeights()  # weights that stay in files
 
-    # ---- looking ---------------------------------------------------------------------------------------------------
+    # ---- queries ---------------------------------------------------------------------------------------------------
 
     @cached_property
     def _tensors(self) -> dict[str, gs.Tensor]:
@@ -252,8 +97,8 @@ class Graph:
 
     def producer(self, name: str) -> gs.Node | None:
         """The operator that computes a tensor; None for inputs and constants."""
-        made_by = self.tensor(name).inputs
-        return made_by[0] if made_by else None
+        producers = self.tensor(name).inputs
+        return producers[0] if producers else None
 
     def consumers(self, name: str) -> list[gs.Node]:
         """The operators that read a tensor, those inside control-flow subgraphs included."""
@@ -327,7 +172,7 @@ class Graph:
         )
 
     def elided_activation(self, name: str) -> gs.Node | None:
-        """The Relu, or Clip from 0, that is the only reader of `name`. An output grid that starts at 0 does its work,
+        """The Relu, or Clip from 0, that is the only consumer of `name`. An output grid that starts at 0 does the same,
         so onnxruntime drops it from a quantized chain."""
         tensor = self.tensor(name)
         if len(tensor.outputs) != 1 or tensor in self._graph.outputs:
@@ -359,7 +204,7 @@ class Graph:
             name = node.inputs[0].name
         return name
 
-    # ---- changing --------------------------------------------------------------------------------------------------
+    # ---- edits --------------------------------------------------------------------------------------------------
 
     def changed(self) -> None:
         """Forget the layers, which are derived from the structure; every edit of nodes or edges calls it."""
@@ -386,7 +231,7 @@ class Graph:
         before: gs.Node | None = None,
         **attrs: Any,
     ) -> gs.Node:
-        """Insert an operator before another (the order is mended on export); its outputs must have no producer."""
+        """Insert an operator before another, at the end by default; `tidy` sorts. Its outputs must have no producer."""
         node = gs.Node(op=op, name=name, attrs=attrs, inputs=list(inputs), outputs=list(outputs))
         nodes = self._graph.nodes
         position = next((i for i, n in enumerate(nodes) if n is before), len(nodes))
@@ -407,25 +252,25 @@ class Graph:
         return variable
 
     def fresh(self, name: str) -> str:
-        """`name`, numbered if a tensor already bears it."""
+        """`name`, numbered if a tensor already has it."""
         candidate, i = name, 1
         while candidate in self._tensors:
             candidate, i = f"{name}_{i}", i + 1
         return candidate
 
     def bypass(self, node: gs.Node, by: gs.Tensor) -> None:
-        """Remove a one-output node; whoever read its output reads `by`. A model output keeps its name."""
+        """Remove a one-output node; consumers of its output then read `by`. A model output keeps its name."""
         old = node.outputs[0]
         node.outputs.clear()
         if old in self._graph.outputs:
             if isinstance(by, gs.Variable) and by.inputs and by not in self._graph.outputs:
-                maker = by.inputs[0]
-                _replace_reads(by, old)
-                maker.outputs[next(i for i, t in enumerate(maker.outputs) if t is by)] = old
+                producer = by.inputs[0]
+                replace_reads(by, old)
+                producer.outputs[next(i for i, t in enumerate(producer.outputs) if t is by)] = old
             else:
                 self.add_node("Identity", node.name, [by], [old])
         else:
-            _replace_reads(old, by)
+            replace_reads(old, by)
         node.inputs.clear()
         self._graph.nodes.remove(node)
         self.changed()
@@ -444,13 +289,15 @@ class Graph:
         self.__dict__.pop("_tensors", None)
         self.changed()
 
-    # ---- leaving ---------------------------------------------------------------------------------------------------
+    # ---- export ---------------------------------------------------------------------------------------------------
 
     def model(self, weights: dict[str, Array] | None = None) -> onnx.ModelProto:
         """The float model as ONNX, with IR version, opset, metadata and documentation as imported.
 
-        weights   a dict to put the large constants into; the model then holds placeholders ("external data") for
-                  them and no copy is made. `runtime.session` takes both.
+        weights   a dict that receives the large constants; the model then has placeholders ("external data") for them and
+                  no copy is made. `runtimes.session` takes both.
+
+        Raises OnnxqError if an attribute cannot be written.
         """
         large = (
             []
@@ -461,8 +308,8 @@ class Graph:
                 if isinstance(t, gs.Constant) and t.values.nbytes > 1024 and t.values.dtype == np.float32
             ]
         )
-        kept = [t.values for t in large]
-        for tensor, values in zip(large, kept, strict=True):
+        arrays = [t.values for t in large]
+        for tensor, values in zip(large, arrays, strict=True):
             stub = onnx.TensorProto(
                 name=tensor.name,
                 data_type=onnx.TensorProto.FLOAT,
@@ -479,10 +326,10 @@ class Graph:
                 "onnx.checker.check_model."
             ) from error
         finally:
-            for tensor, values in zip(large, kept, strict=True):
+            for tensor, values in zip(large, arrays, strict=True):
                 tensor.values = values
         if weights is not None:
-            weights.update((t.name, np.ascontiguousarray(v)) for t, v in zip(large, kept, strict=True))
+            weights.update((t.name, np.ascontiguousarray(v)) for t, v in zip(large, arrays, strict=True))
         for key, value in self._header.ListFields():
             if key.name in ("opset_import", "metadata_props", "functions"):
                 model.ClearField(key.name)
@@ -497,43 +344,44 @@ class Graph:
 
     def digest(self) -> str:
         """A fingerprint of the float function: equal for equal operators and weights. Copies no weight."""
-        seen = hashlib.blake2b(digest_size=16)
-        _update(seen, self._graph)
-        return seen.hexdigest()
+        digest = hashlib.blake2b(digest_size=16)
+        _update(digest, self._graph)
+        return digest.hexdigest()
 
     def copy(self) -> Graph:
         """An independent copy; weights are copied too."""
         return Graph(gs.import_onnx(self.model()), self._header, copy.copy(self.batchnorms), self.notes)
 
 
-def _update(seen: Any, value: Any) -> None:
+def _update(digest: Any, value: Any) -> None:
     """Feed a graph, tensor, array or plain value to a hash."""
     if isinstance(value, gs.Graph):
         for part in (value.opset, value.inputs, value.outputs, value.nodes):
-            _update(seen, part)
+            _update(digest, part)
     elif isinstance(value, gs.Node):
         for part in (value.op, value.name, value.domain, sorted(value.attrs.items()), value.inputs, value.outputs):
-            _update(seen, part)
+            _update(digest, part)
     elif isinstance(value, gs.Constant):
-        _update(seen, value.name)
-        _update(seen, value.values)
+        _update(digest, value.name)
+        _update(digest, value.values)
     elif isinstance(value, gs.Variable):
-        seen.update(f"{value.name} {value.dtype} {value.shape};".encode())
+        digest.update(f"{value.name} {value.dtype} {value.shape};".encode())
     elif isinstance(value, np.ndarray):
-        seen.update(f"{value.dtype}{value.shape}".encode())
-        seen.update(
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(
             np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
             if value.size and value.dtype != object
             else repr(value.tolist()).encode()
         )
     elif isinstance(value, (list, tuple)):
         for item in value:
-            _update(seen, item)
+            _update(digest, item)
     else:
-        seen.update(f"{value!r};".encode())
+        digest.update(f"{value!r};".encode())
 
 
-def _replace_reads(old: gs.Tensor, new: gs.Tensor) -> None:
+def replace_reads(old: gs.Tensor, new: gs.Tensor) -> None:
+    """Make all consumers of a tensor read another."""
     for consumer in list(old.outputs):
         for i, tensor in enumerate(consumer.inputs):
             if tensor is old:

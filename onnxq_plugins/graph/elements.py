@@ -1,12 +1,13 @@
-"""Channels as single elements, and the groups that their links leave.
+"""Channels as single elements, and the groups that follow from their links.
 
-Every channel of every tensor axis is one element. Connected components are channels that share one fate, and components
-that visit the same places in the same way can trade theirs: those form a group. `graph/groups.py` makes the links.
+Every channel of every tensor axis is one element. The elements of a connected component must move together; components that
+occupy the same places in the same way are interchangeable and form a group. `graph/groups.py` makes the links.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,12 +24,12 @@ Key = tuple[str, int, Role, tuple[int, int] | None]
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One place of a group: channel c sits at positions index[c] of an axis of a tensor.
+    """One place of a group: channel c is at positions index[c] of an axis of a tensor.
 
     index   [channels, positions per channel]
-    role    how values follow when channel c is scaled by f: ``output`` multiplied by f (activations, output rows of
-            a weight, biases), ``input`` divided by f (input columns of a weight), ``fixed`` unchanged
-    rows    only these rows (axis 0) of the tensor take part: one group of a grouped convolution
+    role    what happens to the values when channel c is scaled by f: ``output`` multiplied by f (activations, output rows
+            of a weight, biases), ``input`` divided by f (input columns of a weight), ``fixed`` unchanged
+    rows    only these rows (axis 0) of the tensor belong to it: one group of a grouped convolution; None: all
     """
 
     tensor: str
@@ -57,14 +58,14 @@ class ChannelGroup:
         """The constants in the group."""
         return [m for m in self.members if m.constant]
 
-    def order_by(self, tensor: str, axis: int, wanted: Array) -> Array | None:
-        """The order, for `permute`, by which position p of an axis of a tensor gets the channel that is now at wanted[p];
-        None if the group does not move every channel there by itself."""
+    def order_by(self, tensor: str, axis: int, positions: Array) -> Array | None:
+        """The order, for `permute`, that moves the channel at positions[p] of an axis of a tensor to position p; None if the
+        group does not move each channel there individually."""
         index = next((m.index for m in self.members if (m.tensor, m.axis, m.constant) == (tensor, axis, False)), None)
-        if index is None or index.shape[1] != 1 or not np.array_equal(np.sort(index[:, 0]), np.arange(len(wanted))):
+        if index is None or index.shape[1] != 1 or not np.array_equal(np.sort(index[:, 0]), np.arange(len(positions))):
             return None
         at = index[:, 0]
-        return np.asarray(np.argsort(at)[wanted[at]])
+        return np.asarray(np.argsort(at)[positions[at]])
 
 
 class Elements:
@@ -84,7 +85,7 @@ class Elements:
         key: Key = (tensor.name, axis, role, rows)
         if key not in self.start:
             size = tensor.shape[axis] if tensor.shape is not None and -1 < axis < len(tensor.shape) else None
-            size = size if isinstance(size, int) and size < 2**24 else 0  # no channels, but length of a signal
+            size = size if isinstance(size, int) and size < 2**24 else 0  # larger: the length of a signal, not channels
             self.start[key], self.count[key] = self.total, size
             self.total += size
             if rows is None:
@@ -92,16 +93,19 @@ class Elements:
         return np.arange(self.start[key], self.start[key] + self.count[key])
 
     def link(self, a: Array, b: Array) -> None:
+        """Tie elements pairwise; pin them if their numbers differ."""
         if len(a) != len(b):
             self.pinned += [a, b]
         else:
             self.links.append((a, b))
 
     def pin(self, tensor: gs.Tensor, axis: int) -> None:
+        """The channels of an axis stay where they are."""
         self.pinned.append(self.ids(tensor, axis))
 
     def cut(self) -> list[ChannelGroup]:
-        from scipy.sparse import coo_array  # late: large, and only passes on channel groups need it
+        """The groups of at least two components, none of them pinned, with a constant among their places."""
+        from scipy.sparse import coo_array  # late: slow to import, and only passes on channel groups need it
         from scipy.sparse.csgraph import connected_components
 
         if not self.links:
@@ -109,47 +113,52 @@ class Elements:
         a, b = (np.concatenate(side) for side in zip(*self.links, strict=True))
         matrix = coo_array((np.ones(len(a), bool), (a, b)), shape=(self.total, self.total))
         _, component = connected_components(matrix, directed=False)
-        frozen = set(component[np.concatenate(self.pinned)].tolist()) if self.pinned else set()
+        pinned = set(component[np.concatenate(self.pinned)].tolist()) if self.pinned else set()
         keys = list(self.start)
         place = np.repeat(np.arange(len(keys)), [self.count[key] for key in keys])
-        # the how-manieth element of its component at its place: two components can trade places only if their links
-        # run between the same ranks
-        order = np.lexsort((np.arange(self.total), component, place))
-        same = np.r_[False, (place[order][1:] == place[order][:-1]) & (component[order][1:] == component[order][:-1])]
-        starts = np.maximum.accumulate(np.where(same, 0, np.arange(self.total)))
-        rank_of = np.empty(self.total, np.int64)
-        rank_of[order] = np.arange(self.total) - starts
-        print_of = _fingerprints(component, place, rank_of, a, b)
-        visits: dict[int, list[tuple[int, int]]] = defaultdict(list)  # component -> (place, how often)
+        rank = _ranks(component, place)
+        fingerprint = _fingerprints(component, place, rank, a, b)
+        visits: dict[int, list[tuple[int, int]]] = defaultdict(list)  # component -> (place, number of its elements there)
         for at, key in enumerate(keys):
-            found, counts = np.unique(component[self.start[key] : self.start[key] + self.count[key]], return_counts=True)
-            for c, n in zip(found.tolist(), counts.tolist(), strict=True):
+            names, counts = np.unique(component[self._slice(key)], return_counts=True)
+            for c, n in zip(names.tolist(), counts.tolist(), strict=True):
                 visits[c].append((at, n))
         alike: dict[tuple[int, tuple[tuple[int, int], ...]], list[int]] = defaultdict(list)
-        for c, visited in visits.items():
-            if c not in frozen:
-                alike[int(print_of[c]), tuple(visited)].append(c)
+        for c, places in visits.items():
+            if c not in pinned:
+                alike[int(fingerprint[c]), tuple(places)].append(c)
         groups = []
-        for (_, places), components in alike.items():
-            members = []
-            rank = {c: i for i, c in enumerate(components)}
-            for at, times in places:
-                name, axis, role, rows = keys[at]
-                of = component[self.start[keys[at]] : self.start[keys[at]] + self.count[keys[at]]]
-                index = np.empty((len(components), times), np.int64)
-                filled = np.zeros(len(components), np.int64)
-                for position, c in enumerate(of.tolist()):
-                    if c in rank:
-                        index[rank[c], filled[rank[c]]] = position
-                        filled[rank[c]] += 1
-                members.append(Member(name, axis, index, role, self.graph.is_constant(name), rows))
+        for (_, shared), components in alike.items():
+            members = tuple(self._member(keys[at], component, components, count) for at, count in shared)
             if len(components) > 1 and any(m.constant for m in members):
-                groups.append(ChannelGroup(len(components), self.kind, tuple(members)))
+                groups.append(ChannelGroup(len(components), self.kind, members))
         return groups
+
+    def _slice(self, key: Key) -> slice:
+        return slice(self.start[key], self.start[key] + self.count[key])
+
+    def _member(self, key: Key, component: Array, components: Sequence[int], count: int) -> Member:
+        """The place `key` in a group of components, each of which has `count` elements there."""
+        here = component[self._slice(key)]
+        order = np.argsort(here, kind="stable")
+        index = order[np.searchsorted(here[order], components)[:, None] + np.arange(count)]
+        name, axis, role, rows = key
+        return Member(name, axis, index, role, self.graph.is_constant(name), rows)
+
+
+def _ranks(component: Array, place: Array) -> Array:
+    """The rank of each element among those of its component at its place: two components can trade places only if their
+    links join the same ranks."""
+    numbers = np.arange(len(place))
+    order = np.lexsort((numbers, component, place))
+    same = np.r_[False, (place[order][1:] == place[order][:-1]) & (component[order][1:] == component[order][:-1])]
+    rank = np.empty(len(place), np.int64)
+    rank[order] = numbers - np.maximum.accumulate(np.where(same, 0, numbers))
+    return rank
 
 
 def _fingerprints(component: Array, place: Array, rank: Array, a: Array, b: Array) -> Array:
-    """One number per component: a hash of its links as (place, rank) pairs, whatever their order and direction."""
+    """A hash per component of its links as pairs of (place, rank), independent of their order and direction."""
     ends = np.stack([place, rank], axis=1).astype(np.uint64)
 
     def mix(x: Array) -> Array:  # splitmix64

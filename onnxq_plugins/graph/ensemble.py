@@ -1,4 +1,4 @@
-"""A network as a sum of networks side by side, each with a part of every weight: what expansion by ensembles needs."""
+"""A network as a sum of networks side by side, each with a part of every weight, for expansion by ensembles."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import onnx_graphsurgeon as gs
 from onnxq_plugins.graph.core import SHAPE_OPS, Graph
 from onnxq_plugins.spec import Array
 
-# f(a + b) = f(a) + f(b), or nearly so: of the first input, whatever constants are beside it.
+# f(a + b) = f(a) + f(b) in the first input, or nearly so (_LOOSE), whatever the constants in the other inputs.
 _ADDITIVE = SHAPE_OPS | {"AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum", "Neg"}
 _LOOSE = frozenset({"Relu", "LeakyRelu", "PRelu", "Clip", "GlobalMaxPool", "ReduceMax"})
 _SUMS = frozenset({"Add", "Sub", "Sum"})
-_TAIL = frozenset({"Softmax", "LogSoftmax", "Sigmoid"})  # at the end of a network it stays behind the sum
+_TAIL = frozenset({"Softmax", "LogSoftmax", "Sigmoid"})  # at the end of a network they stay behind the sum
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """Where a network is taken apart.
+    """The part of a network that is repeated.
 
-    nodes   operators that are made anew for every network, in topological order
+    nodes   operators that every network has a copy of, in topological order
     split   names of the tensors they write
-    ends    names of the tensors that are sums of what the networks write
+    ends    names of the tensors that become sums over the networks
     tail    names of the operators behind the sums
     """
 
@@ -36,55 +36,55 @@ class _Cut:
 
 def side_by_side(graph: Graph, parts: Mapping[str, Sequence[Array]]) -> tuple[list[dict[str, str]], dict[str, str]]:
     """The network becomes the sum of several that read the same input. This changes its function: a Relu of a sum is not the
-    sum of Relus, and what one network's part of a layer would make of another's activations is lost. It stays where only
-    one network has weights that are not 0, and where a path holds one named layer and no Relu behind it.
+    sum of Relus, and products of one network's weights with another's activations are lost. The function stays if only one
+    network has weights other than 0, and where a path has one named layer and no Relu behind it.
 
-    parts   name of a layer -> its weight in each network, all of the weight's shape. Layers that are not named have the
-            same weight in every network; what does not depend on a layer that is named is computed once
+    parts   name of a layer -> its weight in each network, all of the weight's shape. Other layers have the same weight in
+            every network; what does not depend on a named layer is computed once
 
-    The first network keeps its names, and alone has biases and whatever else is added. Returns for each of the others
-    which of its tensors (weights among them) stand for those of the first, and the outputs of the first for the tensors
-    that are sums now. Raises ValueError, naming the operator, where an operator does not fit (`unfit`).
+    The first network keeps its names; it alone has biases and other addends. Returns, for each of the other networks, a
+    table from tensors of the first (weights included) to its own, and a table from the tensors that are sums now to the
+    outputs of the first network. Raises ValueError, naming the operator, if an operator does not allow it (`unfit`).
     """
     if problem := unfit(graph, list(parts)):
         raise ValueError(problem)
     cut, layers = _cut(graph, list(parts)), {y.name: y for y in graph.layers}
     count = len(next(iter(parts.values())))
-    maps: list[dict[str, str]] = []
+    tables: list[dict[str, str]] = []
     for m in range(1, count):
-        made: dict[str, gs.Tensor] = {}
+        copies: dict[str, gs.Tensor] = {}
         for node in cut.nodes:
-            inputs = [made.get(t.name, t) for t in node.inputs]
+            inputs = [copies.get(t.name, t) for t in node.inputs]
             if node.op in _SUMS:
                 own = [t for t, old in zip(inputs, node.inputs, strict=True) if old.name in cut.split]
                 negative = node.op == "Sub" and len(own) == 1 and node.inputs[0].name not in cut.split
-                if len(own) == 1 and not negative:  # what else is added, the first network has
-                    made[node.outputs[0].name] = own[0]
+                if len(own) == 1 and not negative:  # other addends belong to the first network
+                    copies[node.outputs[0].name] = own[0]
                     continue
                 inputs = own
             op = "Neg" if node.op == "Sub" and len(inputs) == 1 else node.op
             if node.name in layers:
                 layer = layers[node.name]
                 weight = parts[node.name][m] if node.name in parts else graph.constant(layer.weight).copy()
-                made[layer.weight] = graph.add_constant(f"{layer.weight}_net{m + 1}", np.asarray(weight, np.float32))
-                inputs = [inputs[0], made[layer.weight]]
+                copies[layer.weight] = graph.add_constant(f"{layer.weight}_net{m + 1}", np.asarray(weight, np.float32))
+                inputs = [inputs[0], copies[layer.weight]]
             outputs = [graph.add_variable(f"{t.name}_net{m + 1}", like=t) for t in node.outputs]
             graph.add_node(op, f"{node.name}_net{m + 1}", inputs, outputs, **dict(node.attrs))
-            made |= {old.name: new for old, new in zip(node.outputs, outputs, strict=True)}
-        maps.append({old: str(new.name) for old, new in made.items()})
-    firsts = {end: _summed(graph, end, [graph.tensor(table[end]) for table in maps], cut.tail) for end in cut.ends}
+            copies |= {old.name: new for old, new in zip(node.outputs, outputs, strict=True)}
+        tables.append({old: str(new.name) for old, new in copies.items()})
+    firsts = {end: _summed(graph, end, [graph.tensor(table[end]) for table in tables], cut.tail) for end in cut.ends}
     for name, weights in parts.items():
         graph.set_constant(layers[name].weight, np.asarray(weights[0], np.float32))
     for name in cut.split:
         graph.batchnorms.pop(name, None)
     graph.tidy()
     graph.touched.update(cut.split | {y.weight for y in graph.layers})
-    return maps, firsts
+    return tables, firsts
 
 
 def unfit(graph: Graph, names: Sequence[str]) -> str:
-    """Why a network, of which these layers have parts, cannot be a sum of networks: the first operator that is in the way;
-    "" if it can."""
+    """Why a network with parts of these layers cannot be a sum of networks: the first operator that prevents it; "" if it
+    can."""
     bodies = next((node for node in graph.nodes if any(isinstance(a, gs.Graph) for a in node.attrs.values())), None)
     if bodies is not None:
         return f"{bodies.op} '{bodies.name}' has a body of its own"
@@ -95,12 +95,12 @@ def unfit(graph: Graph, names: Sequence[str]) -> str:
         if node.name in layers:
             continue
         if node.op in _SUMS:
-            kept = next(t for t, split in zip(node.inputs, own, strict=True) if split)
-            if not all(own) and (kept.shape is None or kept.shape != node.outputs[0].shape):
-                return f"{what} may spread its operand over another shape"
+            operand = next(t for t, split in zip(node.inputs, own, strict=True) if split)
+            if not all(own) and (operand.shape is None or operand.shape != node.outputs[0].shape):
+                return f"{what} may broadcast its operand to another shape"
         elif node.op == "Concat":
             if not all(own):
-                return f"{what} joins what layers write with what they do not"
+                return f"{what} joins outputs of named layers with other tensors"
         elif node.op in ("Mul", "MatMul") or (node.op == "Div" and own[0]):
             if sum(own) != 1:
                 return f"{what} is a product of two activations" if node.op != "Div" else f"{what} divides by an activation"
@@ -139,8 +139,8 @@ def _cut(graph: Graph, names: Sequence[str]) -> _Cut:
 
 
 def _summed(graph: Graph, end: str, others: Sequence[gs.Tensor], tail: set[str]) -> str:
-    """Put the sum of what the networks write where the first one wrote an output; returns the name of that one's part. What
-    the first network itself reads there is its own."""
+    """Replace an output of the first network by the sum over all networks; returns the new name of its own part, which its
+    other operators go on reading."""
     whole, node = graph.tensor(end), graph.producer(end)
     assert node is not None
     readers = [n for n in graph.consumers(end) if n.name not in tail]
@@ -160,7 +160,7 @@ def _summed(graph: Graph, end: str, others: Sequence[gs.Tensor], tail: set[str])
 
 def _holds_zero(node: gs.Node) -> bool:
     """True if a Clip has constant bounds with 0 between them, or none."""
-    given = [t for t in node.inputs[1:] if not t.is_empty()]
+    bounds = [t for t in node.inputs[1:] if not t.is_empty()]
     return all(
-        isinstance(t, gs.Constant) and float(t.values.item()) * (1 if t is node.inputs[1] else -1) <= 0 for t in given
+        isinstance(t, gs.Constant) and float(t.values.item()) * (1 if t is node.inputs[1] else -1) <= 0 for t in bounds
     )

@@ -2,8 +2,8 @@
 
 A residual Add links channel i of both inputs and the output, a Concat links with an offset, a Flatten of 4 x 4 positions
 links channel c with columns 16 c .. 16 c + 15. So residual streams, grouped convolutions (whose channels can move only
-inside their group), Concat segments and Flatten need no cases of their own. What is not understood, the model's inputs
-and outputs among it, pins what it touches.
+inside their group), Concat segments and Flatten need no cases of their own. Unknown operators, and the model's inputs and
+outputs, pin the channels they touch.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq_plugins.graph.core import Graph, Layer
+from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.elements import ChannelGroup, Elements, Key, Kind
+from onnxq_plugins.graph.layer import Layer
 from onnxq_plugins.spec import Array
 
 _HOMOGENEOUS = {"Relu", "LeakyRelu", "Identity", "Dropout"}
@@ -43,20 +44,20 @@ _DYNAMIC = 1_000_003  # stands for a dynamic size: a prime that divides nothing
 
 
 def channel_groups(graph: Graph, kind: Kind, clips: bool = False) -> list[ChannelGroup]:
-    """All groups of at least two free channels that hold a layer's weight.
+    """All groups of at least two free channels that include a layer's weight.
 
     kind ``permute`` ties input and output of a depthwise convolution or LayerNormalization; ``rescale`` does not,
-    since their own weights can absorb a factor on either side, but it stops at what is not positively homogeneous
-    (Clip with a maximum, Sigmoid, Softmax, products of activations).
+    since their own weights can absorb a factor on either side, but it stops at operators that are not positively
+    homogeneous (Clip with a maximum, Sigmoid, Softmax, products of activations).
 
-    clips   for ``rescale``: go on through a Clip from 0 to a maximum. Rescaling such a group keeps the function only where
-            factor * value stays below the maximum, or where the factor is 1
+    clips   for ``rescale``: continue through a Clip from 0 to a maximum. Rescaling such a group keeps the function only
+            where factor * value stays below the maximum, or where the factor is 1
     """
     return _Walk(graph, kind, clips).groups()
 
 
 class _Walk(Elements):
-    """One traversal of the graph from its layers."""
+    """One traversal of the graph, starting at its layers."""
 
     def __init__(self, graph: Graph, kind: Kind, clips: bool) -> None:
         super().__init__(graph, kind)
@@ -85,7 +86,7 @@ class _Walk(Elements):
         return self.cut()
 
     def adopt(self) -> bool:
-        """Settle the Reshapes whose finer side no one has reached: follow its innermost axis, or pin; True if any."""
+        """Settle the Reshapes whose finer side has not been reached: follow its innermost axis, or pin; True if any."""
         waiting = [w for w in self.coarse if not any((w[2].name, b, "output", None) in self.start for b in w[3])]
         down = [w for w in waiting if w[3] and any(w[2] is y for reader in w[0].outputs for y in reader.outputs)]
         self.coarse = [w for w in waiting if w not in down] if down else []
@@ -149,7 +150,7 @@ class _Walk(Elements):
             self.pin(tensor, axis)
 
     def same(self, node: gs.Node, tensor: gs.Tensor, axis: int, homogeneous: bool = True) -> None:
-        """Input and output share the axis. What is not homogeneous stops a rescaling on both sides."""
+        """Input and output share the axis. An operator that is not homogeneous stops rescaling on both sides."""
         if self.kind == "rescale" and not homogeneous:
             self.pin(node.inputs[0], axis)
             self.pin(node.outputs[0], axis)
@@ -200,7 +201,7 @@ class _Walk(Elements):
                 self.link(self.ids(y, axis), self.ids(node.inputs[2], 0))
 
     def visit_grouped(self, layer: Layer, x: gs.Tensor, y: gs.Tensor, w: gs.Tensor) -> None:
-        """Channels stay inside their group: one place per group on both sides."""
+        """Channels stay inside their group of the convolution: one place per group on both sides."""
         outputs, inputs = layer.shape[0] // layer.groups, layer.shape[1]
         bias = self.graph.tensor(layer.bias) if layer.bias is not None else None
         for j in range(layer.groups):
@@ -210,8 +211,7 @@ class _Walk(Elements):
             if key not in self.start:
                 self.start[key], self.count[key] = self.total, outputs
                 self.total += outputs
-            mine = np.arange(self.start[key], self.start[key] + outputs)
-            self.link(self.ids(y, 1)[slice(*rows)], mine)
+            self.link(self.ids(y, 1)[slice(*rows)], np.arange(self.start[key], self.start[key] + outputs))
         if bias is not None:
             self.link(self.ids(y, 1), self.ids(bias, 0))
 
@@ -253,7 +253,7 @@ class _Walk(Elements):
             == 1
             == len([t for t, _ in full if not isinstance(t, gs.Constant)])
         ):
-            for t, at in full:  # a factor per channel takes up a scaling of either side, as a depthwise weight does
+            for t, at in full:  # a factor per channel absorbs a scaling of either side, as a depthwise weight does
                 if not isinstance(t, gs.Constant):
                     x, x_axis = t, at
                 else:
@@ -299,10 +299,10 @@ class _Walk(Elements):
             starts, ends, *rest = (np.asarray(c).tolist() for c in constants)
             axes = [a % len(x.shape) for a in (rest[0] if rest else range(len(starts)))]
             steps = rest[1] if len(rest) > 1 else [1] * len(starts)
-            kept = self.ids(x, axis)
+            sliced = self.ids(x, axis)
             for s, e, a, step in zip(starts, ends, axes, steps, strict=True):
-                kept = kept[slice(s, e if e > -(2**62) else None, step)] if a == axis else kept
-            self.link(kept, self.ids(y, axis))
+                sliced = sliced[slice(s, e if e > -(2**62) else None, step)] if a == axis else sliced
+            self.link(sliced, self.ids(y, axis))
         else:
             pads = np.asarray(constants[0]).tolist()
             axes = np.asarray(constants[2]).tolist() if len(constants) > 2 else list(range(len(x.shape)))
@@ -333,18 +333,18 @@ class _Walk(Elements):
             self.pin(tensor, axis)
             return
         other = y if tensor is x else x
-        mine, theirs = _numbers(tensor.shape, other.shape), _numbers(other.shape, tensor.shape)
-        size, inner = mine[axis], int(np.prod(mine[axis + 1 :]))
+        sizes, other_sizes = _numbers(tensor.shape, other.shape), _numbers(other.shape, tensor.shape)
+        size, inner = sizes[axis], int(np.prod(sizes[axis + 1 :]))
         finer = []
-        for b, n in enumerate(theirs):
-            stride = int(np.prod(theirs[b + 1 :]))
+        for b, n in enumerate(other_sizes):
+            stride = int(np.prod(other_sizes[b + 1 :]))
             if inner >= stride and inner % stride == 0 and n % (size * (inner // stride)) == 0 and n != _DYNAMIC:
-                k = inner // stride  # mine is inside theirs: position = outer * size * k + channel * k + j
+                k = inner // stride  # this axis is part of the other: position = outer * size * k + channel * k + j
                 self.link(self.ids(tensor, axis)[np.arange(n) // k % size], self.ids(other, b))
                 return
             if stride >= inner and stride % inner == 0 and size % (n * (stride // inner)) == 0 and n > 1:
                 finer.append(b)
-        # mine merges finer axes: each of them links from its own side, which of them hold channels only they know
+        # this axis merges finer axes: they link from their own side, where it is known which of them hold channels
         self.coarse.append((tensor, axis, other, finer))
 
     def visit_layernorm(self, node: gs.Node, tensor: gs.Tensor, axis: int) -> None:
@@ -373,10 +373,10 @@ class _Walk(Elements):
         if axes is None or x.shape is None:
             self.pin(tensor, axis)
             return
-        gone = {a % len(x.shape) for a in axes}
-        kept = [a for a in range(len(x.shape)) if a not in gone or node.attrs.get("keepdims", 1)]
+        reduced = {a % len(x.shape) for a in axes}
+        kept = [a for a in range(len(x.shape)) if a not in reduced or node.attrs.get("keepdims", 1)]
         at = axis if tensor is x else kept[axis]
-        if at in gone:
+        if at in reduced:
             self.pin(tensor, axis)
         else:
             self.link(self.ids(x, at), self.ids(y, kept.index(at)))
@@ -391,6 +391,7 @@ def clip_maximum(node: gs.Node) -> float | None:
 
 
 def _is_relu(node: gs.Node) -> bool:
+    """True if the bounds of a Clip are constants, each 0 or as good as infinite."""
     bounds = [t.values.item() for t in node.inputs[1:] if isinstance(t, gs.Constant)]
     return all(b in (0.0, np.inf, -np.inf) or abs(b) > 1e30 for b in bounds) and len(bounds) == sum(
         not t.is_empty() for t in node.inputs[1:]
@@ -398,8 +399,8 @@ def _is_relu(node: gs.Node) -> bool:
 
 
 def _numbers(shape: Sequence[int | str | None], other: Sequence[int | str | None]) -> list[int]:
-    """Axes as numbers; one dynamic axis becomes a large prime, so that products with it can be compared. A dynamic
-    axis that merges others (as -1 in a Reshape does) becomes whatever makes both shapes hold the same count."""
+    """Sizes as numbers. A dynamic axis becomes a large prime, so that products with it can be compared; one that merges
+    other axes (as -1 in a Reshape does) becomes the size that gives both shapes the same number of elements."""
     prime = _DYNAMIC
     numbers = [n if isinstance(n, int) else prime for n in shape]
     partner = [n if isinstance(n, int) else prime for n in other]

@@ -1,10 +1,9 @@
-"""From an ONNX file or ModelProto to a Graph: refuse what cannot be quantized, then bring it into canonical form."""
+"""From an ONNX file or ModelProto to a Graph: refuse models that cannot be quantized, then bring it into canonical form."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,12 @@ from onnx.external_data_helper import load_external_data_for_model, uses_externa
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import skeleton
 from onnxq_plugins.graph.canonical import canonicalize
-from onnxq_plugins.graph.core import LAYER_OPS, Graph, Mapped
+from onnxq_plugins.graph.core import Graph
+from onnxq_plugins.graph.layer import LAYER_OPS
+from onnxq_plugins.graph.mapped import MappedWeights
 
 # What onnxruntime 1.31 reads (docs/runtime.md), and the version from which int4 tensors, Gelu and LayerNormalization exist.
-WANTED_OPSET, OLDEST_OPSET, NEWEST_OPSET = 21, 7, 26
+BEST_OPSET, OLDEST_OPSET, NEWEST_OPSET = 21, 7, 26
 IR_OF_OPSET = {21: 10, 22: 10, 23: 11, 24: 11, 25: 12, 26: 13}
 QUANTIZED_OPS = {
     "QuantizeLinear",
@@ -49,7 +50,7 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
     """
     if isinstance(model, Graph):
         return model.copy()
-    mapped = Mapped()
+    mapped = MappedWeights()
     if isinstance(model, onnx.ModelProto):
         proto = onnx.ModelProto()
         proto.CopyFrom(model)
@@ -59,23 +60,23 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
     try:
         return _imported(proto, where, float32, flatten, mapped)
     except UnicodeDecodeError as error:
-        raise OnnxqError(f"{where} has names that are no text (corrupt?); export or download it again.") from error
+        raise OnnxqError(f"{where} has names that are not text (corrupt?); export or download it again.") from error
 
 
-def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool, mapped: Mapped) -> Graph:
+def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool, mapped: MappedWeights) -> Graph:
     notes: list[str] = []
     OnnxqError.check(_problems(proto, where, float32))
     if float32 and _half(proto):
         proto = _to_float32(proto)
         notes.append("half-precision weights were converted to float32")
     constants = {t.name for t in proto.graph.initializer}
-    inputs = [i for i in proto.graph.input if i.name not in constants]  # weights that a caller could override
+    inputs = [i for i in proto.graph.input if i.name not in constants]  # initializers that a caller could override
     del proto.graph.input[:]
     proto.graph.input.extend(inputs)
     proto.ir_version = max(proto.ir_version, 4)
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for size in value.type.tensor_type.shape.dim:
-            if size.dim_value < 0:  # dynamic, as onnxruntime has it
+            if size.dim_value < 0:  # onnxruntime reads it as dynamic
                 size.Clear()
     _name_nodes(proto.graph)
     _check_sizes(_without_weights(proto), where)
@@ -87,23 +88,17 @@ def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool, 
         onnx.checker.check_model(inferred)  # after inference: runtimes accept outputs without a shape, the checker does not
     except _INVALID as error:
         raise _invalid(where, error) from error
-    for mine, theirs in ((proto.graph.value_info, inferred.graph.value_info), (proto.graph.output, inferred.graph.output)):
-        del mine[:]
-        mine.extend(theirs)
+    for part in ("value_info", "output"):
+        proto.graph.ClearField(part)
+        getattr(proto.graph, part).extend(getattr(inferred.graph, part))
     header = shell
-    for emptied in (
-        header.graph.initializer,
-        header.graph.input,
-        header.graph.output,
-        header.graph.value_info,
-        header.graph.node,
-    ):
-        del emptied[:]
+    for part in ("initializer", "input", "output", "value_info", "node"):
+        header.graph.ClearField(part)
     header.graph.node.extend(onnx.NodeProto(name=n.name, doc_string=n.doc_string) for n in proto.graph.node if n.doc_string)
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
     logging.getLogger("onnx_graphsurgeon").setLevel(logging.ERROR)
     imported = gs.import_onnx(proto)
-    # a part of a message keeps the whole of it in memory, weights and all
+    # a part of a protobuf message keeps the whole message in memory, weights included
     imported.import_domains = [onnx.helper.make_opsetid(o.domain, o.version) for o in proto.opset_import]
     graph = Graph(imported, header, notes=notes, mapped=mapped)
     del proto, inferred
@@ -121,7 +116,7 @@ def _invalid(where: str, error: Exception) -> OnnxqError:
 
 
 def bytes_on_disk(path: Path) -> int:
-    """Size of a model's file and of the files beside it that hold its external data."""
+    """Size of a model's file and of the files beside it with its external data."""
     beside = {
         entry.value
         for tensor in onnx.load(str(path), load_external_data=False).graph.initializer
@@ -132,10 +127,11 @@ def bytes_on_disk(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, *(path.parent / name for name in beside)))
 
 
-def read(path: Path, mapped: Mapped | None = None) -> onnx.ModelProto:
+def read(path: Path, mapped: MappedWeights | None = None) -> onnx.ModelProto:
     """The file as a ModelProto with its external data. Raises OnnxqError in one sentence if that fails.
 
-    mapped   takes the large float32 weights of external data, which then stay in their files: the ModelProto refers to them
+    mapped   receives the large float32 weights of external data, which then stay in their files: the ModelProto refers to
+             them
     """
     if path.is_dir():
         raise OnnxqError(f"model '{path}' is a folder; give the path of an .onnx file.")
@@ -143,7 +139,7 @@ def read(path: Path, mapped: Mapped | None = None) -> onnx.ModelProto:
         raise OnnxqError(f"model '{path}' does not exist; give the path of an .onnx file.")
     try:
         proto = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf raises several types for bytes that are no model
+    except Exception as error:  # protobuf raises several types for bytes that are not a model
         raise OnnxqError(
             f"'{path}' is not a readable ONNX model (corrupt or truncated?); export or download it again."
         ) from error
@@ -151,13 +147,13 @@ def read(path: Path, mapped: Mapped | None = None) -> onnx.ModelProto:
         raise OnnxqError(f"'{path}' holds no ONNX graph (corrupt, truncated or another format?); export it again.")
     try:
         _check_external(proto, path)
-        left = [t for t in proto.graph.initializer if mapped is not None and mapped.take(t, path.parent)]
-        for tensor in left:  # not to be loaded
+        in_files = [t for t in proto.graph.initializer if mapped is not None and mapped.take(t, path.parent)]
+        for tensor in in_files:  # not to be loaded
             tensor.data_location = TensorProto.DEFAULT
         load_external_data_for_model(proto, str(path.parent.resolve()))
-        for tensor in left:
+        for tensor in in_files:
             tensor.data_location = TensorProto.EXTERNAL
-        for tensor in proto.graph.initializer:  # a truncated raw_data shows only when it is read
+        for tensor in proto.graph.initializer:  # truncated raw_data is only noticed when it is read
             if tensor.HasField("raw_data"):
                 _ = numpy_helper.to_array(tensor)
     except OnnxqError:
@@ -170,23 +166,23 @@ def read(path: Path, mapped: Mapped | None = None) -> onnx.ModelProto:
 
 
 def _check_external(proto: onnx.ModelProto, path: Path) -> None:
-    """Raise OnnxqError if weights lie in a file that is not there, or outside the model's folder."""
+    """Raise OnnxqError if weights are in a file that is missing, or outside the model's folder."""
     folder = path.parent.resolve()
     for tensor in proto.graph.initializer:
         if uses_external_data(tensor):
-            place = next((e.value for e in tensor.external_data if e.key == "location"), "")
-            shown = repr(place if len(place) < 200 else f"{place[:200]}...")
+            location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+            shown = repr(location if len(location) < 200 else f"{location[:200]}...")
             try:
-                target = (folder / place).resolve()
-                there = target.is_file()
+                file = (folder / location).resolve()
+                exists = file.is_file()
             except (OSError, ValueError):  # too long, or with a zero byte
-                target, there = folder / "?", False
-            if not target.is_relative_to(folder):
+                file, exists = folder / "?", False
+            if not file.is_relative_to(folder):
                 raise OnnxqError(
                     f"'{path}': weight '{tensor.name}' points to {shown}, outside the model's folder; "
                     "for safety only files beside the model are read, so save the model again."
                 )
-            if not there:
+            if not exists:
                 raise OnnxqError(
                     f"'{path}': the file {shown} with the data of weight '{tensor.name}' is missing; "
                     "put it beside the model."
@@ -194,9 +190,9 @@ def _check_external(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def _check_sizes(shell: onnx.ModelProto, where: str) -> None:
-    """Raise OnnxqError for tensors that no machine holds, which inference of values and constant folding would make, and for
-    negative sizes, such as of a kernel larger than its input: onnx aborts the process when it infers a Slice of those, so
-    Slices are hidden here."""
+    """Raise OnnxqError for tensors too large for any machine, which value inference and constant folding would create, and
+    for negative sizes, such as of a kernel larger than its input: onnx aborts the process when it infers a Slice of those,
+    so Slices are hidden here."""
     shell.opset_import.add(domain="hidden", version=1)
     for node in shell.graph.node:
         if node.op_type == "Slice":
@@ -211,20 +207,20 @@ def _check_sizes(shell: onnx.ModelProto, where: str) -> None:
             shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
             if min(shape, default=0) < 0:
                 raise OnnxqError(
-                    f"{where}: tensor '{value.name}' has the shape {shape}, which cannot be; mend what makes it."
+                    f"{where}: tensor '{value.name}' has the impossible shape {shape}; fix the operator that computes it."
                 )
             if math.prod(n for n in shape if n) > limit and value.name not in weights:
                 raise OnnxqError(
-                    f"{where}: tensor '{value.name}' of shape {shape} is too large to compute; mend the shapes in the model."
+                    f"{where}: tensor '{value.name}' of shape {shape} is too large to compute; fix the shapes in the model."
                 )
 
 
 def _misfits(graph: Graph, where: str) -> list[str]:
-    """Layers whose weight, groups, bias or input do not fit each other: onnx's checker does not look at constants."""
-    found = []
+    """Layers whose weight, groups and input do not fit together: onnx's checker ignores the shapes of constants."""
+    problems = []
     for node in graph.nodes:
         if node.op == "Clip" and any(isinstance(t, gs.Constant) and t.values.size != 1 for t in node.inputs[1:]):
-            found.append(
+            problems.append(
                 f"{where}: Clip '{node.name}' cannot run: its bounds must be single numbers; export the model again."
             )
         if node.op not in LAYER_OPS or node.domain or len(node.inputs) < 2 or not isinstance(node.inputs[1], gs.Constant):
@@ -248,14 +244,14 @@ def _misfits(graph: Graph, where: str) -> list[str]:
             fits = len(weight) > 0
             inputs = weight[max(len(weight) - 2, 0)] if fits else 0
         if fits and x.shape is not None:
-            given = x.shape[at] if len(x.shape) > max(at, 0) else None
-            fits = len(x.shape) > max(at, 0) and (not isinstance(given, int) or given == inputs)
+            size = x.shape[at] if len(x.shape) > max(at, 0) else None
+            fits = len(x.shape) > max(at, 0) and (not isinstance(size, int) or size == inputs)
         if not fits:
-            found.append(
+            problems.append(
                 f"{where}: {node.op} '{node.name}' cannot run: its weight of shape {list(weight)} does not fit its "
                 f"input of shape {x.shape} and its attributes; export the model again."
             )
-    return found
+    return problems
 
 
 def _problems(proto: onnx.ModelProto, where: str, float32: bool) -> list[str]:
@@ -265,17 +261,17 @@ def _problems(proto: onnx.ModelProto, where: str, float32: bool) -> list[str]:
         problems.append(f"{where} imports no ai.onnx operators, so there is nothing to quantize.")
     elif opset < OLDEST_OPSET:
         problems.append(
-            f"{where} uses opset {opset}, too old; export it with opset {OLDEST_OPSET} or newer ({WANTED_OPSET} is best)."
+            f"{where} uses opset {opset}, too old; export it with opset {OLDEST_OPSET} or newer ({BEST_OPSET} is best)."
         )
     elif opset > NEWEST_OPSET:
         problems.append(
             f"{where} uses opset {opset}, too new: onnxruntime reads up to {NEWEST_OPSET}; export it with "
-            f"opset {WANTED_OPSET}."
+            f"opset {BEST_OPSET}."
         )
-    found = Counter(n.op_type for n in proto.graph.node if n.op_type in QUANTIZED_OPS)
-    if found:
+    quantized = {n.op_type for n in proto.graph.node} & QUANTIZED_OPS
+    if quantized:
         problems.append(
-            f"{where} is already quantized (it has {', '.join(sorted(found))}); give the float model it was made from."
+            f"{where} is already quantized (it has {', '.join(sorted(quantized))}); give the float model it was made from."
         )
     narrow = {
         TensorProto.DataType.Name(t)
@@ -287,7 +283,7 @@ def _problems(proto: onnx.ModelProto, where: str, float32: bool) -> list[str]:
     }
     if narrow:
         problems.append(
-            f"{where} holds tensors of type {', '.join(sorted(narrow))}, so it is no float model; give the "
+            f"{where} has tensors of type {', '.join(sorted(narrow))}, so it is not a float model; give the "
             "float32 model it was made from."
         )
     if (half := _half(proto)) and not float32:
@@ -296,6 +292,7 @@ def _problems(proto: onnx.ModelProto, where: str, float32: bool) -> list[str]:
 
 
 def _half(proto: onnx.ModelProto) -> str:
+    """``fp16`` or ``bf16`` if a model has such tensors, else ""."""
     types = [t.data_type for t in proto.graph.initializer]
     types += [v.type.tensor_type.elem_type for v in (*proto.graph.input, *proto.graph.output)]
     types += [a.t.data_type for n in proto.graph.node for a in n.attribute if n.op_type == "Constant" and a.name == "value"]
@@ -325,18 +322,18 @@ def _to_float32(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 def _raise_opset(proto: onnx.ModelProto, where: str, notes: list[str]) -> onnx.ModelProto:
     opset = max(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
-    if opset < WANTED_OPSET:
+    if opset < BEST_OPSET:
         try:
-            converted = onnx.version_converter.convert_version(_without_weights(proto), WANTED_OPSET)
+            converted = onnx.version_converter.convert_version(_without_weights(proto), BEST_OPSET)
         except Exception as error:  # the converter raises RuntimeError and its own types
             if opset < 13:
                 raise OnnxqError(
-                    f"{where} uses opset {opset}, and onnx cannot convert it to {WANTED_OPSET} "
+                    f"{where} uses opset {opset}, and onnx cannot convert it to {BEST_OPSET} "
                     f"({_first_line(error)}); export it with opset 13 or newer."
                 ) from error
-            notes.append(f"opset {opset} kept, since onnx could not convert it to {WANTED_OPSET}: {_first_line(error)}")
+            notes.append(f"opset {opset} was kept, since onnx could not convert it to {BEST_OPSET}: {_first_line(error)}")
         else:
-            opset = WANTED_OPSET
+            opset = BEST_OPSET
             small = {t.name for t in converted.graph.initializer}
             converted.graph.initializer.extend(t for t in proto.graph.initializer if t.name not in small)
             names = {i.name for i in proto.graph.input}
@@ -357,7 +354,7 @@ def _raise_opset(proto: onnx.ModelProto, where: str, notes: list[str]) -> onnx.M
 
 
 def _without_weights(proto: onnx.ModelProto, limit: int = 1024) -> onnx.ModelProto:
-    """The model with its larger weights as inputs: onnx's tools copy everything they are given several times."""
+    """The model with its larger weights as inputs: onnx's tools copy their argument several times."""
     shell = skeleton(proto)
     for tensor in proto.graph.initializer:
         if np.prod(tensor.dims) > limit or tensor.data_location == TensorProto.EXTERNAL:
@@ -368,7 +365,7 @@ def _without_weights(proto: onnx.ModelProto, limit: int = 1024) -> onnx.ModelPro
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Give every operator a unique name: overrides, reports and the audit speak of operators by name."""
+    """Give every operator a unique name: overrides, reports and the audit refer to operators by name."""
     taken: set[str] = set()
     for node in graph.node:
         name = node.name or f"{node.op_type}_{next((o for o in node.output if o), '')}"

@@ -1,4 +1,4 @@
-"""The matrix form of what a layer reads and writes: columns of input patches and of outputs, and their Gram matrices."""
+"""The matrix form of a layer's input and output: columns of input patches and of outputs, and their Gram matrices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxq_plugins.graph import Layer
+from onnxq_plugins.graph.layer import Layer
 from onnxq_plugins.spec import Array
 
 
@@ -14,8 +14,8 @@ def patches(layer: Layer, x: Array, positions: int, sample: int = 0, zero: int =
     """Columns of the layer's input matrix for one sample [groups, D, positions], evenly spread over its output.
 
     x        Conv [N, C, *spatial]; Gemm, MatMul [..., K]; values or codes
-    sample   shifts the positions, so that samples differ in them
-    zero     what padding is filled with (codes: their zero point)
+    sample   number of the sample: shifts the positions, so that samples use different ones
+    zero     value of padding (codes: their zero point)
     """
     if layer.op != "Conv":
         rows = x.reshape(-1, x.shape[-1])
@@ -26,17 +26,16 @@ def patches(layer: Layer, x: Array, positions: int, sample: int = 0, zero: int =
     if any(map(any, pads)):
         x = np.pad(x, [(0, 0), (0, 0), *pads], constant_values=zero)
     batch, *corner = np.unravel_index(at, (len(x), *sizes))
-    where = np.zeros((1, len(at)), np.intp)  # offsets in the flattened spatial axes [taps, positions]
+    offsets = np.zeros((1, len(at)), np.intp)  # in the flattened spatial axes [taps, positions]
     for axis, length in enumerate(x.shape[2:]):
         along = corner[axis] * strides[axis] + (np.arange(kernel[axis]) * dilations[axis])[:, None]
-        where = (where[:, None] * length + along[None]).reshape(-1, len(at))
+        offsets = (offsets[:, None] * length + along[None]).reshape(-1, len(at))
     flat = x.reshape(len(x), x.shape[1], -1)
     if len(x) == 1:
-        columns = flat[0].take(where, axis=1)  # [C, taps, positions]
+        columns: Array = flat[0].take(offsets, axis=1)  # [C, taps, positions]
     else:
-        columns = flat.swapaxes(0, 1)[:, batch[None], where]
-    made: Array = columns.reshape(layer.groups, -1, len(at))
-    return made
+        columns = flat.swapaxes(0, 1)[:, batch[None], offsets]
+    return columns.reshape(layer.groups, -1, len(at))
 
 
 def output_columns(layer: Layer, y: Array, positions: int, sample: int = 0) -> Array:
@@ -46,21 +45,21 @@ def output_columns(layer: Layer, y: Array, positions: int, sample: int = 0) -> A
         return rows[_spread(len(rows), positions, sample)].T[None]
     at = _spread(len(y) * int(np.prod(y.shape[2:])), positions, sample)
     flat = y.swapaxes(0, 1).reshape(y.shape[1], -1)
-    made: Array = flat.take(at, axis=1).reshape(layer.groups, -1, len(at))
-    return made
+    columns: Array = flat.take(at, axis=1)
+    return columns.reshape(layer.groups, -1, len(at))
 
 
 def split(columns: Array, limit: int) -> Array:
-    """Columns [g, D, P] with D above `limit` as more and narrower groups [g * n, B, P] of at most a quarter of it, zeros at
-    the end: what they leave out of a Gram matrix is all but n blocks on its diagonal."""
+    """Columns [g, D, P] with D above `limit` as [g * n, B, P], padded with zeros, B at most a quarter of it: their
+    Gram matrices are the n blocks on the diagonal of the whole ones."""
     groups, size, count = columns.shape
     pieces = blocks(size, limit)
     if pieces == 1:
         return columns
     width = -(-size // pieces)
-    filled = np.zeros((groups, pieces * width, count), columns.dtype)
-    filled[:, :size] = columns
-    return filled.reshape(groups * pieces, width, count)
+    padded = np.zeros((groups, pieces * width, count), columns.dtype)
+    padded[:, :size] = columns
+    return padded.reshape(groups * pieces, width, count)
 
 
 def blocks(size: int, limit: int) -> int:
@@ -74,12 +73,11 @@ def gram_shape(columns: Array) -> tuple[int, int, int]:
 
 
 def gram(columns: Array) -> Array:
-    """Sum of x x^T over columns [g, D, P] -> [g, D, D], in the columns' own precision: of float32, give at most some
-    thousand at a time."""
+    """Sum of x x^T over columns [g, D, P] -> [g, D, D], in the precision of the columns: pass at most a few thousand float32
+    columns at a time."""
     if len(columns) > 1:
-        found: Array = columns @ columns.swapaxes(1, 2)
-        return found
-    return np.asarray(columns[0] @ columns[0].T)[None]  # recognised as symmetric: half the work
+        return np.asarray(columns @ columns.swapaxes(1, 2))
+    return np.asarray(columns[0] @ columns[0].T)[None]  # BLAS recognises it as symmetric: half the work
 
 
 def add_gram(h: Array, columns: Array) -> Array:
@@ -96,7 +94,8 @@ def _output_sizes(layer: Layer, sizes: Sequence[int]) -> list[int]:
     ]
 
 
-def _spread(total: int, wanted: int, sample: int) -> Array:
-    if total <= wanted:
+def _spread(total: int, count: int, sample: int) -> Array:
+    """`count` of `total` positions, evenly spread."""
+    if total <= count:
         return np.arange(total)
-    return (np.arange(wanted) * total // wanted + sample * 7919) % total  # a prime: samples see different positions
+    return (np.arange(count) * total // count + sample * 7919) % total  # a prime: samples see different positions

@@ -9,13 +9,14 @@ from dataclasses import fields, replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq_plugins.graph.core import BatchNorm, Graph, Layer
+from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.elements import ChannelGroup
+from onnxq_plugins.graph.layer import BatchNorm, Layer
 from onnxq_plugins.spec import Array
 
 
 def permute(graph: Graph, group: ChannelGroup, order: Sequence[int] | Array) -> None:
-    """New channel c of the group is old channel order[c]. The float function stays; ValueError if `order` is no
+    """New channel c of the group is old channel order[c]. The float function stays; ValueError if `order` is not a
     permutation or the group is of kind ``rescale``."""
     order = np.asarray(order)
     if group.kind != "permute" or not np.array_equal(np.sort(order), np.arange(group.size)):
@@ -62,12 +63,12 @@ def rescale(graph: Graph, group: ChannelGroup, factors: Sequence[float] | Array)
 def replace_with_sum(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list[Layer]:
     """Layer W x + b becomes W_1 x + b + W_2 x + ... with sum(W_k) = W; returns the new layers.
 
-    parts   arrays in the weight's shape, or, of a convolution with odd kernel sizes, its centre taps alone
+    parts   arrays in the weight's shape or, for a convolution with odd kernel sizes, the centre taps alone
             [OC, IC/groups, 1, ...]: such a part becomes a pointwise convolution. ValueError if their sum differs from the
-            weight by more than 1e-5 relative, or where a pointwise convolution cannot do it (`centre_pads`)
+            weight by more than 1e-5 relative, or if a pointwise convolution cannot replace the taps (`centre_pads`)
 
-    The first part has the bias. Sums run from the last part to the first: where parts become smaller, so are partial sums.
-    Statistics of a folded BatchNormalization stay with the sum, which bears the layer's output name.
+    The first part has the bias. Sums run from the last part to the first, so that partial sums of ever smaller parts are
+    small. Statistics of a folded BatchNormalization stay with the sum, which has the layer's output name.
     """
     weight, parts = graph.constant(layer.weight), [np.asarray(part, np.float32) for part in parts]
     total = _total(layer, parts)
@@ -107,11 +108,11 @@ def replace_with_sum(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list
 
 
 def centre_pads(graph: Graph, layer: Layer) -> list[int]:
-    """Pads, as ONNX lists them, of the pointwise convolution that computes what the centre taps of a convolution do: its own
-    less dilation * (kernel - 1) / 2 on each side, which is 0 where the output is as large as the input.
+    """Pads, as ONNX lists them, of the pointwise convolution that equals the centre taps of a convolution: its own pads
+    minus dilation * (kernel - 1) / 2 on each side, which is 0 if the output is as large as the input.
 
-    Raises ValueError for other operators, for even kernel sizes, where a pad would be negative, and where ``auto_pad`` makes
-    pads depend on an input size that is not known.
+    Raises ValueError for other operators, for even kernel sizes, if a pad would be negative, and if ``auto_pad`` makes pads
+    depend on an unknown input size.
     """
     if layer.op != "Conv" or any(k % 2 == 0 for k in layer.shape[2:]):
         raise ValueError(f"layer '{layer.name}': only a Conv with odd kernel sizes has a centre")
@@ -120,22 +121,22 @@ def centre_pads(graph: Graph, layer: Layer) -> list[int]:
     same = str(layer.attrs.get("auto_pad", "")).startswith("SAME")
     if same and any(not isinstance(n, int) and s > 1 for n, s in zip(known, strides, strict=True)):
         raise ValueError(f"layer '{layer.name}': with auto_pad and a stride, its pads depend on a size that is unknown")
-    moved = [[pad - d * (k - 1) // 2 for pad in ends] for k, d, ends in zip(kernel, dilations, pads, strict=True)]
-    if any(pad < 0 for ends in moved for pad in ends):
+    centre = [[pad - d * (k - 1) // 2 for pad in ends] for k, d, ends in zip(kernel, dilations, pads, strict=True)]
+    if any(pad < 0 for ends in centre for pad in ends):
         raise ValueError(
             f"layer '{layer.name}': its padding is smaller than half its kernel, so that its centre taps alone "
             "would need negative pads"
         )
-    return [ends[side] for side in (0, 1) for ends in moved]
+    return [ends[side] for side in (0, 1) for ends in centre]
 
 
 def centre_of(shape: Sequence[int]) -> tuple[slice, ...]:
-    """Where the centre taps lie in a convolution weight [OC, IC/groups, *kernel] with odd kernel sizes; axes are kept."""
+    """Index of the centre taps of a convolution weight [OC, IC/groups, *kernel] with odd kernel sizes; it keeps all axes."""
     return (slice(None), slice(None), *(slice(k // 2, k // 2 + 1) for k in shape[2:]))
 
 
 def _total(layer: Layer, parts: Sequence[Array]) -> Array | None:
-    """The sum, in float64, of parts in the weight's shape or of its centre; None for another shape, or no part."""
+    """The sum, in float64, of parts in the shape of the weight or of its centre; None for other shapes and for no part."""
     total, odd = np.zeros(layer.shape), layer.op == "Conv" and all(k % 2 for k in layer.shape[2:])
     for part in parts:
         if part.shape == layer.shape:
@@ -148,11 +149,11 @@ def _total(layer: Layer, parts: Sequence[Array]) -> Array | None:
 
 
 def split_values(graph: Graph, name: str, step: float, shift: float, low: int, high: int) -> tuple[str, str]:
-    """A tensor x as a sum of two, x1 on a coarse grid and x2 what that leaves; returns their names.
+    """Split a tensor x into the sum of x1 on a coarse grid and the rest x2; returns their names.
 
         x1 = step * clip(floor(x / step + shift), low, high),   x2 = x - x1
 
-    With shift 1/2 x1 is the nearest multiple of the step. Where nothing is clipped x2 lies in [-shift, 1 - shift) steps.
+    With shift 1/2 x1 is the nearest multiple of the step. Where nothing is clipped x2 is in [-shift, 1 - shift) steps.
     ValueError if the step is not positive and finite.
     """
     if not (np.isfinite(step) and step > 0):
@@ -164,7 +165,7 @@ def split_values(graph: Graph, name: str, step: float, shift: float, low: int, h
         return graph.add_constant(f"{name}_{what}", np.array(value, np.float32))
 
     coarse, rest = graph.add_variable(f"{name}_coarse", like=x), graph.add_variable(f"{name}_rest", like=x)
-    size, made = constant("step", step), x
+    size, y = constant("step", step), x
     for op, *others in (
         ("Div", size),
         ("Add", constant("shift", shift)),
@@ -172,21 +173,21 @@ def split_values(graph: Graph, name: str, step: float, shift: float, low: int, h
         ("Clip", constant("low", low), constant("high", high)),
         ("Mul", size),
     ):
+        inputs = [y, *others]
         y = coarse if op == "Mul" else graph.add_variable(f"{name}_{op.lower()}", like=x)
-        graph.add_node(op, f"{coarse.name}_{op.lower()}", [made, *others], [y], before=before)
-        made = y
+        graph.add_node(op, f"{coarse.name}_{op.lower()}", inputs, [y], before=before)
     graph.add_node("Sub", f"{rest.name}_sub", [x, coarse], [rest], before=before)
     return str(coarse.name), str(rest.name)
 
 
 def split_input(graph: Graph, layer: Layer, parts: Sequence[str]) -> list[Layer]:
-    """Layer W x + b becomes W x_1 + W x_2 + ... + b, each with a weight of its own; returns the new layers. The last one has
-    the bias: int32 codes for it are finest where the input's step is.
+    """Layer W x + b becomes W x_1 + W x_2 + ... + b, each with its own weight; returns the new layers. The last one has the
+    bias: its int32 codes are finest where the input's step is.
 
-    parts   names of tensors that add up to the layer's input, of its shape; that they do is the caller's to see to.
-            ValueError without any, or if the shape of one differs
+    parts   names of tensors of the input's shape that add up to the layer's input, which is not checked. ValueError for
+            none, or for another shape
 
-    Statistics of a folded BatchNormalization stay with the sum, which bears the layer's output name.
+    Statistics of a folded BatchNormalization stay with the sum, which has the layer's output name.
     """
     node = graph.producer(layer.output)
     assert node is not None
@@ -218,36 +219,32 @@ def split_input(graph: Graph, layer: Layer, parts: Sequence[str]) -> list[Layer]
 def split_outputs(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list[Layer]:
     """Layer becomes one layer for each part of its output channels, joined by a Concat; returns the new layers.
 
-    parts   channel numbers of each part; together every channel once. Where the parts in their order do not run from the
-            first channel to the last, a Gather behind the Concat puts the channels in order
+    parts   channel numbers of each part; together every channel once. If they are not ascending, a Gather behind the Concat
+            restores the order
 
-    The Relu or Clip behind a layer that absorbs it (`Layer.result`) goes into the parts, so that each writes the range its
-    reader sees. Parts read the layer's input; those of a depthwise convolution the channels they need, by Slice where these
-    are a run and by Gather elsewhere. Raises ValueError for a ConvTranspose, another grouped convolution, or parts that are
-    no partition.
+    The Relu or Clip behind the layer (`Layer.result`) moves into the parts, so that each writes the range that consumers
+    see. Parts read the layer's input; those of a depthwise convolution only their channels of it, by Slice if these are
+    consecutive, else by Gather. Raises ValueError for a ConvTranspose, another grouped convolution, or parts that are not a
+    partition.
     """
-    parts, channels = [np.asarray(part) for part in parts], np.arange(layer.channels)
-    if not splittable(layer):
-        raise ValueError(f"layer '{layer.name}': a {layer.kind} {layer.op} cannot be split by output channels")
-    joined = np.concatenate([part.ravel() for part in parts]) if parts else channels[:0]
-    if any(part.ndim != 1 or not len(part) for part in parts) or not np.array_equal(np.sort(joined), channels):
-        raise ValueError(f"layer '{layer.name}': the parts must hold each of its {layer.channels} output channels once")
+    parts = [np.asarray(part) for part in parts]
+    joined = _partition(layer, parts)
     node, after = graph.producer(layer.output), graph.elided_activation(layer.output)
     assert node is not None
     output, result = node.outputs[0], graph.tensor(layer.result)
     weight, bias = graph.constant(layer.weight), graph.constant(layer.bias) if layer.bias is not None else None
     statistics = graph.batchnorms.get(layer.output)
     axis = 1 if layer.op != "MatMul" else -1 if output.shape is None else len(output.shape) - 1
-    made, written = [], []
+    weights, written = [], []
     for k, part in enumerate(parts):
         name, attrs = f"{layer.name}_part{k + 1}", dict(node.attrs)
         x = node.inputs[0]
         if layer.groups > 1:
             attrs["group"] = len(part)
             x = _select(graph, x, part // (layer.channels // layer.groups), f"{name}_in", node)
-        made.append(graph.add_constant(f"{layer.weight}_part{k + 1}", np.take(weight, part, axis=layer.out_axis)))
-        inputs = [x, made[-1]]
-        if bias is not None:  # a Gemm's may be broadcast
+        weights.append(graph.add_constant(f"{layer.weight}_part{k + 1}", np.take(weight, part, axis=layer.out_axis)))
+        inputs = [x, weights[-1]]
+        if bias is not None:  # that of a Gemm may be broadcast
             own = np.take(bias, part, axis=-1) if bias.ndim and bias.shape[-1] == layer.channels else bias
             inputs.append(graph.add_constant(f"{layer.bias}_part{k + 1}", own))
         shape = _resized(output.shape, axis, len(part))
@@ -264,7 +261,7 @@ def split_outputs(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list[La
     for old in (node, after):
         if old is not None:
             old.outputs.clear()
-    ordered = np.array_equal(joined, channels)
+    ordered = bool((np.diff(joined) > 0).all())
     whole = result if ordered else graph.add_variable(f"{layer.name}_parts", like=output)
     graph.add_node("Concat", f"{layer.name}_concat", written, [whole], before=node, axis=axis)
     if not ordered:
@@ -275,11 +272,23 @@ def split_outputs(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list[La
         graph.batchnorms.pop(layer.output, None)
     graph.touched.update([layer.weight, *([layer.bias] if layer.bias else [])])
     layers = {y.weight: y for y in graph.layers}
-    return [layers[constant.name] for constant in made]
+    return [layers[constant.name] for constant in weights]
+
+
+def _partition(layer: Layer, parts: Sequence[Array]) -> Array:
+    """The channel numbers of all parts [channels]. Raises ValueError if the layer cannot be split like that."""
+    if not splittable(layer):
+        raise ValueError(f"layer '{layer.name}': a {layer.kind} {layer.op} cannot be split by output channels")
+    joined = np.concatenate([part.ravel() for part in parts]) if parts else np.arange(0)
+    if any(part.ndim != 1 or not len(part) for part in parts) or not np.array_equal(
+        np.sort(joined), np.arange(layer.channels)
+    ):
+        raise ValueError(f"layer '{layer.name}': the parts must hold each of its {layer.channels} output channels once")
+    return joined
 
 
 def splittable(layer: Layer) -> bool:
-    """True if `split_outputs` takes a layer: dense, or a depthwise convolution."""
+    """True if `split_outputs` accepts a layer: dense, or a depthwise convolution."""
     return layer.op != "ConvTranspose" and layer.kind != "grouped"
 
 

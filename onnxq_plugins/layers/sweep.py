@@ -18,13 +18,13 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.calibration.statistics import in_order
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.qdq import Writer, subgraph_reads
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.patches import gram, output_columns, patches, split
 from onnxq_plugins.job import Job
+from onnxq_plugins.parallel import map_threads
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Array
 
@@ -159,7 +159,7 @@ def sweep(
             return look.products(numbers, exact.live)
 
         with runtimes.blas(1):  # the workers are threads with a product each
-            for part in in_order(some, seen.parts(len(feeds)), job.workers):
+            for part in map_threads(some, seen.parts(len(feeds)), job.workers):
                 seen.add(part)
         for network, kept in ((exact, keep), (rounded, keep_codes)):
             network.live = {name: values for name, values in network.live.items() if name in kept}

@@ -16,7 +16,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export import qdq
 from onnxq_plugins.files import digest, load_arrays, save_arrays
 from onnxq_plugins.graph import Graph
-from onnxq_plugins.parallel import in_turn
+from onnxq_plugins.parallel import run_all
 from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.targets import Target
 
@@ -207,7 +207,7 @@ class Measure:
             if (file := files[number]) is not None:
                 save_arrays(file, {name: np.array(value) for name, value in found.items()})
 
-        return in_turn(calls(), workers, keep)
+        return run_all(calls(), workers, keep)
 
     def _export(self, plan: Plan) -> bytes:
         with self._lock:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from onnxq_plugins.calibration.propagation import expected
+from onnxq_plugins.calibration.propagation import propagate
 from onnxq_plugins.job import Job, Pass, Service, Stage
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.layers.problem import bias_shift
@@ -43,7 +43,7 @@ class BiasCorrect(Pass):
         graph = job.graph
         layers = [y for y in graph.layers if y.weight in job.plan and y.op in ("Conv", "Gemm")]
         if self.method == "analytic":
-            told = expected(graph, {}, through=False)
+            told = propagate(graph, {}, through=False)
             means_of = {
                 y.name: told[y.input].mean
                 for y in layers

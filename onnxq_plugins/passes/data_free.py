@@ -78,7 +78,7 @@ class DataFree(Pass):
         settings: dict[str, Any] = {"cache": real.cache, "workers": real.workers, "track": real.track}
         job.calibration = Calibration(graph, data, **settings)
         if source == "statistics":
-            starts = {name: one.moments for name, one in made.items() if one.moments is not None}
+            starts = {name: one.distribution for name, one in made.items() if one.distribution is not None}
             job.calibration = Expected(graph, data, starts, self.deviations, **settings)
         elif not any(one.source.startswith("fractals") for one in made.values()):
             source = "noise"  # no input is an image

@@ -15,7 +15,7 @@ from onnxq_plugins.job import Job, Pass, Service
 from onnxq_plugins.layers.complete import complete_ranges, complete_weight
 from onnxq_plugins.layers.problem import float_inputs, problem, solvable
 from onnxq_plugins.layers.sweep import sweep
-from onnxq_plugins.parallel import in_turn
+from onnxq_plugins.parallel import run_all
 from onnxq_plugins.solvers.rounding import Effort, Method
 from onnxq_plugins.spec import QuantSpec
 
@@ -91,7 +91,7 @@ class Round(Pass):
                     keep(layer, one.solve(self.method, efforts[layer.name], self.search))
         else:
             for batch in float_inputs(job, layers, self.positions, self.limit):
-                solved = in_turn(
+                solved = run_all(
                     (
                         partial(problem(job, layer, gram, self.shift).solve, self.method, efforts[layer.name], self.search)
                         for layer, gram in batch

@@ -11,7 +11,7 @@ import numpy as np
 from onnxq_plugins import runtimes
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.layers.problem import DESCENT, float_inputs, problem, solvable
-from onnxq_plugins.parallel import in_turn
+from onnxq_plugins.parallel import run_all
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class SubLayer(Pass):
         for batch in float_inputs(job, layers, self.positions, self.limit):
             problems = [problem(job, layer, gram, self.shift) for layer, gram in batch]
             with runtimes.blas(1):
-                solved = list(in_turn((partial(one.scaled, rounds=self.rounds) for one in problems), job.workers))
+                solved = list(run_all((partial(one.scaled, rounds=self.rounds) for one in problems), job.workers))
             for one, spec in zip(problems, solved, strict=True):
                 job.plan |= {one.layer.weight: spec}
                 tiles += np.asarray(spec.scale).size

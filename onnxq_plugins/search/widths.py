@@ -24,7 +24,7 @@ from onnxq_plugins.graph.flow import maker_of
 from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.complete import complete_ranges, complete_weight, scale_floor
 from onnxq_plugins.layers.problem import Problem, float_inputs, problem, solvable
-from onnxq_plugins.parallel import in_turn
+from onnxq_plugins.parallel import run_all
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import pinned, weight_request
 from onnxq_plugins.runtimes.audit import example
@@ -146,7 +146,7 @@ class Widths:
 
             calls = (partial(_solve, self._problems(job, layer, gram, wanted[layer.name]), method) for layer, gram in batch)
             with runtimes.blas(1):
-                list(self.job.track(in_turn(calls, self.job.workers, keep), "rounding", len(batch)))
+                list(self.job.track(run_all(calls, self.job.workers, keep), "rounding", len(batch)))
 
     def _problems(self, job: Job, layer: Layer, gram: Gram, widths: Collection[int]) -> dict[int, Problem]:
         """A layer at each width. Together, since they see the same Gram matrix."""

@@ -83,7 +83,7 @@ def sessions(monkeypatch):
         count["sessions"] += 1
         return Counted(make(*args, **options))
 
-    monkeypatch.setattr("onnxq_plugins.runtimes.sessions.session", session)
+    monkeypatch.setattr(runtimes, "session", session)
     return count
 
 

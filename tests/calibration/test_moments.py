@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from onnxq_plugins.calibration import Calibration, channel_axis, channels
 from onnxq_plugins.calibration.expected import Expected
-from onnxq_plugins.calibration.propagation import Moments, expected
+from onnxq_plugins.calibration.propagation import Distribution, propagate
 from onnxq_plugins.data import Data, graph_inputs
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import channel_groups, load, permute, replace_with_sum, rescale, split_outputs
@@ -24,7 +24,7 @@ def normal_input(size, seed=1, spread=1.0):
     """Moments of an input with its own mean and deviation per channel."""
     rng = np.random.default_rng(seed)
     mean, deviation = rng.normal(size=size) * spread, rng.uniform(0.5, 1.5, size)
-    return Moments(mean, deviation**2, mean - 6 * deviation, mean + 6 * deviation)
+    return Distribution(mean, deviation**2, mean - 6 * deviation, mean + 6 * deviation)
 
 
 def simulate(graph, moments, axis, names, samples=SAMPLES):
@@ -52,7 +52,7 @@ def check(net, output, *, variance=0.1, mean=0.04, spread=1.0, told=True, sample
     graph = load(net.model(output))
     axis = channel_axis(graph, "x")
     moments = normal_input(graph.shape("x")[axis], spread=spread)
-    found = expected(graph, {"x": moments})
+    found = propagate(graph, {"x": moments})
     (name,) = graph.outputs
     values = simulate(graph, moments, axis, [name], samples)[name]
     wanted_mean, wanted_variance = per_channel(graph, name, values)
@@ -129,7 +129,7 @@ def test_wider_convolutions_count_on_neighbours_that_are_alike(groups):
     graph = load(net.model(net.conv("x", 6, 12, groups=groups, pads=[0] * 4)))
     (layer,) = graph.layers
     moments = normal_input(6)
-    made = expected(graph, {"x": moments})[layer.output]
+    made = propagate(graph, {"x": moments})[layer.output]
     mean, independent = per_channel(graph, layer.output, simulate(graph, moments, 1, [layer.output])[layer.output])
     assert np.abs(made.mean - mean).max() < 0.08 * np.sqrt(independent.max())
     weight = graph.constant(layer.weight).astype(np.float64)
@@ -172,8 +172,8 @@ def test_clip_with_one_end():
 def test_what_a_relu_all_but_closes_stays_in_its_span():
     net = Net(["N", 3, 2, 2])
     graph = load(net.model(net.op("Relu", "x")))
-    start = Moments(np.array([-7.0, -100, 1e3]), np.ones(3), np.array([-13.0, -106, 994]), np.array([-1.0, -94, 1006]))
-    sane(expected(graph, {"x": start})[graph.outputs[0]])
+    start = Distribution(np.array([-7.0, -100, 1e3]), np.ones(3), np.array([-13.0, -106, 994]), np.array([-1.0, -94, 1006]))
+    sane(propagate(graph, {"x": start})[graph.outputs[0]])
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_functions_of_one_variable(op, attrs):
     (name,) = graph.outputs
     values = simulate(graph, moments, 1, [name])[name]
     mean, variance = per_channel(graph, name, values)
-    made = expected(graph, {"x": moments})[name]
+    made = propagate(graph, {"x": moments})[name]
     np.testing.assert_allclose(made.mean, mean, atol=0.05 * np.sqrt(variance.max()))
     np.testing.assert_allclose(made.variance, variance, rtol=0.3 if op == "Exp" else 0.1)
     sane(made)
@@ -220,9 +220,9 @@ def test_a_gate_of_the_gated_is_one_variable(swapped):
 def test_the_dip_of_a_curve_is_found_within_a_wide_span(op):
     net = Net(["N", 2])
     graph = load(net.model(net.op(op, "x"), opset=20))
-    wide = Moments(np.zeros(2), np.full(2, 100.0), np.full(2, -60.0), np.full(2, 60.0))
+    wide = Distribution(np.zeros(2), np.full(2, 100.0), np.full(2, -60.0), np.full(2, 60.0))
     grid = run(graph, {"x": np.linspace(-4, 4, 2000, dtype=np.float32).reshape(-1, 2)})[0]
-    assert expected(graph, {"x": wide})[graph.outputs[0]].low.max() < 0.5 * grid.min()
+    assert propagate(graph, {"x": wide})[graph.outputs[0]].low.max() < 0.5 * grid.min()
 
 
 @pytest.mark.parametrize("op", ["Add", "Sub", "Mul", "Div"])
@@ -234,7 +234,7 @@ def test_constants(op, values, first):
     constant = net.constant(net.rng.uniform(0.5, 2, shape) * net.rng.choice([-1, 1], shape))
     output = net.op(op, *([constant, "x"] if first else ["x", constant]))
     if op == "Div" and first:  # one over a normal variable has no moments
-        assert load(net.model(output)).outputs[0] not in expected(load(net.model(output)), {"x": normal_input(5)})
+        assert load(net.model(output)).outputs[0] not in propagate(load(net.model(output)), {"x": normal_input(5)})
     else:
         check(net, output)
 
@@ -248,7 +248,7 @@ def test_nothing_is_told_of_a_quotient_by_zero_or_by_an_activation():
     for divisor in (lambda net: net.constant([0.0, 1, 2]), lambda net: net.op("Softmax", "x", axis=-1)):
         net = Net(["N", 3])
         graph = load(net.model(net.op("Div", "x", divisor(net))))
-        assert graph.outputs[0] not in expected(graph, {"x": normal_input(3)})
+        assert graph.outputs[0] not in propagate(graph, {"x": normal_input(3)})
 
 
 @pytest.mark.parametrize("op", ["Add", "Sub", "Mul"])
@@ -276,7 +276,7 @@ def test_concat_of_tensors_whose_channels_lie_on_different_axes():
     net = Net(["N", 4, 4])
     joined = net.op("Concat", "x", net.op("Add", "x", net.op("Tanh", "x")), axis=1)
     graph = load(net.model(net.conv(joined, 8, 3, 1, rank=1)))
-    found = expected(graph, {"x": normal_input(4)})
+    found = propagate(graph, {"x": normal_input(4)})
     for name, made in found.items():
         assert len(made.mean) in (1, channels(graph, name))
 
@@ -287,7 +287,7 @@ def test_channels_are_not_taken_for_positions_of_the_same_size():
     y = net.op("Tanh", net.op("Sigmoid", net.conv("x", 4, 4, 1, rank=1)))
     graph = load(net.model(y))
     assert channel_axis(graph, graph.layers[0].output) != channel_axis(graph, graph.outputs[0])
-    assert len(expected(graph, {"x": normal_input(4)})[graph.outputs[0]].mean) == 1
+    assert len(propagate(graph, {"x": normal_input(4)})[graph.outputs[0]].mean) == 1
 
 
 @pytest.mark.parametrize("how", ["Flatten", "Reshape"])
@@ -325,11 +325,11 @@ def test_layer_normalization(written_out):
     net = Net(["N", 3, 48])
     y = net.layernorm("x", 48) if written_out else net.op("LayerNormalization", "x", net.weight(48), net.weight(48))
     graph = load(net.model(y))
-    start = Moments(np.zeros(48), np.ones(48), np.full(48, -6.0), np.full(48, 6.0))
+    start = Distribution(np.zeros(48), np.ones(48), np.full(48, -6.0), np.full(48, 6.0))
     (name,) = graph.outputs
     values = simulate(graph, start, 2, [name])[name]
     mean, variance = per_channel(graph, name, values)
-    made = expected(graph, {"x": start})[name]
+    made = propagate(graph, {"x": start})[name]
     np.testing.assert_allclose(made.mean, mean, atol=0.05)
     np.testing.assert_allclose(made.variance, variance, rtol=0.1)
     assert (values.min(axis=(0, 1)) >= made.low - 1e-5).all() and (values.max(axis=(0, 1)) <= made.high + 1e-5).all()
@@ -338,7 +338,7 @@ def test_layer_normalization(written_out):
 def test_layer_normalization_of_few_features_is_bounded():
     net = Net(["N", 5])
     graph = load(net.model(net.op("LayerNormalization", "x", net.constant(np.ones(5)))))
-    made = expected(graph, {})[graph.outputs[0]]
+    made = propagate(graph, {})[graph.outputs[0]]
     np.testing.assert_allclose([made.low, made.high], [[-2] * 5, [2] * 5])
     assert np.abs(run(graph, {"x": np.float32([[9, 0, 0, 0, 0]])})[0]).max() == pytest.approx(2, rel=1e-3)
 
@@ -346,17 +346,17 @@ def test_layer_normalization_of_few_features_is_bounded():
 def test_layer_normalization_over_two_axes_is_told_as_a_whole():
     net = Net(["N", 3, 4])
     graph = load(net.model(net.op("LayerNormalization", "x", net.weight(3, 4), net.weight(3, 4), axis=1)))
-    sane(expected(graph, {})[graph.outputs[0]])
-    assert len(expected(graph, {})[graph.outputs[0]].mean) == 1
+    sane(propagate(graph, {})[graph.outputs[0]])
+    assert len(propagate(graph, {})[graph.outputs[0]].mean) == 1
 
 
 def test_layer_normalization_without_bias_or_with_computed_scale():
     net = Net(["N", 6])
     graph = load(net.model(net.op("LayerNormalization", "x", net.weight(6), "")))
-    np.testing.assert_array_equal(expected(graph, {})[graph.outputs[0]].mean, 0)
+    np.testing.assert_array_equal(propagate(graph, {})[graph.outputs[0]].mean, 0)
     net = Net([6])
     graph = load(net.model(net.op("LayerNormalization", "x", net.op("Exp", "x"))))
-    assert graph.outputs[0] not in expected(graph, {})
+    assert graph.outputs[0] not in propagate(graph, {})
 
 
 def test_softmax_averages_what_it_multiplies():
@@ -366,23 +366,23 @@ def test_softmax_averages_what_it_multiplies():
     moments = normal_input(6)
     (name,) = graph.outputs
     mean, _ = per_channel(graph, name, simulate(graph, moments, 2, [name])[name])
-    made = expected(graph, {"x": moments})[name]
+    made = propagate(graph, {"x": moments})[name]
     assert (np.abs(made.mean - mean) < np.sqrt(moments.variance)).all() and (made.variance < moments.variance).all()
-    soft = expected(graph, {"x": moments})[next(n.outputs[0].name for n in graph.nodes if n.op == "Softmax")]
+    soft = propagate(graph, {"x": moments})[next(n.outputs[0].name for n in graph.nodes if n.op == "Softmax")]
     assert soft.mean == pytest.approx(1 / 6) and (soft.low, soft.high) == (0, 1)
 
 
 def test_softmax_over_another_axis():
     net = Net(["N", 3, 8])
     graph = load(net.model(net.op("Softmax", "x", axis=1)))
-    assert expected(graph, {})[graph.outputs[0]].mean == pytest.approx(1 / 3)
+    assert propagate(graph, {})[graph.outputs[0]].mean == pytest.approx(1 / 3)
 
 
 def test_product_of_two_activations():
     net = Net(["N", 12, 12])
     y = net.op("MatMul", "x", net.op("Transpose", net.op("Tanh", "x"), perm=[0, 2, 1]))
     graph = load(net.model(y))
-    sane(expected(graph, {"x": normal_input(12)})[graph.outputs[0]])
+    sane(propagate(graph, {"x": normal_input(12)})[graph.outputs[0]])
 
 
 @pytest.mark.parametrize("how", ["Slice", "Gather", "Split", "Pad", "shuffle", "NHWC and back", "DepthToSpace", "reverse"])
@@ -423,17 +423,17 @@ def test_outputs_beside_the_first_are_not_told():
     net = Net(["N", 3, 4, 4])
     y = net.op("MaxPool", "x", outputs=2, kernel_shape=[2, 2])
     graph = load(net.model(y, f"{y}_1"))
-    assert graph.outputs[1] not in expected(graph, {"x": normal_input(3)})
+    assert graph.outputs[1] not in propagate(graph, {"x": normal_input(3)})
     net = Net(["N", 3])
     y = net.op("LayerNormalization", "x", net.weight(3), net.weight(3), outputs=3)
     graph = load(net.model(y, f"{y}_1"))
-    assert graph.outputs[1] not in expected(graph, {})
+    assert graph.outputs[1] not in propagate(graph, {})
 
 
 def test_whole_numbers_are_not_told():
     net = Net(["N", 3])
     graph = load(net.model(net.op("Cast", "x", to=TensorProto.INT64), net.op("Cast", "x", to=TensorProto.DOUBLE)))
-    found = expected(graph, {"x": normal_input(3)})
+    found = propagate(graph, {"x": normal_input(3)})
     assert graph.outputs[0] not in found and graph.outputs[1] in found
 
 
@@ -467,7 +467,7 @@ def test_every_network_is_told_without_contradiction(name, dynamic):
         graph = load(model)
     except OnnxqError:
         pytest.skip("cannot have dynamic sizes")
-    found = expected(graph, start_of(graph))
+    found = propagate(graph, start_of(graph))
     assert set(graph.inputs) < set(found)
     for tensor, made in found.items():
         sane(made)
@@ -475,19 +475,19 @@ def test_every_network_is_told_without_contradiction(name, dynamic):
         maker = graph.producer(tensor)
         if maker is not None and maker.op in ("Relu", "Sigmoid"):
             assert made.low.min() >= 0
-    assert set(expected(graph, {}, through=False)) <= set(found)
+    assert set(propagate(graph, {}, through=False)) <= set(found)
 
 
 @pytest.mark.parametrize("name", ["cnn", "inception", "mlp", "transformer", "odd_channels"])
 def test_every_activation_of_ordinary_networks_is_told(name):
     graph = load(ZOO[name]())
-    found = expected(graph, start_of(graph))
+    found = propagate(graph, start_of(graph))
     assert not [t.name for node in graph.nodes for t in node.outputs if t.name not in found]
 
 
 def test_statistics_win_over_propagation():
     graph = load(mobilenet())
-    found = expected(graph, start_of(graph))
+    found = propagate(graph, start_of(graph))
     assert len(graph.batchnorms) == 7
     for name, norm in graph.batchnorms.items():
         np.testing.assert_allclose(found[name].mean, norm.beta, rtol=1e-6)
@@ -501,7 +501,7 @@ def test_a_constant_added_behind_a_batch_normalization_moves_its_mean():
     shift = net.constant(np.arange(5).reshape(5, 1, 1) * 3.0)
     plain, moved = load(net.model(x)), load(net.model(net.op("Relu", net.op("Add", x, shift))))
     assert len(moved.nodes) == 2  # the sum went into the bias
-    a, b = (expected(g, {})[g.layers[0].output].mean for g in (plain, moved))
+    a, b = (propagate(g, {})[g.layers[0].output].mean for g in (plain, moved))
     np.testing.assert_allclose(b - a, np.arange(5) * 3.0, atol=1e-6)
 
 
@@ -509,13 +509,13 @@ def test_a_constant_added_behind_a_batch_normalization_moves_its_mean():
 def test_statistics_stay_with_a_layer_in_parts(rewrite):
     graph = load(mobilenet())
     layer = graph.layers[3]  # pointwise, no activation behind
-    before = expected(graph, {}, through=False)
+    before = propagate(graph, {}, through=False)
     if rewrite == "sum":
         weight = graph.constant(layer.weight)
         replace_with_sum(graph, layer, [weight * np.float32(0.75), weight * np.float32(0.25)])
     else:
         split_outputs(graph, layer, [np.array([5, 0, 2]), np.array([1, 3, 4, 6, 7])])
-    after = expected(graph, {}, through=False)
+    after = propagate(graph, {}, through=False)
     np.testing.assert_allclose(after[layer.output].mean, before[layer.output].mean)
     np.testing.assert_allclose(after[layer.output].variance, before[layer.output].variance)
 
@@ -542,7 +542,7 @@ def true_statistics(seed=3):
 
 def agree(graph, samples, share=0.1):
     """Statistics of a graph against those of runs, where they are told per channel."""
-    found = expected(graph, {}, through=False)
+    found = propagate(graph, {}, through=False)
     outputs = [y.output for y in graph.layers if y.output in graph.batchnorms]
     calibration = Calibration(graph, Data(graph_inputs(graph), lambda: iter(samples)))
     for name, real in calibration.moments(outputs).items():
@@ -574,7 +574,7 @@ def test_analytic_means_of_layer_inputs():
     """What bias correction reads: means of clipped normal values behind true statistics."""
     model, samples = true_statistics()
     graph = load(model)
-    found = expected(graph, {}, through=False)
+    found = propagate(graph, {}, through=False)
     inputs = [y.input for y in graph.layers[1:]]
     real = Calibration(graph, Data(graph_inputs(graph), lambda: iter(samples))).means(inputs)
     for name in inputs:
@@ -679,7 +679,7 @@ def test_changes_of_the_graph_are_seen():
 
 def test_more_deviations_are_wider_spans():
     graph = load(mobilenet())
-    narrow, wide = (expected(graph, start_of(graph), deviations) for deviations in (3.0, 6.0))
+    narrow, wide = (propagate(graph, start_of(graph), deviations) for deviations in (3.0, 6.0))
     for name in graph.batchnorms:
         assert wide[name].high - wide[name].low == pytest.approx(2 * (narrow[name].high - narrow[name].low))
 

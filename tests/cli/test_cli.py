@@ -1,4 +1,4 @@
-"""The command line and the data it reads: every bad input is one clear sentence, exit code 2 and no file."""
+"""The command line: every bad input is one clear sentence, exit code 2 and no file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
 from rich.console import Console
 
 import onnxq_plugins
-from onnxq_plugins import OnnxqError, audit_model, cli, open_data, plugins, quantize, runtimes
-from onnxq_plugins.data import DataOptions, Input
+from onnxq_plugins import audit_model, cli, plugins, quantize, runtimes
 from onnxq_plugins.engine import LawBroken
+from tests.data.pictures import write_png
 from tests.zoo import Net, cnn, feeds, mlp, mobilenet
 
 
@@ -62,13 +61,6 @@ def write_model(model: onnx.ModelProto | None = None) -> None:
 
 def write_data(**arrays: np.ndarray) -> None:
     np.savez("data.npz", **(arrays or {"x": images()}))
-
-
-def write_png(path: str, width: int = 12, height: int = 12, mode: str = "RGB", seed: int = 0) -> np.ndarray:
-    shape = (height, width, len(mode)) if len(mode) > 1 else (height, width)
-    pixels = np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
-    Image.fromarray(pixels, mode).save(path)
-    return pixels
 
 
 def listing() -> dict[str, bytes | None]:
@@ -145,7 +137,7 @@ def pickled_data():
     return []
 
 
-@bad("holds no image", ".png")
+@bad("has no image", ".png")
 def empty_folder():
     Path("pictures").mkdir()
     return ["--data", "pictures"]
@@ -197,8 +189,8 @@ def bad_callable(name: str, body: str, *phrases: str, attribute: str = "make") -
 
 bad_callable("raises", "raise RuntimeError('disk\\non fire')", "'data_raises:make' failed", "RuntimeError: disk on fire")
 bad_callable("missing", "pass", "failed", "AttributeError", attribute="nothing")
-bad_callable("none", "return None", "NoneType", "is not understood")
-bad_callable("empty", "return iter(())", "holds no sample")
+bad_callable("none", "return None", "NoneType", "is not supported")
+bad_callable("empty", "return iter(())", "has no sample")
 bad_callable("list", "return [[1, 2]]", "expected a mapping from input name to array, got list")
 bad_callable("feeds", "return [{'y': 1}]", "no array for the model's input 'x'", "'y'")
 
@@ -891,180 +883,6 @@ def test_as_a_real_process(ready):
     wrong = run("quantize", "nowhere.onnx", "--data", "data.npz")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "error: model 'nowhere.onnx' does not exist; give the path of an .onnx file.\n"
-
-
-# ---- data ---------------------------------------------------------------------------------------------------------------
-
-X = Input("x", np.dtype(np.float32), (None, 3))
-
-
-def rows(data) -> np.ndarray:
-    return np.concatenate([feed["x"] for feed in data])
-
-
-VALUES = np.arange(18, dtype=np.float32).reshape(6, 3)
-
-
-class Reader:
-    """onnxruntime's CalibrationDataReader."""
-
-    def __init__(self) -> None:
-        self.left = iter(VALUES)
-
-    def get_next(self):
-        row = next(self.left, None)
-        return None if row is None else {"x": row[None]}
-
-
-class Rewinding(Reader):
-    def rewind(self) -> None:
-        self.left = iter(VALUES)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        pytest.param(lambda: VALUES, id="array"),
-        pytest.param(lambda: VALUES.astype(np.float64), id="float64"),
-        pytest.param(lambda: {"x": VALUES}, id="mapping"),
-        pytest.param(lambda: {"anything": VALUES}, id="single array"),
-        pytest.param(lambda: [{"x": row[None]} for row in VALUES], id="list of feeds"),
-        pytest.param(lambda: [row[None] for row in VALUES], id="list of arrays"),
-        pytest.param(lambda: ({"x": row[None]} for row in VALUES), id="generator"),
-        pytest.param(lambda: [{"x": VALUES[:4]}, {"x": VALUES[4:]}], id="batches"),
-        pytest.param(lambda: [{"x": row[None], "label": 1} for row in VALUES], id="more than asked"),
-        pytest.param(Reader, id="reader"),
-        pytest.param(Rewinding, id="rewinding reader"),
-    ],
-)
-def test_sources_give_single_samples_as_often_as_asked(source):
-    data = open_data(source(), [X])
-    for _ in range(2):
-        assert [feed["x"].shape for feed in data] == [(1, 3)] * 6
-        assert all(feed["x"].dtype == np.float32 and set(feed) == {"x"} for feed in data)
-        np.testing.assert_array_equal(rows(data), VALUES)
-
-
-@pytest.mark.parametrize("suffix", [".npy", ".npz"])
-def test_files_of_arrays(tmp_path, suffix):
-    (np.save if suffix == ".npy" else np.savez)(tmp_path / f"data{suffix}", VALUES)
-    np.testing.assert_array_equal(rows(open_data(tmp_path / f"data{suffix}", [X])), VALUES)
-
-
-@pytest.mark.parametrize(("wanted", "picked"), [(0, range(6)), (2, [0, 3]), (3, [0, 2, 4]), (6, range(6)), (9, range(6))])
-def test_samples_are_spread_evenly(wanted, picked):
-    data = open_data(VALUES, [X], DataOptions(samples=wanted))
-    np.testing.assert_array_equal(rows(data), VALUES[list(picked)])
-    assert data.size == len(picked)
-
-
-@pytest.mark.parametrize("source", [VALUES, [{"x": row[None]} for row in VALUES]])
-def test_a_fixed_batch_is_filled_up(source):
-    fixed = Input("x", np.dtype(np.float32), (4, 3))
-    found = [feed["x"] for feed in open_data(source, [fixed])]
-    assert [batch.shape for batch in found] == [(4, 3)] * 2
-    np.testing.assert_array_equal(np.concatenate(found), VALUES[[0, 1, 2, 3, 4, 5, 4, 5]])
-
-
-def test_several_inputs():
-    inputs = [X, Input("length", np.dtype(np.int64), (None,))]
-    data = open_data({"x": VALUES, "length": np.arange(6)}, inputs)
-    assert [int(feed["length"][0]) for feed in data] == list(range(6))
-    with pytest.raises(OnnxqError, match=r"differ in their number of samples.*'length': 5"):
-        open_data({"x": VALUES, "length": np.arange(5)}, inputs)
-    with pytest.raises(OnnxqError, match="no array for the model's input 'length'"):
-        open_data({"x": VALUES}, inputs)
-
-
-@pytest.mark.parametrize("source", [None, 5, object()])
-def test_what_is_no_data(source):
-    with pytest.raises(OnnxqError, match="is not understood"):
-        open_data(source, [X])
-
-
-def test_digest_tells_data_apart():
-    one, same, other = (open_data(values, [X]).digest() for values in (VALUES, VALUES.copy(), VALUES + 1))
-    assert one == same != other
-
-
-def nchw(size: int, channels: int = 3) -> Input:
-    return Input("x", np.dtype(np.float32), (None, channels, size, size))
-
-
-@pytest.mark.parametrize(
-    ("mode", "mean", "std"),
-    [
-        ("RGB", (0.0,), (1.0,)),
-        ("RGB", (0.5,), (0.25,)),
-        ("RGB", (0.485, 0.456, 0.406), (0.2, 0.3, 0.4)),
-        ("L", (0.0,), (1.0,)),
-        ("L", (0.5,), (0.25,)),
-    ],
-)
-@pytest.mark.parametrize(("layout", "channels_last"), [("nchw", False), ("", False), ("nhwc", True), ("", True)])
-def test_images_become_exactly_the_expected_array(tmp_path, monkeypatch, mode, mean, std, layout, channels_last):
-    monkeypatch.chdir(tmp_path)
-    channels = len(mode)
-    pixels = write_png("a.png", 12, 12, mode).reshape(12, 12, channels)
-    shape = (None, 12, 12, channels) if channels_last else (None, channels, 12, 12)
-    data = open_data(tmp_path, [Input("x", np.dtype(np.float32), shape)], DataOptions(mean=mean, std=std, layout=layout))
-    wanted = (pixels.astype(np.float32) / 255 - np.array(mean, np.float32)) / np.array(std, np.float32)
-    wanted = wanted[None] if channels_last else wanted.transpose(2, 0, 1)[None]
-    (feed,) = data
-    assert feed["x"].dtype == np.float32
-    np.testing.assert_allclose(feed["x"], wanted, rtol=1e-6, atol=1e-7)
-
-
-def test_crop_takes_the_middle(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    pixels = write_png("a.png", 20, 16)
-    (feed,) = open_data(tmp_path, [nchw(8)], DataOptions(crop=8))
-    np.testing.assert_allclose(feed["x"][0].transpose(1, 2, 0), pixels[4:12, 6:14] / 255, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("size", "resized"), [((20, 16), (15, 12)), ((16, 20), (12, 15)), ((7, 6), (14, 12)), ((12, 12), (12, 12))]
-)
-def test_resize_gives_the_shorter_side(tmp_path, monkeypatch, size, resized):
-    monkeypatch.chdir(tmp_path)
-    pixels = write_png("a.png", *size)
-    (feed,) = open_data(tmp_path, [nchw(12)], DataOptions(resize=12, crop=12))
-    image = np.asarray(Image.fromarray(pixels).resize(resized, Image.Resampling.BILINEAR), np.float32) / 255
-    left, top = (resized[0] - 12) // 2, (resized[1] - 12) // 2
-    np.testing.assert_allclose(feed["x"][0].transpose(1, 2, 0), image[top : top + 12, left : left + 12], rtol=1e-6)
-
-
-def test_images_of_other_modes_are_converted(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    pixels = write_png("a.png", mode="RGBA")
-    (feed,) = open_data(tmp_path, [nchw(12)])
-    np.testing.assert_allclose(feed["x"][0].transpose(1, 2, 0), pixels[:, :, :3] / 255, rtol=1e-6)
-    (feed,) = open_data(tmp_path, [nchw(12, channels=1)])
-    assert feed["x"].shape == (1, 1, 12, 12)
-
-
-def test_a_batch_of_images_is_read_in_name_order(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for n, name in enumerate(("c.png", "a.bmp", "b.PNG")):
-        Image.fromarray(np.full((12, 12, 3), 50 * n, np.uint8)).save(name)
-    found = [float(feed["x"].max()) for feed in open_data(tmp_path, [nchw(12)])]
-    np.testing.assert_allclose(found, np.array([50, 100, 0]) / 255, rtol=1e-6)
-
-
-def test_quantize_with_a_calibration_data_reader_of_a_fixed_batch():
-    net = Net([4, 3, 12, 12])
-    model = net.model(net.head(net.op("Relu", net.conv("x", 3, 8)), 8))
-
-    class Batches:
-        def __init__(self) -> None:
-            self.left = [{"x": images(4)}, {"x": images(4) * 2}]
-
-        def get_next(self):
-            return self.left.pop() if self.left else None
-
-    result = quantize(model, "int8", Batches(), workers=1)
-    both = np.concatenate([images(4), images(4) * 2])
-    assert float(result.plan["x"].scale) == pytest.approx((both.max() - both.min()) / 255, rel=1e-5)
 
 
 def test_mobilenet_from_file_to_file(ready):

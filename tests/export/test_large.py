@@ -14,7 +14,7 @@ from benchmarks.large import chain, limit, measured
 from onnxq_plugins import OnnxqError, engine, quantize, runtimes
 from onnxq_plugins.files import DataFile, origin
 from onnxq_plugins.graph import load
-from onnxq_plugins.graph.core import Mapped
+from onnxq_plugins.graph.mapped import MappedWeights
 from tests import zoo
 
 WEIGHTS = {"weights": {"bits": 4, "block": 32}, "activations": {"bits": 32}}
@@ -24,7 +24,7 @@ EIGHT = {"weights": {"bits": 8, "block": 32}, "activations": {"bits": 32}}
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits so low that small models are large."""
-    monkeypatch.setattr(Mapped, "least", 64)
+    monkeypatch.setattr(MappedWeights, "least", 64)
     monkeypatch.setattr(engine, "LARGE", 0)
     monkeypatch.setattr(DataFile, "least", 64)
 

@@ -254,7 +254,7 @@ def test_noise_has_the_moments_of_the_images():
 @pytest.mark.parametrize("name", ["cnn", "mobilenet"])
 def test_told_moments_are_those_of_the_samples(name):
     samples, made = make(ZOO[name](), count=10)
-    x, moments = pixels(samples), made["x"].moments
+    x, moments = pixels(samples), made["x"].distribution
     np.testing.assert_allclose(moments.mean, x.mean(axis=(0, 2, 3)), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(moments.variance, x.var(axis=(0, 2, 3)), rtol=1e-2)
     assert (moments.low <= x.min(axis=(0, 2, 3)) + 1e-4).all() and (moments.high >= x.max(axis=(0, 2, 3)) - 1e-4).all()
@@ -302,7 +302,9 @@ def test_one_declared_range_is_the_range_of_the_samples(shape, low, high):
     samples, made = make(features(shape), ranges={"x": between(low, high)}, count=8)
     x = np.concatenate([s["x"].reshape(-1, 6) for s in samples])
     assert x.min() == pytest.approx(low) and x.max() == pytest.approx(high)
-    assert made["x"].moments.low.min() == pytest.approx(low) and made["x"].moments.high.max() == pytest.approx(high)
+    assert made["x"].distribution.low.min() == pytest.approx(low) and made["x"].distribution.high.max() == pytest.approx(
+        high
+    )
     if low < high:
         assert len(np.unique(x)) > 8
 
@@ -340,8 +342,8 @@ def test_moments_of_features_are_those_of_the_samples():
     for low, high in ((-350, 30), (-1, 1), (2, 9)):
         samples, made = make(features(["N", 50, 6]), ranges={"x": between([low] * 6, [high] * 6)}, count=60)
         x = np.concatenate([s["x"].reshape(-1, 6) for s in samples])
-        np.testing.assert_allclose(made["x"].moments.mean, x.mean(axis=0), atol=0.02 * (high - low))
-        np.testing.assert_allclose(made["x"].moments.variance, x.var(axis=0), rtol=0.15)
+        np.testing.assert_allclose(made["x"].distribution.mean, x.mean(axis=0), atol=0.02 * (high - low))
+        np.testing.assert_allclose(made["x"].distribution.variance, x.var(axis=0), rtol=0.15)
 
 
 def test_features_behind_large_weights_get_less_of_one_range_around_zero():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import onnxq_plugins as onnxq
 from onnxq_plugins import OnnxqError, quantize, runtimes
 from onnxq_plugins.calibration import Calibration
-from onnxq_plugins.calibration.propagation import expected
+from onnxq_plugins.calibration.propagation import propagate
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
 from onnxq_plugins.data import graph_inputs, open_data
 from onnxq_plugins.export import qdq
@@ -436,10 +436,10 @@ def test_analytic_correction_comes_near_the_empirical_one():
             graph.batchnorms[layer.output] = replace(norm, beta=values.mean((0, 2, 3)), gamma=values.std((0, 2, 3)))
     layers = graph.layers
     for layer in layers[1:]:
-        mean = expected(graph, {}, through=False)[layer.input].mean
+        mean = propagate(graph, {}, through=False)[layer.input].mean
         real = np.concatenate(fetch(graph.model(), layer.input, samples)).mean((0, 2, 3))
         assert np.abs(mean - real).max() < 0.1 * np.abs(real).max()
-    assert layers[0].input not in expected(graph, {}, through=False)
+    assert layers[0].input not in propagate(graph, {}, through=False)
 
 
 def test_analytic_correction_reports_what_it_left_out():

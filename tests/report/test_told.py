@@ -215,9 +215,9 @@ def test_a_float_model_at_chance_is_told(onnxq, wrong):
 @pytest.mark.parametrize(
     ("spoil", "phrase"),
     [
-        (lambda x: x[:3], "holds 3 samples only"),
+        (lambda x: x[:3], "has only 3 samples"),
         (lambda x: x[:1].repeat(12, 0), "are all equal"),
-        (lambda x: np.arange(12, dtype=np.float32)[:, None, None, None] * np.ones_like(x), "are one value everywhere"),
+        (lambda x: np.arange(12, dtype=np.float32)[:, None, None, None] * np.ones_like(x), "are constant"),
         (lambda x: x, ""),
     ],
 )
@@ -282,7 +282,7 @@ def test_files_that_cannot_be_used_are_told_plainly(onnxq):
     for arguments, phrase in (
         (["--data", "d.npz", "--labels", "none.txt"], "labels 'none.txt' do not exist"),
         (["--data", "t.npz"], "not in numpy's format"),
-        (["--data", "o.npz"], "holds Python objects"),
+        (["--data", "o.npz"], "contains Python objects"),
         (["--data", "d.npz", "--mean", "a"], "--mean 'a' must be a number"),
         ([], "give data (--data PATH)"),
     ):
