@@ -597,7 +597,7 @@ def test_options_reach_the_engine(ready, monkeypatch):
         seen.update(options, recipe=recipe, data=data)
         return quantize(model, recipe, data, **{**options, "track": onnxq_plugins.calibration.statistics.silent})
 
-    monkeypatch.setattr(cli.make, "quantize", spy)
+    monkeypatch.setattr(cli.quantization, "quantize", spy)
     ran = ready(
         "quantize",
         "model.onnx",
@@ -855,7 +855,7 @@ def test_interruption_is_one_line(ready, monkeypatch, hidden):
             if hidden:
                 raise RuntimeError("cannot release un-acquired lock")
 
-    monkeypatch.setattr(cli.make, "quantize", interrupt)
+    monkeypatch.setattr(cli.quantization, "quantize", interrupt)
     before = listing()
     ran = ready("quantize", "model.onnx", "--data", "data.npz")
     assert ran.code == 130
@@ -867,7 +867,7 @@ def test_a_bug_of_a_pass_is_not_the_users_fault(ready, monkeypatch):
     def broken(*_, **__):
         raise LawBroken("pass 'x' changed the float function")
 
-    monkeypatch.setattr(cli.make, "quantize", broken)
+    monkeypatch.setattr(cli.quantization, "quantize", broken)
     ran = ready("quantize", "model.onnx", "--data", "data.npz")
     assert (ran.code, ran.err) == (1, "error: pass 'x' changed the float function\n")
 

@@ -158,7 +158,7 @@ def test_a_folder_that_does_not_exist_is_told(tmp_path):
 
 
 def test_the_command_says_what_comes_next(tmp_path, monkeypatch, capsys):
-    from onnxq_plugins.cli.about import new_plugin_command
+    from onnxq_plugins.cli.new_plugin import new_plugin_command
 
     monkeypatch.chdir(tmp_path)
     new_plugin_command("acme-two-words")
