@@ -88,10 +88,17 @@ def summary_lines(docs: Mapping[str, str], sources: Mapping[str, str], width: in
         sentence = " ".join(doc.partition("\n\n")[0].split()).split(". ")[0].rstrip(".")
         source = "" if sources[name] == BUILTIN_SOURCE else f" ({sources[name]})"
         if terminal is not None:
-            room = terminal - width - 4 - len(source)
-            sentence = textwrap.shorten(sentence, max(room, 1), placeholder=" ...") if room > 4 else ""
+            sentence = _shorten(sentence, terminal - width - 4 - len(source))
         lines.append(f"  {name:{width}}  {sentence}{source}".rstrip())
     return lines
+
+
+def _shorten(text: str, width: int) -> str:
+    """The first words of a text that fit a width, with an ellipsis where some do not."""
+    if len(text) <= width:
+        return text
+    words = textwrap.shorten(text, max(width - 4, 1), placeholder="", break_on_hyphens=False, break_long_words=False)
+    return f"{words.rstrip(' ,;:-(')} ..." if words else ""
 
 
 def recipes_command(name: Annotated[str, typer.Argument(help="a recipe: prints it", show_default=False)] = "") -> None:
