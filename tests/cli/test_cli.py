@@ -1,25 +1,32 @@
-"""The command line and the data it reads: every bad input is one clear sentence, exit code 2 and no file."""
+"""The command line: every bad input is one clear sentence, exit code 2 and no file."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import onnx
 import pytest
+import typer
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
 import onnxq_plugins
 from onnxq_plugins import OnnxqError, audit_model, cli, open_data, plugins, quantize, runtimes
+from onnxq_plugins.cli.inventory import summary_lines
+from onnxq_plugins.cli.options import OptionGroup, flatten
 from onnxq_plugins.data import DataOptions, Input
 from onnxq_plugins.engine import LawBroken
 from tests.zoo import Net, cnn, feeds, mlp, mobilenet
@@ -72,8 +79,8 @@ def write_png(path: str, width: int = 12, height: int = 12, mode: str = "RGB", s
 
 
 def listing() -> dict[str, bytes | None]:
-    found = (p for p in sorted(Path().rglob("*")) if "__pycache__" not in str(p))
-    return {str(p): p.read_bytes() if p.is_file() else None for p in found}
+    paths = (p for p in sorted(Path().rglob("*")) if "__pycache__" not in str(p))
+    return {str(p): p.read_bytes() if p.is_file() else None for p in paths}
 
 
 # ---- bad input: what prepares the folder, further arguments, key phrases ------------------------------------------------
@@ -82,11 +89,11 @@ BAD: list = []
 
 
 def bad(*phrases: str, name: str = ""):
-    def keep(prepare):
+    def register(prepare):
         BAD.append(pytest.param(prepare, phrases, id=name or prepare.__name__))
         return prepare
 
-    return keep
+    return register
 
 
 def bad_data(name: str, *phrases: str, **arrays) -> None:
@@ -97,15 +104,15 @@ def bad_data(name: str, *phrases: str, **arrays) -> None:
     bad(*phrases, name=name)(prepare)
 
 
-def spoilt(value: float) -> np.ndarray:
+def images_with(value: float) -> np.ndarray:
     data = images()
     data[2, 1, 3, 3] = value
     return data
 
 
-bad_data("nan", "sample 2", "'x' has NaN", x=spoilt(np.nan))
-bad_data("inf", "sample 2", "'x' has Inf", x=spoilt(np.inf))
-bad_data("minus_inf", "'x' has Inf", x=spoilt(-np.inf))
+bad_data("nan", "sample 2", "'x' has NaN", x=images_with(np.nan))
+bad_data("inf", "sample 2", "'x' has Inf", x=images_with(np.inf))
+bad_data("minus_inf", "'x' has Inf", x=images_with(-np.inf))
 bad_data("wrong_input_name", "no array for the model's input 'x'", "'image', 'label'", image=images(), label=np.zeros(4))
 bad_data("wrong_size", "wants shape ['any', 3, 12, 12]", "has [1, 3, 8, 8]", x=images(side=8))
 bad_data("wrong_layout", "wants shape ['any', 3, 12, 12]", "has [1, 12, 12, 3]", x=images().transpose(0, 2, 3, 1))
@@ -372,7 +379,7 @@ def external_data_truncated():
 
 @bad("the folder 'nowhere' does not exist")
 def output_in_a_missing_folder():
-    return ["-o", "nowhere/made.onnx"]
+    return ["-o", "nowhere/out.onnx"]
 
 
 @bad("'sub' is a folder")
@@ -408,9 +415,9 @@ def report_is_the_model():
     return ["--report", "model.onnx"]
 
 
-@bad("made.onnx", "report")
+@bad("out.onnx", "report")
 def report_is_the_output():
-    return ["--report", "made.onnx"]
+    return ["--report", "out.onnx"]
 
 
 @bad("data.npz", "-o")
@@ -465,17 +472,17 @@ def cache_is_a_file():
 
 @pytest.mark.parametrize(("prepare", "phrases"), BAD)
 def test_bad_input(onnxq, prepare, phrases):
-    lines = 2 if prepare is block_that_the_target_lacks else 1  # one for each kind of layer
+    lines = 2 if prepare is block_that_the_target_lacks else 1  # one per kind of layer
     write_model()
     write_data()
-    more = prepare()
+    options = prepare()
     before = listing()
     arguments = [
         "quantize",
         "model.onnx",
-        *([] if "--data" in more else ["--data", "data.npz"]),
-        *([] if "-o" in more else ["-o", "made.onnx"]),
-        *more,
+        *([] if "--data" in options else ["--data", "data.npz"]),
+        *([] if "-o" in options else ["-o", "out.onnx"]),
+        *options,
     ]
     ran = onnxq(*arguments)
     assert (ran.code, ran.out) == (2, ""), ran
@@ -491,7 +498,7 @@ def test_output_without_permission(onnxq):
     write_model()
     write_data()
     Path("locked").mkdir(mode=0o500)
-    ran = onnxq("quantize", "model.onnx", "--data", "data.npz", "-o", "locked/made.onnx")
+    ran = onnxq("quantize", "model.onnx", "--data", "data.npz", "-o", "locked/out.onnx")
     assert (ran.code, "permission denied" in ran.err) == (2, True)
 
 
@@ -533,7 +540,7 @@ def ready(onnxq) -> Callable[..., Ran]:
     return onnxq
 
 
-def test_quantize_writes_beside_you_and_says_one_line(ready):
+def test_quantize_writes_into_this_folder_and_prints_one_line(ready):
     ran = ready("quantize", "model.onnx", "--data", "data.npz")
     assert ran.code == 0
     assert ran.err == ""  # no progress bar where nobody looks
@@ -543,7 +550,7 @@ def test_quantize_writes_beside_you_and_says_one_line(ready):
     assert audit_model("model.int8.onnx").counts() == {"QLinearConv": 2, "QGemm": 1}
 
 
-def test_the_default_name_lies_in_this_folder_and_bears_the_recipe(ready):
+def test_the_default_output_is_in_this_folder_and_named_after_the_recipe(ready):
     Path("sub").mkdir()
     Path("model.onnx").rename("sub/model.onnx")
     Path("sub/mine.toml").write_text("[weights]\nbits = 4\n")
@@ -553,9 +560,9 @@ def test_the_default_name_lies_in_this_folder_and_bears_the_recipe(ready):
 
 
 def test_an_existing_output_is_replaced(ready):
-    Path("made.onnx").write_text("old")
-    assert ready("quantize", "model.onnx", "--data", "data.npz", "-o", "made.onnx").code == 0
-    onnx.checker.check_model(onnx.load("made.onnx"))
+    Path("out.onnx").write_text("old")
+    assert ready("quantize", "model.onnx", "--data", "data.npz", "-o", "out.onnx").code == 0
+    onnx.checker.check_model(onnx.load("out.onnx"))
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
@@ -564,9 +571,8 @@ def test_half_precision_models_are_converted_on_request(ready, kind):
     ran = ready("quantize", "model.onnx", "--data", "data.npz", "--float32")
     assert ran.code == 0
     assert "note: half-precision weights were converted to float32" in ran.err
-    wanted = runtimes.outputs(runtimes.session(cnn()), [{"x": images()}])[0]
-    found = runtimes.outputs(runtimes.session("model.int8.onnx"), [{"x": images()}])[0]
-    assert runtimes.sqnr(wanted, found) > 25
+    reference, outputs = (runtimes.outputs(runtimes.session(m), [{"x": images()}])[0] for m in (cnn(), "model.int8.onnx"))
+    assert runtimes.sqnr(reference, outputs) > 25
 
 
 def test_external_data_beside_the_model(ready):
@@ -574,7 +580,7 @@ def test_external_data_beside_the_model(ready):
     assert ready("quantize", "model.onnx", "--data", "data.npz").code == 0
 
 
-def test_remarks_go_to_standard_error(ready):
+def test_notes_go_to_standard_error(ready):
     ran = ready("quantize", "model.onnx", "--data", "data.npz", "--target", "ort-cpu-avx2", "--set", "weights.bits=8")
     assert "note: 3 layers have 7-bit weight codes" in ran.err
     Path("my.toml").write_text("[[layer]]\nmatch = 'conv0'\nquantize = false")
@@ -591,10 +597,10 @@ def test_the_report_is_json(ready):
 
 
 def test_options_reach_the_engine(ready, monkeypatch):
-    seen = {}
+    passed = {}
 
     def spy(model, recipe, data, **options):
-        seen.update(options, recipe=recipe, data=data)
+        passed.update(options, recipe=recipe, data=data)
         return quantize(model, recipe, data, **{**options, "track": onnxq_plugins.calibration.statistics.silent})
 
     monkeypatch.setattr(cli.quantization, "quantize", spy)
@@ -620,7 +626,7 @@ def test_options_reach_the_engine(ready, monkeypatch):
         9,
     )
     assert ran.code == 0
-    wanted = {
+    expected = {
         "samples": 2,
         "seed": 5,
         "workers": 1,
@@ -631,8 +637,8 @@ def test_options_reach_the_engine(ready, monkeypatch):
         "data": "data.npz",
         "recipe": "int8",
     }
-    assert {key: seen[key] for key in wanted} == wanted
-    assert seen["settings"] == ["data.resize=9", "data.mean=[0.5]", "ranges.method=mse"]
+    assert {key: passed[key] for key in expected} == expected
+    assert passed["settings"] == ["data.resize=9", "data.mean=[0.5]", "ranges.method=mse"]
     assert any(Path("c").iterdir())
 
 
@@ -752,31 +758,59 @@ def test_compare_lists_every_output(ready):
 
 
 def test_plugins(ready):
-    listed = ready("plugins").out
-    assert all(name in listed for name in ("ranges", "bias-correct", "scale-inputs", "ort-cpu-avx2", "onnxq-plugins"))
+    listing = ready("plugins").out
+    assert all(f"\n  {name} " in listing for name in ("ranges", "bias-correct", "scale-inputs", "ort-cpu-avx2"))
+    assert listing.index("passes") < listing.index("  ranges ") < listing.index("\ntargets\n") < listing.index("  ort-cpu ")
     assert "method = 'minmax'" in ready("plugins", "ranges").out
     assert "QLinearConv" in ready("plugins", "ort-cpu").out
 
 
-def test_plugins_shows_the_broken(ready, monkeypatch):
+def test_plugins_lists_the_broken_last(ready, monkeypatch):
     class Broken:
         name, dist = "vendor", None
 
         def load(self):
-            raise ImportError("no module named torch")
+            raise ImportError("no module named torch, " * 10)
 
     monkeypatch.setattr(plugins, "entry_points", lambda group: [Broken()])
     ran = ready("plugins")
     assert ran.code == 0
-    assert "vendor" in ran.out
-    assert "no module named torch" in ran.out
+    *_, heading, line = ran.out.splitlines()
+    assert heading == "broken plugins" and line.startswith("  vendor: ") and line.count("no module named torch") == 10
+
+
+@pytest.mark.parametrize("terminal", [30, 80, 100])
+def test_a_list_of_plugins_fits_the_terminal(ready, monkeypatch, terminal):
+    whole = ready("plugins").out.splitlines()
+    monkeypatch.setattr(cli.console, "out", Console(soft_wrap=True, width=terminal, force_terminal=True, color_system=None))
+    lines = ready("plugins").out.splitlines()
+    assert max(map(len, whole)) > 150 and max(map(len, lines)) <= max(terminal, 32)
+    for line, full in zip(lines, whole, strict=True):
+        start, dots, _ = line.partition(" ...")
+        assert full.startswith(start) if dots or terminal == 30 else line == full
+
+
+@pytest.mark.parametrize(
+    ("doc", "terminal", "line"),
+    [
+        ("Clip. More.\n\nscale", None, "  acme.clip   Clip (acme-clip)"),
+        ("Clip all\nweights: those that", 40, "  acme.clip   Clip all ... (acme-clip)"),
+        ("Clip all weights", 42, "  acme.clip   Clip all weights (acme-clip)"),
+        ("", 80, "  acme.clip    (acme-clip)"),
+        ("Clip", 20, "  acme.clip    (acme-clip)"),
+    ],
+)
+def test_a_line_about_a_plugin_names_the_package_of_a_guest(doc, terminal, line):
+    assert summary_lines({"acme.clip": doc}, {"acme.clip": "acme-clip"}, 10, terminal) == [line]
+    (builtin,) = summary_lines({"acme.clip": doc}, {"acme.clip": "onnxq-plugins"}, 10, None)
+    assert "acme-clip" not in builtin
 
 
 def test_recipes(ready):
     assert "int8" in ready("recipes").out
-    printed = ready("recipes", "int8").out
-    assert tomllib.loads(printed)["recipe"] == 1
-    Path("mine.toml").write_text(printed)
+    text = ready("recipes", "int8").out
+    assert tomllib.loads(text)["recipe"] == 1
+    Path("mine.toml").write_text(text)
     assert ready("check", "mine.toml").code == 0
 
 
@@ -812,15 +846,15 @@ def test_quickstart(onnxq):
     ]
     commands = [line.split()[1:] for line in ran.out.splitlines() if line.startswith("  onnxq ")]
     assert [c[0] for c in commands] == ["quantize", "audit", "compare", "diagnose"]
-    for command in commands:  # what it tells you to type next
+    for command in commands:  # that it suggests
         assert onnxq(*command).code == 0, command
 
 
-def test_a_trace_shows_hook_calls_and_leaves_the_model_as_it_is(ready):
-    shown = ready("plugins", "--trace")
+def test_a_trace_shows_hook_calls_and_does_not_change_the_model(ready):
+    trace = ready("plugins", "--trace")
     steps = tomllib.loads(ready("recipes", "int8").out)["pass"]
-    assert shown.code == 0 and shown.out.count("onnxq_run_pass(step=") == len(steps)
-    assert "onnxq_exported(" in shown.out and not list(Path().glob("*.onnx"))[1:]
+    assert trace.code == 0 and trace.out.count("onnxq_run_pass(step=") == len(steps)
+    assert "onnxq_exported(" in trace.out and not list(Path().glob("*.onnx"))[1:]
     assert "leave 'ranges' out" in ready("plugins", "ranges", "--trace").err
     plain, traced = (
         ready("quantize", "model.onnx", "--data", "data.npz", "-o", f"{name}.onnx", *options)
@@ -834,9 +868,7 @@ def test_version(onnxq):
     assert onnxq("--version").out == f"onnxq-plugins {onnxq_plugins.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "command", ["quantize", "audit", "compare", "plugins", "new-plugin", "recipes", "check", "quickstart"]
-)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help(onnxq, command):
     ran = onnxq(command, "--help")
     assert ran.code == 0
@@ -844,9 +876,55 @@ def test_every_command_has_help(onnxq, command):
     assert command in onnxq("--help").out
 
 
+def test_options_of_quantize_are_in_panels(onnxq):
+    lines = onnxq("quantize", "--help").out.splitlines()
+    panels: dict[str, list[str]] = {}
+    for line in lines:
+        if title := re.match(r"╭─ (\w+) ─", line):
+            options = panels.setdefault(title[1], [])
+        elif option := re.match(r"│ (--[\w-]+)", line):
+            options.append(option[1])
+    assert panels == {
+        "Arguments": [],
+        "Options": ["--help"],
+        "Data": ["--data", "--samples", "--labels", "--resize", "--crop", "--mean", "--std", "--layout"],
+        "Recipe": ["--recipe", "--set", "--target", "--seed", "--float32"],
+        "Output": ["--output", "--report", "--test", "--overrides"],
+        "Search": ["--curve", "--metric", "--plan"],
+        "Work": ["--workers", "--cache", "--dask", "--processes", "--verify", "--trace"],
+    }
+
+
+def test_a_group_of_options_is_one_parameter_of_a_command():
+    """Also where the group has an option without a default, which follows one that has."""
+
+    @dataclass(frozen=True)
+    class Size(OptionGroup):
+        width: Annotated[int, typer.Option()]
+        tall: Annotated[bool, typer.Option("--tall")] = False
+
+    calls = []
+
+    def draw(path: Annotated[Path, typer.Argument()], color: str = "red", *, size: Size, names: list[str] | None = None):
+        """Draw."""
+        calls.append((path, color, size, names))
+
+    draw.__annotations__["size"] = Size  # a local class is no global for get_type_hints
+    draw.__annotations__ |= {"path": Annotated[Path, typer.Argument()], "color": str, "names": list[str] | None}
+    app = typer.Typer()
+    app.command()(flatten(draw))
+    runner = CliRunner()
+    assert runner.invoke(app, ["a.png", "--width", "3", "--tall", "--names", "b"]).exit_code == 0
+    assert runner.invoke(app, ["--width", "4", "--color", "blue", "a.png"]).exit_code == 0
+    assert calls[0] == (Path("a.png"), "red", Size(3, True), ["b"])
+    assert calls[1][:3] == (Path("a.png"), "blue", Size(4))
+    assert runner.invoke(app, ["a.png"]).exit_code == 2  # --width is missing
+    assert "size" not in inspect.signature(flatten(draw)).parameters and flatten(draw).__doc__ == "Draw."
+
+
 @pytest.mark.parametrize("hidden", [False, True])
-def test_interruption_is_one_line(ready, monkeypatch, hidden):
-    """Ctrl-C may come while a lock is taken, which then fails in a way of its own."""
+def test_an_interruption_prints_one_line(ready, monkeypatch, hidden):
+    """Ctrl-C may hit while a lock is taken, which then raises its own error."""
 
     def interrupt(*_, **__):
         try:
@@ -863,7 +941,7 @@ def test_interruption_is_one_line(ready, monkeypatch, hidden):
     assert listing() == before
 
 
-def test_a_bug_of_a_pass_is_not_the_users_fault(ready, monkeypatch):
+def test_a_bug_in_a_pass_exits_with_1(ready, monkeypatch):
     def broken(*_, **__):
         raise LawBroken("pass 'x' changed the float function")
 
