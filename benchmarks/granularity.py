@@ -29,7 +29,8 @@ import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
 from onnxq_plugins import runtimes
-from onnxq_plugins.targets.target import ORT_CPU, STORAGE
+from onnxq_plugins.targets.ort_cpu import ORT_CPU
+from onnxq_plugins.targets.storage import STORAGE
 
 TILES = ([32, 32], [16, 16], [8, 16], [1, 16])
 STORED = 4  # bits that a 4- or 3-bit code takes on disk

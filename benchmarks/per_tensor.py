@@ -22,11 +22,10 @@ from benchmarks.models import Case, load_case, shared_folder
 from onnxq_plugins import load, quantize, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.data import graph_inputs, open_data
-from onnxq_plugins.job import Job
+from onnxq_plugins.job import Job, Recipe
 from onnxq_plugins.passes import Equalize
 from onnxq_plugins.plan.requests import request
-from onnxq_plugins.recipe import Recipe
-from onnxq_plugins.targets.target import PER_TENSOR
+from onnxq_plugins.targets.per_tensor import PER_TENSOR
 
 NAMES = ("mobilenet_v1_0.75_224", "resnet20_cifar10", "kwt1_speechcommands12")
 BEFORE, BEHIND = {"use": "scale-inputs"}, {"use": "ranges"}

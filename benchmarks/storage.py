@@ -23,8 +23,9 @@ import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
 from onnxq_plugins import runtimes
+from onnxq_plugins.job import Recipe
 from onnxq_plugins.plugins import find_plugins
-from onnxq_plugins.recipe import Recipe, load_recipe
+from onnxq_plugins.recipe import load_recipe
 from onnxq_plugins.runtimes.openvino import audit_openvino
 
 

@@ -10,8 +10,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from onnxq_plugins.job import default_of
 from onnxq_plugins.plugins import find_plugins
-from onnxq_plugins.recipe import builtin_recipes, default_of
+from onnxq_plugins.recipe import builtin_recipes
 
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted(

@@ -15,9 +15,9 @@ import pytest
 from onnxq_plugins import OnnxqError, Pass, Result, engine, hookimpl, load, quantize, rescale, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
-from onnxq_plugins.engine import LawBroken
 from onnxq_plugins.graph import channel_groups
 from onnxq_plugins.job import Job
+from onnxq_plugins.laws import LawBroken
 from onnxq_plugins.spec import encode, solve_minmax
 from tests.zoo import ZOO, Net, cnn, feeds, grouped, mlp, mobilenet, transformer
 

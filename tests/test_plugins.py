@@ -11,11 +11,11 @@ from typing import ClassVar
 import pytest
 
 from onnxq_plugins import OnnxqError, Pass, hookimpl, plugins, quantize
-from onnxq_plugins.engine import LawBroken
+from onnxq_plugins.laws import LawBroken
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
 from onnxq_plugins.targets import BUILTIN
-from onnxq_plugins.targets.target import ORT_CPU
+from onnxq_plugins.targets.ort_cpu import ORT_CPU
 from tests.zoo import cnn, feeds
 
 

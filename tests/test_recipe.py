@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from onnxq_plugins import OnnxqError, Pass, Recipe, load
 from onnxq_plugins.data import DataOptions
+from onnxq_plugins.job import LayerRule, TensorRequest
 from onnxq_plugins.passes import BUILTIN
 from onnxq_plugins.plan import requests
 from onnxq_plugins.plugins import find_plugins
-from onnxq_plugins.recipe import LayerRule, TensorRequest, builtin_recipes, load_recipe, parse
-from onnxq_plugins.targets.target import ORT_CPU
+from onnxq_plugins.recipe import builtin_recipes, load_recipe, parse
+from onnxq_plugins.targets.ort_cpu import ORT_CPU
 from tests.zoo import ZOO, cnn, mobilenet, transformer
 
 

@@ -1,7 +1,7 @@
 """The digits data set and model embedded in the package, used by `onnxq quickstart`.
 
-The data are scikit-learn's `load_digits`: 1797 grey 8x8 images of handwritten digits, which come
-with scikit-learn, so nothing has to be downloaded. The model is a small depthwise-separable
+The data are scikit-learn's `load_digits`: 1797 grey 8x8 images of handwritten digits with pixels
+in 0..16. They come with scikit-learn, so nothing has to be downloaded. The model is a small depthwise-separable
 residual CNN trained on the training part of the split below by `benchmarks/train_digits.py`; it
 keeps its BatchNormalization nodes, as an exporter in training layout would.
 """
@@ -23,18 +23,17 @@ def digits_split() -> dict[str, np.ndarray]:
     `train_images`, `train_labels` (1347), `calibration_images` (64, also in the training part),
     `test_images`, `test_labels` (450).
     """
-    # late: importing scikit-learn takes longer than all the rest, and only the quickstart needs it
+    # imported here: scikit-learn takes longer to import than all the rest, and only the quickstart needs it
     from sklearn.datasets import load_digits  # type: ignore[import-untyped, unused-ignore]
     from sklearn.model_selection import train_test_split  # type: ignore[import-untyped, unused-ignore]
 
     digits = load_digits()
-    # Pixels are whole numbers in 0..16.
     images = (digits.images / 16.0).astype(np.float32)[:, None, :, :]
     labels = digits.target.astype(np.int64)
     train_images, test_images, train_labels, test_labels = train_test_split(
         images, labels, test_size=TEST_SIZE, random_state=0, stratify=labels
     )
-    # Stratified as well: a calibration set that misses a digit would miss part of the ranges.
+    # stratified as well: a calibration set without one of the digits would miss part of the ranges
     _, calibration_images = train_test_split(train_images, test_size=CALIBRATION_SIZE, random_state=0, stratify=train_labels)
     return {
         "train_images": train_images,

@@ -1,4 +1,4 @@
-"""`onnxq new-plugin`: a complete plugin package, made of the files in `template/`."""
+"""`onnxq new-plugin`: a complete plugin package, made from the files in `template/`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import shutil
 import tempfile
 from pathlib import Path
 from string import Template
+from typing import Annotated
 
+import typer
+
+from onnxq_plugins.cli.console import echo
 from onnxq_plugins.errors import OnnxqError
 
 TEMPLATE = Path(__file__).parent / "template"  # names end in .in; "module" in them stands for the package's name
@@ -20,15 +24,30 @@ def new_plugin(name: str, folder: Path = Path()) -> Path:
 
     name   vendor and word, such as acme-clip: package acme_clip with the pass acme.clip
 
-    Raises OnnxqError if the name will not do or the folder exists or cannot be written.
+    Raises OnnxqError for a name of another form, or if the folder exists or cannot be written.
     """
     if not re.fullmatch(rf"[a-z][a-z0-9]*(-{_WORD})+", name):
         raise OnnxqError(
             f"plugin name '{name}' must be lower-case words joined by hyphens, the vendor first, such as acme-clip."
         )
-    made = folder / name
-    if made.exists() or made.is_symlink():
-        raise OnnxqError(f"'{made}' exists already; choose another name, or remove it.")
+    package = folder / name
+    if package.exists() or package.is_symlink():
+        raise OnnxqError(f"'{package}' exists already; choose another name, or remove it.")
+    try:
+        draft = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder))
+        try:
+            _fill(draft, name)
+            os.chmod(draft, (draft / "tests").stat().st_mode)  # mkdtemp's folder is private to its owner
+            os.rename(draft, package)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        raise OnnxqError(f"'{package}' cannot be written: {error.strerror}; run this in another folder.") from error
+    return package
+
+
+def _fill(folder: Path, name: str) -> None:
+    """Write the template's files, with the plugin's names, into a folder."""
     from onnxq_plugins import __version__
 
     values = {
@@ -38,17 +57,15 @@ def new_plugin(name: str, folder: Path = Path()) -> Path:
         "version": __version__,
         "class_name": "".join(word.capitalize() for word in name.split("-")),
     }
-    try:
-        draft = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder))
-        try:
-            for source in sorted(TEMPLATE.rglob("*.in")):
-                path = draft / str(source.relative_to(TEMPLATE)).replace("module", values["module"]).removesuffix(".in")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(Template(source.read_text("utf-8")).substitute(values), "utf-8")
-            os.chmod(draft, (draft / "tests").stat().st_mode)  # a temporary folder is its owner's alone
-            os.rename(draft, made)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-    except OSError as error:
-        raise OnnxqError(f"'{made}' cannot be written: {error.strerror}; run this in another folder.") from error
-    return made
+    for source in sorted(TEMPLATE.rglob("*.in")):
+        path = folder / str(source.relative_to(TEMPLATE)).replace("module", values["module"]).removesuffix(".in")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(Template(source.read_text("utf-8")).substitute(values), "utf-8")
+
+
+def new_plugin_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="vendor and word, such as acme-clip", show_default=False)],
+) -> None:
+    """Write a plugin package into ./NAME: a working pass, tests with the conformance kit, README."""
+    package = new_plugin(name)
+    echo(f"{package} has a pass, its tests and a README; next:\n  cd {package}\n  pip install -e '.[test]'\n  pytest")

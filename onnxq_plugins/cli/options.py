@@ -1,116 +1,229 @@
-"""Options that several commands take, and what is made of them."""
+"""Options that several commands take, and how a command declares a group of them as one parameter."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from onnxq_plugins.data import DataOptions
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import check_writable
+from onnxq_plugins.recipe import load_recipe
+
+# One panel of --help each.
+data_option = functools.partial(typer.Option, rich_help_panel="Data")
+recipe_option = functools.partial(typer.Option, rich_help_panel="Recipe")
+output_option = functools.partial(typer.Option, rich_help_panel="Output")
+search_option = functools.partial(typer.Option, rich_help_panel="Search")
+work_option = functools.partial(typer.Option, rich_help_panel="Work")
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="an .onnx file", show_default=False)]
 DataPath = Annotated[
     str,
-    typer.Option(
+    data_option(
         "--data",
         metavar="PATH",
         show_default=False,
-        help=("sample inputs: .npz or .npy (first axis = samples), a folder of images, or package.module:callable"),
+        help="sample inputs: .npz or .npy (first axis: samples), a folder of images, or package.module:callable",
     ),
 ]
-Output = Annotated[
-    Path | None,
-    typer.Option("-o", "--output", show_default=False, help="where to write; MODEL.RECIPE.onnx in this folder if not given"),
-]
-RecipeName = Annotated[str, typer.Option("-r", "--recipe", help="a built-in recipe (see onnxq recipes) or a file")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", show_default=False, help="change the recipe: pass.key=value, weights.bits=4"),
-]
-TargetName = Annotated[str, typer.Option("--target", show_default=False, help="the runtime; the recipe's if not given")]
-Samples = Annotated[int, typer.Option(help="use that many samples, spread evenly over the data; 0 for all")]
-Resize = Annotated[int, typer.Option(help="images: shorter side after resizing, in pixels")]
-Crop = Annotated[int, typer.Option(help="images: side of the square cut from the middle")]
-Mean = Annotated[str, typer.Option(help="images: mean of RGB/255, one value or three, comma-separated")]
-Std = Annotated[str, typer.Option(help="images: standard deviation of RGB/255, one value or three")]
+Samples = Annotated[int, data_option(help="use this many, spread evenly; 0 for all")]
 Labels = Annotated[
     Path | None,
-    typer.Option(
+    data_option(
         "--labels",
         show_default=False,
-        help=("one label a sample: .npy, or text with a number a line (an .npz may hold them as 'labels')"),
+        help="one per sample: .npy, or text with one number per line (an .npz may hold them as 'labels')",
     ),
 ]
+RecipeName = Annotated[
+    str, recipe_option("-r", "--recipe", show_default="int8", help="a built-in one (see onnxq recipes) or a file")
+]
+Settings = Annotated[
+    list[str] | None,
+    recipe_option("--set", metavar="KEY=VALUE", show_default=False, help="change a key: weights.bits=4, pass.key=value"),
+]
+TargetName = Annotated[str, recipe_option("--target", show_default=False, help="the runtime; the recipe's by default")]
+Seed = Annotated[int | None, recipe_option(show_default=False, help="same seed, same result; 0 by default")]
+Float32 = Annotated[bool, recipe_option("--float32", help="convert an fp16 or bf16 model to float32 first")]
 MetricName = Annotated[
     str,
-    typer.Option(
+    search_option(
         "--metric",
         show_default=False,
-        help=("how searches judge a network: sqnr, agreement, top1 (wants labels), or your package.module:function"),
+        help="how a search judges a network: sqnr, agreement, top1 (needs labels), or package.module:function",
     ),
 ]
-Layout = Annotated[str, typer.Option(help="images: nchw or nhwc; read off the model's input if not given")]
 
 
-def image_settings(resize: int, crop: int, mean: str, std: str, layout: str) -> list[str]:
-    settings = [f"data.{key}={value}" for key, value in (("resize", resize), ("crop", crop)) if value]
-    settings += [f"data.{key}=[{_decimals(key, value)}]" for key, value in (("mean", mean), ("std", std)) if value]
-    return settings + ([f'data.layout="{layout}"'] if layout else [])
+class OptionGroup:
+    """Options that commands take together, as one parameter. A subclass is a frozen dataclass; its fields are annotated as
+    Typer's parameters are."""
 
 
-def _decimals(name: str, text: str) -> str:
-    """Numbers as TOML writes them: .485 is none there."""
+def flatten(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as Typer needs it: each parameter that is an `OptionGroup` becomes one parameter per field, in its place.
+    A group's parameter has no name on the command line."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, type[Any]] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if isinstance(kind, type) and issubclass(kind, OptionGroup):
+            groups[parameter.name] = kind
+            parameters += _field_parameters(kind)
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind))
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        filled = {name: kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
+        command(**values, **filled)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _field_parameters(group: type[Any]) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if f.default is MISSING else f.default,
+            annotation=hints[f.name],
+        )
+        for f in fields(group)
+    ]
+
+
+@dataclass(frozen=True)
+class ImageOptions(OptionGroup):
+    """How images become samples."""
+
+    resize: Annotated[int, data_option(show_default=False, help="images: shorter side after resizing, in pixels")] = 0
+    crop: Annotated[int, data_option(show_default=False, help="images: side of the square cut from the middle")] = 0
+    mean: Annotated[str, data_option(show_default=False, help="images: mean of RGB/255, like 0.485,0.456,0.406")] = ""
+    std: Annotated[str, data_option(show_default=False, help="images: standard deviation of RGB/255, likewise")] = ""
+    layout: Annotated[str, data_option(show_default=False, help="images: nchw or nhwc; the model's by default")] = ""
+
+    def settings(self) -> list[str]:
+        """As settings of a recipe. Raises OnnxqError for a mean or std that is no number."""
+        settings = [f"data.{key}={value}" for key, value in (("resize", self.resize), ("crop", self.crop)) if value]
+        settings += [
+            f"data.{key}=[{_decimals(key, text)}]" for key, text in (("mean", self.mean), ("std", self.std)) if text
+        ]
+        return settings + ([f'data.layout="{self.layout}"'] if self.layout else [])
+
+    def data_options(self, samples: int = 0) -> DataOptions:
+        """As options of `open_data`, for a command without a recipe."""
+        return replace(load_recipe({}, {}, self.settings()).data, samples=samples)
+
+
+def _decimals(option: str, text: str) -> str:
+    """Numbers as TOML writes them, where .485 is none."""
     try:
         return ",".join(repr(float(part)) for part in text.split(","))
     except ValueError:
         raise OnnxqError(
-            f"--{name} '{text}' must be a number or a list of numbers, such as 0.5 or 0.485,0.456,0.406."
+            f"--{option} '{text}' must be a number or a list of numbers, such as 0.5 or 0.485,0.456,0.406."
         ) from None
 
 
+@dataclass(frozen=True)
+class RecipeOptions(OptionGroup):
+    """The recipe, and what overrides it."""
+
+    recipe: RecipeName = ""
+    settings: Settings = None
+    target: TargetName = ""
+    seed: Seed = None
+
+    def source(self, stored: tuple[dict[str, Any], int] | None = None) -> tuple[str | dict[str, Any], int]:
+        """The recipe and the seed to run.
+
+        stored   a recipe and a seed that come from a file instead of --recipe; --seed overrides the latter
+        """
+        if stored is None:
+            return self.recipe or "int8", self.seed or 0
+        return stored[0], stored[1] if self.seed is None else self.seed
+
+
+@dataclass(frozen=True)
+class WorkOptions(OptionGroup):
+    """How the work is done."""
+
+    workers: Annotated[int, work_option(help="parallel tasks; 0 for one per core")] = 0
+    cache: Annotated[Path | None, work_option(show_default=False, help="folder that keeps statistics between runs")] = None
+
+
+@dataclass(frozen=True)
+class ClusterOptions(OptionGroup):
+    """Where the work is done."""
+
+    dask: Annotated[
+        str,
+        work_option(
+            "--dask",
+            metavar="ADDRESS",
+            show_default=False,
+            help="run on a Dask cluster, such as tcp://host:8786",
+        ),
+    ] = ""
+    processes: Annotated[bool, work_option("--processes", help="workers are processes, not threads")] = False
+
+    @contextlib.contextmanager
+    def backend(self) -> Iterator[None]:
+        """Have joblib run work here: in threads of this process by default. Raises OnnxqError where Dask cannot."""
+        import joblib
+
+        if not self.dask:
+            with joblib.parallel_config(backend="loky") if self.processes else contextlib.nullcontext():
+                yield
+            return
+        try:
+            from distributed import Client
+        except ImportError as error:
+            raise OnnxqError("--dask needs Dask; install it with: pip install 'onnxq-plugins[dask]'.") from error
+        try:
+            client = Client(self.dask, timeout="10s")  # type: ignore[no-untyped-call]
+        except Exception as error:  # distributed raises OSError, ValueError and others
+            raise OnnxqError(
+                f"no Dask scheduler answers at '{self.dask}' ({type(error).__name__}); start one with 'dask scheduler', "
+                "or correct the address."
+            ) from error
+        warnings.filterwarnings("ignore", message="Sending large graph")  # a network is sent with its task
+        with client:
+            if not client.scheduler_info()["workers"]:
+                raise OnnxqError(
+                    f"the Dask scheduler at '{self.dask}' has no workers; start some with 'dask worker {self.dask}'."
+                )
+            with joblib.parallel_config(backend="dask"):
+                yield
+
+
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
-    """Complain about an output that cannot be written, is one of the inputs, or is named twice."""
-    seen: dict[Path, str] = {}
+    """Raise OnnxqError for an output that cannot be written, is one of the inputs, or is named twice.
+
+    outputs   option -> path
+    inputs    what a path is, in a word -> path
+    """
+    options: dict[Path, str] = {}
     for option, path in outputs.items():
         if path is None:
             continue
         check_writable(path)
-        for what, given in inputs.items():
-            if path.exists() and given is not None and given.exists() and path.samefile(given):
-                raise OnnxqError(f"output '{path}' is the {what} itself; give another file with {option}.")
-        if path.resolve() in seen:
-            raise OnnxqError(f"{seen[path.resolve()]} and {option} are both '{path}'; choose another file for one.")
-        seen[path.resolve()] = option
-
-
-@contextlib.contextmanager
-def spread_over(dask: str, processes: bool) -> Iterator[None]:
-    """Where joblib's work runs: threads of this process if nothing else is asked for."""
-    import joblib
-
-    if not dask:
-        with joblib.parallel_config(backend="loky") if processes else contextlib.nullcontext():
-            yield
-        return
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise OnnxqError("--dask needs Dask; install it with: pip install 'onnxq-plugins[dask]'.") from error
-    try:
-        client = Client(dask, timeout="10s")  # type: ignore[no-untyped-call]
-    except Exception as error:  # distributed raises OSError, ValueError and others
-        raise OnnxqError(
-            f"no Dask scheduler answers at '{dask}' ({type(error).__name__}); start one with 'dask scheduler', "
-            "or mend the address."
-        ) from error
-    warnings.filterwarnings("ignore", message="Sending large graph")  # a network is sent with its task
-    with client:
-        if not client.scheduler_info()["workers"]:
-            raise OnnxqError(f"the Dask scheduler at '{dask}' has no workers; start some with 'dask worker {dask}'.")
-        with joblib.parallel_config(backend="dask"):
-            yield
+        for noun, source in inputs.items():
+            if path.exists() and source is not None and source.exists() and path.samefile(source):
+                raise OnnxqError(f"output '{path}' is the {noun} itself; give another file with {option}.")
+        if (other := options.setdefault(path.resolve(), option)) != option:
+            raise OnnxqError(f"{other} and {option} are both '{path}'; choose another file for one.")

@@ -1,4 +1,4 @@
-"""`onnxq quickstart`: quantize the embedded digits model and show what that gave, without any file of the user's."""
+"""`onnxq quickstart`: quantize the embedded digits model and show the result, without any file of the user's."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
+from rich.table import Table
 
 from onnxq_plugins import runtimes
+from onnxq_plugins.calibration import Track, silent
+from onnxq_plugins.cli.console import echo, show, track
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.parallel import Track, silent
 from onnxq_plugins.report.page import check_page
+from onnxq_plugins.runtimes.onnxruntime import audit_model
 from onnxq_plugins.spec import Array
 
 
@@ -28,50 +33,66 @@ class Row:
     sqnr: float
     size: int
     milliseconds: float
-    kernels: str
 
 
-def quickstart(folder: Path, recipe: str = "int8", track: Track = silent) -> tuple[list[Row], Path | None]:
-    """Quantize scikit-learn's digits model into `folder`; rows for the float and the quantized model, measured on
-    the 450 test images that neither training nor calibration saw; and the report page, if the extra ``report`` is there.
-    Also leaves calibration.npz there, to try `onnxq quantize` by hand."""
+def quickstart(folder: Path, recipe: str = "int8", track: Track = silent) -> tuple[Row, Row, Path | None]:
+    """Quantize scikit-learn's digits model into `folder`.
+
+    Returns the rows of the float and the quantized model, measured on the 450 test images that neither training nor
+    calibration used, and the report page, if the extra ``report`` is installed. Writes calibration.npz and test.npz as well,
+    to try the commands by hand. Raises OnnxqError if the folder cannot be written.
+    """
+    data = digits_split()
+    images = data["test_images"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        data = digits_split()
         original = Path(shutil.copy(digits_model_path(), folder / "digits.onnx"))
         np.savez(folder / "calibration.npz", image=data["calibration_images"])
-        np.savez(folder / "test.npz", image=data["test_images"], labels=data["test_labels"])
+        np.savez(folder / "test.npz", image=images, labels=data["test_labels"])
     except OSError as error:
         raise OnnxqError(f"folder '{folder}' cannot be written: {error.strerror}; choose another with -o.") from error
-    target = folder / f"digits.{Path(recipe).stem}.onnx"
-    result = quantize(original, recipe, data["calibration_images"], output=target, track=track)
-    runners = [runtimes.session(original), runtimes.session(target)]
-    times = runtimes.latency(runners, {"image": data["test_images"][:1]})
-    reference = runtimes.outputs(runners[0], [{"image": data["test_images"]}])[0]
-    rows = []
-    for name, path, runner, ms, kernels in zip(
-        ("float", Path(recipe).stem),
-        (original, target),
-        runners,
-        times,
-        ("", result.summary.partition(" | ")[0]),
-        strict=True,
-    ):
-        made = runtimes.outputs(runner, [{"image": data["test_images"]}])[0]
-        rows.append(Row(name, path, _accuracy(made, data), runtimes.sqnr(reference, made), path.stat().st_size, ms, kernels))
+    name = Path(recipe).stem
+    path = folder / f"digits.{name}.onnx"
+    result = quantize(original, recipe, data["calibration_images"], output=path, track=track)
+    sessions = [runtimes.session(original), runtimes.session(path)]
+    milliseconds = runtimes.latency(sessions, {"image": images[:1]})
+    reference, logits = (runtimes.outputs(session, [{"image": images}])[0] for session in sessions)
+    float_row = Row("float", original, _accuracy(reference, data), np.inf, original.stat().st_size, milliseconds[0])
+    sqnr = runtimes.sqnr(reference, logits)
+    quantized_row = Row(name, path, _accuracy(logits, data), sqnr, path.stat().st_size, milliseconds[1])
     try:
         check_page()
     except OnnxqError:
-        return rows, None
-    return rows, result.save_report(
-        folder / "report.html",
-        name="digits.onnx",
-        track=track,
-        command=(
-            f"onnxq quantize {original} -r {recipe} --data {folder / 'calibration.npz'} --report {folder / 'report.html'}"
-        ),
-    )
+        return float_row, quantized_row, None
+    page = folder / "report.html"
+    command = f"onnxq quantize {original} -r {recipe} --data {folder / 'calibration.npz'} --report {page}"
+    return float_row, quantized_row, result.save_report(page, name="digits.onnx", track=track, command=command)
 
 
 def _accuracy(logits: Array, data: Mapping[str, Array]) -> float:
     return float(np.mean(np.argmax(logits, axis=1) == data["test_labels"]))
+
+
+def quickstart_command(
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder for the models")] = Path("onnxq-quickstart"),
+    recipe: Annotated[str, typer.Option("-r", "--recipe", help="a built-in recipe (see onnxq recipes) or a file")] = "int8",
+) -> None:
+    """Quantize a small digits model that comes with the package, and show the result."""
+    original, quantized, page = quickstart(output, recipe, track)
+    table = Table("model", "accuracy", "SQNR dB", "KB", "ms", box=None, header_style="bold")
+    for row in (original, quantized):
+        sqnr = "-" if row is original else f"{row.sqnr:.1f}"
+        table.add_row(row.name, f"{100 * row.accuracy:.2f}%", sqnr, f"{row.size / 1e3:.0f}", f"{row.milliseconds:.3f}")
+    show(table)
+    speed = original.milliseconds / quantized.milliseconds
+    small = ": this model is too small to gain, larger ones do" if speed < 1.2 else ""
+    echo(f"{audit_model(quantized.path).summary()} | {speed:.2f}x the speed of float{small}")
+    if page is not None:
+        echo(f"layer by layer, with plots: {page}")
+    echo(
+        f"\n{original.path} and {quantized.path} are yours to look at. Next, by hand:\n"
+        f"  onnxq quantize {original.path} --data {output / 'calibration.npz'} -o my.onnx\n"
+        f"  onnxq audit my.onnx --against {original.path}\n"
+        f"  onnxq compare {original.path} my.onnx --data {output / 'test.npz'}\n"
+        f"  onnxq diagnose {original.path} --data {output / 'calibration.npz'}"
+    )

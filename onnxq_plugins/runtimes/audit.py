@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from onnxq_plugins.errors import Reason
-from onnxq_plugins.graph.core import LAYER_OPS
+from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import Need
 
 

@@ -14,7 +14,7 @@ from onnx import TensorProto
 from onnxq_plugins import runtimes
 from onnxq_plugins.data import Input, model_inputs
 from onnxq_plugins.errors import OnnxqError, Reason
-from onnxq_plugins.graph.core import LAYER_OPS
+from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import Need, needs
 from onnxq_plugins.runtimes.audit import Audit, LayerAudit, audited, chain, constants_of, example, is_product, readers_of
 

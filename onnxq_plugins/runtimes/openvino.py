@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 
 from onnxq_plugins.errors import OnnxqError, Reason
-from onnxq_plugins.graph.core import LAYER_OPS
+from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import needs
 from onnxq_plugins.runtimes.audit import Audit, audited, chain, constants_of, readers_of
 

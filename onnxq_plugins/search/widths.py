@@ -19,8 +19,8 @@ from onnxq_plugins.export import qdq
 from onnxq_plugins.export.storage import code_bits
 from onnxq_plugins.files import digest, load_arrays, save_arrays
 from onnxq_plugins.graph import Layer
-from onnxq_plugins.graph.core import LAYER_OPS
 from onnxq_plugins.graph.flow import maker_of
+from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.complete import complete_ranges, complete_weight, scale_floor
 from onnxq_plugins.layers.problem import Problem, float_inputs, problem, solvable

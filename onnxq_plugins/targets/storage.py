@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnxq_plugins.graph.core import LAYER_OPS
+from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.targets.target import CHAIN, Rule, Target
 
 STORAGE = Target(

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import onnx
 import pytest
+import typer
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
 import onnxq_plugins
-from onnxq_plugins import audit_model, cli, plugins, quantize, runtimes
-from onnxq_plugins.engine import LawBroken
-from tests.data.pictures import write_png
+from onnxq_plugins import OnnxqError, audit_model, cli, open_data, plugins, quantize, runtimes
+from onnxq_plugins.cli.inventory import summary_lines
+from onnxq_plugins.cli.options import OptionGroup, flatten
+from onnxq_plugins.data import DataOptions, Input
+from onnxq_plugins.laws import LawBroken
 from tests.zoo import Net, cnn, feeds, mlp, mobilenet
 
 
@@ -63,9 +71,16 @@ def write_data(**arrays: np.ndarray) -> None:
     np.savez("data.npz", **(arrays or {"x": images()}))
 
 
+def write_png(path: str, width: int = 12, height: int = 12, mode: str = "RGB", seed: int = 0) -> np.ndarray:
+    shape = (height, width, len(mode)) if len(mode) > 1 else (height, width)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+    Image.fromarray(pixels, mode).save(path)
+    return pixels
+
+
 def listing() -> dict[str, bytes | None]:
-    found = (p for p in sorted(Path().rglob("*")) if "__pycache__" not in str(p))
-    return {str(p): p.read_bytes() if p.is_file() else None for p in found}
+    paths = (p for p in sorted(Path().rglob("*")) if "__pycache__" not in str(p))
+    return {str(p): p.read_bytes() if p.is_file() else None for p in paths}
 
 
 # ---- bad input: what prepares the folder, further arguments, key phrases ------------------------------------------------
@@ -74,11 +89,11 @@ BAD: list = []
 
 
 def bad(*phrases: str, name: str = ""):
-    def keep(prepare):
+    def register(prepare):
         BAD.append(pytest.param(prepare, phrases, id=name or prepare.__name__))
         return prepare
 
-    return keep
+    return register
 
 
 def bad_data(name: str, *phrases: str, **arrays) -> None:
@@ -89,15 +104,15 @@ def bad_data(name: str, *phrases: str, **arrays) -> None:
     bad(*phrases, name=name)(prepare)
 
 
-def spoilt(value: float) -> np.ndarray:
+def images_with(value: float) -> np.ndarray:
     data = images()
     data[2, 1, 3, 3] = value
     return data
 
 
-bad_data("nan", "sample 2", "'x' has NaN", x=spoilt(np.nan))
-bad_data("inf", "sample 2", "'x' has Inf", x=spoilt(np.inf))
-bad_data("minus_inf", "'x' has Inf", x=spoilt(-np.inf))
+bad_data("nan", "sample 2", "'x' has NaN", x=images_with(np.nan))
+bad_data("inf", "sample 2", "'x' has Inf", x=images_with(np.inf))
+bad_data("minus_inf", "'x' has Inf", x=images_with(-np.inf))
 bad_data("wrong_input_name", "no array for the model's input 'x'", "'image', 'label'", image=images(), label=np.zeros(4))
 bad_data("wrong_size", "wants shape ['any', 3, 12, 12]", "has [1, 3, 8, 8]", x=images(side=8))
 bad_data("wrong_layout", "wants shape ['any', 3, 12, 12]", "has [1, 12, 12, 3]", x=images().transpose(0, 2, 3, 1))
@@ -137,7 +152,7 @@ def pickled_data():
     return []
 
 
-@bad("has no image", ".png")
+@bad("holds no image", ".png")
 def empty_folder():
     Path("pictures").mkdir()
     return ["--data", "pictures"]
@@ -189,8 +204,8 @@ def bad_callable(name: str, body: str, *phrases: str, attribute: str = "make") -
 
 bad_callable("raises", "raise RuntimeError('disk\\non fire')", "'data_raises:make' failed", "RuntimeError: disk on fire")
 bad_callable("missing", "pass", "failed", "AttributeError", attribute="nothing")
-bad_callable("none", "return None", "NoneType", "is not supported")
-bad_callable("empty", "return iter(())", "has no sample")
+bad_callable("none", "return None", "NoneType", "is not understood")
+bad_callable("empty", "return iter(())", "holds no sample")
 bad_callable("list", "return [[1, 2]]", "expected a mapping from input name to array, got list")
 bad_callable("feeds", "return [{'y': 1}]", "no array for the model's input 'x'", "'y'")
 
@@ -364,7 +379,7 @@ def external_data_truncated():
 
 @bad("the folder 'nowhere' does not exist")
 def output_in_a_missing_folder():
-    return ["-o", "nowhere/made.onnx"]
+    return ["-o", "nowhere/out.onnx"]
 
 
 @bad("'sub' is a folder")
@@ -400,9 +415,9 @@ def report_is_the_model():
     return ["--report", "model.onnx"]
 
 
-@bad("made.onnx", "report")
+@bad("out.onnx", "report")
 def report_is_the_output():
-    return ["--report", "made.onnx"]
+    return ["--report", "out.onnx"]
 
 
 @bad("data.npz", "-o")
@@ -457,17 +472,17 @@ def cache_is_a_file():
 
 @pytest.mark.parametrize(("prepare", "phrases"), BAD)
 def test_bad_input(onnxq, prepare, phrases):
-    lines = 2 if prepare is block_that_the_target_lacks else 1  # one for each kind of layer
+    lines = 2 if prepare is block_that_the_target_lacks else 1  # one per kind of layer
     write_model()
     write_data()
-    more = prepare()
+    options = prepare()
     before = listing()
     arguments = [
         "quantize",
         "model.onnx",
-        *([] if "--data" in more else ["--data", "data.npz"]),
-        *([] if "-o" in more else ["-o", "made.onnx"]),
-        *more,
+        *([] if "--data" in options else ["--data", "data.npz"]),
+        *([] if "-o" in options else ["-o", "out.onnx"]),
+        *options,
     ]
     ran = onnxq(*arguments)
     assert (ran.code, ran.out) == (2, ""), ran
@@ -483,7 +498,7 @@ def test_output_without_permission(onnxq):
     write_model()
     write_data()
     Path("locked").mkdir(mode=0o500)
-    ran = onnxq("quantize", "model.onnx", "--data", "data.npz", "-o", "locked/made.onnx")
+    ran = onnxq("quantize", "model.onnx", "--data", "data.npz", "-o", "locked/out.onnx")
     assert (ran.code, "permission denied" in ran.err) == (2, True)
 
 
@@ -525,7 +540,7 @@ def ready(onnxq) -> Callable[..., Ran]:
     return onnxq
 
 
-def test_quantize_writes_beside_you_and_says_one_line(ready):
+def test_quantize_writes_into_this_folder_and_prints_one_line(ready):
     ran = ready("quantize", "model.onnx", "--data", "data.npz")
     assert ran.code == 0
     assert ran.err == ""  # no progress bar where nobody looks
@@ -535,7 +550,7 @@ def test_quantize_writes_beside_you_and_says_one_line(ready):
     assert audit_model("model.int8.onnx").counts() == {"QLinearConv": 2, "QGemm": 1}
 
 
-def test_the_default_name_lies_in_this_folder_and_bears_the_recipe(ready):
+def test_the_default_output_is_in_this_folder_and_named_after_the_recipe(ready):
     Path("sub").mkdir()
     Path("model.onnx").rename("sub/model.onnx")
     Path("sub/mine.toml").write_text("[weights]\nbits = 4\n")
@@ -545,9 +560,9 @@ def test_the_default_name_lies_in_this_folder_and_bears_the_recipe(ready):
 
 
 def test_an_existing_output_is_replaced(ready):
-    Path("made.onnx").write_text("old")
-    assert ready("quantize", "model.onnx", "--data", "data.npz", "-o", "made.onnx").code == 0
-    onnx.checker.check_model(onnx.load("made.onnx"))
+    Path("out.onnx").write_text("old")
+    assert ready("quantize", "model.onnx", "--data", "data.npz", "-o", "out.onnx").code == 0
+    onnx.checker.check_model(onnx.load("out.onnx"))
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
@@ -556,9 +571,8 @@ def test_half_precision_models_are_converted_on_request(ready, kind):
     ran = ready("quantize", "model.onnx", "--data", "data.npz", "--float32")
     assert ran.code == 0
     assert "note: half-precision weights were converted to float32" in ran.err
-    wanted = runtimes.outputs(runtimes.session(cnn()), [{"x": images()}])[0]
-    found = runtimes.outputs(runtimes.session("model.int8.onnx"), [{"x": images()}])[0]
-    assert runtimes.sqnr(wanted, found) > 25
+    reference, outputs = (runtimes.outputs(runtimes.session(m), [{"x": images()}])[0] for m in (cnn(), "model.int8.onnx"))
+    assert runtimes.sqnr(reference, outputs) > 25
 
 
 def test_external_data_beside_the_model(ready):
@@ -566,7 +580,7 @@ def test_external_data_beside_the_model(ready):
     assert ready("quantize", "model.onnx", "--data", "data.npz").code == 0
 
 
-def test_remarks_go_to_standard_error(ready):
+def test_notes_go_to_standard_error(ready):
     ran = ready("quantize", "model.onnx", "--data", "data.npz", "--target", "ort-cpu-avx2", "--set", "weights.bits=8")
     assert "note: 3 layers have 7-bit weight codes" in ran.err
     Path("my.toml").write_text("[[layer]]\nmatch = 'conv0'\nquantize = false")
@@ -583,13 +597,13 @@ def test_the_report_is_json(ready):
 
 
 def test_options_reach_the_engine(ready, monkeypatch):
-    seen = {}
+    passed = {}
 
     def spy(model, recipe, data, **options):
-        seen.update(options, recipe=recipe, data=data)
+        passed.update(options, recipe=recipe, data=data)
         return quantize(model, recipe, data, **{**options, "track": onnxq_plugins.calibration.statistics.silent})
 
-    monkeypatch.setattr(cli.make, "quantize", spy)
+    monkeypatch.setattr(cli.quantization, "quantize", spy)
     ran = ready(
         "quantize",
         "model.onnx",
@@ -612,7 +626,7 @@ def test_options_reach_the_engine(ready, monkeypatch):
         9,
     )
     assert ran.code == 0
-    wanted = {
+    expected = {
         "samples": 2,
         "seed": 5,
         "workers": 1,
@@ -623,8 +637,8 @@ def test_options_reach_the_engine(ready, monkeypatch):
         "data": "data.npz",
         "recipe": "int8",
     }
-    assert {key: seen[key] for key in wanted} == wanted
-    assert seen["settings"] == ["data.resize=9", "data.mean=[0.5]", "ranges.method=mse"]
+    assert {key: passed[key] for key in expected} == expected
+    assert passed["settings"] == ["data.resize=9", "data.mean=[0.5]", "ranges.method=mse"]
     assert any(Path("c").iterdir())
 
 
@@ -744,31 +758,59 @@ def test_compare_lists_every_output(ready):
 
 
 def test_plugins(ready):
-    listed = ready("plugins").out
-    assert all(name in listed for name in ("ranges", "bias-correct", "scale-inputs", "ort-cpu-avx2", "onnxq-plugins"))
+    listing = ready("plugins").out
+    assert all(f"\n  {name} " in listing for name in ("ranges", "bias-correct", "scale-inputs", "ort-cpu-avx2"))
+    assert listing.index("passes") < listing.index("  ranges ") < listing.index("\ntargets\n") < listing.index("  ort-cpu ")
     assert "method = 'minmax'" in ready("plugins", "ranges").out
     assert "QLinearConv" in ready("plugins", "ort-cpu").out
 
 
-def test_plugins_shows_the_broken(ready, monkeypatch):
+def test_plugins_lists_the_broken_last(ready, monkeypatch):
     class Broken:
         name, dist = "vendor", None
 
         def load(self):
-            raise ImportError("no module named torch")
+            raise ImportError("no module named torch, " * 10)
 
     monkeypatch.setattr(plugins, "entry_points", lambda group: [Broken()])
     ran = ready("plugins")
     assert ran.code == 0
-    assert "vendor" in ran.out
-    assert "no module named torch" in ran.out
+    *_, heading, line = ran.out.splitlines()
+    assert heading == "broken plugins" and line.startswith("  vendor: ") and line.count("no module named torch") == 10
+
+
+@pytest.mark.parametrize("terminal", [30, 80, 100])
+def test_a_list_of_plugins_fits_the_terminal(ready, monkeypatch, terminal):
+    whole = ready("plugins").out.splitlines()
+    monkeypatch.setattr(cli.console, "out", Console(soft_wrap=True, width=terminal, force_terminal=True, color_system=None))
+    lines = ready("plugins").out.splitlines()
+    assert max(map(len, whole)) > 150 and max(map(len, lines)) <= max(terminal, 32)
+    for line, full in zip(lines, whole, strict=True):
+        start, dots, _ = line.partition(" ...")
+        assert full.startswith(start) if dots or terminal == 30 else line == full
+
+
+@pytest.mark.parametrize(
+    ("doc", "terminal", "line"),
+    [
+        ("Clip. More.\n\nscale", None, "  acme.clip   Clip (acme-clip)"),
+        ("Clip all\nweights: those that", 40, "  acme.clip   Clip all ... (acme-clip)"),
+        ("Clip all weights", 42, "  acme.clip   Clip all weights (acme-clip)"),
+        ("", 80, "  acme.clip    (acme-clip)"),
+        ("Clip", 20, "  acme.clip    (acme-clip)"),
+    ],
+)
+def test_a_line_about_a_plugin_names_the_package_of_a_guest(doc, terminal, line):
+    assert summary_lines({"acme.clip": doc}, {"acme.clip": "acme-clip"}, 10, terminal) == [line]
+    (builtin,) = summary_lines({"acme.clip": doc}, {"acme.clip": "onnxq-plugins"}, 10, None)
+    assert "acme-clip" not in builtin
 
 
 def test_recipes(ready):
     assert "int8" in ready("recipes").out
-    printed = ready("recipes", "int8").out
-    assert tomllib.loads(printed)["recipe"] == 1
-    Path("mine.toml").write_text(printed)
+    text = ready("recipes", "int8").out
+    assert tomllib.loads(text)["recipe"] == 1
+    Path("mine.toml").write_text(text)
     assert ready("check", "mine.toml").code == 0
 
 
@@ -804,15 +846,15 @@ def test_quickstart(onnxq):
     ]
     commands = [line.split()[1:] for line in ran.out.splitlines() if line.startswith("  onnxq ")]
     assert [c[0] for c in commands] == ["quantize", "audit", "compare", "diagnose"]
-    for command in commands:  # what it tells you to type next
+    for command in commands:  # that it suggests
         assert onnxq(*command).code == 0, command
 
 
-def test_a_trace_shows_hook_calls_and_leaves_the_model_as_it_is(ready):
-    shown = ready("plugins", "--trace")
+def test_a_trace_shows_hook_calls_and_does_not_change_the_model(ready):
+    trace = ready("plugins", "--trace")
     steps = tomllib.loads(ready("recipes", "int8").out)["pass"]
-    assert shown.code == 0 and shown.out.count("onnxq_run_pass(step=") == len(steps)
-    assert "onnxq_exported(" in shown.out and not list(Path().glob("*.onnx"))[1:]
+    assert trace.code == 0 and trace.out.count("onnxq_run_pass(step=") == len(steps)
+    assert "onnxq_exported(" in trace.out and not list(Path().glob("*.onnx"))[1:]
     assert "leave 'ranges' out" in ready("plugins", "ranges", "--trace").err
     plain, traced = (
         ready("quantize", "model.onnx", "--data", "data.npz", "-o", f"{name}.onnx", *options)
@@ -826,9 +868,7 @@ def test_version(onnxq):
     assert onnxq("--version").out == f"onnxq-plugins {onnxq_plugins.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "command", ["quantize", "audit", "compare", "plugins", "new-plugin", "recipes", "check", "quickstart"]
-)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help(onnxq, command):
     ran = onnxq(command, "--help")
     assert ran.code == 0
@@ -836,9 +876,55 @@ def test_every_command_has_help(onnxq, command):
     assert command in onnxq("--help").out
 
 
+def test_options_of_quantize_are_in_panels(onnxq):
+    lines = onnxq("quantize", "--help").out.splitlines()
+    panels: dict[str, list[str]] = {}
+    for line in lines:
+        if title := re.match(r"╭─ (\w+) ─", line):
+            options = panels.setdefault(title[1], [])
+        elif option := re.match(r"│ (--[\w-]+)", line):
+            options.append(option[1])
+    assert panels == {
+        "Arguments": [],
+        "Options": ["--help"],
+        "Data": ["--data", "--samples", "--labels", "--resize", "--crop", "--mean", "--std", "--layout"],
+        "Recipe": ["--recipe", "--set", "--target", "--seed", "--float32"],
+        "Output": ["--output", "--report", "--test", "--overrides"],
+        "Search": ["--curve", "--metric", "--plan"],
+        "Work": ["--workers", "--cache", "--dask", "--processes", "--verify", "--trace"],
+    }
+
+
+def test_a_group_of_options_is_one_parameter_of_a_command():
+    """Also where the group has an option without a default, which follows one that has."""
+
+    @dataclass(frozen=True)
+    class Size(OptionGroup):
+        width: Annotated[int, typer.Option()]
+        tall: Annotated[bool, typer.Option("--tall")] = False
+
+    calls = []
+
+    def draw(path: Annotated[Path, typer.Argument()], color: str = "red", *, size: Size, names: list[str] | None = None):
+        """Draw."""
+        calls.append((path, color, size, names))
+
+    draw.__annotations__["size"] = Size  # a local class is no global for get_type_hints
+    draw.__annotations__ |= {"path": Annotated[Path, typer.Argument()], "color": str, "names": list[str] | None}
+    app = typer.Typer()
+    app.command()(flatten(draw))
+    runner = CliRunner()
+    assert runner.invoke(app, ["a.png", "--width", "3", "--tall", "--names", "b"]).exit_code == 0
+    assert runner.invoke(app, ["--width", "4", "--color", "blue", "a.png"]).exit_code == 0
+    assert calls[0] == (Path("a.png"), "red", Size(3, True), ["b"])
+    assert calls[1][:3] == (Path("a.png"), "blue", Size(4))
+    assert runner.invoke(app, ["a.png"]).exit_code == 2  # --width is missing
+    assert "size" not in inspect.signature(flatten(draw)).parameters and flatten(draw).__doc__ == "Draw."
+
+
 @pytest.mark.parametrize("hidden", [False, True])
-def test_interruption_is_one_line(ready, monkeypatch, hidden):
-    """Ctrl-C may come while a lock is taken, which then fails in a way of its own."""
+def test_an_interruption_prints_one_line(ready, monkeypatch, hidden):
+    """Ctrl-C may hit while a lock is taken, which then raises its own error."""
 
     def interrupt(*_, **__):
         try:
@@ -847,7 +933,7 @@ def test_interruption_is_one_line(ready, monkeypatch, hidden):
             if hidden:
                 raise RuntimeError("cannot release un-acquired lock")
 
-    monkeypatch.setattr(cli.make, "quantize", interrupt)
+    monkeypatch.setattr(cli.quantization, "quantize", interrupt)
     before = listing()
     ran = ready("quantize", "model.onnx", "--data", "data.npz")
     assert ran.code == 130
@@ -855,11 +941,11 @@ def test_interruption_is_one_line(ready, monkeypatch, hidden):
     assert listing() == before
 
 
-def test_a_bug_of_a_pass_is_not_the_users_fault(ready, monkeypatch):
+def test_a_bug_in_a_pass_exits_with_1(ready, monkeypatch):
     def broken(*_, **__):
         raise LawBroken("pass 'x' changed the float function")
 
-    monkeypatch.setattr(cli.make, "quantize", broken)
+    monkeypatch.setattr(cli.quantization, "quantize", broken)
     ran = ready("quantize", "model.onnx", "--data", "data.npz")
     assert (ran.code, ran.err) == (1, "error: pass 'x' changed the float function\n")
 
@@ -883,6 +969,180 @@ def test_as_a_real_process(ready):
     wrong = run("quantize", "nowhere.onnx", "--data", "data.npz")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "error: model 'nowhere.onnx' does not exist; give the path of an .onnx file.\n"
+
+
+# ---- data ---------------------------------------------------------------------------------------------------------------
+
+X = Input("x", np.dtype(np.float32), (None, 3))
+
+
+def rows(data) -> np.ndarray:
+    return np.concatenate([feed["x"] for feed in data])
+
+
+VALUES = np.arange(18, dtype=np.float32).reshape(6, 3)
+
+
+class Reader:
+    """onnxruntime's CalibrationDataReader."""
+
+    def __init__(self) -> None:
+        self.left = iter(VALUES)
+
+    def get_next(self):
+        row = next(self.left, None)
+        return None if row is None else {"x": row[None]}
+
+
+class Rewinding(Reader):
+    def rewind(self) -> None:
+        self.left = iter(VALUES)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(lambda: VALUES, id="array"),
+        pytest.param(lambda: VALUES.astype(np.float64), id="float64"),
+        pytest.param(lambda: {"x": VALUES}, id="mapping"),
+        pytest.param(lambda: {"anything": VALUES}, id="single array"),
+        pytest.param(lambda: [{"x": row[None]} for row in VALUES], id="list of feeds"),
+        pytest.param(lambda: [row[None] for row in VALUES], id="list of arrays"),
+        pytest.param(lambda: ({"x": row[None]} for row in VALUES), id="generator"),
+        pytest.param(lambda: [{"x": VALUES[:4]}, {"x": VALUES[4:]}], id="batches"),
+        pytest.param(lambda: [{"x": row[None], "label": 1} for row in VALUES], id="more than asked"),
+        pytest.param(Reader, id="reader"),
+        pytest.param(Rewinding, id="rewinding reader"),
+    ],
+)
+def test_sources_give_single_samples_as_often_as_asked(source):
+    data = open_data(source(), [X])
+    for _ in range(2):
+        assert [feed["x"].shape for feed in data] == [(1, 3)] * 6
+        assert all(feed["x"].dtype == np.float32 and set(feed) == {"x"} for feed in data)
+        np.testing.assert_array_equal(rows(data), VALUES)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_files_of_arrays(tmp_path, suffix):
+    (np.save if suffix == ".npy" else np.savez)(tmp_path / f"data{suffix}", VALUES)
+    np.testing.assert_array_equal(rows(open_data(tmp_path / f"data{suffix}", [X])), VALUES)
+
+
+@pytest.mark.parametrize(("wanted", "picked"), [(0, range(6)), (2, [0, 3]), (3, [0, 2, 4]), (6, range(6)), (9, range(6))])
+def test_samples_are_spread_evenly(wanted, picked):
+    data = open_data(VALUES, [X], DataOptions(samples=wanted))
+    np.testing.assert_array_equal(rows(data), VALUES[list(picked)])
+    assert data.size == len(picked)
+
+
+@pytest.mark.parametrize("source", [VALUES, [{"x": row[None]} for row in VALUES]])
+def test_a_fixed_batch_is_filled_up(source):
+    fixed = Input("x", np.dtype(np.float32), (4, 3))
+    found = [feed["x"] for feed in open_data(source, [fixed])]
+    assert [batch.shape for batch in found] == [(4, 3)] * 2
+    np.testing.assert_array_equal(np.concatenate(found), VALUES[[0, 1, 2, 3, 4, 5, 4, 5]])
+
+
+def test_several_inputs():
+    inputs = [X, Input("length", np.dtype(np.int64), (None,))]
+    data = open_data({"x": VALUES, "length": np.arange(6)}, inputs)
+    assert [int(feed["length"][0]) for feed in data] == list(range(6))
+    with pytest.raises(OnnxqError, match=r"differ in their number of samples.*'length': 5"):
+        open_data({"x": VALUES, "length": np.arange(5)}, inputs)
+    with pytest.raises(OnnxqError, match="no array for the model's input 'length'"):
+        open_data({"x": VALUES}, inputs)
+
+
+@pytest.mark.parametrize("source", [None, 5, object()])
+def test_what_is_no_data(source):
+    with pytest.raises(OnnxqError, match="is not understood"):
+        open_data(source, [X])
+
+
+def test_digest_tells_data_apart():
+    one, same, other = (open_data(values, [X]).digest() for values in (VALUES, VALUES.copy(), VALUES + 1))
+    assert one == same != other
+
+
+def nchw(size: int, channels: int = 3) -> Input:
+    return Input("x", np.dtype(np.float32), (None, channels, size, size))
+
+
+@pytest.mark.parametrize(
+    ("mode", "mean", "std"),
+    [
+        ("RGB", (0.0,), (1.0,)),
+        ("RGB", (0.5,), (0.25,)),
+        ("RGB", (0.485, 0.456, 0.406), (0.2, 0.3, 0.4)),
+        ("L", (0.0,), (1.0,)),
+        ("L", (0.5,), (0.25,)),
+    ],
+)
+@pytest.mark.parametrize(("layout", "channels_last"), [("nchw", False), ("", False), ("nhwc", True), ("", True)])
+def test_images_become_exactly_the_expected_array(tmp_path, monkeypatch, mode, mean, std, layout, channels_last):
+    monkeypatch.chdir(tmp_path)
+    channels = len(mode)
+    pixels = write_png("a.png", 12, 12, mode).reshape(12, 12, channels)
+    shape = (None, 12, 12, channels) if channels_last else (None, channels, 12, 12)
+    data = open_data(tmp_path, [Input("x", np.dtype(np.float32), shape)], DataOptions(mean=mean, std=std, layout=layout))
+    wanted = (pixels.astype(np.float32) / 255 - np.array(mean, np.float32)) / np.array(std, np.float32)
+    wanted = wanted[None] if channels_last else wanted.transpose(2, 0, 1)[None]
+    (feed,) = data
+    assert feed["x"].dtype == np.float32
+    np.testing.assert_allclose(feed["x"], wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_crop_takes_the_middle(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pixels = write_png("a.png", 20, 16)
+    (feed,) = open_data(tmp_path, [nchw(8)], DataOptions(crop=8))
+    np.testing.assert_allclose(feed["x"][0].transpose(1, 2, 0), pixels[4:12, 6:14] / 255, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "resized"), [((20, 16), (15, 12)), ((16, 20), (12, 15)), ((7, 6), (14, 12)), ((12, 12), (12, 12))]
+)
+def test_resize_gives_the_shorter_side(tmp_path, monkeypatch, size, resized):
+    monkeypatch.chdir(tmp_path)
+    pixels = write_png("a.png", *size)
+    (feed,) = open_data(tmp_path, [nchw(12)], DataOptions(resize=12, crop=12))
+    image = np.asarray(Image.fromarray(pixels).resize(resized, Image.Resampling.BILINEAR), np.float32) / 255
+    left, top = (resized[0] - 12) // 2, (resized[1] - 12) // 2
+    np.testing.assert_allclose(feed["x"][0].transpose(1, 2, 0), image[top : top + 12, left : left + 12], rtol=1e-6)
+
+
+def test_images_of_other_modes_are_converted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pixels = write_png("a.png", mode="RGBA")
+    (feed,) = open_data(tmp_path, [nchw(12)])
+    np.testing.assert_allclose(feed["x"][0].transpose(1, 2, 0), pixels[:, :, :3] / 255, rtol=1e-6)
+    (feed,) = open_data(tmp_path, [nchw(12, channels=1)])
+    assert feed["x"].shape == (1, 1, 12, 12)
+
+
+def test_a_batch_of_images_is_read_in_name_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for n, name in enumerate(("c.png", "a.bmp", "b.PNG")):
+        Image.fromarray(np.full((12, 12, 3), 50 * n, np.uint8)).save(name)
+    found = [float(feed["x"].max()) for feed in open_data(tmp_path, [nchw(12)])]
+    np.testing.assert_allclose(found, np.array([50, 100, 0]) / 255, rtol=1e-6)
+
+
+def test_quantize_with_a_calibration_data_reader_of_a_fixed_batch():
+    net = Net([4, 3, 12, 12])
+    model = net.model(net.head(net.op("Relu", net.conv("x", 3, 8)), 8))
+
+    class Batches:
+        def __init__(self) -> None:
+            self.left = [{"x": images(4)}, {"x": images(4) * 2}]
+
+        def get_next(self):
+            return self.left.pop() if self.left else None
+
+    result = quantize(model, "int8", Batches(), workers=1)
+    both = np.concatenate([images(4), images(4) * 2])
+    assert float(result.plan["x"].scale) == pytest.approx((both.max() - both.min()) / 255, rel=1e-5)
 
 
 def test_mobilenet_from_file_to_file(ready):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxq_plugins import Result, audit_model, load, quantize, runtimes
-from onnxq_plugins.export.qdq import bias_scale, export
+from onnxq_plugins.export.qdq import export
+from onnxq_plugins.plan.values import bias_scale
 from tests.zoo import ZOO, Net, control_flow, conv_transpose, feeds, mobilenet, shared_weights, transformer
 
 LAYERS = ("Conv", "Gemm", "MatMul")

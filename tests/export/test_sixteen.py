@@ -13,14 +13,16 @@ from onnx import TensorProto, numpy_helper
 from onnxq_plugins import OnnxqError, Plan, audit_model, load, quantize, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.data import graph_inputs, open_data
-from onnxq_plugins.export.qdq import export, weight_values
+from onnxq_plugins.export.qdq import export
 from onnxq_plugins.job import Job
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.plan import requests
+from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
 from onnxq_plugins.spec import QuantSpec, fake
-from onnxq_plugins.targets.target import NPU, ORT_CPU, ORT_CPU_AVX2
+from onnxq_plugins.targets.npu import NPU
+from onnxq_plugins.targets.ort_cpu import ORT_CPU, ORT_CPU_AVX2
 from tests.zoo import ZOO, Net, feeds, mobilenet, resnet20
 
 WIDE = {"target": "npu", "activations": {"bits": 16}}

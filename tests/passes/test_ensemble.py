@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from onnxq_plugins import OnnxqError, audit_model, quantize, runtimes
-from onnxq_plugins.export.qdq import bias_scale
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.ensemble import side_by_side, unfit
 from onnxq_plugins.passes import ResidualEnsemble
+from onnxq_plugins.plan.values import bias_scale
 from onnxq_plugins.solvers import expansion as solver
 from onnxq_plugins.spec import QuantSpec
 from tests.zoo import ZOO, Net, cnn, conv_transpose, feeds, mlp, resnet20, run, transformer

@@ -16,7 +16,7 @@ from onnxq_plugins.layers.sums import limits
 from onnxq_plugins.passes import ResidualExpansion
 from onnxq_plugins.solvers import expansion as solver
 from onnxq_plugins.spec import QuantSpec, decode, encode, fake, from_range
-from onnxq_plugins.targets.target import NPU4
+from onnxq_plugins.targets.npu import NPU4
 from tests.zoo import ZOO, Net, cnn, conv_transpose, examples, feeds, mlp, mobilenet, resnet20, run, transformer
 
 BLOCKS = st.sampled_from([None, (1, 0, 0), (1, 2, 0)])

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from onnxq_plugins import OnnxqError, audit_model, quantize, runtimes
-from onnxq_plugins.export.qdq import weight_values
 from onnxq_plugins.export.storage import shifts, stored_bits
 from onnxq_plugins.graph import load
 from onnxq_plugins.passes import ShiftEqualize
 from onnxq_plugins.plan.requests import layer_input
+from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.runtimes import drift
 from onnxq_plugins.runtimes.openvino import audit_openvino
 from onnxq_plugins.spec import QuantSpec, fake, solve_minmax, step

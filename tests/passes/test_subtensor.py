@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxq_plugins import OnnxqError, audit_model, quantize, runtimes
-from onnxq_plugins.export.qdq import weight_values
 from onnxq_plugins.graph import channel_groups, load, permute, split_outputs
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.passes import Subtensor
+from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.runtimes import drift
 from onnxq_plugins.solvers.clusters import clusters, cost
 from tests.zoo import ZOO, Net, batch, cnn, conv_transpose, dead_channels, examples, feeds, grouped, mlp, mobilenet, run

@@ -10,9 +10,10 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from onnxq_plugins import OnnxqError, Plan, QuantSpec, audit_model, load, quantize, runtimes
-from onnxq_plugins.engine import save_model
-from onnxq_plugins.export.qdq import export, weight_values
+from onnxq_plugins.export.qdq import export
 from onnxq_plugins.export.storage import Layout, int8_codes, stored_bits
+from onnxq_plugins.files import save_model
+from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.spec import block_shape, expand
 from onnxq_plugins.targets import BUILTIN
 from tests.zoo import ZOO, Net, feeds

@@ -17,9 +17,10 @@ from onnxq_plugins.data import open_data
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.measure.metrics import sqnr
 from onnxq_plugins.recipe import load_recipe, parse
+from onnxq_plugins.report.causes import Cause
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, Trial, diagnose
 from onnxq_plugins.report.layer_errors import Own, gathered, own
-from onnxq_plugins.report.remedies import Cause, Remedy, recipe_toml
+from onnxq_plugins.report.remedies import Remedy, recipe_toml
 from onnxq_plugins.search.widths import ALONE
 from onnxq_plugins.spec import Plan
 from tests.zoo import Net, conv_transpose, feeds, grouped, inception, mlp, mobilenet, resnet20, transformer
@@ -489,7 +490,7 @@ NAMES = ["layer1_0_residual_branch_conv1", "tensor layer1_0_residual_branch_out"
 @pytest.mark.parametrize("adds_up", [True, False])
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_a_narrow_terminal_shortens_no_name(width, adds_up):
-    from onnxq_plugins.cli.look import _fitting, _table
+    from onnxq_plugins.cli.inspection import error_columns, fit
 
     share = 0.3 if adds_up else 3.0
     layers = [
@@ -507,7 +508,7 @@ def test_a_narrow_terminal_shortens_no_name(width, adds_up):
         for name in NAMES
     ]
     found = Diagnosis(30.0, tuple(layers), (), {}, (), 8, 0.0)
-    lines = _fitting(_table(found, found.layers), width)
+    lines = fit(error_columns(found, found.layers), width)
     for n, (name, line) in enumerate(zip(NAMES, lines[1:], strict=True), 1):
         assert line.split()[0] == f"{n}" and name in line and "uneven-channels, heavy-tail" in line
     assert max(map(len, lines)) <= max(width, 79)

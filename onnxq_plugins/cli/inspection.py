@@ -1,0 +1,329 @@
+"""Commands that look at models: audit, diagnose, compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.cli.console import echo, notify, out, show, track
+from onnxq_plugins.cli.options import (
+    DataPath,
+    ImageOptions,
+    Labels,
+    Model,
+    RecipeOptions,
+    Samples,
+    WorkOptions,
+    data_option,
+    recipe_option,
+)
+from onnxq_plugins.data import Data, Input, model_inputs, open_data
+from onnxq_plugins.engine import quantize
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.export.provenance import recipe_of
+from onnxq_plugins.graph.importer import bytes_on_disk, read
+from onnxq_plugins.measure.metrics import Metric, chance, check_labels, find_metric, metric_name, top1
+from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose
+from onnxq_plugins.report.remedies import Remedy
+from onnxq_plugins.runtimes.audit import Audit
+from onnxq_plugins.runtimes.onnxruntime import audit_model
+from onnxq_plugins.runtimes.openvino import audit_openvino
+from onnxq_plugins.search.latency import has_vnni
+from onnxq_plugins.spec import Array
+
+
+def audit_command(
+    model: Model,
+    against: Annotated[
+        Path | None, typer.Option(show_default=False, help="the float model: measures the latency ratio, interleaved")
+    ] = None,
+    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or openvino")] = "onnxruntime",
+) -> None:
+    """Show for every layer of MODEL which kernel runs it, and if that is a float kernel, why."""
+    for path in (model, against):
+        if path is not None:
+            read(path)
+    if runtime not in ("onnxruntime", "openvino"):
+        raise OnnxqError(f"runtime '{runtime}' is unknown; known: onnxruntime, openvino.")
+    if runtime == "openvino" and against is not None:
+        raise OnnxqError(
+            "--against measures in onnxruntime; leave it out beside --runtime openvino (OpenVINO's own benchmark_app "
+            "measures there)."
+        )
+    audit = audit_openvino(model) if runtime == "openvino" else audit_model(model, against)
+    show(_audit_table(audit))
+    others = sorted(audit.other.items(), key=lambda item: -item[1])[:12]
+    echo(f"\nother operators: {', '.join(f'{n} {op}' for op, n in others) or 'none'}")
+    echo(audit.summary())
+    if accumulators := audit.accumulators():
+        echo(accumulators)
+    if audit.speedup is not None and audit.milliseconds is not None:
+        before, after = audit.milliseconds
+        echo(f"{audit.speedup:.2f}x the speed of {against} ({before:.3f} -> {after:.3f} ms, batch 1, 1 thread)")
+
+
+def _audit_table(audit: Audit) -> Table:
+    table = Table("layer", "operator", "kernel", "accumulator", "why float", box=None, header_style="bold")
+    for layer in audit.layers:
+        if layer.constant_weight or layer.quantized or layer.product:
+            bits = f"{layer.accumulator} bits" if layer.accumulator is not None else ""
+            cells = (escape(layer.name), layer.op, layer.kernel, bits, escape(layer.why))
+            table.add_row(*cells, style=None if layer.quantized else "yellow")
+    return table
+
+
+def diagnose_command(
+    model: Model,
+    *,
+    data: DataPath,
+    samples: Samples = 0,
+    measured: Annotated[int, data_option(help="measure errors on so many samples")] = 8,
+    images: ImageOptions,
+    recipe: RecipeOptions,
+    quantized: Annotated[
+        Path | None,
+        recipe_option(
+            metavar="Q.ONNX",
+            show_default=False,
+            help="instead of a recipe: a model that onnxq made of MODEL on the same data; it is made again",
+        ),
+    ] = None,
+    work: WorkOptions,
+    attempts: Annotated[
+        int,
+        typer.Option("--try", help="try so many remedies, the worst layer's first; each quantizes anew"),
+    ] = 0,
+    all_layers: Annotated[bool, typer.Option("--all", help="show all layers, not only the ten worst")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Quantize MODEL and show which layers hold its error, why, and what to try; writes no model."""
+    if measured < 1 or attempts < 0:
+        raise OnnxqError("--measured must be at least 1, and --try not negative.")
+    if quantized is not None and recipe.recipe:
+        raise OnnxqError(f"--quantized '{quantized}' brings its own recipe; leave --recipe out.")
+    source, seed = recipe.source(recipe_of(quantized) if quantized is not None else None)
+    result = quantize(
+        model,
+        source,
+        data,
+        target=recipe.target or None,
+        seed=seed,
+        samples=samples,
+        workers=work.workers or None,
+        cache=work.cache,
+        settings=[*images.settings(), *(recipe.settings or [])],
+        track=track,
+    )
+    if quantized is not None and read(quantized).graph != result.model.graph:
+        notify(
+            f"note: '{quantized}' is not what its recipe makes of '{model}' on these samples; the diagnosis is of the latter"
+        )
+    diagnosis = diagnose(result, samples=measured, attempts=attempts, workers=work.workers or None, track=track)
+    if as_json:
+        echo(json.dumps(diagnosis.to_dict(), indent=2))
+    else:
+        _show_diagnosis(diagnosis, result.summary, all_layers)
+
+
+_WORST = 10  # layers in the table without --all
+_EXPLAINED = 5  # layers in float below it
+_REMEDIES = 3  # of each layer
+
+
+def _show_diagnosis(diagnosis: Diagnosis, summary: str, all_layers: bool) -> None:
+    """Print the worst layers as a table, then causes and remedies of the five worst."""
+    layers = diagnosis.layers if all_layers else diagnosis.layers[:_WORST]
+    for line in fit(error_columns(diagnosis, layers), out.width):
+        echo(line)
+    if len(layers) < len(diagnosis.layers):
+        echo(f"... and {len(diagnosis.layers) - len(layers)} more, which hold less: --all shows them")
+    echo(
+        f"\nalone: SQNR of the outputs with only this layer quantized; {diagnosis.part_of}: "
+        + ("its part of the noise of the outputs" if diagnosis.adds_up else "its noise there, the worst layer's being 100")
+        + "; own: SQNR at the layer's output, of rounding its weight and its input; gathered: there in the quantized "
+        "network\n"
+    )
+    _show_explained(diagnosis)
+    if diagnosis.saturating:
+        here = " (not on this machine, which has it)" if has_vnni() else ""
+        echo(
+            f"{len(diagnosis.saturating)} layers could saturate on x86-64 without VNNI{here}: --target ort-cpu-avx2 avoids "
+            "that."
+        )
+    for attempt in diagnosis.tried:
+        echo(f"tried for {attempt.layer}, {attempt.remedy.text}: {attempt.verdict(diagnosis.sqnr)}")
+    for note in diagnosis.notes:
+        echo(note)
+    echo(
+        f"{summary}\n{diagnosis.sqnr:.2f} dB at the outputs, on {diagnosis.samples} of the calibration samples | "
+        f"{diagnosis.seconds:.1f} s"
+    )
+
+
+def _show_explained(diagnosis: Diagnosis) -> None:
+    """Print what is known of the worst layers and of those in float, and what to try."""
+    remedies: list[Remedy] = []
+    numbers = {layer.name: n for n, layer in enumerate(diagnosis.layers, 1)}
+    for layer in diagnosis.explained:
+        echo(f"{numbers[layer.name]}. {layer.name}: {diagnosis.told(layer)}")
+        remedies += _show_remedies(layer.remedies[:_REMEDIES])
+    for slow in diagnosis.floats[:_EXPLAINED]:
+        echo(f"{slow.name}: runs in float ({100 * slow.work:.1f}% of the multiply-adds): {slow.why}.")
+        remedies += _show_remedies(slow.remedies)
+    if any(remedy.passes or remedy.layers for remedy in remedies):
+        echo(
+            "\nBlocks in [[ ]] belong in a recipe's file: onnxq recipes int8 > my.toml, add the block, and use it with "
+            "-r my.toml; what begins with --set belongs on the command line."
+        )
+
+
+def _show_remedies(remedies: Sequence[Remedy]) -> Sequence[Remedy]:
+    for remedy in remedies:
+        echo(f"  {remedy.text}:\n" + "\n".join(f"    {line}" for line in remedy.typed.splitlines()))
+    return remedies
+
+
+# Columns left out where a terminal is too narrow, the first to go first.
+_SPARE = ("gathered dB", "input dB", "weight dB", "own dB", "op", "alone dB")
+
+
+def error_columns(diagnosis: Diagnosis, layers: Sequence[LayerError]) -> dict[str, list[str]]:
+    """Cells of each column, one per layer."""
+
+    def decibels(values: Iterable[float | None]) -> list[str]:
+        return ["" if value is None or value >= 200 else f"{value:.1f}" for value in values]
+
+    parts, own = [diagnosis.part(layer) for layer in layers], [layer.own for layer in layers]
+    return {
+        "#": [f"{n}" for n in range(1, len(layers) + 1)],
+        "layer": [layer.name for layer in layers],
+        "op": [layer.op if layer.at != layer.input else "" for layer in layers],
+        diagnosis.part_of: ["" if part is None else f"{part:.1f}" for part in parts],
+        "alone dB": decibels(layer.alone for layer in layers),
+        "own dB": decibels(error.both if error else None for error in own),
+        "weight dB": decibels(error.weight if error else None for error in own),
+        "input dB": decibels(error.input if error else None for error in own),
+        "gathered dB": decibels(layer.sqnr for layer in layers),
+        "cause": [", ".join(cause.kind for cause in layer.causes[:2]) if layer.own else "float" for layer in layers],
+    }
+
+
+def fit(columns: Mapping[str, list[str]], width: int) -> list[str]:
+    """A table as lines, no wider than the terminal if leaving out numbers suffices: names are never shortened."""
+    shown = list(columns)
+    sizes = {key: max(len(cell) for cell in (key, *cells)) for key, cells in columns.items()}
+    for key in _SPARE:
+        if sum(sizes[k] for k in shown) + 2 * (len(shown) - 1) <= width:
+            break
+        shown.remove(key)
+    rows = [shown, *zip(*(columns[key] for key in shown), strict=True)]
+    text = {"layer", "op", "cause"}
+    return [
+        "  ".join(
+            cell.ljust(sizes[key]) if key in text else cell.rjust(sizes[key]) for key, cell in zip(shown, row, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def compare_command(
+    a: Annotated[Path, typer.Argument(help="the reference, usually the float model", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="the model to judge", show_default=False)],
+    *,
+    data: DataPath,
+    samples: Samples = 0,
+    labels: Labels = None,
+    images: ImageOptions,
+    metric: Annotated[
+        str,
+        typer.Option(
+            show_default=False,
+            help="also measure: sqnr, agreement, top1 (needs labels), or package.module:function",
+        ),
+    ] = "",
+) -> None:
+    """Compare two models on the same data: error, agreement, size, latency; with labels also how many each gets right."""
+    judge = find_metric(metric) if metric else None
+    paths = (a, b)
+    inputs = _shared_inputs(paths)
+    feeds = open_data(data, inputs[0], images.data_options(samples), labels)
+    sessions = [runtimes.session(path) for path in paths]
+    runs, first = _run_both(sessions, inputs, feeds)
+    milliseconds = runtimes.latency(sessions, [_cast(first, wanted) for wanted in inputs], 2.0)
+    names = [output.name for output in sessions[0].get_outputs()]
+    truth = _truth(feeds)
+    judge = judge or (top1 if truth is not None else None)
+    if judge is top1:
+        check_labels(truth, (len(runs[0]), *np.shape(runs[0][0][0])[1:]), names[0])
+    outputs = [[np.concatenate([np.atleast_1d(run[i]) for run in each]) for i in range(len(names))] for each in runs]
+    show(_output_table(paths, names, outputs))
+    if judge is not None:
+        _show_scores(a, judge, outputs, truth)
+    sizes = [bytes_on_disk(path) / 1e6 for path in paths]
+    echo(
+        f"{len(runs[0])} samples | {sizes[0]:.2f} -> {sizes[1]:.2f} MB | {milliseconds[0]:.3f} -> {milliseconds[1]:.3f} ms "
+        f"({milliseconds[0] / milliseconds[1]:.2f}x, batch {len(next(iter(first.values())))}, 1 thread)"
+    )
+
+
+def _shared_inputs(paths: Sequence[Path]) -> list[list[Input]]:
+    """The inputs of both models. Raises OnnxqError where their names differ."""
+    inputs = [model_inputs(read(path)) for path in paths]
+    names = [[value.name for value in each] for each in inputs]
+    if set(names[0]) != set(names[1]):
+        raise OnnxqError(
+            f"'{paths[0]}' and '{paths[1]}' have different inputs: {', '.join(names[0])} and {', '.join(names[1])}."
+        )
+    return inputs
+
+
+def _cast(feed: Mapping[str, Array], wanted: Sequence[Input]) -> dict[str, Array]:
+    """The feed in the dtypes of one model: the other may be in half precision."""
+    return {value.name: feed[value.name].astype(value.dtype) for value in wanted}
+
+
+def _run_both(
+    sessions: Sequence[Any], inputs: Sequence[Sequence[Input]], feeds: Data
+) -> tuple[list[list[list[Array]]], Mapping[str, Array]]:
+    """Outputs of each model for each feed, and the first feed."""
+    runs: list[list[list[Array]]] = [[] for _ in sessions]
+    first = None
+    for feed in track(feeds, "comparing", feeds.size):
+        first = first or feed
+        for rows, session, wanted in zip(runs, sessions, inputs, strict=True):
+            rows.append(session.run(None, _cast(feed, wanted)))
+    assert first is not None
+    return runs, first
+
+
+def _truth(feeds: Data) -> Array | None:
+    """The labels of all samples, if there are any."""
+    labels = feeds.spread_labels(0)
+    return None if labels is None else np.concatenate(labels)
+
+
+def _output_table(paths: Sequence[Path], names: Sequence[str], outputs: Sequence[Sequence[Array]]) -> Table:
+    """How near each output of the second model is to the first's. Raises OnnxqError where shapes differ."""
+    table = Table("output", "SQNR dB", "same argmax", box=None, header_style="bold")
+    for name, x, y in zip(names, *outputs, strict=True):
+        if x.shape != y.shape:
+            raise OnnxqError(f"output '{name}' has shape {x.shape} in '{paths[0]}' and {y.shape} in '{paths[1]}'.")
+        agreement = f"{100 * runtimes.agreement(x, y):.2f}%" if x.ndim > 1 else "-"
+        table.add_row(name, f"{runtimes.sqnr(x, y):.2f}", agreement)
+    return table
+
+
+def _show_scores(reference: Path, judge: Metric, outputs: Sequence[Sequence[Array]], truth: Array | None) -> None:
+    """Print the metric of both models, and a note where the reference is no better than guessing."""
+    scores = [judge(outputs[0], each, truth) for each in outputs]
+    echo(f"{metric_name(judge)}: {scores[0]:.2f} -> {scores[1]:.2f}")
+    if judge is top1 and (note := chance(scores[0], outputs[0][0].shape[-1], len(outputs[0][0]))):
+        notify("note: " + note.replace("the float model", f"'{reference}'"))

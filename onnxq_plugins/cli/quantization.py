@@ -1,0 +1,364 @@
+"""Commands that make a quantized model: quantize, auto."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.table import Table
+
+from onnxq_plugins.cli.console import echo, err, fail, float_lines, notify, show, track
+from onnxq_plugins.cli.options import (
+    ClusterOptions,
+    DataPath,
+    Float32,
+    ImageOptions,
+    Labels,
+    MetricName,
+    Model,
+    OptionGroup,
+    RecipeOptions,
+    Samples,
+    Seed,
+    TargetName,
+    WorkOptions,
+    check_outputs,
+    output_option,
+    recipe_option,
+    search_option,
+    work_option,
+)
+from onnxq_plugins.data import Data, DataOptions, graph_inputs, open_data
+from onnxq_plugins.engine import Result, quantize
+from onnxq_plugins.errors import OnnxqError, known
+from onnxq_plugins.export.overrides import ort_model, ort_overrides
+from onnxq_plugins.files import save_model, write_file
+from onnxq_plugins.graph import load
+from onnxq_plugins.job import Recipe
+from onnxq_plugins.plugins import find_plugins
+from onnxq_plugins.report.curve import Curve, check_folder, point_recipe
+from onnxq_plugins.report.page import check_page, is_page, write_report
+from onnxq_plugins.selection import RECIPES, AutoResult, Trial, auto
+
+
+@dataclass(frozen=True)
+class OutputOptions(OptionGroup):
+    """What `quantize` writes."""
+
+    output: Annotated[
+        Path | None,
+        output_option("-o", "--output", show_default=False, help="the model; ./MODEL.RECIPE.onnx by default"),
+    ] = None
+    report: Annotated[
+        Path | None,
+        output_option(
+            show_default=False,
+            help="what was done, layer by layer: .html is a page that also measures the result, with .json beside it; .json "
+            "is that alone",
+        ),
+    ] = None
+    test: Annotated[
+        str,
+        output_option(
+            metavar="PATH",
+            show_default=False,
+            help="samples to measure a --report page on (an .npz may hold 'labels'); --data by default, which flatters",
+        ),
+    ] = ""
+    overrides: Annotated[
+        Path | None,
+        output_option(
+            show_default=False,
+            help="the plan as JSON for onnxruntime's quantize_static, and beside it, as .onnx, the model it is for",
+        ),
+    ] = None
+    curve: Annotated[
+        Path | None,
+        search_option(
+            metavar="FOLDER",
+            show_default=False,
+            help="write the points that a search over widths measured, for --plan, and a plot",
+        ),
+    ] = None
+
+    @property
+    def page_numbers(self) -> Path | None:
+        """The JSON file beside a report that is a page."""
+        return self.report.with_suffix(".json") if self.report is not None and is_page(self.report) else None
+
+    @property
+    def overridden_model(self) -> Path | None:
+        """The model beside the overrides."""
+        return self.overrides.with_suffix(".onnx") if self.overrides is not None else None
+
+
+def quantize_command(
+    model: Model,
+    *,
+    data: DataPath = "",
+    samples: Samples = 0,
+    labels: Labels = None,
+    images: ImageOptions,
+    recipe: RecipeOptions,
+    float32: Float32 = False,
+    outputs: OutputOptions,
+    metric: MetricName = "",
+    point: Annotated[
+        Path | None,
+        search_option(
+            "--plan",
+            metavar="POINT",
+            show_default=False,
+            help="instead of a recipe: a point-NN.json that --curve wrote; makes that point without a search",
+        ),
+    ] = None,
+    work: WorkOptions,
+    cluster: ClusterOptions,
+    verify: Annotated[bool, work_option("--verify", help="check that each pass keeps the float function")] = False,
+    trace: Annotated[bool, work_option("--trace", help="show each hook call of a plugin")] = False,
+) -> None:
+    """Quantize MODEL into a QDQ model."""
+    source, seed = _source(recipe, point, outputs.curve)
+    settings = [*images.settings(), *(recipe.settings or [])]
+    path = outputs.output or Path(f"{model.stem}.{(point or Path(recipe.recipe or 'int8')).stem}.onnx")
+    _check_paths(outputs, path, {"model": model, "data": Path(data), "plan": point})
+    test = _check_extras(outputs, source, settings, data, model, float32)
+    with cluster.backend():
+        result = quantize(
+            model,
+            source,
+            data or None,
+            output=path,
+            target=recipe.target or None,
+            seed=seed,
+            samples=samples,
+            workers=work.workers or None,
+            cache=work.cache,
+            verify=verify,
+            float32=float32,
+            settings=settings,
+            labels=labels,
+            metric=metric or None,
+            track=track,
+            trace=notify if trace else None,
+        )
+    notes, lines = _write_extras(outputs, result, model.name, test, work.workers)
+    for note in [*result.report.notes, *notes]:
+        notify(f"note: {note}")
+    for line in float_lines(result.report.floats):
+        notify(line)
+    echo(f"{path}: {result.summary} | {result.report['seconds']:.1f} s")
+    for line in lines:
+        echo(line)
+
+
+def _source(options: RecipeOptions, point: Path | None, curve: Path | None) -> tuple[str | dict[str, Any], int]:
+    """The recipe and the seed: from the options, or from a point of a curve."""
+    if point is None:
+        return options.source()
+    for option, value in (("--recipe", options.recipe), ("--curve", curve)):
+        if value:
+            raise OnnxqError(f"--plan '{point}' makes one point by the recipe in it, with no search; leave {option} out.")
+    return options.source(point_recipe(point))
+
+
+def _check_paths(outputs: OutputOptions, path: Path, inputs: dict[str, Path | None]) -> None:
+    """Raise OnnxqError for files that cannot be written, before anything is done.
+
+    path   of the model
+    """
+    report = outputs.report
+    if report is not None and not is_page(report) and report.suffix.lower() != ".json":
+        raise OnnxqError(f"--report '{report}': a report is a page or JSON; give a name that ends in .html or .json.")
+    check_outputs(
+        {
+            "-o": path,
+            "--report": report,
+            "--report (its numbers)": outputs.page_numbers,
+            "--overrides": outputs.overrides,
+            "--overrides (its model)": outputs.overridden_model,
+        },
+        {**inputs, "test": Path(outputs.test) if outputs.test else None},
+    )
+    if outputs.test and outputs.page_numbers is None:
+        raise OnnxqError(f"--test '{outputs.test}' is what a report page is measured on; give --report NAME.html, too.")
+
+
+def _check_extras(
+    outputs: OutputOptions, source: str | dict[str, Any], settings: list[str], data: str, model: Path, float32: bool
+) -> Data | None:
+    """Raise OnnxqError for a curve or page that this recipe and these samples cannot give. Returns the samples of --test."""
+    if outputs.curve is None and outputs.page_numbers is None:
+        return None  # the engine reads plugins and recipe itself, and broken plugins warn each time
+    recipe = find_plugins().recipe(source, settings)
+    if outputs.curve is not None:
+        _check_curve(outputs.curve, recipe, str(source))
+    if outputs.page_numbers is None:
+        return None
+    check_page()
+    if not (outputs.test or data or recipe.data.path) and not recipe.provides("data"):
+        raise OnnxqError(
+            f"--report '{outputs.report}' measures the result on sample inputs, and there are none; give --data PATH, or a "
+            "name that ends in .json."
+        )
+    return _open_test(model, outputs.test, recipe.data, float32) if outputs.test else None
+
+
+def _check_curve(folder: Path, recipe: Recipe, name: str) -> None:
+    check_folder(folder)
+    if not any("curve" in step.provides and not getattr(step, "widths", None) for step in recipe.passes):
+        raise OnnxqError(
+            f"--curve: recipe '{name}' searches no widths; give one with the pass 'mixed-precision', such as -r mixed."
+        )
+
+
+def _open_test(model: Path, test: str, options: DataOptions, float32: bool) -> Data:
+    """The samples of --test; the first one is checked."""
+    samples = open_data(test, graph_inputs(load(model, float32=float32)), replace(options, path="", samples=0, labels=""))
+    samples.spread_labels(1)
+    next(iter(samples))
+    return samples
+
+
+def _write_extras(
+    outputs: OutputOptions, result: Result, name: str, test: Data | None, workers: int
+) -> tuple[list[str], list[str]]:
+    """Write the report, the curve and the overrides; print the curve. Returns notes, and a line about each.
+
+    name   of the model's file
+    """
+    notes: list[str] = []
+    lines: list[str] = []
+    if outputs.report is not None:
+        start = time.perf_counter()
+        command = shlex.join(["onnxq", *sys.argv[1:]])
+        write_report(result, outputs.report, test, name=name, command=command, workers=workers or None, track=track)
+        numbers = f", {outputs.page_numbers}" if outputs.page_numbers else ""
+        lines.append(f"report: {outputs.report}{numbers} ({time.perf_counter() - start:.1f} s)")
+    if (curve := Curve.of(result, name)) is not None:
+        _show_curve(curve)
+        if outputs.curve is not None:
+            notes += curve.write(outputs.curve)
+            lines.append(f"curve: {len(curve.points)} points for --plan in {outputs.curve}")
+    if outputs.overrides is not None and outputs.overridden_model is not None:
+        table = ort_overrides(result)
+        save_model(ort_model(result), outputs.overridden_model)
+        content = json.dumps({"model": outputs.overridden_model.name, **table}, indent=2) + "\n"
+        write_file(content.encode(), outputs.overrides)
+        notes += [f"overrides: {note}" for note in table["notes"]]
+        lines.append(f"overrides: {outputs.overrides}, for {outputs.overridden_model}")
+    return notes, lines
+
+
+def _show_curve(curve: Curve) -> None:
+    """Print the measured points as a table."""
+    columns, rows = curve.table()
+    table = Table(box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[-1] else None)
+    show(table)
+    echo(
+        "size (bits), file (as stored: codes of 5 to 7 bits take a byte) and bops are relative to 8-bit weights and "
+        "activations; the other columns count groups\n"
+    )
+
+
+def auto_command(
+    model: Model,
+    *,
+    data: DataPath,
+    labels: Labels = None,
+    images: ImageOptions,
+    recipes: Annotated[
+        list[str] | None,
+        recipe_option(
+            "-r", "--recipe", metavar="RECIPE", show_default=False, help="try this instead of the built-in ones; repeatable"
+        ),
+    ] = None,
+    target: TargetName = "",
+    seed: Seed = None,
+    float32: Float32 = False,
+    output: Annotated[
+        Path | None, output_option("-o", "--output", show_default=False, help="the model; ./MODEL.auto.onnx by default")
+    ] = None,
+    max_drop: Annotated[float, search_option(help="how far the metric may fall, mostly in percent of samples")] = 1.0,
+    prefer: Annotated[str, search_option(help="speed or size")] = "speed",
+    metric: MetricName = "",
+    test: Annotated[
+        str,
+        search_option(metavar="PATH", show_default=False, help="samples to judge by; every second one of --data by default"),
+    ] = "",
+    work: WorkOptions,
+) -> None:
+    """Try recipes on MODEL from cheap to costly, measure each, and keep the best within a drop of accuracy."""
+    path = output or Path(f"{model.stem}.auto.onnx")
+    check_outputs({"-o": path}, {"model": model, "data": Path(data), "test": Path(test) if test else None})
+    if prefer not in RECIPES:
+        raise OnnxqError(f"--prefer {prefer} is unknown; {known(prefer, RECIPES)}.")
+    width = max(len(name) for name in recipes or RECIPES[prefer])
+    outcome = auto(
+        model,
+        data,
+        max_drop=max_drop,
+        prefer=prefer,
+        test=test or None,
+        labels=labels,
+        metric=metric or None,
+        recipes=recipes or (),
+        target=target or None,
+        seed=seed or 0,
+        workers=work.workers or None,
+        cache=work.cache,
+        float32=float32,
+        options=images.data_options(),
+        track=track,
+        tell=lambda trial: _show_progress(trial, width),
+    )
+    outcome.result.save(path)
+    _show_trials(outcome)
+    echo(f"{path}: {outcome.result.summary}")
+    if not outcome.met:
+        problem = f"no recipe stays within a drop of {max_drop:g}; the most accurate one was written."
+        fail(OnnxqError(f"{problem} Raise --max-drop, or look at onnxq diagnose."), 1)
+
+
+def _show_progress(trial: Trial, width: int) -> None:
+    """Print a trial in a line, on a terminal; the table at the end holds the same."""
+    if not err.is_terminal:
+        return
+    drop, sqnr, size, speed, seconds = _cells(trial)
+    numbers = f"drop {drop}, {sqnr} dB, {size}, {speed} x float, {seconds} s"
+    notify(f"{trial.recipe:{width}}  {f'not possible: {trial.why}' if trial.why else numbers}")
+
+
+def _show_trials(outcome: AutoResult) -> None:
+    """Print all trials as a table, how to read it, and notes."""
+    table = Table("recipe", "drop", "SQNR dB", "size", "x float", "seconds", "", box=None, header_style="bold")
+    for trial in outcome.trials:
+        best = trial is outcome.best
+        cells = ["-"] * 5 if trial.why else _cells(trial)
+        table.add_row(trial.recipe, *cells, "kept" if best else "", style="bold" if best else None)
+    show(table)
+    better = " (below 0: better than float on these samples)" if any(trial.drop < 0 for trial in outcome.trials) else ""
+    echo(
+        f"drop{better} is of {outcome.metric} (float: {outcome.reference:.2f}); x float is the speed in onnxruntime, batch "
+        "1, 1 thread"
+    )
+    for note in outcome.notes:
+        notify(f"note: {note}")
+    for trial in outcome.trials:
+        if trial.why:
+            notify(f"note: recipe '{trial.recipe}' is not possible: {trial.why}")
+
+
+def _cells(trial: Trial) -> list[str]:
+    """Drop, SQNR, size, speed and seconds as text."""
+    size = f"{trial.size / 1e6:.2f} MB" if trial.size >= 1e6 else f"{trial.size / 1e3:.0f} kB"
+    return [f"{trial.drop:.2f}", f"{trial.sqnr:.1f}", size, f"{trial.speed:.2f}", f"{trial.seconds:.1f}"]
