@@ -40,7 +40,7 @@ def measure(case: Case, weights: int, bits: int) -> tuple[str, int, float, float
     logits = runtimes.outputs(runtimes.session(result.model), feeds)[0]
     found = [y.accumulator for y in onnxq.audit_model(result.model).layers if y.accumulator is not None]
     total = sum(float(np.abs(spec.codes).sum()) for spec in result.plan.values() if spec.codes is not None)
-    changed = len(result.report["steps"][-2]["told"]["bounded"])  # the last step is the export
+    changed = len(result.report["steps"][-2]["result"]["bounded"])  # the last step is the export
     return (
         f"{min(found)}..{max(found)}",
         changed,

@@ -68,9 +68,9 @@ def table(case: Case, seeds: int) -> None:
         rows = []
         for seed in range(seeds):
             made = quantize(case.path, "int8-data-free", real, settings=settings, seed=seed)
-            told = made.report["steps"][0]["told"]["against_real_data"]
+            told = made.report["steps"][0]["result"]["against_real_data"]
             rows.append([*judge(case, reference, made.model), told["overlap_mean"], told["width_ratio_median"]])
-        auto = quantize(case.path, "int8-data-free", settings=settings[:-1]).report["steps"][0]["told"]["source"]
+        auto = quantize(case.path, "int8-data-free", settings=settings[:-1]).report["steps"][0]["result"]["source"]
         found, error, overlap, width = np.mean(rows, axis=0)
         print(
             f"| {label} | {found:.2f} | {top - found:.2f} | {error:.2f} | {overlap:.2f} | {width:.2f} | "

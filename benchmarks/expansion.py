@@ -61,7 +61,7 @@ class Judge:
 
     def operations(self, made: Result, bits: int, activations: int = 8, inputs: int = 1) -> float:
         """Bit operations relative to int8. Layers that the pass left alone have one order of `bits`."""
-        told = next((s["told"] for s in made.report["steps"] if s["pass"] == "residual-expansion"), {"layers": {}})
+        told = next((s["result"] for s in made.report["steps"] if s["pass"] == "residual-expansion"), {"layers": {}})
         spent = 0.0
         for name, work in self.work.items():
             row = told["layers"].get(name, {"bits": [bits], "channels": [1]})
@@ -98,7 +98,7 @@ def weights(judge: Judge, seconds: float) -> None:
     for bits, orders, share in settings:
         step = {"use": "residual-expansion", "orders": orders, "share": share, "data": False} if orders > 1 else None
         made = make(case, bits, step)
-        told = next((s["told"] for s in made.report["steps"] if s["pass"] == "residual-expansion"), {"layers": {}})
+        told = next((s["result"] for s in made.report["steps"] if s["pass"] == "residual-expansion"), {"layers": {}})
         forms = [row["form"] for row in told["layers"].values()]
         used = ", ".join(f"{forms.count(f)} {f}" if len(set(forms)) > 1 else f for f in sorted(set(forms))) or "-"
         rows.append(
@@ -160,7 +160,7 @@ def ensembles(judge: Judge, seconds: float) -> None:
         ("sum of two networks of 2 orders", 4, {"use": "residual-ensemble", "groups": [2, 2]}),
     ):
         made = make(case, bits, step)
-        told = [s["told"]["ensemble_db"] for s in made.report["steps"] if s["pass"] == "residual-ensemble"]
+        told = [s["result"]["ensemble_db"] for s in made.report["steps"] if s["pass"] == "residual-ensemble"]
         own = f"{told[0]:.1f}" if told else "-"
         rows.append((made, f"| {label} | {own} | {judge.cells(made)}"))
     times = judge.times([made for made, _ in rows], seconds)

@@ -22,7 +22,7 @@ from onnxq_plugins import load, quantize, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.data import graph_inputs, open_data
 from onnxq_plugins.export import qdq
-from onnxq_plugins.job import Job
+from onnxq_plugins.job import Job, Report
 from onnxq_plugins.plan import requests
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
@@ -42,7 +42,7 @@ def make_widths(case: Case, recipe: dict[str, Any]) -> Widths:
     graph = load(case.path, flatten=target.flatten)
     asked = requests.request(graph, made, target)
     calibration = Calibration(graph, open_data(case.feeds(), graph_inputs(graph)), workers=2)
-    job = Job(graph, asked.plan, calibration, target, made, np.random.default_rng(0), 2, {"floats": {}, "notes": []})
+    job = Job(graph, asked.plan, calibration, target, made, np.random.default_rng(0), 2, Report())
     widths = Widths(job, parse_widths(CANDIDATES), case.feeds()[0])
     assert calibration.data is not None
     widths.round("nearest", calibration.data)
@@ -96,7 +96,7 @@ def budgets(label: str, case: Case, recipe: dict[str, Any], limits: tuple[float,
         step = {"use": "mixed-precision", "candidates": CANDIDATES, "budget": "latency", "limit": limit, "curve": 0}
         before = [{"use": "ranges"}] if "activations" not in recipe else []
         made = quantize(case.path, {**recipe, "pass": [*before, step]}, case.feeds(), cache=cache)
-        told = made.report["steps"][-2]["told"]
+        told = made.report["steps"][-2]["result"]
         (point,) = (p for p in told["curve"] if "chosen" in p)
         logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
         predicted, measured = (told["latency"][key] for key in ("predicted", "measured"))

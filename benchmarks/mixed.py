@@ -35,7 +35,7 @@ def search(
     steps = [*(before or []), *BEFORE, {"use": "mixed-precision", **settings}]
     made = quantize(case.path, {"target": target, "pass": steps}, data)
     step = made.report["steps"][-2]
-    return made, step["told"], step["seconds"]
+    return made, step["result"], step["seconds"]
 
 
 def homogeneous(case: Case) -> None:

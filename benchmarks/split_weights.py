@@ -116,7 +116,7 @@ def measure(
     result = onnxq.quantize(model, {**recipe, "pass": passes}, images(32, seed + 200))
     feeds = [{"x": images(32, seed + 300)}]
     reference = runtimes.outputs(runtimes.session(model), feeds)[0]
-    told = [] if step is None else list(result.report["steps"][0]["told"]["layers"].values())
+    told = [] if step is None else list(result.report["steps"][0]["result"]["layers"].values())
     return runtimes.sqnr(reference, runtimes.outputs(runtimes.session(result.model), feeds)[0]), told
 
 

@@ -63,7 +63,7 @@ def main() -> None:
         result = onnxq.quantize(case.path, made, case.feeds())
         runners[label] = runtimes.session(result.model)
         logits = runtimes.outputs(runners[label], feeds)[0]
-        told = next((step["told"]["layers"] for step in result.report["steps"] if step["pass"] == "subtensor"), {})
+        told = next((step["result"]["layers"] for step in result.report["steps"] if step["pass"] == "subtensor"), {})
         audit = onnxq.audit_model(result.model)
         movers = ", ".join(
             f"{audit.other[op]} {op}"

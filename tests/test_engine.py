@@ -256,7 +256,7 @@ def test_hooks_see_every_pass_in_order_and_the_exported_model(tmp_path):
         ("exported", "ModelProto"),
     ]
     assert watch.seen[-1][2:] == (path, True)
-    assert [step["told"]["watched"] for step in result.report["steps"][:3]] == [True] * 3
+    assert [step["result"]["watched"] for step in result.report["steps"][:3]] == [True] * 3
 
 
 def test_exported_is_told_that_nothing_was_written():
@@ -272,8 +272,8 @@ def test_a_hook_can_veto():
             return {"vetoed": True} if step.name == "test.halve" else None
 
     result = run(cnn(), steps("test.halve", "ranges"), plugins=[PLUGIN, Veto()], verify=True)
-    assert result.report["steps"][0]["told"] == {"vetoed": True}
-    assert result.report["steps"][1]["told"]["method"] == "minmax"
+    assert result.report["steps"][0]["result"] == {"vetoed": True}
+    assert result.report["steps"][1]["result"]["method"] == "minmax"
 
 
 # ---- repeatability ------------------------------------------------------------------------------------------------------
@@ -485,7 +485,7 @@ def test_bias_correct_takes_back_the_mean_error_of_each_channel(groups, outputs)
 
 def test_bias_correct_reports_and_needs_codes_first():
     result = run(mobilenet(), steps("bias-correct"))
-    told = result.report["steps"][0]["told"]
+    told = result.report["steps"][0]["result"]
     assert told["layers"] == 8
     assert told["largest_shift_relative_to_bias"] > 0
 
@@ -516,14 +516,14 @@ def test_scale_inputs_evens_out_channels(make):
         muls = [n for n in result.model.graph.node if n.op_type == "Mul"]
         assert len(muls) == (name == "scale-inputs")
     assert decibels["scale-inputs"] > decibels["ranges"] + 10
-    assert set(result.report["steps"][0]["told"]) == {"x"}
+    assert set(result.report["steps"][0]["result"]) == {"x"}
 
 
 def test_scale_inputs_leaves_images_alone():
     model = cnn()
     samples = [{"x": feed["x"] * np.array([1, 1.2, 0.9], np.float32).reshape(3, 1, 1)} for feed in feeds(model, 8)]
     with_pass, without = (quantize(model, steps(*names), samples, workers=1) for names in (["scale-inputs"], []))
-    assert with_pass.report["steps"][0]["told"] == {}
+    assert with_pass.report["steps"][0]["result"] == {}
     assert with_pass.model.graph == without.model.graph
 
 
@@ -532,9 +532,9 @@ def test_scale_inputs_leaves_images_alone():
 def test_every_way_to_choose_ranges_works(method, make):
     model = make()
     result = run(model, steps({"use": "ranges", "method": method}), n=12)
-    assert result.report["steps"][0]["told"]["method"] == method
+    assert result.report["steps"][0]["result"]["method"] == method
     assert quality(model, result) > 25
-    assert (result.report["steps"][0]["told"]["kept_share_of_range"] == {}) == (method == "minmax")
+    assert (result.report["steps"][0]["result"]["kept_share_of_range"] == {}) == (method == "minmax")
 
 
 def test_ranges_clip_a_stray_value_where_that_pays():
@@ -549,7 +549,7 @@ def test_ranges_clip_a_stray_value_where_that_pays():
         result = quantize(model, steps({"use": "ranges", "method": method}), samples, workers=1)
         found = runtimes.outputs(runtimes.session(result.model), samples)[0]
         error[method] = np.mean(np.delete(found - wanted, 7, axis=0) ** 2)
-        kept[method] = result.report["steps"][0]["told"]["kept_share_of_range"].get("x", 1.0)
+        kept[method] = result.report["steps"][0]["result"]["kept_share_of_range"].get("x", 1.0)
     assert kept["minmax"] == 1.0
     assert max(kept["mse"], kept["percentile"], kept["kl"]) < 0.7
     assert max(error["mse"], error["percentile"], error["kl"]) < 0.7 * error["minmax"]

@@ -106,7 +106,7 @@ def test_builtins_come_through_the_same_hooks(install):
 def test_a_plugin_object_brings_a_pass_that_recipes_can_use(install):
     recipe = {"pass": [{"use": "ranges"}, {"use": "vendor.note", "text": "it ran"}]}
     result = quantize(cnn(), recipe, feeds(cnn(), 2), plugins=[Vendor()], workers=1)
-    assert result.report["steps"][1]["told"] == {"text": "it ran"}
+    assert result.report["steps"][1]["result"] == {"text": "it ran"}
     assert result.report["steps"][1]["parameters"] == {"text": "it ran"}
 
 

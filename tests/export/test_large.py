@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from benchmarks.large import chain, limit, measured
-from onnxq_plugins import OnnxqError, engine, quantize, runtimes
+from onnxq_plugins import OnnxqError, engine, files, quantize, runtimes
 from onnxq_plugins.files import DataFile, origin
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.mapped import MappedWeights
@@ -25,7 +25,7 @@ EIGHT = {"weights": {"bits": 8, "block": 32}, "activations": {"bits": 32}}
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits so low that small models are large."""
     monkeypatch.setattr(MappedWeights, "least", 64)
-    monkeypatch.setattr(engine, "LARGE", 0)
+    monkeypatch.setattr(files, "LARGE", 0)
     monkeypatch.setattr(DataFile, "least", 64)
 
 
@@ -83,7 +83,7 @@ def test_sessions_map_weights_that_lie_in_files(small: None, tmp_path: Path, mon
     assert origin(graph.constant(first)) is None
     found = []
     for least in (2**60, 0):
-        monkeypatch.setattr(runtimes, "LARGE", least)
+        monkeypatch.setattr(files, "LARGE", least)
         weights: dict[str, np.ndarray] = {}
         found.append(runtimes.session(graph.model(weights), weights=weights).run(None, zoo.feeds(zoo.cnn(), 1)[0])[0])
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)  # kernels differ with packed weights
@@ -152,7 +152,7 @@ def test_a_model_too_large_for_a_message_is_saved_with_external_data(
     model = zoo.mlp()
     result = quantize(model, "int8", zoo.feeds(model, 3))
     before = result.model.SerializeToString()
-    monkeypatch.setattr(runtimes, "LARGEST_MESSAGE", 100)
+    monkeypatch.setattr(files, "LARGEST_MESSAGE", 100)
     monkeypatch.setattr(DataFile, "least", 64)
     result.save(tmp_path / "q.onnx")
     assert len(list(tmp_path.glob("q.onnx.*.data"))) == 1
@@ -166,7 +166,7 @@ def test_a_model_too_large_for_a_message_is_saved_with_external_data(
 def test_size_of_counts_what_a_file_holds() -> None:
     for name in ("mlp", "cnn", "control_flow"):
         model = zoo.ZOO[name]()
-        assert abs(runtimes.size_of(model) - model.ByteSize()) < 0.05 * model.ByteSize() + 200
+        assert abs(files.size_of(model) - model.ByteSize()) < 0.05 * model.ByteSize() + 200
 
 
 @pytest.mark.slow

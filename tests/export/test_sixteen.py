@@ -17,12 +17,14 @@ from onnxq_plugins.export.qdq import export
 from onnxq_plugins.job import Job
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.plan import requests
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
 from onnxq_plugins.spec import QuantSpec, fake
 from onnxq_plugins.targets.npu import NPU
 from onnxq_plugins.targets.ort_cpu import ORT_CPU, ORT_CPU_AVX2
+from onnxq_plugins.targets.refusals import problems
 from tests.zoo import ZOO, Net, feeds, mobilenet, resnet20
 
 WIDE = {"target": "npu", "activations": {"bits": 16}}
@@ -53,8 +55,8 @@ def exported(model, bits):
     samples = open_data(feeds(model, 8), graph_inputs(graph))
     job = Job(graph, plan, Calibration(graph, samples, workers=1), NPU, recipe, np.random.default_rng(0), 1, {})
     complete(job)
-    inputs = {y.name: requests.layer_input(graph, job.plan, NPU, y) for y in graph.layers if y.weight in job.plan}
-    assert not NPU.problems(graph, job.plan, inputs)
+    inputs = {y.name: Planned(graph, job.plan, NPU).input(y) for y in graph.layers if y.weight in job.plan}
+    assert not problems(NPU, graph, job.plan, inputs)
     return graph, job.plan, export(graph, job.plan, NPU)
 
 
@@ -248,7 +250,7 @@ def test_widths_between_are_refused_with_the_choices():
     graph = load(model)
     layer = graph.layers[0]
     plan = Plan({layer.input: QuantSpec(16, symmetric=True)})
-    assert any("int16" in text for text in NPU.problems(graph, plan, {}))
+    assert any("int16" in text for text in problems(NPU, graph, plan, {}))
 
 
 def test_a_low_opset_is_refused():
@@ -256,9 +258,9 @@ def test_a_low_opset_is_refused():
     model = net.model(net.gemm("x", 4, 4))
     graph = load(model)
     old = replace(NPU, opset=graph.opset + 1)
-    found = old.problems(graph, Plan({"x": QuantSpec(16, symmetric=False)}), {})
+    found = problems(old, graph, Plan({"x": QuantSpec(16, symmetric=False)}), {})
     assert found == [f"16-bit activations need opset {old.opset}, the model has {graph.opset}; export it again."]
-    assert not old.problems(graph, Plan({"x": QuantSpec(8, symmetric=False)}), {})
+    assert not problems(old, graph, Plan({"x": QuantSpec(8, symmetric=False)}), {})
 
 
 # ---- requests at other widths -------------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def recipe(bits, weights=8, before=(), **more):
 
 
 def told(result):
-    return next(step["told"] for step in result.report["steps"] if step["pass"] == "bound-accumulator")
+    return next(step["result"] for step in result.report["steps"] if step["pass"] == "bound-accumulator")
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "ort-cpu-avx2", "openvino"])

@@ -94,7 +94,7 @@ def test_plans_within_the_budget_run(build, name):
     sizes = {y.name: float(np.prod(y.shape)) for y in graph.layers if y.weight in result.plan}
     bits = {y.name: result.plan[y.weight].bits for y in graph.layers if y.weight in result.plan}
     assert sum(sizes[n] * bits[n] for n in sizes) <= 0.7 * 8 * sum(sizes.values()) and len(set(bits.values())) > 1
-    told = result.report["steps"][0]["told"]
+    told = result.report["steps"][0]["result"]
     json.dumps(told)
     assert set(told["widths"].values()) <= {"W4A8", "W6A8", "W8A8"}
     assert audit_model(result.model).counts() == audit_model(quantize(model, {}, feeds(model, 6), workers=1).model).counts()

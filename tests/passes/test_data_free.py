@@ -30,7 +30,7 @@ def free(model, *settings, samples=4, **options):
 
 
 def told(result):
-    return result.report["steps"][0]["told"]
+    return result.report["steps"][0]["result"]
 
 
 def make(model, seed=0, **wish):
@@ -588,6 +588,6 @@ def test_command_line(tmp_path):
     ]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     report = json.loads((tmp_path / "r.json").read_text())
-    assert "mean and std" in report["steps"][0]["told"]["inputs"]["x"]
+    assert "mean and std" in report["steps"][0]["result"]["inputs"]["x"]
     x = onnx.load(tmp_path / "q.onnx")
     assert any(node.op_type == "QuantizeLinear" for node in x.graph.node)

@@ -43,7 +43,7 @@ def recipe(groups=(2, 2), bits=4, **more):
 
 
 def told(made):
-    return next(step["told"] for step in made.report["steps"] if step["pass"] == "residual-ensemble")
+    return next(step["result"] for step in made.report["steps"] if step["pass"] == "residual-ensemble")
 
 
 def thirds(graph, seed=0):

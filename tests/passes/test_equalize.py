@@ -32,7 +32,7 @@ def equalized(model, n=4, steps=(), data=None, **parameters):
 
 
 def told(made):
-    return made.report["steps"][0]["told"]
+    return made.report["steps"][0]["result"]
 
 
 def quality(model, made, data):
@@ -465,7 +465,7 @@ def test_solved_ranges_do_not_hide_the_gain():
     step = {"use": "equalize", "by": "activations", "samples": 8}
     recipes = [{"pass": steps} for steps in ([step], [{"use": "ranges"}, step])]
     one, two = (
-        next(s["told"] for s in quantize(model, r, data, verify=True).report["steps"] if s["pass"] == "equalize")
+        next(s["result"] for s in quantize(model, r, data, verify=True).report["steps"] if s["pass"] == "equalize")
         for r in recipes
     )
     assert one["equalized"] and two["equalized"]

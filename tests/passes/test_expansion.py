@@ -43,7 +43,7 @@ def float_recipe(step, bits=4):
 
 
 def told(made):
-    return next(step["told"] for step in made.report["steps"] if step["pass"] == "residual-expansion")
+    return next(step["result"] for step in made.report["steps"] if step["pass"] == "residual-expansion")
 
 
 def same_codes(a, b):
@@ -229,7 +229,7 @@ def test_two_orders_of_four_bits_are_as_good_as_eight():
     four, _ = noise({"weights": {"bits": 4}, "pass": [{"use": "ranges"}]})
     two, report = noise(recipe())
     assert two > four + 12 and two > eight - 6  # 98 codes or more in place of 127
-    assert {row["form"] for row in report["steps"][1]["told"]["layers"].values()} == {"folded"}
+    assert {row["form"] for row in report["steps"][1]["result"]["layers"].values()} == {"folded"}
 
 
 def test_sparse_equals_branches_on_the_same_channels():

@@ -17,11 +17,13 @@ from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.data import graph_inputs, open_data
 from onnxq_plugins.export import qdq
 from onnxq_plugins.graph.core import Graph
+from onnxq_plugins.graph.flow import activation_inputs, maker_of
 from onnxq_plugins.job import Job
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.measure.metrics import Measure, agreement, metric, sqnr
 from onnxq_plugins.passes.mixed_precision import MixedPrecision
 from onnxq_plugins.plan import requests
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
 from onnxq_plugins.search.quantizers import Cost, Width, cost, multiply_adds, parse_widths, quantizer_groups
@@ -139,12 +141,12 @@ def test_groups_hold_each_quantizer_once_with_all_that_it_meets(name, recipe):
         for i, g in enumerate(groups)
         for member in (*[("a", a) for a in g.activations], *[("y", y) for y in g.layers])
     }
-    integer = qdq.integer_nodes(graph, plan, target)
+    integer = Planned(graph, plan, target).integer
     by_name = {y.name: y for y in graph.layers}
     for node in graph.nodes:
-        keys = {requests.input_key(graph, plan, t) for t in requests.activation_inputs(graph, node)} - {""}
+        keys = {Planned(graph, plan, None).source(t) for t in activation_inputs(graph, node)} - {""}
         if node.name in by_name and by_name[node.name].weight in plan:
-            key = requests.layer_input(graph, plan, target, by_name[node.name])
+            key = Planned(graph, plan, target).input(by_name[node.name])
             if key:
                 assert of["y", node.name] == of["a", key]
             else:
@@ -165,11 +167,11 @@ def test_adds_and_concats_tie_their_inputs():
     adds = [n for n in graph.nodes if n.op == "Add"]
     assert len(adds) == 2
     for node in adds:
-        keys = {requests.input_key(graph, plan, t.name) for t in node.inputs}
+        keys = {Planned(graph, plan, None).source(t.name) for t in node.inputs}
         assert len(keys) == 2 and any(keys <= set(g.activations) for g in groups)
     graph, plan, _, groups = ties(ZOO["inception"]())
     (concat,) = (n for n in graph.nodes if n.op == "Concat")
-    assert any({requests.input_key(graph, plan, t.name) for t in concat.inputs} <= set(g.activations) for g in groups)
+    assert any({Planned(graph, plan, None).source(t.name) for t in concat.inputs} <= set(g.activations) for g in groups)
 
 
 @pytest.mark.parametrize("name", ["mobilenet", "inception", "transformer", "resnet20"])
@@ -219,7 +221,7 @@ def test_products_of_activations_are_in_groups():
     products = [n for n in graph.nodes if n.op == "MatMul" and not any(graph.is_constant(t.name) for t in n.inputs)]
     assert len(products) == 2
     for node in products:
-        keys = {requests.input_key(graph, plan, t.name) for t in node.inputs}
+        keys = {Planned(graph, plan, None).source(t.name) for t in node.inputs}
         assert "" not in keys and any(keys <= set(g.activations) for g in groups)
     told = search(
         make_job(transformer(), {"target": "npu", **attention}),
@@ -343,7 +345,7 @@ def plan_cost(job: Job, plan) -> tuple[float, float]:
     size = bops = base_size = base = 0.0
     for layer in job.graph.layers:
         spec = plan[layer.weight]
-        key = requests.layer_input(job.graph, plan, job.target, layer)
+        key = Planned(job.graph, plan, job.target).input(layer)
         size, base_size = size + spec.bits * spec.codes.size, base_size + 8 * spec.codes.size
         bops, base = bops + spec.bits * plan[key].bits * work[layer.name], base + 64 * work[layer.name]
     return size / base_size, bops / base
@@ -429,7 +431,7 @@ def test_one_candidate_is_a_homogeneous_plan():
         assert np.array_equal(spec.scale, mixed.plan[name].scale)
         if spec.codes is not None:
             assert np.array_equal(spec.codes, mixed.plan[name].codes)
-    told = mixed.report["steps"][0]["told"]
+    told = mixed.report["steps"][0]["result"]
     assert told["sensitivities"] == [] and len(told["curve"]) == 1
 
 
@@ -438,7 +440,7 @@ def test_one_seed_one_plan(method):
     recipe = recipe_of("npu", candidates=["W3A8", "W8A8", "W8A16"], budget="sqnr", limit=35.0, method=method)
     one, two = (quantize(mlp(), recipe, feeds(mlp(), 20), workers=n, seed=3) for n in (1, 2))
     assert one.model.SerializeToString() == two.model.SerializeToString()
-    assert one.report["steps"][0]["told"] == two.report["steps"][0]["told"]
+    assert one.report["steps"][0]["result"] == two.report["steps"][0]["result"]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -579,7 +581,7 @@ def test_float_is_taken_where_kernels_allow_it(name):
     free = [FLOAT in options for options in widths.options]
     assert free[0]  # the input of the network is always free
     for group, options in zip(widths.groups, widths.options, strict=True):
-        convs = [a for a in group.activations if (m := requests.maker_of(job.graph, a)) is not None and m.op == "Conv"]
+        convs = [a for a in group.activations if (m := maker_of(job.graph, a)) is not None and m.op == "Conv"]
         assert FLOAT not in options or not convs
     result = quantize(model, recipe_of(candidates=["float", "W8A8"], budget="sqnr", limit=150.0), feeds(model, 6), workers=1)
     layers = {y for group, f in zip(widths.groups, free, strict=True) if f for y in group.layers}
@@ -643,7 +645,7 @@ def test_shifts_of_a_pass_before_are_kept():
 @pytest.mark.parametrize("behind", [[], [{"use": "bias-correct"}]])
 def test_what_comes_behind_keeps_the_widths(behind):
     result = quantize(mobilenet(), recipe_of(behind=behind, limit=0.7), feeds(mobilenet(), 6), workers=1, verify=True)
-    (chosen,) = (p for p in result.report["steps"][0]["told"]["curve"] if p.get("chosen"))
+    (chosen,) = (p for p in result.report["steps"][0]["result"]["curve"] if p.get("chosen"))
     layers = {y.name: y for y in load(mobilenet()).layers}
     for name, width in chosen["widths"].items():
         if name in layers:
@@ -705,5 +707,5 @@ def test_a_model_that_insists_on_its_batch_size_is_searched():
     net = Net([4, 13])
     model = net.model(net.gemm(net.op("Relu", net.gemm("x", 13, 24)), 24, 7))
     result = quantize(model, {"pass": [{"use": "mixed-precision", "limit": 0.8}]}, feeds(model, 9), workers=1)
-    told = result.report["steps"][0]["told"]
+    told = result.report["steps"][0]["result"]
     assert told["groups"] == 2 and min(point["size"] for point in told["curve"]) <= 0.8

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from onnxq_plugins import quantize
 from onnxq_plugins.graph import channel_groups
+from onnxq_plugins.job import Report
 from onnxq_plugins.passes import Reorder
 from onnxq_plugins.passes.reorder import _tile, _view
 from onnxq_plugins.runtimes import drift
@@ -256,7 +257,7 @@ def test_the_engine_finds_no_drift(name):
     _, result = reordered(name)
     entry = result.report["steps"][0]
     assert entry["drift"] < 1e-5
-    told = entry["told"]
+    told = entry["result"]
     assert json.loads(json.dumps(result.report)) and (told["groups"] > 0) == (name != "no_layer")
     if told["groups"]:
         assert 0 < told["cost_of_tiles"] <= 1
@@ -268,7 +269,7 @@ def test_the_float_function_stays_for_any_seed(name):
     feed = feeds(model, 1, seed=5)[0]
     for seed in range(3):
         job = make_job(model, TWO_LEVEL, n=2)
-        job.rng, job.report = np.random.default_rng(seed), {"notes": []}
+        job.rng, job.report = np.random.default_rng(seed), Report(notes=[])
         wanted = run(job.graph, feed)
         Reorder(sweeps=3).apply(job)
         assert drift(wanted, run(job.graph, feed)) < 1e-5
@@ -302,7 +303,7 @@ def test_without_data_all_inputs_count_alike(data):
     job = make_job(cnn(), {k: v for k, v in recipe.items() if k != "pass"})
     Reorder(data=False).apply(job)
     moved = quantize(job.graph, {k: v for k, v in recipe.items() if k != "pass"}, None, workers=1)
-    assert result.report["steps"][0]["drift"] < 1e-5 and result.report["steps"][0]["told"]["groups"]
+    assert result.report["steps"][0]["drift"] < 1e-5 and result.report["steps"][0]["result"]["groups"]
     for name, spec in result.plan.items():
         np.testing.assert_array_equal(spec.codes, moved.plan[name].codes)
 
@@ -310,7 +311,7 @@ def test_without_data_all_inputs_count_alike(data):
 @pytest.mark.parametrize("weights", [{"bits": 8}, {"bits": 4, "block": "channel", "sub_block": [1, 500]}, {"bits": 4}])
 def test_nothing_to_do_is_told_and_leaves_the_graph(weights):
     job = make_job(mobilenet(), {"weights": weights})
-    digest, job.report = job.graph.digest(), {"notes": []}
+    digest, job.report = job.graph.digest(), Report(notes=[])
     assert Reorder().apply(job) == {"groups": 0} and job.graph.digest() == digest and not job.graph.touched
     assert len(job.report["notes"]) == 1 and "nothing to do" in job.report["notes"][0]
     result = quantize(mobilenet(), {"weights": weights, "pass": [{"use": "reorder"}]}, feeds(mobilenet(), 2), workers=1)

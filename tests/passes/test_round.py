@@ -26,10 +26,12 @@ from onnxq_plugins.layers.complete import complete, complete_ranges
 from onnxq_plugins.layers.sweep import sweep
 from onnxq_plugins.passes.round import shared_steps
 from onnxq_plugins.plan import requests
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import parse
 from onnxq_plugins.solvers.gaussian import clipped_moments
 from onnxq_plugins.solvers.gram import nearest
+from onnxq_plugins.targets.refusals import problems
 from tests.zoo import ZOO, Net, conv_transpose, feeds, mlp, mobilenet, no_bias, transformer
 
 LAYERED = [
@@ -183,7 +185,7 @@ def test_round_keeps_float_function_and_kernels(name, sequential):
         for steps in ([], [rounding(sequential=sequential)])
     )
     assert learned.report["kernels"] == plain.report["kernels"]
-    losses = learned.report["steps"][0]["told"]["loss_relative_to_nearest"]
+    losses = learned.report["steps"][0]["result"]["loss_relative_to_nearest"]
     assert all(loss <= 1 + 1e-9 for loss in losses.values())
     assert len(losses) == len([y for y in load(model).layers if y.op != "ConvTranspose"])
 
@@ -405,8 +407,8 @@ def test_a_shift_on_a_matmul_is_refused():
     complete(job)
     layer = next(y for y in job.graph.layers if y.op == "MatMul")
     plan = job.plan | {layer.weight: replace(job.plan[layer.weight], shift=np.zeros(layer.channels, np.float32))}
-    inputs = {y.name: requests.layer_input(job.graph, plan, job.target, y) for y in job.graph.layers if y.weight in plan}
-    assert any("no bias" in problem for problem in job.target.problems(job.graph, plan, inputs))
+    inputs = {y.name: Planned(job.graph, plan, job.target).input(y) for y in job.graph.layers if y.weight in plan}
+    assert any("no bias" in problem for problem in problems(job.target, job.graph, plan, inputs))
 
 
 def test_shifts_go_stale_with_the_codes():
@@ -450,7 +452,7 @@ def test_analytic_correction_reports_what_it_left_out():
         feeds(model, 3),
         verify=True,
     )
-    told = result.report["steps"][0]["told"]
+    told = result.report["steps"][0]["result"]
     assert told["left_out"] and any("no BatchNorm statistics" in note for note in result.report["notes"])
 
 

@@ -15,7 +15,7 @@ from onnxq_plugins import OnnxqError, audit_model, quantize, runtimes
 from onnxq_plugins.export.storage import shifts, stored_bits
 from onnxq_plugins.graph import load
 from onnxq_plugins.passes import ShiftEqualize
-from onnxq_plugins.plan.requests import layer_input
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.runtimes import drift
 from onnxq_plugins.runtimes.openvino import audit_openvino
@@ -162,7 +162,7 @@ def test_bits_cap_the_shift(bits):
     made = quantize(one_layer(weight), RECIPE, feeds(one_layer(weight), 2), settings=[f"shift-equalize.bits={bits}"])
     top = 2**bits - 1
     assert (entry(made).multiplier.max() / entry(made).multiplier.min()) == 2**top
-    assert made.report["steps"][0]["told"]["largest_shift"] == top
+    assert made.report["steps"][0]["result"]["largest_shift"] == top
 
 
 @pytest.mark.parametrize("bits", [0, 5])
@@ -180,7 +180,7 @@ def test_equal_ranges_need_no_shift(op):
     rows[:, 0] = 1
     model = one_layer(rows, op=op)
     made, plain = (quantize(model, r, feeds(model, 4)) for r in (RECIPE, {"weights": {"block": "tensor"}}))
-    assert entry(made).multiplier is None and made.report["steps"][0]["told"] == {"layers": 0, "largest_shift": 0}
+    assert entry(made).multiplier is None and made.report["steps"][0]["result"] == {"layers": 0, "largest_shift": 0}
     np.testing.assert_array_equal(entry(made).codes, entry(plain).codes)
     assert entry(made).scale == entry(plain).scale
     assert not [p for p in made.model.metadata_props if p.key == "onnxq.shifts"]
@@ -203,7 +203,7 @@ def test_dead_channels_are_not_shifted():
 def test_a_layer_of_zeros_is_left_with_one_scale():
     model = one_layer(np.zeros((4, 3)), np.ones(4))
     made = quantize(model, RECIPE, feeds(model, 2))
-    assert made.report["steps"][0]["told"]["layers"] == 0 and entry(made).multiplier is None
+    assert made.report["steps"][0]["result"]["layers"] == 0 and entry(made).multiplier is None
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "per-tensor"])
@@ -216,7 +216,7 @@ def test_a_large_bias_makes_shifts_smaller(target, asked):
     data = feeds(model, 8)
     made = quantize(model, {**asked, "target": target}, data)
     spec = entry(made)
-    x = made.plan[layer_input(load(model), made.plan, TARGETS[target], load(model).layers[0])]
+    x = made.plan[Planned(load(model), made.plan, TARGETS[target]).input(load(model).layers[0])]
     codes = bias / (float(x.scale) * step(spec, (3, 2, 1, 1)).ravel())
     assert np.abs(codes).max() < 2**30 * 1.01
     n = np.log2(spec.multiplier.max() / spec.multiplier.ravel())
@@ -241,7 +241,7 @@ def test_a_bias_too_large_for_any_shift_widens_the_scale():
 def test_gain_decides():
     for gain, shifted in ((1.0, 7), (1e9, 0)):
         made = quantize(mobilenet(), recipe(gain=gain), feeds(mobilenet(), 2))
-        told = made.report["steps"][0]["told"]
+        told = made.report["steps"][0]["result"]
         assert bool(told["layers"]) == bool(shifted) and "left_out" not in told
 
 
@@ -261,7 +261,7 @@ def test_what_was_asked_or_solved_otherwise_is_left_out(weights, before):
         quantize(model, {"weights": weights, "pass": before + steps}, feeds(model, 4))
         for steps in ([], [{"use": "shift-equalize"}])
     )
-    told = made.report["steps"][-2]["told"]
+    told = made.report["steps"][-2]["result"]
     assert told["layers"] == 0 and told["left_out"] == [y.name for y in load(model).layers]
     for name, spec in plain.plan.items():
         if spec.codes is not None:
@@ -272,7 +272,7 @@ def test_what_was_asked_or_solved_otherwise_is_left_out(weights, before):
 def test_a_transposed_convolution_is_left_out():
     made = quantize(conv_transpose(), recipe(target="storage"), feeds(conv_transpose(), 2))
     names = [y.name for y in load(conv_transpose()).layers if y.op == "ConvTranspose"]
-    assert made.report["steps"][0]["told"]["left_out"] == names and len(names) == 2
+    assert made.report["steps"][0]["result"]["left_out"] == names and len(names) == 2
 
 
 def test_multipliers_per_input_are_no_channel_multipliers():
@@ -329,7 +329,7 @@ def test_both_forms_compute_the_same(name):
     }
     assert scales and all(scale.ndim == 0 for scale in scales.values())
     muls = [n for n in b.model.graph.node if n.op_type == "Mul" and n.name.partition("_shift")[1]]
-    told = b.report["steps"][0]["told"]
+    told = b.report["steps"][0]["result"]
     assert len(muls) == told["layers"]
     for node in muls:
         factors = constants[node.input[1]]

@@ -72,7 +72,7 @@ def recipe(step=None, bits=8, block="channel", **more):
 
 
 def told(made):
-    return made.report["steps"][0]["told"]
+    return made.report["steps"][0]["result"]
 
 
 # ---- the arithmetic -------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def test_a_solved_range_is_kept(behind):
     plain, made = (
         quantize(model, {"pass": [first, *more]}, data) for more in ([], [{"use": "split-weights", "below": 99.0}])
     )
-    assert made.report["steps"][1]["told"]["layers"]
+    assert made.report["steps"][1]["result"]["layers"]
     result = load(model).layers[1].result
     assert made.plan[result].scale == plain.plan[result].scale
 
@@ -294,7 +294,7 @@ def test_what_is_left_alone_is_told():
         model_of("plain"),
         {"pass": [{"use": "ranges"}, {"use": "vector-scale"}, {"use": "split-weights"}]},
         feeds(model_of("plain"), 2),
-    ).report["steps"][2]["told"]
+    ).report["steps"][2]["result"]
     assert not solved["layers"] and "its scales are solved" in solved["left_alone"].values()
 
 

@@ -247,9 +247,9 @@ def test_both_realisations_compute_the_same(name):
     data = feeds(model, 4)
     step = {"clusters": 3, "gain": 1.05}
     few, split = (quantize(model, recipe({**step, "split": s}), data, verify=True) for s in (False, True))
-    told = split.report["steps"][1]["told"]
-    left = set(told["left_alone"]) - set(few.report["steps"][1]["told"]["left_alone"])  # grouped ones
-    assert told["layers"] and all(v == few.report["steps"][1]["told"]["layers"][n] for n, v in told["layers"].items())
+    told = split.report["steps"][1]["result"]
+    left = set(told["left_alone"]) - set(few.report["steps"][1]["result"]["left_alone"])  # grouped ones
+    assert told["layers"] and all(v == few.report["steps"][1]["result"]["layers"][n] for n, v in told["layers"].items())
     assert all("cannot be split" in told["left_alone"][n] for n in left)
     if not left:
         outputs = [runtimes.outputs(runtimes.session(m.model), data) for m in (few, split)]
@@ -280,7 +280,7 @@ def test_parts_write_on_the_scale_of_the_whole():
     model = mobilenet()
     result = quantize(model, recipe({"split": True}), feeds(model, 4), settings=["ranges.method=mse"])
     plain = quantize(model, recipe(), feeds(model, 4), settings=["ranges.method=mse"])
-    assert result.report["steps"][1]["told"]["channel_groups_reordered"] > 0
+    assert result.report["steps"][1]["result"]["channel_groups_reordered"] > 0
 
     def scales(made):
         return {float(spec.scale) for spec in made.plan.values() if spec.codes is None}
@@ -329,7 +329,7 @@ def test_a_cluster_per_channel_is_a_scale_per_channel(name):
 
 def left_alone(model, step, **more):
     made = quantize(model, recipe(step, **more), feeds(model, 2))
-    told = made.report["steps"][1]["told"]
+    told = made.report["steps"][1]["result"]
     assert set(told["layers"]) | set(told["left_alone"]) == {y.name for y in load(model).layers}
     return told["left_alone"]
 
@@ -358,7 +358,7 @@ def test_solved_scales_are_kept():
         quantize(model, {**recipe(), "pass": steps + more}, feeds(model, 4))
         for more in ([], [{"use": "subtensor", "split": True, "gain": 1.0}])
     ]
-    assert set(both[1].report["steps"][2]["told"]["left_alone"].values()) == {"its scales are solved"}
+    assert set(both[1].report["steps"][2]["result"]["left_alone"].values()) == {"its scales are solved"}
     for key, spec in both[0].plan.items():
         assert spec.codes is None or np.array_equal(both[1].plan[key].codes, spec.codes)
 

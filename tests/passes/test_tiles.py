@@ -17,6 +17,7 @@ from onnxq_plugins.layers.blocks import _by_row, _by_tile, row_steps, search
 from onnxq_plugins.layers.complete import complete, complete_ranges, complete_weight
 from onnxq_plugins.layers.problem import float_inputs, problem, solvable
 from onnxq_plugins.passes import Round, SubLayer, VectorScale
+from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.solvers.gram import narrow, row_loss
 from onnxq_plugins.solvers.scales import search_scales
 from onnxq_plugins.solvers.tiles import (
@@ -667,8 +668,7 @@ def losses_of(job, plans):
             found.append(
                 [
                     row_loss(
-                        w
-                        - narrow(layer.matrix(qdq.weight_values(layer, complete_weight(job, layer, plan[layer.weight]))), h),
+                        w - narrow(layer.matrix(weight_values(layer, complete_weight(job, layer, plan[layer.weight]))), h),
                         h,
                     ).sum()
                     for plan in plans
@@ -731,7 +731,7 @@ def test_vector_scale_needs_no_data(method, weights_):
             graph = load(model, flatten=False)
             errors.append(
                 sum(
-                    float(((graph.constant(y.weight) - qdq.weight_values(y, made.plan[y.weight])) ** 2).sum())
+                    float(((graph.constant(y.weight) - weight_values(y, made.plan[y.weight])) ** 2).sum())
                     for y in graph.layers
                 )
             )
@@ -740,7 +740,7 @@ def test_vector_scale_needs_no_data(method, weights_):
         else:
             assert errors[0] < errors[1]
         json.dumps(result.report)
-        assert result.report["steps"][0]["told"]["vectors"] > 0
+        assert result.report["steps"][0]["result"]["vectors"] > 0
 
 
 def test_vectors_that_hold_a_row_equal_a_scale_per_channel():
@@ -773,7 +773,7 @@ def test_finer_vectors_have_less_error():
         complete(job)
         errors.append(
             sum(
-                float(((job.graph.constant(y.weight) - qdq.weight_values(y, job.plan[y.weight])) ** 2).sum())
+                float(((job.graph.constant(y.weight) - weight_values(y, job.plan[y.weight])) ** 2).sum())
                 for y in job.graph.layers
             )
         )
@@ -892,7 +892,7 @@ def test_exported_weights_are_those_of_the_plan_and_run_the_same_optimized(name,
         made.name = nodes[layer.name].input[1]
     feed = feeds(model, 1, seed=7)[0]
     for layer, value in zip(planned, run(probe, feed, optimize=False), strict=True):
-        np.testing.assert_array_equal(value, qdq.weight_values(layer, job.plan[layer.weight]))
+        np.testing.assert_array_equal(value, weight_values(layer, job.plan[layer.weight]))
     sqnr = [runtimes.sqnr(a, b) for a, b in zip(run(exported, feed), run(exported, feed, optimize=False), strict=True)]
     assert min(sqnr) > 25  # a few codes of activations fall on the other side
 
@@ -906,7 +906,7 @@ def test_engine_reports_and_runs_all_forms(form):
         )
         json.dumps(result.report)
         assert distance(model, result, feeds(model, 5, seed=1)) > 8
-        told = result.report["steps"][0]["told"]
+        told = result.report["steps"][0]["result"]
         assert told["layers"] and bool(told["multipliers"]) == (form != "tiles")
 
 

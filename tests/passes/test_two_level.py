@@ -16,6 +16,7 @@ from onnxq_plugins.files import save_model
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.spec import block_shape, expand
 from onnxq_plugins.targets import BUILTIN
+from onnxq_plugins.targets.refusals import problems
 from tests.zoo import ZOO, Net, feeds
 
 TILED = [
@@ -306,9 +307,9 @@ def test_a_plan_that_overflows_int8_is_refused():
     spec = QuantSpec(4, block=(1, 0, 0, 0), sub_block=(1, 1, 0, 0), max_multiplier=15)
     key = layer.input
     plan = Plan({layer.weight: spec, key: QuantSpec(8, symmetric=False)})
-    (problem,) = target.problems(graph, plan, {layer.name: key})
+    (problem,) = problems(target, graph, plan, {layer.name: key})
     assert "reach 105" in problem and "up to 64" in problem and "max_multiplier = 9" in problem
-    assert not TARGETS["ort-cpu"].problems(graph, plan, {layer.name: key})
+    assert not problems(TARGETS["ort-cpu"], graph, plan, {layer.name: key})
 
 
 @pytest.mark.parametrize("key", ["block", "sub_block"])

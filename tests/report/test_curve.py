@@ -104,7 +104,7 @@ def test_a_point_made_again_is_the_network_that_the_search_gave(name, settings, 
     table, seed = point_recipe({"recipe": curve.recipe, "widths": found["widths"], "seed": 0})
     again = quantize(model, table, feeds(model, 18), workers=1, seed=seed)
     assert bare(again.model) == bare(first.model)
-    (told,) = (step["told"] for step in again.report["steps"] if step["pass"] == "mixed-precision")
+    (told,) = (step["result"] for step in again.report["steps"] if step["pass"] == "mixed-precision")
     assert told == {"groups": len(found["widths"]), "size": found["size"], "bops": found["bops"]}
     assert again.report["floats"] == first.report["floats"]
     assert Curve.of(again) is None
@@ -181,7 +181,7 @@ def test_files_hold_the_curve(tmp_path):
     assert whole["model"] == "model.onnx" and whole["recipe"] == result.report["recipe"] and whole["metric"] == "agreement"
     costs = [p[whole["cost"]] for p in whole["points"]]
     assert costs == sorted(costs, reverse=True) and sum(p["chosen"] for p in whole["points"]) == 1
-    reported = result.report["steps"][0]["told"]["curve"]
+    reported = result.report["steps"][0]["result"]["curve"]
     assert len(reported) == len(whole["points"])
     for entry in whole["points"]:
         point = json.loads((folder / entry["file"]).read_text())

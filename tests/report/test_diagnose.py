@@ -16,11 +16,11 @@ from onnxq_plugins import OnnxqError, cli, plugins, runtimes
 from onnxq_plugins.data import open_data
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.measure.metrics import sqnr
-from onnxq_plugins.recipe import load_recipe, parse
+from onnxq_plugins.recipe import load_recipe, parse, to_toml
 from onnxq_plugins.report.causes import Cause
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, Trial, diagnose
 from onnxq_plugins.report.layer_errors import Own, gathered, own
-from onnxq_plugins.report.remedies import Remedy, recipe_toml
+from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.search.widths import ALONE
 from onnxq_plugins.spec import Plan
 from tests.zoo import Net, conv_transpose, feeds, grouped, inception, mlp, mobilenet, resnet20, transformer
@@ -457,7 +457,7 @@ def test_recipes_as_files(name):
 
     known = plugins.find_plugins().passes
     recipe = load_recipe(name, known)
-    assert parse(tomllib.loads(recipe_toml(recipe.to_dict())), known) == parse(recipe.to_dict(), known)
+    assert parse(tomllib.loads(to_toml(recipe.to_dict())), known) == parse(recipe.to_dict(), known)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------------

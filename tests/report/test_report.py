@@ -218,7 +218,7 @@ def test_parts_that_do_not_add_up_are_beside_the_worst(tmp_path):
 def test_a_search_shows_its_curve(tmp_path):
     recipe = {"pass": [{"use": "ranges"}, {"use": "mixed-precision", "curve": 3, "samples": 4}]}
     text, table = made(tmp_path, mobilenet(), recipe)
-    told = next(step["told"] for step in table["steps"] if step["pass"] == "mixed-precision")
+    told = next(step["result"] for step in table["steps"] if step["pass"] == "mixed-precision")
     page = Page(text)
     assert "Points of the search" in text and page.count("svg") == 4 + ("<h3>Bits</h3>" in text)
     assert len(re.findall(r"<tr>", text.split("Points of the search")[1].split("</table>")[0])) == len(told["curve"]) + 1

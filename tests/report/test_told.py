@@ -376,7 +376,7 @@ def test_a_search_tells_what_its_widths_take_in_the_file(candidates, told):
     model = mlp()
     step = {"use": "mixed-precision", "candidates": candidates, "limit": 0.9, "method": "nearest", "curve": 3}
     result = quantize(model, {"pass": [step]}, feeds(model, 8), workers=1)
-    (point,) = (p for p in result.report["steps"][0]["told"]["curve"] if p.get("chosen"))
+    (point,) = (p for p in result.report["steps"][0]["result"]["curve"] if p.get("chosen"))
     eight = quantize(model, "int8", feeds(model, 8), workers=1)
     counts = {y.weight: y.shape for y in result.graph.layers}
 

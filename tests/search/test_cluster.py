@@ -41,7 +41,7 @@ def cluster():
 def same(a, b) -> bool:
     return (
         a.model.SerializeToString() == b.model.SerializeToString()
-        and a.report["steps"][0]["told"] == b.report["steps"][0]["told"]
+        and a.report["steps"][0]["result"] == b.report["steps"][0]["result"]
     )
 
 
@@ -55,8 +55,8 @@ def test_a_cluster_finds_what_threads_find(here, cluster):
 
     with distributed.Client(cluster), joblib.parallel_config(backend="dask"):
         there = quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), metric=half)
-    told = there.report["steps"][0]["told"]
-    for a, b in zip(here.report["steps"][0]["told"]["curve"], told["curve"], strict=True):
+    told = there.report["steps"][0]["result"]
+    for a, b in zip(here.report["steps"][0]["result"]["curve"], told["curve"], strict=True):
         assert b.pop("half") <= 50
         assert a == b
     assert (told["metric"], told["float"]) == ("half", 50.0)
@@ -82,7 +82,7 @@ def test_a_worker_that_dies_takes_nothing_along(here, cluster, tmp_path):
         there = quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), cache=tmp_path, track=track)
     assert victims and same(here, there)
     assert all(files >= n for n, files in enumerate(done, 1))  # kept as soon as they came, whatever happened then
-    assert len(list(tmp_path.glob("*-scores.npz"))) == there.report["steps"][0]["told"]["networks_measured"]
+    assert len(list(tmp_path.glob("*-scores.npz"))) == there.report["steps"][0]["result"]["networks_measured"]
 
 
 @pytest.mark.parametrize("stage", ["rounding", "sensitivities", "measuring the curve"])
@@ -105,14 +105,14 @@ def test_an_interrupted_search_goes_on_where_it_was(here, stage, tmp_path, monke
     monkeypatch.setattr(metrics, "measured", lambda *args: (ran.append(1), whole(*args))[1])
     again = quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), cache=tmp_path, workers=1)
     assert again.model.SerializeToString() == here.model.SerializeToString()
-    told = again.report["steps"][0]["told"]
-    assert told["curve"] == here.report["steps"][0]["told"]["curve"]
+    told = again.report["steps"][0]["result"]
+    assert told["curve"] == here.report["steps"][0]["result"]["curve"]
     scored = sum(name.endswith("-scores.npz") for name in kept)
-    wanted = here.report["steps"][0]["told"]["networks_measured"]
+    wanted = here.report["steps"][0]["result"]["networks_measured"]
     assert len(ran) == told["networks_measured"] == wanted - scored
     ran.clear()  # once more: all is there, no network is run and no weight is rounded
     monkeypatch.setattr("onnxq_plugins.search.widths.problem", lambda *_: pytest.fail("rounded again"))
-    assert quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), cache=tmp_path).report["steps"][0]["told"]["curve"]
+    assert quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), cache=tmp_path).report["steps"][0]["result"]["curve"]
     assert not ran
 
 
@@ -134,7 +134,7 @@ def test_scores_of_metrics_that_may_change_are_not_kept(tmp_path):
         quantize(model, RECIPE, feeds(model, 20), cache=tmp_path, workers=1, metric=lambda *_: next(values))
         for _ in range(2)
     ]
-    last, again = ([p["<lambda>"] for p in one.report["steps"][0]["told"]["curve"]] for one in found)
+    last, again = ([p["<lambda>"] for p in one.report["steps"][0]["result"]["curve"]] for one in found)
     assert min(again) > max(last)
 
 
@@ -168,5 +168,5 @@ def test_top1_needs_labels_that_fit():
     with pytest.raises(OnnxqError, match="8 samples and 7 labels"):
         quantize(model, RECIPE, feeds(model, 8), settings=settings, labels=np.arange(7))
     reference = runtimes.outputs(runtimes.session(model), feeds(model, 8))[0].argmax(-1)
-    told = quantize(model, RECIPE, feeds(model, 8), settings=settings, labels=reference).report["steps"][0]["told"]
+    told = quantize(model, RECIPE, feeds(model, 8), settings=settings, labels=reference).report["steps"][0]["result"]
     assert (told["metric"], told["float"]) == ("top1", 100.0) and all(point["top1"] <= 100 for point in told["curve"])
