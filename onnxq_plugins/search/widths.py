@@ -155,14 +155,14 @@ class Widths:
 
     def _file(self, job: Job, layer: Layer, method: Method) -> Path | None:
         """Where the codes of a layer are kept between runs: named after all that they depend on."""
-        from onnxq_plugins import __version__
+        from onnxq_plugins.export.provenance import version_of
 
         cache, data = job.calibration.cache, job.calibration.data
         if cache is None or data is None:
             return None
         spec = job.plan[layer.weight]
         name = digest(
-            __version__,
+            version_of("onnxq-plugins"),
             job.calibration.graph.digest(),
             data.digest(),
             layer.name,
