@@ -16,7 +16,7 @@ import onnx
 
 from onnxq_plugins import files
 from onnxq_plugins.calibration import Calibration
-from onnxq_plugins.data import Data, Source, graph_inputs, open_data
+from onnxq_plugins.data import Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
@@ -144,7 +144,8 @@ def _read_recipe(
 def _read_model(
     model: str | Path | onnx.ModelProto | Graph, float32: bool, flatten: bool, output: Path | None
 ) -> tuple[Graph, Path | onnx.ModelProto | None, int]:
-    """The graph, the user's own model (None for a Graph, and where `output` will replace it) and its bytes. Raises OnnxqError
+    """The graph, the user's own model (None for a Graph, and where `output` will replace it) and its bytes. Raises
+    OnnxqError
     where `output` could not be written."""
     if output is not None:
         files.check_writable(output)
