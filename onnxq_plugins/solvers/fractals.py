@@ -41,7 +41,7 @@ def fractals(count: int, height: int, width: int, channels: int, rng: np.random.
 
 
 def _systems(rng: np.random.Generator) -> Iterator[Array]:
-    """An endless stream of systems [_MAPS, 6]: those of a batch that cover enough, then a variant of each for each factor."""
+    """An endless stream of systems [_MAPS, 6]: those of a batch that cover enough, then variants of them."""
     while True:
         used = np.arange(_MAPS) < rng.integers(2, _MAPS + 1, (_BATCH, 1))
         systems = _covering(rng.uniform(-1, 1, (_BATCH, _MAPS, 6)) * used[..., None], rng)
