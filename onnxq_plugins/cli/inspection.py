@@ -30,7 +30,7 @@ from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import recipe_of
 from onnxq_plugins.graph.importer import bytes_on_disk, read
-from onnxq_plugins.measure.metrics import Metric, chance, check_labels, find_metric, metric_name, top1
+from onnxq_plugins.measure.metrics import chance, check_labels, find_metric, metric_name, top1
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.runtimes.audit import Audit
@@ -264,9 +264,13 @@ def compare_command(
     if judge is top1:
         check_labels(truth, (len(runs[0]), *np.shape(runs[0][0][0])[1:]), names[0])
     outputs = [[np.concatenate([np.atleast_1d(run[i]) for run in each]) for i in range(len(names))] for each in runs]
-    show(_output_table(paths, names, outputs))
+    table = _output_table(paths, names, outputs)
+    scores = [judge(outputs[0], each, truth) for each in outputs] if judge is not None else []
+    show(table)
     if judge is not None:
-        _show_scores(a, judge, outputs, truth)
+        echo(f"{metric_name(judge)}: {scores[0]:.2f} -> {scores[1]:.2f}")
+    if judge is top1 and (note := chance(scores[0], outputs[0][0].shape[-1], len(outputs[0][0]))):
+        notify("note: " + note.replace("the float model", f"'{a}'"))
     sizes = [bytes_on_disk(path) / 1e6 for path in paths]
     echo(
         f"{len(runs[0])} samples | {sizes[0]:.2f} -> {sizes[1]:.2f} MB | {milliseconds[0]:.3f} -> {milliseconds[1]:.3f} ms "
@@ -319,11 +323,3 @@ def _output_table(paths: Sequence[Path], names: Sequence[str], outputs: Sequence
         agreement = f"{100 * runtimes.agreement(x, y):.2f}%" if x.ndim > 1 else "-"
         table.add_row(name, f"{runtimes.sqnr(x, y):.2f}", agreement)
     return table
-
-
-def _show_scores(reference: Path, judge: Metric, outputs: Sequence[Sequence[Array]], truth: Array | None) -> None:
-    """Print the metric of both models, and a note where the reference is no better than guessing."""
-    scores = [judge(outputs[0], each, truth) for each in outputs]
-    echo(f"{metric_name(judge)}: {scores[0]:.2f} -> {scores[1]:.2f}")
-    if judge is top1 and (note := chance(scores[0], outputs[0][0].shape[-1], len(outputs[0][0]))):
-        notify("note: " + note.replace("the float model", f"'{reference}'"))

@@ -45,6 +45,16 @@ from onnxq_plugins.report.curve import Curve, check_folder, point_recipe
 from onnxq_plugins.report.page import check_page, is_page, write_report
 from onnxq_plugins.selection import RECIPES, AutoResult, Trial, auto
 
+Point = Annotated[
+    Path | None,
+    search_option(
+        "--plan",
+        metavar="POINT",
+        show_default=False,
+        help="instead of a recipe: a point-NN.json that --curve wrote; makes that point without a search",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class OutputOptions(OptionGroup):
@@ -108,15 +118,7 @@ def quantize_command(
     float32: Float32 = False,
     outputs: OutputOptions,
     metric: MetricName = "",
-    point: Annotated[
-        Path | None,
-        search_option(
-            "--plan",
-            metavar="POINT",
-            show_default=False,
-            help="instead of a recipe: a point-NN.json that --curve wrote; makes that point without a search",
-        ),
-    ] = None,
+    point: Point = None,
     work: WorkOptions,
     cluster: ClusterOptions,
     verify: Annotated[bool, work_option("--verify", help="check that each pass keeps the float function")] = False,
