@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 from onnxq_plugins.cli.console import echo, notify, out, show, track
 from onnxq_plugins.cli.options import (
     DataPath,
@@ -30,7 +30,7 @@ from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import recipe_of
 from onnxq_plugins.graph.importer import bytes_on_disk, read
-from onnxq_plugins.measure.metrics import Metric, chance, check_labels, find_metric, metric_name, top1
+from onnxq_plugins.measure.metrics import chance, check_labels, find_metric, metric_name, top1
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.runtimes.audit import Audit
@@ -316,8 +316,8 @@ def _output_table(paths: Sequence[Path], names: Sequence[str], outputs: Sequence
     for name, x, y in zip(names, *outputs, strict=True):
         if x.shape != y.shape:
             raise OnnxqError(f"output '{name}' has shape {x.shape} in '{paths[0]}' and {y.shape} in '{paths[1]}'.")
-        agreement = f"{100 * runtimes.agreement(x, y):.2f}%" if x.ndim > 1 else "-"
-        table.add_row(name, f"{runtimes.sqnr(x, y):.2f}", agreement)
+        agreement = f"{100 * measure.agreement(x, y):.2f}%" if x.ndim > 1 else "-"
+        table.add_row(name, f"{measure.sqnr(x, y):.2f}", agreement)
     return table
 
 

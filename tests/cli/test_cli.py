@@ -24,7 +24,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import onnxq_plugins
-from onnxq_plugins import OnnxqError, audit_model, cli, open_data, plugins, quantize, runtimes
+from onnxq_plugins import OnnxqError, audit_model, cli, measure, open_data, plugins, quantize, runtimes
 from onnxq_plugins.cli.inventory import summary_lines
 from onnxq_plugins.cli.options import OptionGroup, flatten
 from onnxq_plugins.data import DataOptions, Input
@@ -572,7 +572,7 @@ def test_half_precision_models_are_converted_on_request(ready, kind):
     assert ran.code == 0
     assert "note: half-precision weights were converted to float32" in ran.err
     reference, outputs = (runtimes.outputs(runtimes.session(m), [{"x": images()}])[0] for m in (cnn(), "model.int8.onnx"))
-    assert runtimes.sqnr(reference, outputs) > 25
+    assert measure.sqnr(reference, outputs) > 25
 
 
 def test_external_data_beside_the_model(ready):
