@@ -18,6 +18,7 @@ import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
 from onnxq_plugins import runtimes
+from onnxq_plugins.measure import sqnr
 
 
 def recipe(weights: int, bits: int) -> dict[str, object]:
@@ -45,7 +46,7 @@ def measure(case: Case, weights: int, bits: int) -> tuple[str, int, float, float
         f"{min(found)}..{max(found)}",
         changed,
         total,
-        runtimes.sqnr(reference, logits),
+        sqnr(reference, logits),
         100 * float(np.mean(logits.argmax(1) == case.labels)),
     )
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.int8 import machine
 from benchmarks.models import Case, load_case, shared_folder
-from onnxq_plugins import quantize, runtimes
+from onnxq_plugins import measure, quantize, runtimes
 
 SCALES = {"mobilenet": ("[0.5]", "[0.5]"), "resnet20": ("[0.485,0.456,0.406]", "[0.229,0.224,0.225]")}
 MODELS = ("mobilenet_v1_0.75_224_bn", "mobilenet_v1_0.75_224", "resnet20_cifar10", "kwt1_speechcommands12")
@@ -50,7 +50,7 @@ def judge(case: Case, reference: np.ndarray, model: Any) -> tuple[float, float]:
     """Top-1 and SQNR."""
     feeds = [{case.input: x[None]} for x in case.test]
     logits = runtimes.outputs(runtimes.session(model), feeds)[0]
-    return 100 * float(np.mean(logits.argmax(1) == case.labels)), runtimes.sqnr(reference, logits)
+    return 100 * float(np.mean(logits.argmax(1) == case.labels)), measure.sqnr(reference, logits)
 
 
 def table(case: Case, seeds: int) -> None:

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, load_case, shared_folder
-from onnxq_plugins import quantize, runtimes
+from onnxq_plugins import measure, quantize, runtimes
 
 CORRECTED = [{"use": "scale-inputs"}, {"use": "ranges"}, {"use": "bias-correct"}]
 EQUALIZE = {"use": "equalize", "by": "activations"}
@@ -95,7 +95,7 @@ def main() -> None:
         for steps in (CORRECTED, [CORRECTED[0], EQUALIZE, *CORRECTED[1:]]):
             start = time.perf_counter()
             made = quantize(model, {"pass": steps}, calibration, verify=True)
-            found.append(runtimes.sqnr(reference[0], runtimes.outputs(runtimes.session(made.model), test)[0]))
+            found.append(measure.sqnr(reference[0], runtimes.outputs(runtimes.session(made.model), test)[0]))
         step = made.report["steps"][1]
         print(
             f"| {name} | {found[0]:.2f} | {found[1]:.2f} | {found[1] - found[0]:+.2f} | {step['told']['equalized']} of "

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import Result, load, quantize, runtimes
+from onnxq_plugins import Result, load, measure, quantize, runtimes
 from onnxq_plugins.search.quantizers import multiply_adds
 
 BATCH = 16
@@ -43,7 +43,7 @@ class Judge:
     def cells(self, made: Result) -> str:
         """Top-1 and SQNR."""
         found = outputs(self.case, made.model)
-        return f"{self.accuracy(found):.2f} | {runtimes.sqnr(self.reference, found):.1f}"
+        return f"{self.accuracy(found):.2f} | {measure.sqnr(self.reference, found):.1f}"
 
     def stored(self, made: Result) -> float:
         """Bits on disk for each weight of the float network."""

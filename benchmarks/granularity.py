@@ -29,6 +29,7 @@ import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
 from onnxq_plugins import runtimes
+from onnxq_plugins.measure import sqnr
 from onnxq_plugins.targets.ort_cpu import ORT_CPU
 from onnxq_plugins.targets.storage import STORAGE
 
@@ -97,7 +98,7 @@ def measure(case: Case, made: dict[str, Any], bits: int, reference: np.ndarray, 
     scales, stored = counted(result, bits)
     return {
         "top1": 100 * float(np.mean(logits.argmax(1) == case.labels)),
-        "sqnr": runtimes.sqnr(reference, logits),
+        "sqnr": sqnr(reference, logits),
         "bits": stored,
         "scales": scales,
         "ms": ms / base,

@@ -86,7 +86,7 @@ def child(tool: str, name: str, shared: Path, out: Path) -> None:
 
 def judge(case: Case, models: dict[str, Path]) -> dict[str, dict[str, float | str]]:
     """Accuracy, SQNR, latency and kernels of each model, float first."""
-    from onnxq_plugins import audit_model, runtimes
+    from onnxq_plugins import audit_model, measure, runtimes
 
     runners = {tool: runtimes.session(path) for tool, path in models.items()}
     times = dict(
@@ -100,8 +100,8 @@ def judge(case: Case, models: dict[str, Path]) -> dict[str, dict[str, float | st
         reference = logits if reference is None else reference
         rows[tool] = {
             "top1": 100 * float(np.mean(logits.argmax(1) == case.labels)),
-            "sqnr": "-" if tool == "float" else f"{runtimes.sqnr(reference, logits):.2f}",
-            "agree": 100 * runtimes.agreement(reference, logits),
+            "sqnr": "-" if tool == "float" else f"{measure.sqnr(reference, logits):.2f}",
+            "agree": 100 * measure.agreement(reference, logits),
             "ms": times[tool],
             "mb": path.stat().st_size / 1e6,
             "kernels": "" if tool == "float" else audit_model(path).summary(),

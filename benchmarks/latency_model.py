@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import load, quantize, runtimes
+from onnxq_plugins import load, measure, quantize, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.data import graph_inputs, open_data
 from onnxq_plugins.export import qdq
@@ -103,7 +103,7 @@ def budgets(label: str, case: Case, recipe: dict[str, Any], limits: tuple[float,
         print(
             f"| {limit:g} | {predicted:.3f} | {measured:.3f} | {point['size']:.3f} | {len(made.report['floats'])} of "
             f"{len(made.report['layers'])} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
-            f"{runtimes.sqnr(reference, logits):.2f} |",
+            f"{measure.sqnr(reference, logits):.2f} |",
             flush=True,
         )
 

@@ -20,7 +20,7 @@ from scipy.stats import kendalltau
 
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import Result, load, quantize, runtimes
+from onnxq_plugins import Result, load, measure, quantize, runtimes
 from onnxq_plugins.solvers.pareto import STRATEGIES
 
 BEFORE = [{"use": "scale-inputs"}, {"use": "ranges"}]
@@ -54,7 +54,7 @@ def homogeneous(case: Case) -> None:
         size = next(p["size"] for p in told["curve"] if "chosen" in p)
         print(
             f"| {label} | {size:.3f} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
-            f"{runtimes.sqnr(reference, logits):.2f} | {seconds:.1f} |",
+            f"{measure.sqnr(reference, logits):.2f} | {seconds:.1f} |",
             flush=True,
         )
     for name in ("coding-length", "orthogonality"):
@@ -67,7 +67,7 @@ def homogeneous(case: Case) -> None:
         seconds = sum(step["seconds"] for step in made.report["steps"] if step["pass"] in (name, "round"))
         print(
             f"| {name}, size 0.75 | {size:.3f} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
-            f"{runtimes.sqnr(reference, logits):.2f} | {seconds:.1f} |",
+            f"{measure.sqnr(reference, logits):.2f} | {seconds:.1f} |",
             flush=True,
         )
 

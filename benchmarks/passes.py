@@ -14,7 +14,7 @@ import numpy as np
 
 import onnxq_plugins as onnxq
 from benchmarks.models import NAMES, load_case, shared_folder
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
 
@@ -39,7 +39,7 @@ def main() -> None:
             made = onnxq.quantize(case.path, variant, case.feeds())
             logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
             top1 = 100 * np.mean(logits.argmax(1) == case.labels)
-            print(f"| {name} | {label} | {runtimes.sqnr(reference, logits):.2f} | {top1:.2f} |", flush=True)
+            print(f"| {name} | {label} | {measure.sqnr(reference, logits):.2f} | {top1:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.int8 import machine
 from benchmarks.models import Case, load_case, shared_folder
-from onnxq_plugins import load, quantize, runtimes
+from onnxq_plugins import load, measure, quantize, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.data import graph_inputs, open_data
 from onnxq_plugins.job import Job, Recipe
@@ -56,7 +56,7 @@ def judge(case: Case, reference: np.ndarray, made: Any) -> str:
     logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
     top, whole = (100 * float(np.mean(y.argmax(1) == case.labels)) for y in (logits, reference))
     shifted = sum(spec.multiplier is not None for spec in made.plan.values())
-    return f"{top:.2f} | {whole - top:.2f} | {runtimes.sqnr(reference, logits):.2f} | {shifted}"
+    return f"{top:.2f} | {whole - top:.2f} | {measure.sqnr(reference, logits):.2f} | {shifted}"
 
 
 def table(case: Case) -> None:

@@ -23,6 +23,7 @@ import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
 from onnxq_plugins import runtimes
+from onnxq_plugins.measure import agreement, sqnr
 
 METHODS = ("nearest", "gpfq", "gptq", "descent", "attention", "adaround", "auto")
 
@@ -65,8 +66,8 @@ def measure(case: Case, passes: dict[str, Any]) -> tuple[float, float, float, fl
     reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
     logits = runtimes.outputs(runtimes.session(result.model), feeds)[0]
     return (
-        runtimes.sqnr(reference, logits),
-        100 * runtimes.agreement(reference, logits),
+        sqnr(reference, logits),
+        100 * agreement(reference, logits),
         100 * float(np.mean(logits.argmax(1) == case.labels)),
         seconds,
     )

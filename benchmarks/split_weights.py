@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from onnxq_plugins import runtimes
+from onnxq_plugins.measure import sqnr
 
 Array = np.ndarray
 FLOAT: dict[str, Any] = {"target": "storage", "activations": {"bits": 32}}
@@ -117,7 +118,7 @@ def measure(
     feeds = [{"x": images(32, seed + 300)}]
     reference = runtimes.outputs(runtimes.session(model), feeds)[0]
     told = [] if step is None else list(result.report["steps"][0]["result"]["layers"].values())
-    return runtimes.sqnr(reference, runtimes.outputs(runtimes.session(result.model), feeds)[0]), told
+    return sqnr(reference, runtimes.outputs(runtimes.session(result.model), feeds)[0]), told
 
 
 def gains(blocks: list[int], width: int, seeds: int) -> None:

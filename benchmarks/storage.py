@@ -22,7 +22,7 @@ import numpy as np
 import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 from onnxq_plugins.job import Recipe
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
@@ -54,7 +54,7 @@ def openvino(case: Case, recipe: Recipe) -> str:
         theirs = np.concatenate([runner([x[None]])[0] for x in case.test])
         ours = runtimes.outputs(runtimes.session(path), [{case.input: x[None]} for x in case.test])[0]
     layers = [layer for layer in audit.layers if layer.constant_weight]
-    return f"{sum(layer.quantized for layer in layers)}/{len(layers)} | {100 * runtimes.agreement(ours, theirs):.1f}"
+    return f"{sum(layer.quantized for layer in layers)}/{len(layers)} | {100 * measure.agreement(ours, theirs):.1f}"
 
 
 def chance(case: Case, seeds: int) -> None:
@@ -68,8 +68,8 @@ def chance(case: Case, seeds: int) -> None:
         logits = runtimes.outputs(runtimes.session(model), feeds)[0]
         found.append(_top1(logits, case))
         print(
-            f"| {seed} | {found[-1]:.2f} | {runtimes.sqnr(reference, logits):.2f} | "
-            f"{100 * runtimes.agreement(reference, logits):.1f} |",
+            f"| {seed} | {found[-1]:.2f} | {measure.sqnr(reference, logits):.2f} | "
+            f"{100 * measure.agreement(reference, logits):.1f} |",
             flush=True,
         )
     print(
@@ -131,7 +131,7 @@ def main() -> None:
             other = "- | -" if label == "int4-weight-only" else openvino(case, recipes()[label])
             print(
                 f"| {name} | {label} | {_top1(logits, case):.2f} | {_top1(reference, case) - _top1(logits, case):.2f} | "
-                f"{runtimes.sqnr(reference, logits):.2f} | {100 * runtimes.agreement(reference, logits):.1f} | "
+                f"{measure.sqnr(reference, logits):.2f} | {100 * measure.agreement(reference, logits):.1f} | "
                 f"{result.report['bits_per_weight']:.2f} | {result.model.ByteSize() / 1e6:.3f} | "
                 f"{100 * result.model.ByteSize() / size:.1f} % | {times[label]:.3f} | "
                 f"{times[label] / times['int8']:.3f} | "

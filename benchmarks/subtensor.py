@@ -18,7 +18,7 @@ import numpy as np
 import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import load_case, shared_folder
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 
 
 def recipe(block: str, *passes: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def main() -> None:
             if audit.other.get(op)
         )
         cells[label] = (
-            f"{runtimes.sqnr(reference, logits):.2f} | {_top1(logits, case.labels):.2f} | {len(told)} | "
+            f"{measure.sqnr(reference, logits):.2f} | {_top1(logits, case.labels):.2f} | {len(told)} | "
             f"{result.model.ByteSize() / 1e6:.2f} | {audit.summary()}; {movers}"
         )
     times = runtimes.latency(list(runners.values()), feeds[0], args.seconds * len(runners))

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 from onnxq_plugins.cli.console import echo, notify, out, show, track
 from onnxq_plugins.cli.options import (
     DataPath,
@@ -320,6 +320,6 @@ def _output_table(paths: Sequence[Path], names: Sequence[str], outputs: Sequence
     for name, x, y in zip(names, *outputs, strict=True):
         if x.shape != y.shape:
             raise OnnxqError(f"output '{name}' has shape {x.shape} in '{paths[0]}' and {y.shape} in '{paths[1]}'.")
-        agreement = f"{100 * runtimes.agreement(x, y):.2f}%" if x.ndim > 1 else "-"
-        table.add_row(name, f"{runtimes.sqnr(x, y):.2f}", agreement)
+        agreement = f"{100 * measure.agreement(x, y):.2f}%" if x.ndim > 1 else "-"
+        table.add_row(name, f"{measure.sqnr(x, y):.2f}", agreement)
     return table

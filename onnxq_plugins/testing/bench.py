@@ -7,7 +7,6 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import onnx
 
 from onnxq_plugins import runtimes
@@ -138,8 +137,3 @@ def _named(steps: Sequence[Pass]) -> str:
 def outputs(model: onnx.ModelProto, samples: Sequence[Mapping[str, Array]], optimize: bool = True) -> list[Array]:
     """Every output over the samples."""
     return runtimes.outputs(exact_session(model, optimize=optimize), samples)
-
-
-def sqnr(reference: Sequence[Array], found: Sequence[Array]) -> float:
-    """In dB, the mean over the outputs."""
-    return float(np.mean([runtimes.sqnr(y, z) for y, z in zip(reference, found, strict=True)]))

@@ -18,17 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure
 from onnxq_plugins.engine import Result
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Pass, Recipe, default_of
 from onnxq_plugins.laws import DRIFT
+from onnxq_plugins.measure.metrics import mean_sqnr
 from onnxq_plugins.passes import BUILTIN
 from onnxq_plugins.passes.ranges import Ranges
 from onnxq_plugins.passes.round import Round
 from onnxq_plugins.recipe import parse
 from onnxq_plugins.targets import BUILTIN as TARGETS
-from onnxq_plugins.testing.bench import SAMPLES, Bench, Watch, outputs, sqnr
+from onnxq_plugins.testing.bench import SAMPLES, Bench, Watch, outputs
 from onnxq_plugins.testing.models import ZOO, batch, feeds, make
 
 PLAIN = ("cnn", "mobilenet", "mlp")
@@ -121,7 +122,7 @@ def check_float_function(step: Pass, bench: Bench) -> None:
         assert all(np.isfinite(y).all() for y in found), (
             f"behind pass '{step.name}' the float model '{name}' gives NaN or Inf; check the pass for divisions by 0."
         )
-        moved = runtimes.drift(outputs(original, samples), found)
+        moved = measure.drift(outputs(original, samples), found)
         assert not step.exact or moved <= DRIFT, (
             f"pass '{step.name}' moves the float outputs of model '{name}' by {moved:.1e} (limit {DRIFT:.0e}) though it "
             "says exact = True; mend the rewrite, or declare exact = False if the change is meant."
@@ -257,7 +258,7 @@ def check_not_harmful(step: Pass, bench: Bench) -> None:
     for name in PLAIN:
         samples = feeds(make(name), 16, seed=1)
         reference = outputs(make(name), samples)
-        without, behind = (sqnr(reference, outputs(bench.must(steps, name).model, samples)) for steps in ((), (step,)))
+        without, behind = (mean_sqnr(reference, outputs(bench.must(steps, name).model, samples)) for steps in ((), (step,)))
         gains.append(behind - without)
     each = ", ".join(f"{name} {gain:+.1f}" for name, gain in zip(PLAIN, gains, strict=True))
     assert np.mean(gains) >= -HARM, (
@@ -346,7 +347,7 @@ def _apart(made: Result, name: str, step: Pass, how: str) -> float:
             f"behind pass '{step.name}'{how}, model '{name}' gives outputs of another shape, or NaN or Inf; compare "
             "result.float_model with the original."
         )
-    return sqnr(found[0], found[1])
+    return mean_sqnr(found[0], found[1])
 
 
 def _sentences(step: Pass, name: str, error: OnnxqError) -> None:

@@ -15,7 +15,7 @@ from onnx import TensorProto
 from rich.console import Console
 
 import onnxq_plugins
-from onnxq_plugins import audit_model, cli, plugins, runtimes
+from onnxq_plugins import audit_model, cli, measure, plugins, runtimes
 from onnxq_plugins.cli.inventory import summary_lines
 from onnxq_plugins.laws import LawBroken
 from tests.cli.folder import external, half, images, listing, write_model
@@ -54,7 +54,7 @@ def test_half_precision_models_are_converted_on_request(ready, kind):
     assert ran.code == 0
     assert "note: half-precision weights were converted to float32" in ran.err
     reference, outputs = (runtimes.outputs(runtimes.session(m), [{"x": images()}])[0] for m in (cnn(), "model.int8.onnx"))
-    assert runtimes.sqnr(reference, outputs) > 25
+    assert measure.sqnr(reference, outputs) > 25
 
 
 def test_external_data_beside_the_model(ready):

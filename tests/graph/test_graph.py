@@ -11,7 +11,7 @@ from onnx import helper
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import load
-from onnxq_plugins.runtimes import drift
+from onnxq_plugins.measure import drift
 from tests.zoo import (
     ZOO,
     Net,

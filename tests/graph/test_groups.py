@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from onnxq_plugins.graph import channel_groups, load, permute, replace_with_sum, rescale
-from onnxq_plugins.runtimes import drift
+from onnxq_plugins.measure import drift
 from tests.zoo import ZOO, Net, batch, examples, feeds, grouped, inception, mobilenet, resnet20, run, shared_weights
 
 KINDS = ["permute", "rescale"]

@@ -12,10 +12,10 @@ import pytest
 from onnx import numpy_helper
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import OnnxqError, cli, plugins, runtimes
+from onnxq_plugins import OnnxqError, cli, measure, plugins, runtimes
 from onnxq_plugins.data import open_data
 from onnxq_plugins.export.qdq import export
-from onnxq_plugins.measure.metrics import sqnr
+from onnxq_plugins.measure.metrics import mean_sqnr
 from onnxq_plugins.recipe import load_recipe, parse, to_toml
 from onnxq_plugins.report.causes import Cause
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, Trial, diagnose
@@ -59,7 +59,7 @@ def helped(result: onnxq.Result, remedy: Remedy, found: Diagnosis) -> float:
     made = result.again(remedy.on(result.report["recipe"]), settings=remedy.settings)
     samples = result.data.spread(8)
     reference, answers = (runtimes.outputs(runtimes.session(m), samples) for m in (made.float_model, made.model))
-    return sqnr(reference, answers) - found.sqnr
+    return mean_sqnr(reference, answers) - found.sqnr
 
 
 def first(found: Diagnosis) -> tuple[str, str]:
@@ -321,7 +321,7 @@ def test_gathered_is_what_a_run_of_both_networks_gives(result):
     output = result.graph.outputs[0]
     found = gathered(result.graph, result.model, [output], samples)[output]
     reference, answers = (runtimes.outputs(runtimes.session(m), samples) for m in (result.float_model, result.model))
-    assert found == pytest.approx(runtimes.sqnr(reference[0], answers[0]), abs=0.2)
+    assert found == pytest.approx(measure.sqnr(reference[0], answers[0]), abs=0.2)
 
 
 def test_own_errors_agree_with_the_exporter(result):
