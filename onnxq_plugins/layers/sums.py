@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from onnxq_plugins.job import Job
 from onnxq_plugins.layers.complete import activation_spec
-from onnxq_plugins.spec import QuantSpec
 
 
 def narrow_ranges(job: Job, sums: Sequence[Sequence[str]]) -> None:
@@ -21,7 +20,7 @@ def narrow_ranges(job: Job, sums: Sequence[Sequence[str]]) -> None:
         return
     exact = job.calibration.ranges(sorted({name for names in sums for name in names}))
     for *terms, result in sums:
-        low, high = limits(job.plan[result]) if job.plan[result].solved else exact[result]
+        low, high = job.plan[result].value_range if job.plan[result].solved else exact[result]
         orders = terms[: (len(terms) + 2) // 2]  # then the partial sums, from the second term on, the third ...
         reach = [max(map(abs, exact[name])) for name in orders]
         for i, name in enumerate(terms):
@@ -30,10 +29,3 @@ def narrow_ranges(job: Job, sums: Sequence[Sequence[str]]) -> None:
             if low - rest < high + rest and (lo < low - rest or hi > high + rest):
                 kept = min(max(lo, low - rest), 0.0), max(min(hi, high + rest), 0.0)
                 job.plan |= {name: activation_spec(kept, job.plan[name])}
-
-
-def limits(spec: QuantSpec) -> tuple[float, float]:
-    """The smallest and the largest value of a solved activation."""
-    assert spec.scale is not None and spec.zero_point is not None
-    first, last = spec.grid
-    return float(spec.scale * (first - spec.zero_point)), float(spec.scale * (last - spec.zero_point))

@@ -139,12 +139,12 @@ def sweep(
         end = at[layer.name] + 1
         keep = _pending(nodes, end) | {layer.output}
         float_piece = exact.piece(nodes[cut:end], (), keep)
-        fresh = writer.nodes[written:]
+        fresh = writer.builder.nodes[written:]
         rounded.dequantizers |= {
             n.output[0]: n for n in fresh if n.op_type == "DequantizeLinear" and n.input[0] in _produced(fresh)
         }
         keep_codes = _sources(writer, nodes, end - 1, rounded.dequantizers)
-        code_piece = rounded.piece(fresh, writer.made, keep_codes)
+        code_piece = rounded.piece(fresh, writer.builder.constants, keep_codes)
         for network, piece in ((exact, float_piece), (rounded, code_piece)):
             for name in piece.outputs if piece is not None else ():
                 network.live[name] = [_GONE] * len(feeds)
@@ -163,7 +163,7 @@ def sweep(
                 seen.add(part)
         for network, kept in ((exact, keep), (rounded, keep_codes)):
             network.live = {name: values for name, values in network.live.items() if name in kept}
-        cut, written = end, len(writer.nodes)
+        cut, written = end, len(writer.builder.nodes)
         yield layer, seen.result()
         writer.plan = job.plan
         wanted.discard(layer.name)

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import Gram
-from onnxq_plugins.export.storage import int8_codes
+from onnxq_plugins.export.weights import int8_codes
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.layers.complete import complete

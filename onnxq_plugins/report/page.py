@@ -24,7 +24,7 @@ from onnxq_plugins.report.curve import COLORS, Curve
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose, samples_of
 from onnxq_plugins.report.plots import drawing, plots
 from onnxq_plugins.report.remedies import Remedy
-from onnxq_plugins.search.latency import machine
+from onnxq_plugins.runtimes.machine import machine_name
 
 _MEASURED, _TESTED = 32, 512  # samples for the summary: of those it was calibrated with, of others
 _SECONDS = 0.6  # of interleaved runs for the latencies
@@ -100,7 +100,7 @@ def write_report(
     measured = _measured(result, data)
     found = diagnose(result, data, samples=samples, attempts=attempts, workers=workers, track=track)
     level, verdict = _verdict(measured)
-    made = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine()}
+    made = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine_name()}
     table = {
         **result.report,
         "made": made,

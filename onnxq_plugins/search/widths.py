@@ -16,7 +16,7 @@ from onnxq_plugins.calibration import Calibration, Gram
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export import qdq
-from onnxq_plugins.export.storage import code_bits
+from onnxq_plugins.export.weights import code_bits
 from onnxq_plugins.files import digest, load_arrays, save_arrays
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.flow import maker_of
@@ -312,9 +312,7 @@ class Widths:
         spec = self.job.plan[name]
         if spec.bits == bits:
             return spec
-        assert spec.scale is not None and spec.zero_point is not None
-        low, high = ((np.array(code) - spec.zero_point) * spec.scale for code in spec.grid)
-        return from_range(low, high, replace(spec.request(), bits=bits))
+        return from_range(*spec.value_range, replace(spec.request(), bits=bits))
 
     def _different(self, group: Group, candidates: Sequence[Width]) -> tuple[Width, ...]:
         """Of candidates that come to the same, as all of one width of activations do for a group without weights, one."""

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from onnxq_plugins import OnnxqError, audit_model, hookimpl, load, quantize, runtimes
 from onnxq_plugins.cli import app
-from onnxq_plugins.export.storage import int8_codes
+from onnxq_plugins.export.weights import int8_codes
 from onnxq_plugins.job import Pass
 from onnxq_plugins.layers.problem import unseen
 from onnxq_plugins.runtimes.accumulators import needs
