@@ -1,5 +1,5 @@
-"""How well a network would do, quantized as the plan stands: a measured answer that stays up to date while a pass rescales
-channel groups, without reading the data again."""
+"""How accurate the network would be, quantized as the plan stands: a measurement that is kept up to date while a pass
+rescales channel groups, without another run over the calibration data."""
 
 from __future__ import annotations
 
@@ -17,40 +17,39 @@ from onnxq_plugins.measure.metrics import Measure
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Array, Plan, QuantSpec
 
-Range = tuple[Array, Array]  # lowest and highest value per channel [C], or of the tensor as a whole ()
+ChannelRange = tuple[Array, Array]  # lowest and highest value per channel [C], or of the tensor as a whole ()
 
 
-class Trial:
-    """The quantized network for the job's present graph and plan: open activations take their extremes, open weights the
-    nearest codes, and a corrected bias where the recipe has a pass that corrects biases. The job is left alone.
+class Preview:
+    """The quantized network for the job's current graph and plan: open activations take their extremes, open weights the
+    nearest codes, and a corrected bias where the recipe has a pass that corrects biases. The job is not changed.
 
-    samples   of the calibration data that errors are measured on, spread evenly
+    samples   number of calibration samples that errors are measured on, evenly spaced
     """
 
     def __init__(self, job: Job, samples: int = 32) -> None:
         assert job.calibration.data is not None
-        graph, self.job = job.graph, job
+        graph, self.job, planned = job.graph, job, Planned.of(job)
         self.measure = Measure(graph, job.target, job.calibration.data.spread(samples))
-        names = Planned.of(job).activations
-        fine = [n for n in names if channels(graph, n)]
-        self.ranges: dict[str, Range] = dict(job.calibration.channel_ranges(fine))
-        whole = job.calibration.ranges([n for n in names if n not in self.ranges])
+        per_channel = [n for n in planned.activations if channels(graph, n)]
+        self.ranges: dict[str, ChannelRange] = dict(job.calibration.channel_ranges(per_channel))
+        whole = job.calibration.ranges([n for n in planned.activations if n not in self.ranges])
         self.ranges |= {n: (np.array(low), np.array(high)) for n, (low, high) in whole.items()}
         corrects = job.recipe.provides("bias")
-        inputs = [y.input for y in graph.layers if corrects and y.weight in job.plan and y.op in ("Conv", "Gemm")]
+        inputs = [layer.input for layer in planned.layers if corrects and layer.op in ("Conv", "Gemm")]
         self.means = dict(job.calibration.means([n for n in inputs if channels(graph, n)]))
-        self.stale: set[str] = set()  # tensors of which the plan's solution holds no longer
+        self.stale: set[str] = set()  # tensors whose solution in the plan is no longer valid
         self.weights: Plan = Plan({})
 
-    def fork(self) -> Trial:
-        """One that goes its own way from here, for a rescaling that may be taken back."""
-        made = copy.copy(self)
-        made.ranges, made.means, made.stale = dict(self.ranges), dict(self.means), set(self.stale)
-        return made
+    def fork(self) -> Preview:
+        """An independent copy, for a rescaling that may be undone."""
+        fork = copy.copy(self)
+        fork.ranges, fork.means, fork.stale = dict(self.ranges), dict(self.means), set(self.stale)
+        return fork
 
     def follows(self, group: ChannelGroup) -> bool:
-        """True if what is known of the group's activations is known channel by channel, so that `rescaled` can keep it up to
-        date. The channels of attention heads, say, lie along another axis."""
+        """True if the statistics of the group's activations are per channel, so that `rescaled` can keep them up to date.
+        The channels of attention heads, for example, lie along another axis."""
         return all(
             m.axis == channel_axis(self.job.graph, m.tensor) and channels(self.job.graph, m.tensor)
             for m in group.members
@@ -58,7 +57,7 @@ class Trial:
         )
 
     def rescaled(self, group: ChannelGroup, factors: Array) -> None:
-        """Take note that a group of the graph, one that it `follows`, was rescaled."""
+        """Update the statistics after a group that it `follows` was rescaled in the graph."""
         for member in group.members:
             spread = np.repeat(factors, member.index.shape[1])
             at = member.index.ravel()
@@ -72,26 +71,25 @@ class Trial:
         touched = {m.tensor for m in group.members}
         self.stale |= touched
         self.weights = self.weights.without(
-            *(y.weight for y in self.job.graph.layers if touched & {y.weight, y.bias, y.input})
+            *(layer.weight for layer in self.job.graph.layers if touched & {layer.weight, layer.bias, layer.input})
         )
 
     def sqnr(self) -> float:
         """Signal to noise ratio of the outputs in dB, averaged over samples and outputs."""
-        job, graph = self.job, self.job.graph
-        spans = {n: (float(low.min()), float(high.max())) for n, (low, high) in self.ranges.items()}
-        opened = job.plan | {n: spec.request() for n, spec in job.plan.items() if n in self.stale}
-        plan = opened | {n: activation_spec(spans[n], opened[n]) for n in spans if not opened[n].solved}
-        trial = replace(job, plan=plan | self.weights, report=Report())
-        layers = [y for y in graph.layers if y.weight in plan and y.weight not in self.weights]
-        self.weights |= {y.weight: self._weight(trial, y) for y in layers}
-        return self.measure.score(trial.plan | self.weights)
+        ranges = {n: (float(low.min()), float(high.max())) for n, (low, high) in self.ranges.items()}
+        plan = self.job.plan | {n: spec.request() for n, spec in self.job.plan.items() if n in self.stale}
+        plan |= {n: activation_spec(ranges[n], plan[n]) for n in ranges if not plan[n].solved}
+        job = replace(self.job, plan=plan | self.weights, report=Report())
+        layers = [layer for layer in Planned.of(job).layers if layer.weight not in self.weights]
+        self.weights |= {layer.weight: self._weight(job, layer) for layer in layers}
+        return self.measure.score(job.plan | self.weights)
 
-    def _weight(self, trial: Job, layer: Layer) -> QuantSpec:
-        """The solved entry of a layer's weight; the mean error goes into the shift of its bias."""
-        spec = trial.plan[layer.weight]
+    def _weight(self, job: Job, layer: Layer) -> QuantSpec:
+        """The solved entry of a layer's weight; the shift of its bias takes back the mean error."""
+        spec = job.plan[layer.weight]
         if spec.codes is not None:
             return spec
-        made = complete_weight(trial, layer, spec)
-        if layer.op not in ("Conv", "Gemm") or layer.input not in self.means or not Planned.of(trial).input(layer):
-            return made
-        return replace(made, shift=bias_shift(trial.graph, layer, made, self.means[layer.input]))
+        spec = complete_weight(job, layer, spec)
+        if layer.op not in ("Conv", "Gemm") or layer.input not in self.means or not Planned.of(job).input(layer):
+            return spec
+        return replace(spec, shift=bias_shift(job.graph, layer, spec, self.means[layer.input]))

@@ -23,7 +23,7 @@ from onnxq_plugins.graph.flow import maker_of
 from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.complete import complete_ranges, complete_weight, scale_floor
-from onnxq_plugins.layers.problem import Problem, float_inputs, problem, solvable
+from onnxq_plugins.layers.problem import Problem, float_inputs, solvable
 from onnxq_plugins.parallel import run_all
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import pinned, weight_request
@@ -151,7 +151,7 @@ class Widths:
     def _problems(self, job: Job, layer: Layer, gram: Gram, widths: Collection[int]) -> dict[int, Problem]:
         """A layer at each width. Together, since they see the same Gram matrix."""
         asked = {bits: job.plan | {layer.weight: self._request(layer, bits)} for bits in sorted(widths)}
-        return {bits: problem(replace(job, plan=plan), layer, gram, True) for bits, plan in asked.items()}
+        return {bits: Problem.of(replace(job, plan=plan), layer, gram, True) for bits, plan in asked.items()}
 
     def _file(self, job: Job, layer: Layer, method: Method) -> Path | None:
         """Where the codes of a layer are kept between runs: named after all that they depend on."""
