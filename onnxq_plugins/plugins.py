@@ -7,6 +7,7 @@ warning; it is an error only when a recipe asks for one of its passes or targets
 from __future__ import annotations
 
 import logging
+import reprlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -29,7 +30,6 @@ GROUP = "onnxq_plugins"
 BUILTIN_SOURCE = "onnxq-plugins"
 log = logging.getLogger("onnxq_plugins")
 Trace = Callable[[str], None]  # takes one line for each hook call, when it ends
-_LONGEST = 100  # characters of a value
 
 
 class _Builtins:
@@ -212,23 +212,33 @@ def _who(one: pluggy.HookImpl, sources: Mapping[str, str], hook: str) -> str:
     return f"{label} [wrapper]" if one.wrapper or one.hookwrapper else label
 
 
-def short(value: object) -> str:
-    """A value in a few words."""
-    if isinstance(value, Pass):
-        table = Recipe(passes=(value,)).to_dict()["pass"][0]
-        return " ".join([str(table.pop("use")), *(f"{key}={item!r}" for key, item in table.items())])
-    if isinstance(value, Job):
-        return f"<job: {len(value.graph.layers)} layers, {len(value.plan)} planned>"
-    if isinstance(value, type) and issubclass(value, Pass):
-        return value.name
-    if isinstance(value, Target):
-        return value.name
-    if isinstance(value, list) and value and all(isinstance(one, (list, Target, type)) for one in value):
-        return _cut(f"[{', '.join(map(short, value))}]")
-    if hasattr(value, "SerializeToString"):
-        return f"<model: {len(value.graph.node)} nodes>" if hasattr(value, "graph") else f"<{type(value).__name__}>"
-    return _cut(" ".join((f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else repr(value)).split()))
+class _Short(reprlib.Repr):
+    """Values in a few words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxother = self.maxstring = 100
+        self.maxdict = 8
+
+    def repr_Job(self, job: Job, level: int) -> str:
+        return f"<job: {len(job.graph.layers)} layers, {len(job.plan)} planned>"
+
+    def repr_Target(self, target: Target, level: int) -> str:
+        return target.name
+
+    def repr_ModelProto(self, model: Any, level: int) -> str:
+        return f"<model: {len(model.graph.node)} nodes>"
+
+    def repr_type(self, kind: type, level: int) -> str:
+        return kind.name if issubclass(kind, Pass) else repr(kind)
+
+    def repr_instance(self, value: object, level: int) -> str:
+        if isinstance(value, Pass):
+            table = Recipe(passes=(value,)).to_dict()["pass"][0]
+            return " ".join([str(table.pop("use")), *(f"{key}={item!r}" for key, item in table.items())])
+        if isinstance(value, BaseException):
+            return f"{type(value).__name__}: {' '.join(str(value).split())}"[: self.maxother]
+        return " ".join(super().repr_instance(value, level).split())
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
+short = _Short().repr

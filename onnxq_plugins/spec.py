@@ -69,6 +69,13 @@ class QuantSpec:
         return (-top, top) if self.symmetric else (0, 2**self.bits - 1)
 
     @property
+    def value_range(self) -> tuple[float, float]:
+        """Smallest and largest value that the codes of a solved activation stand for."""
+        assert self.scale is not None and self.zero_point is not None
+        first, last = self.grid
+        return float(self.scale * (first - self.zero_point)), float(self.scale * (last - self.zero_point))
+
+    @property
     def multipliers(self) -> Array:
         """The values a multiplier may take, from 1 on, ascending: at most `max_multiplier`; and code * multiplier stays
         within [-127, 127], unless there is one multiplier a channel."""

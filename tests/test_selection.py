@@ -88,7 +88,8 @@ def test_the_command(limit, code, tmp_path, monkeypatch, capsys):
     outputs = runtimes.outputs(runtimes.session(model), feeds(model, 20))[0]
     np.savez("data.npz", x=np.concatenate([feed["x"] for feed in feeds(model, 20)]), labels=outputs.argmin(-1))
     (tmp_path / "mine.py").write_text(
-        "def judge(reference, quantized, labels):\n    return 100.0 * (reference[0] is quantized[0]) + (labels[0] == labels[0])\n"
+        "def judge(reference, quantized, labels):\n"
+        "    return 100.0 * (reference[0] is quantized[0]) + (labels[0] == labels[0])\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(

@@ -50,11 +50,13 @@ class Samples:
     at             sample of a number, with a batch axis
     distribution   of its channels; None for integers and booleans
     source         the origin of the values, in words
+    image          True for an image
     """
 
     at: Callable[[int], Array]
     distribution: Distribution | None
     source: str
+    image: bool = False
 
 
 def synthesize(graph: Graph, wish: Wish, rng: np.random.Generator) -> tuple[Data, dict[str, Samples]]:
@@ -146,7 +148,7 @@ def _images(graph: Graph, target: Input, shape: tuple[int, ...], axis: int, wish
 
     low, high = np.minimum(offset, offset + slope), np.maximum(offset, offset + slope)
     distribution = Distribution(offset + slope * mean, (slope * deviation) ** 2 + 0 * mean, low + 0 * mean, high + 0 * mean)
-    return Samples(at, distribution, f"{wish.kind}, {source}")
+    return Samples(at, distribution, f"{wish.kind}, {source}", image=True)
 
 
 def _pixel_moments(images: Array) -> tuple[Array, Array]:

@@ -34,9 +34,9 @@ from onnxq_plugins.measure.metrics import chance, check_labels, find_metric, met
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.runtimes.audit import Audit
+from onnxq_plugins.runtimes.machine import has_vnni
 from onnxq_plugins.runtimes.onnxruntime import audit_model
 from onnxq_plugins.runtimes.openvino import audit_openvino
-from onnxq_plugins.search.latency import has_vnni
 from onnxq_plugins.spec import Array
 
 

@@ -16,7 +16,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.export.storage import settle
+from onnxq_plugins.export.weights import stored_form
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.flow import maker_of, result_of
 from onnxq_plugins.job import Outcome
@@ -213,7 +213,7 @@ def _written(result: Outcome, layer: Layer) -> QuantSpec | None:
     graph, plan, spec = result.graph, result.plan, result.plan[layer.weight]
     rule = Planned(graph, plan, result.target).rule(layer)
     assert rule is not None
-    spec, factor = settle(layer, spec, rule)
+    spec, factor = stored_form(layer, spec, rule)
     plain = granularity_of(layer, spec) in ("tensor", "channel") and spec.multiplier is None and factor is None
     return spec if plain else None
 

@@ -109,25 +109,37 @@ def replace_with_sum(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list
 
 def centre_pads(graph: Graph, layer: Layer) -> list[int]:
     """Pads, as ONNX lists them, of the pointwise convolution that equals the centre taps of a convolution: its own pads
-    minus dilation * (kernel - 1) / 2 on each side, which is 0 if the output is as large as the input.
+    minus dilation * (kernel - 1) / 2 on each side, which is 0 if the output is as large as the input. Raises ValueError
+    where `centre_problem` has something to say."""
+    if problem := centre_problem(graph, layer):
+        raise ValueError(f"layer '{layer.name}': {problem}")
+    return [ends[side] for side in (0, 1) for ends in _centre_ends(graph, layer)]
 
-    Raises ValueError for other operators, for even kernel sizes, if a pad would be negative, and if ``auto_pad`` makes pads
-    depend on an unknown input size.
-    """
+
+def centre_problem(graph: Graph, layer: Layer) -> str:
+    """Why the centre taps of a layer cannot be a pointwise convolution, "" if they can: another operator, even kernel sizes,
+    a pad that would be negative, pads by ``auto_pad`` that depend on an unknown input size."""
     if layer.op != "Conv" or any(k % 2 == 0 for k in layer.shape[2:]):
-        raise ValueError(f"layer '{layer.name}': only a Conv with odd kernel sizes has a centre")
-    known = (graph.shape(layer.input) or (None,) * len(layer.shape))[2:]
-    kernel, strides, dilations, pads = layer.geometry([n if isinstance(n, int) else 1 for n in known])
+        return "only a Conv with odd kernel sizes has a centre"
+    sizes, strides = _spatial(graph, layer), layer.attrs.get("strides") or [1] * (len(layer.shape) - 2)
     same = str(layer.attrs.get("auto_pad", "")).startswith("SAME")
-    if same and any(not isinstance(n, int) and s > 1 for n, s in zip(known, strides, strict=True)):
-        raise ValueError(f"layer '{layer.name}': with auto_pad and a stride, its pads depend on a size that is unknown")
-    centre = [[pad - d * (k - 1) // 2 for pad in ends] for k, d, ends in zip(kernel, dilations, pads, strict=True)]
-    if any(pad < 0 for ends in centre for pad in ends):
-        raise ValueError(
-            f"layer '{layer.name}': its padding is smaller than half its kernel, so that its centre taps alone "
-            "would need negative pads"
-        )
-    return [ends[side] for side in (0, 1) for ends in centre]
+    if same and any(not isinstance(n, int) and s > 1 for n, s in zip(sizes, strides, strict=True)):
+        return "with auto_pad and a stride, its pads depend on a size that is unknown"
+    if any(pad < 0 for ends in _centre_ends(graph, layer) for pad in ends):
+        return "its padding is smaller than half its kernel, so that its centre taps alone would need negative pads"
+    return ""
+
+
+def _spatial(graph: Graph, layer: Layer) -> tuple[int | str | None, ...]:
+    """Spatial sizes of a layer's input, as far as they are known."""
+    return (graph.shape(layer.input) or (None,) * len(layer.shape))[2:]
+
+
+def _centre_ends(graph: Graph, layer: Layer) -> list[list[int]]:
+    """Pads before and after along each spatial axis."""
+    sizes = [n if isinstance(n, int) else 1 for n in _spatial(graph, layer)]
+    kernel, _, dilations, pads = layer.geometry(sizes)
+    return [[pad - d * (k - 1) // 2 for pad in ends] for k, d, ends in zip(kernel, dilations, pads, strict=True)]
 
 
 def centre_of(shape: Sequence[int]) -> tuple[slice, ...]:

@@ -1,1 +1,1 @@
-"""One layer at a time: what it sees, the problem that poses, its default solution."""
+"""One layer at a time: what it reads, the problem to solve, the default solution."""

@@ -1,4 +1,5 @@
-"""Scales of one weight at any granularity: between blocks in the weight's own shape and the rows and runs of the solvers."""
+"""Scales of one weight at any granularity: converts between blocks in the weight's own shape and the rows and runs of the
+solvers."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from onnxq_plugins.spec import Array, Block, QuantSpec, block_shape, expand, red
 def search(layer: Layer, spec: QuantSpec, w: Array, h: Array | None, rounds: int = 0) -> QuantSpec:
     """The entry with scales, and multipliers, of least output error; codes are left open.
 
-    spec     solved with covering scales (`solve_minmax`), which are kept where blocks do not lie in a row, as those that
-             divide a kernel
+    spec     solved with covering scales (`solve_minmax`), which are kept where blocks are not runs of a row, such as those
+             that divide a kernel
     w        weights to round, in matrix form and in the groups of h
     h        Gram matrix of the inputs (see `solvers.gram`); None without data: the error of the weights themselves counts
     rounds   of coordinate descent over tiles
@@ -31,17 +32,17 @@ def search(layer: Layer, spec: QuantSpec, w: Array, h: Array | None, rounds: int
 
 
 def row_steps(layer: Layer, spec: QuantSpec) -> Array:
-    """Size of a code [groups, outputs, D], or [groups, outputs, 1] where it does not vary along D."""
+    """The step of each weight [groups, outputs, D], or [groups, outputs, 1] where it does not vary along D."""
     size = np.asarray(step(spec, layer.shape), np.float64)
     varies = size.ndim and any(n > 1 for axis, n in enumerate(size.shape) if axis != layer.out_axis)
     if varies:
         return layer.matrix(np.broadcast_to(size, layer.shape))
-    made: Array = np.broadcast_to(size.reshape(-1), layer.channels).reshape(*layer.matrix_shape[:2], 1)
-    return made
+    steps: Array = np.broadcast_to(size.reshape(-1), layer.channels).reshape(*layer.matrix_shape[:2], 1)
+    return steps
 
 
 def _by_row(layer: Layer, spec: QuantSpec, w: Array, h: Array) -> QuantSpec:
-    """One scale for a row, or for several."""
+    """One scale per row, or for several rows."""
     size, share = row_steps(layer, spec), _numbers(layer, spec.block)
     factors = search_scales(
         w, h, narrow(size, h, 1.0), spec.grid, narrow(share, h, -1)[:, :, 0], POWERS if spec.pow2 else None
@@ -51,7 +52,7 @@ def _by_row(layer: Layer, spec: QuantSpec, w: Array, h: Array) -> QuantSpec:
 
 
 def _by_tile(layer: Layer, spec: QuantSpec, w: Array, h: Array | None, width: int, rounds: int) -> QuantSpec:
-    """One scale, or multiplier, for a run of `width` columns in a band of rows."""
+    """One scale, or multiplier, per run of `width` columns in a band of rows."""
     fine = _numbers(layer, spec.sub_block or spec.block)[:, :, 0]
     tiles = Tiles(np.unique(fine, return_inverse=True)[1].reshape(fine.shape), width, spec.grid)
     groups, _, size = shape = layer.matrix_shape
@@ -61,10 +62,10 @@ def _by_tile(layer: Layer, spec: QuantSpec, w: Array, h: Array | None, width: in
     if spec.sub_block is None:
         cover = np.empty((tiles.count, -(-size // width)))
         cover[tiles.bands] = scale[:, :, ::width]
-        found = search_free(w, h, blocks, tiles, cover, POWERS if spec.pow2 else FREE, rounds)
-        return replace(spec, scale=_blocks(layer, tiles.steps(found[tiles.bands], size), spec.block))
+        scales = search_free(w, h, blocks, tiles, cover, POWERS if spec.pow2 else FREE, rounds)
+        return replace(spec, scale=_blocks(layer, tiles.steps(scales[tiles.bands], size), spec.block))
     coarse, unit = _numbers(layer, spec.block)[:, :, 0], scale[:, :, 0]
-    share = coarse if coarse.max() < tiles.count else tiles.bands  # one for all, or per channel: the rows of a band
+    share = coarse if coarse.max() < tiles.count else tiles.bands  # one scale for all, or one per channel: a band's rows
     factor, multiplier = search_multipliers(w, h, blocks, tiles, unit, spec.multipliers, share, rounds)
     full = tiles.steps(multiplier[tiles.bands], size)
     return replace(
@@ -75,7 +76,7 @@ def _by_tile(layer: Layer, spec: QuantSpec, w: Array, h: Array | None, width: in
 
 
 def _numbers(layer: Layer, block: Block | None) -> Array:
-    """The number of the block that each weight lies in [groups, outputs, D]."""
+    """The number of the block that holds each weight [groups, outputs, D]."""
     shape = block_shape(layer.shape, block)
     return _matrix(layer, np.arange(int(np.prod(shape))).reshape(shape), block)
 
@@ -92,8 +93,8 @@ def _blocks(layer: Layer, matrix: Array, block: Block | None) -> Array:
 
 
 def _width(share: Array) -> int:
-    """Length of the runs of equal numbers along the last axis, if all rows have them at the same places and no number comes
-    back, as where a block divides a kernel; else 0."""
+    """Length of the runs of equal numbers along the last axis, if all rows have them at the same places and no number occurs
+    twice, as it does where a block divides a kernel; else 0."""
     change = np.flatnonzero((share[:, :, 1:] != share[:, :, :-1]).any(axis=(0, 1))) + 1
     width = int(change[0]) if len(change) else share.shape[2]
     even = np.array_equal(change, np.arange(width, share.shape[2], width))

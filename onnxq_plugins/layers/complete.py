@@ -1,4 +1,4 @@
-"""The default solver (law L4): whatever the passes left open gets a scale and codes, so any pass may be left out."""
+"""The default solver (law L4): whatever the passes left open gets a scale and codes, so that any pass may be left out."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def complete(job: Job) -> None:
     """Law L4: solve whatever the passes left open."""
     complete_ranges(job)
     solved = {}
-    for layer in job.graph.layers:
-        if layer.weight in job.plan:
+    mapped = job.graph.mapped
+    for layer in Planned.of(job).layers:
+        with mapped.reading():
             spec = complete_weight(job, layer, job.plan[layer.weight])
-            if layer.weight in job.graph.mapped.arrays and spec.codes is not None:
-                spec = replace(spec, codes=job.graph.mapped.keep(spec.codes))
-            solved[layer.weight] = spec
-            job.graph.mapped.release()
+            if layer.weight in mapped.arrays and spec.codes is not None:
+                spec = replace(spec, codes=mapped.keep(spec.codes))
+        solved[layer.weight] = spec
     job.plan |= solved
 
 
 def complete_ranges(job: Job) -> None:
-    """Activations that are still open take their extremes over the data."""
+    """Solve activations that are still open by their extremes over the data."""
     open_ranges = [n for n in Planned.of(job).activations if not job.plan[n].solved]
     if open_ranges:
         ranges = job.calibration.ranges(open_ranges)
@@ -51,9 +51,9 @@ def complete_ranges(job: Job) -> None:
 
 
 def complete_weight(job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec:
-    """The entry of one weight with what is missing: the smallest scale without clipping, then the nearest codes. A scale
-    so fine that the layer's bias would overflow int32 is widened (channels whose weights are all but zero). The layer's
-    input must have its range. Raises OnnxqError if the weight is not finite."""
+    """The entry of one weight with what is missing: the smallest scale without clipping, then the nearest codes. A scale so
+    fine that the layer's bias would overflow int32 is widened (channels whose weights are nearly zero). The layer's input
+    must be solved. Raises OnnxqError if the weight is not finite."""
     weight = job.graph.constant(layer.weight)
     if not np.isfinite(weight).all():
         raise OnnxqError(f"layer '{layer.name}': its weight has NaN or Inf; the float model is broken.")
@@ -79,15 +79,15 @@ def complete_weight(job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec:
 
 
 def scale_floor(job: Job, layer: Layer, spec: QuantSpec) -> Array:
-    """Smallest weight scales, float32 or powers of two as the scales are, at which |bias| / (s_x s_w) stays at 2^30 at most,
-    in the shape of the scale; 0 where nothing limits them."""
+    """Smallest weight scales (powers of two where the scales are) at which |bias| / (s_x s_w) is 2^30 at most: float32, in
+    the shape of the scale; 0 where nothing limits them."""
     shape = block_shape(layer.shape, spec.block)
     needed = _least_steps(job, layer, spec)
     if needed is None:
         return np.zeros(shape)
     if channel_multipliers(layer, spec):
-        of = spec.multipliers[-1:] if spec.multiplier is None else spec.multiplier.reshape(-1)
-        needed = (needed if needed.size == of.size else needed.max()) / of
+        multiplier = spec.multipliers[-1:] if spec.multiplier is None else spec.multiplier.reshape(-1)
+        needed = (needed if needed.size == multiplier.size else needed.max()) / multiplier
     each = needed.reshape(shape) if shape and needed.size == np.prod(shape) else np.full(shape, needed.max())
     if spec.pow2 and spec.sub_block is None:
         each = np.where(each > 0, np.exp2(np.ceil(np.log2(np.maximum(each, 1e-30)))), 0.0)
@@ -95,8 +95,8 @@ def scale_floor(job: Job, layer: Layer, spec: QuantSpec) -> Array:
 
 
 def _least_steps(job: Job, layer: Layer, spec: QuantSpec) -> Array | None:
-    """Sizes of a weight's code [outputs] at which |bias| / (s_x s_w) is 2^30; None where nothing limits them: beside 16-bit
-    inputs, whose scales are 256 times finer, export writes such a bias at a scale of its own."""
+    """Weight steps [outputs] at which |bias| / (s_x s_w) is 2^30; None where nothing limits them: beside 16-bit inputs,
+    whose scales are 256 times finer, export writes such a bias at a scale of its own."""
     key, bias = Planned.of(job).input(layer), bias_values(job.graph, layer, spec)
     if not key or bias is None or job.plan[key].bits > 8:
         return None
@@ -104,7 +104,7 @@ def _least_steps(job: Job, layer: Layer, spec: QuantSpec) -> Array | None:
 
 
 def _lower_shifts(job: Job, layer: Layer, spec: QuantSpec, weight: Array) -> QuantSpec:
-    """An entry with a multiplier per channel, with those raised (the channels shifted up by less) at which the bias would
+    """An entry with a multiplier per channel, with those raised (their channels shifted up by less) at which the bias would
     overflow int32."""
     needed = _least_steps(job, layer, spec)
     if needed is None or spec.multiplier is None or not channel_multipliers(layer, spec):
@@ -120,7 +120,8 @@ def _lower_shifts(job: Job, layer: Layer, spec: QuantSpec, weight: Array) -> Qua
     return replace(raised, codes=np.where(over, encode(weight, replace(raised, codes=None)), spec.codes))
 
 
-def activation_spec(kept: tuple[float, float], spec: QuantSpec) -> QuantSpec:
-    """The solution of an activation for a range. One that was always 0 gets [0, 1]: with the usual scale 1 for empty
-    ranges its grid would reach beyond a Clip's maximum, which keeps the layer before it in float."""
-    return from_range(*(kept if kept[1] > kept[0] or kept[0] else (0.0, 1.0)), spec.request())
+def activation_spec(ends: tuple[float, float], spec: QuantSpec) -> QuantSpec:
+    """The solution of an activation for a range. One that was always 0 gets [0, 1]: with the usual scale 1 for empty ranges
+    its grid would reach beyond a Clip's maximum, which keeps the layer before it in float."""
+    low, high = ends
+    return from_range(*(ends if high > low or low else (0.0, 1.0)), spec.request())

@@ -1,6 +1,6 @@
 """One layer as an optimization problem: its weight, what it sees, and how that becomes a solved entry of the plan.
 
-The bridge between graph and solvers. A `Problem` holds plain values, so it can be sent to another process or machine.
+The bridge between graph and solvers. A `Problem` holds plain values, so that it can be sent to another process or machine.
 """
 
 from __future__ import annotations
@@ -15,84 +15,94 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.patches import blocks
 from onnxq_plugins.job import Job
-from onnxq_plugins.layers.blocks import row_steps, search
+from onnxq_plugins.layers.blocks import row_steps
+from onnxq_plugins.layers.blocks import search as search_scales
 from onnxq_plugins.layers.complete import scale_floor
-from onnxq_plugins.layers.sweep import Seen
+from onnxq_plugins.layers.sweep import LayerStatistics
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.solvers.accumulator import bounded, within
 from onnxq_plugins.solvers.gram import narrow, nearest, regress, ridge, row_loss, widen
 from onnxq_plugins.solvers.rounding import Effort, Method, solve
 from onnxq_plugins.spec import Array, QuantSpec, solve_minmax
 
-# Ridges in units of D / patches: the fewer patches for D weights, the less their correlations are worth. Rounding needs
-# little; the regression on the quantized inputs fits noise sooner, also because patches of one sample resemble each other.
+# Ridges in units of D / patches: the fewer patches for D weights, the less reliable their correlations. Rounding needs
+# little; the regression on the quantized inputs overfits sooner, also because patches of one sample resemble each other.
 SHRINK_ROUNDING, SHRINK_REGRESSION = 1.0, 20.0
 DESCENT = 2  # rounds of coordinate descent over tiles
-_AT_ONCE = 2**22  # numbers per array that the solvers get at once: wide layers go block by block
-_GRAMS = 2**29  # bytes of Gram matrices held at once
+_AT_ONCE = 2**22  # numbers per array that a solver is called with: wide layers are solved block by block
+_GRAMS = 2**29  # bytes of Gram matrices in memory at once
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A layer to solve.
 
-    weight   float32, in the layer's shape
-    spec     its entry in the plan; a scale that is there is kept
-    floor    smallest scales allowed (`complete.scale_floor`)
-    seen     what the layer sees: of the quantized network, or of the float one (a Gram)
-    shift    solve the bias along with the codes; the objective then leaves mean errors out
+    weight       float32, in the layer's shape
+    spec         its entry in the plan; a solved scale is kept
+    floor        smallest scales allowed (`complete.scale_floor`)
+    statistics   of what the layer reads in the quantized network, or in the float one (a Gram)
+    shift        solve the bias along with the codes; the objective then ignores mean errors
     """
 
     layer: Layer
     weight: Array
     spec: QuantSpec
     floor: Array
-    seen: Seen | Gram
+    statistics: LayerStatistics | Gram
     shift: bool
 
+    @staticmethod
+    def of(job: Job, layer: Layer, statistics: LayerStatistics | Gram, shift: bool) -> Problem:
+        """The problem of a planned layer. Raises OnnxqError if its weight is not finite."""
+        weight = job.graph.constant(layer.weight)
+        if not np.isfinite(weight).all():
+            raise OnnxqError(f"layer '{layer.name}': its weight has NaN or Inf; the float model is broken.")
+        spec = replace(job.plan[layer.weight], codes=None, shift=None)
+        return Problem(layer, weight, spec, scale_floor(job, layer, spec), statistics, shift and layer.takes_bias)
+
     def solve(self, method: Method, effort: Effort, search: bool = True) -> tuple[QuantSpec, float]:
-        """The entry with scale (searched if it was open and `search`), codes and shift, and its loss relative to that of
-        rounding to the nearest with the same scale."""
+        """The entry with scale (searched if it was open and `search` is set), codes and shift, and its loss relative to that
+        of rounding to the nearest with the same scale."""
         spec, loss, base = self.spec, 0.0, 0.0
         w, h = self._target()
         if not spec.solved:
             rounds = DESCENT if method == "nearest" else 0
             spec = self.scaled(w, h, rounds) if search else self._widened(solve_minmax(self.weight, spec))
         size = narrow(row_steps(self.layer, spec), h, 1.0)
-        given = narrow(self.layer.matrix(self.weight), h)
+        exact = narrow(self.layer.matrix(self.weight), h)
         codes = np.empty(w.shape, np.int8 if spec.bits <= 8 else np.int32)
         for part in _parts(w, h):
             one = size[part] if len(size) > 1 else size
             target = w[part].astype(np.float64)
-            start = nearest(given[part].astype(np.float64), one, spec.grid)
-            found = solve(method, target, h[part], one, spec.grid, effort, start)
-            loss += float(row_loss(target - one * found, h[part]).sum())
+            start = nearest(exact[part].astype(np.float64), one, spec.grid)
+            codes[part] = solve(method, target, h[part], one, spec.grid, effort, start)
+            loss += float(row_loss(target - one * codes[part], h[part]).sum())
             base += float(row_loss(target - one * start, h[part]).sum())
-            codes[part] = found
         return self._entry(spec, widen(codes, self.layer.matrix_shape)), loss / base if base > 0 else 1.0
 
     def bound(self, codes: Array, limit: int) -> tuple[QuantSpec, float, int]:
         """The entry with codes whose positive and whose negative sum stay within `limit` in every row
         (`solvers.accumulator`), its loss relative to that of the nearest codes, and the number of rows that had to change;
-        the others keep theirs.
+        the others keep their codes.
 
-        codes   the present ones, in the layer's shape; the scale must be solved
+        codes   the current ones, in the layer's shape; the scale must be solved
         """
         _, h = self._target()
-        given, exact = self.layer.matrix(codes), self.layer.matrix(self.weight).astype(np.float64)
-        size = np.broadcast_to(row_steps(self.layer, self.spec), given.shape)
-        wide = ~within(given, limit)
-        rows = np.flatnonzero(wide.any(axis=0))  # of one group or another
-        made = given.copy()
+        old, exact = self.layer.matrix(codes), self.layer.matrix(self.weight).astype(np.float64)
+        size = np.broadcast_to(row_steps(self.layer, self.spec), old.shape)
+        wide = ~within(old, limit)
+        rows = np.flatnonzero(wide.any(axis=0))  # wide in some group
+        new = old.copy()
         solved = bounded(exact[:, rows], h, size[:, rows], self.spec.grid, limit)
-        made[:, rows] = np.where(wide[:, rows, None], solved, given[:, rows])
+        new[:, rows] = np.where(wide[:, rows, None], solved, old[:, rows])
         loss, base = (
-            float(row_loss(narrow(exact - size * one, h), h).sum()) for one in (made, nearest(exact, size, self.spec.grid))
+            float(row_loss(narrow(exact - size * one, h), h).sum()) for one in (new, nearest(exact, size, self.spec.grid))
         )
-        return self._entry(self.spec, made), loss / base if base > 0 else 1.0, int(wide.sum())
+        return self._entry(self.spec, new), loss / base if base > 0 else 1.0, int(wide.sum())
 
     def _entry(self, spec: QuantSpec, codes: Array) -> QuantSpec:
-        """An entry with codes [groups, outputs, D], and with the shift that takes back their mean error."""
+        """An entry with codes [groups, outputs, D], and with the shift that cancels their mean error."""
         shift = None
         if self.shift:
             values = (row_steps(self.layer, spec) * codes).astype(np.float32)
@@ -101,58 +111,49 @@ class Problem:
         return replace(spec, codes=self.layer.from_matrix(codes), shift=shift)
 
     def scaled(self, w: Array | None = None, h: Array | None = None, rounds: int = DESCENT) -> QuantSpec:
-        """The entry with scales, and multipliers, of least output error; codes left open. The plain ones where blocks do
-        not lie in a row, as those that divide a kernel.
+        """The entry with scales, and multipliers, of least output error; codes are left open. The covering scales where
+        blocks are not runs of a row, such as those that divide a kernel.
 
-        rounds   of coordinate descent over tiles; it counts on codes rounded to the nearest, so none serves others best
+        rounds   of coordinate descent over tiles; it assumes codes rounded to the nearest, so 0 is best for other methods
         """
         if w is None or h is None:
             w, h = self._target()
-        return self._widened(search(self.layer, solve_minmax(self.weight, self.spec), w, h, rounds))
+        return self._widened(search_scales(self.layer, solve_minmax(self.weight, self.spec), w, h, rounds))
 
     def _target(self) -> tuple[Array, Array]:
         """Weights to round (float32) and Gram matrix, in its groups: centred if the bias takes mean errors, with a ridge.
-        The weights are fitted to the inputs of the quantized network where the whole Gram matrix is there: its diagonal
-        blocks alone would make up for the same error once each."""
-        seen, h = self.seen, self.seen.h.copy()
+        The weights are fitted to the inputs of the quantized network where the whole Gram matrix is known: with diagonal
+        blocks alone each block would compensate for the same error."""
+        statistics, h = self.statistics, self.statistics.h.copy()
         w = narrow(self.layer.matrix(self.weight), h).copy()
-        share = h.shape[1] / max(seen.count, 1)
+        share = h.shape[1] / max(statistics.count, 1)
         for part in _parts(w, h):
-            mean = seen.mean[part, None, :] if self.shift else 0.0
-            h[part] -= seen.mean[part, :, None] * mean
-            if isinstance(seen, Seen) and len(h) == self.layer.groups:
-                cross = seen.cross[part] - seen.output[part, :, None] * mean
+            mean = statistics.mean[part, None, :] if self.shift else 0.0
+            h[part] -= statistics.mean[part, :, None] * mean
+            if isinstance(statistics, LayerStatistics) and len(h) == self.layer.groups:
+                cross = statistics.cross[part] - statistics.output[part, :, None] * mean
                 w[part] = regress(w[part].astype(np.float64), h[part], cross, SHRINK_REGRESSION * share)
             h[part] = ridge(h[part], SHRINK_ROUNDING * share)
         return w, h
 
     def _mean(self) -> Array:
         """E[x] [groups, D] in the layer's own groups."""
-        return widen(self.seen.mean[:, None], (self.layer.matrix_shape[0], 1, self.layer.matrix_shape[2]))[:, 0]
+        return widen(self.statistics.mean[:, None], (self.layer.matrix_shape[0], 1, self.layer.matrix_shape[2]))[:, 0]
 
     def _output(self) -> Array:
         """E[y] [groups, outputs]."""
-        if isinstance(self.seen, Seen):
-            return self.seen.output
-        found: Array = np.einsum("god,gd->go", self.layer.matrix(self.weight), self._mean())
-        return found
+        if isinstance(self.statistics, LayerStatistics):
+            return self.statistics.output
+        output: Array = np.einsum("god,gd->go", self.layer.matrix(self.weight), self._mean())
+        return output
 
     def _widened(self, spec: QuantSpec) -> QuantSpec:
         return replace(spec, scale=np.maximum(np.asarray(spec.scale), self.floor).astype(np.float32))
 
 
-def problem(job: Job, layer: Layer, seen: Seen | Gram, shift: bool) -> Problem:
-    """The problem of a planned layer. Raises OnnxqError if its weight is not finite."""
-    weight = job.graph.constant(layer.weight)
-    if not np.isfinite(weight).all():
-        raise OnnxqError(f"layer '{layer.name}': its weight has NaN or Inf; the float model is broken.")
-    spec = replace(job.plan[layer.weight], codes=None, shift=None)
-    return Problem(layer, weight, spec, scale_floor(job, layer, spec), seen, shift and layer.takes_bias)
-
-
 def bias_shift(graph: Graph, layer: Layer, spec: QuantSpec, mean: Array) -> Array:
     """(W - Wq) E[x], the mean error of a layer's outputs [outputs] that its codes cause, from the mean of its input per
-    channel [inputs]. Padding is left out of account."""
+    channel [inputs]. Padding is ignored."""
     weight = graph.constant(layer.weight).astype(np.float64)
     error = layer.matrix(weight - weight_values(layer, spec))
     taps = int(np.prod(layer.shape[2:])) if layer.op == "Conv" else 1
@@ -161,9 +162,9 @@ def bias_shift(graph: Graph, layer: Layer, spec: QuantSpec, mean: Array) -> Arra
     return shift
 
 
-def unseen(layer: Layer, limit: int) -> Gram:
-    """What a layer sees where there are no data: inputs of equal power that know nothing of each other, so that the error of
-    the weights themselves counts.
+def white_inputs(layer: Layer, limit: int) -> Gram:
+    """The statistics of a layer without data: uncorrelated inputs of equal power, so that the error of the weights
+    themselves counts.
 
     limit   largest D in one piece, as for `Calibration.grams`
     """
@@ -176,29 +177,29 @@ def unseen(layer: Layer, limit: int) -> Gram:
 
 def solvable(job: Job) -> list[Layer]:
     """Planned layers that have a matrix form."""
-    return [y for y in job.graph.layers if y.weight in job.plan and y.op != "ConvTranspose"]
+    return [layer for layer in Planned.of(job).layers if layer.op != "ConvTranspose"]
 
 
 def float_inputs(job: Job, layers: Sequence[Layer], positions: int, limit: int) -> Iterator[list[tuple[Layer, Gram]]]:
-    """What layers see in the float network, a batch of layers at a time: as many as fit half a gigabyte of Gram matrices,
-    each batch one run over the data."""
+    """What layers read in the float network, a batch of layers at a time: as many as fit into half a gigabyte of Gram
+    matrices, each batch in one run over the data."""
     batch: list[Layer] = []
-    held = 0
+    size = 0  # bytes of its Gram matrices
     for layer in [*layers, None]:
-        size = 0
+        more = 0
         if layer is not None:
             width = int(np.prod(layer.shape)) // layer.channels
-            size = 8 * layer.groups * width * width // blocks(width, limit)
-        if batch and (layer is None or held + size > _GRAMS):
+            more = 8 * layer.groups * width * width // blocks(width, limit)
+        if batch and (layer is None or size + more > _GRAMS):
             grams = job.calibration.grams(batch, positions, limit)
             yield [(one, grams.pop(one.name)) for one in batch]
-            batch, held = [], 0
+            batch, size = [], 0
         if layer is not None:
             batch.append(layer)
-            held += size
+            size += more
 
 
 def _parts(w: Array, h: Array) -> list[slice]:
-    """The groups in runs that keep the solvers' arrays small."""
+    """The groups in slices that keep the solvers' arrays small."""
     count = max(1, _AT_ONCE // max(w[0].size, h[0].size))
     return [slice(first, first + count) for first in range(0, len(w), count)]

@@ -6,34 +6,26 @@ from collections.abc import Sequence
 
 from onnxq_plugins.job import Job
 from onnxq_plugins.layers.complete import activation_spec
-from onnxq_plugins.spec import QuantSpec
 
 
 def narrow_ranges(job: Job, sums: Sequence[Sequence[str]]) -> None:
-    """Leave out of the range of a term what the range of the result cuts off anyway: with the others within [-r, r], it is
-    enough to know it between low - r and high + r. Behind a Relu, half of a term's values, and more behind a Relu6. Terms
-    without anything to cut off stay open; without calibration data, all.
+    """Narrow the range of a term where that of the result clips the sum anyway: with the other terms within [-r, r], values
+    between low - r and high + r suffice. That leaves out half of a term's values behind a Relu, and more behind a Relu6.
+    Terms with nothing to leave out stay open; without calibration data all do.
 
-    sums   for each: names of the n terms, of the sums of the last n - 1, n - 2, ... 2, and of the result, all planned.
-           The result is what is kept of the sum, perhaps behind a Relu or Clip
+    sums   for each: names of the n terms, of the sums of the last n - 1, n - 2, ... 2, and of the result, all planned. The
+           result may lie behind a Relu or Clip
     """
     if not sums or not job.calibration.ready:
         return
     exact = job.calibration.ranges(sorted({name for names in sums for name in names}))
     for *terms, result in sums:
-        low, high = limits(job.plan[result]) if job.plan[result].solved else exact[result]
+        low, high = job.plan[result].value_range if job.plan[result].solved else exact[result]
         orders = terms[: (len(terms) + 2) // 2]  # then the partial sums, from the second term on, the third ...
         reach = [max(map(abs, exact[name])) for name in orders]
         for i, name in enumerate(terms):
             rest = sum(reach[j] for j in range(len(orders)) if (j != i if i < len(orders) else j < i - len(orders) + 1))
             lo, hi = exact[name]
             if low - rest < high + rest and (lo < low - rest or hi > high + rest):
-                kept = min(max(lo, low - rest), 0.0), max(min(hi, high + rest), 0.0)
-                job.plan |= {name: activation_spec(kept, job.plan[name])}
-
-
-def limits(spec: QuantSpec) -> tuple[float, float]:
-    """The smallest and the largest value of a solved activation."""
-    assert spec.scale is not None and spec.zero_point is not None
-    first, last = spec.grid
-    return float(spec.scale * (first - spec.zero_point)), float(spec.scale * (last - spec.zero_point))
+                ends = min(max(lo, low - rest), 0.0), max(min(hi, high + rest), 0.0)
+                job.plan |= {name: activation_spec(ends, job.plan[name])}

@@ -1,16 +1,16 @@
 """One streaming sweep through the float and the quantized network side by side, layer by layer.
 
 Learned rounding does better when a layer knows the inputs it will really get: those of the quantized layers before it.
-Running the network anew for each layer would cost layers x samples runs. Instead every sample's live activations are held
-at the present layer; a step runs only the operators between one layer and the next, float and quantized, so that the whole
-sweep costs one run of each network. The quantized operators come from the exporter: what is measured is what ships.
-"""
+Running the whole network for each layer would cost layers x samples runs. Instead every sample's live activations are kept
+at the current layer; a step runs only the operators between one layer and the next, float and quantized, so that the whole
+sweep costs one run of each network. The quantized operators come from the exporter: what is measured is what ships."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,9 @@ from onnxq_plugins.spec import Array
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """What one layer sees in the quantized network, over `count` patches x, and what it should answer, y (the float
-    layer's output without its bias). float64.
+class LayerStatistics:
+    """What one layer reads in the quantized network, over `count` patches x, and what it should answer, y (the float layer's
+    output without its bias). float64.
 
     h       E[x x^T] [groups, D, D]; block-diagonal, as more groups, where D is above the limit (see `Gram`)
     mean    E[x] [groups, D]
@@ -53,17 +53,17 @@ class _Network:
 
     proto: onnx.ModelProto
     floats: Mapping[str, Array]  # large constants by name
-    live: dict[str, list[Array]]  # tensor -> one array a sample
+    live: dict[str, list[Array]]  # tensor -> one array per sample
+    samples: int
     dequantizers: dict[str, onnx.NodeProto] = field(default_factory=dict)  # output -> node: copied to where it is read
 
-    def piece(self, nodes: list[onnx.NodeProto], made: Iterable[TensorProto], keep: set[str]) -> _Piece | None:
-        """The operators as a model of their own that yields what is to be kept; None if that is nothing."""
-        small = {t.name: t for t in (*self.proto.graph.initializer, *made)}
-        nodes = list(nodes)
+    def step(self, nodes: list[onnx.NodeProto], constants: Iterable[TensorProto], keep: set[str]) -> _Step:
+        """The operators as a model of their own that yields what is to be kept."""
+        small = {t.name: t for t in (*self.proto.graph.initializer, *constants)}
         produced = {o for n in nodes for o in n.output}
         outputs = [name for name in dict.fromkeys(o for n in nodes for o in n.output) if name in keep]
         if not outputs:
-            return None
+            return _Step(self, keep)
         nodes = _needed(nodes, set(outputs))
         copied: dict[str, onnx.NodeProto] = {}
         for node in nodes:
@@ -72,36 +72,47 @@ class _Network:
                     copied[name] = self.dequantizers[name]
         nodes = [*copied.values(), *nodes]
         produced = {o for n in nodes for o in n.output}
-        wanted = dict.fromkeys(name for n in nodes for name in reads(n) if name not in produced)
-        inputs = [name for name in wanted if name in self.live]
+        needed = dict.fromkeys(name for n in nodes for name in reads(n) if name not in produced)
+        inputs = [name for name in needed if name in self.live]
         graph = helper.make_graph(
             nodes,
-            "piece",
+            "step",
             [_describe(name, self.live[name]) for name in inputs],
             [helper.make_empty_tensor_value_info(name) for name in outputs],
-            [small[name] for name in wanted if name in small],
+            [small[name] for name in needed if name in small],
         )
         model = helper.make_model(graph, opset_imports=self.proto.opset_import, functions=list(self.proto.functions))
         model.ir_version = self.proto.ir_version
-        weights = {name: self.floats[name] for name in wanted if name in self.floats}
-        return _Piece(runtimes.session(model, weights=weights, lean=True, arena=False), inputs, outputs)
-
-    def advance(self, piece: _Piece | None, sample: int, keep: set[str]) -> None:
-        """Run a piece on one sample and forget what nobody reads any more."""
-        if piece is not None:
-            values = runtimes.run(piece.session, {name: self.live[name][sample] for name in piece.inputs})
-            for name, value in zip(piece.outputs, values, strict=True):
-                self.live[name][sample] = value
-        for name, values in self.live.items():
-            if name not in keep:
-                values[sample] = _GONE
+        weights = {name: self.floats[name] for name in needed if name in self.floats}
+        session = runtimes.session(model, weights=weights, lean=True, arena=False)
+        self.live |= {name: [_GONE] * self.samples for name in outputs}
+        return _Step(self, keep, session, inputs, outputs)
 
 
 @dataclass(frozen=True)
-class _Piece:
-    session: Any
-    inputs: list[str]
-    outputs: list[str]
+class _Step:
+    """From one layer to the next in one of the two networks; without a session there is nothing to run."""
+
+    network: _Network
+    keep: set[str]
+    session: Any = None
+    inputs: Sequence[str] = ()
+    outputs: Sequence[str] = ()
+
+    def run(self, sample: int) -> None:
+        """Advance one sample, and drop its activations that no later operator reads."""
+        live = self.network.live
+        if self.session is not None:
+            values = runtimes.run(self.session, {name: live[name][sample] for name in self.inputs})
+            for name, value in zip(self.outputs, values, strict=True):
+                live[name][sample] = value
+        for name, values in live.items():
+            if name not in self.keep:
+                values[sample] = _GONE
+
+    def finish(self) -> None:
+        """Forget the tensors that no later operator reads."""
+        self.network.live = {name: values for name, values in self.network.live.items() if name in self.keep}
 
 
 _GONE = np.empty(0)
@@ -109,66 +120,61 @@ _GONE = np.empty(0)
 
 def sweep(
     job: Job, layers: Iterable[Layer], positions: int = 256, limit: int = 4608, samples: int = 256
-) -> Iterator[tuple[Layer, Seen]]:
-    """Yield each of the planned `layers` with what it sees, in topological order; solve it in `job.plan` before asking for
+) -> Iterator[tuple[Layer, LayerStatistics]]:
+    """Yield each of the planned `layers` with its statistics, in topological order; solve it in `job.plan` before asking for
     the next. All other entries of the plan must be solved.
 
     positions   patches per sample at most
     limit       largest D with a full Gram matrix
-    samples     of the data at most, evenly spread; a note in the report tells if there are more
+    samples     of the data at most, evenly spaced; if there are more, a note in the report says so
 
     Holds one layer's Gram matrix and, for each sample, the activations alive at that layer.
     """
-    wanted = {layer.name for layer in layers}
+    pending = {layer.name for layer in layers}
     if job.calibration.data is None:
         raise OnnxqError("rounding by what layers see needs sample inputs, and there are none; give data (--data PATH).")
-    feeds = _choose(job, job.calibration.data, samples)
+    feeds = _select(job, job.calibration.data, samples)
     floats: dict[str, Array] = {}
     proto = job.graph.model(floats)
     nodes = list(proto.graph.node)
-    at = {node.name: i for i, node in enumerate(nodes)}
-    starts = {name: [s[name] for s in feeds] for name in job.graph.inputs}
-    exact = _Network(proto, floats, {name: list(values) for name, values in starts.items()})
+    place = {node.name: i for i, node in enumerate(nodes)}
+    inputs = {name: [feed[name] for feed in feeds] for name in job.graph.inputs}
+    exact = _Network(proto, floats, {name: list(values) for name, values in inputs.items()}, len(feeds))
     writer = Writer(job.graph, job.plan, job.target)
-    rounded = _Network(writer.model, writer.floats, starts)
-    cut, written = 0, 0
+    rounded = _Network(writer.model, writer.floats, inputs, len(feeds))
+    start, written = 0, 0
     for layer in writer.layer_by_layer():
-        if layer.name not in wanted:
+        if layer.name not in pending:
             writer.plan = job.plan
             continue
-        end = at[layer.name] + 1
-        keep = _pending(nodes, end) | {layer.output}
-        float_piece = exact.piece(nodes[cut:end], (), keep)
-        fresh = writer.nodes[written:]
-        rounded.dequantizers |= {
-            n.output[0]: n for n in fresh if n.op_type == "DequantizeLinear" and n.input[0] in _produced(fresh)
-        }
-        keep_codes = _sources(writer, nodes, end - 1, rounded.dequantizers)
-        code_piece = rounded.piece(fresh, writer.made, keep_codes)
-        for network, piece in ((exact, float_piece), (rounded, code_piece)):
-            for name in piece.outputs if piece is not None else ():
-                network.live[name] = [_GONE] * len(feeds)
-        seen = _Sums(job, writer, layer, rounded, positions, limit)
-
-        def some(
-            numbers: range, steps: Any = ((exact, float_piece, keep), (rounded, code_piece, keep_codes)), look: _Sums = seen
-        ) -> list[Array]:
-            for network, piece, kept in steps:
-                for sample in numbers:
-                    network.advance(piece, sample, kept)
-            return look.products(numbers, exact.live)
-
+        end = place[layer.name] + 1
+        new = writer.builder.nodes[written:]
+        quantizers = {n.output[0] for n in new if n.op_type == "QuantizeLinear"}
+        rounded.dequantizers |= {n.output[0]: n for n in new if n.op_type == "DequantizeLinear" and n.input[0] in quantizers}
+        steps = (
+            exact.step(nodes[start:end], (), _pending(nodes, end) | {layer.output}),
+            rounded.step(new, writer.builder.constants, _sources(writer, nodes, end - 1, rounded.dequantizers)),
+        )
+        sums = _Sums(job, writer, layer, rounded, positions, limit)
         with runtimes.blas(1):  # the workers are threads with a product each
-            for part in map_threads(some, seen.parts(len(feeds)), job.workers):
-                seen.add(part)
-        for network, kept in ((exact, keep), (rounded, keep_codes)):
-            network.live = {name: values for name, values in network.live.items() if name in kept}
-        cut, written = end, len(writer.nodes)
-        yield layer, seen.result()
+            for part in map_threads(partial(_advance, steps, sums, exact), sums.parts(len(feeds)), job.workers):
+                sums.add(part)
+        for step in steps:
+            step.finish()
+        start, written = end, len(writer.builder.nodes)
+        yield layer, sums.result()
         writer.plan = job.plan
-        wanted.discard(layer.name)
-        if not wanted:
+        pending.discard(layer.name)
+        if not pending:
             return
+
+
+def _advance(steps: Iterable[_Step], sums: _Sums, exact: _Network, numbers: range) -> list[Array]:
+    """Take some samples through the steps; the products of a layer that follow."""
+    for step in steps:
+        for sample in numbers:
+            step.run(sample)
+    return sums.products(numbers, exact.live)
 
 
 class _Sums:
@@ -179,18 +185,19 @@ class _Sums:
         self.inputs = int(np.prod(layer.shape)) // layer.channels
         self.positions = min(positions, max(64, self.inputs))
         key = Planned.of(job).input(layer)
-        self.spec = job.plan[key] if key else None
+        self.spec = job.plan[key] if key else None  # of the input
         self.source = _source(writer, layer.name, layer.input, network.dequantizers)
         self.bias = job.graph.constant(layer.bias).reshape(layer.groups, -1, 1) if layer.bias is not None else None
         self.sums: list[Array] = []
 
     def parts(self, samples: int) -> list[range]:
-        """The samples in runs that make about a thousand patches, or fewer long ones: fewer and larger products."""
+        """The samples in runs of about a thousand patches, or fewer long ones: few large products rather than many small
+        ones."""
         step = max(1, min(1024, 2**22 // (self.inputs * self.layer.groups)) // self.positions)
         return [range(first, min(first + step, samples)) for first in range(0, samples, step)]
 
     def products(self, numbers: range, exact: Mapping[str, list[Array]]) -> list[Array]:
-        """Sums over the patches of some samples: x x^T, x, y x^T, y, their number."""
+        """Sums over the patches of some samples: x x^T, x, y x^T, y, and their number."""
         x, y = (np.concatenate(part, axis=2) for part in zip(*(self._columns(n, exact) for n in numbers), strict=True))
         pieces = split(x, self.limit)
         return [
@@ -219,30 +226,29 @@ class _Sums:
         for into, part in zip(self.sums, products, strict=True):
             into += part
 
-    def result(self) -> Seen:
+    def result(self) -> LayerStatistics:
         h, mean, cross, output, count = self.sums
         for part in (h, mean, cross, output):
             part /= max(float(count), 1.0)
-        found = Seen(h, mean, cross, output, int(count))
-        if not all(np.isfinite(part).all() for part in (found.mean, found.output)):
+        if not all(np.isfinite(part).all() for part in (mean, output)):
             raise OnnxqError(
                 f"layer '{self.layer.name}' reads or writes values that are not finite (NaN or Inf) on the "
                 "given data: the float model itself overflows there."
             )
-        return found
+        return LayerStatistics(h, mean, cross, output, int(count))
 
 
-def _choose(job: Job, data: Data, most: int) -> list[dict[str, Array]]:
-    """At most so many samples: evenly spread where their number is known, else the first."""
-    step = 1 if data.size is None else max(1, -(-data.size // most))
-    found = list(itertools.islice(data, 0, None if step > 1 else most + 1, step))
-    if step > 1 or len(found) > most:
-        job.report.setdefault("notes", []).append(
-            f"layers were solved on {len(found[:most])} of "
-            f"{data.size or 'more'} samples, as many as round.samples allows: "
+def _select(job: Job, data: Data, limit: int) -> list[dict[str, Array]]:
+    """At most this many samples: evenly spaced where their number is known, else the first."""
+    step = 1 if data.size is None else max(1, -(-data.size // limit))
+    feeds = list(itertools.islice(data, 0, None if step > 1 else limit + 1, step))
+    used = feeds[:limit]
+    if step > 1 or len(feeds) > limit:
+        job.note(
+            f"layers were solved on {len(used)} of {data.size or 'more'} samples, as many as round.samples allows: "
             "their activations are held"
         )
-    return found[:most]
+    return used
 
 
 def reads(node: onnx.NodeProto) -> list[str]:
@@ -258,20 +264,15 @@ def _pending(nodes: list[onnx.NodeProto], start: int) -> set[str]:
 def _sources(
     writer: Writer, nodes: list[onnx.NodeProto], start: int, dequantizers: Mapping[str, onnx.NodeProto]
 ) -> set[str]:
-    """What the quantized forms of the operators from `start` on read of what is written so far."""
+    """What the quantized forms of the operators from `start` on read of the tensors written so far."""
     return {_source(writer, node.name, name, dequantizers) for node in nodes[start:] for name in reads(node)}
 
 
 def _source(writer: Writer, node: str, name: str, dequantizers: Mapping[str, onnx.NodeProto]) -> str:
-    """The tensor behind what an operator's quantized form reads as `name`: its codes, where it has some."""
+    """The tensor behind what an operator's quantized form reads as `name`: its codes, if it has any."""
     if name in writer.dequantized and writer.reads_codes(node, name):
         name = writer.dequantized[name]
     return str(dequantizers[name].input[0]) if name in dequantizers else name
-
-
-def _produced(nodes: Iterable[onnx.NodeProto]) -> set[str]:
-    """Outputs of QuantizeLinear: the codes of activations."""
-    return {n.output[0] for n in nodes if n.op_type == "QuantizeLinear"}
 
 
 def _needed(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
@@ -285,7 +286,7 @@ def _needed(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodePro
 
 
 def _describe(name: str, values: list[Array]) -> onnx.ValueInfoProto:
-    """Type and shape of a live tensor; axes in which samples differ stay open."""
+    """Type and shape of a live tensor; dynamic if samples differ in shape."""
     shapes = {v.shape for v in values}
     first = values[0]
     shape = list(first.shape) if len(shapes) == 1 else [None] * first.ndim

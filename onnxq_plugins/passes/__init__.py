@@ -1,68 +1,26 @@
-"""Built-in passes, one algorithm a file."""
+"""Built-in passes, one algorithm per file. A new one needs its import here, and nothing else in the package."""
 
-from onnxq_plugins.job import Pass
-from onnxq_plugins.passes.absorb_bias import AbsorbBias
-from onnxq_plugins.passes.bias_correct import BiasCorrect
-from onnxq_plugins.passes.bound_accumulator import BoundAccumulator
-from onnxq_plugins.passes.coding_length import CodingLength
-from onnxq_plugins.passes.data_free import DataFree
-from onnxq_plugins.passes.equalize import Equalize
-from onnxq_plugins.passes.mixed_precision import MixedPrecision
-from onnxq_plugins.passes.orthogonality import Orthogonality
-from onnxq_plugins.passes.ranges import Ranges
-from onnxq_plugins.passes.reorder import Reorder
-from onnxq_plugins.passes.residual_ensemble import ResidualEnsemble
-from onnxq_plugins.passes.residual_expansion import ResidualExpansion
-from onnxq_plugins.passes.round import Round
-from onnxq_plugins.passes.scale_inputs import ScaleInputs
-from onnxq_plugins.passes.shift_equalize import ShiftEqualize
-from onnxq_plugins.passes.split_weights import SplitWeights
-from onnxq_plugins.passes.sub_layer import SubLayer
-from onnxq_plugins.passes.subtensor import Subtensor
-from onnxq_plugins.passes.vector_scale import VectorScale
+from onnxq_plugins.job import Pass as Pass
+from onnxq_plugins.passes.absorb_bias import AbsorbBias as AbsorbBias
+from onnxq_plugins.passes.bias_correct import BiasCorrect as BiasCorrect
+from onnxq_plugins.passes.bound_accumulator import BoundAccumulator as BoundAccumulator
+from onnxq_plugins.passes.coding_length import CodingLength as CodingLength
+from onnxq_plugins.passes.data_free import DataFree as DataFree
+from onnxq_plugins.passes.equalize import Equalize as Equalize
+from onnxq_plugins.passes.mixed_precision import MixedPrecision as MixedPrecision
+from onnxq_plugins.passes.orthogonality import Orthogonality as Orthogonality
+from onnxq_plugins.passes.ranges import Ranges as Ranges
+from onnxq_plugins.passes.reorder import Reorder as Reorder
+from onnxq_plugins.passes.residual_ensemble import ResidualEnsemble as ResidualEnsemble
+from onnxq_plugins.passes.residual_expansion import ResidualExpansion as ResidualExpansion
+from onnxq_plugins.passes.round import Round as Round
+from onnxq_plugins.passes.scale_inputs import ScaleInputs as ScaleInputs
+from onnxq_plugins.passes.shift_equalize import ShiftEqualize as ShiftEqualize
+from onnxq_plugins.passes.split_weights import SplitWeights as SplitWeights
+from onnxq_plugins.passes.sub_layer import SubLayer as SubLayer
+from onnxq_plugins.passes.subtensor import Subtensor as Subtensor
+from onnxq_plugins.passes.vector_scale import VectorScale as VectorScale
 
-BUILTIN: tuple[type[Pass], ...] = (
-    AbsorbBias,
-    BiasCorrect,
-    BoundAccumulator,
-    CodingLength,
-    DataFree,
-    Equalize,
-    MixedPrecision,
-    Orthogonality,
-    Ranges,
-    Reorder,
-    ResidualEnsemble,
-    ResidualExpansion,
-    Round,
-    ScaleInputs,
-    ShiftEqualize,
-    SplitWeights,
-    SubLayer,
-    Subtensor,
-    VectorScale,
+BUILTIN: tuple[type[Pass], ...] = tuple(
+    value for value in list(globals().values()) if isinstance(value, type) and issubclass(value, Pass) and value is not Pass
 )
-
-__all__ = [
-    "BUILTIN",
-    "AbsorbBias",
-    "BiasCorrect",
-    "BoundAccumulator",
-    "CodingLength",
-    "DataFree",
-    "Equalize",
-    "MixedPrecision",
-    "Orthogonality",
-    "Pass",
-    "Ranges",
-    "Reorder",
-    "ResidualEnsemble",
-    "ResidualExpansion",
-    "Round",
-    "ScaleInputs",
-    "ShiftEqualize",
-    "SplitWeights",
-    "SubLayer",
-    "Subtensor",
-    "VectorScale",
-]

@@ -10,11 +10,11 @@ import numpy as np
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import Gram
-from onnxq_plugins.export.storage import int8_codes
+from onnxq_plugins.export.weights import int8_codes
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.layers.complete import complete
-from onnxq_plugins.layers.problem import float_inputs, problem, unseen
+from onnxq_plugins.layers.problem import Problem, float_inputs, white_inputs
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.solvers.accumulator import limit_of, within
 from onnxq_plugins.solvers.accumulator import width as widths
@@ -91,7 +91,7 @@ class BoundAccumulator(Pass):
     def _seen(self, job: Job, layers: list[Layer]) -> Iterator[tuple[Layer, Gram]]:
         """What each layer sees in the float network."""
         if job.calibration.data is None:
-            yield from ((layer, unseen(layer, self.limit)) for layer in layers)
+            yield from ((layer, white_inputs(layer, self.limit)) for layer in layers)
         else:
             for batch in float_inputs(job, layers, self.positions, self.limit):
                 yield from batch
@@ -101,7 +101,7 @@ class BoundAccumulator(Pass):
         spec, limit = job.plan[layer.weight], limit_of(self.bits, _largest_input(job, layer))
         assert spec.codes is not None
         kept = within(layer.matrix(spec.codes), limit).reshape(-1)
-        found, loss, rows = problem(job, layer, seen, job.calibration.data is not None).bound(spec.codes, limit)
+        found, loss, rows = Problem.of(job, layer, seen, job.calibration.data is not None).bound(spec.codes, limit)
         if spec.shift is not None:
             new = 0.0 if found.shift is None else found.shift
             found = replace(found, shift=np.where(kept, spec.shift, new).astype(np.float32))

@@ -80,8 +80,8 @@ class DataFree(Pass):
         if source == "statistics":
             starts = {name: one.distribution for name, one in made.items() if one.distribution is not None}
             job.calibration = Expected(graph, data, starts, self.deviations, **settings)
-        elif not any(one.source.startswith("fractals") for one in made.values()):
-            source = "noise"  # no input is an image
+        elif not any(one.image for one in made.values()):
+            source = "noise"
         told: dict[str, Any] = {"source": source, "inputs": {name: one.source for name, one in made.items()}}
         inputs = "; ".join(f"'{name}': {text}" for name, text in told["inputs"].items())
         job.note(f"calibrated without data, by {source}; inputs: {inputs}")

@@ -12,7 +12,7 @@ import numpy as np
 from onnxq_plugins.calibration import channel_axis
 from onnxq_plugins.graph import ChannelGroup, Graph, Member, channel_groups, clip_maximum, rescale
 from onnxq_plugins.job import Job, Pass, Stage
-from onnxq_plugins.search.trial import Trial
+from onnxq_plugins.search.preview import Preview
 from onnxq_plugins.solvers.equalize import Place, equalize
 from onnxq_plugins.spec import Array
 
@@ -103,26 +103,26 @@ class Equalize(Pass):
 
     def _by_activations(self, job: Job, groups: list[ChannelGroup], bounds: list[Bounds]) -> dict[str, Any]:
         """Try the exponents group by group, those with the most uneven channels first, and keep what lowers the error."""
-        trial = Trial(job, self.samples)
+        preview = Preview(job, self.samples)
         spreads = {
             i: spread
             for i, group in enumerate(groups)
-            if (bounds[i][0] < bounds[i][1]).any() and (spread := _spread(trial, group)) is not None
+            if (bounds[i][0] < bounds[i][1]).any() and (spread := _spread(preview, group)) is not None
         }
-        before = best = trial.sqnr()
+        before = best = preview.sqnr()
         kept = {}
         for i in job.track(sorted(spreads, key=lambda i: float(np.median(spreads[i]))), "equalizing", len(spreads)):
             group, chosen = groups[i], None
             for e in self.exponents:
                 factors = self._rounded(np.clip(spreads[i] ** -e, *bounds[i]), bounds[i])
-                attempt = trial.fork()
+                attempt = preview.fork()
                 with _rescaled(job.graph, group, factors):
                     attempt.rescaled(group, factors)
                     found = attempt.sqnr()
                 if found > best + _LEAST:
                     best, chosen = found, (e, factors, attempt)
             if chosen is not None:
-                kept[group.tensors[0]], factors, trial = chosen
+                kept[group.tensors[0]], factors, preview = chosen
                 rescale(job.graph, group, factors)
         return {"equalized": len(kept), "exponents": kept, "sqnr_before_and_after": [round(before, 2), round(best, 2)]}
 
@@ -177,15 +177,15 @@ def _rescaled(graph: Graph, group: ChannelGroup, factors: Array) -> Iterator[Non
     graph.batchnorms, graph.touched = batchnorms, touched
 
 
-def _spread(trial: Trial, group: ChannelGroup) -> Array | None:
+def _spread(preview: Preview, group: ChannelGroup) -> Array | None:
     """Largest |value| of each channel relative to the largest of all, over the group's planned activations [channels]; None
     where nothing is to be gained, or could not be measured."""
-    if not trial.follows(group):
+    if not preview.follows(group):
         return None
     sizes = []
     for member in group.members:
-        if not member.constant and member.tensor in trial.ranges:
-            low, high = trial.ranges[member.tensor]
+        if not member.constant and member.tensor in preview.ranges:
+            low, high = preview.ranges[member.tensor]
             size = np.maximum(np.abs(low), np.abs(high))[member.index].max(axis=1)
             sizes.append(size / max(float(size.max()), 1e-30))
     if not sizes:

@@ -13,6 +13,7 @@ from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.job import Job, Metric, Pass, Service
 from onnxq_plugins.measure.metrics import chance, mean_sqnr, metric, metric_name, top1
 from onnxq_plugins.measure.networks import Measure
+from onnxq_plugins.runtimes.machine import machine_name
 from onnxq_plugins.search import latency
 from onnxq_plugins.search.quantizers import FLOAT_BITS, Width, parse_widths
 from onnxq_plugins.search.widths import ALONE, Budget, Choice, Widths, sample
@@ -273,7 +274,7 @@ class _Search:
             "ms_of_8_bits": round(eight, 4),
             "rounds": widths.times.rounds,
             "networks": [{"ms": round(a, 4), "predicted_ms": round(b, 4)} for a, b in widths.times.networks],
-            "machine": latency.machine(),
+            "machine": machine_name(),
         }
 
     def whole(self, choice: Choice) -> Plan:

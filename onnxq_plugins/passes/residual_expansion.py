@@ -13,7 +13,7 @@ from onnxq_plugins.graph.flow import activation_inputs, maker_of
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.layers.problem import float_inputs
-from onnxq_plugins.layers.sums import limits, narrow_ranges
+from onnxq_plugins.layers.sums import narrow_ranges
 from onnxq_plugins.measure import IDENTICAL
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import pinned, weight_request
@@ -426,5 +426,5 @@ def _span(spec: QuantSpec, exact: tuple[float, float]) -> tuple[float, float]:
     if not spec.solved:
         return exact
     half = 0.501 * float(np.asarray(spec.scale))
-    low, high = (e if abs(e - chosen) <= half else chosen for e, chosen in zip(exact, limits(spec), strict=True))
+    low, high = (e if abs(e - chosen) <= half else chosen for e, chosen in zip(exact, spec.value_range, strict=True))
     return low, high

@@ -13,7 +13,7 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass, Service
 from onnxq_plugins.layers.complete import complete_ranges, complete_weight
-from onnxq_plugins.layers.problem import float_inputs, problem, solvable
+from onnxq_plugins.layers.problem import Problem, float_inputs, solvable
 from onnxq_plugins.layers.sweep import sweep
 from onnxq_plugins.parallel import run_all
 from onnxq_plugins.solvers.rounding import Effort, Method
@@ -86,14 +86,16 @@ class Round(Pass):
         if self.sequential:
             seen_layers = sweep(job, layers, self.positions, self.limit, self.samples)
             for layer, seen in job.track(seen_layers, "rounding", len(layers)):
-                one = problem(job, layer, seen, self.shift)
+                one = Problem.of(job, layer, seen, self.shift)
                 with runtimes.blas(job.workers if _cost(layer) > _LARGE else 1):
                     keep(layer, one.solve(self.method, efforts[layer.name], self.search))
         else:
             for batch in float_inputs(job, layers, self.positions, self.limit):
                 solved = run_all(
                     (
-                        partial(problem(job, layer, gram, self.shift).solve, self.method, efforts[layer.name], self.search)
+                        partial(
+                            Problem.of(job, layer, gram, self.shift).solve, self.method, efforts[layer.name], self.search
+                        )
                         for layer, gram in batch
                     ),
                     job.workers,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from onnxq_plugins.graph import Layer, replace_with_sum
-from onnxq_plugins.graph.rewrites import centre_of, centre_pads
+from onnxq_plugins.graph.rewrites import centre_of, centre_problem
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.layers.sums import narrow_ranges
 from onnxq_plugins.measure import IDENTICAL
@@ -126,10 +126,8 @@ def _unfit(job: Job, layer: Layer) -> str:
     spec, target = job.plan[layer.weight], job.target
     if layer.op != "Conv" or int(np.prod(layer.shape[2:])) == 1:
         return "only convolutions with a kernel larger than 1 have a centre among other taps"
-    try:
-        centre_pads(job.graph, layer)
-    except ValueError as error:
-        return str(error).partition(": ")[2]
+    if problem := centre_problem(job.graph, layer):
+        return problem
     if spec.solved:
         return "its scales are solved"
     weight = job.graph.constant(layer.weight)

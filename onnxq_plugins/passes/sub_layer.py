@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.job import Job, Pass
-from onnxq_plugins.layers.problem import DESCENT, float_inputs, problem, solvable
+from onnxq_plugins.layers.problem import DESCENT, Problem, float_inputs, solvable
 from onnxq_plugins.parallel import run_all
 
 
@@ -54,7 +54,7 @@ class SubLayer(Pass):
         layers = [y for y in solvable(job) if not job.plan[y.weight].solved]
         tiles, multipliers = 0, 0
         for batch in float_inputs(job, layers, self.positions, self.limit):
-            problems = [problem(job, layer, gram, self.shift) for layer, gram in batch]
+            problems = [Problem.of(job, layer, gram, self.shift) for layer, gram in batch]
             with runtimes.blas(1):
                 solved = list(run_all((partial(one.scaled, rounds=self.rounds) for one in problems), job.workers))
             for one, spec in zip(problems, solved, strict=True):

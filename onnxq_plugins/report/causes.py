@@ -9,7 +9,6 @@ import numpy as np
 from onnxq_plugins.calibration import Histogram
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.passes import BiasCorrect, Equalize, Ranges, ScaleInputs, ShiftEqualize, SplitWeights
-from onnxq_plugins.report.layer_errors import grid
 from onnxq_plugins.report.remedies import (
     Remedy,
     Scene,
@@ -58,7 +57,7 @@ class Activation:
     @property
     def grid(self) -> tuple[float, float]:
         """Lowest and highest value that the codes stand for."""
-        return grid(self.spec)
+        return self.spec.value_range
 
     def percentiles(self, percent: float) -> tuple[float, float]:
         """The values that leave so many percent out at either end."""
@@ -70,7 +69,7 @@ class Activation:
     @property
     def clipped(self) -> float:
         """Share of the values beyond the grid, 0..1."""
-        low, high = grid(self.spec)
+        low, high = self.grid
         half = float(np.asarray(self.spec.scale)) / 2
         out = (self.histogram.centers < low - half) | (self.histogram.centers > high + half)
         return float(self.histogram.counts[out].sum() / max(self.histogram.counts.sum(), 1.0))
@@ -78,7 +77,7 @@ class Activation:
     @property
     def deviations(self) -> float:
         """Standard deviations that the codes reach across."""
-        h, (low, high) = self.histogram, grid(self.spec)
+        h, (low, high) = self.histogram, self.grid
         total = max(h.counts.sum(), 1.0)
         mean = float(h.centers @ h.counts / total)
         spread = float(np.sqrt(max(float((h.centers - mean) ** 2 @ h.counts / total), 0.0)))
@@ -87,7 +86,7 @@ class Activation:
     def noise(self, low: float, high: float) -> tuple[float, float]:
         """Mean square error of this activation's grid over another range: by rounding, and by clipping."""
         spec = from_range(low, high, self.spec.request())
-        (first, last), step = grid(spec), float(np.asarray(spec.scale))
+        (first, last), step = spec.value_range, float(np.asarray(spec.scale))
         h, total = self.histogram, max(self.histogram.counts.sum(), 1.0)
         over = np.maximum(np.maximum(first - h.centers, h.centers - last), 0.0)
         over = np.where(over > step / 2 + (h.high - h.low) / len(h.counts), over, 0.0)  # what the bins can tell

@@ -15,7 +15,8 @@ from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.graph import Layer, channel_groups
 from onnxq_plugins.graph.flow import activation_inputs, maker_of, readers
 from onnxq_plugins.job import Outcome
-from onnxq_plugins.measure.metrics import Measure, sqnr
+from onnxq_plugins.measure.metrics import mean_sqnr
+from onnxq_plugins.measure.networks import Measure
 from onnxq_plugins.parallel import Track, cores, silent
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import request, rule_keys
@@ -280,14 +281,14 @@ def diagnose(
     feeds = data.spread(samples)
     small = Data(data.inputs, lambda: iter(feeds), data.where, len(feeds))
     quantized = runtimes.outputs(runtimes.session(result.model), feeds)
-    whole = sqnr(runtimes.outputs(runtimes.session(graph.model()), feeds), quantized)
+    whole = mean_sqnr(runtimes.outputs(runtimes.session(graph.model()), feeds), quantized)
     measure = Measure(graph, ALONE, few := feeds[:: -(-len(feeds) // _ALONE)], coded=planned.coded)
-    noise = sqnr(measure.samples.reference, runtimes.outputs(runtimes.session(result.model), few))
+    noise = mean_sqnr(measure.samples.reference, runtimes.outputs(runtimes.session(result.model), few))
     activations = _activations(planned, small, workers)
     layers = _layers(result, feeds, activations)
     asked = sorted((y for y in layers if y.own is not None), key=lambda y: y.badness)[:alone]
     plans = [_alone(result, y) for y in asked]
-    scores = track(measure.scores(plans, [sqnr], workers), "layers alone", len(plans))
+    scores = track(measure.scores(plans, [mean_sqnr], workers), "layers alone", len(plans))
     found = {y.name: score["sqnr"] for y, score in zip(asked, scores, strict=True)}
     layers = [
         replace(y, alone=found[y.name], share=float(10 ** ((noise - found[y.name]) / 10))) if y.name in found else y
@@ -465,6 +466,6 @@ def _try(result: Outcome, found: Diagnosis, data: Data, samples: int, attempts: 
             tried.append(Trial(name, remedy, None, str(error)))
             continue
         reference = runtimes.outputs(runtimes.session(made.float_model), feeds)
-        score = sqnr(reference, runtimes.outputs(runtimes.session(made.model), feeds))
+        score = mean_sqnr(reference, runtimes.outputs(runtimes.session(made.model), feeds))
         tried.append(Trial(name, remedy, score))
     return tuple(tried)

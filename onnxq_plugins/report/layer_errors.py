@@ -22,7 +22,7 @@ from onnxq_plugins.calibration.statistics import add_reduction
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_values, weight_values
-from onnxq_plugins.spec import Array, Plan, QuantSpec
+from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.targets import Target
 
 Feeds = Sequence[Mapping[str, Array]]
@@ -275,10 +275,3 @@ class _Copies:
 def _ratio(signal: float, noise: float) -> float:
     """dB; as `runtimes.sqnr`, 200 for equality. A tensor that is 0 has no signal to lose."""
     return 10 * float(np.log10(signal / max(noise, signal * 1e-20))) if signal > 0 else _SILENT
-
-
-def grid(spec: QuantSpec) -> tuple[float, float]:
-    """Lowest and highest value that the codes of a solved activation stand for."""
-    zero, scale = int(np.asarray(spec.zero_point)), float(np.asarray(spec.scale))
-    low, high = spec.grid
-    return (low - zero) * scale, (high - zero) * scale

@@ -17,14 +17,15 @@ from onnxq_plugins.data import Data, Source
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import write_file
 from onnxq_plugins.job import Outcome
-from onnxq_plugins.measure.metrics import sqnr, top1
+from onnxq_plugins.measure import agreement
+from onnxq_plugins.measure.metrics import mean_sqnr, top1
 from onnxq_plugins.parallel import Track, silent
 from onnxq_plugins.recipe import to_toml
 from onnxq_plugins.report.curve import COLORS, Curve
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose, samples_of
 from onnxq_plugins.report.plots import drawing, plots
 from onnxq_plugins.report.remedies import Remedy
-from onnxq_plugins.search.latency import machine
+from onnxq_plugins.runtimes.machine import machine_name
 
 _MEASURED, _TESTED = 32, 512  # samples for the summary: of those it was calibrated with, of others
 _SECONDS = 0.6  # of interleaved runs for the latencies
@@ -100,7 +101,7 @@ def write_report(
     measured = _measured(result, data)
     found = diagnose(result, data, samples=samples, attempts=attempts, workers=workers, track=track)
     level, verdict = _verdict(measured)
-    made = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine()}
+    made = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine_name()}
     table = {
         **result.report,
         "made": made,
@@ -125,10 +126,10 @@ def _measured(result: Outcome, data: Data) -> dict[str, Any]:
         "of": data.size,
         "where": data.where,
         "calibrated_on_them": data is result.data,
-        "sqnr": round(sqnr(exact, quantized), 2),
+        "sqnr": round(mean_sqnr(exact, quantized), 2),
     }
     if exact[0].ndim > 1 and exact[0].shape[-1] > 1:
-        found["agreement"] = round(100 * runtimes.agreement(exact[0], quantized[0]), 2)
+        found["agreement"] = round(100 * agreement(exact[0], quantized[0]), 2)
     if labels is not None:
         right = np.concatenate(labels)
         found["top1"] = {"float": round(top1(exact, exact, right), 2), "quantized": round(top1(exact, quantized, right), 2)}

@@ -12,7 +12,7 @@ import onnx
 
 from onnxq_plugins import files
 from onnxq_plugins.export.provenance import version_of
-from onnxq_plugins.export.storage import stored_bits
+from onnxq_plugins.export.weights import stored_bits
 from onnxq_plugins.graph import Graph
 from onnxq_plugins.graph.importer import bytes_on_disk
 from onnxq_plugins.job import Job
@@ -32,8 +32,8 @@ def describe(job: Job, model: onnx.ModelProto, data: files.DataFile | None, befo
     report, planned = job.report, Planned.of(job)
     if data is not None:
         data.flush()
-    audit = audit_model(model, folder=data.path.parent if data is not None else None)
-    job.graph.mapped.release()
+    with job.graph.mapped.reading():
+        audit = audit_model(model, folder=data.path.parent if data is not None else None)
     products = audit.products()
     if products and planned.activations:
         job.note(_products_note(job.graph, products))

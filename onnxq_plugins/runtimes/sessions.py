@@ -20,29 +20,30 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
 
 Feed = Mapping[str, Array]
+_Model = onnx.ModelProto | bytes | str | Path
 
 
 def quiet() -> None:
-    """No log of onnxruntime on standard error, in the whole process: what it complains about is raised."""
+    """Keep onnxruntime from logging to standard error, in the whole process: its complaints are raised as errors."""
     ort.set_default_logger_severity(4)
 
 
 class Session(ort.InferenceSession):  # type: ignore[misc]
-    """A session whose runs fail with OnnxqError: shapes that do not fit each other show only there."""
+    """A session whose runs fail with OnnxqError: shapes that do not match are found only there."""
 
     def run(self, *args: Any, **more: Any) -> list[Any]:
         try:
-            found: list[Any] = super().run(*args, **more)
+            outputs: list[Any] = super().run(*args, **more)
         except Exception as error:  # onnxruntime raises a dozen types
             raise _failed(error) from error
-        return found
+        return outputs
 
     def run_with_ort_values(self, *args: Any, **more: Any) -> list[Any]:
         try:
-            found: list[Any] = super().run_with_ort_values(*args, **more)
+            outputs: list[Any] = super().run_with_ort_values(*args, **more)
         except Exception as error:
             raise _failed(error) from error
-        return found
+        return outputs
 
 
 def _failed(error: Exception) -> OnnxqError:
@@ -53,7 +54,7 @@ def _failed(error: Exception) -> OnnxqError:
 
 
 def session(
-    model: onnx.ModelProto | bytes | str | Path,
+    model: _Model,
     *,
     threads: int = 1,
     optimize: bool = True,
@@ -69,11 +70,11 @@ def session(
     threads    intra-op threads
     optimize   False turns every graph optimization off: the model runs exactly as written
     dump       write the optimized model here (what the audit reads)
-    weights    values for placeholders in the model (`Graph.model(weights)`), used where they lie, without a copy
-    lean       plan no memory ahead: less of it, a little slower
-    arena      keep freed memory for the next run; without, every tensor is memory of its own
-    folder     where the external data of the model lie, if it is no path; they are mapped, not read, and not packed anew
-    profile    time every kernel, which costs some microseconds each; `end_profiling` writes a file whose name begins so
+    weights    values for placeholders in the model (`Graph.model(weights)`), used in place, without a copy
+    lean       do not plan memory in advance: needs less of it, runs a little slower
+    arena      keep freed memory for the next run; without it every tensor is allocated on its own
+    folder     of the model's external data, unless the model is a path; the data are mapped, not read, and not repacked
+    profile    time every kernel, at some microseconds each; `end_profiling` writes a file with this prefix
 
     Raises OnnxqError if onnxruntime refuses the model; so do its runs if they fail.
     """
@@ -86,8 +87,8 @@ def session(
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if folder is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry(_FOLDER, str(folder.resolve()))
+        options.add_session_config_entry(_NO_PREPACKING, "1")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
@@ -101,14 +102,8 @@ def session(
                 path = Path(scratch) / "model.onnx"
                 onnx.save(model, str(path), save_as_external_data=True, location="weights")
                 return Session(str(path), options, providers=["CPUExecutionProvider"])
-        if weights and sum(array.nbytes for array in weights.values()) > files.LARGE:
-            options.add_session_config_entry("session.disable_prepacking", "1")  # packed anew they are there twice
-            model, weights, root = _from_files(model, weights)
-            if root is not None:
-                options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(root))
         if weights:
-            values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
-            options.add_external_initializers(list(weights), values)
+            model = _add_weights(options, model, weights)
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
         return Session(str(source) if isinstance(source, Path) else source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen types
@@ -116,20 +111,34 @@ def session(
         raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300].rstrip('.')}.") from error
 
 
-def _from_files(
-    model: onnx.ModelProto | bytes | str | Path, weights: Mapping[str, Array]
-) -> tuple[onnx.ModelProto | bytes | str | Path, dict[str, Array], Path | None]:
-    """A model that refers to weights where they lie in files, the other weights, and the folder that it names files from:
-    onnxruntime copies arrays that it is handed, but maps files."""
-    found = {name: place for name, array in weights.items() if (place := files.origin(array)) is not None}
-    if not found or not isinstance(model, onnx.ModelProto):
+_FOLDER, _NO_PREPACKING = "session.model_external_initializers_file_folder_path", "session.disable_prepacking"
+
+
+def _add_weights(options: ort.SessionOptions, model: _Model, weights: Mapping[str, Array]) -> _Model:
+    """Give a session the weights of a model; the model, which refers to those that are used from files."""
+    if sum(array.nbytes for array in weights.values()) > files.LARGE:
+        options.add_session_config_entry(_NO_PREPACKING, "1")  # packed copies would take as much memory again
+        model, weights, root = _from_files(model, weights)
+        if root is not None:
+            options.add_session_config_entry(_FOLDER, str(root))
+    if weights:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        options.add_external_initializers(list(weights), values)
+    return model
+
+
+def _from_files(model: _Model, weights: Mapping[str, Array]) -> tuple[_Model, dict[str, Array], Path | None]:
+    """A model that refers to the files which weights are mapped from, the other weights, and the folder that file names are
+    relative to: onnxruntime copies arrays that are passed to it, but maps files."""
+    places = {name: place for name, array in weights.items() if (place := files.origin(array)) is not None}
+    if not places or not isinstance(model, onnx.ModelProto):
         return model, dict(weights), None
-    root = Path(os.path.commonpath([file.parent for file, _ in found.values()]))
-    made = onnx.ModelProto()
-    made.CopyFrom(model)  # placeholders only
-    for tensor in made.graph.initializer:
-        if tensor.name in found:
-            file, first = found[tensor.name]
+    root = Path(os.path.commonpath([file.parent for file, _ in places.values()]))
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)  # placeholders only
+    for tensor in copy.graph.initializer:
+        if tensor.name in places:
+            file, first = places[tensor.name]
             del tensor.external_data[:]
             for key, value in (
                 ("location", file.relative_to(root).as_posix()),
@@ -137,12 +146,12 @@ def _from_files(
                 ("length", weights[tensor.name].nbytes),
             ):
                 tensor.external_data.add(key=key, value=str(value))
-    return made, {name: array for name, array in weights.items() if name not in found}, root
+    return copy, {name: array for name, array in weights.items() if name not in places}, root
 
 
 def blas(threads: int) -> contextlib.AbstractContextManager[object]:
-    """Within it numpy's matrix products use so many threads. Many small products on several threads can be many times slower
-    than on one, where another process wants the same cores."""
+    """A context in which numpy's matrix products use this many threads. Many small products can be many times slower on
+    several threads than on one, where another process wants the same cores."""
     from threadpoolctl import ThreadpoolController
 
     limited: contextlib.AbstractContextManager[object] = ThreadpoolController().limit(limits=threads, user_api="blas")
@@ -150,15 +159,15 @@ def blas(threads: int) -> contextlib.AbstractContextManager[object]:
 
 
 def trim() -> None:
-    """Hand freed memory back to the system. glibc keeps what making a session leaves behind, which may be more than the
-    session; elsewhere there is nothing to do."""
+    """Return freed memory to the system. glibc keeps what creating a session leaves behind, which may be more than the
+    session itself; elsewhere there is nothing to do."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def run(runner: ort.InferenceSession, feed: Feed) -> list[Array]:
-    """All outputs for one feed. Large ones lie where onnxruntime wrote them: copying costs more than some operators, but
-    for small ones the detour does."""
+    """All outputs for one feed. Large ones stay where onnxruntime wrote them, as a copy costs more than some operators; for
+    small ones the copy is cheaper."""
     if sum(x.nbytes for x in feed.values()) < 2**18:
         return list(runner.run(None, dict(feed)))
     values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in feed.items()}
@@ -178,18 +187,18 @@ def wanted(runner: ort.InferenceSession, feed: Feed) -> Feed:
 
 
 def latency(runners: Sequence[ort.InferenceSession], feed: Feed | Sequence[Feed], seconds: float = 1.0) -> list[float]:
-    """Median milliseconds of each session, measured in turn (A B A B ...) so that a noisy machine hits all alike.
+    """Median milliseconds of each session, measured in turn (A B A B ...) so that a noisy machine affects all alike.
 
-    feed   one for all, or one for each session
+    feed   one for all, or one per session
     """
-    times: list[list[float]] = [[] for _ in runners]
+    durations: list[list[float]] = [[] for _ in runners]
     feeds = [feed] * len(runners) if isinstance(feed, Mapping) else list(feed)
     for runner, own in zip(runners, feeds, strict=True):
         runner.run(None, dict(own))
     stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(times[0]) < 5:
-        for runner, own, taken in zip(runners, feeds, times, strict=True):
+    while time.perf_counter() < stop or len(durations[0]) < 5:
+        for runner, own, each in zip(runners, feeds, durations, strict=True):
             start = time.perf_counter()
             runner.run(None, dict(own))
-            taken.append(time.perf_counter() - start)
-    return [float(np.median(taken)) * 1e3 for taken in times]
+            each.append(time.perf_counter() - start)
+    return [float(np.median(each)) * 1e3 for each in durations]

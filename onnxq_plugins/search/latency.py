@@ -4,7 +4,6 @@ networks, with their caches and fusions."""
 from __future__ import annotations
 
 import json
-import os
 import platform
 import tempfile
 import time
@@ -21,6 +20,7 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import digest, replacing
 from onnxq_plugins.runtimes import Feed
+from onnxq_plugins.runtimes.machine import machine_name, processor
 from onnxq_plugins.runtimes.onnxruntime import kernels, plain_name
 from onnxq_plugins.search.quantizers import Group, Width
 from onnxq_plugins.spec import Array
@@ -288,27 +288,6 @@ def fastest(values: Array) -> Array:
     return np.argsort(values, kind="stable")[: -(-len(values) // 4)]
 
 
-def machine() -> str:
-    """What times were measured on: the processor and its cores, and onnxruntime's version."""
-    cpu = _processor().get("model name") or platform.processor() or platform.machine()
-    return f"{cpu}, {os.cpu_count()} cores, onnxruntime {ort.__version__}, 1 thread"
-
-
-def has_vnni() -> bool | None:
-    """True if this processor multiplies codes in VNNI instructions, whose sums cannot saturate; None if it does not tell."""
-    flags = _processor().get("flags")
-    return None if flags is None else bool({"avx512_vnni", "avx_vnni"} & set(flags.split()))
-
-
-def _processor() -> dict[str, str]:
-    """What Linux tells of the last processor; nothing elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
 def _steady(taken: Sequence[Sequence[float]]) -> bool:
     """True if the medians of both halves of the runs agree for every session."""
     runs = len(taken[0]) if taken else _FEWEST
@@ -345,8 +324,8 @@ def _events(graph: onnx.GraphProto, events: Sequence[Mapping[str, object]]) -> t
 
 
 def _digest(networks: Sequence[Network]) -> str:
-    told = _processor()  # one name may stand for processors of unlike instructions
-    mark = [platform.machine(), machine(), *(told.get(key, "") for key in ("cpu family", "model", "flags", "Features"))]
+    cpu = processor()  # processors of one name may differ in their instructions
+    mark = [platform.machine(), machine_name(), *(cpu.get(key, "") for key in ("cpu family", "model", "flags", "Features"))]
     said = (
         part
         for choice, model in networks

@@ -16,14 +16,14 @@ from onnxq_plugins.calibration import Calibration, Gram
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export import qdq
-from onnxq_plugins.export.storage import code_bits
+from onnxq_plugins.export.weights import code_bits
 from onnxq_plugins.files import digest, load_arrays, save_arrays
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.flow import maker_of
 from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.complete import complete_ranges, complete_weight, scale_floor
-from onnxq_plugins.layers.problem import Problem, float_inputs, problem, solvable
+from onnxq_plugins.layers.problem import Problem, float_inputs, solvable
 from onnxq_plugins.parallel import run_all
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import pinned, weight_request
@@ -151,7 +151,7 @@ class Widths:
     def _problems(self, job: Job, layer: Layer, gram: Gram, widths: Collection[int]) -> dict[int, Problem]:
         """A layer at each width. Together, since they see the same Gram matrix."""
         asked = {bits: job.plan | {layer.weight: self._request(layer, bits)} for bits in sorted(widths)}
-        return {bits: problem(replace(job, plan=plan), layer, gram, True) for bits, plan in asked.items()}
+        return {bits: Problem.of(replace(job, plan=plan), layer, gram, True) for bits, plan in asked.items()}
 
     def _file(self, job: Job, layer: Layer, method: Method) -> Path | None:
         """Where the codes of a layer are kept between runs: named after all that they depend on."""
@@ -312,9 +312,7 @@ class Widths:
         spec = self.job.plan[name]
         if spec.bits == bits:
             return spec
-        assert spec.scale is not None and spec.zero_point is not None
-        low, high = ((np.array(code) - spec.zero_point) * spec.scale for code in spec.grid)
-        return from_range(low, high, replace(spec.request(), bits=bits))
+        return from_range(*spec.value_range, replace(spec.request(), bits=bits))
 
     def _different(self, group: Group, candidates: Sequence[Width]) -> tuple[Width, ...]:
         """Of candidates that come to the same, as all of one width of activations do for a group without weights, one."""

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.runtimes.accumulators import CodeSource
-from onnxq_plugins.search.latency import has_vnni
+from onnxq_plugins.runtimes.machine import has_vnni
 from onnxq_plugins.spec import Array
 
 _LAYERS = ("Conv", "Gemm", "MatMul")

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from onnxq_plugins import OnnxqError, audit_model, hookimpl, load, quantize, runtimes
 from onnxq_plugins.cli import app
-from onnxq_plugins.export.storage import int8_codes
+from onnxq_plugins.export.weights import int8_codes
 from onnxq_plugins.job import Pass
-from onnxq_plugins.layers.problem import unseen
+from onnxq_plugins.layers.problem import white_inputs
 from onnxq_plugins.runtimes.accumulators import needs
 from onnxq_plugins.runtimes.audit import Audit
 from onnxq_plugins.runtimes.openvino import audit_openvino
@@ -305,10 +305,10 @@ def test_without_data_the_weights_count():
     assert all(spec.shift is None for spec in result.plan.values())
 
 
-def test_unseen_inputs_are_blocks_of_the_identity():
+def test_white_inputs_inputs_are_blocks_of_the_identity():
     layer = load(mlp()).layers[1]
-    assert unseen(layer, 4608).h.shape == (1, 24, 24)
-    assert unseen(layer, 16).h.shape == (6, 4, 4) and unseen(layer, 16).mean.shape == (6, 4)
+    assert white_inputs(layer, 4608).h.shape == (1, 24, 24)
+    assert white_inputs(layer, 16).h.shape == (6, 4, 4) and white_inputs(layer, 16).mean.shape == (6, 4)
 
 
 def test_multipliers_and_float_layers_are_left_and_told():

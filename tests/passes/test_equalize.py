@@ -14,7 +14,7 @@ from onnxq_plugins.layers.complete import complete, complete_ranges
 from onnxq_plugins.measure import drift
 from onnxq_plugins.passes import BiasCorrect, Equalize
 from onnxq_plugins.passes.equalize import _place, _reduced
-from onnxq_plugins.search.trial import Trial
+from onnxq_plugins.search.preview import Preview
 from onnxq_plugins.solvers.equalize import Place, balance, equalize, noise
 from tests.passes.test_round import make_job
 from tests.zoo import ZOO, Net, examples, feeds, mlp, mobilenet, run, transformer
@@ -479,7 +479,7 @@ def test_channels_of_attention_heads():
     made = quantize(model, recipe, feeds(model, 6), verify=True)
     assert quality(model, made, feeds(model, 6)) > 20
     job = make_job(model, recipe, 6)
-    trial = Trial(job)
+    trial = Preview(job)
     follows = [trial.follows(g) for g in channel_groups(job.graph, "rescale")]
     assert not all(follows) and any(follows)
 
@@ -495,7 +495,7 @@ def test_the_trial_measures_what_ships(name):
         made = quantize(model, {"pass": steps}, data)
         pairs = zip(*(runtimes.outputs(runtimes.session(m), data) for m in (model, made.model)), strict=True)
         found = [measure.sqnr(a, b) for a, b in pairs]
-        assert Trial(make_job(model, {"pass": steps}, 6)).sqnr() == pytest.approx(np.mean(found), abs=0.3)
+        assert Preview(make_job(model, {"pass": steps}, 6)).sqnr() == pytest.approx(np.mean(found), abs=0.3)
 
 
 @pytest.mark.parametrize("name", ["cnn", "uneven", "mlp", "resnet20", "inception", "prenorm"])
@@ -505,7 +505,7 @@ def test_a_rescaled_trial_is_a_fresh_one(name, solved):
     job = make_job(NETS[name](), {}, 6)
     if solved:
         complete(job)
-    trial, rng = Trial(job), np.random.default_rng(0)
+    trial, rng = Preview(job), np.random.default_rng(0)
     start, apart = trial.sqnr(), trial.fork()
     for group in channel_groups(job.graph, "rescale"):
         factors = np.exp2(rng.uniform(-3, 3, group.size))
@@ -513,7 +513,7 @@ def test_a_rescaled_trial_is_a_fresh_one(name, solved):
         rescale(job.graph, group, factors)
         apart.rescaled(group, factors)
     job.plan |= {n: spec.request() for n, spec in job.plan.items() if n in job.graph.touched}
-    found, fresh = apart.sqnr(), Trial(job)
+    found, fresh = apart.sqnr(), Preview(job)
     assert found == pytest.approx(fresh.sqnr(), abs=0.2) and abs(found - start) > 0.5
     for n, (low, high) in fresh.ranges.items():
         np.testing.assert_allclose(apart.ranges[n][0], low, atol=1e-4 * float(np.abs(high).max() + np.abs(low).max()))
@@ -524,11 +524,11 @@ def test_a_rescaled_trial_is_a_fresh_one(name, solved):
 
 def test_a_trial_holds_the_samples_it_needs():
     job = make_job(mlp(), {}, 50)
-    trial, data = Trial(job, 8), list(job.calibration.data)
+    trial, data = Preview(job, 8), list(job.calibration.data)
     assert len(trial.measure.samples.feeds) == 8
     for n, feed in enumerate(trial.measure.samples.feeds):
         np.testing.assert_array_equal(feed["x"], data[n * 50 // 8]["x"])
-    assert len(Trial(job, 200).measure.samples.feeds) == 50
+    assert len(Preview(job, 200).measure.samples.feeds) == 50
 
 
 # ---- beside other things --------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_a_layer_sees_what_the_exported_model_gives_it(name, weights):
     complete_ranges(job)
     seen = {}
     for layer, found in sweep(job, layerwise.solvable(job), positions=10**6):
-        spec = layerwise.problem(job, layer, found, True).solve("descent", layerwise.Effort())[0]
+        spec = layerwise.Problem.of(job, layer, found, True).solve("descent", layerwise.Effort())[0]
         job.plan |= {layer.weight: spec}
         seen[layer.name] = found
     assert set(seen) == {y.name for y in layerwise.solvable(job)}
@@ -131,7 +131,7 @@ def test_the_sweep_runs_each_operator_once_per_network(monkeypatch):
     complete_ranges(job)
     layers = 0
     for layer, found in sweep(job, layerwise.solvable(job)):
-        job.plan |= {layer.weight: layerwise.problem(job, layer, found, True).solve("nearest", layerwise.Effort())[0]}
+        job.plan |= {layer.weight: layerwise.Problem.of(job, layer, found, True).solve("nearest", layerwise.Effort())[0]}
         layers += 1
     assert len(runs) <= 2 * 3 * layers
     assert len({id(r) for r in runs}) <= 2 * layers

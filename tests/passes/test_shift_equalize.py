@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from onnxq_plugins import OnnxqError, audit_model, measure, quantize, runtimes
-from onnxq_plugins.export.storage import shifts, stored_bits
+from onnxq_plugins.export.weights import shifts, stored_bits
 from onnxq_plugins.graph import load
 from onnxq_plugins.measure import drift
 from onnxq_plugins.passes import ShiftEqualize

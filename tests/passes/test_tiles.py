@@ -15,7 +15,7 @@ from onnxq_plugins.export import qdq
 from onnxq_plugins.graph import load
 from onnxq_plugins.layers.blocks import _by_row, _by_tile, row_steps, search
 from onnxq_plugins.layers.complete import complete, complete_ranges, complete_weight
-from onnxq_plugins.layers.problem import float_inputs, problem, solvable
+from onnxq_plugins.layers.problem import Problem, float_inputs, solvable
 from onnxq_plugins.passes import Round, SubLayer, VectorScale
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.solvers.gram import narrow, row_loss
@@ -663,7 +663,7 @@ def losses_of(job, plans):
     found = []
     for batch in float_inputs(job, solvable(job), 256, 4608):
         for layer, seen in batch:
-            w, h = problem(job, layer, seen, False)._target()
+            w, h = Problem.of(job, layer, seen, False)._target()
             w = w.astype(np.float64)
             found.append(
                 [

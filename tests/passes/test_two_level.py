@@ -11,7 +11,7 @@ from onnx import TensorProto, numpy_helper
 
 from onnxq_plugins import OnnxqError, Plan, QuantSpec, audit_model, load, measure, quantize, runtimes
 from onnxq_plugins.export.qdq import export
-from onnxq_plugins.export.storage import Layout, int8_codes, stored_bits
+from onnxq_plugins.export.weights import Layout, int8_codes, stored_bits
 from onnxq_plugins.files import save_model
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.spec import block_shape, expand

@@ -111,7 +111,7 @@ def test_an_interrupted_search_goes_on_where_it_was(here, stage, tmp_path, monke
     wanted = here.report["steps"][0]["result"]["networks_measured"]
     assert len(ran) == told["networks_measured"] == wanted - scored
     ran.clear()  # once more: all is there, no network is run and no weight is rounded
-    monkeypatch.setattr("onnxq_plugins.search.widths.problem", lambda *_: pytest.fail("rounded again"))
+    monkeypatch.setattr("onnxq_plugins.search.widths.Problem.of", lambda *_: pytest.fail("rounded again"))
     assert quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), cache=tmp_path).report["steps"][0]["result"]["curve"]
     assert not ran
 

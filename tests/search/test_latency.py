@@ -241,7 +241,7 @@ def test_times_are_kept_on_this_machine(tmp_path, monkeypatch, quick):
     file.write_bytes(b"\xff\xfe\x00")
     timed()
     assert len(sessions) == len(bad) + 2
-    monkeypatch.setattr(latency, "machine", lambda: "another one")
+    monkeypatch.setattr(latency, "machine_name", lambda: "another one")
     timed()
     assert len(sessions) == len(bad) + 3 and len(list((tmp_path / "cache").glob("latency-*"))) == 2
 
