@@ -156,17 +156,17 @@ def test_a_group_of_options_is_one_parameter_of_a_command():
 
 
 @pytest.mark.parametrize(
-    ("options", "remark"), [([], "images were read as RGB/255"), (["--mean", "0.5", "--std", "0.25"], "")]
+    ("options", "note"), [([], "images were read as RGB/255"), (["--mean", "0.5", "--std", "0.25"], "")]
 )
-def test_remarks_on_images(ready, options, remark):
+def test_notes_on_images(ready, options, note):
     Path("pictures").mkdir()
     for n in range(8):
         write_png(f"pictures/{n}.png", seed=n)
     ran = ready("quantize", "model.onnx", "--data", "pictures", *options)
-    assert ran.code == 0 and (remark in ran.err if remark else not ran.err)
+    assert ran.code == 0 and (note in ran.err if note else not ran.err)
 
 
-def test_image_options_beside_arrays_are_remarked(ready):
+def test_image_options_beside_arrays_get_a_note(ready):
     ran = ready("quantize", "model.onnx", "--data", "data.npz", "--mean", "0.5")
     assert ran.code == 0 and "--mean apply to folders of images only" in ran.err
 
