@@ -83,8 +83,14 @@ def parse(
 
 
 def to_toml(recipe: Mapping[str, Any]) -> str:
-    """A recipe's plain values as a TOML file."""
-    return tomli_w.dumps(recipe)
+    """Tables of a recipe, as plain values, as the text of a TOML file: with [[pass]] and [[layer]], which can be copied one
+    by one, where tomli_w would write short tables in one line."""
+    lists = {key: value for key, value in recipe.items() if isinstance(value, list)}
+    parts = [tomli_w.dumps({key: value for key, value in recipe.items() if key not in lists})]
+    for key, tables in lists.items():
+        bodies = [tomli_w.dumps({key: table}).removeprefix(f"[{key}]\n") for table in tables]
+        parts += [f"[[{key}]]\n{body}" for body in bodies]
+    return "\n".join(part for part in parts if part)
 
 
 # ---- details --------------------------------------------------------------------------------------------------------------

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import tomli_w
-
 from onnxq_plugins.errors import Reason
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import LayerRule, Pass, Recipe, Stage, changed, parameters
 from onnxq_plugins.passes import Equalize, Ranges, Round
+from onnxq_plugins.recipe import to_toml
 from onnxq_plugins.targets import Target
 
 # Stages in front of which a pass of some stage is inserted.
@@ -59,8 +58,8 @@ class Remedy:
         lines = [" ".join(f"--set {shlex.quote(setting)}" for setting in self.settings)] if self.settings else []
         for step in self.passes:
             place = "# in front of ranges" if step.stage == "rewrite" else "# behind the others (bias-correct stays last)"
-            lines += [place, tomli_w.dumps({"pass": [{"use": step.name, **parameters(step)}]}).strip()]
-        lines += [tomli_w.dumps({"layer": [changed(rule, LayerRule())]}).strip() for rule in self.layers]
+            lines += [place, to_toml({"pass": [{"use": step.name, **parameters(step)}]}).strip()]
+        lines += [to_toml({"layer": [changed(rule, LayerRule())]}).strip() for rule in self.layers]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
