@@ -1,11 +1,11 @@
-"""What a narrow accumulator costs: top-1 of ResNet20 by the width that no input may overflow.
+"""Cost of a narrow accumulator: top-1 of ResNet20 over the accumulator width that no input may overflow.
 
     python -m benchmarks.accumulators [--shared FOLDER] [--model NAME] [--bits 32 20 ...]
 
 Recipe: ranges by MSE, codes by `round` (GPTQ), then `bound-accumulator`; once with 8-bit weights, once with 4-bit ones in
-all layers but the first and last. Activations have 8 bits, so inputs count as 0..255. Widths are those of the audit: the
-smallest signed accumulator that no input overflows, without the bias. "weights kept" is the sum of all |codes| against that
-at the first width. Widths that change nothing are left out. Prints Markdown.
+all layers but the first and last. Activations have 8 bits, so inputs are 0..255. Widths are those of the audit: the
+smallest signed accumulator that no input overflows, without the bias. "weights kept" is the sum of all |codes| relative to
+that at the first width. Widths that change nothing are left out. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnxq_plugins.measure import sqnr
 
 
 def recipe(weights: int, bits: int) -> dict[str, object]:
-    """All layers bounded, the first and the last with 8-bit weights."""
+    """All layers bounded; the first and the last have 8-bit weights."""
     ends = [{"position": end, "weights": {"bits": 8}} for end in ("first", "last")]
     passes = [
         {"use": "scale-inputs"},

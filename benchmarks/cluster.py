@@ -1,10 +1,10 @@
-"""One Dask worker against two: seconds of a search for widths, and where they go.
+"""One Dask worker against two: seconds of a search over widths, by stage.
 
     python -m benchmarks.cluster [--shared FOLDER] [--rounds N]
 
-Workers are processes of one thread each on this machine; the scheduler and what cannot be spread (calibration, export of
-networks, the choice) are in the process that asks. Rounds alternate between one worker, two workers, and two threads of this
-process. Prints Markdown; the models are given as they came.
+Workers are single-threaded processes on this machine; the scheduler and the serial parts (calibration, export of networks,
+the choice) run in the client process. Rounds alternate between one worker, two workers, and two threads of this
+process. Prints Markdown; the models are the originals.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STAGES = ("rounding", "sensitivities", "measuring the curve")
 
 
 def seconds(case: Case, workers: int) -> dict[str, float]:
-    """Seconds of the stages of a search, and of all of it."""
+    """Seconds of each stage of a search, and of the whole search."""
     spent = dict.fromkeys(STAGES, 0.0)
 
     def track(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.equalize [--shared FOLDER] [--models NAME ...]
 
-Recipe `int8` against the same with `equalize` by activations in front. SQNR on samples that calibration never saw. The
+Recipe `int8` with and without `equalize` by activations as its first pass. SQNR on samples that calibration never saw. The
 synthetic network has MobileNetV2's inverted bottlenecks with ReLU6 and random weights; one in 16 channels of its streams is
-enlarged 20 times, as trained streams have some that are far larger than the rest. Prints Markdown.
+20 times larger, because trained streams have some channels that are far larger than the rest. Prints Markdown.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the orders of `residual-expansion` buy: weights, activations, and ensembles, on real networks.
+"""What the orders of `residual-expansion` gain: weights, activations, and ensembles, on real networks.
 
     python -m benchmarks.expansion [--shared FOLDER] [--models NAME ...] [--seconds 0.25]
 
@@ -6,7 +6,7 @@ Weights of 2, 3 and 4 bits in every layer, orders 1 to 4, the second and later o
 (chosen without data), 8-bit activations, bias-correct as in recipe int8; first row int8 per channel with the same passes.
 Second table: 4-bit activations with one and two orders, and 8-bit ones (target npu4). Third: ensembles. Accuracy and SQNR on
 samples that calibration never saw. Bit operations: multiply-adds x bits of the weight x bits of the input, summed over
-orders, relative to int8 everywhere: what hardware with products of so few bits would do; onnxruntime computes in int8.
+orders, relative to int8 everywhere: what hardware with such narrow products would do; onnxruntime computes in int8.
 Latency: batch 1, one thread, all networks of a table in turn, relative to int8; the least of three medians each. Prints
 Markdown.
 """
@@ -46,7 +46,7 @@ class Judge:
         return f"{self.accuracy(found):.2f} | {measure.sqnr(self.reference, found):.1f}"
 
     def stored(self, made: Result) -> float:
-        """Bits on disk for each weight of the float network."""
+        """Bits on disk per weight of the float network."""
         held = sum(row["parameters"] for row in made.report["layers"])
         return float(made.report["bits_per_weight"]) * held / sum(int(np.prod(y.shape)) for y in load(self.case.path).layers)
 
@@ -76,7 +76,7 @@ def outputs(case: Case, model: Any) -> np.ndarray:
 
 
 def make(case: Case, bits: int, step: dict[str, Any] | None = None, **more: Any) -> Result:
-    """Recipe int8 with weights of other widths, and the pass in front of its last one."""
+    """Recipe int8 with weights of other widths, and the pass inserted before its last one."""
     passes = [
         {"use": "scale-inputs"},
         *([step] if step and step["use"] == "residual-ensemble" else []),

@@ -1,10 +1,10 @@
-"""Peak memory of quantizing a large model against a limit: one and a half times the largest layer, and 1 GB.
+"""Peak memory of quantizing a large model against a limit: one and a half times the largest layer plus 1 GB.
 
     python -m benchmarks.large [--layers 12] [--size 8192] [--runs 4 8 calibrated] [--folder FOLDER]
 
-A chain of MatMuls of size x size with external data (4 * layers * size^2 bytes; 3.2 GB by default) is made in a temporary
-folder, and each run is a process of its own: 4 or 8 bits, weights only; or ``calibrated``, 8 bits with activations, on four
-samples. `own MB` leaves out pages of files, which the system takes back when others need memory.
+A chain of MatMuls of size x size with external data (4 * layers * size^2 bytes; 3.2 GB by default) is created in a
+temporary folder, and each run has its own process: 4 or 8 bits, weights only; or ``calibrated``, 8 bits with activations, on
+four samples. `own MB` excludes pages of files, which the system reclaims when others need memory.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def child(model: str, output: str, run: str) -> None:
 
 
 def measured(model: Path, run: str) -> tuple[float, float, float, str]:
-    """Peak in MB, that without pages of files, seconds and summary of a run in a process of its own."""
+    """Peak in MB, the same without pages of files, seconds and summary of a run in its own process."""
     command = [sys.executable, "-m", "benchmarks.large", "--child", str(model), str(model.with_name("q.onnx")), run]
     told = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
@@ -84,7 +84,7 @@ def measured(model: Path, run: str) -> tuple[float, float, float, str]:
 
 
 def limit(size: int) -> float:
-    """One and a half times a layer, and 1 GB; in MB."""
+    """One and a half times a layer plus 1 GB, in MB."""
     return 1.5 * 4 * size**2 / 2**20 + 1024
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--size", type=int, default=8192)
     parser.add_argument("--runs", nargs="+", choices=["4", "8", "calibrated"], default=["4", "8", "calibrated"])
-    parser.add_argument("--folder", help="where to make the temporary folder")
+    parser.add_argument("--folder", help="where to create the temporary folder")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -1,11 +1,11 @@
-"""How well times of groups add up to the latency of a network, and what a budget on latency buys.
+"""How well times of groups add up to the latency of a network, and what a budget on latency gains.
 
     python -m benchmarks.latency_model [--shared FOLDER] [--models NAME ...] [--choices 8]
 
-First table: times of groups, learned from networks of 8 bits, of 4 bits and float, against networks of widths drawn at
-random, each measured, all in turn; in parts of what 8 bits everywhere take, of which three sessions show how far one and the
-same network differs from itself. Then the latency of convolutional networks with one layer alone in float, and last what is
-chosen within budgets on latency where layers may stay float. Prints Markdown.
+First table: times of groups, learned from networks of 8 bits, of 4 bits and float, against measured networks of random
+widths, all in turn, relative to 8 bits everywhere; three sessions of that network show how much its own time varies. Second:
+the latency of convolutional networks with a single layer in float. Last: what budgets on latency choose if layers may stay
+float. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BLOCKS: dict[str, Any] = {"weights": {"bits": 8, "block": 32}, "activations": {"
 
 
 def make_widths(case: Case, recipe: dict[str, Any]) -> Widths:
-    """The widths of a network, weights rounded to the nearest."""
+    """The widths of a network, weights rounded to nearest."""
     found = find_plugins()
     made = load_recipe(recipe, found.passes, ())
     target = found.target(made.target)
@@ -50,7 +50,7 @@ def make_widths(case: Case, recipe: dict[str, Any]) -> Widths:
 
 
 def errors(label: str, case: Case, widths: Widths, count: int) -> None:
-    """Predicted against measured, for widths drawn at random."""
+    """Predicted against measured, for random widths."""
     feed, rng = case.feeds()[0], np.random.default_rng(0)
     widths.time(feed)
     drawn = [tuple(options[rng.integers(len(options))] for options in widths.options) for _ in range(count)]
@@ -85,7 +85,7 @@ def alone(case: Case, widths: Widths) -> None:
 
 
 def budgets(label: str, case: Case, recipe: dict[str, Any], limits: tuple[float, ...], cache: str) -> None:
-    """What budgets on latency choose, all by the same times."""
+    """What budgets on latency choose, all with the same times."""
     feeds = [{case.input: x[None]} for x in case.test]
     reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
     print(

@@ -1,9 +1,9 @@
-"""Mixed precision against one width for all, how steady its list is, and what its strategies cost.
+"""Mixed precision against one width for all, how stable its sensitivities are, and what its strategies cost.
 
     python -m benchmarks.mixed [--shared FOLDER] [--models NAME ...]
 
-First table: weights of 8, 6, 4 and 3 bits everywhere, and mixed ones of these at sizes in between, rounded alike (GPTQ on
-the float network's inputs); accuracy and SQNR on samples that calibration never saw. Second, on MobileNetV1 with candidates
+First table: weights of 8, 6, 4 and 3 bits everywhere, and mixtures of these at sizes in between, all rounded with GPTQ on
+the float network's inputs; accuracy and SQNR on samples that calibration never saw. Second, on MobileNetV1 with candidates
 W4A8, W8A8 and W8A16 (target npu): seconds of the whole run, and Kendall's tau of the list of sensitivities from 63 images
 against the same list from 256 others, and from fractal images. Third: networks that each strategy measures to meet an SQNR.
 Prints Markdown.
@@ -31,7 +31,7 @@ HIGH = ["W4A8", "W8A8", "W8A16"]
 def search(
     case: Case, data: Any, before: list[dict[str, Any]] | None = None, target: str = "ort-cpu", **settings: Any
 ) -> tuple[Result, dict[str, Any], float]:
-    """Quantize; the result, what the pass tells, seconds of the pass."""
+    """Quantize; the result, what the pass reports, seconds of the pass."""
     steps = [*(before or []), *BEFORE, {"use": "mixed-precision", **settings}]
     made = quantize(case.path, {"target": target, "pass": steps}, data)
     step = made.report["steps"][-2]

@@ -1,4 +1,4 @@
-"""What each pass of a recipe gains: the recipe with one pass left out at a time.
+"""What each pass of a recipe gains: the recipe with one pass omitted at a time.
 
     python -m benchmarks.passes [--shared FOLDER] [--recipe int8]
 

@@ -3,8 +3,8 @@
     python -m benchmarks.per_tensor [--shared FOLDER] [--models NAME ...]
 
 Target `per-tensor`, 8 bits, min-max ranges from the calibration samples; accuracy and SQNR on samples that calibration
-never saw. The last table times the pass `equalize` on MobileNetV1: the median of five, with the data read and with the
-statistics at hand. Prints Markdown.
+never saw. The last table times the pass `equalize` on MobileNetV1: the median of five, with the run over the data and with
+cached statistics. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def table(case: Case) -> None:
 
 
 def speed(path: Path, case: Case) -> None:
-    """Seconds of `equalize`, with data and with statistics at hand."""
+    """Seconds of `equalize`, with data and with cached statistics."""
     taken: dict[str, list[float]] = {"with the run over the data": [], "statistics at hand": []}
     for _ in range(5):
         graph = load(path)
@@ -85,7 +85,7 @@ def speed(path: Path, case: Case) -> None:
             start = time.perf_counter()
             Equalize().apply(job)
             seconds.append(time.perf_counter() - start)
-            for layer in copy.layers:  # the same weights again, whose statistics are known by now
+            for layer in copy.layers:  # the original weights, whose statistics are cached by now
                 for constant in filter(None, (layer.weight, layer.bias)):
                     graph.set_constant(constant, copy.constant(constant))
             assert name in taken

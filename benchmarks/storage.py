@@ -1,12 +1,12 @@
-"""4-bit storage beside int8: accuracy, latency, size, kernels, and the same files in OpenVINO.
+"""4-bit storage compared with int8: accuracy, latency, size, kernels, and the same files in OpenVINO.
 
     python -m benchmarks.storage [--shared FOLDER] [--models ...] [--seconds 20]
     python -m benchmarks.storage --seeds 8 --models mobilenet_v1_0.75_224
 
-Recipes int8, int4-rounded, int4-storage, sub-layer; int4-storage with the last layer at 4 bits, too; for transformers
+Recipes int8, int4-rounded, int4-storage, sub-layer; int4-storage with the last layer also at 4 bits; for transformers
 int4-weight-only. ms: batch 1, one thread, all models in turn, many rounds. "OpenVINO" quantizes for target openvino and runs
 the same file in both runtimes: layers that run as 8-bit integer there, and the share of test samples with the same argmax
-(needs the extra openvino). Samples of the measurement are never those of calibration. --seeds: int4-storage alone, made anew
+(needs the extra openvino). Measured on samples that calibration never saw. --seeds: only int4-storage, repeated
 with other seeds, which order channels differently: how much of its top-1 is chance. Prints Markdown.
 """
 

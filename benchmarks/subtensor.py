@@ -3,7 +3,8 @@
     python -m benchmarks.subtensor [--shared FOLDER] [--model mobilenet_v1_0.75_224] [--clusters 1 2 4 8]
 
 SQNR and top-1 on samples that calibration never saw, kernels, and latency at batch 1, one thread, all models in turn. "as
-channels" realises the subtensors as scales per channel with so few values, "as layers" as layers with one scale per tensor.
+channels" realises the subtensors as scales per channel with that many values, "as layers" as layers with one scale per
+tensor.
 Prints Markdown.
 """
 
@@ -22,7 +23,7 @@ from onnxq_plugins import measure, runtimes
 
 
 def recipe(block: str, *passes: dict[str, Any]) -> dict[str, Any]:
-    """8-bit weights at a granularity, with `passes` between ranges and bias correction."""
+    """8-bit weights at some granularity, with `passes` between ranges and bias correction."""
     return {
         "weights": {"bits": 8, "block": block},
         "pass": [{"use": "ranges", "method": "mse"}, *passes, {"use": "bias-correct"}],
