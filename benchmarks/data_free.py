@@ -5,8 +5,8 @@
 Recipe `int8-data-free` against `int8`, which is the same without the pass `data-free`. Accuracy and SQNR on samples that
 calibration never saw, averaged over seeds if there is randomness; `overlap` is the mean over activations of intersection
 over union of their range with that of the real samples, `width` the median ratio of widths. Images: with the model's mean
-and std given, and without ("matched": to the first layer). KWT-1 reads cepstra: their range is declared from the extremes of the
-calibration samples, once for all coefficients and once per coefficient. Prints Markdown.
+and std given, and without ("matched": to the first layer). KWT-1 reads cepstra: their range is declared from the extremes of
+the calibration samples, once for all coefficients and once per coefficient. Prints Markdown.
 """
 
 from __future__ import annotations

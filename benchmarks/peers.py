@@ -6,9 +6,10 @@ and peak memory.
 
 Tools: onnxruntime (quantize_static, per channel, after its pre-process), onnxsim (quantize_full_qdq), nncf (nncf.quantize,
 defaults), quark (AMD Quark) and aimet with AdaRound, and our recipes. PATH is the python that has a tool installed, if this
-one does not: several need torch, or specific versions of onnx and onnxruntime. Tools that are not installed are skipped. Each
-tool quantizes once in its own process, to int8 per channel and uint8 activations, on the same samples; the models are
-measured here, on samples that none of them saw, as in benchmarks.int8. Quark and AIMET equalize across layers, then learn each layer's rounding in `iterations` steps of one sample: their defaults are 1000 and 10000. Prints Markdown.
+one does not: several need torch, or specific versions of onnx and onnxruntime. Tools that are not installed are skipped.
+Each tool quantizes once in its own process, to int8 per channel and uint8 activations, on the same samples; the models are
+measured here, on samples that none of them saw, as in benchmarks.int8. Quark and AIMET equalize across layers, then learn
+each layer's rounding in `iterations` steps of one sample: their defaults are 1000 and 10000. Prints Markdown.
 
 A model's test.npz holds its samples under the name of its input, and `labels`; it must have one input and classes as output.
 """

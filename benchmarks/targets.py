@@ -32,9 +32,9 @@ from onnxq_plugins.testing.models import Net, feeds
 IN_OPENVINO = ("openvino", "per-tensor")
 INTRO = """# Targets
 
-Which forms of a layer each target allows, and which kernels they run in: every form was exported at its narrowest and its widest
-weights and loaded, and the kernels were read from the runtime's optimized graph. [runtime.md](runtime.md) has further findings.
-`python -m benchmarks.targets` generates this page; the tests repeat it and compare.
+Which forms of a layer each target allows, and which kernels they run in: every form was exported at its narrowest and its
+widest weights and loaded, and the kernels were read from the runtime's optimized graph. [runtime.md](runtime.md) has further
+findings. `python -m benchmarks.targets` generates this page; the tests repeat it and compare.
 """
 
 
