@@ -39,11 +39,11 @@ def measure(case: Case, weights: int, bits: int) -> tuple[str, int, float, float
     feeds = [{case.input: x[None]} for x in case.test]
     reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
     logits = runtimes.outputs(runtimes.session(result.model), feeds)[0]
-    found = [y.accumulator for y in onnxq.audit_model(result.model).layers if y.accumulator is not None]
+    widths = [y.accumulator for y in onnxq.audit_model(result.model).layers if y.accumulator is not None]
     total = sum(float(np.abs(spec.codes).sum()) for spec in result.plan.values() if spec.codes is not None)
     changed = len(result.report["steps"][-2]["result"]["bounded"])  # the last step is the export
     return (
-        f"{min(found)}..{max(found)}",
+        f"{min(widths)}..{max(widths)}",
         changed,
         total,
         sqnr(reference, logits),

@@ -49,7 +49,7 @@ def main() -> None:
     shared = shared_folder(args.shared)
     for name in args.models:
         case = load_case(name, shared)
-        found: dict[str, list[dict[str, float]]] = {"1 Dask worker": [], "2 Dask workers": [], "2 threads": []}
+        timings: dict[str, list[dict[str, float]]] = {"1 Dask worker": [], "2 Dask workers": [], "2 threads": []}
         for _ in range(args.rounds):
             for workers in (1, 2):
                 with (
@@ -58,12 +58,12 @@ def main() -> None:
                     joblib.parallel_config(backend="dask"),
                 ):
                     seconds(load_case(NAMES[1], shared), 1)  # workers import what they need
-                    found[f"{workers} Dask worker{'s' * (workers - 1)}"].append(seconds(case, workers))
-            found["2 threads"].append(seconds(case, 2))
+                    timings[f"{workers} Dask worker{'s' * (workers - 1)}"].append(seconds(case, workers))
+            timings["2 threads"].append(seconds(case, 2))
         print(f"\n| {name} | {' s | '.join((*STAGES, 'all'))} s |\n|---|---|---|---|---|")
         middle = {
             label: {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-            for label, rounds in found.items()
+            for label, rounds in timings.items()
         }
         for label, times in middle.items():
             print(f"| {label} | " + " | ".join(f"{times[key]:.1f}" for key in (*STAGES, "all")) + " |", flush=True)

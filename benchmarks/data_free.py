@@ -67,13 +67,13 @@ def table(case: Case, seeds: int) -> None:
     for label, settings in variants(case):
         rows = []
         for seed in range(seeds):
-            made = quantize(case.path, "int8-data-free", real, settings=settings, seed=seed)
-            told = made.report["steps"][0]["result"]["against_real_data"]
-            rows.append([*judge(case, reference, made.model), told["overlap_mean"], told["width_ratio_median"]])
+            result = quantize(case.path, "int8-data-free", real, settings=settings, seed=seed)
+            ranges = result.report["steps"][0]["result"]["against_real_data"]
+            rows.append([*judge(case, reference, result.model), ranges["overlap_mean"], ranges["width_ratio_median"]])
         auto = quantize(case.path, "int8-data-free", settings=settings[:-1]).report["steps"][0]["result"]["source"]
-        found, error, overlap, width = np.mean(rows, axis=0)
+        accuracy, error, overlap, width = np.mean(rows, axis=0)
         print(
-            f"| {label} | {found:.2f} | {top - found:.2f} | {error:.2f} | {overlap:.2f} | {width:.2f} | "
+            f"| {label} | {accuracy:.2f} | {top - accuracy:.2f} | {error:.2f} | {overlap:.2f} | {width:.2f} | "
             f"{'this' if label.startswith(auto) else ''} |",
             flush=True,
         )

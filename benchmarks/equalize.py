@@ -91,14 +91,14 @@ def main() -> None:
     )
     for name, model, calibration, test in networks(args.models, shared_folder(args.shared)):
         reference = runtimes.outputs(runtimes.session(model), test)
-        found = []
+        sqnrs = []
         for steps in (CORRECTED, [CORRECTED[0], EQUALIZE, *CORRECTED[1:]]):
             start = time.perf_counter()
-            made = quantize(model, {"pass": steps}, calibration, verify=True)
-            found.append(measure.sqnr(reference[0], runtimes.outputs(runtimes.session(made.model), test)[0]))
-        step = made.report["steps"][1]
+            result = quantize(model, {"pass": steps}, calibration, verify=True)
+            sqnrs.append(measure.sqnr(reference[0], runtimes.outputs(runtimes.session(result.model), test)[0]))
+        step = result.report["steps"][1]
         print(
-            f"| {name} | {found[0]:.2f} | {found[1]:.2f} | {found[1] - found[0]:+.2f} | {step['result']['equalized']} of "
+            f"| {name} | {sqnrs[0]:.2f} | {sqnrs[1]:.2f} | {sqnrs[1] - sqnrs[0]:+.2f} | {step['result']['equalized']} of "
             f"{step['result']['groups']} | {step['drift']:.0e} | {time.perf_counter() - start:.1f} |",
             flush=True,
         )

@@ -92,16 +92,16 @@ def main() -> None:
     for shape, (size, layers) in SHAPES.items():
         model = chain(size, layers)
         feed = {"x": np.random.default_rng(1).normal(size=(1, layers[0][0], size, size)).astype(np.float32)}
-        made = {"int8": onnxq.quantize(model, recipe(None), [feed]).model}
+        models = {"int8": onnxq.quantize(model, recipe(None), [feed]).model}
         for name, step in FORMS.items():
             if layers[0][3] > 1 and step["form"] == "sparse":
                 continue
             fixed = mock.patch("onnxq_plugins.passes.residual_expansion.channel_groups", lambda *_: [])
             with fixed if "Gather" in name else nullcontext():
-                made[name] = onnxq.quantize(model, recipe(step), [feed]).model
-        runners = [runtimes.session(m) for m in made.values()]
-        rounds = [runtimes.latency(runners, feed, args.seconds * len(made)) for _ in range(args.rounds)]
-        times = dict(zip(made, np.min(rounds, axis=0), strict=True))
+                models[name] = onnxq.quantize(model, recipe(step), [feed]).model
+        runners = [runtimes.session(m) for m in models.values()]
+        rounds = [runtimes.latency(runners, feed, args.seconds * len(models)) for _ in range(args.rounds)]
+        times = dict(zip(models, np.min(rounds, axis=0), strict=True))
         base = times.pop("int8")
         ratios = (f"{times[name] / base:.2f}" if name in times else "-" for name in FORMS)
         print(f"| {shape} | {base:.2f} | {' | '.join(ratios)} |", flush=True)

@@ -88,9 +88,9 @@ def counted(result: onnxq.Result, bits: int) -> tuple[int, float]:
     return scales, stored / sum(row["parameters"] for row in rows)
 
 
-def measure(case: Case, made: dict[str, Any], bits: int, reference: np.ndarray, int8: Any) -> dict[str, Any]:
+def measure(case: Case, variant: dict[str, Any], bits: int, reference: np.ndarray, int8: Any) -> dict[str, Any]:
     """One row."""
-    result = onnxq.quantize(case.path, made, case.feeds(), plugins=[FloatTiles()])
+    result = onnxq.quantize(case.path, variant, case.feeds(), plugins=[FloatTiles()])
     runner = runtimes.session(result.model)
     feeds = [{case.input: x[None]} for x in case.test]
     logits = runtimes.outputs(runner, feeds)[0]

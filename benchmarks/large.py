@@ -60,8 +60,8 @@ def child(model: str, output: str, run: str) -> None:
 
     def watch() -> None:
         while not done.wait(0.02):
-            told = Path("/proc/self/status").read_text("ascii")
-            own[0] = max(own[0], int(told.partition("RssAnon:")[2].split()[0]) // 1024)
+            status = Path("/proc/self/status").read_text("ascii")
+            own[0] = max(own[0], int(status.partition("RssAnon:")[2].split()[0]) // 1024)
 
     threading.Thread(target=watch, daemon=True).start()
     recipe, data = WEIGHTS | {"weights": {"bits": int(run), "block": 32}} if run.isdigit() else "int8", None
@@ -77,10 +77,10 @@ def child(model: str, output: str, run: str) -> None:
 def measured(model: Path, run: str) -> tuple[float, float, float, str]:
     """Peak in MB, the same without pages of files, seconds and summary of a run in its own process."""
     command = [sys.executable, "-m", "benchmarks.large", "--child", str(model), str(model.with_name("q.onnx")), run]
-    told = subprocess.run(
+    figures = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
     ).stdout.split(" ", 3)
-    return float(told[0]), float(told[1]), float(told[2]), told[3].strip()
+    return float(figures[0]), float(figures[1]), float(figures[2]), figures[3].strip()
 
 
 def limit(size: int) -> float:
@@ -105,9 +105,9 @@ def main() -> None:
         print("| run | peak MB | own MB | limit MB | seconds | |\n|---|---|---|---|---|---|")
         for run in args.runs:
             peak, own, seconds, summary = measured(model, run)
-            told = summary.replace("|", ",")
+            line = summary.replace("|", ",")
             label = f"{run} bits, weights only" if run.isdigit() else "8 bits, calibrated"
-            print(f"| {label} | {peak:.0f} | {own:.0f} | {limit(args.size):.0f} | {seconds:.1f} | {told} |", flush=True)
+            print(f"| {label} | {peak:.0f} | {own:.0f} | {limit(args.size):.0f} | {seconds:.1f} | {line} |", flush=True)
 
 
 if __name__ == "__main__":

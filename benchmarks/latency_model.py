@@ -36,13 +36,13 @@ BLOCKS: dict[str, Any] = {"weights": {"bits": 8, "block": 32}, "activations": {"
 
 def make_widths(case: Case, recipe: dict[str, Any]) -> Widths:
     """The widths of a network, weights rounded to nearest."""
-    found = find_plugins()
-    made = load_recipe(recipe, found.passes, ())
-    target = found.target(made.target)
+    plugins = find_plugins()
+    parsed = load_recipe(recipe, plugins.passes, ())
+    target = plugins.target(parsed.target)
     graph = load(case.path, flatten=target.flatten)
-    asked = requests.request(graph, made, target)
+    requested = requests.request(graph, parsed, target)
     calibration = Calibration(graph, open_data(case.feeds(), graph_inputs(graph)), workers=2)
-    job = Job(graph, asked.plan, calibration, target, made, np.random.default_rng(0), 2, Report())
+    job = Job(graph, requested.plan, calibration, target, parsed, np.random.default_rng(0), 2, Report())
     widths = Widths(job, parse_widths(CANDIDATES), case.feeds()[0])
     assert calibration.data is not None
     widths.round("nearest", calibration.data)
@@ -95,14 +95,14 @@ def budgets(label: str, case: Case, recipe: dict[str, Any], limits: tuple[float,
     for limit in limits:
         step = {"use": "mixed-precision", "candidates": CANDIDATES, "budget": "latency", "limit": limit, "curve": 0}
         before = [{"use": "ranges"}] if "activations" not in recipe else []
-        made = quantize(case.path, {**recipe, "pass": [*before, step]}, case.feeds(), cache=cache)
-        told = made.report["steps"][-2]["result"]
-        (point,) = (p for p in told["curve"] if "chosen" in p)
-        logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
-        predicted, measured = (told["latency"][key] for key in ("predicted", "measured"))
+        result = quantize(case.path, {**recipe, "pass": [*before, step]}, case.feeds(), cache=cache)
+        search = result.report["steps"][-2]["result"]
+        (point,) = (p for p in search["curve"] if "chosen" in p)
+        logits = runtimes.outputs(runtimes.session(result.model), feeds)[0]
+        predicted, measured = (search["latency"][key] for key in ("predicted", "measured"))
         print(
-            f"| {limit:g} | {predicted:.3f} | {measured:.3f} | {point['size']:.3f} | {len(made.report['floats'])} of "
-            f"{len(made.report['layers'])} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
+            f"| {limit:g} | {predicted:.3f} | {measured:.3f} | {point['size']:.3f} | {len(result.report['floats'])} of "
+            f"{len(result.report['layers'])} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
             f"{measure.sqnr(reference, logits):.2f} |",
             flush=True,
         )
@@ -119,9 +119,9 @@ def main() -> None:
         f"{machine()}\n\n| model | groups that may be float | 8 bits, ms | the same thrice, % apart | "
         f"{args.choices} random choices, of 8 bits | mean error % | errors % |\n|---|---|---|---|---|---|---|"
     )
-    made = {name: make_widths(case, {}) for name, case in cases.items()}
+    widths = {name: make_widths(case, {}) for name, case in cases.items()}
     for name, case in cases.items():
-        errors(name, case, made[name], args.choices)
+        errors(name, case, widths[name], args.choices)
     attention = [name for name in cases if name.startswith("kwt")]
     for name in attention:
         errors(f"{name}, weight-only", cases[name], make_widths(cases[name], BLOCKS), args.choices)
@@ -131,7 +131,7 @@ def main() -> None:
                 "\n| one layer float, all others 8 bits | latency, of 8 bits everywhere | median | faster |\n"
                 "|---|---|---|---|"
             )
-        alone(cases[name], made[name])
+        alone(cases[name], widths[name])
     with tempfile.TemporaryDirectory() as cache:
         for name in attention:
             budgets(name, cases[name], {}, (1.0, 1.02, 1.05, 1.1, 1.2), cache)

@@ -149,7 +149,7 @@ def main() -> None:
     if unknown := set(pythons) - set(PACKAGES):
         parser.error(f"--python knows {', '.join(PACKAGES)}, not {', '.join(sorted(unknown))}")
     releases = {tool: release(tool, pythons[tool]) for tool in PACKAGES if tool in args.tools}
-    for tool in (t for t, found in releases.items() if found is None):
+    for tool in (t for t, version in releases.items() if version is None):
         print(f"{tool} left out: {pythons[tool]} has no {PACKAGES[tool]}", file=sys.stderr)
     peers = [f"{PACKAGES[t]} {releases[t]}" for t in ("nncf", "quark", "aimet") if releases.get(t)]
     print(f"{', '.join([machine(), *peers])}; {args.iterations} iterations\n")
@@ -160,7 +160,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             case = load_any(name, shared, data, test or "theirs")
             models, costs = {"float": case.path}, {}
-            for tool in (t for t, found in releases.items() if found):
+            for tool in (t for t, version in releases.items() if version):
                 out = Path(folder) / f"{tool.replace(' ', '_')}.onnx"
                 command = [
                     pythons[tool],

@@ -50,12 +50,12 @@ def recipe(steps: list[dict[str, Any]]) -> dict[str, Any]:
     return {"target": "per-tensor", "weights": {"block": "tensor"}, "pass": [BEFORE, *steps]}
 
 
-def judge(case: Case, reference: np.ndarray, made: Any) -> str:
+def judge(case: Case, reference: np.ndarray, result: Any) -> str:
     """Top-1, loss, SQNR and share of layers with shifts."""
     feeds = [{case.input: x[None]} for x in case.test]
-    logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
+    logits = runtimes.outputs(runtimes.session(result.model), feeds)[0]
     top, whole = (100 * float(np.mean(y.argmax(1) == case.labels)) for y in (logits, reference))
-    shifted = sum(spec.multiplier is not None for spec in made.plan.values())
+    shifted = sum(spec.multiplier is not None for spec in result.plan.values())
     return f"{top:.2f} | {whole - top:.2f} | {measure.sqnr(reference, logits):.2f} | {shifted}"
 
 
@@ -68,8 +68,8 @@ def table(case: Case) -> None:
     )
     for name, steps in ROWS.items():
         print(f"| {name} | {judge(case, reference, quantize(case.path, recipe(steps), case.feeds()))} |", flush=True)
-    made = quantize(case.path, "int8", case.feeds())
-    print(f"| for comparison: a scale per channel (recipe int8) | {judge(case, reference, made)} |", flush=True)
+    result = quantize(case.path, "int8", case.feeds())
+    print(f"| for comparison: a scale per channel (recipe int8) | {judge(case, reference, result)} |", flush=True)
 
 
 def speed(path: Path, case: Case) -> None:

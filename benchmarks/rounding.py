@@ -90,8 +90,8 @@ def main() -> None:
         print(f"| {name} | {' | '.join(columns)} |\n|---|{'---|' * 4 * len(columns)}")
         for label, passes in variants(args.alone, bool(args.multipliers)).items():
             if label in args.methods:
-                found = [measure(case, recipe(bits, passes, args.all, args.multipliers)) for bits in args.bits]
-                cells = [f"{db:.2f} | {agree:.1f} | {top1:.2f} | {seconds:.1f}" for db, agree, top1, seconds in found]
+                figures = [measure(case, recipe(bits, passes, args.all, args.multipliers)) for bits in args.bits]
+                cells = [f"{db:.2f} | {agree:.1f} | {top1:.2f} | {seconds:.1f}" for db, agree, top1, seconds in figures]
                 print(f"| {label} | {' | '.join(cells)} |", flush=True)
         print()
 

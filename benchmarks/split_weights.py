@@ -98,11 +98,11 @@ def network(blocks: int, width: int, *, seed: int = 0, depthwise: bool = False) 
             helper.make_node("Relu", [f"c{i}"], [f"y{i}"], f"relu{i}"),
         ]
         name = f"y{i}"
-    made = [
+    values = [
         helper.make_tensor_value_info(tensor, TensorProto.FLOAT, ["N", channels, f"{tensor}_H", f"{tensor}_W"])
         for tensor, channels in (("x", 3), (name, width))
     ]
-    graph = helper.make_graph(nodes, "repvgg", made[:1], made[1:], constants)
+    graph = helper.make_graph(nodes, "repvgg", values[:1], values[1:], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
@@ -117,8 +117,8 @@ def measure(
     result = onnxq.quantize(model, {**recipe, "pass": passes}, images(32, seed + 200))
     feeds = [{"x": images(32, seed + 300)}]
     reference = runtimes.outputs(runtimes.session(model), feeds)[0]
-    told = [] if step is None else list(result.report["steps"][0]["result"]["layers"].values())
-    return sqnr(reference, runtimes.outputs(runtimes.session(result.model), feeds)[0]), told
+    layers = [] if step is None else list(result.report["steps"][0]["result"]["layers"].values())
+    return sqnr(reference, runtimes.outputs(runtimes.session(result.model), feeds)[0]), layers
 
 
 def gains(blocks: list[int], width: int, seeds: int) -> None:
@@ -130,8 +130,8 @@ def gains(blocks: list[int], width: int, seeds: int) -> None:
             for bits, block in itertools.product((8, 4), ("channel", "tensor")):
                 recipe = {"weights": {"bits": bits, "block": block}, **more}
                 plain = np.mean([measure(m, recipe, seed=i)[0] for i, m in enumerate(models)])
-                made = [measure(m, recipe, {}, seed=i) for i, m in enumerate(models)]
-                db, layers = np.mean([m[0] for m in made]), np.mean([len(m[1]) for m in made])
+                split = [measure(m, recipe, {}, seed=i) for i, m in enumerate(models)]
+                db, layers = np.mean([m[0] for m in split]), np.mean([len(m[1]) for m in split])
                 print(
                     f"| {count} | {label} | {bits} bits per {block} | {plain:.1f} | {db:.1f} | {db - plain:+.1f} | "
                     f"{layers:.1f} of {count + 1} |",
@@ -146,18 +146,18 @@ def break_even(seeds: int) -> None:
         models = [network(2, width, seed=seed, depthwise=depthwise) for seed in range(seeds)]
         for bits, block in itertools.product((8, 7, 6, 5) if depthwise else (8, 7), ("channel", "tensor")):
             recipe = {"weights": {"bits": bits, "block": block}, "layer": [{"position": "first", "weights": {"bits": 8}}]}
-            found = [
+            figures = [
                 (measure(m, recipe, seed=i)[0], *measure(m, recipe, {"gain": 0.0, "below": 999.0}, seed=i))
                 for i, m in enumerate(models)
             ]
-            weights = np.mean([layer["weights_db_before"] for _, _, told in found for layer in told[-2:]])
+            weights = np.mean([layer["weights_db_before"] for _, _, layers in figures for layer in layers[-2:]])
             rows.append(
                 (
                     weights,
                     f"{'depthwise' if depthwise else 'dense'}, width {width}",
                     f"{bits} bits per {block}",
-                    np.mean([row[0] for row in found]),
-                    np.mean([row[1] for row in found]),
+                    np.mean([row[0] for row in figures]),
+                    np.mean([row[1] for row in figures]),
                 )
             )
     print("| weights dB | blocks | weights | plain dB | split dB | gain dB |\n|---|---|---|---|---|---|")
@@ -168,8 +168,8 @@ def break_even(seeds: int) -> None:
 def cost(blocks: int, width: int, seconds: float) -> None:
     """Latency at batch 1, one thread, of float, int8 and int8 with the pass, in turn."""
     model = network(blocks, width)
-    made = [onnxq.quantize(model, {"pass": step}, images(8, 200)).model for step in ([], [{"use": "split-weights"}])]
-    times = runtimes.latency([runtimes.session(m) for m in (model, *made)], {"x": images(1, 300, size=64)}, 3 * seconds)
+    quantized = [onnxq.quantize(model, {"pass": step}, images(8, 200)).model for step in ([], [{"use": "split-weights"}])]
+    times = runtimes.latency([runtimes.session(m) for m in (model, *quantized)], {"x": images(1, 300, size=64)}, 3 * seconds)
     print("| float ms | int8 ms | int8, split ms | split / int8 |\n|---|---|---|---|")
     print(f"| {times[0]:.2f} | {times[1]:.2f} | {times[2]:.2f} | {times[2] / times[1]:.2f} |")
 

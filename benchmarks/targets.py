@@ -102,7 +102,7 @@ def settings(rule: Rule, granularity: str, multipliers: bool) -> Iterator[dict[s
 @cache
 def rows(target: Target) -> tuple[Row, ...]:
     """Every form that a target allows, as it ran here; forms of a rule that ran in the same kernels share a row."""
-    made = []
+    forms = []
     for rule in target.rules:
         alike: dict[tuple[frozenset[str], frozenset[str] | None], tuple[list[str], list[str]]] = {}
         for granularity in rule.granularity:
@@ -114,8 +114,8 @@ def rows(target: Target) -> tuple[Row, ...]:
                 here = frozenset().union(*(ran for ran, _ in runs))
                 there = frozenset().union(*(ran for _, ran in runs if ran)) if runs[0][1] else None
                 alike.setdefault((here, there), ([], []))[multipliers].append(granularity)
-        made += [Row(rule, tuple(plain), tuple(multiplied), *ran) for ran, (plain, multiplied) in alike.items()]
-    return tuple(made)
+        forms += [Row(rule, tuple(plain), tuple(multiplied), *ran) for ran, (plain, multiplied) in alike.items()]
+    return tuple(forms)
 
 
 def run(op: str, target: str, activations: int, weights: Mapping[str, Any]) -> tuple[set[str], set[str] | None]:
@@ -150,10 +150,10 @@ def openvino_installed() -> bool:
 
 def section(target: Target) -> str:
     """A target's section of the page."""
-    made = rows(target)
-    asked = any(row.openvino is not None for row in made)
-    head = ["layer", "input", "weight bits", "scales", "stored as", "runs as", "in onnxruntime", *["in OpenVINO"] * asked]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *(row.cells() for row in made)])
+    forms = rows(target)
+    openvino = any(row.openvino is not None for row in forms)
+    head = ["layer", "input", "weight bits", "scales", "stored as", "runs as", "in onnxruntime", *["in OpenVINO"] * openvino]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *(row.cells() for row in forms)])
     others = ", ".join(sorted(target.integer_ops)) or "none"
     about = target.doc[0].upper() * (not target.doc.startswith("onnx")) or target.doc[0]
     return f"## {target.name}\n\n{about}{target.doc[1:]}.\n\n{table}\n\nOther operators that stay integer: {others}.\n"
