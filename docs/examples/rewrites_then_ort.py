@@ -37,6 +37,6 @@ reference = runtimes.outputs(runtimes.session(original), [test])[0]
 after = runtimes.outputs(runtimes.session(rewritten), [test])[0]
 print(f"the rewritten float model differs by {measure.drift([reference], [after]):.0e}")
 for name, model in (("plain", original), ("equalized", rewritten)):
-    made = by_onnxruntime(model, f"{name}.onnx", images)
-    outputs = runtimes.outputs(runtimes.session(made), [test])[0]
+    quantized = by_onnxruntime(model, f"{name}.onnx", images)
+    outputs = runtimes.outputs(runtimes.session(quantized), [test])[0]
     print(f"{name}: SQNR {measure.sqnr(reference, outputs):.1f} dB")
