@@ -16,10 +16,12 @@ from onnxq_plugins import OnnxqError, cli, measure, plugins, runtimes
 from onnxq_plugins.data import open_data
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.measure.metrics import mean_sqnr
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.recipe import load_recipe, parse, to_toml
+from onnxq_plugins.report.attempts import Attempt
 from onnxq_plugins.report.causes import Cause
-from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, Trial, diagnose
-from onnxq_plugins.report.layer_errors import Own, gathered, own
+from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose
+from onnxq_plugins.report.layer_errors import Own, accumulated_errors, own_errors
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.search.widths import ALONE
 from onnxq_plugins.spec import Plan
@@ -73,7 +75,7 @@ def test_a_layer_of_two_bits():
     result = quantized(chain(), {**INT8, "layer": [{"match": "conv4", "weights": {"bits": 2}}]})
     found = diagnose(result)
     assert first(found) == ("conv4", "few-bits")
-    assert "2 bits" in found.told(found.layers[0])
+    assert "2 bits" in found.describe(found.layers[0])
     remedy = found.layers[0].remedies[0]
     assert "weights.bits = 8" in remedy.typed and helped(result, remedy, found) > 6
 
@@ -315,11 +317,11 @@ def result(request) -> onnxq.Result:
     return quantized(MODELS[request.param](), "int8", 4)
 
 
-def test_gathered_is_what_a_run_of_both_networks_gives(result):
+def test_accumulated_errors_are_those_of_the_whole_network(result):
     """The last layer's output is the network's output."""
     samples = result.data.spread(4)
     output = result.graph.outputs[0]
-    found = gathered(result.graph, result.model, [output], samples)[output]
+    found = accumulated_errors(result.graph, result.model, [output], samples)[output]
     reference, answers = (runtimes.outputs(runtimes.session(m), samples) for m in (result.float_model, result.model))
     assert found == pytest.approx(measure.sqnr(reference[0], answers[0]), abs=0.2)
 
@@ -327,12 +329,12 @@ def test_gathered_is_what_a_run_of_both_networks_gives(result):
 def test_own_errors_agree_with_the_exporter(result):
     """A layer's own error at its output is that of the network exported with this layer quantized alone."""
     samples = result.data.spread(4)
-    found = own(result.graph, result.plan, result.target, samples)
+    found = own_errors(Planned(result.graph, result.plan, result.target), samples)
     planned = [y for y in result.graph.layers if y.weight in result.plan]
     assert set(found) == {y.name for y in planned}
     for layer in planned[:: max(1, len(planned) // 3)]:
         model = export(result.graph, Plan({layer.weight: result.plan[layer.weight]}), ALONE)
-        measured = gathered(result.graph, model, [layer.result], samples)[layer.result]
+        measured = accumulated_errors(result.graph, model, [layer.result], samples)[layer.result]
         assert found[layer.name].weight == pytest.approx(measured, abs=0.3)
         assert found[layer.name].both <= max(found[layer.name].weight, found[layer.name].input) + 1
         assert 0 <= found[layer.name].mean_share <= 1
@@ -386,9 +388,9 @@ def test_different_remedies_are_tried_the_worst_layer_first():
     assert refused.sqnr is None and refused.verdict(30) == "refused: no."
 
 
-@pytest.mark.parametrize(("gain", "word"), [(0.05, "no use"), (-0.05, "no use"), (0.3, "helps"), (-0.3, "harms")])
-def test_what_was_tried_is_told_in_words(gain, word):
-    assert Trial("a", Remedy(""), 30 + gain).verdict(30).startswith(word)
+@pytest.mark.parametrize(("gain", "word"), [(0.05, "no effect"), (-0.05, "no effect"), (0.3, "helps"), (-0.3, "harms")])
+def test_the_verdict_on_an_attempt(gain, word):
+    assert Attempt("a", Remedy(""), 30 + gain).verdict(30).startswith(word)
 
 
 def test_no_bar_for_nothing():
@@ -512,7 +514,7 @@ def test_a_narrow_terminal_shortens_no_name(width, adds_up):
     for n, (name, line) in enumerate(zip(NAMES, lines[1:], strict=True), 1):
         assert line.split()[0] == f"{n}" and name in line and "uneven-channels, heavy-tail" in line
     assert max(map(len, lines)) <= max(width, 79)
-    assert ("gathered dB" in lines[0]) == (width == 200) and found.part_of in lines[0]
+    assert ("accumulated dB" in lines[0]) == (width == 200) and found.part_of in lines[0]
 
 
 def test_a_diagnosis_in_a_notebook():
