@@ -9,19 +9,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import tomli_w
-
 from onnxq_plugins.errors import Reason
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import LayerRule, Pass, Recipe, Stage, changed, parameters
 from onnxq_plugins.passes import Equalize, Ranges, Round
+from onnxq_plugins.recipe import to_block
 from onnxq_plugins.targets import Target
 
-# Stages in front of which a pass of some stage is inserted.
+# Stages before which a pass of some stage is inserted, and that place in words.
 _LATER: dict[Stage, tuple[Stage, ...]] = {
     "rewrite": ("solve", "finish"),
     "solve": ("finish",),
     "finish": ("finish",),
+}
+_PLACES: dict[Stage, str] = {
+    "rewrite": "# before ranges",
+    "solve": "# after the others, but before bias-correct",
+    "finish": "# after the others",
 }
 
 
@@ -58,9 +62,8 @@ class Remedy:
         """What to type: options of the command line, or TOML for the recipe's file."""
         lines = [" ".join(f"--set {shlex.quote(setting)}" for setting in self.settings)] if self.settings else []
         for step in self.passes:
-            place = "# in front of ranges" if step.stage == "rewrite" else "# behind the others (bias-correct stays last)"
-            lines += [place, tomli_w.dumps({"pass": [{"use": step.name, **parameters(step)}]}).strip()]
-        lines += [tomli_w.dumps({"layer": [changed(rule, LayerRule())]}).strip() for rule in self.layers]
+            lines += [_PLACES[step.stage], to_block("pass", {"use": step.name, **parameters(step)})]
+        lines += [to_block("layer", changed(rule, LayerRule())) for rule in self.layers]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
+import tomllib
 
 import numpy as np
 import onnx
@@ -15,7 +17,9 @@ import onnxq_plugins as onnxq
 from onnxq_plugins import OnnxqError, cli, measure, plugins, runtimes
 from onnxq_plugins.data import open_data
 from onnxq_plugins.export.qdq import export
+from onnxq_plugins.job import LayerRule
 from onnxq_plugins.measure.metrics import mean_sqnr
+from onnxq_plugins.passes import Equalize, Round
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.recipe import load_recipe, parse, to_toml
 from onnxq_plugins.report.attempts import Attempt
@@ -58,7 +62,7 @@ def changed(model: onnx.ModelProto, layer: str, change) -> onnx.ModelProto:
 
 def helped(result: onnxq.Result, remedy: Remedy, found: Diagnosis) -> float:
     """dB that a remedy gains."""
-    made = result.again(remedy.on(result.report["recipe"]), settings=remedy.settings)
+    made = result.again(remedy.on(result.recipe), settings=remedy.settings)
     samples = result.data.spread(8)
     reference, answers = (runtimes.outputs(runtimes.session(m), samples) for m in (made.float_model, made.model))
     return mean_sqnr(reference, answers) - found.sqnr
@@ -256,7 +260,7 @@ def test_an_activation_in_float_is_float(make):
     for layer in found.layers[:3]:
         ways = [r for r in layer.remedies if "so that nothing rounds" in r.text]
         for remedy in ways:
-            made = result.again(remedy.on(result.report["recipe"]))
+            made = result.again(remedy.on(result.recipe))
             root = made.graph.root(layer.input)
             assert all(made.graph.is_constant(name) or made.graph.root(name) != root for name in made.plan)
             if layer.input not in made.graph.inputs:
@@ -271,17 +275,14 @@ def test_the_writer_of_a_rounded_tensor_is_named():
     found = diagnose(result)
     tensor = next(y for y in found.layers if y.name == "tensor t3")
     remedy = tensor.remedies[-1]
-    assert [rule["match"] for rule in remedy.layers] == ["conv2"]  # its reader is float by the recipe
-    made = result.again(remedy.on(result.report["recipe"]))
+    assert [rule.match for rule in remedy.layers] == ["conv2"]  # its reader is float by the recipe
+    made = result.again(remedy.on(result.recipe))
     assert is_float(made.model, tensor.input)
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "npu", "per-tensor", "storage"])
 def test_what_is_typed_is_options_or_toml(target):
     """Never a mixture: a block can be put into a file, an option into a command."""
-    import shlex
-    import tomllib
-
     weights = {"block": "tensor", "bits": 8} if target == "per-tensor" else {"bits": 4}
     for ranges in ({"use": "ranges"}, {"use": "ranges", "method": "percentile", "percentile": 98}):
         recipe = {"pass": [ranges], "weights": weights, "target": target}
@@ -299,7 +300,7 @@ def test_what_is_typed_is_options_or_toml(target):
 
 def test_a_remedy_belongs_in_one_place():
     with pytest.raises(ValueError, match="not both"):
-        Remedy("", ("target=npu",), layers=({"match": "a"},))
+        Remedy("", ("target=npu",), layers=(LayerRule(),))
 
 
 def test_layers_in_float_at_load_get_a_target():
@@ -427,19 +428,18 @@ def result_inputs(result):
 # ---- remedies as text -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_typed_is_what_is_done():
-    """The lines of a remedy, put behind a recipe's file, are the recipe that `on` gives."""
-    import tomllib
-
+def test_the_printed_remedy_is_the_applied_remedy():
+    """The lines of a remedy, appended to a recipe's file, make the recipe that `on` returns."""
     known = plugins.find_plugins().passes
-    remedy = Remedy("", (), ({"use": "equalize", "by": "activations"},), ({"match": "a[[]0]*", "weights": {"bits": 4}},))
-    recipe = load_recipe("int8", known).to_dict()
-    read = tomllib.loads(remedy.typed)
-    made = parse(remedy.on(recipe), known)
-    assert parse(read, known).layers == made.layers and parse(read, known).passes[0] in made.passes
-    assert [step.name for step in made.passes] == ["scale-inputs", "equalize", "ranges", "bias-correct"]
-    behind = Remedy("", passes=({"use": "round"},)).on(recipe)["pass"]
-    assert [step["use"] for step in behind] == ["scale-inputs", "ranges", "round", "bias-correct"]
+    rule = LayerRule(match="a[[]0]*", weights={"bits": 4, "sub_block": [1, 16]})
+    remedy = Remedy("", passes=(Equalize(by="activations"),), layers=(rule,))
+    recipe = load_recipe("int8", known)
+    changed = remedy.on(recipe)
+    file = parse(tomllib.loads(f"{to_toml(recipe.to_dict())}\n{remedy.typed}"), known)
+    assert file.layers == changed.layers and set(map(repr, file.passes)) == set(map(repr, changed.passes))
+    assert [step.name for step in changed.passes] == ["scale-inputs", "equalize", "ranges", "bias-correct"]
+    solved = Remedy("", passes=(Round(),)).on(recipe)
+    assert [step.name for step in solved.passes] == ["scale-inputs", "ranges", "round", "bias-correct"]
 
 
 def test_a_rule_matches_one_layer_whatever_its_name():
@@ -448,15 +448,13 @@ def test_a_rule_matches_one_layer_whatever_its_name():
     from onnxq_plugins.report.remedies import layer_rule
 
     for name in ("a*", "conv[1]", "x?y", "plain/conv"):
-        match = layer_rule(name, quantize=False)["match"]
+        match = layer_rule(name, quantize=False).match
         other = name.replace("*", "bc").replace("?", "z").replace("[1]", "1").replace("plain", "any")
         assert fnmatchcase(name, match) and not fnmatchcase(other, match)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-storage", "sub-layer", "mixed", "int8-data-free"])
 def test_recipes_as_files(name):
-    import tomllib
-
     known = plugins.find_plugins().passes
     recipe = load_recipe(name, known)
     assert parse(tomllib.loads(to_toml(recipe.to_dict())), known) == parse(recipe.to_dict(), known)

@@ -137,7 +137,7 @@ def test_labels_and_calibration_are_told(tmp_path):
     assert "Accuracy (top-1)" in text and "float 100.0 %" in text and "20 calibration samples" in text and "flatter" in text
     assert "accuracy 100.0 %, float 100.0 %;" in text
     other = result.save_report(tmp_path / "b.html", data[:10]).read_text("utf-8")
-    assert "flatter" not in other and "10 samples" in other and "Accuracy" not in other
+    assert "flatter" not in other and "10 of 10 samples" in other and "Accuracy (top-1)" not in other
 
 
 def comparison(sqnr: float, agreement=None, top1=None, speed: float = 2.0) -> Comparison:
