@@ -83,14 +83,33 @@ def parse(
 
 
 def to_toml(recipe: Mapping[str, Any]) -> str:
-    """Tables of a recipe, as plain values, as the text of a TOML file: with [[pass]] and [[layer]], which can be copied one
-    by one, where tomli_w would write short tables in one line."""
-    lists = {key: value for key, value in recipe.items() if isinstance(value, list)}
-    parts = [tomli_w.dumps({key: value for key, value in recipe.items() if key not in lists})]
-    for key, tables in lists.items():
-        bodies = [tomli_w.dumps({key: table}).removeprefix(f"[{key}]\n") for table in tables]
-        parts += [f"[[{key}]]\n{body}" for body in bodies]
-    return "\n".join(part for part in parts if part)
+    """A recipe's plain values as a TOML file, to which blocks of `to_block` can be appended."""
+    tables = {key: value for key, value in recipe.items() if key not in ("pass", "layer")}
+    blocks = [to_block(title, values) for title in ("pass", "layer") for values in recipe.get(title, ())]
+    return "\n".join([tomli_w.dumps(tables), *(f"{block}\n" for block in blocks)])
+
+
+def to_block(title: str, values: Mapping[str, Any]) -> str:
+    """One ``[[pass]]`` or ``[[layer]]`` block of a recipe's file; tables in it as dotted keys."""
+    lines = [f"[[{title}]]"]
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            lines += [f"{_key(key)}.{_key(name)} = {_literal(inner)}" for name, inner in value.items()]
+        else:
+            lines.append(f"{_key(key)} = {_literal(value)}")
+    return "\n".join(lines)
+
+
+def _key(name: str) -> str:
+    """A TOML key, in quotes if it needs them."""
+    return tomli_w.dumps({name: 0}).removesuffix(" = 0\n")
+
+
+def _literal(value: Any) -> str:
+    """A value in TOML, lists on one line, which tomli_w cannot do."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_literal, value))}]"
+    return "{}" if value == {} else tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
 
 
 # ---- details --------------------------------------------------------------------------------------------------------------

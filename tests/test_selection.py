@@ -87,13 +87,14 @@ def test_the_command(limit, code, tmp_path, monkeypatch, capsys):
     onnx.save(model, "m.onnx")
     outputs = runtimes.outputs(runtimes.session(model), feeds(model, 20))[0]
     np.savez("data.npz", x=np.concatenate([feed["x"] for feed in feeds(model, 20)]), labels=outputs.argmin(-1))
-    (tmp_path / "mine.py").write_text(
-        "def judge(reference, quantized, labels):\n"
-        "    return 100.0 * (reference[0] is quantized[0]) + (labels[0] == labels[0])\n"
+    (tmp_path / "own_metric.py").write_text(
+        "def judge(exact, quantized, labels):\n    return 100.0 * (exact[0] is quantized[0]) + (labels[0] == labels[0])\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(
-        sys, "argv", ["onnxq", "auto", "m.onnx", "--data", "data.npz", "--max-drop", str(limit), "--metric", "mine:judge"]
+        sys,
+        "argv",
+        ["onnxq", "auto", "m.onnx", "--data", "data.npz", "--max-drop", str(limit), "--metric", "own_metric:judge"],
     )
     with pytest.raises(SystemExit) as ended:
         cli.main()

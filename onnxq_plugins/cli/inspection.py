@@ -30,6 +30,7 @@ from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import recipe_of
 from onnxq_plugins.graph.importer import bytes_on_disk, read
+from onnxq_plugins.measure import IDENTICAL
 from onnxq_plugins.measure.metrics import chance, check_labels, find_metric, metric_name, top1
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose
 from onnxq_plugins.report.remedies import Remedy
@@ -144,12 +145,12 @@ def _show_diagnosis(diagnosis: Diagnosis, summary: str, all_layers: bool) -> Non
     for line in fit(error_columns(diagnosis, layers), out.width):
         echo(line)
     if len(layers) < len(diagnosis.layers):
-        echo(f"... and {len(diagnosis.layers) - len(layers)} more, which hold less: --all shows them")
+        echo(f"... and {len(diagnosis.layers) - len(layers)} more with less error: --all shows them")
     echo(
         f"\nalone: SQNR of the outputs with only this layer quantized; {diagnosis.part_of}: "
         + ("its part of the noise of the outputs" if diagnosis.adds_up else "its noise there, the worst layer's being 100")
-        + "; own: SQNR at the layer's output, of rounding its weight and its input; gathered: there in the quantized "
-        "network\n"
+        + "; own: SQNR at the layer's output with only its weight and its input rounded; accumulated: SQNR there in the "
+        "quantized network\n"
     )
     _show_explained(diagnosis)
     if diagnosis.saturating:
@@ -173,7 +174,7 @@ def _show_explained(diagnosis: Diagnosis) -> None:
     remedies: list[Remedy] = []
     numbers = {layer.name: n for n, layer in enumerate(diagnosis.layers, 1)}
     for layer in diagnosis.explained:
-        echo(f"{numbers[layer.name]}. {layer.name}: {diagnosis.told(layer)}")
+        echo(f"{numbers[layer.name]}. {layer.name}: {diagnosis.describe(layer)}")
         remedies += _show_remedies(layer.remedies[:_REMEDIES])
     for slow in diagnosis.floats[:_EXPLAINED]:
         echo(f"{slow.name}: runs in float ({100 * slow.work:.1f}% of the multiply-adds): {slow.why}.")
@@ -192,14 +193,14 @@ def _show_remedies(remedies: Sequence[Remedy]) -> Sequence[Remedy]:
 
 
 # Columns left out where a terminal is too narrow, the first to go first.
-_SPARE = ("gathered dB", "input dB", "weight dB", "own dB", "op", "alone dB")
+_SPARE = ("accumulated dB", "input dB", "weight dB", "own dB", "op", "alone dB")
 
 
 def error_columns(diagnosis: Diagnosis, layers: Sequence[LayerError]) -> dict[str, list[str]]:
     """Cells of each column, one per layer."""
 
     def decibels(values: Iterable[float | None]) -> list[str]:
-        return ["" if value is None or value >= 200 else f"{value:.1f}" for value in values]
+        return ["" if value is None or value >= IDENTICAL else f"{value:.1f}" for value in values]
 
     parts, own = [diagnosis.part(layer) for layer in layers], [layer.own for layer in layers]
     return {
@@ -211,7 +212,7 @@ def error_columns(diagnosis: Diagnosis, layers: Sequence[LayerError]) -> dict[st
         "own dB": decibels(error.both if error else None for error in own),
         "weight dB": decibels(error.weight if error else None for error in own),
         "input dB": decibels(error.input if error else None for error in own),
-        "gathered dB": decibels(layer.sqnr for layer in layers),
+        "accumulated dB": decibels(layer.sqnr for layer in layers),
         "cause": [", ".join(cause.kind for cause in layer.causes[:2]) if layer.own else "float" for layer in layers],
     }
 
