@@ -61,7 +61,7 @@ class Orthogonality(Pass):
         widths = Widths(job, parse_widths(self.candidates), sample(job))
         ranked = [i for i, group in enumerate(widths.groups) if group.layers]
         names = [job.graph.layer(widths.groups[i].layers[0]).output for i in ranked]
-        scores = importance(likeness(self._features(job, names)), self.beta) if ranked else []
+        scores = importance(likeness(self._features(job, names)), self.beta) if ranked else np.zeros(0)
         weight = dict(zip(ranked, scores, strict=True))
         # the largest bits times importance: the smallest loss of it
         loss = [
