@@ -64,7 +64,7 @@ class CodingLength(Pass):
         room = self.limit * getattr(widths.eight, self.budget) - sum(p[0] for i, p in enumerate(prices) if i not in free)
         levels = widths_of(scores[free], np.array([prices[i][::-1] for i in free]), room) if free else []
         if levels is None:
-            raise widths.too_dear(self.budget, self.limit)
+            raise widths.too_expensive(self.budget, self.limit)
         choice = [options[0] for options in widths.options]
         for i, level in zip(free, levels, strict=True):
             choice[i] = widths.options[i][::-1][level]

@@ -218,8 +218,8 @@ class _Search:
     def least_noise(self, ranked: list[Entry]) -> Choice:
         """The choice of least noise within the budget, with the noise of groups added up."""
         noise = _noise(ranked)
-        worth = [np.array([noise.get((i, w), 0.0) for w in options]) for i, options in enumerate(self.widths.options)]
-        return self.widths.within(worth, self.objective, self.step.limit)
+        loss = [np.array([noise.get((i, w), 0.0) for w in options]) for i, options in enumerate(self.widths.options)]
+        return self.widths.within(loss, self.objective, self.step.limit)
 
     def farthest(self, path: list[Choice]) -> Choice:
         """The last choice on the path that is accurate enough."""
