@@ -126,22 +126,7 @@ def _add(plugins: Plugins, plugin: object, name: str, source: str, trace: Trace 
         passes = list(chain(*alone.hook.onnxq_passes())) if "onnxq_passes" in hooks else []
         targets = list(chain(*alone.hook.onnxq_targets())) if "onnxq_targets" in hooks else []
         for kind in passes:
-            if not (
-                isinstance(kind, type)
-                and issubclass(kind, Pass)
-                and is_dataclass(kind)
-                and kind.name
-                and getattr(vars(kind).get("__dataclass_params__"), "frozen", False)
-            ):
-                raise TypeError(
-                    f"{kind!r} is not a frozen dataclass that derives from Pass and has a name: write "
-                    "@dataclass(frozen=True) above it"
-                )
-            if guest and "." not in kind.name:
-                raise ValueError(f"pass '{kind.name}' of class {kind.__qualname__} needs a name like vendor.{kind.name}")
-            for f in fields(kind):
-                if f.init and f.default is MISSING and f.default_factory is MISSING:
-                    raise ValueError(f"parameter '{f.name}' of pass '{kind.name}' has no default; give it one")
+            _check_pass(kind, guest)
         for target in targets:
             if not isinstance(target, Target):
                 raise TypeError(f"{target!r} is not a Target")
@@ -166,6 +151,26 @@ def _add(plugins: Plugins, plugin: object, name: str, source: str, trace: Trace 
             if first != BUILTIN_SOURCE:  # which one a recipe means is not known
                 registry.pop(item.name, None)
             _broken(plugins, label, f"{what} '{item.name}' comes from both '{first}' and '{source}'; uninstall one of them")
+
+
+def _check_pass(kind: Any, guest: bool) -> None:
+    """Raise TypeError or ValueError if something that a plugin provides cannot be used as a pass."""
+    if not (
+        isinstance(kind, type)
+        and issubclass(kind, Pass)
+        and is_dataclass(kind)
+        and kind.name
+        and getattr(vars(kind).get("__dataclass_params__"), "frozen", False)
+    ):
+        raise TypeError(
+            f"{kind!r} is not a frozen dataclass that derives from Pass and has a name: write @dataclass(frozen=True) "
+            "above it"
+        )
+    if guest and "." not in kind.name:
+        raise ValueError(f"pass '{kind.name}' of class {kind.__qualname__} needs a name like vendor.{kind.name}")
+    for f in fields(kind):
+        if f.init and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"parameter '{f.name}' of pass '{kind.name}' has no default; give it one")
 
 
 def _hint(error: Exception) -> str:
