@@ -21,8 +21,7 @@ class BiasCorrect(Pass):
     Plans for each layer the shift (W - Wq) E[x] of its bias, with E[x] the mean of its input per channel.
 
     method   ``empirical``: means over the calibration data. ``analytic``: from the statistics of the BatchNormalizations
-    that
-             were folded into the layers before (for a model exported without folding them), as means of clipped normal
+             that were folded into the layers before (for a model exported without folding them), as means of clipped normal
              distributions; needs no data
 
         b <- b + (W - Wq) E[x];    E[max(x, 0)] = mu Phi(mu / sigma) + sigma phi(mu / sigma)   (``analytic``)
@@ -32,7 +31,9 @@ class BiasCorrect(Pass):
     MatMul has no bias, hence no correction. The pass `round` solves biases itself: running this one after it replaces them.
 
     Source: Data-Free Quantization (arXiv 1906.04721), section 4.2; the bias that minimizes the layer's squared output error
-    has this closed form. Cost: one run over the data (``empirical``)."""
+    has this closed form.
+    Cost: one run over the data (``empirical``).
+    """
 
     name: ClassVar[str] = "bias-correct"
     stage: ClassVar[Stage] = "finish"

@@ -34,12 +34,12 @@ class BoundAccumulator(Pass):
 
         sum of the positive codes of an output, and of the negative ones  <=  (2^(bits-1) - 1) / (2^N - 1)
 
-    With N-bit unsigned inputs the positive codes of an output, and the negative ones, may each sum to (2^(bits-1) - 1) /
-    (2^N - 1): 128 for 16 bits. Scales stay; outputs within the bound keep their codes; the others are projected and rounded
-    toward zero, and the remaining budget is spent where it lowers the error of the layer's output most (of the weights,
-    without data). The bias takes the mean error. What is open is solved first, so put this pass last: a pass after it that
-    chooses codes ignores the bound. Layers with multipliers (`sub_block`), ConvTranspose and layers that run in float are
-    left unchanged and reported.
+    With N-bit unsigned inputs the positive codes of an output, and the negative ones, may each sum to
+    (2^(bits-1) - 1) / (2^N - 1): 128 for 16 bits. Scales stay; outputs within the bound keep their codes; the others are
+    projected and rounded toward zero, and the remaining budget is spent where it lowers the error of the layer's output most
+    (of the weights, without data). The bias takes the mean error. What is open is solved first, so put this pass last: a
+    pass after it that chooses codes ignores the bound. Layers with multipliers (`sub_block`), ConvTranspose and layers that
+    run in float are left unchanged and reported.
 
     Far below the width that a layer needs, most of its weight is lost, and accuracy with it; `onnxq audit` shows that width.
 

@@ -32,7 +32,9 @@ class CodingLength(Pass):
     it ignores what a layer does to the output. `mixed-precision` measures that.
 
     Source: Attention Round (Diao et al., arXiv 2207.03088), section on mixed precision; relative weights and the adjustment
-    to the budget are our own. Cost: eigenvalues of each weight's smaller side."""
+    to the budget are our own.
+    Cost: eigenvalues of each weight's smaller side.
+    """
 
     name: ClassVar[str] = "coding-length"
     candidates: tuple[str, ...] = ("W4A8", "W6A8", "W8A8")

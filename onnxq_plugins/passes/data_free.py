@@ -30,9 +30,9 @@ class DataFree(Pass):
                 folded into the layers; where there are none (an exporter folded them before), normal distributions are
                 propagated through the operators. Channels count as independent there, so that the ranges of deep networks
                 are too narrow, and images do better. ``auto``: statistics where nearly all layers have them, else images
-    samples     number of samples to generate inputs      ranges of inputs: {mfcc = [-350, 30]}, or per channel {x = [[lows],
-    [highs]]}; of an image, the values of black
-                and white: {image = [0, 255]}
+    samples     number of samples to generate
+    inputs      ranges of inputs: {mfcc = [-350, 30]}, or per channel {x = [[lows], [highs]]}; of an image, the values of
+                black and white: {image = [0, 255]}
     deviations  how many standard deviations an activation's range reaches beyond its mean (``statistics``)
     size        of dynamic axes other than the batch; 0: 224 for images, 128 elsewhere
 

@@ -31,10 +31,9 @@ class Equalize(Pass):
     float function stays; what one scale for all channels costs does not.
 
     by         ``weights``: a channel's range in the weights that compute it becomes equal to its range in those that read
-    it,
-               which suits scales per tensor. ``activations``: channel c is divided by (r_c / max r)^e, with r_c its largest
-               |value| over the activations of the group, relative to each one's largest; e is chosen per group by the
-               measured error of the quantized network's outputs. This suits the scale that an activation has for all its
+               it, which suits scales per tensor. ``activations``: channel c is divided by (r_c / max r)^e, with r_c its
+               largest |value| over the activations of the group, relative to each one's largest; e is chosen per group by
+               the measured error of the quantized network's outputs. This suits the scale that an activation has for all its
                channels
     gain       ``weights``: least ratio of a group's predicted rounding noise before and after for which it is equalized
     pow2       factors are powers of two: the float model stays the same to the last bit

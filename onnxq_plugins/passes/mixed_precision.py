@@ -41,12 +41,12 @@ class MixedPrecision(Pass):
     budget      ``size`` (bits of weights), ``bops`` (bit operations): at most `limit` times those of 8-bit weights and
                 activations everywhere. ``latency``: the same for milliseconds, measured in onnxruntime on this machine.
                 ``sqnr``: at least `limit` dB. ``metric``: at most `limit` below the float network's
-    limit       see budget metric      ``sqnr``, ``agreement`` (percent of samples with the same argmax) or ``top1`` (percent
-    correct; needs labels),
-                shown with the curve; a function given to `quantize(metric=)` or ``--metric`` replaces it
-    cost        what to reduce where the budget is on accuracy: ``bops``, ``size`` or ``latency`` order       of changes on
-    the path: ``noise``, least added noise per saved cost first; ``sqnr``, the paper's list: the least
-                sensitive first, whatever it saves
+    limit       see budget
+    metric      ``sqnr``, ``agreement`` (percent of samples with the same argmax) or ``top1`` (percent correct; needs
+                labels), shown with the curve; a function given to `quantize(metric=)` or ``--metric`` replaces it
+    cost        what to reduce where the budget is on accuracy: ``bops``, ``size`` or ``latency``
+    order       of changes on the path: ``noise``, least added noise per saved cost first; ``sqnr``, the paper's list: the
+                least sensitive first, whatever it saves
     strategy    of the search: ``binary``, ``interpolation``, ``hybrid`` of both, or ``brute``, which measures every point
     samples     number of samples, evenly spaced
     method      how weights are rounded: as in `round`, on the inputs of the float network
@@ -60,8 +60,9 @@ class MixedPrecision(Pass):
     those of the final point are rounded again on all data. Layers whose weights.bits a [[layer]] rule sets keep them.
 
     Source: Practical Mixed Precision (Pandey et al., arXiv 2302.05397). Budgets on cost by dynamic programming and the order
-    by noise are our own. Cost: groups x candidates + points, each an export and half of `samples` runs; rounding once per
-    width."""
+    by noise are our own.
+    Cost: groups x candidates + points, each an export and half of `samples` runs; rounding once per width.
+    """
 
     name: ClassVar[str] = "mixed-precision"
     provides: ClassVar[frozenset[Service]] = frozenset({"codes", "curve"})

@@ -23,9 +23,9 @@ class Reorder(Pass):
     the inputs of all that read them, residual streams, depthwise layers, segments of a Concat, channels within the groups of
     grouped convolutions. The float function stays.
 
-    sweeps    of the local search over swaps; 0 only sorts data      weight each tile by the mean squares of the inputs it
-    meets, where there are data: the diagonal of the Gram matrix;
-              False counts all inputs alike
+    sweeps    of the local search over swaps; 0 only sorts
+    data      weight each tile by the mean squares of the inputs it meets, where there are data: the diagonal of the Gram
+              matrix; False counts all inputs alike
 
         cost = sum over tiles of max |w|^2 sum of E[x^2] over its inputs
 
@@ -35,8 +35,10 @@ class Reorder(Pass):
     channels but not all. Put it before passes that solve weights: solutions for the old order are dropped.
 
     Source: PTQ-SL (Yuan et al., arXiv 2110.07809), which moves channels so that sub-layer scales fit; the cost and the
-    search are ours. Cost: some seconds for a network of a few million weights, growing with the square of the number of
-    channels for wider ones, where ``sweeps = 0`` only sorts; none at run time."""
+    search are ours.
+    Cost: some seconds for a network of a few million weights, growing with the square of the number of channels for wider
+    ones, where ``sweeps = 0`` only sorts; none at run time.
+    """
 
     name: ClassVar[str] = "reorder"
     stage: ClassVar[Stage] = "rewrite"

@@ -69,22 +69,19 @@ class ResidualExpansion(Pass):
     budget   instead of `share`: what further orders may cost in bit operations (multiply-adds x bits x bits) in the whole
              network, relative to the first; spent where it lowers the error of layers' outputs most per cost. 0: no budget
     data     errors of channels are r H r^T of their residual r, where there is calibration data (H: Gram matrix of the
-    layer's
-             inputs); False, or without data: ||r||^2. Relative to the power of the layer's output, or ||W||^2. They only
-             decide which channels get more orders: scales and codes come from the weights alone
+             layer's inputs); False, or without data: ||r||^2. Relative to the power of the layer's output, or ||W||^2. They
+             only decide which channels get more orders: scales and codes come from the weights alone
     form     how the sum is computed; ``auto`` takes the first that is possible:
              ``folded``    one layer with wider codes, to which the orders add up exactly: each scale is an integer multiple
-             of
-                           the next. Free where the codes fit the target (two orders of 4 bits, three of 3, seven of 2)
+                           of the next. Free where the codes fit the target (two orders of 4 bits, three of 3, seven of 2)
              ``sparse``    the channels with more orders apart: they become a sum of layers, the others one layer, and a
-             Concat
-                           joins them. Channels are reordered first so that they are adjacent; where they cannot be moved, a
-                           Gather restores their order. Dense layers of 64 channels or more, up to half of which have more
-                           orders
+                           Concat joins them. Channels are reordered first so that they are adjacent; where they cannot be
+                           moved, a Gather restores their order. Dense layers of 64 channels or more, up to half of which
+                           have more orders
              ``branches``  a layer for every order, on the same input, and an Add
     activations
-             orders of layers' inputs of 4 bits or fewer: 1 or 2. With 2 a layer becomes a sum of two with the same weight: x
-             = x1 + x2, x1 on a grid 2^bits times as coarse as that of x2. The codes of both are the halves of one code of
+             orders of layers' inputs of 4 bits or fewer: 1 or 2. With 2 a layer becomes a sum of two with the same weight:
+             x = x1 + x2, x1 on a grid 2^bits times as coarse as that of x2. The codes of both are the halves of one code of
              twice as many bits, with the same error. They take the extremes of x, or the range that `ranges` chose. For
              targets with 4-bit activations: ``npu4``
 

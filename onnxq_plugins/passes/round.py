@@ -48,7 +48,8 @@ class Round(Pass):
     By that measure no row of a layer is worse than rounded to the nearest. ConvTranspose is left to the default solver.
 
     Source: GPTQ (arXiv 2210.17323), GPFQ (arXiv 2201.11113), AdaRound (arXiv 2004.10568), Attention Round (arXiv
-    2207.03088); see `onnxq_plugins.solvers`. Cost: one run of the float and of the quantized network, in pieces; then BLAS.
+    2207.03088); see `onnxq_plugins.solvers`.
+    Cost: one run of the float and of the quantized network, in pieces; then BLAS.
     """
 
     name: ClassVar[str] = "round"

@@ -22,8 +22,7 @@ class SubLayer(Pass):
     the squared error of the layer's output. Codes stay open.
 
     rounds       visits to each tile; 0 ignores how tiles of a row affect each other, which suits a `round` after this pass
-    better
-                 than the rounding to the nearest that the visits assume
+                 better than the rounding to the nearest that the visits assume
     shift        the bias will take mean errors (pass bias-correct after this one), so leave them out of the measure
     positions    patches per sample at most
     limit        largest D with a full Gram matrix, see `round`
@@ -38,8 +37,9 @@ class SubLayer(Pass):
     One scale per tensor or channel is chosen from 27 candidates, exactly.
 
     Source: PTQ-SL (Yuan et al., arXiv 2110.07809): the granularity and the search over tiles; the Gram form, instead of
-    running the layer for each candidate, is ours. Cost: one run over the data for each half gigabyte of Gram matrices, then
-    some 30 matrix products per layer and round."""
+    running the layer for each candidate, is ours.
+    Cost: one run over the data for each half gigabyte of Gram matrices, then some 30 matrix products per layer and round.
+    """
 
     name: ClassVar[str] = "sub-layer"
     rounds: int = DESCENT

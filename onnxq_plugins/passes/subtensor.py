@@ -44,9 +44,10 @@ class Subtensor(Pass):
     ConvTranspose, are not split.
 
     Source: Subtensor Quantization for Mobilenets (Dinh et al., arXiv 2011.08009), whose abstract reports 8-bit top-1 within
-    0.7% of float without scales per channel; the mechanism here is our own reading of it. Cost: below a second for a hundred
-    layers. Scales per channel cost nothing at run time; split layers do: each part is an operator of its own between others
-    that cut and join channels, which in onnxruntime is often slower than float."""
+    0.7% of float without scales per channel; the mechanism here is our own reading of it.
+    Cost: below a second for a hundred layers. Scales per channel cost nothing at run time; split layers do: each part is an
+    operator of its own between others that cut and join channels, which in onnxruntime is often slower than float.
+    """
 
     name: ClassVar[str] = "subtensor"
     clusters: int = 4
