@@ -31,8 +31,7 @@ class MixedPrecision(Pass):
     A group is an activation with the weights of all layers that read it.
 
     1. Sensitivity: for each group and candidate, the error of the network's outputs with that group alone quantized. The
-    noise of
-       groups is nearly additive.
+       noise of groups is nearly additive.
     2. Budgets on cost: the choice of least total noise within the budget. Budgets on accuracy: from the widest candidates
        everywhere a path leads down, change by change; a search finds the last point that is accurate enough.
     3. Points along the path are measured: the curve in the report, with the widths of each.

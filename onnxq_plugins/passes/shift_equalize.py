@@ -38,7 +38,8 @@ class ShiftEqualize(Pass):
 
     Source: Oh et al., Weight Equalizing Shift Scaler-Coupled Post-training Quantization (arXiv 2008.05767). Rounding n_c
     down is ours: rounding up or to the nearest would leave the range. Shifts at which the bias would overflow int32 are
-    reduced. Cost: one look at each weight; no data.
+    reduced.
+    Cost: one look at each weight; no data.
     """
 
     name: ClassVar[str] = "shift-equalize"
