@@ -97,7 +97,7 @@ def measured(
     3. Further time that a network takes beyond the first one (where layouts no longer match those of other groups) is shared
        by the groups whose width differs, in proportion to their own time.
     4. The same kernel on the same types in several networks has one time, so that widths which run alike cost the same.
-    5. Profiling adds some tenths of a microsecond to each kernel for each of its inputs and outputs, whose shapes it records:
+    5. Profiling adds some tenths of a microsecond to each kernel per input and output, whose shapes it records:
        enough is subtracted to make the sum over all kernels that of the network without profiling.
 
     feed      one sample
