@@ -1,7 +1,7 @@
-"""Finding plugins: built-ins, then entry points of the group ``onnxq_plugins``, each on its own feet.
+"""Finding plugins: built-ins, then entry points of the group ``onnxq_plugins``, each independent of the others.
 
-A manager is made for each call. A plugin that cannot be imported, or whose hooks are wrong, is set aside with a
-warning; it is an error only when a recipe asks for one of its passes or targets.
+Every call makes a manager of its own. A plugin that cannot be imported, or whose hooks are wrong, is ignored with a warning;
+it is an error only when a recipe asks for one of its passes or targets.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from onnxq_plugins.targets import Target
 GROUP = "onnxq_plugins"
 BUILTIN_SOURCE = "onnxq-plugins"
 log = logging.getLogger("onnxq_plugins")
-Trace = Callable[[str], None]  # takes one line for each hook call, when it ends
+Trace = Callable[[str], None]  # receives one line per hook call, when it ends
 
 
 class _Builtins:
-    """The built-in passes and targets, through the same hooks as a guest's."""
+    """The built-in passes and targets, through the same hooks as those of other plugins."""
 
     @hookspecs.hookimpl
     def onnxq_passes(self) -> list[type[Pass]]:
@@ -50,7 +50,7 @@ class _Builtins:
 
 @dataclass(frozen=True)
 class Plugins:
-    """What is installed: a pluggy manager, passes and targets by name, the source of each, and what is broken."""
+    """What is installed: a pluggy manager, passes and targets by name, the source of each, and broken plugins."""
 
     manager: pluggy.PluginManager
     passes: dict[str, type[Pass]]
@@ -58,7 +58,7 @@ class Plugins:
     sources: dict[str, str]  # "pass NAME" or "target NAME" -> distribution
     versions: dict[str, str]  # distribution -> version
     broken: dict[str, str]  # entry point -> what is wrong
-    labels: dict[str, str]  # what the manager calls a plugin -> distribution
+    labels: dict[str, str]  # name of a plugin in the manager -> distribution
 
     def target(self, name: str) -> Target:
         """The target of that name. Raises OnnxqError listing the known ones."""
@@ -67,40 +67,40 @@ class Plugins:
         return self.targets[name]
 
     def recipe(self, recipe: str | Path | Mapping[str, Any] | Recipe, settings: Iterable[str] = ()) -> Recipe:
-        """`load_recipe` with these passes. Raises OnnxqError, broken plugins first: they may be the reason."""
+        """`load_recipe` with these passes. Raises OnnxqError, with broken plugins first: they may be the reason."""
         try:
             return load_recipe(recipe, self.passes, settings)
         except OnnxqError as error:
             raise OnnxqError(*([self.excuse().strip()] if self.broken else []), *error.problems) from None
 
     def excuse(self) -> str:
-        """A sentence about broken plugins, for errors that they may explain."""
+        """Sentences about broken plugins, for errors that they may explain."""
         return "".join(f" Plugin '{name}' is broken: {why}." for name, why in self.broken.items())
 
 
 def find_plugins(extra: Iterable[object] = (), trace: Trace | None = None) -> Plugins:
     """Built-ins, entry points, then `extra` plugin objects (modules or instances), merged by name.
 
-    trace   takes a line of text for each hook call
+    trace   receives a line of text for each hook call
 
-    A name that two plugins bring belongs to neither: both are left out, and recipes that use it are told.
+    A name that two plugins provide belongs to neither: both are left out, and recipes that use it get an error.
     """
     labels: dict[str, str] = {}
-    found = Plugins(_manager(labels, trace), {}, {}, {}, {}, {}, labels)
-    _add(found, _Builtins(), "built-in", BUILTIN_SOURCE, trace, guest=False)
+    plugins = Plugins(_manager(labels, trace), {}, {}, {}, {}, {}, labels)
+    _add(plugins, _Builtins(), "built-in", BUILTIN_SOURCE, trace, guest=False)
     for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
         source = point.dist.name if point.dist is not None else point.name
         if point.dist is not None:
-            found.versions[source] = point.dist.version
+            plugins.versions[source] = point.dist.version
         try:
             plugin = point.load()
         except Exception as error:  # whatever a stranger's module raises on import
-            _broken(found, point.name, f"import failed with {raised(error)}" + _hint(error))
+            _broken(plugins, point.name, f"import failed with {raised(error)}" + _hint(error))
         else:
-            _add(found, plugin, point.name, source, trace)
+            _add(plugins, plugin, point.name, source, trace)
     for plugin in extra:
-        _add(found, plugin, getattr(plugin, "__name__", type(plugin).__name__), "given in Python", trace)
-    return found
+        _add(plugins, plugin, getattr(plugin, "__name__", type(plugin).__name__), "given in Python", trace)
+    return plugins
 
 
 def _manager(labels: dict[str, str], trace: Trace | None) -> pluggy.PluginManager:
@@ -111,70 +111,75 @@ def _manager(labels: dict[str, str], trace: Trace | None) -> pluggy.PluginManage
     return manager
 
 
-def _add(found: Plugins, plugin: object, name: str, source: str, trace: Trace | None, guest: bool = True) -> None:
-    """Register one plugin, or set it aside whole. It is asked alone, so that what goes wrong is known to be its own."""
+def _add(plugins: Plugins, plugin: object, name: str, source: str, trace: Trace | None, guest: bool = True) -> None:
+    """Register one plugin, or ignore it as a whole. Its hooks are called alone, so that errors are known to be its own."""
     label, i = name, 1
-    while found.manager.has_plugin(label):  # two packages may give their entry points one name
+    while plugins.manager.has_plugin(label):  # two packages may have entry points of one name
         label, i = f"{name} {i + 1}", i + 1
-    found.labels[label] = source
+    plugins.labels[label] = source
     try:
-        alone = _manager(found.labels, trace)
-        if found.manager.is_registered(plugin) or alone.register(plugin, label) is None:
+        alone = _manager(plugins.labels, trace)
+        if plugins.manager.is_registered(plugin) or alone.register(plugin, label) is None:
             raise ValueError("it is registered already")
         alone.check_pending()
         hooks = {caller.name for caller in alone.get_hookcallers(plugin) or ()}
         passes = list(chain(*alone.hook.onnxq_passes())) if "onnxq_passes" in hooks else []
         targets = list(chain(*alone.hook.onnxq_targets())) if "onnxq_targets" in hooks else []
         for kind in passes:
-            if not (
-                isinstance(kind, type)
-                and issubclass(kind, Pass)
-                and is_dataclass(kind)
-                and kind.name
-                and getattr(vars(kind).get("__dataclass_params__"), "frozen", False)
-            ):
-                raise TypeError(
-                    f"{kind!r} is not a frozen dataclass that derives from Pass and has a name: write "
-                    "@dataclass(frozen=True) above it"
-                )
-            if guest and "." not in kind.name:
-                raise ValueError(f"pass '{kind.name}' of class {kind.__qualname__} needs a name like vendor.{kind.name}")
-            for f in fields(kind):
-                if f.init and f.default is MISSING and f.default_factory is MISSING:
-                    raise ValueError(f"parameter '{f.name}' of pass '{kind.name}' has no default; give it one")
-        for made in targets:
-            if not isinstance(made, Target):
-                raise TypeError(f"{made!r} is not a Target")
+            _check_pass(kind, guest)
+        for target in targets:
+            if not isinstance(target, Target):
+                raise TypeError(f"{target!r} is not a Target")
         if not hooks:
             raise ValueError("it implements no hook; mark functions with @onnxq_plugins.hookimpl")
-        found.manager.register(plugin, label)
+        plugins.manager.register(plugin, label)
     except Exception as error:  # a plugin's own code ran
-        _broken(found, label, " ".join(str(error).split()).rstrip(".") or type(error).__name__)
+        _broken(plugins, label, " ".join(str(error).split()).rstrip(".") or type(error).__name__)
         return
     registries: tuple[tuple[str, dict[str, Any], list[Any]], ...] = (
-        ("pass", found.passes, passes),
-        ("target", found.targets, targets),
+        ("pass", plugins.passes, passes),
+        ("target", plugins.targets, targets),
     )
-    seen = set(found.sources)
+    taken = set(plugins.sources)
     for what, registry, items in registries:
         for item in items:
-            first = found.sources.setdefault(key := f"{what} {item.name}", source)
-            if key not in seen:
-                seen.add(key)
+            first = plugins.sources.setdefault(key := f"{what} {item.name}", source)
+            if key not in taken:
+                taken.add(key)
                 registry[item.name] = item
                 continue
-            if first != BUILTIN_SOURCE:  # of several nobody knows which one a recipe means
+            if first != BUILTIN_SOURCE:  # which one a recipe means is not known
                 registry.pop(item.name, None)
-            _broken(found, label, f"{what} '{item.name}' comes from both '{first}' and '{source}'; uninstall one of them")
+            _broken(plugins, label, f"{what} '{item.name}' comes from both '{first}' and '{source}'; uninstall one of them")
+
+
+def _check_pass(kind: Any, guest: bool) -> None:
+    """Raise TypeError or ValueError if something that a plugin provides cannot be used as a pass."""
+    if not (
+        isinstance(kind, type)
+        and issubclass(kind, Pass)
+        and is_dataclass(kind)
+        and kind.name
+        and getattr(vars(kind).get("__dataclass_params__"), "frozen", False)
+    ):
+        raise TypeError(
+            f"{kind!r} is not a frozen dataclass that derives from Pass and has a name: write @dataclass(frozen=True) "
+            "above it"
+        )
+    if guest and "." not in kind.name:
+        raise ValueError(f"pass '{kind.name}' of class {kind.__qualname__} needs a name like vendor.{kind.name}")
+    for f in fields(kind):
+        if f.init and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"parameter '{f.name}' of pass '{kind.name}' has no default; give it one")
 
 
 def _hint(error: Exception) -> str:
-    """What to do about an import error that many make once."""
+    """How to fix a common import error."""
     return "; passes are frozen dataclasses: write @dataclass(frozen=True)" if "non-frozen dataclass" in str(error) else ""
 
 
-def _broken(found: Plugins, name: str, why: str) -> None:
-    found.broken[name] = why
+def _broken(plugins: Plugins, name: str, why: str) -> None:
+    plugins.broken[name] = why
     log.warning("plugin '%s' is ignored: %s", name, why)
 
 
@@ -182,7 +187,7 @@ def _broken(found: Plugins, name: str, why: str) -> None:
 
 
 def follow(manager: pluggy.PluginManager, sources: Mapping[str, str], trace: Trace) -> None:
-    """Hand a line to `trace` for each hook call of a manager from now on.
+    """Pass a line to `trace` for each hook call of a manager from now on.
 
     sources   label of a plugin in the manager -> distribution it comes from
     """
@@ -194,12 +199,12 @@ def follow(manager: pluggy.PluginManager, sources: Mapping[str, str], trace: Tra
     def after(
         outcome: pluggy.Result[Any], name: str, implementations: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]
     ) -> None:
-        taken = 1e3 * (time.perf_counter() - started.pop())
+        milliseconds = 1e3 * (time.perf_counter() - started.pop())
         # pluggy calls the last one first
         called = ", ".join(_who(one, sources, name) for one in reversed(implementations)) or "nobody"
-        told = ", ".join(f"{key}={short(value)}" for key, value in arguments.items())
-        gave = f"raises {short(outcome.exception)}" if outcome.exception else f"-> {short(outcome.get_result())}"
-        trace(f"{'  ' * len(started)}{name}({told}) by {called} {gave}  {taken:.1f} ms")
+        values = ", ".join(f"{key}={short(value)}" for key, value in arguments.items())
+        result = f"raises {short(outcome.exception)}" if outcome.exception else f"-> {short(outcome.get_result())}"
+        trace(f"{'  ' * len(started)}{name}({values}) by {called} {result}  {milliseconds:.1f} ms")
 
     manager.add_hookcall_monitoring(before, after)
 

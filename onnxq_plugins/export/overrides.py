@@ -1,7 +1,7 @@
 """A plan for onnxruntime's own quantization tool: arguments of `onnxruntime.quantization.quantize_static`, and its model.
 
-The tool rounds weights to the nearest code. `ort_model` therefore holds the values that the plan's codes stand for, and the
-biases that go with them: rounded to the nearest they give the same codes, those chosen by output error included.
+The tool rounds weights to the nearest code. `ort_model` therefore holds the values that the plan's codes stand for, with
+matching biases: rounded to the nearest they give the same codes, including those chosen by output error.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from onnx import numpy_helper
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.weights import stored_form
-from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.flow import maker_of, result_of
 from onnxq_plugins.job import Outcome
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_values, weight_values
-from onnxq_plugins.spec import Array, Plan, QuantSpec
+from onnxq_plugins.spec import Array, QuantSpec
 from onnxq_plugins.targets import granularity_of
 
-# Operators to which quantize_static gives the scale of their input, whatever the overrides say.
+# Operators whose outputs get the scale of their input from quantize_static, whatever the overrides say.
 _SHARES_SCALE = frozenset({"AveragePool"})
 
 
 def ort_overrides(result: Outcome) -> dict[str, Any]:
-    """What `quantize_static` has to be told to quantize `ort_model(result)` as planned, as plain values that JSON can hold.
+    """What `quantize_static` needs in order to quantize `ort_model(result)` as planned, as plain values that JSON can hold.
 
     TensorQuantOverrides                tensor -> a list with one dictionary, or one per output channel of a weight:
                                         ``quant_type`` such as "QInt4", ``scale``, ``zero_point``, ``axis``
     DedicatedQDQPair                    true where tensors have float readers, which then read them unrounded
     OpTypesToExcludeOutputQuantization  operators that write float
     nodes_to_quantize                   the nodes that read quantized activations, and those that only pass them on
-    notes                               what the tool cannot be told
+    notes                               what the tool cannot express
 
     Names are those of `ort_model(result)` and `result.float_model`, not of the file that was quantized. `ort_arguments`
-    makes the tool's own objects of it. Raises OnnxqError if the plan quantizes nothing that the tool could quantize.
+    converts it to the tool's own objects. Raises OnnxqError if the plan quantizes nothing that the tool could quantize.
     """
-    graph, plan, target = result.graph, result.plan, result.target
-    planned = Planned(graph, plan, target)
+    graph, plan = result.graph, result.plan
+    planned = Planned(graph, plan, result.target)
     integer = planned.integer
     if not integer:
         raise OnnxqError(
-            "overrides: no layer reads quantized activations, and onnxruntime's tool quantizes no weight "
+            "overrides: no layer reads quantized activations, and onnxruntime's tool does not quantize weights "
             "alone; plan activations, too (activations.bits = 8)."
         )
     notes = _Notes()
@@ -56,20 +56,20 @@ def ort_overrides(result: Outcome) -> dict[str, Any]:
         if layer.name in integer:
             tensors[layer.weight] = _weight(result, layer, notes)
         elif layer.weight in plan:
-            notes.add("stay float, the tool quantizes no weight beside float activations", layer.name)
+            notes.add("stay float, since the tool does not quantize weights beside float activations", layer.name)
     nodes = _nodes(planned)
     return {
         "TensorQuantOverrides": tensors,
-        "DedicatedQDQPair": _pairs(graph, plan, set(nodes), notes),
-        "OpTypesToExcludeOutputQuantization": _float_outputs(graph, plan, integer, notes),
+        "DedicatedQDQPair": _dedicated_pairs(planned, set(nodes), notes),
+        "OpTypesToExcludeOutputQuantization": _float_outputs(planned, notes),
         "nodes_to_quantize": nodes,
         "notes": notes.lines(),
     }
 
 
 def ort_model(result: Outcome) -> onnx.ModelProto:
-    """The float model to give to `quantize_static` with the overrides: `result.float_model` with weights that lie on the
-    grids of the plan, and biases with the planned shifts."""
+    """The float model for `quantize_static` with the overrides: `result.float_model` with weights on the grids of the plan,
+    and biases with the planned shifts."""
     graph, plan, model = result.graph, result.plan, result.float_model
     integer, new = Planned(graph, plan, result.target).integer, dict[str, Array]()
     nodes = {node.name: node for node in model.graph.node}
@@ -95,43 +95,43 @@ def ort_model(result: Outcome) -> onnx.ModelProto:
 def ort_arguments(overrides: Outcome | Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """Keyword arguments of `onnxruntime.quantization.quantize_static` beside the model, the output and the data.
 
-    overrides   a Result, what `ort_overrides` gave, or a file with it
+    overrides   a Result, what `ort_overrides` returned, or a file with it
 
     Raises OnnxqError if a file cannot be read.
     """
     from onnxruntime.quantization import QuantFormat, QuantType
 
-    told: Any = overrides
+    table: Any = overrides
     if isinstance(overrides, (str, Path)):
         try:
-            told = json.loads(Path(overrides).read_text("utf-8"))
+            table = json.loads(Path(overrides).read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise OnnxqError(f"overrides '{overrides}' cannot be read: {error}.") from error
     elif not isinstance(overrides, Mapping):
-        told = ort_overrides(overrides)
-    if not isinstance(told, Mapping) or "TensorQuantOverrides" not in told:
-        raise OnnxqError("overrides: there is no TensorQuantOverrides in it; give what ort_overrides or --overrides wrote.")
+        table = ort_overrides(overrides)
+    if not isinstance(table, Mapping) or "TensorQuantOverrides" not in table:
+        raise OnnxqError("overrides: it has no TensorQuantOverrides; give what ort_overrides or --overrides wrote.")
     integers = {"QUInt8": np.uint8, "QUInt16": np.uint16, "QInt8": np.int8, "QInt16": np.int16, "QInt4": np.int8}
 
     def objects(entry: Mapping[str, Any]) -> dict[str, Any]:
-        made = {**entry, "quant_type": QuantType[entry["quant_type"]]}
+        values = {**entry, "quant_type": QuantType[entry["quant_type"]]}
         if "scale" in entry:  # the tool wants arrays
-            made["scale"] = np.array(entry["scale"], np.float32)
-            made["zero_point"] = np.array(entry["zero_point"], integers[entry["quant_type"]])
-        return made
+            values["scale"] = np.array(entry["scale"], np.float32)
+            values["zero_point"] = np.array(entry["zero_point"], integers[entry["quant_type"]])
+        return values
 
     return {
         "quant_format": QuantFormat.QDQ,
         "activation_type": QuantType.QUInt8,
         "weight_type": QuantType.QInt8,
         "per_channel": True,
-        "nodes_to_quantize": list(told["nodes_to_quantize"]),
+        "nodes_to_quantize": list(table["nodes_to_quantize"]),
         "extra_options": {
             "TensorQuantOverrides": {
-                n: [objects(e) for e in entries] for n, entries in told["TensorQuantOverrides"].items()
+                n: [objects(e) for e in entries] for n, entries in table["TensorQuantOverrides"].items()
             },
-            "DedicatedQDQPair": bool(told["DedicatedQDQPair"]),
-            "OpTypesToExcludeOutputQuantization": list(told["OpTypesToExcludeOutputQuantization"]),
+            "DedicatedQDQPair": bool(table["DedicatedQDQPair"]),
+            "OpTypesToExcludeOutputQuantization": list(table["OpTypesToExcludeOutputQuantization"]),
         },
     }
 
@@ -140,20 +140,20 @@ class _Notes:
     """Remarks, each with the layers or tensors that it is about."""
 
     def __init__(self) -> None:
-        self.found: dict[str, list[str]] = {}
+        self.names: dict[str, list[str]] = {}  # text -> what it is about
 
     def add(self, text: str, name: str) -> None:
-        self.found.setdefault(text, []).append(name)
+        self.names.setdefault(text, []).append(name)
 
     def lines(self) -> list[str]:
         return [
             f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {text}"
-            for text, names in self.found.items()
+            for text, names in self.names.items()
         ]
 
 
 def _scales(planned: Planned) -> dict[str, str]:
-    """Tensors that hold quantized activations -> the planned one whose scale they have, carried ones included."""
+    """Tensors with quantized activations -> the planned one whose scale they have, including carried ones."""
     keys = {name: name for name in planned.activations}
     for node in planned.graph.nodes:
         if node.name in planned.carriers:
@@ -162,24 +162,25 @@ def _scales(planned: Planned) -> dict[str, str]:
 
 
 def _nodes(planned: Planned) -> list[str]:
-    """The nodes that the tool must look at, in the order of the graph. It drops a Relu or Clip behind a quantized layer."""
-    graph, wanted = planned.graph, planned.integer | planned.carriers
+    """The nodes for the tool to process, in the order of the graph. It drops a Relu or Clip behind a quantized layer."""
+    graph, names = planned.graph, planned.integer | planned.carriers
     for node in graph.nodes:
         after = graph.elided_activation(node.outputs[0].name) if node.name in planned.integer else None
         if after is not None and after.outputs[0].name in planned.plan:
-            wanted.add(after.name)
-    return [str(node.name) for node in graph.nodes if node.name in wanted]
+            names.add(after.name)
+    return [str(node.name) for node in graph.nodes if node.name in names]
 
 
-def _pairs(graph: Graph, plan: Plan, nodes: set[str], notes: _Notes) -> bool:
-    """True if each reader should have Q and DQ of its own. Float readers of a tensor that is made in float read it unrounded
-    in our export; the tool does so only with pairs of their own, and only where two readers or more are quantized."""
+def _dedicated_pairs(planned: Planned, nodes: set[str], notes: _Notes) -> bool:
+    """True if each reader should have Q and DQ of its own. In our export float readers of a tensor that is computed in float
+    read it unrounded; with the tool they do so only with dedicated pairs, and only where at least two readers are
+    quantized."""
     needed = False
-    for name in plan:
-        maker = None if graph.is_constant(name) else maker_of(graph, name)
-        if graph.is_constant(name) or (maker is not None and maker.name in nodes):
+    for name in planned.activations:
+        maker = maker_of(planned.graph, name)
+        if maker is not None and maker.name in nodes:
             continue
-        quantized = [reader.name in nodes for reader in graph.consumers(name)]
+        quantized = [reader.name in nodes for reader in planned.graph.consumers(name)]
         if not all(quantized) and sum(quantized) > 1:
             needed = True
         elif not all(quantized):
@@ -187,13 +188,14 @@ def _pairs(graph: Graph, plan: Plan, nodes: set[str], notes: _Notes) -> bool:
     return needed
 
 
-def _float_outputs(graph: Graph, plan: Plan, integer: set[str], notes: _Notes) -> list[str]:
-    """Operators whose results need no codes: what reads them quantized, quantizes them. Not those that a Relu or Clip
-    follows, which the tool drops behind a quantized output only."""
+def _float_outputs(planned: Planned, notes: _Notes) -> list[str]:
+    """Operators whose outputs are not quantized: their readers quantize them where needed. Not those followed by a Relu or
+    Clip, which the tool drops only behind a quantized output."""
+    graph, plan = planned.graph, planned.plan
     bare: dict[str, list[str]] = {}
     followed = set()
     for node in graph.nodes:
-        if node.name not in integer:
+        if node.name not in planned.integer:
             continue
         if node.op in _SHARES_SCALE:
             notes.add("get the scale of their input, whatever is planned", node.name)
@@ -209,7 +211,7 @@ def _float_outputs(graph: Graph, plan: Plan, integer: set[str], notes: _Notes) -
 
 
 def _written(result: Outcome, layer: Layer) -> QuantSpec | None:
-    """The entry of a weight as the tool can write it; None if one scale per tensor or output channel does not tell it."""
+    """The entry of a weight as the tool can write it; None if it takes more than one scale per tensor or output channel."""
     graph, plan, spec = result.graph, result.plan, result.plan[layer.weight]
     rule = Planned(graph, plan, result.target).rule(layer)
     assert rule is not None

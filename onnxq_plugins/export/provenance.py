@@ -1,4 +1,4 @@
-"""What a model's metadata say about how it was made: recipe, seed, versions of the plugins."""
+"""How a model was made, in its metadata: recipe, seed, versions of the plugins."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from onnxq_plugins.job import Recipe
 def sign(
     model: onnx.ModelProto, recipe: Recipe, seed: int, distributions: Iterable[str], versions: Mapping[str, str]
 ) -> None:
-    """Write into a model what is needed to make it again.
+    """Write into a model's metadata what is needed to reproduce it.
 
     distributions   that its passes and its target come from
-    versions        of distributions, as far as they are known
+    versions        of distributions, where known
     """
     names = sorted({*distributions, "onnxq-plugins"})
     values = {
@@ -43,7 +43,7 @@ def recipe_of(path: str | Path) -> tuple[dict[str, Any], int]:
         recipe, seed = json.loads(metadata["onnxq.recipe"]), int(metadata.get("onnxq.seed", 0))
     except (KeyError, ValueError) as error:
         raise OnnxqError(
-            f"model '{path}' has no recipe in its metadata; give a model that onnxq made, or a recipe with -r."
+            f"model '{path}' has no recipe in its metadata; give a model made by onnxq, or a recipe with -r."
         ) from error
     return recipe, seed
 

@@ -25,7 +25,7 @@ from onnxq_plugins.plan.values import bias_scale, bias_values
 from onnxq_plugins.spec import Array, Plan, QuantSpec
 from onnxq_plugins.targets import Rule, Target
 
-# What onnxruntime fuses a Gemm or MatMul with before it looks for integer kernels.
+# Operators that onnxruntime fuses with a Gemm or MatMul before it looks for integer kernels.
 _FUSED_IN_FLOAT = {
     "Gemm": frozenset(
         {
@@ -91,7 +91,7 @@ class Writer:
         return self._finish()
 
     def layer_by_layer(self) -> Iterator[Layer]:
-        """Write the operators, stopping in front of each planned layer: the entry of its weight is read after that."""
+        """Write the operators, pausing before each planned layer: the entry of its weight is read only then."""
         for tensor in self.graph.inputs:
             self._quantize_after(tensor)
         for node in list(self.model.graph.node):
@@ -193,7 +193,7 @@ class Writer:
         return node in self.integer or node in self.carried or self._written_in_codes(name)
 
     def _rule(self, layer: Layer) -> tuple[Rule, str]:
-        """The form a planned layer is written in, and the planned activation it reads, "" for float."""
+        """The rule by which a planned layer is written, and the planned activation it reads, "" for float."""
         key = self.planned.source(layer.input) if layer.name in self.integer else ""
         rule = self.target.rule(layer, self.plan[layer.weight], self.plan[key].bits if key else 0)
         if rule is None:
@@ -204,8 +204,8 @@ class Writer:
         return rule, key
 
     def _apart(self, node: onnx.NodeProto, layer: Layer) -> bool:
-        """True if a planned layer must be kept apart from what reads it: one that runs in float from a Q behind it, a
-        quantized Gemm or MatMul from what would draw it into a float kernel."""
+        """True if a planned layer must be kept apart from its readers: one that runs in float from a Q behind it, a
+        quantized Gemm or MatMul from operators that it would be fused with into a float kernel."""
         rule = self._rule(layer)[0]
         storage = rule.storage
         if storage == "float":
@@ -213,7 +213,7 @@ class Writer:
         if rule.activations > 8:  # it runs in float anyway, and its weight is no float constant
             return False
         if layer.op == "Conv" or storage == "blocked":
-            return layer.op != "Conv"  # weight-only: a Q behind would do, even beyond a Reshape
+            return layer.op != "Conv"  # weight-only: a Q behind it has that effect, even beyond a Reshape
         readers = self.graph.consumers(layer.output)
         alone = len(readers) == 1 and layer.output not in self.graph.outputs
         absorbed = alone and (
@@ -223,11 +223,11 @@ class Writer:
         return layer.output not in self.plan and not absorbed and any(n.op in _FUSED_IN_FLOAT[layer.op] for n in readers)
 
     def _separate(self, output: str) -> None:
-        """Keep the node just written apart from what follows, by a Sum of one operand: it changes nothing, costs a copy,
-        and is not optimized away. Without it onnxruntime would, without a word, quantize the weight of a layer that is
-        to stay float between a DQ and a Q (per tensor), or fuse a quantized Gemm with a float Relu into a float kernel."""
+        """Keep the last node apart from the next ones by a Sum of one operand: it changes nothing, costs a copy, and is not
+        optimized away. Without it onnxruntime would silently quantize the weight of a layer that is to stay float between a
+        DQ and a Q (per tensor), or fuse a quantized Gemm with a float Relu into a float kernel."""
         node = self.builder.nodes[-1]
-        if node.op_type == "Sum":  # the bias of a weight-only layer does it already
+        if node.op_type == "Sum":  # the bias of a weight-only layer already does so
             return
         node.output[0] = self.builder.fresh(f"{output}_apart")
         self.builder.add("Sum", [node.output[0]], [output], name=self.builder.fresh(f"{node.name}_apart"))
@@ -267,7 +267,7 @@ class Writer:
 
     def _bias(self, layer: Layer, spec: QuantSpec, activation: QuantSpec, factor: Array | None) -> str:
         """int32 codes at s_x * s_w: the integer kernel adds them to its accumulator, before a factor behind the layer.
-        Beside 16-bit inputs that can be too fine for int32: the bias then has a scale of its own, weights keep theirs."""
+        Beside 16-bit inputs that scale can be too fine for int32: the bias then has one of its own, weights keep theirs."""
         bias = bias_values(self.graph, layer, spec)
         if bias is None:
             return ""
@@ -311,10 +311,10 @@ def _code_type(spec: QuantSpec) -> Any:
 
 def subgraph_reads(nodes: Sequence[onnx.NodeProto]) -> set[str]:
     """Names that control-flow bodies read from outside."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in nodes:
         for attribute in node.attribute:
             for body in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
-                found |= {name for inner in body.node for name in inner.input} | {o.name for o in body.output}
-                found |= subgraph_reads(body.node)
-    return found
+                names |= {name for inner in body.node for name in inner.input} | {o.name for o in body.output}
+                names |= subgraph_reads(body.node)
+    return names

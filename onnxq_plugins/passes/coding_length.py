@@ -1,4 +1,4 @@
-"""coding-length: widths of weights from how many bits the weights themselves need, without a search."""
+"""coding-length: choose bit widths by the coding length of the weights."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from onnxq_plugins.spec import Array
 
 @dataclass(frozen=True)
 class CodingLength(Pass):
-    """Give each group of quantizers a width by the lossy coding length of its weights, bits per weight up to one distortion
-    for all: longer codes, more bits. Plans requests, which the passes behind it solve; no data are needed.
+    """Choose bit widths by the coding length of the weights.
+
+    Each group of quantizers gets a width by the lossy coding length of its weights: bits per weight up to one distortion for
+    all; longer codes, more bits. Plans requests, which later passes solve; needs no data.
 
     candidates   as in `mixed-precision`
     budget       ``size`` (bits of weights) or ``bops`` (bit operations), at most `limit` times those of 8 bits everywhere
     limit        see budget
-    distortion   mean squared error per weight, in parts of the weights' variance
+    distortion   mean squared error per weight, as a fraction of the weights' variance
 
         L(W) = (m + n) / 2 log2 det(I + n / (m eps^2) W W^T),   n outputs, m inputs, eps^2 the distortion
 
-    Weights are taken relative to the largest of their output channel, as a scale per channel sees them. A heuristic: it
-    knows nothing of what a layer does to the output. `mixed-precision` measures that.
+    Weights are taken relative to the largest of their output channel, as a scale per channel represents them. A heuristic:
+    it ignores what a layer does to the output. `mixed-precision` measures that.
 
-    Source: Attention Round (Diao et al., arXiv 2207.03088), section on mixed precision; relative weights and the repair to
-    the budget are our own.
+    Source: Attention Round (Diao et al., arXiv 2207.03088), section on mixed precision; relative weights and the adjustment
+    to the budget are our own.
     Cost: eigenvalues of each weight's smaller side.
     """
 
@@ -49,9 +51,9 @@ class CodingLength(Pass):
         widths = Widths(job, parse_widths(self.candidates), sample(job))
         weights = [
             [
-                _relative(y.matrix(job.graph.constant(y.weight)))
-                for y in map(job.graph.layer, group.layers)
-                if y.op != "ConvTranspose"
+                _relative(layer.matrix(job.graph.constant(layer.weight)))
+                for layer in map(job.graph.layer, group.layers)
+                if layer.op != "ConvTranspose"
             ]
             for group in widths.groups
         ]
@@ -64,17 +66,17 @@ class CodingLength(Pass):
         room = self.limit * getattr(widths.eight, self.budget) - sum(p[0] for i, p in enumerate(prices) if i not in free)
         levels = widths_of(scores[free], np.array([prices[i][::-1] for i in free]), room) if free else []
         if levels is None:
-            raise widths.too_dear(self.budget, self.limit)
-        chosen = [options[0] for options in widths.options]
+            raise widths.too_expensive(self.budget, self.limit)
+        choice = [options[0] for options in widths.options]
         for i, level in zip(free, levels, strict=True):
-            chosen[i] = widths.options[i][::-1][level]
-        job.plan |= widths.requests(tuple(chosen))
+            choice[i] = widths.options[i][::-1][level]
+        job.plan |= widths.requests(tuple(choice))
         return {
             "bits_per_weight": {g.name: round(float(s), 3) for g, s in zip(widths.groups, scores, strict=True)},
-            "widths": {g.name: str(w) for g, w in zip(widths.groups, chosen, strict=True)},
+            "widths": {g.name: str(w) for g, w in zip(widths.groups, choice, strict=True)},
         }
 
 
 def _relative(w: Array) -> Array:
-    """Weights [groups, outputs, D] in parts of the largest of each output."""
+    """Weights [groups, outputs, D] as fractions of the largest of each output."""
     return np.asarray(w / np.maximum(np.abs(w).max(axis=2, keepdims=True), 1e-30))

@@ -1,4 +1,4 @@
-"""equalize: factors between layers that give channels ranges which one scale can serve."""
+"""equalize: even out channel ranges by factors between layers."""
 
 from __future__ import annotations
 
@@ -17,39 +17,41 @@ from onnxq_plugins.solvers.equalize import Place, equalize
 from onnxq_plugins.spec import Array
 
 _FACTOR = 2.0**12  # factors beyond this, or its inverse, only make biases too large for int32 and weights vanish
-_LEAST = 0.1  # dB by which an exponent must lower the measured error: what a few samples can tell
-_BIAS = 64.0  # how far beyond a layer's largest bias a factor may bring another one
+_LEAST = 0.1  # dB by which an exponent must lower the measured error: the resolution of a few samples
+_BIAS = 64.0  # a factor may enlarge a bias to so many times the layer's largest one
 
 Bounds = tuple[Array, Array]  # least and largest factor per channel
 
 
 @dataclass(frozen=True)
 class Equalize(Pass):
-    """Cross-layer equalization: multiply a channel by a factor where it is made and divide by it where it is read. The float
-    function stays; what one scale for all channels costs does not.
+    """Even out channel ranges by factors between layers.
 
-    by         ``weights``: a channel's range in the weights that make it becomes equal to its range in those that read it,
-               which serves scales per tensor. ``activations``: channel c is divided by (r_c / max r)^e, with r_c its largest
-               |value| over the activations of the group, relative to each one's largest; e is chosen per group by the
-               measured error of the quantized network's outputs. This serves the scale that an activation has for all its
+    Cross-layer equalization: multiply a channel by a factor where it is computed and divide by it where it is read. The
+    float function stays; what one scale for all channels costs does not.
+
+    by         ``weights``: a channel's range in the weights that compute it becomes equal to its range in those that read
+               it, which suits scales per tensor. ``activations``: channel c is divided by (r_c / max r)^e, with r_c its
+               largest |value| over the activations of the group, relative to each one's largest; e is chosen per group by
+               the measured error of the quantized network's outputs. This suits the scale that an activation has for all its
                channels
     gain       ``weights``: least ratio of a group's predicted rounding noise before and after for which it is equalized
     pow2       factors are powers of two: the float model stays the same to the last bit
-    exponents  e to try
-    samples    of the data that errors are measured on (``activations``)
-    margin     how far a channel may go beyond its calibrated range, in parts of that range, before a Clip counts as idle
+    exponents  values of e to try
+    samples    number of samples that errors are measured on (``activations``)
+    margin     how far a channel may exceed its calibrated range, as a fraction of it, before a Clip counts as active
 
         W1 <- F W1,  b1 <- F b1,  W2 <- W2 F^-1;   f_c = sqrt(r2_c / r1_c) makes both ranges equal   (``weights``)
                                                    f_c = (r_c / max r)^-e                            (``activations``)
 
-    Groups are sets of channels that must scale together: layer to layer, through a depthwise layer (whose rows take up a
-    factor on either side), a whole residual stream, LayerNormalization to MatMul (SmoothQuant's case).
+    Groups are sets of channels that must be scaled together: layer to layer, through a depthwise layer (whose rows absorb a
+    factor on either side), a whole residual stream, LayerNormalization to MatMul (the case of SmoothQuant).
 
-    A Clip (ReLU6) has one maximum for all channels, so an equalized one would need a Min per channel, which no integer
-    kernel absorbs. Hence a channel that reaches the maximum keeps factor 1, and one that stays below gets no larger factor
-    than leaves it below; the data tell which is which. Without data such groups are left alone, and told. Where
-    statistics are told along another axis (positions of a 1-D convolution behind an Add, attention heads), Clips hold all
-    channels, and ``activations`` leaves the group alone.
+    A Clip (ReLU6) has one maximum for all channels, so that an equalized one would need a Min per channel, which no integer
+    kernel absorbs. Hence a channel that reaches the maximum keeps factor 1, and one that stays below gets no factor that
+    would take it there; the data show which is which. Without data such groups are left unchanged and reported. Where
+    statistics belong to another axis (positions of a 1-D convolution after an Add, attention heads), Clips hold all
+    channels, and ``activations`` leaves the group unchanged.
 
     Source: ``weights``: Data-Free Quantization (arXiv 1906.04721), section 4.1. ``activations``: SmoothQuant (arXiv
     2211.10438), without its weight term, on any group. The treatment of Clip is ours.
@@ -76,17 +78,17 @@ class Equalize(Pass):
 
     def apply(self, job: Job) -> dict[str, Any]:
         if self.by == "activations" and not job.calibration.ready:
-            job.note("equalize by activations was left out: without data there are no ranges to even out")
+            job.note("equalize by activations was skipped: without data there are no ranges to even out")
             return {"groups": 0}
         groups = channel_groups(job.graph, "rescale", clips=job.calibration.ready)
         bounds = self._bounds(job, groups)
-        told: dict[str, Any] = {}
-        if not job.calibration.ready and (stopped := _stopped(job.graph)):
-            job.note(f"equalize went through no Clip, since there are no data that tell where it is idle ({stopped} Clips)")
-            told["clips_not_passed"] = stopped
-        found = self._by_weights(job, groups, bounds) if self.by == "weights" else self._by_activations(job, groups, bounds)
         held = sum(int((low == high).sum()) for low, high in bounds)
-        return {"groups": len(groups), "channels_held_by_clips": held, **told, **found}
+        result: dict[str, Any] = {"groups": len(groups), "channels_held_by_clips": held}
+        if not job.calibration.ready and (clips := _clips(job.graph)):
+            job.note(f"equalize did not pass any Clip, since there are no data to show where it is inactive ({clips} Clips)")
+            result["clips_not_passed"] = clips
+        by = self._by_weights if self.by == "weights" else self._by_activations
+        return result | by(job, groups, bounds)
 
     def _by_weights(self, job: Job, groups: list[ChannelGroup], bounds: list[Bounds]) -> dict[str, Any]:
         weights = _reduced(job.graph)
@@ -95,10 +97,10 @@ class Equalize(Pass):
         ]
         used, largest = 0, 1.0
         for group, factors, bound in zip(groups, equalize(places, bounds, self.gain), bounds, strict=True):
-            made = self._rounded(factors, bound)
-            if (made != 1).any():
-                rescale(job.graph, group, made)
-                used, largest = used + 1, max(largest, float(made.max() / made.min()))
+            rounded = self._rounded(factors, bound)
+            if (rounded != 1).any():
+                rescale(job.graph, group, rounded)
+                used, largest = used + 1, max(largest, float(rounded.max() / rounded.min()))
         return {"equalized": used, "largest_ratio_of_factors": round(largest, 1)}
 
     def _by_activations(self, job: Job, groups: list[ChannelGroup], bounds: list[Bounds]) -> dict[str, Any]:
@@ -112,22 +114,22 @@ class Equalize(Pass):
         before = best = preview.sqnr()
         kept = {}
         for i in job.track(sorted(spreads, key=lambda i: float(np.median(spreads[i]))), "equalizing", len(spreads)):
-            group, chosen = groups[i], None
+            group, winner = groups[i], None
             for e in self.exponents:
                 factors = self._rounded(np.clip(spreads[i] ** -e, *bounds[i]), bounds[i])
                 attempt = preview.fork()
                 with _rescaled(job.graph, group, factors):
                     attempt.rescaled(group, factors)
-                    found = attempt.sqnr()
-                if found > best + _LEAST:
-                    best, chosen = found, (e, factors, attempt)
-            if chosen is not None:
-                kept[group.tensors[0]], factors, preview = chosen
+                    score = attempt.sqnr()
+                if score > best + _LEAST:
+                    best, winner = score, (e, factors, attempt)
+            if winner is not None:
+                kept[group.tensors[0]], factors, preview = winner
                 rescale(job.graph, group, factors)
         return {"equalized": len(kept), "exponents": kept, "sqnr_before_and_after": [round(before, 2), round(best, 2)]}
 
     def _rounded(self, factors: Array, bounds: Bounds) -> Array:
-        """Factors as they are, or the nearest powers of two within the bounds."""
+        """The factors, or with `pow2` the nearest powers of two within the bounds."""
         if not self.pow2:
             return factors
         near = np.exp2(np.rint(np.log2(factors)))
@@ -145,12 +147,12 @@ class Equalize(Pass):
         }
         sources = {n: node.inputs[0].name for n, node in clips.items()}
         ranges = job.calibration.channel_ranges(list(sources.values())) if sources else {}
-        made = []
+        bounds = []
         for group in groups:
             low, high = np.full(group.size, 1 / _FACTOR), np.full(group.size, _FACTOR)
             for member in group.members:
                 if member.tensor in clips and member.axis != channel_axis(graph, sources[member.tensor]):
-                    low, high = np.ones(group.size), np.ones(group.size)  # its ranges are those of another axis
+                    low, high = np.ones(group.size), np.ones(group.size)  # its ranges belong to another axis
                 elif member.tensor in clips:
                     first, last = ranges[sources[member.tensor]]
                     top = np.maximum((last + self.margin * (last - first))[member.index].max(axis=1), 1e-30)
@@ -161,13 +163,13 @@ class Equalize(Pass):
                     bias = np.abs(graph.constant(member.tensor).astype(np.float64))[member.index].max(axis=1)
                     most = np.divide(_BIAS * bias.max(), bias, out=np.full(group.size, np.inf), where=bias > 0)
                     high = np.minimum(high, np.maximum(most, 1.0))
-            made.append((np.minimum(low, high), high))
-        return made
+            bounds.append((np.minimum(low, high), high))
+        return bounds
 
 
 @contextmanager
 def _rescaled(graph: Graph, group: ChannelGroup, factors: Array) -> Iterator[None]:
-    """The graph with a group rescaled; behind the block all is as it was before."""
+    """The graph with a group rescaled; restored when the block ends."""
     values = {m.tensor: graph.constant(m.tensor) for m in group.weights}
     batchnorms, touched = dict(graph.batchnorms), set(graph.touched)
     rescale(graph, group, factors)
@@ -179,7 +181,7 @@ def _rescaled(graph: Graph, group: ChannelGroup, factors: Array) -> Iterator[Non
 
 def _spread(preview: Preview, group: ChannelGroup) -> Array | None:
     """Largest |value| of each channel relative to the largest of all, over the group's planned activations [channels]; None
-    where nothing is to be gained, or could not be measured."""
+    where there is nothing to gain, or the gain cannot be measured."""
     if not preview.follows(group):
         return None
     sizes = []
@@ -198,16 +200,16 @@ def _spread(preview: Preview, group: ChannelGroup) -> Array | None:
 def _reduced(graph: Graph) -> dict[str, Array]:
     """Every layer's weight as its largest |value| over all axes but the first two [rows, columns]."""
     return {
-        y.weight: np.abs(graph.constant(y.weight)).reshape(*y.shape[:2], -1).max(axis=2).astype(np.float64)
-        for y in graph.layers
+        layer.weight: np.abs(graph.constant(layer.weight)).reshape(*layer.shape[:2], -1).max(axis=2).astype(np.float64)
+        for layer in graph.layers
     }
 
 
 def _place(size: Array, member: Member) -> Place:
-    """Where a group lies in a weight."""
+    """The part of a weight that belongs to a group."""
     return Place(size, member.axis, member.index, member.role == "output", member.rows)
 
 
-def _stopped(graph: Graph) -> int:
-    """How many Clips with a maximum the model has."""
+def _clips(graph: Graph) -> int:
+    """Number of Clips with a maximum."""
     return sum(clip_maximum(node) is not None for node in graph.nodes)

@@ -1,4 +1,4 @@
-"""mixed-precision: widths of weights and activations, group by group, from measured sensitivities."""
+"""mixed-precision: search bit widths for every group of quantizers."""
 
 from __future__ import annotations
 
@@ -22,43 +22,45 @@ from onnxq_plugins.solvers.rounding import Method
 from onnxq_plugins.spec import Plan
 
 Entry = tuple[float, int, Width]  # SQNR of a group alone, its number, its width
-_APART = 16  # samples from which rounding and measuring use different ones
+_APART = 16  # with this many samples, rounding and measuring use different ones
 
 
 @dataclass(frozen=True)
 class MixedPrecision(Pass):
-    """Search the width of every group of quantizers: an activation with the weights of all layers that read it.
+    """Search bit widths for every group of quantizers.
 
-    1. Sensitivity: for each group and candidate, the error of the network's outputs with that group quantized alone. Noise
-       of groups adds up, nearly.
+    A group is an activation with the weights of all layers that read it.
+
+    1. Sensitivity: for each group and candidate, the error of the network's outputs with that group alone quantized. The
+       noise of groups is nearly additive.
     2. Budgets on cost: the choice of least total noise within the budget. Budgets on accuracy: from the widest candidates
-       everywhere the way leads down, change by change; the last point that is accurate enough is found by search.
-    3. Points along the way down are measured: the curve in the report, with the widths of each.
+       everywhere a path leads down, change by change; a search finds the last point that is accurate enough.
+    3. Points along the path are measured: the curve in the report, with the widths of each.
 
     candidates  such as W4A8, W8A8, W8A16, float; per group those that the target has kernels for
     budget      ``size`` (bits of weights), ``bops`` (bit operations): at most `limit` times those of 8-bit weights and
-                activations everywhere. ``latency``: the same of milliseconds, measured in onnxruntime on this machine.
+                activations everywhere. ``latency``: the same for milliseconds, measured in onnxruntime on this machine.
                 ``sqnr``: at least `limit` dB. ``metric``: at most `limit` below the float network's
     limit       see budget
-    metric      ``sqnr``, ``agreement`` (percent of samples with the same argmax) or ``top1`` (percent right; needs labels),
-                shown with the curve; a function given to `quantize(metric=)` or ``--metric`` takes its place
-    cost        what is to fall where the budget is on accuracy: ``bops``, ``size`` or ``latency``
-    order       of changes on the way down: ``noise``, least noise added per cost saved first; ``sqnr``, the paper's list:
-                the least sensitive first, whatever it saves
+    metric      ``sqnr``, ``agreement`` (percent of samples with the same argmax) or ``top1`` (percent correct; needs
+                labels), shown with the curve; a function given to `quantize(metric=)` or ``--metric`` replaces it
+    cost        what to reduce where the budget is on accuracy: ``bops``, ``size`` or ``latency``
+    order       of changes on the path: ``noise``, least added noise per saved cost first; ``sqnr``, the paper's list: the
+                least sensitive first, whatever it saves
     strategy    of the search: ``binary``, ``interpolation``, ``hybrid`` of both, or ``brute``, which measures every point
-    samples     of the data, spread evenly
+    samples     number of samples, evenly spaced
     method      how weights are rounded: as in `round`, on the inputs of the float network
-    curve       points of the way down to measure, evenly spread, beside those that the search visits
-    widths      of each group by name, as in a point of an earlier curve: that point is made again, without a search
+    curve       points of the path to measure, evenly spaced, beside those that the search visits
+    widths      of each group by name, as in a point of an earlier curve: reproduces that point without a search
 
         sensitivity of a group at a width = 10 log10(E[y^2] / E[(y - yq)^2]),   y the outputs, yq with that group quantized
 
-    Weights are rounded once for each layer and width, so that a choice of widths costs no new rounding. For the search they
-    are rounded on half of the samples and measured on the others, since codes fit the samples they were chosen on; those of
-    the chosen point are rounded again on all data. Layers whose weights.bits a [[layer]] rule sets keep them.
+    Weights are rounded once for each layer and width, so that a choice of widths costs no further rounding. For the search
+    they are rounded on half of the samples and measured on the others, since codes fit the samples they were chosen on;
+    those of the final point are rounded again on all data. Layers whose weights.bits a [[layer]] rule sets keep them.
 
-    Source: Practical Mixed Precision (Pandey et al., arXiv 2302.05397). Budgets on cost by dynamic programming and
-    the order by noise are our own.
+    Source: Practical Mixed Precision (Pandey et al., arXiv 2302.05397). Budgets on cost by dynamic programming and the order
+    by noise are our own.
     Cost: groups x candidates + points, each an export and half of `samples` runs; rounding once per width.
     """
 
@@ -83,39 +85,39 @@ class MixedPrecision(Pass):
             parse_widths(self.widths.values())
         if self.samples < 1 or self.curve < 0:
             raise ValueError("samples must be at least 1 and curve not negative")
-        if self.budget == "sqnr" and 0 < self.limit < 3:  # a limit meant for another budget
+        if self.budget == "sqnr" and 0 < self.limit < 3:  # a limit that is meant for another budget
             raise ValueError(
-                f"limit = {self.limit:g} dB would let noise drown the outputs; give the least SQNR that will "
-                "do, such as limit = 25"
+                f"limit = {self.limit:g} dB would let noise drown the outputs; set it to the least acceptable "
+                "SQNR, such as limit = 25"
             )
 
     def apply(self, job: Job) -> dict[str, Any]:
         if job.calibration.data is None:
             raise OnnxqError(
                 "mixed-precision measures networks on sample inputs, and there are none; give data (--data "
-                "PATH), or put the pass data-free in front."
+                "PATH), or put the pass data-free before it."
             )
         if self.widths:
-            return self.settled(job)
+            return self._reproduce(job)
         by = job.metric or metric(self.metric)
         if self.budget == "metric" and by is mean_sqnr:
             raise OnnxqError(
                 "mixed-precision: budget = 'metric' limits the drop of a metric such as 'agreement', and the "
-                "float network's sqnr has no bound; set metric, or budget = 'sqnr' and limit to the least that "
-                "will do."
+                "float network's sqnr has no bound; set metric, or budget = 'sqnr' and limit to the least "
+                "acceptable SQNR."
             )
         return _Search(self, job, by).run()
 
-    def settled(self, job: Job) -> dict[str, Any]:
-        """The point whose widths are known."""
+    def _reproduce(self, job: Job) -> dict[str, Any]:
+        """The point that `widths` describe."""
         widths = Widths(job, {name: Width.parse(text) for name, text in self.widths.items()}, sample(job))
-        chosen = tuple(options[0] for options in widths.options)
-        _settle(self, widths, chosen)
-        return {"groups": len(chosen), **{key: round(value, 4) for key, value in widths.shares(chosen).items()}}
+        choice = tuple(options[0] for options in widths.options)
+        _apply(self, widths, choice)
+        return {"groups": len(choice), **{key: round(value, 4) for key, value in widths.shares(choice).items()}}
 
 
 class _Search:
-    """The phases of one search."""
+    """The phases of a search."""
 
     def __init__(self, step: MixedPrecision, job: Job, by: Metric) -> None:
         self.step, self.job, self.metric = step, job, by
@@ -139,109 +141,109 @@ class _Search:
             job.note(remark)
         self.feed = feeds[0]
         self.points: dict[Choice, dict[str, Any]] = {}
-        self.scores: dict[Choice, float] = {}  # what a budget on accuracy is about, not rounded for the report
+        self.scores: dict[Choice, float] = {}  # by which a budget on accuracy decides, not rounded for the report
 
     def run(self) -> dict[str, Any]:
         step, data = self.step, self.job.calibration.data
         assert data is not None
         half = open_data(self.rounded_on, data.inputs)  # sample by sample: a model may insist on its own batch size
         self.widths.round(step.method, half)
-        if self.falling == "latency":
+        if self.objective == "latency":
             self.widths.time(self.feed)
         ranked = self.sensitivities()
         path = self.path(ranked)
-        chosen = self.fitted(ranked) if step.budget == self.falling else self.farthest(path)
+        choice = self.least_noise(ranked) if step.budget == self.objective else self.farthest(path)
         shown = [path[round(k)] for k in np.linspace(0, len(path) - 1, step.curve)] if step.curve else []
-        self.measured([chosen, *shown])
-        timed = {"latency": self.latency(chosen)} if self.widths.times is not None else {}
-        _settle(step, self.widths, chosen)
-        self.points[chosen]["chosen"] = True
-        size, stored = self.points[chosen]["size"], self.points[chosen]["stored"]
-        if self.falling == "size" and stored > size + 0.005:
+        self.evaluate([choice, *shown])
+        timed = {"latency": self.latency(choice)} if self.widths.times is not None else {}
+        _apply(step, self.widths, choice)
+        self.points[choice]["chosen"] = True
+        size, stored = self.points[choice]["size"], self.points[choice]["stored"]
+        if self.objective == "size" and stored > size + 0.005:
             self.job.note(
                 f"mixed-precision: size {size:.3f} counts bits of codes; in the file for target '{self.job.target.name}' "
                 f"they take {stored:.3f} of 8 bits, as codes of 5 to 7 bits take a byte there: for small files use "
                 "candidates W4A8 and W8A8"
             )
         groups = self.widths.groups
-        best = {} if self.metric is mean_sqnr else {"float": round(self.best, 3)}  # what the float network has
+        best = {} if self.metric is mean_sqnr else {"float": round(self.best, 3)}  # of the float network
         return {
             "groups": len(groups),
             "metric": metric_name(self.metric),
-            "cost": self.falling,
+            "cost": self.objective,
             **best,
             "networks_measured": self.measure.scored,
             "sensitivities": [{"group": groups[i].name, "width": str(w), "sqnr": round(s, 2)} for s, i, w in ranked],
-            "curve": sorted(self.points.values(), key=lambda p: -p[self.falling]),
+            "curve": sorted(self.points.values(), key=lambda p: -p[self.objective]),
             **timed,
         }
 
     @property
-    def falling(self) -> Budget:
-        """The cost that is to fall."""
+    def objective(self) -> Budget:
+        """The cost to reduce."""
         step = self.step
         return step.cost if step.budget == "sqnr" or step.budget == "metric" else step.budget  # noqa: PLR1714 - mypy narrows
 
     def sensitivities(self) -> list[Entry]:
-        """(SQNR, group, candidate) with that group quantized alone, from the least sensitive to the most."""
+        """(SQNR, group, candidate) with that group alone quantized, from the least sensitive to the most."""
         samples, cache = self.measure.samples, self.measure.cache
         alone = Measure(self.job.graph, ALONE, samples.feeds, samples.reference, self.widths.coded, cache=cache)
         tasks = [(i, w) for i, options in enumerate(self.widths.options) for w in options if len(options) > 1]
         scores = alone.scores((self.widths.plan({i: w}) for i, w in tasks), [mean_sqnr], self.job.workers)
         tracked = self.job.track(scores, "sensitivities", len(tasks))
-        found = [(score["sqnr"], i, w) for score, (i, w) in zip(tracked, tasks, strict=True)]
+        entries = [(score["sqnr"], i, w) for score, (i, w) in zip(tracked, tasks, strict=True)]
         self.measure.scored += alone.scored
-        return sorted(found, key=lambda f: (-f[0], -(f[2].weights + f[2].activations), f[1]))
+        return sorted(entries, key=lambda entry: (-entry[0], -(entry[2].weights + entry[2].activations), entry[1]))
 
     def path(self, ranked: list[Entry]) -> list[Choice]:
-        """The choices on the way down, from the widest everywhere on; changes that lower no cost are left out."""
-        may_not_rise = ("latency",) if self.falling == "latency" else ("size", "bops")
+        """The choices on the path down, beginning with the widest everywhere; changes that reduce no cost are left out."""
+        may_not_rise = ("latency",) if self.objective == "latency" else ("size", "bops")
         now = tuple(options[0] for options in self.widths.options)
         path, spent, noise = [now], self.widths.cost(now), _noise(ranked)
         left = [(i, w) for _, i, w in ranked]
         while True:
-            found = []
+            changes = []
             for i, w in left:
-                tried = (*now[:i], w, *now[i + 1 :])
-                price = self.widths.cost(tried)
+                choice = (*now[:i], w, *now[i + 1 :])
+                price = self.widths.cost(choice)
                 saves = [getattr(spent, key) - getattr(price, key) for key in may_not_rise]
                 if min(saves) >= 0 and max(saves) > 0:
-                    saved = max(getattr(spent, self.falling) - getattr(price, self.falling), 1e-9)
-                    found.append(((noise[i, w] - noise[i, now[i]]) / saved, i, w, tried, price))
-            if not found:
+                    saved = max(getattr(spent, self.objective) - getattr(price, self.objective), 1e-9)
+                    changes.append(((noise[i, w] - noise[i, now[i]]) / saved, i, w, choice, price))
+            if not changes:
                 return path
-            _, i, w, now, spent = found[0] if self.step.order == "sqnr" else min(found, key=lambda f: f[0])
+            _, i, w, now, spent = changes[0] if self.step.order == "sqnr" else min(changes, key=lambda change: change[0])
             path.append(now)
             left.remove((i, w))
 
-    def fitted(self, ranked: list[Entry]) -> Choice:
-        """The choice within the budget of least noise, as noise of groups alone adds up."""
+    def least_noise(self, ranked: list[Entry]) -> Choice:
+        """The choice of least noise within the budget, with the noise of groups added up."""
         noise = _noise(ranked)
-        worth = [np.array([noise.get((i, w), 0.0) for w in options]) for i, options in enumerate(self.widths.options)]
-        return self.widths.within(worth, self.falling, self.step.limit)
+        loss = [np.array([noise.get((i, w), 0.0) for w in options]) for i, options in enumerate(self.widths.options)]
+        return self.widths.within(loss, self.objective, self.step.limit)
 
     def farthest(self, path: list[Choice]) -> Choice:
-        """The last choice on the way down that is accurate enough."""
+        """The last choice on the path that is accurate enough."""
         step = self.step
         key, least = ("sqnr", step.limit) if step.budget == "sqnr" else (metric_name(self.metric), self.best - step.limit)
 
         def score(k: int) -> float:
-            self.measured([path[k]])
+            self.evaluate([path[k]])
             return self.scores[path[k]]
 
-        found = longest(score, len(path) - 1, least, step.strategy)
-        if found < 0:
+        last = longest(score, len(path) - 1, least, step.strategy)
+        if last < 0:
             self.job.note(
-                f"mixed-precision: even the widest candidates reach {key} {score(0):.2f} only, "
-                f"not {least:.2f}; they were taken"
+                f"mixed-precision: even the widest candidates only reach {key} {score(0):.2f}, not {least:.2f}; "
+                "they were used"
             )
-        return path[max(found, 0)]
+        return path[max(last, 0)]
 
-    def measured(self, choices: Iterable[Choice]) -> None:
+    def evaluate(self, choices: Iterable[Choice]) -> None:
         """Add points to the curve, each measured once."""
         new = [choice for choice in dict.fromkeys(choices) if choice not in self.points]
-        found = self.measure.scores(map(self.whole, new), self.by, self.job.workers)
-        for choice, scores in zip(new, self.job.track(found, "measuring the curve", len(new)), strict=True):
+        results = self.measure.scores(map(self.whole, new), self.by, self.job.workers)
+        for choice, scores in zip(new, self.job.track(results, "measuring the curve", len(new)), strict=True):
             self.scores[choice] = scores["sqnr" if self.step.budget == "sqnr" else metric_name(self.metric)]
             shares = self.widths.shares(choice)
             self.points[choice] = {
@@ -253,22 +255,22 @@ class _Search:
                 "widths": {g.name: str(w) for g, w in zip(self.widths.groups, choice, strict=True)},
             }
 
-    def latency(self, chosen: Choice) -> dict[str, Any]:
-        """What the chosen network takes, and how far off the sum over its groups was; likewise for the networks from which
-        times of groups were learned."""
+    def latency(self, choice: Choice) -> dict[str, Any]:
+        """The time of the chosen network, and how far off the sum over its groups was; the same for the networks that the
+        times of groups were derived from."""
         widths = self.widths
         assert widths.times is not None
-        ms, eight = latency.compared([widths.exported(chosen), widths.exported(widths.eight_bits)], self.feed)
-        share, found = widths.shares(chosen)["latency"], ms / eight
-        if self.step.budget == "latency" and found > 1.05 * self.step.limit:
+        ms, eight = latency.compared([widths.exported(choice), widths.exported(widths.eight_bits)], self.feed)
+        share, measured = widths.shares(choice)["latency"], ms / eight
+        if self.step.budget == "latency" and measured > 1.05 * self.step.limit:
             self.job.note(
-                f"mixed-precision: the chosen network takes {found:.3f} of 8 bits everywhere, "
+                f"mixed-precision: the chosen network takes {measured:.3f} of 8 bits everywhere, "
                 f"more than the {share:.3f} that times of its groups add up to"
             )
-        error = 100 * (share / found - 1)
+        error = 100 * (share / measured - 1)
         return {
             "predicted": round(share, 4),
-            "measured": round(found, 4),
+            "measured": round(measured, 4),
             "error_percent": round(error, 2),
             "ms": round(ms, 4),
             "ms_of_8_bits": round(eight, 4),
@@ -282,16 +284,16 @@ class _Search:
         return self.widths.plan(dict(enumerate(choice)))
 
 
-def _settle(step: MixedPrecision, widths: Widths, chosen: Choice) -> None:
+def _apply(step: MixedPrecision, widths: Widths, choice: Choice) -> None:
     """Round the weights of a choice on all data, and make it the job's plan."""
-    job, numbered = widths.job, dict(enumerate(chosen))
+    job, numbered = widths.job, dict(enumerate(choice))
     assert job.calibration.data is not None
     widths.round(step.method, job.calibration.data, numbered)
     job.plan = widths.plan(numbered)
     job.report.floats.update(
         {
             name: Reason("search", "mixed-precision chose float")
-            for group, width in zip(widths.groups, chosen, strict=True)
+            for group, width in zip(widths.groups, choice, strict=True)
             if width.weights == FLOAT_BITS
             for name in group.layers
         }
@@ -299,5 +301,5 @@ def _settle(step: MixedPrecision, widths: Widths, chosen: Choice) -> None:
 
 
 def _noise(ranked: list[Entry]) -> dict[tuple[int, Width], float]:
-    """Noise to signal of each group alone at each width."""
+    """Noise-to-signal ratio of each group alone at each width."""
     return {(i, w): float(10 ** (-score / 10)) for score, i, w in ranked}

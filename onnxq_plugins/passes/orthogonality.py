@@ -1,4 +1,4 @@
-"""orthogonality: widths of weights from how much each layer says that others do not, by a linear program."""
+"""orthogonality: choose bit widths by how unlike layers' outputs are."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from onnxq_plugins.spec import Array
 
 @dataclass(frozen=True)
 class Orthogonality(Pass):
-    """Give bits to layers whose outputs are unlike those of all other layers (OMPQ): what many layers say may be said
-    coarsely. The sum of bits times importance is made largest within the budget. Plans requests, which the passes behind it
-    solve.
+    """Choose bit widths by how unlike layers' outputs are.
+
+    Layers whose outputs are unlike those of all other layers get more bits (OMPQ): what many layers express may be coarse.
+    The sum of bits times importance is maximized within the budget. Plans requests, which later passes solve.
 
     candidates   as in `mixed-precision`
     budget       ``size`` (bits of weights) or ``bops`` (bit operations), at most `limit` times those of 8 bits everywhere
     limit        see budget
     beta         how steeply likeness lowers importance
-    samples      of the data, spread evenly
-    features     values kept of each layer's output and sample, spread evenly
+    samples      number of samples, evenly spaced
+    features     values kept of each layer's output and sample, evenly spaced
 
         alike(i, j) = <K_i, K_j> / (|K_i| |K_j|),   K = F F^T of the centred outputs F [samples, values]
         importance_i = mean over j >= i of exp(-beta mean over k != j of alike(j, k))
 
-    A heuristic: it knows nothing of what rounding does to the output. `mixed-precision` measures that.
+    A heuristic: it ignores what rounding does to the output. `mixed-precision` measures that.
 
-    Source: OMPQ (arXiv 2109.07865). Dynamic programming replaces its linear program
-    and rounding.
+    Source: OMPQ (arXiv 2109.07865). Dynamic programming replaces its linear program and rounding.
     Cost: one run over the samples.
     """
 
@@ -56,22 +56,23 @@ class Orthogonality(Pass):
         if job.calibration.data is None:
             raise OnnxqError(
                 "orthogonality compares outputs of layers on sample inputs, and there are none; give --data "
-                "PATH, or put the pass data-free in front."
+                "PATH, or put the pass data-free before it."
             )
         widths = Widths(job, parse_widths(self.candidates), sample(job))
-        rated = [i for i, group in enumerate(widths.groups) if group.layers]
-        names = [job.graph.layer(widths.groups[i].layers[0]).output for i in rated]
-        weight = dict(zip(rated, importance(likeness(self._features(job, names)), self.beta), strict=True)) if rated else {}
-        # bits times importance as large as possible: what is left out of it as small as possible
-        worth = [
+        ranked = [i for i, group in enumerate(widths.groups) if group.layers]
+        names = [job.graph.layer(widths.groups[i].layers[0]).output for i in ranked]
+        scores = importance(likeness(self._features(job, names)), self.beta) if ranked else np.zeros(0)
+        weight = dict(zip(ranked, scores, strict=True))
+        # the largest bits times importance: the smallest loss of it
+        loss = [
             weight.get(i, 0.0) * np.array([options[0].weights - w.weights for w in options], float)
             for i, options in enumerate(widths.options)
         ]
-        chosen = widths.within(worth, self.budget, self.limit)
-        job.plan |= widths.requests(chosen)
+        choice = widths.within(loss, self.budget, self.limit)
+        job.plan |= widths.requests(choice)
         return {
             "importance": {widths.groups[i].name: round(float(w), 6) for i, w in weight.items()},
-            "widths": {g.name: str(w) for g, w in zip(widths.groups, chosen, strict=True)},
+            "widths": {g.name: str(w) for g, w in zip(widths.groups, choice, strict=True)},
         }
 
     def _features(self, job: Job, names: list[str]) -> list[Array]:
@@ -84,7 +85,7 @@ class Orthogonality(Pass):
         runner = runtimes.session(model, weights=weights)
         assert job.calibration.data is not None
         rows = [
-            [y.reshape(-1)[:: max(y.size // self.features, 1)] for y in runner.run(names, feed)]
+            [output.reshape(-1)[:: max(output.size // self.features, 1)] for output in runner.run(names, feed)]
             for feed in job.calibration.data.spread(self.samples)
         ]
         sizes = [min(len(row[k]) for row in rows) for k in range(len(names))]

@@ -1,4 +1,4 @@
-"""ranges: where the quantized range of each activation begins and ends."""
+"""ranges: choose the range of every activation from the data."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any, ClassVar, Literal
 
 from onnxq_plugins.job import Job, Pass, Service
 from onnxq_plugins.layers.complete import activation_spec
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.solvers.ranges import kl_range, mse_range, percentile_range
 
 
 @dataclass(frozen=True)
 class Ranges(Pass):
-    """Choose the range of every planned activation from the calibration data.
+    """Choose the range of every activation from the data.
 
     method       ``minmax``: the extremes; nothing is clipped.
                  ``percentile``: leave out (100 - percentile) percent of the values.
                  ``mse``: least mean squared error of the quantized values.
                  ``kl``: least Kullback-Leibler divergence between the values before and after.
-                 The last two keep the extremes where a grid has more codes than `bins`: there clipping gains nothing.
+                 The last two keep the extremes where a grid has more codes than `bins`: clipping gains nothing there.
     percentile   for ``percentile``, in percent
-    bins         of the histograms behind all but ``minmax``
+    bins         of the histograms for all methods but ``minmax``
 
         s = (max(high, 0) - min(low, 0)) / (2^bits - 1),   z = round(-min(low, 0) / s)
 
@@ -41,24 +42,24 @@ class Ranges(Pass):
             raise ValueError(f"bins = {self.bins} must be at least 256")
 
     def apply(self, job: Job) -> dict[str, Any]:
-        names = [name for name, spec in job.plan.items() if not job.graph.is_constant(name) and not spec.solved]
+        names = [name for name in Planned.of(job).activations if not job.plan[name].solved]
         exact = job.calibration.ranges(names)
-        chosen = dict(exact)
+        ranges = dict(exact)
         if self.method != "minmax":
             for name, h in job.calibration.histograms(names, self.bins).items():
                 levels = 2 ** job.plan[name].bits
                 if h.high <= h.low or (levels > self.bins and self.method != "percentile"):
-                    continue  # a histogram that is coarser than the grid does not show what a grid costs
+                    continue  # a histogram coarser than the grid does not show what the grid costs
                 if self.method == "percentile":
-                    chosen[name] = percentile_range(h.counts, h.low, h.high, self.percentile)
+                    ranges[name] = percentile_range(h.counts, h.low, h.high, self.percentile)
                 elif self.method == "mse":
-                    chosen[name] = mse_range(h.counts, h.low, h.high, levels)
+                    ranges[name] = mse_range(h.counts, h.low, h.high, levels)
                 else:
-                    chosen[name] = kl_range(h.counts, h.low, h.high, levels)
-        job.plan |= {name: activation_spec(chosen[name], job.plan[name]) for name in names}
+                    ranges[name] = kl_range(h.counts, h.low, h.high, levels)
+        job.plan |= {name: activation_spec(ranges[name], job.plan[name]) for name in names}
         cut = {
-            n: round((chosen[n][1] - chosen[n][0]) / (exact[n][1] - exact[n][0]), 4)
+            n: round((ranges[n][1] - ranges[n][0]) / (exact[n][1] - exact[n][0]), 4)
             for n in names
-            if exact[n][1] > exact[n][0] and chosen[n] != exact[n]
+            if exact[n][1] > exact[n][0] and ranges[n] != exact[n]
         }
         return {"method": self.method, "activations": len(names), "kept_share_of_range": cut}

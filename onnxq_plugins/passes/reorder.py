@@ -1,4 +1,4 @@
-"""reorder: put channels of like range beside each other, so that tiles of neighbours share a scale at less cost."""
+"""reorder: reorder channels so that tiles hold weights of like size."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ import numpy as np
 
 from onnxq_plugins.graph import ChannelGroup, Graph, Layer, Member, channel_groups
 from onnxq_plugins.job import Job, Pass, Stage
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.solvers.order import View, sort_channels, swap_channels, total_cost
 from onnxq_plugins.spec import Array, Block
 
 
 @dataclass(frozen=True)
 class Reorder(Pass):
-    """PTQ-SL's channel reordering: permute the channels of every channel group of the network (a layer's outputs with the
-    inputs of all that read them, residual streams, depthwise layers, segments of a Concat, channels inside the groups of
-    grouped convolutions) so that the tiles of the weights on both sides hold weights of like size. The float function
-    stays.
+    """Reorder channels so that tiles hold weights of like size.
+
+    PTQ-SL's channel reordering, for the tiles on both sides of every channel group of the network: a layer's outputs with
+    the inputs of all that read them, residual streams, depthwise layers, segments of a Concat, channels within the groups of
+    grouped convolutions. The float function stays.
 
     sweeps    of the local search over swaps; 0 only sorts
-    data      weigh each tile with the mean squares of the inputs it meets, where there are data: the diagonal of the Gram
+    data      weight each tile by the mean squares of the inputs it meets, where there are data: the diagonal of the Gram
               matrix; False counts all inputs alike
 
         cost = sum over tiles of max |w|^2 sum of E[x^2] over its inputs
 
-    Every group is sorted by range (by the one of its weights, or their mean, that serves best), then improved by swaps that
+    Every group is sorted by range (by the one of its weights, or their mean, that works best), then improved by swaps that
     lower sum over tiles of max |w|^2 sum E[x^2], the rounding noise of all weights of the group; twice over all groups,
-    since a weight lies between two. Layers count whose tiles (`block` or `sub_block` in the recipe) hold several channels
-    but not all. Put it before passes that solve weights: what they found for the old order is dropped.
+    since every weight belongs to two. It considers layers whose tiles (`block` or `sub_block` in the recipe) hold several
+    channels but not all. Put it before passes that solve weights: solutions for the old order are dropped.
 
     Source: PTQ-SL (Yuan et al., arXiv 2110.07809), which moves channels so that sub-layer scales fit; the cost and the
     search are ours.
-    Cost: some seconds for a network of a few million weights, and in proportion to channels times channels for wider ones,
-    where ``sweeps = 0`` only sorts; none at run time.
+    Cost: some seconds for a network of a few million weights, growing with the square of the number of channels for wider
+    ones, where ``sweeps = 0`` only sorts; none at run time.
     """
 
     name: ClassVar[str] = "reorder"
@@ -49,25 +51,25 @@ class Reorder(Pass):
 
     def apply(self, job: Job) -> dict[str, Any]:
         graph = job.graph
-        tiled = {y.weight: (y, block) for y in graph.layers if y.weight in job.plan and (block := _tile(job, y)) is not None}
+        planned = Planned.of(job).layers
+        tiled = {layer.weight: (layer, block) for layer in planned if (block := _tile(job, layer)) is not None}
         groups = [
             g
             for g in channel_groups(graph, "permute")
             if any(_parts(m, *tiled[m.tensor]) for m in g.weights if m.tensor in tiled)
         ]
         if not groups:
-            job.report.setdefault("notes", []).append(
-                "reorder found nothing to do: no planned weight has tiles of several "
-                "channels; set weights.sub_block or weights.block"
+            job.note(
+                "reorder found nothing to do: no planned weight has tiles of several channels; set weights.sub_block or "
+                "weights.block"
             )
             return {"groups": 0}
-        if dropped := sum(job.plan[y.weight].solved for y in graph.layers if y.weight in job.plan):
-            job.report.setdefault("notes", []).append(
-                f"reorder moves channels: what passes before it chose for {dropped} "
-                "weights is dropped where it touches them; put it before them"
+        if solved := sum(job.plan[layer.weight].solved for layer in planned):
+            job.note(
+                f"reorder moves channels: solutions that earlier passes found for {solved} weights are dropped where it "
+                "moves their channels; put it before those passes"
             )
-        power = self._power(job, [y for y, _ in tiled.values()])
-        told: dict[str, Any] = {"groups": len(groups)}
+        power = self._power(job, [layer for layer, _ in tiled.values()])
         costs: list[tuple[float, float]] = []
         for turn in range(2):
             for group in job.track(groups, "reordering", len(groups)):
@@ -85,19 +87,19 @@ class Reorder(Pass):
                     _move(power, tiled, group, order)
                 if turn == 0:
                     costs.append((before, after))
-        told["cost_of_tiles"] = round(float(np.mean([min(b, a) / max(b, 1e-300) for b, a in costs])), 4)
-        return told
+        share = float(np.mean([min(after, before) / max(before, 1e-300) for before, after in costs]))
+        return {"groups": len(groups), "cost_of_tiles": round(share, 4)}
 
     def _power(self, job: Job, layers: Sequence[Layer]) -> dict[str, Array]:
         """E[x^2] of the inputs of each tiled weight [groups, inputs per group]."""
-        found = {y.weight: np.ones((y.groups, y.shape[y.in_axis])) for y in layers}
+        power = {layer.weight: np.ones((layer.groups, layer.shape[layer.in_axis])) for layer in layers}
         if self.data and job.calibration.data is not None:
-            moments = job.calibration.moments(list(dict.fromkeys(y.input for y in layers)))
-            for y in layers:
-                square = moments[y.input].square
-                if square.size == found[y.weight].size:
-                    found[y.weight] = np.maximum(square, 1e-6 * square.mean()).reshape(found[y.weight].shape)
-        return found
+            moments = job.calibration.moments(list(dict.fromkeys(layer.input for layer in layers)))
+            for layer in layers:
+                square, ones = moments[layer.input].square, power[layer.weight]
+                if square.size == ones.size:
+                    power[layer.weight] = np.maximum(square, 1e-6 * square.mean()).reshape(ones.shape)
+        return power
 
 
 def _tile(job: Job, layer: Layer) -> Block | None:
@@ -113,6 +115,7 @@ def _parts(member: Member, layer: Layer, block: Block) -> bool:
 
 
 def _view(graph: Graph, member: Member, layer: Layer, block: Block, power: Array) -> View | None:
+    """A weight as the solver sees it; None if the order of the member's channels does not matter."""
     if not _parts(member, layer, block):
         return None
     values = np.abs(graph.constant(member.tensor).astype(np.float64))
@@ -126,7 +129,7 @@ def _view(graph: Graph, member: Member, layer: Layer, block: Block, power: Array
     at = member.index[:, 0]
     if member.rows and member.axis == layer.out_axis:  # outputs of one group of a convolution: the others stay
         at = at + member.rows[0]
-    elif member.rows:  # inputs of one group: its outputs, whose tiles are counted from the first of all
+    elif member.rows:  # inputs of one group: only its outputs, whose tiles are counted from the first output of all groups
         start, stop = member.rows
         size, load = size[start:stop], load[start:stop]
         first = np.unique(np.maximum(first[first < stop], start)) - start
@@ -137,12 +140,12 @@ def _view(graph: Graph, member: Member, layer: Layer, block: Block, power: Array
 
 
 def _move(power: dict[str, Array], tiled: dict[str, tuple[Layer, Block]], group: ChannelGroup, order: Array) -> None:
-    """The mean squares follow their channels."""
+    """Permute the mean squares along with their channels."""
     for member in group.weights:
         if member.tensor not in tiled:
             continue
         values, layer = power[member.tensor], tiled[member.tensor][0]
-        if layer.kind == "depthwise":  # its inputs lie where its outputs do
+        if layer.kind == "depthwise":  # its inputs are numbered as its outputs
             at = member.index // (layer.channels // layer.groups)
             values[at.ravel()] = values[at[order].ravel()].copy()
         elif member.role == "input":

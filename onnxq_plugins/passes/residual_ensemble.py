@@ -1,4 +1,4 @@
-"""residual-ensemble: the orders of a residual expansion spread over networks of their own, whose outputs are summed."""
+"""residual-ensemble: spread a residual expansion over networks that are summed."""
 
 from __future__ import annotations
 
@@ -20,28 +20,31 @@ from onnxq_plugins.spec import Array, Plan, QuantSpec, decode
 
 @dataclass(frozen=True)
 class ResidualEnsemble(Pass):
-    """Ensembles of expansions: network m has, in every layer, the orders of group m of the weights' residual expansion,
-    folded into one integer code. All read the same input, the first one alone has the biases, and the outputs are summed:
+    """Spread a residual expansion over networks that are summed.
+
+    Ensembles of expansions: in every layer, network m has the orders of group m of the weights' residual expansion, folded
+    into one integer code. All networks read the same input, only the first one has the biases, and the outputs are summed:
 
         f(x) ~ f_1(x) + f_2(x) + ...,   W = W_1 + W_2 + ...,   W_1 = sum of the first groups[0] orders, and so on
 
     groups    orders of each network; each order has the bits that the recipe asks for
-    samples   of the calibration data that the ensemble's own error is measured on; 0: all
+    samples   number of calibration samples that the ensemble's own error is measured on; 0: all
 
-    The networks run side by side, also on devices of their own: the model may be cut at the last Add. Layers whose orders do
-    not fold into the codes of the target (8 bits each, say), or that are solved, have the same weight in every network.
+    The networks can run side by side, also on separate devices: the model may be cut at the last Add. Layers whose orders do
+    not fold into the codes of the target (8 bits each, for example), or that are solved, have the same weight in every
+    network.
 
-    This is an approximation, and a loose one: relu(a + e) is replaced by relu(a) + relu(e), and what the second network's
-    layers do to the first one's activations is left out, so that it gains next to nothing over the first network alone.
-    Its error, before any rounding, is measured, reported and noted. `residual-expansion` sums the orders of each layer
-    instead, which is exact, and whose branches a runtime may run side by side, too.
+    This is an approximation, and a loose one: relu(a + e) is replaced by relu(a) + relu(e), and the effect of the second
+    network's layers on the first one's activations is ignored, so that it gains next to nothing over the first network
+    alone. Its error, before any rounding, is measured, reported and noted. `residual-expansion` sums the orders of each
+    layer instead, which is exact, and whose branches a runtime may run side by side as well.
 
-    It takes operators that commute with sums, or nearly do: layers, Add, Concat, pooling, Relu, Clip with 0 inside,
-    products with constants, and what moves values. A Softmax or Sigmoid at the end stays behind the sum. Raises
-    OnnxqError, naming the operator, for others. Put it in front of `ranges`: further networks have ranges of their own.
+    It accepts operators that commute with sums, or nearly do: layers, Add, Concat, pooling, Relu, Clip with 0 inside,
+    products with constants, and operators that move values. A Softmax or Sigmoid at the end stays behind the sum. Raises
+    OnnxqError, naming the operator, for others. Put it before `ranges`: the further networks have ranges of their own.
 
-    Source: REx (Yvinec et al., arXiv 2203.14645) and PIPE (arXiv 2311.15806), as far as their abstracts tell.
-    Cost: two runs over the samples. At run time, and on disk, as many times the network as there are groups.
+    Source: REx (Yvinec et al., arXiv 2203.14645) and PIPE (arXiv 2311.15806), as far as their abstracts describe it.
+    Cost: two runs over the samples. At run time, and on disk, as many networks as there are groups.
     """
 
     name: ClassVar[str] = "residual-ensemble"
@@ -58,40 +61,40 @@ class ResidualEnsemble(Pass):
 
     def apply(self, job: Job) -> dict[str, Any]:
         graph, left = job.graph, dict[str, str]()
-        made: dict[str, list[QuantSpec]] = {}
-        for layer in [y for y in graph.layers if y.weight in job.plan]:
+        expanded: dict[str, list[QuantSpec]] = {}
+        for layer in Planned.of(job).layers:
             reason = self._unfit(job, layer)
             if reason:
                 left[layer.name] = reason
             else:
-                made[layer.name] = self._solve(job, layer)
-        if not made:
+                expanded[layer.name] = self._solve(job, layer)
+        if not expanded:
             job.note("residual-ensemble: no layer can be expanded, so that there is still one network")
             return {"networks": 1, "left_alone": left}
-        if why := unfit(graph, list(made)):
+        if why := unfit(graph, list(expanded)):
             raise OnnxqError(
                 f"residual-ensemble: {why}, so that the network cannot be a sum of networks; use "
                 "residual-expansion, which sums the orders of each layer."
             )
-        layers = {y.name: y for y in graph.layers}
+        layers = {layer.name: layer for layer in graph.layers}
         data = job.calibration.data
         feeds = list(data.spread(self.samples) if self.samples else data) if data is not None else []
         before = runtimes.outputs(runtimes.session(graph.model()), feeds)
         maps, firsts = side_by_side(
-            graph, {name: _parts(graph.constant(layers[name].weight), specs) for name, specs in made.items()}
+            graph, {name: _parts(graph.constant(layers[name].weight), specs) for name, specs in expanded.items()}
         )
-        self._plan(job, {layers[name].weight: specs for name, specs in made.items()}, maps, firsts)
-        told: dict[str, Any] = {"networks": len(self.groups), "layers": len(made), "left_alone": left}
+        self._plan(job, {layers[name].weight: specs for name, specs in expanded.items()}, maps, firsts)
+        result: dict[str, Any] = {"networks": len(self.groups), "layers": len(expanded), "left_alone": left}
         if not feeds:
-            job.note("residual-ensemble: without data its own error could not be measured")
-            return told
+            job.note("residual-ensemble: its own error could not be measured without data")
+            return result
         after = runtimes.outputs(runtimes.session(graph.model()), feeds)
         decibel, same = mean_sqnr(before, after), percent_agreement(before, after)
         job.note(
             f"residual-ensemble: the ensemble itself, before any rounding, reaches {decibel:.1f} dB, "
             f"and its largest output is the network's in {same:.1f} % of {len(feeds)} samples"
         )
-        return told | {"ensemble_db": round(decibel, 2), "ensemble_agreement": round(same, 2), "samples": len(feeds)}
+        return result | {"ensemble_db": round(decibel, 2), "ensemble_agreement": round(same, 2), "samples": len(feeds)}
 
     def _unfit(self, job: Job, layer: Layer) -> str:
         """Why a layer has the same weight in every network; "" if it is expanded."""
@@ -115,18 +118,18 @@ class ResidualEnsemble(Pass):
         """The solved entries, with codes, of a layer's weight in each network."""
         spec, whole = job.plan[layer.weight], np.array(max(self.groups))
         bits = job.target.code_bits if Planned.of(job).input(layer) else 8
-        rest, made = job.graph.constant(layer.weight).astype(np.float64), list[QuantSpec]()
+        rest, specs = job.graph.constant(layer.weight).astype(np.float64), list[QuantSpec]()
         for orders in self.groups:
-            made.append(
+            specs.append(
                 solver.orders(rest, [spec], whole)[0] if orders == 1 else solver.folded(rest, [spec] * orders, whole, bits)
             )
-            rest = rest - solver.value(made[-1:])
-        return made
+            rest = rest - solver.value(specs[-1:])
+        return specs
 
     def _plan(
         self, job: Job, weights: dict[str, list[QuantSpec]], maps: list[dict[str, str]], firsts: dict[str, str]
     ) -> None:
-        """Entries of every network; a sum has none. Ranges of the first network stay, others are open."""
+        """Plan every network; sums have no entry. Ranges of the first network stay, the others are open."""
         plan = dict(job.plan)
         for m, table in enumerate(maps):
             for old, new in table.items():
@@ -143,7 +146,7 @@ class ResidualEnsemble(Pass):
         job.keep(plan)
 
 
-def _parts(weight: Array, made: list[QuantSpec]) -> list[Array]:
-    """What each network has of a weight; the last one has what the others leave, so that they add up to it."""
-    parts = [decode(spec.codes, spec) for spec in made[:-1] if spec.codes is not None]
+def _parts(weight: Array, specs: list[QuantSpec]) -> list[Array]:
+    """The part of a weight in each network; the last one gets the rest, so that they add up to the weight."""
+    parts = [decode(spec.codes, spec) for spec in specs[:-1] if spec.codes is not None]
     return [*parts, (weight - np.sum(parts, axis=0, dtype=np.float64)).astype(np.float32)]

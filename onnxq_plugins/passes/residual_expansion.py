@@ -1,4 +1,4 @@
-"""residual-expansion: weights, and layers' inputs, of few bits as sums of orders that round what those before them leave."""
+"""residual-expansion: expand weights into sums of low-bit orders."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from onnxq_plugins.solvers.gram import narrow, row_loss
 from onnxq_plugins.spec import Array, QuantSpec, decode
 
 Form = Literal["auto", "branches", "sparse", "folded"]
-_POSITIONS, _LIMIT = 256, 4608  # of what a layer sees: the defaults of the pass `round`
-# Where `sparse` is cheaper than `branches` (benchmarks/expansion_cost.py): share of channels with more orders, and channels.
+_POSITIONS, _LIMIT = 256, 4608  # of Gram matrices: the defaults of the pass `round`
+# Where `sparse` is cheaper than `branches` (benchmarks/expansion_cost.py): at most this share of channels with more than one
+# order, at least this many channels.
 _SPARSE, _WIDE = 0.5, 64
 
 
@@ -33,14 +34,14 @@ _SPARSE, _WIDE = 0.5, 64
 class _Expansion:
     """A layer to expand.
 
-    asked         the request of each order
+    requests      the request of each order
     activations   bits of its input, 0 for float
     losses        of each output channel with 1, 2, ... orders [K, C], relative to the power of the layer's output
     depth         orders of each channel [C]
     """
 
     layer: Layer
-    asked: tuple[QuantSpec, ...]
+    requests: tuple[QuantSpec, ...]
     activations: int
     losses: Array
     depth: Array
@@ -55,46 +56,48 @@ class _Expansion:
 
 @dataclass(frozen=True)
 class ResidualExpansion(Pass):
-    """REx: every weight as a sum of orders of few bits. Order k + 1 rounds, with scales of its own, what the first k leave:
+    """Expand weights into sums of low-bit orders (REx).
+
+    Every weight becomes a sum of orders of few bits. Order k + 1 rounds, with scales of its own, what the first k leave:
 
         W ~ W^(K) = sum_k s_k q_k,   q_k = round(R_k / s_k),   s_k = max |R_k| / n_k per scale,   R_k+1 = R_k - s_k q_k
         max |W - W^(K)|  <=  max |W| / prod_k (2 n_k)  per channel,   n_k = 2^(bits_k - 1) - 1
 
     orders   K
-    bits     of order 1, 2, ...; the last one stands for those behind it. None: as the recipe asks (and for layers whose
-             weights.bits a [[layer]] rule sets, always)
+    bits     of order 1, 2, ...; the last one applies to all further orders. None: as the recipe asks (and always for layers
+             whose weights.bits a [[layer]] rule sets)
     share    of a layer's output channels that each order from the second on refines: those with the largest error then
     budget   instead of `share`: what further orders may cost in bit operations (multiply-adds x bits x bits) in the whole
              network, relative to the first; spent where it lowers the error of layers' outputs most per cost. 0: no budget
     data     errors of channels are r H r^T of their residual r, where there is calibration data (H: Gram matrix of the
              layer's inputs); False, or without data: ||r||^2. Relative to the power of the layer's output, or ||W||^2. They
-             decide which channels get more orders, nothing else: scales and codes come from the weights alone
+             only decide which channels get more orders: scales and codes come from the weights alone
     form     how the sum is computed; ``auto`` takes the first that is possible:
              ``folded``    one layer with wider codes, to which the orders add up exactly: each scale is an integer multiple
-                           of the next. Where the codes fit the target (two orders of 4 bits, three of 3, seven of 2), free
-             ``sparse``    the channels with more orders apart: they are a sum of layers, the others one layer, and a Concat
-                           joins them. Channels are reordered first so that they lie side by side; where they cannot be
-                           moved, a Gather restores their order. Dense layers of 64 channels or more, up to
-                           half of which have more orders
+                           of the next. Free where the codes fit the target (two orders of 4 bits, three of 3, seven of 2)
+             ``sparse``    the channels with more orders apart: they become a sum of layers, the others one layer, and a
+                           Concat joins them. Channels are reordered first so that they are adjacent; where they cannot be
+                           moved, a Gather restores their order. Dense layers of 64 channels or more, up to half of which
+                           have more orders
              ``branches``  a layer for every order, on the same input, and an Add
     activations
              orders of layers' inputs of 4 bits or fewer: 1 or 2. With 2 a layer becomes a sum of two with the same weight:
              x = x1 + x2, x1 on a grid 2^bits times as coarse as that of x2. The codes of both are the halves of one code of
-             twice as many bits, and so is their error. They take the extremes of x, or the range that `ranges` chose.
-             Targets with 4-bit activations: ``npu4``
+             twice as many bits, with the same error. They take the extremes of x, or the range that `ranges` chose. For
+             targets with 4-bit activations: ``npu4``
 
     With ``branches`` and ``sparse`` each layer of a sum writes 8-bit outputs with a range of its own, and an integer Add
-    joins them: two roundings of activations more. The range of a term leaves out what that of the sum cuts off anyway:
-    behind a Relu, most of its negative values. Beside 8-bit activations ``auto`` leaves weights of 8 bits alone: then
-    activations are the floor, and a second order gains nothing. Layers with multipliers, or with scales that are powers
-    of two or solved, stay as they are, and are told. Grouped and depthwise convolutions and ConvTranspose are never
-    ``sparse``: where that is asked for, they are ``folded``, or else ``branches``.
+    joins them: two more roundings of activations. The range of a term leaves out what that of the sum clips anyway: behind a
+    Relu, most of its negative values. Beside 8-bit activations ``auto`` leaves weights of 8 bits unchanged: activations are
+    the limit then, and a second order gains nothing. Layers with multipliers, or with scales that are powers of two or
+    solved, stay unchanged and are reported. Grouped and depthwise convolutions and ConvTranspose are never ``sparse``: where
+    that is asked for, they are ``folded``, or else ``branches``.
 
-    The report has, for each layer, the largest bound and the largest error of its weights. The last order carries what all
-    leave in float, so that the float function stays and passes behind see the error of the whole: `bias-correct` takes its
-    mean back; `round` learns the codes of the last order anew, while those before it lie on their grid (sequential, it
-    moves a few of them, too, where that makes up for errors of the layer's input). Put it behind passes that change weights
-    (`scale-inputs`, `equalize`), and behind `ranges` where the form is ``sparse``.
+    The report has, for each layer, the largest bound and the largest error of its weights. The last order holds what the
+    others leave in float, so that the float function stays and later passes see the error of the whole: `bias-correct` takes
+    its mean back; `round` learns the codes of the last order again, while those before it are on their grid (if sequential,
+    it moves some of them too, where that compensates for errors of the layer's input). Put it after passes that change
+    weights (`scale-inputs`, `equalize`), and after `ranges` where the form is ``sparse``.
 
     Source: REx (Yvinec et al., arXiv 2203.14645); the folded form, and the budget over layers, are our own.
     Cost: below a second for a hundred layers; with a choice of channels by data one run over it. At run time: see `form`.
@@ -122,113 +125,113 @@ class ResidualExpansion(Pass):
         if not self.budget >= 0:
             raise ValueError(f"budget = {self.budget} must not be negative")
         if self.budget and self.share != 1:
-            raise ValueError("share and budget both tell how many channels get more orders; set one of them")
+            raise ValueError("share and budget both set how many channels get more orders; set one of them")
 
     def apply(self, job: Job) -> dict[str, Any]:
         left: dict[str, str] = {}
-        chosen: list[_Expansion] = []
+        expansions: list[_Expansion] = []
         for one in self._depths(job, self._candidates(job, left)):
             form, reason = self._form(job, one)
             if form:
-                chosen.append(replace(one, form=form))
+                expansions.append(replace(one, form=form))
                 continue
             left[one.layer.name] = reason
             if one.depth.max() == 1:  # order 1 alone, at its own width
-                job.plan |= {one.layer.weight: one.asked[0]}
-        chosen, moved = _gather_channels(job, chosen)
-        told: dict[str, dict[str, Any]] = {}
-        apart: list[str] = []
+                job.plan |= {one.layer.weight: one.requests[0]}
+        expansions, moved = _gather_channels(job, expansions)
+        rows: dict[str, dict[str, Any]] = {}
+        scattered: list[str] = []
         sums: list[list[str]] = []
-        for one in chosen:
-            made = solver.orders(job.graph.constant(one.layer.weight), one.asked, one.spread)
+        for one in expansions:
+            specs = solver.orders(job.graph.constant(one.layer.weight), one.requests, one.spread)
             if one.form == "folded":
-                made = [solver.folded(job.graph.constant(one.layer.weight), one.asked, one.spread, _widest(job, one))]
-                job.plan |= {one.layer.weight: made[0]}
-            told[one.layer.name] = _tell(job, one, made)
+                specs = [solver.folded(job.graph.constant(one.layer.weight), one.requests, one.spread, _widest(job, one))]
+                job.plan |= {one.layer.weight: specs[0]}
+            rows[one.layer.name] = _row(job, one, specs)
             if one.form == "sparse":
-                apart += [one.layer.name] * _sparse(job, one, sums)
+                scattered += [one.layer.name] * _sparse(job, one, sums)
             elif one.form == "branches":
-                _branches(job, one.layer, made, sums)
+                _branches(job, one.layer, specs, sums)
         narrow_ranges(job, sums)
-        if apart:
-            shown = f"{', '.join(apart[:4])}{' ...' if len(apart) > 4 else ''}"
+        if scattered:
+            shown = f"{', '.join(scattered[:4])}{' ...' if len(scattered) > 4 else ''}"
             job.note(
-                f"residual-expansion: channels of {len(apart)} layers cannot be moved side by side; "
+                f"residual-expansion: channels of {len(scattered)} layers cannot be moved side by side; "
                 f"a Gather restores their order ({shown})"
             )
         inputs = _expand_inputs(job) if self.activations == 2 else {}
-        return {"layers": told, "left_alone": left, "channel_groups_reordered": moved, **inputs}
+        return {"layers": rows, "left_alone": left, "channel_groups_reordered": moved, **inputs}
 
     def _candidates(self, job: Job, left: dict[str, str]) -> list[_Expansion]:
-        """The layers that can be expanded, every channel with all orders; why others cannot goes to `left`."""
-        fixed, found = pinned(job.graph, job.recipe), []
+        """The layers that can be expanded, every channel with all orders; reasons why others cannot go to `left`."""
+        fixed, candidates = pinned(job.graph, job.recipe), []
         planned = Planned.of(job)
         for layer in planned.layers:
             spec, inputs = job.plan[layer.weight], planned.bits(layer)
             bits = [spec.bits] if layer.name in fixed or not self.bits else list(self.bits)
             bits += bits[-1:] * (self.orders - len(bits))
-            asked = tuple(
+            requests = tuple(
                 spec if n == spec.bits else weight_request(job.graph, job.recipe, job.target, layer, n) for n in bits
             )
-            strange = next((one for one in asked if not one.symmetric or one.pow2 or one.sub_block is not None), None)
+            undefined = next((one for one in requests if not one.symmetric or one.pow2 or one.sub_block is not None), None)
             if spec.solved:
                 left[layer.name] = "its scales are solved"
-            elif strange is not None:
-                left[layer.name] = f"orders are not defined for {strange.describe()}{' of powers of two' * strange.pow2}"
+            elif undefined is not None:
+                left[layer.name] = f"orders are not defined for {undefined.describe()}{' of powers of two' * undefined.pow2}"
             elif not np.isfinite(job.graph.constant(layer.weight)).all():
                 left[layer.name] = "its weights are not finite"
             elif self.form == "auto" and 0 < inputs <= 8 and bits[0] >= job.target.code_bits:
                 left[layer.name] = f"beside 8-bit activations, {bits[0]}-bit weights would gain nothing"
             else:
                 channels = layer.shape[layer.out_axis]
-                found.append(
+                candidates.append(
                     _Expansion(
                         layer,
-                        asked,
+                        requests,
                         inputs,
                         np.zeros((self.orders, channels)),
                         np.full(channels, self.orders),
                     )
                 )
-        return found
+        return candidates
 
-    def _depths(self, job: Job, found: list[_Expansion]) -> list[_Expansion]:
-        """With the number of orders that each channel gets."""
+    def _depths(self, job: Job, candidates: list[_Expansion]) -> list[_Expansion]:
+        """The candidates with the number of orders that each channel gets."""
         if self.share == 1 and not self.budget:
-            return found
+            return candidates
         losses: dict[str, Array] = {}
         if self.data and job.calibration.ready:
-            by_name = {one.layer.name: one for one in found if one.layer.op != "ConvTranspose"}
+            by_name = {one.layer.name: one for one in candidates if one.layer.op != "ConvTranspose"}
             for batch in float_inputs(job, [one.layer for one in by_name.values()], _POSITIONS, _LIMIT):
                 losses |= {layer.name: _losses(job, by_name[layer.name], gram.h) for layer, gram in batch}
-        found = [
+        candidates = [
             replace(one, losses=losses[one.layer.name] if one.layer.name in losses else _losses(job, one, None))
-            for one in found
+            for one in candidates
         ]
         if not self.budget:
-            return [replace(one, depth=solver.by_share(one.losses, self.share)) for one in found]
+            return [replace(one, depth=solver.by_share(one.losses, self.share)) for one in candidates]
         work = multiply_adds(job.graph, sample(job))
         costs = [
-            np.array([spec.bits for spec in one.asked])
+            np.array([spec.bits for spec in one.requests])
             * float(one.activations or FLOAT_BITS)
             * work[one.layer.name]
             / len(one.depth)
-            for one in found
+            for one in candidates
         ]
-        first = sum(float(cost[0]) * len(one.depth) for cost, one in zip(costs, found, strict=True))
-        depths = solver.by_budget([one.losses for one in found], costs, self.budget * first)
-        return [replace(one, depth=depth) for one, depth in zip(found, depths, strict=True)]
+        first = sum(float(cost[0]) * len(one.depth) for cost, one in zip(costs, candidates, strict=True))
+        depths = solver.by_budget([one.losses for one in candidates], costs, self.budget * first)
+        return [replace(one, depth=depth) for one, depth in zip(candidates, depths, strict=True)]
 
     def _form(self, job: Job, one: _Expansion) -> tuple[Form | None, str]:
         """The form of a layer, or None and why it stays as it is."""
         if one.depth.max() == 1:
-            return None, "none of its channels earned a second order" if len(one.asked) > 1 else "one order was asked for"
+            return None, "none of its channels earned a second order" if len(one.requests) > 1 else "one order is requested"
         even, some = one.depth.min() == one.depth.max(), float(np.mean(one.depth > 1))
         forms: list[Form] = [self.form]
         if self.form == "auto":
             pays = some <= _SPARSE and one.layer.channels >= _WIDE
             forms = ["folded", "sparse", "branches"] if pays else ["folded", "branches"]
-        elif self.form == "sparse":  # it takes dense layers, and some of their channels
+        elif self.form == "sparse":  # for dense layers, with more orders in some of their channels
             dense = splittable(one.layer) and one.layer.kind == "dense"
             forms = ["branches"] if even else ["sparse"] if dense else ["folded", "branches"]
         reasons = [_unfit(job, one, form) for form in forms]
@@ -250,8 +253,8 @@ def _losses(job: Job, one: _Expansion, h: Array | None) -> Array:
             return np.asarray(rows.reshape(-1))
         return np.asarray((error**2).sum(axis=tuple(a for a in range(error.ndim) if a != layer.out_axis)))
 
-    made = solver.orders(job.graph.constant(layer.weight), one.asked, np.array(len(one.asked)))
-    left = [power(weight - solver.value(made[: k + 1])) for k in range(len(one.asked))]
+    specs = solver.orders(job.graph.constant(layer.weight), one.requests, np.array(len(one.requests)))
+    left = [power(weight - solver.value(specs[: k + 1])) for k in range(len(one.requests))]
     return np.array(left) / max(float(power(weight).sum()), 1e-300)
 
 
@@ -265,30 +268,32 @@ def _unfit(job: Job, one: _Expansion, form: Form) -> str:
     layer, target = one.layer, job.target
     if form == "folded":
         bits = _widest(job, one)
-        if not solver.foldable([spec.bits for spec in one.asked], bits):
-            return f"orders of {' + '.join(str(spec.bits) for spec in one.asked)} bits do not fold into codes of {bits} bits"
-        wanted = [replace(one.asked[0], bits=bits)]
+        if not solver.foldable([spec.bits for spec in one.requests], bits):
+            return (
+                f"orders of {' + '.join(str(spec.bits) for spec in one.requests)} bits do not fold into codes of {bits} bits"
+            )
+        specs = [replace(one.requests[0], bits=bits)]
     else:
-        wanted = list(one.asked)
+        specs = list(one.requests)
         joins = ["Add", "Concat"] if form == "sparse" else ["Add"]
         missing = [op for op in joins if layer.result in job.plan and op not in target.integer_ops]
         if missing and one.activations and layer.op in target.output_scale:
             return f"target '{target.name}' has no integer {' and '.join(missing)} that would join its orders"
         if form == "sparse" and not (splittable(layer) and layer.kind == "dense"):
             return f"a {layer.kind} {layer.op} is not worth splitting by output channels"
-    unknown = [spec for spec in wanted if target.rule(layer, spec, one.activations) is None]
+    unknown = [spec for spec in specs if target.rule(layer, spec, one.activations) is None]
     return f"target '{target.name}' cannot run it as {unknown[0].describe()}" if unknown else ""
 
 
-def _tell(job: Job, one: _Expansion, made: list[QuantSpec]) -> dict[str, Any]:
-    """What the report says of a layer."""
+def _row(job: Job, one: _Expansion, specs: list[QuantSpec]) -> dict[str, Any]:
+    """A layer in the report."""
     weight = job.graph.constant(one.layer.weight)
-    error, bound = np.abs(weight - solver.value(made)), solver.bound(weight, one.asked, one.spread)
+    error, bound = np.abs(weight - solver.value(specs)), solver.bound(weight, one.requests, one.spread)
     power = float(np.mean(weight.astype(np.float64) ** 2))
     return {
         "form": one.form,
-        "bits": [spec.bits for spec in one.asked],
-        "channels": [int((one.depth > k).sum()) for k in range(len(one.asked))],
+        "bits": [spec.bits for spec in one.requests],
+        "channels": [int((one.depth > k).sum()) for k in range(len(one.requests))],
         "error_bound": float(np.max(bound)),
         "error": float(np.max(error)),
         "weights_db": round(min(IDENTICAL, float(10 * np.log10(power / max(float(np.mean(error**2)), 1e-300)))), 2)
@@ -300,55 +305,57 @@ def _tell(job: Job, one: _Expansion, made: list[QuantSpec]) -> dict[str, Any]:
 # ---- the forms ------------------------------------------------------------------------------------------------------------
 
 
-def _branches(job: Job, layer: Layer, made: list[QuantSpec], sums: list[list[str]]) -> None:
+def _branches(job: Job, layer: Layer, specs: list[QuantSpec], sums: list[list[str]]) -> None:
     """A layer for each order. The last one has what the others leave of the weight, and the codes of its order; the result
-    keeps its entry: the sum is the same tensor. Where it is quantized, `sums` gets the tensors that make it up: the output
-    of each order, the sums of all from the second, the third, ... on, and the result."""
-    if len(made) == 1:
-        job.plan |= {layer.weight: made[0]}
+    keeps its entry: the sum is the same tensor. Where it is quantized, its parts are appended to `sums`: the output of each
+    order, the sums from the second order on, from the third on, ..., and the result."""
+    if len(specs) == 1:
+        job.plan |= {layer.weight: specs[0]}
         return
     whole, quantized = job.plan.get(layer.result), bool(Planned.of(job).input(layer))
-    parts = [decode(spec.codes, spec) for spec in made[:-1] if spec.codes is not None]
+    parts = [decode(spec.codes, spec) for spec in specs[:-1] if spec.codes is not None]
     rest = job.graph.constant(layer.weight) - np.sum(parts, axis=0, dtype=np.float64)
     layers = replace_with_sum(job.graph, layer, [*parts, rest.astype(np.float32)])
-    job.plan = job.plan.without(layer.weight) | {y.weight: spec for y, spec in zip(layers, made, strict=True)}
+    job.plan = job.plan.without(layer.weight) | {part.weight: spec for part, spec in zip(layers, specs, strict=True)}
     if whole is not None:
         job.keep([layer.result])
         if quantized and "Add" in job.target.integer_ops:
-            names = [y.output for y in layers]
-            names += [str(job.graph.consumers(y.output)[0].outputs[0].name) for y in layers[1:-1]]
+            names = [part.output for part in layers]
+            names += [str(job.graph.consumers(part.output)[0].outputs[0].name) for part in layers[1:-1]]
             job.plan |= {name: whole.request() for name in names}
             sums.append([*names, layer.result])
 
 
 def _sparse(job: Job, one: _Expansion, sums: list[list[str]]) -> bool:
-    """A layer for the channels of each depth, joined by Concat; those with more than one order become sums. True if a Gather
-    has to restore the order of the channels."""
+    """A layer for the channels of each depth, joined by a Concat; those with more than one order become sums. True if a
+    Gather has to restore the order of the channels."""
     layer, spec, whole = one.layer, job.plan[one.layer.weight], job.plan.get(one.layer.result)
     depths = sorted(set(one.depth.tolist()), reverse=True)
-    made = split_outputs(job.graph, layer, [np.flatnonzero(one.depth == d) for d in depths])
-    job.plan = job.plan.without(layer.weight, layer.result) | {y.weight: spec for y in made}
-    (concat,) = job.graph.consumers(made[0].result)
-    if whole is not None:  # a Gather behind carries the codes of the Concat
+    parts = split_outputs(job.graph, layer, [np.flatnonzero(one.depth == d) for d in depths])
+    job.plan = job.plan.without(layer.weight, layer.result) | {part.weight: spec for part in parts}
+    (concat,) = job.graph.consumers(parts[0].result)
+    if whole is not None:  # a Gather behind the Concat carries its codes
         inner = "Concat" in job.target.integer_ops
-        results = [*(y.result for y in made), concat.outputs[0].name] if inner else [layer.result]
+        results = [*(part.result for part in parts), concat.outputs[0].name] if inner else [layer.result]
         job.plan |= {name: replace(whole) for name in results}
-    for part, depth in zip(made, depths, strict=True):
-        _branches(job, part, solver.orders(job.graph.constant(part.weight), one.asked[:depth], np.array(depth)), sums)
+    for part, depth in zip(parts, depths, strict=True):
+        _branches(job, part, solver.orders(job.graph.constant(part.weight), one.requests[:depth], np.array(depth)), sums)
     return bool((np.diff(one.depth) > 0).any())
 
 
-def _gather_channels(job: Job, chosen: list[_Expansion]) -> tuple[list[_Expansion], int]:
-    """Reorder channel groups so that the channels of equal depth of one `sparse` layer each lie side by side, most orders
-    first. Returns the layers with their depths in the new order, and how many groups moved."""
-    depths, moved = {one.layer.name: one.depth for one in chosen}, 0
-    sparse = [one.layer for one in chosen if one.form == "sparse"]
+def _gather_channels(job: Job, expansions: list[_Expansion]) -> tuple[list[_Expansion], int]:
+    """Reorder channel groups so that the channels of equal depth of one `sparse` layer each are adjacent, most orders first.
+    Returns the layers with their depths in the new order, and the number of groups that moved."""
+    depths, moved = {one.layer.name: one.depth for one in expansions}, 0
+    sparse = [one.layer for one in expansions if one.form == "sparse"]
     for group in channel_groups(job.graph, "permute") if sparse else []:
         if any(m.tensor in job.plan and job.plan[m.tensor].solved for m in group.weights):
-            continue  # moving solved weights would throw their solution away
+            continue  # moving solved weights would drop their solution
         orders = (
-            group.order_by(y.output, channel_axis(job.graph, y.output), np.argsort(-depths[y.name], kind="stable"))
-            for y in sparse
+            group.order_by(
+                layer.output, channel_axis(job.graph, layer.output), np.argsort(-depths[layer.name], kind="stable")
+            )
+            for layer in sparse
         )
         order = next((order for order in orders if order is not None), None)
         if order is None or np.array_equal(order, np.arange(group.size)):
@@ -356,29 +363,29 @@ def _gather_channels(job: Job, chosen: list[_Expansion]) -> tuple[list[_Expansio
         job.permute(group, order)
         moved += 1
         members = {(m.tensor, m.axis): m.index for m in group.members if not m.constant}
-        for one in chosen:
+        for one in expansions:
             index = members.get((one.layer.output, channel_axis(job.graph, one.layer.output)))
             if index is not None and one.layer.channels == len(one.depth):
                 depth = depths[one.layer.name].copy()
                 depth[index.ravel()] = depth[index[order].ravel()]
                 depths[one.layer.name] = depth
-    return [replace(one, depth=depths[one.layer.name]) for one in chosen], moved
+    return [replace(one, depth=depths[one.layer.name]) for one in expansions], moved
 
 
 # ---- activations ----------------------------------------------------------------------------------------------------------
 
 
 def _expand_inputs(job: Job) -> dict[str, Any]:
-    """Two orders for every input of 4 bits or fewer that layers alone read. What is told: tensors with the largest error
-    within their range, and why others stay as they are."""
-    graph, readers, told, left = job.graph, dict[str, list[Layer]](), dict[str, dict[str, Any]](), dict[str, str]()
+    """Two orders for every input of 4 bits or fewer that only layers read. Returns entries of the report: tensors with the
+    largest error within their range, and why others are unchanged."""
+    graph, readers, rows, left = job.graph, dict[str, list[Layer]](), dict[str, dict[str, Any]](), dict[str, str]()
     planned = Planned.of(job)
     for layer in planned.layers:
         if key := planned.input(layer):
             readers.setdefault(key, []).append(layer)
     reasons = {key: _whole(job, key, layers) for key, layers in readers.items()}
-    chosen = [key for key, reason in reasons.items() if not reason]
-    exact = job.calibration.ranges(chosen) if chosen else {}
+    divisible = [key for key, reason in reasons.items() if not reason]
+    exact = job.calibration.ranges(divisible) if divisible else {}
     for key in readers:
         if reasons[key]:
             left[key] = reasons[key]
@@ -386,17 +393,17 @@ def _expand_inputs(job: Job) -> dict[str, Any]:
         first, second, shift = solver.halves(*_span(job.plan[key], exact[key]), job.plan[key].bits)
         assert first.scale is not None and second.scale is not None and first.zero_point is not None
         low, high = (int(code - first.zero_point) for code in first.grid)
-        for name in dict.fromkeys(y.input for y in readers[key]):
+        for name in dict.fromkeys(layer.input for layer in readers[key]):
             parts = split_values(graph, name, float(first.scale), shift, low, high)
             job.plan |= dict(zip(parts, (first, second), strict=True))
-            for layer in [y for y in readers[key] if y.input == name]:
+            for layer in [reader for reader in readers[key] if reader.input == name]:
                 spec = job.plan[layer.weight]
-                made = split_input(graph, layer, parts)
-                job.plan = job.plan.without(layer.weight) | {made[0].weight: replace(spec, shift=None), made[1].weight: spec}
+                coarse, fine = split_input(graph, layer, parts)
+                job.plan = job.plan.without(layer.weight) | {coarse.weight: replace(spec, shift=None), fine.weight: spec}
                 job.keep([layer.output, layer.result])
         job.plan = job.plan.without(key)
-        told[key] = {"layers": len(readers[key]), "step": float(first.scale), "error_bound": float(second.scale) / 2}
-    return {"inputs": told, "inputs_left_alone": left}
+        rows[key] = {"layers": len(readers[key]), "step": float(first.scale), "error_bound": float(second.scale) / 2}
+    return {"inputs": rows, "inputs_left_alone": left}
 
 
 def _whole(job: Job, key: str, layers: list[Layer]) -> str:
@@ -405,10 +412,10 @@ def _whole(job: Job, key: str, layers: list[Layer]) -> str:
     if bits > 4:
         return f"it has {bits} bits: two orders are for 4 bits or fewer"
     maker = maker_of(graph, key)
-    ops = [*(y.op for y in layers), *([maker.op] if maker is not None else [])]
+    ops = [*(layer.op for layer in layers), *([maker.op] if maker is not None else [])]
     if coded := next((op for op in ops if op in target.output_scale), ""):
         return f"target '{target.name}' rounds what a {coded} writes to one code"
-    names = {y.name for y in layers}
+    names = {layer.name for layer in layers}
     other = next(
         (
             n
@@ -417,14 +424,14 @@ def _whole(job: Job, key: str, layers: list[Layer]) -> str:
         ),
         None,
     )
-    return f"{other.op} '{other.name}' reads it, too, and takes one code" if other is not None else ""
+    return f"{other.op} '{other.name}' also reads it, and takes one code" if other is not None else ""
 
 
 def _span(spec: QuantSpec, exact: tuple[float, float]) -> tuple[float, float]:
-    """The range of an activation: a chosen end where it was cut, else the extreme, which a coarse grid misses by up to half
-    a step."""
+    """The range of an activation: the end of its grid where values are clipped, else the extreme, which a coarse grid misses
+    by up to half a step."""
     if not spec.solved:
         return exact
     half = 0.501 * float(np.asarray(spec.scale))
-    low, high = (e if abs(e - chosen) <= half else chosen for e, chosen in zip(exact, spec.value_range, strict=True))
+    low, high = (e if abs(e - end) <= half else end for e, end in zip(exact, spec.value_range, strict=True))
     return low, high

@@ -1,4 +1,4 @@
-"""round: codes of weights by the error they cause in their layer's output."""
+"""round: choose weight codes by the error of their layer's output."""
 
 from __future__ import annotations
 
@@ -16,37 +16,40 @@ from onnxq_plugins.layers.complete import complete_ranges, complete_weight
 from onnxq_plugins.layers.problem import Problem, float_inputs, solvable
 from onnxq_plugins.layers.sweep import sweep
 from onnxq_plugins.parallel import run_all
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.solvers.rounding import Effort, Method
 from onnxq_plugins.spec import QuantSpec
 
 
 @dataclass(frozen=True)
 class Round(Pass):
-    """Learned rounding without gradients through the network: every layer's codes minimise the squared error of its
-    output over the calibration data, which the Gram matrix of its inputs holds completely.
+    """Choose weight codes by the error of their layer's output.
 
-    method       ``nearest``, ``gptq``, ``gpfq``, ``descent`` (coordinate descent), ``adaround``, ``attention``
-                 (Attention Round), or ``auto``: the best loss of GPTQ, descent and AdaRound, row by row
-    sequential   a layer sees the inputs that the quantized layers before it make, and makes up for their errors (one sweep
-                 through both networks). False: every layer sees float inputs; layers are solved side by side
+    Learned rounding without gradients through the network: every layer's codes minimize the squared error of its output over
+    the calibration data, which the Gram matrix of its inputs determines completely.
+
+    method       ``nearest``, ``gptq``, ``gpfq``, ``descent`` (coordinate descent), ``adaround``, ``attention`` (Attention
+                 Round), or ``auto``: the best loss of GPTQ, descent and AdaRound, row by row
+    sequential   a layer reads the inputs that the quantized layers before it produce, and compensates for their errors (one
+                 sweep through both networks). False: every layer reads float inputs; layers are solved side by side
     search       choose scales that are still open by the output error they cause, too
     shift        solve biases along with the codes
-    seconds      what ``auto`` may spend on AdaRound in all; 0 leaves it out. Work is counted, as if a core made 20 billion
+    seconds      what ``auto`` may spend on AdaRound in all; 0 leaves it out. Work is counted, as if a core did 20 billion
                  multiplications a second, and not timed, so that codes are the same on every machine. Layers with cheap
-                 steps take theirs first: a quarter of `steps` at least, or none
+                 steps get theirs first: a quarter of `steps` at least, or none
     steps        of AdaRound and Attention Round
-    damping      share of the mean diagonal that GPTQ adds to the Gram matrix
-    positions    patches per sample at most; a layer with D weights per output takes no more than D, or 64
-    limit        largest D with a full Gram matrix (8 D^2 bytes); above it, blocks of a quarter of that on its diagonal
-    samples      of the data that the sweep uses at most: their activations are held, a few MB each for images
+    damping      fraction of the mean diagonal that GPTQ adds to the Gram matrix
+    positions    patches per sample at most; a layer with D weights per output uses no more than D, or 64
+    limit        largest D with a full Gram matrix (8 D^2 bytes); above it, diagonal blocks that take a quarter of that
+    samples      of the data that the sweep uses at most: their activations are kept in memory, a few MB each for images
 
         least (w - wq) H (w - wq)^T for each row w,   H = E[x x^T]
 
-    No row of a layer is worse than rounded to the nearest, by that measure. ConvTranspose is left to the default solver.
+    By that measure no row of a layer is worse than rounded to the nearest. ConvTranspose is left to the default solver.
 
     Source: GPTQ (arXiv 2210.17323), GPFQ (arXiv 2201.11113), AdaRound (arXiv 2004.10568), Attention Round (arXiv
     2207.03088); see `onnxq_plugins.solvers`.
-    Cost: one run of the float and of the quantized network, cut in pieces; then BLAS.
+    Cost: one run of the float and of the quantized network, in pieces; then BLAS.
     """
 
     name: ClassVar[str] = "round"
@@ -70,28 +73,26 @@ class Round(Pass):
     def apply(self, job: Job) -> dict[str, Any]:
         complete_ranges(job)
         layers = solvable(job)
-        mine = {y.weight for y in layers}
-        job.plan |= {
-            y.weight: complete_weight(job, y, job.plan[y.weight])
-            for y in job.graph.layers
-            if y.weight in job.plan and y.weight not in mine
-        }  # what the sweep runs through must be solved
+        others = [layer for layer in Planned.of(job).layers if layer not in layers]
+        # what the sweep runs through must be solved
+        job.plan |= {layer.weight: complete_weight(job, layer, job.plan[layer.weight]) for layer in others}
         efforts = self._efforts(job, layers)
-        told: dict[str, float] = {}
+        losses: dict[str, float] = {}
 
-        def keep(layer: Layer, solved: tuple[QuantSpec, float]) -> None:
-            job.plan |= {layer.weight: solved[0]}
-            told[layer.name] = round(solved[1], 4)
+        def keep(layer: Layer, solution: tuple[QuantSpec, float]) -> None:
+            spec, loss = solution
+            job.plan |= {layer.weight: spec}
+            losses[layer.name] = round(loss, 4)
 
         if self.sequential:
-            seen_layers = sweep(job, layers, self.positions, self.limit, self.samples)
-            for layer, seen in job.track(seen_layers, "rounding", len(layers)):
-                one = Problem.of(job, layer, seen, self.shift)
+            swept = sweep(job, layers, self.positions, self.limit, self.samples)
+            for layer, statistics in job.track(swept, "rounding", len(layers)):
+                problem = Problem.of(job, layer, statistics, self.shift)
                 with runtimes.blas(job.workers if _cost(layer) > _LARGE else 1):
-                    keep(layer, one.solve(self.method, efforts[layer.name], self.search))
+                    keep(layer, problem.solve(self.method, efforts[layer.name], self.search))
         else:
             for batch in float_inputs(job, layers, self.positions, self.limit):
-                solved = run_all(
+                solutions = run_all(
                     (
                         partial(
                             Problem.of(job, layer, gram, self.shift).solve, self.method, efforts[layer.name], self.search
@@ -101,21 +102,21 @@ class Round(Pass):
                     job.workers,
                 )
                 with runtimes.blas(1):
-                    for (layer, _), found in zip(batch, job.track(solved, "rounding", len(batch)), strict=True):
-                        keep(layer, found)
-        return {"method": self.method, "loss_relative_to_nearest": told}
+                    for (layer, _), solution in zip(batch, job.track(solutions, "rounding", len(batch)), strict=True):
+                        keep(layer, solution)
+        return {"method": self.method, "loss_relative_to_nearest": losses}
 
     def _efforts(self, job: Job, layers: list[Layer]) -> dict[str, Effort]:
-        """How hard each layer is tried."""
+        """The effort for each layer."""
         seeds = job.rng.integers(2**31, size=len(layers))
-        learned = shared_steps([_seconds(y) for y in layers], self.steps, self.seconds)
+        learned = shared_steps([_seconds(layer) for layer in layers], self.steps, self.seconds)
         return {
-            y.name: Effort(self.damping, self.steps, steps, int(seed))
-            for y, steps, seed in zip(layers, learned, seeds, strict=True)
+            layer.name: Effort(self.damping, self.steps, steps, int(seed))
+            for layer, steps, seed in zip(layers, learned, seeds, strict=True)
         }
 
 
-_LARGE = 1e9  # multiplications from which a product is worth several threads, which wait for each other on a busy machine
+_LARGE = 1e9  # multiplications that make several threads worth it: they wait for each other on a busy machine
 
 
 def _cost(layer: Layer) -> float:
@@ -124,16 +125,16 @@ def _cost(layer: Layer) -> float:
 
 
 def _seconds(layer: Layer) -> float:
-    """Nominal seconds of a step of AdaRound: a product, what is done to each weight, and calls."""
+    """Nominal seconds of a step of AdaRound: a product, work per weight, and calls."""
     return _cost(layer) / 20e9 + 25e-9 * float(np.prod(layer.shape)) + 5e-5
 
 
 def shared_steps(prices: Sequence[float], most: int, budget: float) -> list[int]:
-    """Steps of each layer, at most `most`, that cost no more than `budget` in all. In turn, the cheapest layer first, each
-    takes what it needs of an equal share, and leaves the rest to those behind; a quarter of `most` at least, or none."""
+    """Steps of each layer, at most `most`, that cost no more than `budget` in all. The cheapest layer first, each takes what
+    it needs of an equal share, and leaves the rest to later ones; a quarter of `most` at least, or none."""
     steps, left = [0] * len(prices), budget
     for turn, i in enumerate(np.argsort(prices, kind="stable")):
-        wanted = max(int(min(most, left / (len(prices) - turn) / prices[i])), -(-most // 4))
-        steps[i] = wanted if wanted * prices[i] <= left else 0
+        share = max(int(min(most, left / (len(prices) - turn) / prices[i])), -(-most // 4))
+        steps[i] = share if share * prices[i] <= left else 0
         left -= steps[i] * prices[i]
     return steps

@@ -1,4 +1,4 @@
-"""scale-inputs: give the channels of a model's input comparable ranges."""
+"""scale-inputs: scale the channels of model inputs to comparable ranges."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from onnxq_plugins.spec import Array
 
 @dataclass(frozen=True)
 class ScaleInputs(Pass):
-    """Multiply each channel of a model input by a constant and undo it in the weights that read it, where the channels
-    are so unequal that one 8-bit scale cannot serve them all: cepstra (the first coefficient is 100 times the
-    others), tabular features, sensor fusion. Images are left as they are.
+    """Scale the channels of model inputs to comparable ranges.
 
-    With a = the largest |value| of a channel and w = the norm of the weights that read it, the factors (w / a)^0.5
-    minimise the noise that one step for all channels brings to the layer's output, sum_c step^2 w_c^2 / 12.
+    Multiplies each channel of a model input by a constant and undoes it in the weights that read it, where the channels are
+    so unequal that one 8-bit scale cannot serve them all: cepstra (the first coefficient is 100 times the others), tabular
+    features, sensor fusion. Images are not changed.
+
+    With a = the largest |value| of a channel and w = the norm of the weights that read it, the factors (w / a)^0.5 minimize
+    the noise that one step for all channels adds to the layer's output, sum_c step^2 w_c^2 / 12.
 
         x_c <- f_c x_c,   W_c <- W_c / f_c,   f_c = sqrt(w_c / a_c)
 
-    gain   least ratio of that noise before and after for which the extra operator is put in
+    gain   least ratio of that noise before and after for which the extra operator is inserted
 
     Source: SmoothQuant (arXiv 2211.10438), with alpha = 0.5, at the model's input instead of behind a LayerNorm.
-    Cost: one reading of the data, one Mul at run time.
+    Cost: one pass over the data, one Mul at run time.
     """
 
     name: ClassVar[str] = "scale-inputs"
@@ -36,25 +38,25 @@ class ScaleInputs(Pass):
     gain: float = 2.0
 
     def apply(self, job: Job) -> dict[str, Any]:
-        graph, told = job.graph, {}
+        graph, scaled = job.graph, {}
         planned = Planned.of(job)
-        roots = {graph.root(key) for y in graph.layers if (key := planned.source(y.input))}
+        roots = {graph.root(key) for layer in graph.layers if (key := planned.source(layer.input))}
         inputs = [n for n in graph.inputs if n in roots and channels(graph, n)]
         ranges = job.calibration.channel_ranges(inputs) if inputs else {}
         for name, (low, high) in ranges.items():
             size = np.maximum(np.abs(low), np.abs(high))
             if size.max() <= 2 * np.median(size) or not np.median(size):
-                continue  # nothing to gain: no need to search the graph
+                continue  # nothing to gain: do not search the graph
             factors, gain = self._scale(job, name, np.maximum(size, size.max() * 1e-6))
             if gain:
-                told[name] = {
+                scaled[name] = {
                     "noise_reduced_by": round(gain, 2),
                     "factors": [round(float(factors.min()), 6), round(float(factors.max()), 6)],
                 }
-        return told
+        return scaled
 
     def _scale(self, job: Job, name: str, size: Array) -> tuple[Array, float]:
-        """Put the Mul in; take it out again and return a gain of 0 if that is not possible or does not pay."""
+        """Insert the Mul; remove it and return a gain of 0 if that is not possible or not worth it."""
         graph = job.graph
         axis, rank = channel_axis(graph, name), len(graph.shape(name) or ())
         x = graph.tensor(name)
@@ -91,7 +93,7 @@ def _weight_norms(job: Job, group: ChannelGroup) -> Array:
         if member.role == "input":
             values = np.moveaxis(job.graph.constant(member.tensor), member.axis, 0).astype(np.float64)
             if member.rows:
-                continue  # a grouped convolution at the input: its rows are counted by no simple sum
+                continue  # a grouped convolution at the input: no simple sum over its rows
             squares = np.sum(values.reshape(len(values), -1) ** 2, axis=1)
             total += squares[member.index].sum(axis=1)
     return np.sqrt(total)

@@ -1,4 +1,4 @@
-"""split-weights: the centre taps of a convolution in two parts, a coarse one of its own and what that leaves."""
+"""split-weights: split off the dominant centre taps of convolutions."""
 
 from __future__ import annotations
 
@@ -19,33 +19,35 @@ from onnxq_plugins.targets import channel_block
 
 @dataclass(frozen=True)
 class SplitWeights(Pass):
-    """Coarse and fine weight splitting, for re-parameterised networks such as RepVGG: folding 1x1 and identity branches into
-    a 3x3 kernel leaves a centre tap that dwarfs the others, and the scale that covers it is too coarse for them. The layer
+    """Split off the dominant centre taps of convolutions.
+
+    Coarse and fine weight splitting, for re-parameterised networks such as RepVGG: folding 1x1 and identity branches into a
+    3x3 kernel leaves a centre tap that dwarfs the others, and the scale that covers it is too coarse for them. The layer
     becomes the sum of two that read the same input:
 
         coarse = g round(centre / g),  g = max |centre| / n       n: largest code; g per output channel, or per tensor
         fine = W - coarse                                         open, as the recipe asks for
 
-    The coarse part lies exactly on its grid, so it adds no error, and is a pointwise convolution. What it leaves of the
-    centre is at most g / 2.
+    The coarse part is exactly on its grid, so it adds no error, and is a pointwise convolution. What it leaves of the centre
+    is at most g / 2.
 
-    gain    a layer is split if that lowers the mean squared error of its rounded weights by so many dB at least
+    gain    a layer is split if that lowers the mean squared error of its rounded weights by at least so many dB
     below   and, beside quantized activations, if the SQNR of the weights, rounded as they are, is below so many dB
 
     Both parts write 8-bit outputs with ranges of their own, and an integer Add joins them on the scale of the layer's old
-    output: two roundings of activations more, though their ranges leave out what that of the result cuts off. They cost
-    more than the split gains where the weights are fine enough as they are. The default of `below` is about where gain and
-    loss cancelled in `python -m benchmarks.split_weights`, for dense and depthwise layers alike. Layers stay as they are,
-    and are told, that have no odd kernel, pads below half of it, solved scales, or, beside quantized activations, a target
-    without an integer Add. Put this pass before all that solve scales.
+    output: two more roundings of activations, though their ranges leave out what that of the result clips. Where the weights
+    are fine enough as they are, these cost more than the split gains. The default of `below` is about where gain and loss
+    cancel in `python -m benchmarks.split_weights`, for dense and depthwise layers alike. Layers without an odd kernel, with
+    pads below half of it, with solved scales or, beside quantized activations, on a target without an integer Add stay
+    unchanged and are reported. Put this pass before all that solve scales.
 
-    The bias goes to the fine part, whose scales are smaller, and int32 codes for it finer. Only where a channel of that part
-    is empty, hence has the scale 1, does it go to the coarse one.
+    The bias goes to the fine part, whose scales, and with them the steps of the bias, are smaller. Only where a channel of
+    that part is empty, and hence has the scale 1, does it go to the coarse one.
 
     Source: Coarse & Fine Weight Splitting (arXiv 2312.10588); the coarse part as a pointwise convolution, and the rule which
     layers to split, are our own.
-    Cost: milliseconds a layer, and one run over the data. At run time one pointwise convolution (1 / kernel taps of the
-    multiply-adds; of a depthwise convolution, which gains least, likewise) and one Add for each layer that is split.
+    Cost: milliseconds per layer, and one run over the data. At run time one pointwise convolution (1 / kernel taps of the
+    multiply-adds; the same for a depthwise convolution, which gains least) and one Add for each layer that is split.
     """
 
     name: ClassVar[str] = "split-weights"
@@ -59,10 +61,10 @@ class SplitWeights(Pass):
             raise ValueError(f"below = {self.below} must be positive")
 
     def apply(self, job: Job) -> dict[str, Any]:
-        told: dict[str, dict[str, float]] = {}
+        rows: dict[str, dict[str, float]] = {}
         left: dict[str, str] = {}
         sums: list[list[str]] = []
-        for layer in [y for y in job.graph.layers if y.weight in job.plan]:
+        for layer in Planned.of(job).layers:
             reason = _unfit(job, layer)
             if not reason:
                 weight, spec = job.graph.constant(layer.weight), job.plan[layer.weight]
@@ -72,7 +74,7 @@ class SplitWeights(Pass):
                 reason = self._worthless(gain, fits, bool(Planned.of(job).input(layer)))
                 if not reason:
                     _replace(job, layer, coarse, fine, sums)
-                    told[layer.name] = {
+                    rows[layer.name] = {
                         "gain_db": round(gain, 2),
                         "weights_db_before": round(fits, 2),
                         "more_multiply_adds": round(1 / float(np.prod(layer.shape[2:])), 4),
@@ -80,12 +82,12 @@ class SplitWeights(Pass):
                     continue
             left[layer.name] = reason
         narrow_ranges(job, sums)
-        return {"layers": told, "left_alone": left}
+        return {"layers": rows, "left_alone": left}
 
     def _worthless(self, gain: float, fits: float, quantized: bool) -> str:
-        """Why a split would not pay; "" if it would."""
+        """Why a split would not be worth it; "" if it is."""
         if gain <= 0 or gain < self.gain:
-            return f"the error of its weights would fall by {gain:.1f} dB only"
+            return f"the error of its weights would fall by only {gain:.1f} dB"
         if quantized and fits >= self.below:
             return f"its weights have {fits:.1f} dB as they are: rounding two more activations would cost more than it gains"
         return ""
@@ -93,15 +95,15 @@ class SplitWeights(Pass):
 
 def split(layer: Layer, weight: Array, spec: QuantSpec) -> tuple[QuantSpec, Array]:
     """The entry, with scale and codes, of the coarse part [OC, IC/groups, 1, ...] of a convolution, and the fine part in the
-    weight's shape, float32: together they are the weight to the last bit.
+    weight's shape, float32: their sum is the weight to the last bit.
 
     weight   [OC, IC/groups, *kernel] with odd kernel sizes, float32
-    spec     the request of the weight: bits, and whether scales lie per tensor or finer
+    spec     the request of the weight: bits, and whether scales are per tensor or finer
     """
     at = centre_of(weight.shape)
     block = None if spec.block is None else channel_block(layer)
-    asked = replace(spec.request(), block=block, sub_block=None, pow2=spec.pow2 and spec.sub_block is None)
-    coarse = solve_minmax(weight[at], asked)
+    request = replace(spec.request(), block=block, sub_block=None, pow2=spec.pow2 and spec.sub_block is None)
+    coarse = solve_minmax(weight[at], request)
     coarse = replace(coarse, codes=encode(weight[at], coarse))
     assert coarse.codes is not None
     fine = weight.copy()
@@ -110,7 +112,7 @@ def split(layer: Layer, weight: Array, spec: QuantSpec) -> tuple[QuantSpec, Arra
 
 
 def error(weight: Array, spec: QuantSpec) -> float:
-    """Mean squared error of a weight that is rounded as asked for, without clipping."""
+    """Mean squared error of a weight that is rounded as requested, without clipping."""
     return float(np.mean((weight - fake(weight, solve_minmax(weight, spec)).astype(np.float64)) ** 2))
 
 
@@ -143,18 +145,19 @@ def _unfit(job: Job, layer: Layer) -> str:
 
 
 def _replace(job: Job, layer: Layer, coarse: QuantSpec, fine: Array, sums: list[list[str]]) -> None:
-    """Split a layer and plan what it becomes. The result keeps its entry: the sum is the same tensor. Where it is quantized,
-    `sums` gets the outputs of both parts and the result."""
+    """Split a layer and plan its parts. The result keeps its entry: the sum is the same tensor. Where it is quantized, the
+    outputs of both parts and the result are appended to `sums`."""
     assert coarse.codes is not None
     spec, whole = job.plan[layer.weight], job.plan.get(layer.result)
     quantized = bool(Planned.of(job).input(layer))
     parts = {"fine": fine, "coarse": decode(coarse.codes, coarse)}
     if not fine.reshape(len(fine), -1).any(axis=1).all():
         parts = dict(reversed(parts.items()))  # the first part gets the bias
-    made = dict(zip(parts, replace_with_sum(job.graph, layer, list(parts.values())), strict=True))
-    job.plan = job.plan.without(layer.weight) | {made["fine"].weight: spec.request(), made["coarse"].weight: coarse}
+    layers = dict(zip(parts, replace_with_sum(job.graph, layer, list(parts.values())), strict=True))
+    job.plan = job.plan.without(layer.weight) | {layers["fine"].weight: spec.request(), layers["coarse"].weight: coarse}
     if whole is not None:
         job.keep([layer.result])
         if quantized:
-            job.plan |= {y.output: whole.request() for y in made.values()}
-            sums.append([*(y.output for y in made.values()), layer.result])
+            outputs = [part.output for part in layers.values()]
+            job.plan |= {output: whole.request() for output in outputs}
+            sums.append([*outputs, layer.result])

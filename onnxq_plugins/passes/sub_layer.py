@@ -1,4 +1,4 @@
-"""sub-layer: scales, or multipliers, of tiles finer than a layer, by the error they cause in its output."""
+"""sub-layer: choose scales of tiles by the error of the layer's output."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from onnxq_plugins.parallel import run_all
 
 @dataclass(frozen=True)
 class SubLayer(Pass):
-    """PTQ-SL: choose the scale of every tile of a weight (so many output by so many input channels) by coordinate descent
-    on the squared error of the layer's output. Codes stay open.
+    """Choose scales of tiles by the error of the layer's output.
 
-    rounds       visits to each tile; 0 leaves out what tiles of a row do to each other, which serves the pass `round` behind
-                 this one better than the rounding to the nearest that the visits count on
-    shift        the bias will take mean errors (pass bias-correct behind this one), so leave them out of the measure
+    PTQ-SL: the scale of every tile of a weight (so many output by so many input channels) is chosen by coordinate descent on
+    the squared error of the layer's output. Codes stay open.
+
+    rounds       visits to each tile; 0 ignores how tiles of a row affect each other, which suits a `round` after this pass
+                 better than the rounding to the nearest that the visits assume
+    shift        the bias will take mean errors (pass bias-correct after this one), so leave them out of the measure
     positions    patches per sample at most
     limit        largest D with a full Gram matrix, see `round`
 
         L = d H d^T,   d = w - wq,   H = E[x x^T];   a change E of a tile adds -2 E (d H)^T + E H E^T
 
-    Which tiles, the recipe says: ``weights.block = [16, 16]`` asks for free scales (a target that stores them),
+    The recipe says which tiles: ``weights.block = [16, 16]`` asks for free scales (a target that stores them),
     ``weights.sub_block = [16, 16]`` for integer multipliers of a coarse scale per tensor or channel (targets with integer
     kernels), ``weights.pow2`` for powers of two. With the loss L = d H d^T of each row d = w - wq and E the change of a
     tile, a candidate changes L by -2 E (d H) + E H E. The covering (min-max) scale is always a candidate, and no band of
     rows (with multipliers: no rows that share a coarse scale) ends with more loss than with it, given its whole Gram matrix.
     One scale per tensor or channel is chosen from 27 candidates, exactly.
 
-    Source: PTQ-SL (Yuan et al., arXiv 2110.07809): the granularity and the search over tiles; the Gram form, in place of
+    Source: PTQ-SL (Yuan et al., arXiv 2110.07809): the granularity and the search over tiles; the Gram form, instead of
     running the layer for each candidate, is ours.
     Cost: one run over the data for each half gigabyte of Gram matrices, then some 30 matrix products per layer and round.
     """
@@ -51,13 +53,13 @@ class SubLayer(Pass):
                 raise ValueError(f"{key} = {getattr(self, key)} must be at least {least}")
 
     def apply(self, job: Job) -> dict[str, Any]:
-        layers = [y for y in solvable(job) if not job.plan[y.weight].solved]
+        layers = [layer for layer in solvable(job) if not job.plan[layer.weight].solved]
         tiles, multipliers = 0, 0
         for batch in float_inputs(job, layers, self.positions, self.limit):
             problems = [Problem.of(job, layer, gram, self.shift) for layer, gram in batch]
             with runtimes.blas(1):
-                solved = list(run_all((partial(one.scaled, rounds=self.rounds) for one in problems), job.workers))
-            for one, spec in zip(problems, solved, strict=True):
+                specs = list(run_all((partial(one.scaled, rounds=self.rounds) for one in problems), job.workers))
+            for one, spec in zip(problems, specs, strict=True):
                 job.plan |= {one.layer.weight: spec}
                 tiles += np.asarray(spec.scale).size
                 multipliers += spec.multiplier.size if spec.multiplier is not None else 0

@@ -1,4 +1,4 @@
-"""vector-scale: two-level scales of short vectors of weights, without data."""
+"""vector-scale: give each vector of weights an integer scale of its own."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from onnxq_plugins.spec import solve_minmax
 
 @dataclass(frozen=True)
 class VectorScale(Pass):
-    """VS-Quant: every vector of V weights along the inputs gets a scale of its own, an M-bit integer times a coarse float
-    scale per output channel. Codes stay open.
+    """Give each vector of weights an integer scale of its own.
+
+    VS-Quant: every vector of V weights along the inputs gets a scale of its own, an M-bit integer times a coarse float scale
+    per output channel. Codes stay open.
 
     method   ``minmax``: each vector's integer is the smallest without clipping. ``mse``: integers and coarse scales with the
              least squared error of the weights
 
         w = s[channel] m[vector] q,   m in 1 .. 2^M - 1
 
-    V and M are asked for in the recipe: ``weights.sub_block = [1, V]`` and ``weights.max_multiplier = 2^M - 1``; the codes
-    times their integers must fit int8, so integers reach at most 127 / (2^(bits - 1) - 1): 18 at 4 bits, 42 at 3, 127 at 2.
-    ``weights.block = [1, V]`` gives each vector a float scale instead (M without limit). No data are needed; where there
-    are some, `sub-layer` measures the error at the layer's output.
+    The recipe sets V and M: ``weights.sub_block = [1, V]`` and ``weights.max_multiplier = 2^M - 1``; the codes times their
+    integers must fit int8, so integers reach at most 127 / (2^(bits - 1) - 1): 18 at 4 bits, 42 at 3, 127 at 2.
+    ``weights.block = [1, V]`` gives each vector a float scale instead (M without limit). No data are needed; if there are
+    some, `sub-layer` measures the error at the layer's output.
 
     Source: VS-Quant (Dai et al., arXiv 2102.04503), two-level scales of weights; its scales of activations per vector, which
     need reductions at run time, are left out. The codes are rounded with the final scales.
@@ -38,9 +40,9 @@ class VectorScale(Pass):
 
     def apply(self, job: Job) -> dict[str, Any]:
         layers = [
-            y
-            for y in solvable(job)
-            if not job.plan[y.weight].solved and (job.plan[y.weight].sub_block or job.plan[y.weight].block)
+            layer
+            for layer in solvable(job)
+            if not (spec := job.plan[layer.weight]).solved and (spec.sub_block or spec.block)
         ]
         vectors = 0
         for layer in layers:

@@ -1,1 +1,1 @@
-"""From a recipe to a plan: what is requested, graph and plan and target seen together, and what is wrong with an entry."""
+"""From a recipe to a plan: requests, what follows from graph, plan and target together, checks of entries."""

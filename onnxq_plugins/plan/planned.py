@@ -1,4 +1,4 @@
-"""A graph, its plan and the target it is for, seen together."""
+"""What follows from a graph, its plan and its target together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onnxq_plugins.targets import Rule, Target
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """What follows from graph, plan and target together. A view of one moment: make another when one of them changed."""
+    """What follows from graph, plan and target together. A view of one moment: make another when one of them has changed."""
 
     graph: Graph
     plan: Plan
@@ -23,7 +23,7 @@ class Planned:
 
     @classmethod
     def of(cls, job: Job) -> Planned:
-        """As the job stands."""
+        """Of a job's current graph and plan."""
         return cls(job.graph, job.plan, job.target)
 
     @cached_property
@@ -33,7 +33,7 @@ class Planned:
 
     @cached_property
     def activations(self) -> list[str]:
-        """Planned tensors that are no weights."""
+        """Planned tensors that are not weights."""
         return [name for name in self.plan if not self.graph.is_constant(name)]
 
     def source(self, tensor: str) -> str:

@@ -1,8 +1,7 @@
 """From graph, recipe and target to the first Plan: which tensors are quantized, at which bits and granularity.
 
-Layers follow the recipe. Operators between them (Add, Concat, pooling ...) are made integer where that keeps a chain
-integer from one layer to the next, and stay float elsewhere: a pair of conversions around a lone operator costs more
-than it gains.
+Layers follow the recipe. Operators between them (Add, Concat, pooling ...) become integer where that keeps a chain integer
+from one layer to the next, and stay float elsewhere: conversions on both sides of a single operator cost more than it gains.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from onnxq_plugins.targets import Target, channel_block, channel_multipliers
 
 @dataclass(frozen=True)
 class Request:
-    """A plan of requests (nothing solved), and what stays float or was changed, with the reasons.
+    """A plan of requests (nothing solved), with the reasons for what stays float and for changes.
 
     inputs   planned layers by name -> the planned activation they are to read, "" for weight-only
     """
@@ -44,7 +43,7 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
     notes: list[str] = []
     narrowed = 0
     plan: dict[str, QuantSpec] = {}
-    integer: dict[str, TensorRequest] = {}  # node name -> how its inputs are asked for
+    integer: dict[str, TensorRequest] = {}  # node name -> the request of its inputs
     unmatched = set(range(len(recipe.layers)))
     ops = {rule.op for rule in target.rules}
     for i, layer in enumerate(graph.layers):
@@ -92,42 +91,35 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
 
 def pinned(graph: Graph, recipe: Recipe) -> set[str]:
     """Names of the layers for which a [[layer]] rule of the recipe sets the bits of the weight."""
-    found = set()
-    for i, layer in enumerate(graph.layers):
-        if any(
-            "bits" in rule.weights and _matches(rule, layer.name, layer.op, layer.kind, _ends(graph, i))
-            for rule in recipe.layers
-        ):
-            found.add(layer.name)
-    return found
+    return {name for name, keys in rule_keys(graph, recipe).items() if "weights.bits" in keys}
 
 
 def rule_keys(graph: Graph, recipe: Recipe) -> dict[str, frozenset[str]]:
     """Layer -> the keys that [[layer]] rules about it set, such as ``quantize`` or ``weights.bits``."""
-    found: dict[str, frozenset[str]] = {}
+    keys: dict[str, frozenset[str]] = {}
     for i, layer in enumerate(graph.layers):
         rules = [r for r in recipe.layers if _matches(r, layer.name, layer.op, layer.kind, _ends(graph, i))]
-        found[layer.name] = frozenset(
+        keys[layer.name] = frozenset(
             [
                 *(f"{table}.{key}" for r in rules for table in ("weights", "activations") for key in getattr(r, table)),
                 *("quantize" for r in rules if r.quantize is not None),
             ]
         )
-    return found
+    return keys
 
 
 def weight_request(graph: Graph, recipe: Recipe, target: Target, layer: Layer, bits: int) -> QuantSpec:
-    """What the recipe, with its rules for single layers, would ask for a layer's weight at another width: granularity and
-    multipliers as far as this width leaves room for them, and no wider than the target's codes may be. Whether the target
-    runs it is up to `Target.rule`. Raises OnnxqError if a block does not fit the layer."""
-    at = [y.name for y in graph.layers].index(layer.name)
-    weights, activations, _ = _settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, at), set())
+    """The request that the recipe, with its rules for single layers, would make of a layer's weight at another width:
+    granularity and multipliers as far as this width leaves room for them, and no wider than the target's codes may be.
+    Whether the target runs it is up to `Target.rule`. Raises OnnxqError if a block does not fit the layer."""
+    place = [other.name for other in graph.layers].index(layer.name)
+    weights, activations, _ = _settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, place), set())
     problems: list[str] = []
-    made = _weight(
+    spec = _weight(
         layer, replace(weights, bits=bits if activations.bits == FLOAT else _narrowed(bits, target)), target, problems
     )
     OnnxqError.check(problems)
-    return made
+    return spec
 
 
 def _narrowed(bits: int, target: Target) -> int:
@@ -135,14 +127,15 @@ def _narrowed(bits: int, target: Target) -> int:
     return target.code_bits if target.code_bits < bits <= 8 else bits
 
 
-def _ends(graph: Graph, at: int) -> dict[str, bool]:
-    """Which ends of the network the layer at a place is."""
-    return {"first": at == 0, "last": at == len(graph.layers) - 1}
+def _ends(graph: Graph, place: int) -> dict[str, bool]:
+    """Whether the layer at a place is the first, or the last, of the network."""
+    return {"first": place == 0, "last": place == len(graph.layers) - 1}
 
 
 def _settings(
     recipe: Recipe, name: str, op: str, kind: str, ends: Mapping[str, bool], unmatched: set[int]
 ) -> tuple[TensorRequest, TensorRequest, bool | None]:
+    """Requests of weights and activations, and `quantize`, after all rules that match; these leave `unmatched`."""
     weights, activations, quantize = recipe.weights, recipe.activations, None
     for n, rule in enumerate(recipe.layers):
         if _matches(rule, name, op, kind, ends):
@@ -155,7 +148,7 @@ def _settings(
 
 def _matches(rule: LayerRule, name: str, op: str, kind: str, ends: Mapping[str, bool]) -> bool:
     if op == "Attention" and rule.op != "Attention" and rule.match == "*":
-        return False  # rules for all layers speak of layers with weights
+        return False  # rules for all layers mean layers with weights
     return (
         fnmatchcase(name, rule.match)
         and rule.op in ("", op)
@@ -168,35 +161,35 @@ def _tuples(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
 
 
-def _weight(layer: Layer, wanted: TensorRequest, target: Target, problems: list[str]) -> QuantSpec:
+def _weight(layer: Layer, request: TensorRequest, target: Target, problems: list[str]) -> QuantSpec:
     """The request of one weight. Multipliers are left out where they could only be 1 (8-bit codes leave no room in an int8)
     or are not finer than the scale (depthwise layers have one input per output)."""
-    block = _block(layer, wanted.block, problems)
-    spec = QuantSpec(wanted.bits, wanted.symmetric, block, None, wanted.pow2, wanted.max_multiplier)
-    if wanted.sub_block == "none":
+    block = _block(layer, request.block, problems)
+    spec = QuantSpec(request.bits, request.symmetric, block, None, request.pow2, request.max_multiplier)
+    if request.sub_block == "none":
         return spec
-    sub_block = _block(layer, wanted.sub_block, problems)
-    top = min(wanted.max_multiplier, target.max_code // spec.grid[1])
+    sub_block = _block(layer, request.sub_block, problems)
+    top = min(request.max_multiplier, target.max_code // spec.grid[1])
     if sub_block is not None and channel_multipliers(layer, replace(spec, sub_block=sub_block)):
-        top = wanted.max_multiplier
+        top = request.max_multiplier
     if top <= 1 or sub_block is None or not _finer(layer, sub_block, block):
         return replace(spec, pow2=False)
     return replace(spec, sub_block=sub_block, max_multiplier=top)
 
 
-def _finer(layer: Layer, block: Block, than: Block | None) -> bool:
+def _finer(layer: Layer, block: Block, other: Block | None) -> bool:
     """True if a block divides some axis of the weight into more parts than another does."""
-    parts = block_shape(layer.shape, than) or (1,) * len(layer.shape)
+    parts = block_shape(layer.shape, other) or (1,) * len(layer.shape)
     return any(a > b for a, b in zip(block_shape(layer.shape, block), parts, strict=True))
 
 
-def _block(layer: Layer, wanted: BlockRequest, problems: list[str]) -> Block | None:
-    """A block as the recipe writes it, for the axes of this layer's weight."""
-    if wanted == "tensor":
+def _block(layer: Layer, request: BlockRequest, problems: list[str]) -> Block | None:
+    """A block of the recipe, for the axes of this layer's weight."""
+    if request == "tensor":
         return None
-    if wanted == "channel":
+    if request == "channel":
         return channel_block(layer)
-    sizes = (wanted,) if isinstance(wanted, int) else tuple(int(n) for n in wanted)
+    sizes = (request,) if isinstance(request, int) else tuple(int(n) for n in request)
     sizes = (1, *sizes) if len(sizes) == 1 else sizes
     if len(sizes) == 2:
         return tuple(
@@ -213,6 +206,7 @@ def _block(layer: Layer, wanted: BlockRequest, problems: list[str]) -> Block | N
 
 
 def _multiply_adds(graph: Graph, node: Any) -> int:
+    """Multiply-adds of one product of two activation matrices; 0 if their shapes are not known."""
     a, b = (graph.shape(t.name) for t in node.inputs)
     sizes = [*a[-2:], b[-1]] if a is not None and b is not None and len(a) > 1 and len(b) > 1 else []
     return int(np.prod([n for n in sizes if isinstance(n, int)])) if sizes and all(isinstance(n, int) for n in sizes) else 0
@@ -246,23 +240,23 @@ def _chain(graph: Graph, target: Target, layers: set[str]) -> set[str]:
 
 def _activations(graph: Graph, target: Target, integer: Mapping[str, TensorRequest]) -> Plan:
     """Entries for what integer operators read, and for what they write where the kernel needs an output scale."""
-    asked: dict[str, list[tuple[str, TensorRequest]]] = defaultdict(list)  # root -> readers' tensors
+    reads: dict[str, list[tuple[str, TensorRequest]]] = defaultdict(list)  # root -> the tensors of its readers
     layers = {layer.name: layer for layer in graph.layers}
     specs: dict[str, QuantSpec] = {}
 
-    def spec(how: TensorRequest) -> QuantSpec:
-        return QuantSpec(how.bits, how.symmetric, None, None, how.pow2)
+    def spec(request: TensorRequest) -> QuantSpec:
+        return QuantSpec(request.bits, request.symmetric, None, None, request.pow2)
 
     for node in graph.nodes:
         if node.name in integer:
             for name in activation_inputs(graph, node):
-                asked[graph.root(name)].append((name, integer[node.name]))
+                reads[graph.root(name)].append((name, integer[node.name]))
             if node.op in target.output_scale or (node.name not in layers and node.op != "MatMul"):
                 specs[result_of(graph, node)] = spec(integer[node.name])
-    for root, reads in asked.items():
-        names = {name for name, _ in reads}
-        widest = max((how for _, how in reads), key=lambda how: how.bits)
-        # a float producer may be followed by one slice or reshape that all read: quantize there, it can be smaller
+    for root, pairs in reads.items():
+        names = {name for name, _ in pairs}
+        widest = max((request for _, request in pairs), key=lambda request: request.bits)
+        # a float producer may be followed by one slice or reshape that all read: quantize that one, it can be smaller
         alone = len(names) == 1 and source_of(graph, root) not in integer
         specs[names.pop() if alone else root] = spec(widest)
     return Plan(specs)

@@ -1,4 +1,4 @@
-"""The numbers that a planned layer computes with."""
+"""The values that a planned layer computes with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bias_values(graph: Graph, layer: Layer, spec: QuantSpec) -> Array | None:
 
 
 def bias_scale(layer: Layer, weight: QuantSpec, activation: QuantSpec) -> Array:
-    """s_x * s_w as float32: [OC], or a scalar where the weight has one scale. Not 0, where both are all but 0."""
+    """s_x * s_w as float32: [OC], or a scalar where the weight has one scale. Never 0, even where both are nearly 0."""
     assert weight.scale is not None and activation.scale is not None
     product = np.asarray(weight.scale, np.float32) * np.float32(activation.scale)
     product = np.maximum(product, np.finfo(np.float32).tiny)

@@ -1,4 +1,4 @@
-"""Runtimes at work: sessions, and audits that read off which kernels a model really runs."""
+"""Running models: sessions, the machine, and audits that show which kernels a model really runs."""
 
 from onnxq_plugins.runtimes.sessions import (
     Feed,

@@ -1,4 +1,4 @@
-"""What the accumulators of a QDQ model's integer layers need, read off the model itself."""
+"""The accumulators that a QDQ model's integer layers need, from the model itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onnxq_plugins.solvers.gram import Grid
 from onnxq_plugins.spec import Array
 
 _INPUTS: dict[int, Grid] = {TensorProto.UINT8: (0, 255), TensorProto.INT8: (-128, 127)}
-_AT_ONCE = 2**22  # codes looked at together
+_AT_ONCE = 2**22  # codes in one array
 
 
 @dataclass(frozen=True)
@@ -32,24 +32,24 @@ def needs(model: onnx.ModelProto, folder: Path | None = None) -> dict[str, Need]
     """Output of a layer -> what it needs, for Conv, Gemm and MatMul whose 8-bit input and constant weight both come from a
     DequantizeLinear. 16-bit inputs, ConvTranspose, blocked scales and weights decoded to float are left out.
 
-    folder   where its external data lie
+    folder   of its external data
 
     Weights that small operators decode (INT4 -> Cast -> Mul ...) are computed by onnxruntime, one at a time.
     """
     source = CodeSource(model, folder)
-    found = {}
+    by_output = {}
     for node in model.graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul") or node.domain:
             continue
-        x, weight = source.made.get(node.input[0]), source.made.get(node.input[1])
+        x, weight = source.producers.get(node.input[0]), source.producers.get(node.input[1])
         if x is None or weight is None or x.op_type != "DequantizeLinear" or weight.op_type != "DequantizeLinear":
             continue
         inputs = _INPUTS.get(source.code_type(x))
         blocked = any(a.name == "block_size" and a.i for a in weight.attribute)
         codes = source.values(weight.input[0]) if inputs is not None and not blocked else None
         if inputs is not None and codes is not None and codes.ndim > 1 and codes.size:
-            found[node.output[0]] = _need(_rows(node, codes), inputs)
-    return found
+            by_output[node.output[0]] = _need(_rows(node, codes), inputs)
+    return by_output
 
 
 def _need(rows: Iterator[Array], inputs: Grid) -> Need:
@@ -62,7 +62,7 @@ def _need(rows: Iterator[Array], inputs: Grid) -> Need:
 
 
 def _rows(node: onnx.NodeProto, codes: Array) -> Iterator[Array]:
-    """The codes that meet in one output, as rows, some at a time."""
+    """The codes that are summed in each output, as rows, some at a time."""
     transposed = any(a.name == "transB" and a.i for a in node.attribute)
     if node.op_type == "Conv" or transposed:
         whole = codes.reshape(len(codes), -1)
@@ -74,20 +74,20 @@ def _rows(node: onnx.NodeProto, codes: Array) -> Iterator[Array]:
 
 
 class CodeSource:
-    """Where the tensors of a model come from."""
+    """The origin of a model's tensors: constants, or the operators that compute them."""
 
     def __init__(self, model: onnx.ModelProto, folder: Path | None) -> None:
         self.model, self.folder = model, folder
         self.stored = {t.name: t for t in model.graph.initializer}
-        self.made = {o: n for n in model.graph.node for o in n.output}
+        self.producers = {o: n for n in model.graph.node for o in n.output}
         self.place = {o: i for i, n in enumerate(model.graph.node) for o in n.output}
 
     def code_type(self, node: onnx.NodeProto) -> int:
-        """Type of the codes that a DequantizeLinear reads; 0 if the model does not tell."""
+        """Type of the codes that a DequantizeLinear reads; 0 if it is not known."""
         for name in (node.input[2] if len(node.input) > 2 else "", node.input[0]):
             if name in self.stored:
                 return int(self.stored[name].data_type)
-        maker = self.made.get(node.input[0])
+        maker = self.producers.get(node.input[0])
         if maker is None or maker.op_type != "QuantizeLinear":
             return 0
         if len(maker.input) > 2 and maker.input[2] in self.stored:
@@ -109,18 +109,18 @@ class CodeSource:
 
     def _behind(self, name: str) -> list[onnx.NodeProto]:
         """The operators that compute a constant, in order; none if it depends on an input."""
-        found: set[int] = set()
-        todo = [name]
-        while todo:
-            one = todo.pop()
+        places: set[int] = set()
+        pending = [name]
+        while pending:
+            one = pending.pop()
             if one in self.stored or not one:
                 continue
-            if one not in self.made:
+            if one not in self.producers:
                 return []
-            if self.place[one] not in found:
-                found.add(self.place[one])
-                todo += self.made[one].input
-        return [self.model.graph.node[i] for i in sorted(found)]
+            if self.place[one] not in places:
+                places.add(self.place[one])
+                pending += self.producers[one].input
+        return [self.model.graph.node[i] for i in sorted(places)]
 
     def _computed(self, nodes: list[onnx.NodeProto], name: str) -> Array:
         constants = dict.fromkeys(i for node in nodes for i in node.input if i in self.stored)

@@ -1,5 +1,5 @@
-"""What an audit says: for every layer of a model the kernel that runs it, and if that is a float kernel, why. One file a
-runtime fills it in."""
+"""The result of an audit: for every layer of a model the kernel that runs it, and why if that is a float kernel. One file
+per runtime fills it in."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from onnxq_plugins.runtimes.accumulators import Need
 
 @dataclass(frozen=True)
 class LayerAudit:
-    """One layer: its operator, whether its weight is constant, the kernel that runs it, and the reason why it is float.
+    """One layer: its operator, whether its weight is constant, the kernel that runs it, and the reason if it is float.
 
-    product       it multiplies two activations, as attention does: no layer, but multiply-adds all the same
+    product       it multiplies two activations, as attention does: not a layer, but multiply-adds all the same
     accumulator   bits of the smallest signed accumulator that no input overflows (without the bias); None where the model
-                  does not hold the layer's weight as integer codes beside an 8-bit input
-    saturates     two products can exceed the 16-bit sums that AVX2 makes of them
+                  does not have the layer's weight as integer codes beside an 8-bit input
+    saturates     sums of two products can exceed the 16 bits that AVX2 has for them
     """
 
     name: str
@@ -59,23 +59,23 @@ class Audit:
         return [layer.name for layer in self.layers if layer.product and not layer.quantized]
 
     def summary(self) -> str:
-        """One line: how many layers of each operator run quantized, in what, and how many products of two activations do
-        not."""
+        """One line: how many layers of each operator run quantized, in which kernels, and how many products of two
+        activations do not."""
         parts = []
         for op in LAYER_OPS:
             rows = [layer for layer in self.layers if layer.op == op and layer.constant_weight]
             if rows:
                 kernels = Counter(layer.kernel for layer in rows if layer.quantized)
                 names = ", ".join(f"{n} {k}" if len(kernels) > 1 else k for k, n in kernels.most_common())
-                done = sum(layer.quantized for layer in rows)
-                parts.append(f"{done}/{len(rows)} {op}" + (f" as {names}" if names else " in integer kernels"))
+                count = sum(layer.quantized for layer in rows)
+                parts.append(f"{count}/{len(rows)} {op}" + (f" as {names}" if names else " in integer kernels"))
         parts = parts or ["no layer with a constant weight"]
         if n := len(self.products()):
             parts.append(f"{n} product{'s' * (n > 1)} of two activations stay{'s' * (n == 1)} float")
         return "; ".join(parts)
 
     def accumulators(self) -> str:
-        """One line: what accumulators the quantized layers need, and how many depend on VNNI; "" if none is known."""
+        """One line: the accumulators that the quantized layers need, and how many layers need VNNI; "" if none is known."""
         rows = [layer for layer in self.layers if layer.quantized and layer.accumulator is not None]
         if not rows:
             return ""
@@ -91,7 +91,7 @@ class Audit:
 
 
 def example(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """One random feed of batch 1 for timing; dynamic axes become 1, whole-number inputs 0."""
+    """One random feed of batch 1 for timing; dynamic axes are 1, integer inputs 0."""
     rng = np.random.default_rng(0)
     constants = {t.name for t in model.graph.initializer}
     feed = {}
@@ -110,8 +110,8 @@ def audited(
 ) -> LayerAudit:
     """The entry of one layer.
 
-    constants   names of constants, and of what is computed from them alone
-    need        of its accumulator, None if it is not known
+    constants   names of constants, and of tensors computed from them alone
+    need        of its accumulator, None if not known
     """
     bits, saturates = (None, False) if need is None else (need.bits, need.saturates)
     constant, product = node.input[1] in constants, is_product(node, constants)
@@ -124,7 +124,7 @@ def is_product(node: onnx.NodeProto, constants: set[str]) -> bool:
 
 
 def chain(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]]) -> Iterator[onnx.NodeProto]:
-    """A node and its only reader, and the only reader of that, some steps on."""
+    """A node, its only reader, the only reader of that, and so on for three steps."""
     yield node
     for _ in range(3):
         after = readers.get(node.output[0], [])
@@ -144,7 +144,7 @@ def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
 
 
 def constants_of(graph: onnx.GraphProto) -> set[str]:
-    """Initializers and what is computed from constants alone (dequantized weights among it)."""
+    """Initializers and tensors computed from constants alone, such as dequantized weights."""
     known = {t.name for t in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant" or (node.input and all(i in known or not i for i in node.input)):

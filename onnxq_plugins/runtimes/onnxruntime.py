@@ -1,4 +1,4 @@
-"""Audit in onnxruntime: read off its own optimized graph, on this machine."""
+"""Audit in onnxruntime: from its own optimized graph, on this machine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def audit_model(
     """Audit a model in onnxruntime.
 
     model     QDQ (or any) model
-    folder    where the external data of a ModelProto lie
+    folder    of the external data of a ModelProto
     against   the float model: the latency ratio at batch 1 is measured too, interleaved, one thread
 
     Raises OnnxqError if onnxruntime cannot load or run it.
@@ -59,15 +59,15 @@ def audit_model(
         dump = Path(scratch) / "optimized.onnx"
         session = runtimes.session(named, dump=dump, folder=folder)
         optimized = onnx.load(str(dump), load_external_data=False)
-    found = tuple(_layers(named.graph, optimized.graph, needs(named, folder)))
+    layers = tuple(_layers(named.graph, optimized.graph, needs(named, folder)))
     other = Counter(n.op_type for n in optimized.graph.node if n.op_type not in QUANTIZED)
     if against is None:
-        return Audit(found, dict(other))
+        return Audit(layers, dict(other))
     reference = onnx.load(str(against)) if isinstance(against, (str, Path)) else against
-    if not _alike(own := model_inputs(proto), theirs := model_inputs(reference)):
+    if not _compatible(own := model_inputs(proto), theirs := model_inputs(reference)):
         raise OnnxqError(
             f"the two models cannot be timed on the same input, one reads {_shapes(own)}, the other "
-            f"{_shapes(theirs)}; give the float model that this one was made of."
+            f"{_shapes(theirs)}; give the float model that this one was made from."
         )
     feed = example(proto)
     try:
@@ -76,12 +76,12 @@ def audit_model(
     except Exception as error:  # onnxruntime's run() raises its own types
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise OnnxqError(
-            f"the two models cannot be timed on the same input: {reason}; give the float model that this one was made of."
+            f"the two models cannot be timed on the same input: {reason}; give the float model that this one was made from."
         ) from error
-    return Audit(found, dict(other), slow / fast, (slow, fast))
+    return Audit(layers, dict(other), slow / fast, (slow, fast))
 
 
-def _alike(own: list[Input], theirs: list[Input]) -> bool:
+def _compatible(own: list[Input], theirs: list[Input]) -> bool:
     """True if one feed could serve both."""
     others = {i.name: i.shape for i in theirs}
     return {i.name for i in own} == set(others) and all(
@@ -96,7 +96,7 @@ def _shapes(inputs: list[Input]) -> str:
 
 
 def kernels(graph: onnx.GraphProto, optimized: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
-    """Layers of a model by name -> the node of the runtime's optimized graph that runs them, where one is found.
+    """Layers of a model by name -> the node of the runtime's optimized graph that runs them, if there is one.
 
     graph   every node has a name
     """
@@ -104,56 +104,56 @@ def kernels(graph: onnx.GraphProto, optimized: onnx.GraphProto) -> dict[str, onn
     by_output: dict[str, onnx.NodeProto] = {}
     for node in optimized.node:
         by_name.setdefault(plain_name(node.name), node)
-        if node.name.endswith("_nchwc"):  # such nodes bear the name of what they write
+        if node.name.endswith("_nchwc"):  # such nodes have the name of their output
             by_output[plain_name(node.name)] = node
         for output in node.output if node.op_type != "ReorderOutput" else ():
             by_output.setdefault(plain_name(output), node)
     readers = readers_of(graph)
-    found = {}
+    running = {}
     for node in graph.node:
         if node.op_type in LAYER_OPS and not node.domain:
             kernel = by_name.get(node.name) or by_name.get(node.output[0]) or _fused_into(node, readers, by_output)
             if kernel is not None:
-                found[node.name] = kernel
-    return found
+                running[node.name] = kernel
+    return running
 
 
 def plain_name(name: str) -> str:
-    """A name in an optimized graph without what moving to another memory layout adds to it."""
+    """A name in an optimized graph without the suffix that a change of memory layout adds."""
     return re.sub(r"_token_\d+$|_nchwc$", "", name)
 
 
 def _layers(graph: onnx.GraphProto, optimized: onnx.GraphProto, known: dict[str, Need]) -> list[LayerAudit]:
-    ran = kernels(graph, optimized)
+    running = kernels(graph, optimized)
     constants = constants_of(graph)
-    found = []
+    rows = []
     for node in graph.node:
         if node.op_type not in LAYER_OPS or node.domain:
             continue
-        kernel = ran[node.name].op_type if node.name in ran else "unknown"
+        kernel = running[node.name].op_type if node.name in running else "unknown"
         quantized = kernel in QUANTIZED
         reason = None if quantized else _reason(graph, node)
-        found.append(audited(node, constants, kernel, quantized, reason, known.get(node.output[0])))
-    return found
+        rows.append(audited(node, constants, kernel, quantized, reason, known.get(node.output[0])))
+    return rows
 
 
 def _fused_into(
     node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]], by_output: dict[str, onnx.NodeProto]
 ) -> onnx.NodeProto | None:
-    """The operator that took a layer and its only readers (a bias, a scale, a Q) over, found by what it writes."""
+    """The operator that a layer and its only readers (a bias, a scale, a Q) were fused into, by its output."""
     return next((by_output[n.output[0]] for n in chain(node, readers) if n.output[0] in by_output), None)
 
 
 def _reason(graph: onnx.GraphProto, node: onnx.NodeProto) -> Reason:
-    """The first reason why onnxruntime cannot take a layer as integer."""
-    made = {o: n for n in graph.node for o in n.output}
+    """The first reason why onnxruntime cannot run a layer as integer."""
+    producers = {o: n for n in graph.node for o in n.output}
     types = {t.name: t.data_type for t in graph.initializer}
     readers = [n for n in graph.node if node.output[0] in n.input]
     while len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
         readers = [n for n in graph.node if readers[0].output[0] in n.input]
     if node.op_type == "ConvTranspose":
         return Reason("unsupported", "onnxruntime has no integer ConvTranspose")
-    weight, source = made.get(node.input[1]), made.get(node.input[0])
+    weight, source = producers.get(node.input[1]), producers.get(node.input[0])
     decoded = any(n is not None and n.op_type == "DequantizeLinear" for n in (weight, source))
     if is_product(node, constants_of(graph)) and not decoded:
         return _PRODUCT
@@ -174,13 +174,13 @@ def _reason(graph: onnx.GraphProto, node: onnx.NodeProto) -> Reason:
     if any(a.name == "block_size" and a.i for a in weight.attribute):
         return Reason("blocked", "its weight has blocked scales; use one scale per output channel")
     if types.get(weight.input[0]) in (TensorProto.INT4, TensorProto.UINT4):
-        return Reason("undecoded", "its 4-bit weight goes straight into DequantizeLinear; put a Cast to INT8 between")
+        return Reason("undecoded", "its 4-bit weight goes straight into DequantizeLinear; insert a Cast to INT8")
     if node.op_type == "Conv" and (not readers or any(n.op_type != "QuantizeLinear" for n in readers)):
         other = next((n.name or n.op_type for n in readers if n.op_type != "QuantizeLinear"), "the model's output")
         if len(readers) == 1 and _shifts(graph, readers[0]):
             return Reason(
                 "shifted",
-                f"Mul '{other}' shifts its channels, as target per-tensor has it for one scale per weight, which "
+                f"Mul '{other}' shifts its channels, as target per-tensor needs for one scale per weight, which "
                 "onnxruntime runs in float",
             )
         return Reason("float-output", f"its output is read in float by {other}; quantize it")
@@ -189,12 +189,12 @@ def _reason(graph: onnx.GraphProto, node: onnx.NodeProto) -> Reason:
 
 def _shifts(graph: onnx.GraphProto, node: onnx.NodeProto) -> bool:
     """True if a node multiplies by constant powers of two."""
-    found = [
+    factors = [
         onnx.numpy_helper.to_array(t)
         for t in graph.initializer
         if node.op_type == "Mul" and t.name in node.input and t.data_location != TensorProto.EXTERNAL
     ]
-    return bool(found) and bool((np.frexp(found[0])[0] == 0.5).all())
+    return bool(factors) and bool((np.frexp(factors[0])[0] == 0.5).all())
 
 
 def _sixteen(types: dict[str, int], node: onnx.NodeProto) -> bool:

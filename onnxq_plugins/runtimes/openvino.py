@@ -13,7 +13,7 @@ from onnxq_plugins.runtimes.audit import Audit, audited, chain, constants_of, re
 
 
 def audit_openvino(model: str | Path) -> Audit:
-    """The same for OpenVINO: precision of each layer in its execution graph. Needs the extra ``openvino``."""
+    """Audit a model in OpenVINO. Needs the extra ``openvino``. Raises OnnxqError if OpenVINO cannot load it."""
     try:
         import openvino
     except ImportError as error:
@@ -22,9 +22,9 @@ def audit_openvino(model: str | Path) -> Audit:
     try:
         compiled = openvino.Core().compile_model(str(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1][:300]
-        raise OnnxqError(f"OpenVINO cannot load '{model}' ({reason}); quantize it with --target openvino.") from error
-    ran: dict[str, tuple[str, str]] = {}
+        text = str(error).strip().splitlines()[-1][:300]
+        raise OnnxqError(f"OpenVINO cannot load '{model}' ({text}); quantize it with --target openvino.") from error
+    precisions: dict[str, tuple[str, str]] = {}  # name in the model -> what runs it, its precision
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
         names, kind, precision = (
@@ -32,16 +32,17 @@ def audit_openvino(model: str | Path) -> Audit:
         )
         if kind in ("Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Deconvolution"):
             for name in names.split(","):
-                ran[name.partition("/")[0]] = (kind, precision)
+                precisions[name.partition("/")[0]] = (kind, precision)
     constants, known, readers = constants_of(proto.graph), needs(proto), readers_of(proto.graph)
-    found = []
+    rows = []
     for node in proto.graph.node:
         if node.op_type in LAYER_OPS:
             kind, precision = next(
-                (ran[name] for n in chain(node, readers) for name in (n.name, *n.output) if name in ran), ("", "")
+                (precisions[name] for n in chain(node, readers) for name in (n.name, *n.output) if name in precisions),
+                ("", ""),
             )
             integer = precision in ("i8", "u8")
-            why_float = None if integer else Reason("runtime", "OpenVINO runs it in floating point")
+            reason = None if integer else Reason("runtime", "OpenVINO runs it in floating point")
             kernel = f"{kind or node.op_type} {precision or 'unknown'}"
-            found.append(audited(node, constants, kernel, integer, why_float, known.get(node.output[0])))
-    return Audit(tuple(found), {})
+            rows.append(audited(node, constants, kernel, integer, reason, known.get(node.output[0])))
+    return Audit(tuple(rows), {})

@@ -1,1 +1,1 @@
-"""Widths of groups of quantizers: what may be chosen, what it costs, what it does."""
+"""Searches over plans: groups of quantizers and their widths, what a choice costs, how accurate it is."""

@@ -1,5 +1,5 @@
-"""How long each group of quantizers takes at each width, measured in onnxruntime on this machine, in place: inside whole
-networks, with their caches and fusions."""
+"""How long each group of quantizers takes at each width, measured in onnxruntime on this machine, within whole networks:
+with their caches and fusions."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from onnxq_plugins.search.quantizers import Group, Width
 from onnxq_plugins.spec import Array
 
 Network = tuple[tuple[Width, ...], onnx.ModelProto]  # the width of each group, the exported model
-_EVENTS = 400_000  # of kernels that a session's profile may hold; onnxruntime drops what is beyond a million
+_EVENTS = 400_000  # of kernels in the profile of a session at most; onnxruntime drops those beyond a million
 _TURN = 4  # runs of a session at a time, the first not counted
-_FEWEST, _STEADY = 60, 0.005  # runs at least; how near medians of both halves of the runs are when it is enough
+_FEWEST, _STEADY = 60, 0.005  # least number of runs; relative difference of the medians of both halves that ends them
 
 
 @dataclass(frozen=True)
 class Times:
-    """What groups take.
+    """Times of groups.
 
-    groups     per group milliseconds at each width. What belongs to no group counts with the first
-    networks   (measured, predicted) milliseconds of the networks it was learned from
-    rounds     how often each of them ran
+    groups     per group milliseconds at each width. Kernels that belong to no group count for the first
+    networks   (measured, predicted) milliseconds of the networks that these were derived from
+    rounds     number of runs of each of them
     """
 
     groups: tuple[dict[Width, float], ...]
@@ -45,18 +45,18 @@ class Times:
     rounds: int
 
     def of(self, number: int, width: Width) -> float:
-        """Milliseconds of a group at a width; of its slowest one, if that was not measured."""
+        """Milliseconds of a group at a width; at its slowest width if that one was not measured."""
         known = self.groups[number]
         return known.get(width, max(known.values()))
 
 
 @dataclass(frozen=True, eq=False)
-class Ran:
-    """A network as it ran.
+class Profile:
+    """A network with the times of its kernels.
 
-    milliseconds   of a run as a whole, not profiled
-    optimized      the graph that onnxruntime made of it
-    nodes          milliseconds of each of its nodes, profiled [nodes]; NaN where one never ran
+    milliseconds   of a whole run without profiling
+    optimized      the graph as optimized by onnxruntime
+    nodes          milliseconds of each of its nodes, with profiling [nodes]; NaN where one never ran
     types          types and shapes of the inputs of each
     """
 
@@ -87,36 +87,36 @@ def measured(
     cache: Path | None = None,
     seconds: float = 3.0,
 ) -> Times:
-    """Times of the groups, from networks in which each group has each of its widths: the first is where differences
-    start from, the widths of any other are new ones or those of the first.
+    """Times of the groups, from networks in which each group has each of its widths: differences are taken from the first,
+    and the widths in any other are new or those of the first.
 
-    1. All networks run in turn, each with and without a profile of its kernels, until their medians are steady.
+    1. All networks run in turn, each with and without profiling its kernels, until their medians are steady.
     2. A kernel belongs to the group of the layer it runs; other kernels to that of the activation they read (a Quantize, an
        Add, a pooling) or of the layer they follow (a Relu that was not fused; a Quantize, if an integer kernel would have
        written codes itself).
-    3. What a network takes more than the first one, beyond that (layouts that no longer fit those of other groups), is
-       shared by the groups whose width differs, in proportion to their own time.
+    3. Further time that a network takes beyond the first one (where layouts no longer match those of other groups) is shared
+       by the groups whose width differs, in proportion to their own time.
     4. The same kernel on the same types in several networks has one time, so that widths which run alike cost the same.
-    5. Profiling adds to each kernel some tenths of a microsecond for each of its inputs and outputs, whose shapes it writes
-       down: as much is taken off as makes the sum over all kernels that of the network without a profile.
+    5. Profiling adds some tenths of a microsecond to each kernel per input and output, whose shapes it records:
+       enough is subtracted to make the sum over all kernels that of the network without profiling.
 
     feed      one sample
-    coded     activations that an integer kernel writes, as far as it has one
+    coded     activations that an integer kernel writes, where it exists
     cache     folder that keeps the result for these networks, this machine and this onnxruntime
     seconds   to measure at most
     """
     file = cache / f"latency-{_digest(networks)}.json" if cache is not None else None
     times = _load(file, networks) if file is not None else None
     if times is None:
-        ran, rounds = profile([model for _, model in networks], feed, seconds)
-        times = attributed(groups, coded, networks, ran, rounds)
+        profiles, rounds = profile([model for _, model in networks], feed, seconds)
+        times = attributed(groups, coded, networks, profiles, rounds)
         if file is not None:
             _save(file, times)
     return times
 
 
-def profile(models: Sequence[onnx.ModelProto], feed: Feed, seconds: float) -> tuple[list[Ran], int]:
-    """Run networks in turn, and how many rounds that were."""
+def profile(models: Sequence[onnx.ModelProto], feed: Feed, seconds: float) -> tuple[list[Profile], int]:
+    """Profiles of networks that run in turn, and the number of rounds."""
     with tempfile.TemporaryDirectory() as folder:
         plain = [runtimes.session(model) for model in models]
         profiled = [
@@ -125,133 +125,136 @@ def profile(models: Sequence[onnx.ModelProto], feed: Feed, seconds: float) -> tu
         ]
         optimized = [onnx.load(str(Path(folder) / f"{k}.onnx"), load_external_data=False).graph for k in range(len(models))]
         most = _EVENTS // max((len(graph.node) for graph in optimized), default=1)
-        taken = interleaved([*plain, *profiled], feed, seconds, most)
+        durations = interleaved([*plain, *profiled], feed, seconds, most)
         files = [Path(runner.end_profiling()) for runner in profiled]
         return [
-            Ran(typical(own), graph, *_events(graph, json.loads(file.read_text(encoding="utf-8"))))
-            for own, graph, file in zip(taken, optimized, files, strict=False)
-        ], len(taken[0])
+            Profile(typical(own), graph, *_events(graph, json.loads(file.read_text(encoding="utf-8"))))
+            for own, graph, file in zip(durations, optimized, files, strict=False)
+        ], len(durations[0])
 
 
 def interleaved(runners: Sequence[ort.InferenceSession], feed: Feed, seconds: float, most: int = 10_000) -> list[Array]:
-    """Milliseconds of each run of each session [rounds]. They take turns, so that a noisy machine hits all alike, each
-    some runs at a time: the first one, which finds the caches full of another's weights, is not counted.
+    """Milliseconds of each run of each session [rounds]. They take turns, so that a noisy machine affects all alike, each
+    with some runs at a time: the first one, which finds the caches full of another's weights, is not counted.
 
     most   runs of each session
     """
-    taken: list[list[float]] = [[] for _ in runners]
+    durations: list[list[float]] = [[] for _ in runners]
     rounds, stop = 0, time.perf_counter() + seconds
-    while rounds < 3 or (rounds * _TURN < most and time.perf_counter() < stop and not _steady(taken)):
-        for runner, own in zip(runners, taken, strict=True):
+    while rounds < 3 or (rounds * _TURN < most and time.perf_counter() < stop and not _steady(durations)):
+        for runner, own in zip(runners, durations, strict=True):
             for k in range(_TURN):
                 start = time.perf_counter()
                 runner.run(None, dict(feed))
                 own += [1e3 * (time.perf_counter() - start)] * (k > 0)
         rounds += 1
-    return [np.array(own) for own in taken]
+    return [np.array(own) for own in durations]
 
 
 def compared(models: Sequence[onnx.ModelProto], feed: Feed, seconds: float = 2.0) -> list[float]:
     """Milliseconds of each network, run in turn."""
-    return [typical(taken) for taken in interleaved([runtimes.session(model) for model in models], feed, seconds)]
+    return [typical(durations) for durations in interleaved([runtimes.session(model) for model in models], feed, seconds)]
 
 
 def attributed(
-    groups: Sequence[Group], coded: Collection[str], networks: Sequence[Network], ran: Sequence[Ran], rounds: int
+    groups: Sequence[Group], coded: Collection[str], networks: Sequence[Network], profiles: Sequence[Profile], rounds: int
 ) -> Times:
     """The times of groups in networks that ran."""
-    found = [_kernels(groups, coded, model.graph, one) for (_, model), one in zip(networks, ran, strict=True)]
+    kernels_of = [_kernels(groups, coded, model.graph, one) for (_, model), one in zip(networks, profiles, strict=True)]
     pooled: dict[Kernel, list[float]] = defaultdict(list)
-    for each in found:
-        for kernel, taken in each:
-            pooled[kernel].append(taken)
+    for each in kernels_of:
+        for kernel, duration in each:
+            pooled[kernel].append(duration)
     profiled = {kernel: float(np.mean(values)) for kernel, values in pooled.items()}
     alike: dict[Hashable, list[float]] = defaultdict(list)  # networks of the same kernels take equally long
-    contents = [tuple(sorted(kernel for kernel, _ in each)) for each in found]
-    for content, one in zip(contents, ran, strict=True):
+    contents = [tuple(sorted(kernel for kernel, _ in each)) for each in kernels_of]
+    for content, one in zip(contents, profiles, strict=True):
         alike[content].append(one.milliseconds)
     wholes = [float(np.mean(alike[content])) for content in contents]
-    freed: dict[Kernel, list[float]] = defaultdict(list)  # of what profiling adds, network by network
+    corrected: dict[Kernel, list[float]] = defaultdict(list)  # without what profiling adds, network by network
     for content, whole in zip(contents, wholes, strict=True):
         traced, ports = np.array([profiled[k] for k in content]), np.array([k.ports for k in content])
         extra = overhead(traced, ports, whole)
         for kernel, value in zip(content, np.maximum(traced - extra * ports, 0.0), strict=True):
-            freed[kernel].append(float(value))
-    times = {kernel: float(np.mean(values)) for kernel, values in freed.items()}
-    parts = np.zeros((len(networks), len(groups) + 1))  # the last: what belongs to no group, part of the rest
+            corrected[kernel].append(float(value))
+    times = {kernel: float(np.mean(values)) for kernel, values in corrected.items()}
+    parts = np.zeros((len(networks), len(groups) + 1))  # the last column: kernels of no group, part of the rest
     for row, content in zip(parts, contents, strict=True):
         np.add.at(row, [kernel.group for kernel in content], [times[kernel] for kernel in content])
     start, base = networks[0][0], parts[0]
-    made = [{width: float(base[i])} for i, width in enumerate(start)]
+    tables = [{width: float(base[i])} for i, width in enumerate(start)]
     for (choice, _), row, whole in zip(networks[1:], parts[1:], wholes[1:], strict=True):
         changed = np.array([a != b for a, b in zip(choice, start, strict=True)])
         own = np.where(changed, row[:-1], 0.0)
         beside = whole - wholes[0] - (own.sum() - base[:-1][changed].sum())  # what changed around them
         share = own / own.sum() if own.sum() else changed / max(changed.sum(), 1)
         for i in np.flatnonzero(changed):
-            made[i].setdefault(choice[i], max(float(own[i] + beside * share[i]), 0.0))
-    if made:
+            tables[i].setdefault(choice[i], max(float(own[i] + beside * share[i]), 0.0))
+    if tables:
         rest = wholes[0] - float(base[:-1].sum())
-        made[0] = {width: max(value + rest, 0.0) for width, value in made[0].items()}
-    predicted = [sum(made[i][width] for i, width in enumerate(choice)) for choice, _ in networks]
-    return Times(tuple(made), tuple(zip(wholes, predicted, strict=True)), rounds)
+        tables[0] = {width: max(value + rest, 0.0) for width, value in tables[0].items()}
+    predicted = [sum(tables[i][width] for i, width in enumerate(choice)) for choice, _ in networks]
+    return Times(tuple(tables), tuple(zip(wholes, predicted, strict=True)), rounds)
 
 
 def _kernels(
-    groups: Sequence[Group], coded: Collection[str], exported: onnx.GraphProto, ran: Ran
+    groups: Sequence[Group], coded: Collection[str], exported: onnx.GraphProto, profile: Profile
 ) -> list[tuple[Kernel, float]]:
     """The kernels that ran, with the milliseconds of each."""
     known = {node.name for node in exported.node}
-    found = []
-    for node, owner, taken, types in zip(
-        ran.optimized.node, owners(groups, coded, exported, ran.optimized), ran.nodes, ran.types, strict=True
+    rows = []
+    for node, owner, duration, types in zip(
+        profile.optimized.node,
+        owners(groups, coded, exported, profile.optimized),
+        profile.nodes,
+        profile.types,
+        strict=True,
     ):
-        if not np.isnan(taken):
+        if not np.isnan(duration):
             name = plain_name(node.name)
             attributes = b"".join(sorted(a.SerializeToString(deterministic=True) for a in node.attribute))
-            found.append(
-                (
-                    Kernel(
-                        -1 if owner is None else owner,
-                        name if name in known else "",
-                        node.op_type,
-                        types,
-                        attributes,
-                        len(node.input) + len(node.output),
-                    ),
-                    float(taken),
-                )
+            kernel = Kernel(
+                -1 if owner is None else owner,
+                name if name in known else "",
+                node.op_type,
+                types,
+                attributes,
+                len(node.input) + len(node.output),
             )
-    return found
+            rows.append((kernel, float(duration)))
+    return rows
 
 
 def owners(
     groups: Sequence[Group], coded: Collection[str], exported: onnx.GraphProto, optimized: onnx.GraphProto
 ) -> list[int | None]:
-    """The group (by number) of each node of an optimized graph; None for what comes before all of them."""
+    """The group (by number) of each node of an optimized graph; None for nodes in front of all groups."""
     tensors = {name: i for i, group in enumerate(groups) for name in group.activations}
     layers = {name: i for i, group in enumerate(groups) for name in group.layers}
 
     def follow(graph: onnx.GraphProto, known: Mapping[str, int | None]) -> list[int | None]:
-        """Per node the group that is known of it, or that of the first input that has one."""
-        of: dict[str, int | None] = {i.name: tensors.get(i.name) for i in graph.input}
+        """Per node its group if known, or that of the first input that has one."""
+        group_of: dict[str, int | None] = {i.name: tensors.get(i.name) for i in graph.input}
         maker: dict[str, int | None] = {}
-        made = []
+        numbers = []
         for node in graph.node:
             name = plain_name(node.name)
-            owner = known[name] if name in known else next((of[t] for t in node.input if of.get(t) is not None), None)
+            first = next((group_of[t] for t in node.input if group_of.get(t) is not None), None)
+            owner = known.get(name, first)
             maker |= dict.fromkeys(node.output, owner)
-            of |= {t: tensors.get(t, owner) for t in node.output}
+            group_of |= {t: tensors.get(t, owner) for t in node.output}
             if node.op_type == "QuantizeLinear" and name not in known:
                 owner = maker.get(node.input[0], owner) if node.input[0] in coded else owner
-            made.append(owner)
-        return made
+            numbers.append(owner)
+        return numbers
 
-    found = follow(exported, layers)
-    written = {node.name: owner for node, owner in zip(exported.node, found, strict=True) if node.name}
+    followed = follow(exported, layers)
+    written = {node.name: owner for node, owner in zip(exported.node, followed, strict=True) if node.name}
     ran = {plain_name(node.name): layers[name] for name, node in kernels(exported, optimized).items() if name in layers}
     codes = {
-        node.output[0]: owner for node, owner in zip(exported.node, found, strict=True) if node.op_type == "QuantizeLinear"
+        node.output[0]: owner
+        for node, owner in zip(exported.node, followed, strict=True)
+        if node.op_type == "QuantizeLinear"
     }
     reader = {t: node for node in optimized.node for t in node.input}
     moved = {}
@@ -270,50 +273,50 @@ def overhead(durations: Array, ports: Array, total: float) -> float:
 
     durations, ports   [n], durations not negative, ports positive
     """
-    order = np.argsort(-durations / ports)  # those that reach zero last come first
+    order = np.argsort(-durations / ports)  # those that reach zero last are first
     durations, ports = durations[order], ports[order]
     if durations.sum() <= total:
         return 0.0
-    level = (np.cumsum(durations) - total) / np.cumsum(ports)  # x, if the first so many stay above zero
-    return float(level.max())  # more or fewer of them would need less
+    level = (np.cumsum(durations) - total) / np.cumsum(ports)  # x, if so many of the first stay above zero
+    return float(level.max())  # x is smaller for more or fewer of them
 
 
 def typical(milliseconds: Array) -> float:
-    """What runs [n] take that nothing disturbs: the mean of the fastest quarter."""
+    """Duration of undisturbed runs [n]: the mean of the fastest quarter."""
     return float(milliseconds[fastest(milliseconds)].mean())
 
 
 def fastest(values: Array) -> Array:
-    """Which values [n] are the least quarter: those of runs that nothing disturbed, on a machine with other work."""
+    """Positions of the smallest quarter of values [n]: undisturbed runs, on a machine with other work."""
     return np.argsort(values, kind="stable")[: -(-len(values) // 4)]
 
 
-def _steady(taken: Sequence[Sequence[float]]) -> bool:
-    """True if the medians of both halves of the runs agree for every session."""
-    runs = len(taken[0]) if taken else _FEWEST
-    if runs < _FEWEST or runs % _FEWEST:  # not after every round: looking takes time, too
+def _steady(durations: Sequence[Sequence[float]]) -> bool:
+    """True if both halves of the runs agree for every session."""
+    runs = len(durations[0]) if durations else _FEWEST
+    if runs < _FEWEST or runs % _FEWEST:  # not after every round: the check takes time, too
         return False
-    halves = [(typical(np.array(own[: runs // 2])), typical(np.array(own[runs // 2 :]))) for own in taken]
+    halves = [(typical(np.array(own[: runs // 2])), typical(np.array(own[runs // 2 :]))) for own in durations]
     return all(abs(a - b) <= _STEADY * b for a, b in halves)
 
 
 def _events(graph: onnx.GraphProto, events: Sequence[Mapping[str, object]]) -> tuple[Array, list[str]]:
     """Milliseconds and types of inputs per node of an optimized graph, mean of its fastest runs. Kernels inside Loop or If
-    bodies are left out: their time is in that of the node which holds them."""
+    bodies are left out: their time is part of the node that contains them."""
     names = {node.name for node in graph.node if node.name}
-    seen: dict[str, dict[str, list[float]]] = defaultdict(dict)  # name -> number of the node -> its durations
+    recorded: dict[str, dict[str, list[float]]] = defaultdict(dict)  # name -> number of the node -> its durations
     types: dict[str, str] = {}
     for event in events:
         if event["cat"] == "Node":
-            told = event["args"]
-            assert isinstance(told, dict) and isinstance(event["dur"], int)
+            details = event["args"]
+            assert isinstance(details, dict) and isinstance(event["dur"], int)
             name = str(event["name"]).removesuffix("_kernel_time")
-            key, number = name if name in names else str(told["op_name"]), str(told["node_index"])
-            seen[key].setdefault(number, []).append(event["dur"] / 1e3)
-            types[number] = json.dumps(told["input_type_shape"])
-    left = {key: list(numbers) for key, numbers in seen.items()}  # nodes of one name follow one another as they ran
+            key, number = name if name in names else str(details["op_name"]), str(details["node_index"])
+            recorded[key].setdefault(number, []).append(event["dur"] / 1e3)
+            types[number] = json.dumps(details["input_type_shape"])
+    left = {key: list(numbers) for key, numbers in recorded.items()}  # nodes of one name, in the order they ran
     numbers = [left[key].pop(0) if left.get(key := node.name or node.op_type) else "" for node in graph.node]
-    durations = {number: np.array(taken) for each in seen.values() for number, taken in each.items()}
+    durations = {number: np.array(values) for each in recorded.values() for number, values in each.items()}
     runs = max(map(len, durations.values()), default=0)
     table = np.array([durations[n] if n and len(durations[n]) == runs else np.full(runs, np.nan) for n in numbers])
     table = table.reshape(len(numbers), runs)[:, np.arange(runs) % _TURN > 0]
@@ -326,20 +329,20 @@ def _events(graph: onnx.GraphProto, events: Sequence[Mapping[str, object]]) -> t
 def _digest(networks: Sequence[Network]) -> str:
     cpu = processor()  # processors of one name may differ in their instructions
     mark = [platform.machine(), machine_name(), *(cpu.get(key, "") for key in ("cpu family", "model", "flags", "Features"))]
-    said = (
+    contents = (
         part
         for choice, model in networks
         for part in (" ".join(map(str, choice)), bytes(model.SerializeToString(deterministic=True)))
     )
-    return digest(*mark, *said)
+    return digest(*mark, *contents)
 
 
 def _load(file: Path, networks: Sequence[Network]) -> Times | None:
-    """What a file holds; None if it is absent, damaged, or of other groups."""
+    """The times in a file; None if it is absent, damaged, or about other groups."""
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-        groups = tuple({Width.parse(width): float(value) for width, value in one.items()} for one in told["groups"])
-        times = Times(groups, tuple((float(a), float(b)) for a, b in told["networks"]), int(told["rounds"]))
+        table = json.loads(file.read_text(encoding="utf-8"))
+        groups = tuple({Width.parse(width): float(value) for width, value in one.items()} for one in table["groups"])
+        times = Times(groups, tuple((float(a), float(b)) for a, b in table["networks"]), int(table["rounds"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     known = [{choice[i] for choice, _ in networks} for i in range(len(networks[0][0]))] if networks else []
@@ -349,8 +352,8 @@ def _load(file: Path, networks: Sequence[Network]) -> Times | None:
 
 
 def _save(file: Path, times: Times) -> None:
-    """Write beside the target and move into place, so that readers never meet half a file."""
-    told = {
+    """Write a file, whole or not at all."""
+    table = {
         "groups": [{str(width): value for width, value in one.items()} for one in times.groups],
         "networks": times.networks,
         "rounds": times.rounds,
@@ -358,6 +361,6 @@ def _save(file: Path, times: Times) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as stream:
-            stream.write(json.dumps(told).encode())
+            stream.write(json.dumps(table).encode())
     except OSError as error:
         raise OnnxqError(f"cache '{file.parent}' cannot be written ({error.strerror}); choose another --cache.") from error

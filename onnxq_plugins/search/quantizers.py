@@ -1,4 +1,4 @@
-"""Quantizers that must change together, the widths they may have, and what a choice of widths costs."""
+"""Quantizers that must change together, the widths they may have, and the cost of a choice of widths."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Width:
         """``W4A8`` or ``float``. Raises ValueError for anything else."""
         if text == "float":
             return Width(FLOAT_BITS, FLOAT_BITS)
-        found = re.fullmatch(r"W(\d+)A(\d+)", text)
-        if found is None or not all(2 <= int(n) <= 16 for n in found.groups()):
+        match = re.fullmatch(r"W(\d+)A(\d+)", text)
+        if match is None or not all(2 <= int(n) <= 16 for n in match.groups()):
             raise ValueError(f"candidate '{text}' must look like W4A8 (bits from 2 to 16), or be 'float'")
-        return Width(*(int(n) for n in found.groups()))
+        return Width(*(int(n) for n in match.groups()))
 
     def __str__(self) -> str:
         return "float" if self.weights == FLOAT_BITS else f"W{self.weights}A{self.activations}"
@@ -51,7 +51,8 @@ class Group:
 
     @property
     def name(self) -> str:
-        """What reports call it: its first layer, or "tensor" and its first activation (layers may bear names of tensors)."""
+        """Its name in reports: its first layer, or "tensor" and its first activation (a layer may have the name of a
+        tensor)."""
         return self.layers[0] if self.layers else f"tensor {self.activations[0]}"
 
 
@@ -65,8 +66,8 @@ def quantizer_groups(graph: Graph, plan: Plan, target: Target) -> list[Group]:
     planned = Planned(graph, plan, target)
     names = planned.activations
     tied = DisjointSet(names)
-    layers = {y.name: y for y in graph.layers}
-    order: dict[str, int] = {}  # planned activations and weight-only layers -> where they first appear
+    layers = {layer.name: layer for layer in graph.layers}
+    order: dict[str, int] = {}  # planned activations -> where they first appear
     alone: dict[str, int] = {}  # weight-only layers
     members: dict[str, list[str]] = {}
     for position, node in enumerate(graph.nodes):
@@ -95,26 +96,26 @@ def quantizer_groups(graph: Graph, plan: Plan, target: Target) -> list[Group]:
 
 
 def multiply_adds(graph: Graph, feed: Mapping[str, Array]) -> dict[str, int]:
-    """Multiply-adds of each layer for one sample, from the shapes that a run of the float model has: one for each output and
-    weight that it sums, or for each input and weight that it is spread by (ConvTranspose)."""
+    """Multiply-adds of each layer for one sample, from the shapes in a run of the float model: one for each output and
+    weight that contributes to it, or for each input and weight that spreads it (ConvTranspose)."""
     weights: dict[str, Array] = {}
     model = graph.model(weights)
-    spread = {y.name: y.op == "ConvTranspose" for y in graph.layers}
+    spreads = {layer.name: layer.op == "ConvTranspose" for layer in graph.layers}
     del model.graph.output[:]
     for layer in graph.layers:
-        made = f"{layer.name}|size"
-        model.graph.node.append(helper.make_node("Size", [layer.input if spread[layer.name] else layer.output], [made]))
-        model.graph.output.append(helper.make_tensor_value_info(made, onnx.TensorProto.INT64, []))
+        size = f"{layer.name}|size"
+        model.graph.node.append(helper.make_node("Size", [layer.input if spreads[layer.name] else layer.output], [size]))
+        model.graph.output.append(helper.make_tensor_value_info(size, onnx.TensorProto.INT64, []))
     sizes = runtimes.session(model, weights=weights).run(None, dict(feed)) if graph.layers else []
     return {
-        y.name: int(size) * int(np.prod(y.shape)) // (y.shape[0] if spread[y.name] else y.channels)
-        for y, size in zip(graph.layers, sizes, strict=True)
+        layer.name: int(count) * int(np.prod(layer.shape)) // (layer.shape[0] if spreads[layer.name] else layer.channels)
+        for layer, count in zip(graph.layers, sizes, strict=True)
     }
 
 
 def share_of_work(graph: Graph, products: Iterable[str]) -> float | None:
-    """The part of a network's multiply-adds that some products of two activations have, from shapes inferred at batch 1,
-    without a run; None where these do not tell.
+    """The share of a network's multiply-adds in some products of two activations, from shapes inferred at batch 1, without a
+    run; None where these are not known.
 
     products   names of MatMul nodes
     """
@@ -134,10 +135,10 @@ def share_of_work(graph: Graph, products: Iterable[str]) -> float | None:
         for v in (*inferred.input, *inferred.value_info, *inferred.output)
     }
     layers = [
-        np.prod(shapes.get(y.input, [np.nan])) * np.prod(y.shape) / y.shape[0]
-        if y.op == "ConvTranspose"
-        else np.prod(shapes.get(y.output, [np.nan])) * np.prod(y.shape) / y.channels
-        for y in graph.layers
+        np.prod(shapes.get(layer.input, [np.nan])) * np.prod(layer.shape) / layer.shape[0]
+        if layer.op == "ConvTranspose"
+        else np.prod(shapes.get(layer.output, [np.nan])) * np.prod(layer.shape) / layer.channels
+        for layer in graph.layers
     ]
     work = {
         node.name: np.prod(shapes.get(node.outputs[0].name, [np.nan])) * shapes.get(node.inputs[0].name, [np.nan])[-1]
@@ -150,11 +151,11 @@ def share_of_work(graph: Graph, products: Iterable[str]) -> float | None:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a choice of widths costs.
+    """The cost of a choice of widths.
 
     size      bits of the weights
     bops      bit operations for one sample: multiply-adds x bits of the weight x bits of the input
-    latency   milliseconds for one sample, as far as they were measured
+    latency   milliseconds for one sample; 0 if not measured
     """
 
     size: float
@@ -167,7 +168,7 @@ def cost(graph: Graph, widths: Mapping[str, Width], work: Mapping[str, int]) -> 
 
     work   multiply-adds per layer
     """
-    sizes = {y.name: float(np.prod(y.shape)) for y in graph.layers}
+    sizes = {layer.name: float(np.prod(layer.shape)) for layer in graph.layers}
     return Cost(
         sum(sizes[name] * w.weights for name, w in widths.items()),
         sum(float(work.get(name, 0)) * w.weights * w.activations for name, w in widths.items()),
@@ -175,7 +176,7 @@ def cost(graph: Graph, widths: Mapping[str, Width], work: Mapping[str, int]) -> 
 
 
 def parse_widths(texts: Iterable[str]) -> tuple[Width, ...]:
-    """Candidates, widest first. Raises ValueError if one cannot be read, or there are none."""
+    """Candidates, widest first. Raises ValueError if one is malformed, or there are none."""
     if not (texts := list(texts)):
         raise ValueError("candidates must name at least one width, such as W8A8")
     return tuple(

@@ -1,4 +1,4 @@
-"""A search over widths: what may be chosen, what each choice makes of the plan, what it costs and does."""
+"""A search over widths: the candidates of each group, the plan of a choice, its cost."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from onnxq_plugins.targets import STORAGE, Rule
 
 Choice = tuple[Width, ...]  # one per group
 Budget = Literal["size", "bops", "latency"]
-_POSITIONS, _LIMIT = 256, 4608  # of what a layer sees: the defaults of the pass `round`
+_POSITIONS, _LIMIT = 256, 4608  # of Gram matrices: the defaults of the pass `round`
 
-# For one group alone: decoded weights, activations of any width, and no layer that must write codes.
+# For one group alone: decoded weights, activations of any width, and no layer that has to write codes.
 ALONE = replace(
     STORAGE,
     name="alone",
@@ -56,15 +56,15 @@ class Widths:
     """The choices for a job's plan.
 
     groups      the groups of quantizers
-    options     per group the candidates that the target has kernels for, widest first; one of those that come to the same
+    options     per group the candidates that the target has kernels for, widest first; of equivalent ones the first
     work        multiply-adds of each layer for one sample
-    coded       planned activations that are written in codes, so that all their readers see what that costs
-    eight_bits  the choice of 8-bit weights and activations everywhere; of the widest option where the target has no such
-    times       what each group takes at each width, once `time` measured it
+    coded       planned activations that are stored as codes, so that all their readers get the rounded values
+    eight_bits  the choice of 8-bit weights and activations everywhere; of the widest option where the target has none
+    times       of each group at each width, once `time` has measured them
     """
 
     def __init__(self, job: Job, candidates: Sequence[Width] | Mapping[str, Width], feed: Mapping[str, Array]) -> None:
-        self.job, self.layers = job, {y.name: y for y in job.graph.layers}
+        self.job, self.layers = job, {layer.name: layer for layer in job.graph.layers}
         self.fixed = pinned(job.graph, job.recipe)
         self.groups = quantizer_groups(job.graph, job.plan, job.target)
         self.coded = Planned.of(job).coded
@@ -72,13 +72,13 @@ class Widths:
         self.options = (
             self._named(candidates)
             if isinstance(candidates, Mapping)
-            else [self._different(group, [w for w in candidates if self._runs(group, w)]) for group in self.groups]
+            else [self._distinct(group, [w for w in candidates if self._runs(group, w)]) for group in self.groups]
         )
-        if bare := [g.name for g, options in zip(self.groups, self.options, strict=True) if not options]:
-            others = f" and {len(bare) - 1} others" if len(bare) > 1 else ""
+        if empty := [g.name for g, options in zip(self.groups, self.options, strict=True) if not options]:
+            others = f" and {len(empty) - 1} others" if len(empty) > 1 else ""
             raise OnnxqError(
                 f"widths: target '{job.target.name}' runs none of {', '.join(map(str, candidates))} for "
-                f"'{bare[0]}'{others}; add a candidate that it runs, such as W8A8."
+                f"'{empty[0]}'{others}; add a candidate that it runs, such as W8A8."
             )
         self.solved: dict[tuple[str, int], QuantSpec] = {}  # (layer, bits of its weight) -> its entry
         self.costs: dict[tuple[int, Width], Cost] = {}  # of one group
@@ -91,70 +91,71 @@ class Widths:
     def round(self, method: Method, data: Data, only: Mapping[int, Width] | None = None) -> None:
         """Round every layer's weight once at each width it may have, on the inputs of the float network.
 
-        only   the width of each group (by number) where that is settled
+        only   the width of each group (by number) if that is decided
         """
         complete_ranges(self.job)
-        old = self.job.calibration
-        calibration = (
-            old if data is old.data else Calibration(old.graph, data, cache=old.cache, workers=old.workers, track=old.track)
-        )
-        # scales are fine enough for biases beside inputs of 8 bits; trials leave no trace in the report
-        narrow = {
-            name: self._activation(name, min(self.job.plan[name].bits, 8))
-            for group in self.groups
-            for name in group.activations
-        }
-        job = replace(
-            self.job,
-            calibration=calibration,
-            plan=self.job.plan | narrow,
-            report=self.job.report if only is not None else Report(),
-        )
-        options = self.options if only is None else [(only[i],) for i in range(len(self.groups))]
-        wanted = {
-            name: {self._bits(name, w) for w in each if w.weights != FLOAT_BITS}
-            for group, each in zip(self.groups, options, strict=True)
-            for name in group.layers
-        }
-        matrix = [y for y in solvable(self.job) if wanted.get(y.name)]
+        job = self._rounding_job(data, final=only is not None)
+        pending = self._open_widths(self.options if only is None else [(only[i],) for i in range(len(self.groups))])
+        solved_by_matrix = [layer for layer in solvable(self.job) if pending.get(layer.name)]
         for layer in self.layers.values():
-            if wanted.get(layer.name) and layer not in matrix:
-                for bits in wanted[layer.name]:
+            if pending.get(layer.name) and layer not in solved_by_matrix:
+                for bits in pending[layer.name]:
                     self.solved[layer.name, bits] = complete_weight(job, layer, self._request(layer, bits))
         files = {
-            (y.name, bits): self._file(replace(job, plan=job.plan | {y.weight: self._request(y, bits)}), y, method)
-            for y in matrix
-            for bits in wanted[y.name]
+            (layer.name, bits): self._file(
+                replace(job, plan=job.plan | {layer.weight: self._request(layer, bits)}), layer, method
+            )
+            for layer in solved_by_matrix
+            for bits in pending[layer.name]
         }
-        for key, file in files.items():
-            if file is not None and (known := load_arrays(file)):
-                solution: dict[str, Any] = dict(known)
-                self.solved[key] = replace(self._request(self.layers[key[0]], key[1]), **solution)
-                wanted[key[0]].discard(key[1])
-        matrix = [y for y in matrix if wanted[y.name]]
-        for batch in float_inputs(job, matrix, _POSITIONS, _LIMIT):
+        for (name, bits), file in files.items():
+            if file is not None and (arrays := load_arrays(file)):
+                solution: dict[str, Any] = dict(arrays)
+                self.solved[name, bits] = replace(self._request(self.layers[name], bits), **solution)
+                pending[name].discard(bits)
+        for batch in float_inputs(job, [layer for layer in solved_by_matrix if pending[layer.name]], _POSITIONS, _LIMIT):
 
-            def keep(number: int, found: dict[int, QuantSpec], batch: list[tuple[Layer, Gram]] = batch) -> None:
+            def keep(number: int, specs: dict[int, QuantSpec], batch: list[tuple[Layer, Gram]] = batch) -> None:
                 layer = batch[number][0]
-                for bits, spec in found.items():
+                for bits, spec in specs.items():
                     self.solved[layer.name, bits] = spec
                     if (file := files[layer.name, bits]) is not None:
-                        save_arrays(
-                            file,
-                            {f.name: value for f in fields(spec) if isinstance(value := getattr(spec, f.name), np.ndarray)},
-                        )
+                        values = {f.name: getattr(spec, f.name) for f in fields(spec)}
+                        save_arrays(file, {key: value for key, value in values.items() if isinstance(value, np.ndarray)})
 
-            calls = (partial(_solve, self._problems(job, layer, gram, wanted[layer.name]), method) for layer, gram in batch)
+            calls = (partial(_solve, self._problems(job, layer, gram, pending[layer.name]), method) for layer, gram in batch)
             with runtimes.blas(1):
                 list(self.job.track(run_all(calls, self.job.workers, keep), "rounding", len(batch)))
 
+    def _rounding_job(self, data: Data, final: bool) -> Job:
+        """The job on other data, with scales fine enough for biases beside inputs of 8 bits.
+
+        final   False leaves no trace in the report
+        """
+        old = self.job.calibration
+        calibration = old
+        if data is not old.data:
+            calibration = Calibration(old.graph, data, cache=old.cache, workers=old.workers, track=old.track)
+        names = [name for group in self.groups for name in group.activations]
+        narrow = {name: self._activation(name, min(self.job.plan[name].bits, 8)) for name in names}
+        report = self.job.report if final else Report()
+        return replace(self.job, calibration=calibration, plan=self.job.plan | narrow, report=report)
+
+    def _open_widths(self, options: Sequence[Sequence[Width]]) -> dict[str, set[int]]:
+        """Layer -> bits of its weight in the options of its group."""
+        return {
+            name: {self._bits(name, width) for width in each if width.weights != FLOAT_BITS}
+            for group, each in zip(self.groups, options, strict=True)
+            for name in group.layers
+        }
+
     def _problems(self, job: Job, layer: Layer, gram: Gram, widths: Collection[int]) -> dict[int, Problem]:
-        """A layer at each width. Together, since they see the same Gram matrix."""
-        asked = {bits: job.plan | {layer.weight: self._request(layer, bits)} for bits in sorted(widths)}
-        return {bits: Problem.of(replace(job, plan=plan), layer, gram, True) for bits, plan in asked.items()}
+        """A layer at each width, in one call, since the problems share a Gram matrix."""
+        plans = {bits: job.plan | {layer.weight: self._request(layer, bits)} for bits in sorted(widths)}
+        return {bits: Problem.of(replace(job, plan=plan), layer, gram, True) for bits, plan in plans.items()}
 
     def _file(self, job: Job, layer: Layer, method: Method) -> Path | None:
-        """Where the codes of a layer are kept between runs: named after all that they depend on."""
+        """The file that keeps the codes of a layer between runs: named after everything they depend on."""
         from onnxq_plugins.export.provenance import version_of
 
         cache, data = job.calibration.cache, job.calibration.data
@@ -175,8 +176,8 @@ class Widths:
         return cache / f"{name}-codes.npz"
 
     def time(self, feed: Mapping[str, Array]) -> latency.Times:
-        """Measure what the groups take in onnxruntime on this machine, for one sample: costs have a latency then. Weights
-        were rounded before. Raises OnnxqError if the target is another runtime."""
+        """Measure the groups in onnxruntime on this machine, for one sample: costs then include latency. Weights must be
+        rounded. Raises OnnxqError if the target is another runtime."""
         job = self.job
         if not job.target.here:
             raise OnnxqError(
@@ -184,16 +185,12 @@ class Widths:
                 "for another runtime; choose target ort-cpu, or a budget on bops."
             )
         start = self.eight_bits
-        kinds = dict.fromkeys(w for options in self.options for w in options)
-        choices = dict.fromkeys(
-            [
-                start,
-                *(
-                    tuple(width if width in options else base for options, base in zip(self.options, start, strict=True))
-                    for width in kinds
-                ),
-            ]
-        )  # one width at a time, beside 8 bits
+        widths = dict.fromkeys(w for options in self.options for w in options)
+        changed = (
+            tuple(width if width in options else base for options, base in zip(self.options, start, strict=True))
+            for width in widths
+        )
+        choices = dict.fromkeys([start, *changed])  # one width at a time, beside 8 bits
         trial = replace(job, report=Report())
         for group, width in zip(self.groups, start, strict=True):
             for name in group.layers if width.weights != FLOAT_BITS else ():
@@ -210,7 +207,7 @@ class Widths:
         return qdq.export(self.job.graph, self.plan(dict(enumerate(choice))), self.job.target)
 
     def plan(self, choice: Mapping[int, Width]) -> Plan:
-        """The entries of some groups (by number) at a width each. Groups in float have none."""
+        """The entries of some groups (by number), each at a width. Groups in float have none."""
         specs: dict[str, QuantSpec] = {}
         for number, width in choice.items():
             if width.weights == FLOAT_BITS:
@@ -221,7 +218,7 @@ class Widths:
         return Plan(specs)
 
     def requests(self, choice: Choice) -> Plan:
-        """The entries of a choice, nothing solved: for passes behind to solve. Groups in float have none."""
+        """The entries of a choice, all open, for later passes to solve. Groups in float have none."""
         specs: dict[str, QuantSpec] = {}
         for group, width in zip(self.groups, choice, strict=True):
             if width.weights != FLOAT_BITS:
@@ -232,22 +229,22 @@ class Widths:
                 }
         return Plan(specs)
 
-    def within(self, worth: Sequence[Array], budget: Budget, limit: float) -> Choice:
-        """The choice of least total `worth` (one array [options] per group) that costs at most `limit` times what 8 bits
-        everywhere cost. Raises OnnxqError if there is none."""
-        found = allocate(worth, self.prices(budget), limit * getattr(self.eight, budget) * (1 + 1e-12))
-        if found is None:
-            raise self.too_dear(budget, limit)
-        return tuple(options[k] for options, k in zip(self.options, found, strict=True))
+    def within(self, loss: Sequence[Array], budget: Budget, limit: float) -> Choice:
+        """The choice of least total `loss` (one array [options] per group) at a cost of at most `limit` times that of 8 bits
+        everywhere. Raises OnnxqError if there is none."""
+        numbers = allocate(loss, self.prices(budget), limit * getattr(self.eight, budget) * (1 + 1e-12))
+        if numbers is None:
+            raise self.too_expensive(budget, limit)
+        return tuple(options[k] for options, k in zip(self.options, numbers, strict=True))
 
     def prices(self, budget: Budget) -> list[Array]:
-        """What each option of each group costs, one array [options] per group."""
+        """The cost of each option, one array [options] per group."""
         return [
             np.array([float(getattr(self._cost(i, w), budget)) for w in options]) for i, options in enumerate(self.options)
         ]
 
-    def too_dear(self, budget: Budget, limit: float) -> OnnxqError:
-        """The complaint that no choice is cheap enough."""
+    def too_expensive(self, budget: Budget, limit: float) -> OnnxqError:
+        """The error that no choice is cheap enough."""
         whole = getattr(self.eight, budget)
         least = sum(float(p.min()) for p in self.prices(budget)) / (whole or 1.0)
         kind, better = ("fastest", "that run faster") if budget == "latency" else ("narrowest", "of fewer bits")
@@ -257,21 +254,21 @@ class Widths:
         )
 
     def shares(self, choice: Choice) -> dict[str, float]:
-        """What a choice costs, in parts of what 8 bits everywhere cost; latency only if it was measured."""
+        """The cost of a choice relative to 8 bits everywhere; latency only if it was measured."""
         price, whole = asdict(self.cost(choice)), asdict(self.eight)
         return {key: value / (whole[key] or 1.0) for key, value in price.items() if key != "latency" or self.times}
 
     def stored(self, choice: Choice) -> float:
-        """Bits of the weights' codes as they lie in a file of the target, in parts of 8 bits each: widths of 5 to 7 bits
-        take a byte there."""
-        taken, whole = 0.0, 0.0
+        """Bits of the weights' codes in a file for the target, relative to 8 bits each: widths of 5 to 7 bits take a byte
+        there."""
+        stored, whole = 0.0, 0.0
         for group, width in zip(self.groups, choice, strict=True):
             for layer in (self.layers[name] for name in group.layers):
-                count, asked = float(np.prod(layer.shape)), self._request(layer, self._bits(layer.name, width))
-                rule = self.job.target.rule(layer, asked, width.activations if group.activations else 0)
-                taken += count * (float(FLOAT_BITS) if rule is None else code_bits(asked.bits, rule))
+                count, spec = float(np.prod(layer.shape)), self._request(layer, self._bits(layer.name, width))
+                rule = self.job.target.rule(layer, spec, width.activations if group.activations else 0)
+                stored += count * (float(FLOAT_BITS) if rule is None else code_bits(spec.bits, rule))
                 whole += 8 * count
-        return taken / (whole or 1.0)
+        return stored / (whole or 1.0)
 
     @property
     def eight(self) -> Cost:
@@ -289,23 +286,23 @@ class Widths:
             group = self.groups[number]
             activations = width.activations if group.activations else FLOAT_BITS
             widths = {name: Width(self._bits(name, width), activations) for name in group.layers}
-            taken = self.times.of(number, width) if self.times is not None else 0.0
-            self.costs[number, width] = replace(cost(self.job.graph, widths, self.work), latency=taken)
+            milliseconds = self.times.of(number, width) if self.times is not None else 0.0
+            self.costs[number, width] = replace(cost(self.job.graph, widths, self.work), latency=milliseconds)
         return self.costs[number, width]
 
     def _bits(self, name: str, width: Width) -> int:
-        """Bits of a layer's weight at a width; those that the recipe pins it to."""
+        """Bits of a layer's weight at a width; those of the recipe if it pins them."""
         if name in self.fixed and width.weights != FLOAT_BITS:
             return self.job.plan[self.layers[name].weight].bits
         return width.weights
 
     def _request(self, layer: Layer, bits: int) -> QuantSpec:
-        """What is asked for a layer's weight at a width: as the recipe has it, or in the form that a pass before gave it,
-        such as the shifts of `shift-equalize`."""
+        """The request of a layer's weight at a width: as in the recipe, or in the form that an earlier pass gave it, such as
+        the shifts of `shift-equalize`."""
         job, planned = self.job, self.job.plan[layer.weight].request()
-        before = weight_request(job.graph, job.recipe, job.target, layer, planned.bits)
-        asked = weight_request(job.graph, job.recipe, job.target, layer, bits)
-        return asked if before.to_dict() == planned.to_dict() else replace(planned, bits=asked.bits)
+        original = weight_request(job.graph, job.recipe, job.target, layer, planned.bits)
+        spec = weight_request(job.graph, job.recipe, job.target, layer, bits)
+        return spec if original.to_dict() == planned.to_dict() else replace(planned, bits=spec.bits)
 
     def _activation(self, name: str, bits: int) -> QuantSpec:
         """An activation's entry at another width, over the same range."""
@@ -314,57 +311,57 @@ class Widths:
             return spec
         return from_range(*spec.value_range, replace(spec.request(), bits=bits))
 
-    def _different(self, group: Group, candidates: Sequence[Width]) -> tuple[Width, ...]:
-        """Of candidates that come to the same, as all of one width of activations do for a group without weights, one."""
-        found: dict[object, Width] = {}
+    def _distinct(self, group: Group, candidates: Sequence[Width]) -> tuple[Width, ...]:
+        """The candidates without equivalent ones, such as those of one width of activations in a group without weights."""
+        distinct: dict[object, Width] = {}
         for width in candidates:
             bits = tuple(self._bits(name, width) for name in group.layers)
-            found.setdefault((width.weights == FLOAT_BITS, bits, width.activations if group.activations else 0), width)
-        return tuple(found.values())
+            distinct.setdefault((width.weights == FLOAT_BITS, bits, width.activations if group.activations else 0), width)
+        return tuple(distinct.values())
 
-    def _named(self, wanted: Mapping[str, Width]) -> list[tuple[Width, ...]]:
-        """The one option of each group, by its name. Raises OnnxqError if names or widths do not fit."""
+    def _named(self, widths: Mapping[str, Width]) -> list[tuple[Width, ...]]:
+        """The only option of each group, by its name. Raises OnnxqError if names or widths do not fit."""
         groups = {group.name: group for group in self.groups}
         refused: dict[Width, list[str]] = {}
-        for name, width in wanted.items():
+        for name, width in widths.items():
             if name in groups and not self._runs(groups[name], width):
                 refused.setdefault(width, []).append(name)
         wrong = {
-            "no group is called {}": [n for n in wanted if n not in groups],
-            "{} have no width": [n for n in groups if n not in wanted],
+            "no group is called {}": [n for n in widths if n not in groups],
+            "{} have no width": [n for n in groups if n not in widths],
             **{f"target '{self.job.target.name}' does not run {w} for {{}}": names for w, names in refused.items()},
         }
-        if told := [text.format(", ".join(f"'{n}'" for n in names)) for text, names in wrong.items() if names]:
+        if problems := [text.format(", ".join(f"'{n}'" for n in names)) for text, names in wrong.items() if names]:
             raise OnnxqError(
-                f"mixed-precision: the widths do not fit this model: {'; '.join(told)}; take them from a "
-                "search on this model, with the same passes in front and the same target."
+                f"mixed-precision: the widths do not fit this model: {'; '.join(problems)}; take them from a "
+                "search on this model, with the same passes before it and the same target."
             )
-        return [(wanted[name],) for name in groups]
+        return [(widths[name],) for name in groups]
 
     def _runs(self, group: Group, width: Width) -> bool:
         """True if the target has kernels for a group at a width."""
         graph, target = self.job.graph, self.job.target
-        if width.weights == FLOAT_BITS:  # what a kernel must write in codes cannot be read in float
-            bound = any(
+        if width.weights == FLOAT_BITS:  # what a kernel has to write in codes cannot be read in float
+            coded = any(
                 maker_of(graph, name).op in target.output_scale | target.integer_ops
                 for name in group.activations
                 if name in self.coded
             )
-            return not bound and not any(name in self.fixed for name in group.layers)
+            return not coded and not any(name in self.fixed for name in group.layers)
         activations = width.activations if group.activations else 0
         known = not group.activations or activations in target.activation_bits
         return known and all(
-            target.rule(y, self._request(y, self._bits(y.name, width)), activations) is not None
-            for y in (self.layers[name] for name in group.layers)
+            target.rule(layer, self._request(layer, self._bits(layer.name, width)), activations) is not None
+            for layer in (self.layers[name] for name in group.layers)
         )
 
 
 def _solve(problems: Mapping[int, Problem], method: Method) -> dict[int, QuantSpec]:
     """One layer at several widths. Plain values in and out, so that it can run anywhere."""
-    return {bits: one.solve(method, Effort())[0] for bits, one in problems.items()}
+    return {bits: problem.solve(method, Effort())[0] for bits, problem in problems.items()}
 
 
 def sample(job: Job) -> Mapping[str, Array]:
-    """One sample to count multiply-adds on: of the data, or made up."""
+    """One sample to count multiply-adds on: from the data, or random."""
     data = job.calibration.data
     return next(iter(data)) if data is not None else example(job.graph.model())

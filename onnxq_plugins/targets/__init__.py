@@ -1,4 +1,4 @@
-"""What a runtime can execute and how it wants it stored: one file a runtime, as data; and how refusals are worded."""
+"""What a runtime can execute, and how it has to be stored: one file per runtime, as data; and refusals in words."""
 
 from onnxq_plugins.targets.npu import NPU, NPU4
 from onnxq_plugins.targets.openvino import OPENVINO

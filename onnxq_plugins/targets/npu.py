@@ -17,8 +17,8 @@ NPU = Target(
 )
 NPU4 = Target(
     "npu4",
-    "hardware whose products have 4 bits: layers read activations of 4 bits, with weights of up to 4, or "
-    "of 8; what they write is wider; in onnxruntime codes are uint8, and convolutions run in float",
+    "hardware with 4-bit products: layers read activations of 4 bits with weights of up to 4 bits, or of 8 bits; their "
+    "outputs are wider; in onnxruntime codes are uint8, and convolutions run in float",
     tuple(
         rule
         for op in ("Conv", "Gemm", "MatMul")

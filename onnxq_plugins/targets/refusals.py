@@ -19,7 +19,7 @@ def problems(target: Target, graph: Graph, plan: Plan, inputs: Mapping[str, str]
     """
     sentences = []
     refused: dict[str, list[str]] = {}  # refusal -> names of the layers it is about
-    for layer in (y for y in graph.layers if y.weight in plan):
+    for layer in (layer for layer in graph.layers if layer.weight in plan):
         weight, key = plan[layer.weight], inputs[layer.name]
         bits = plan[key].bits if key else 0
         rule = target.rule(layer, weight, bits)
@@ -29,8 +29,8 @@ def problems(target: Target, graph: Graph, plan: Plan, inputs: Mapping[str, str]
             sentences.append(text)
         if weight.shift is not None and not layer.takes_bias:
             sentences.append(
-                f"{layer.op} '{layer.name}' has no bias that its planned shift could be added to; leave the "
-                "shift of its weight out."
+                f"{layer.op} '{layer.name}' has no bias that its planned shift could be added to; leave out "
+                "the shift of its weight."
             )
     activations = {name: spec for name, spec in plan.items() if not graph.is_constant(name)}
     return [
@@ -43,16 +43,16 @@ def problems(target: Target, graph: Graph, plan: Plan, inputs: Mapping[str, str]
 
 def refusal(target: Target, layer: Layer, weight: QuantSpec, activations: int) -> str:
     """Why a layer cannot run as requested, and how it can; with a placeholder {} for names of layers."""
-    way = f"{activations}-bit activations" if activations else "float activations (weight-only)"
+    beside = f"{activations}-bit activations" if activations else "float activations (weight-only)"
     form = weight.describe((layer.out_axis, layer.in_axis))
     return (
-        f"target '{target.name}' cannot run {layer.op} {{}} with {form} weights and {way}; it "
+        f"target '{target.name}' cannot run {layer.op} {{}} with {form} weights and {beside}; it "
         f"runs {choices(target, layer.op) or 'no quantized ' + layer.op}." + _advice(target, layer, weight, activations)
     )
 
 
 def choices(target: Target, op: str) -> str:
-    """The forms of one operator in words."""
+    """The supported forms of one operator in words."""
     forms: dict[tuple[str, str], set[int]] = {}  # (granularity of scales, what runs) -> widths
     for rule in (r for r in target.rules if r.op == op):
         where = " or ".join(_blocks(rule.blocks) if g == "block" and rule.blocks else f"per {g}" for g in rule.granularity)
@@ -142,7 +142,7 @@ def _blocks(sizes: tuple[int, ...]) -> str:
 
 
 def _reach(weight: QuantSpec) -> int:
-    """Largest |code| that a weight has or, while it is open, may get."""
+    """Largest |code| of a weight, or the largest possible while it is open."""
     return int(np.abs(weight.codes).max(initial=0)) if weight.codes is not None else weight.grid[1]
 
 
@@ -152,6 +152,6 @@ def _widths(widths: set[int]) -> str:
 
 
 def _names(names: list[str]) -> str:
-    """Some names in a sentence."""
+    """Up to four names, or three and the number of the others."""
     shown = ", ".join(f"'{name}'" for name in names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 4 else ", ".join(f"'{name}'" for name in names)

@@ -1,4 +1,4 @@
-"""What a runtime can execute and how it wants it stored: data, no code paths. docs/runtime.md is the evidence."""
+"""What a runtime can execute, and how it has to be stored: data, no code paths. docs/runtime.md is the evidence."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class Target:
 
     rules         forms of layers it runs quantized
     integer_ops   other operators with an integer kernel, which keep a chain of layers integer
-    output_scale  layers that must write quantized outputs to run as integer (the others may write float)
+    output_scale  layers that have to write quantized outputs to run as integer (the others may write float)
     max_code      largest |code| of a weight beside 8-bit activations
-    attention     multiply-adds from which one product of two activation matrices pays as integer; 0 for never
+    attention     multiply-adds from which on a product of two activation matrices is faster as integer; 0 for never
                   (`python -m benchmarks.kernels` times some)
     flatten       MatMul + Add(bias) on tokens runs faster as a two-dimensional Gemm (onnxruntime has an integer Gemm
                   with bias); OpenVINO 2026.4 fails to load the Reshapes that this needs behind a LayerNormalization
     opset         lowest opset of the exported model
-    here          models for it run here, in onnxruntime on a CPU, as they will there
+    here          its models run in onnxruntime on this CPU as they will in use
     """
 
     name: str
@@ -85,7 +85,7 @@ class Target:
         return any(rule.storage != "float" for rule in self.rules)
 
     def granularities(self, op: str) -> set[Granularity]:
-        """The granularities of weights that it knows for an operator."""
+        """The granularities of weights that it supports for an operator."""
         return {g for rule in self.rules if rule.op == op for g in rule.granularity}
 
     def rule(self, layer: Layer, weight: QuantSpec, activations: int) -> Rule | None:
@@ -109,7 +109,7 @@ class Target:
 
 
 def granularity_of(layer: Layer, spec: QuantSpec) -> Granularity:
-    """What a block means for a layer's weight."""
+    """The granularity that a block means for a layer's weight."""
     if spec.block is None:
         return "tensor"
     rest = [b for axis, b in enumerate(spec.block) if axis not in (layer.out_axis, layer.in_axis)]
@@ -125,8 +125,8 @@ def channel_block(layer: Layer) -> Block:
 
 
 def channel_multipliers(layer: Layer, spec: QuantSpec) -> bool:
-    """True if one scale of a layer is refined by a multiplier per output channel. Such a multiplier is no part of the codes:
-    it joins the scale where a target takes a scale per channel, and becomes a factor behind the layer elsewhere."""
+    """True if one scale of a layer is refined by a multiplier per output channel. Such a multiplier is not part of the
+    codes: it joins the scale where a target takes a scale per channel, and becomes a factor behind the layer elsewhere."""
     return spec.block is None and spec.sub_block == channel_block(layer)
 
 

@@ -1,4 +1,4 @@
-"""The conformance kit: what users, recipes and other passes rely on, as tests for your pass.
+"""The conformance kit: what users, recipes and other passes rely on, as tests of your pass.
 
     from onnxq_plugins.testing import parametrize_with_checks
 
@@ -7,7 +7,7 @@
         check(step)
 
 `checks.CHECKS` lists the checks; each is a function whose docstring says what is required, and why. `models.ZOO` holds the
-small models they run on, `models.Net` writes further ones for tests of your own. pytest is needed here, and nowhere else.
+small models they run on, `models.Net` builds others for your own tests. pytest is needed here, and nowhere else.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def parametrize_with_checks(
 
     steps               passes, with the parameters to try
     expected_failures   name of a check -> reason why these passes cannot meet it; such a test must fail, or it is an error
-    recipe              tables of the recipe that the passes are for, such as {"weights": {"bits": 4}}, perhaps with passes
-                        that run before; int8 if not given
-    plugins             plugin objects that are needed beside the installed ones; passes need not be installed
+    recipe              tables of the recipe that the passes are for, such as {"weights": {"bits": 4}}, possibly with passes
+                        that run before them; int8 by default
+    plugins             plugin objects that are needed beside the installed ones; the passes need not be installed
 
     Raises OnnxqError for a check that does not exist.
     """
@@ -69,7 +69,7 @@ def cases(
     if unknown := [name for name in expected if name not in CHECKS]:
         raise OnnxqError(f"expected_failures: there is no check '{unknown[0]}'; known: {', '.join(CHECKS)}.")
     if not isinstance(step, Pass):
-        raise OnnxqError(f"{step!r} is no pass; give instances, such as MyPass().")
+        raise OnnxqError(f"{step!r} is not a pass; give instances, such as MyPass().")
     bench = Bench(dict(recipe or {}), tuple(plugins))
     return [
         pytest.param(
@@ -83,7 +83,7 @@ def cases(
 
 
 def _label(step: Pass) -> str:
-    """The pass as a test's name tells it, with what differs from the defaults."""
+    """The name of the pass in a test's name, with parameters that differ from their defaults."""
     values = Recipe(passes=(step,)).to_dict()["pass"][0]
     shown = ",".join(f"{key}={value}" for key, value in values.items() if key != "use")
     return f"{step.name}({shown})" if shown else step.name

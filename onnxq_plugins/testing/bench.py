@@ -1,4 +1,4 @@
-"""Where a pass is tried: the recipe around it, the plugins beside it, the models it runs on."""
+"""The surroundings of a pass under test: the recipe around it, the plugins beside it, the models it runs on."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SAMPLES = 8  # of calibration data
 
 @dataclass(frozen=True)
 class Bench:
-    """What surrounds the pass under test.
+    """The surroundings of the pass under test.
 
-    recipe    tables of the recipe that the pass is for, such as {"weights": {"bits": 4}}; the pass runs behind its passes
+    recipe    tables of the recipe that the pass is for, such as {"weights": {"bits": 4}}; the pass runs after its passes
     plugins   plugin objects that recipe and pass need beside the installed ones, for instance with their target
     """
 
@@ -37,27 +37,27 @@ class Bench:
 
     @functools.cached_property
     def known(self) -> Plugins:
-        """What is installed, and given."""
+        """The installed plugins and `plugins`."""
         return find_plugins(self.plugins)
 
     def table(self, *steps: Pass, **changes: Any) -> dict[str, Any]:
-        """The recipe with some passes at its end and some tables changed."""
-        used = Recipe(passes=steps).to_dict().get("pass", [])
-        return {**self.recipe, **changes, "pass": [*self.recipe.get("pass", []), *used]}
+        """The recipe with passes appended and tables changed."""
+        appended = Recipe(passes=steps).to_dict().get("pass", [])
+        return {**self.recipe, **changes, "pass": [*self.recipe.get("pass", []), *appended]}
 
     def guests(self, *steps: Pass) -> list[object]:
-        """Plugin objects to hand to the engine, so that it knows the passes. Fails if one is installed as another class."""
+        """Plugin objects for the engine, so that it knows the passes. Fails if one is installed as another class."""
         unknown: list[type[Pass]] = []
         for kind in dict.fromkeys(type(step) for step in steps):
-            found = self.known.passes.get(kind.name)
-            if found is not None and found is not kind:
+            installed = self.known.passes.get(kind.name)
+            if installed is not None and installed is not kind:
                 raise AssertionError(
                     f"pass '{kind.name}' is known from '{self.known.sources[f'pass {kind.name}']}' as "
-                    f"another class, {found.__module__}.{found.__qualname__}; uninstall that package, or "
+                    f"another class, {installed.__module__}.{installed.__qualname__}; uninstall that package, or "
                     "install this one with: pip install -e ."
                 )
-            unknown += [kind] if found is None else []
-        return [*self.plugins, *([Brings(tuple(unknown))] if unknown else [])]
+            unknown += [kind] if installed is None else []
+        return [*self.plugins, *([Provider(tuple(unknown))] if unknown else [])]
 
     def quantize(
         self,
@@ -70,13 +70,13 @@ class Bench:
         watch: object = None,
         **options: Any,
     ) -> Result:
-        """The model of that name through the recipe and the passes. What the engine refuses is an OnnxqError, a pass that
-        fails or breaks a rule an AssertionError.
+        """Quantize the model of that name by the recipe and the passes. Raises OnnxqError for what the engine refuses,
+        AssertionError for a pass that fails or breaks a law.
 
         model     in place of the one of that name
         data      in place of eight random samples
-        changes   tables to put into the recipe
-        watch     a further plugin object
+        changes   tables to change in the recipe
+        watch     another plugin object
         """
         model = make(name) if model is None else model
         plugins = [*self.guests(*steps), *([] if watch is None else [watch])]
@@ -97,14 +97,13 @@ class Bench:
             return self.quantize(steps, name, **options)
         except OnnxqError as error:
             raise AssertionError(
-                f"{_named(steps)} ends in an error on model '{name}' ({error.problems[0]}) where it must "
-                "work; give it a recipe that fits (recipe=...), or plan only what job.target.rule "
-                "accepts."
+                f"{_subject(steps)} raises an error on model '{name}' ({error.problems[0]}) where it must work; "
+                "give it a suitable recipe (recipe=...), or plan only what job.target.rule accepts."
             ) from error
 
 
 @dataclass(frozen=True)
-class Brings:
+class Provider:
     """A plugin with some passes."""
 
     passes: tuple[type[Pass], ...]
@@ -116,21 +115,21 @@ class Brings:
 
 @dataclass
 class Watch:
-    """A plugin that keeps what one pass finds and leaves: plans before and after, the graph after, what it told."""
+    """A plugin that records the runs of one pass: plans before and after, the graph after, the result."""
 
     name: str
-    seen: list[tuple[Any, Any, Graph, object]] = field(default_factory=list)
+    runs: list[tuple[Any, Any, Graph, object]] = field(default_factory=list)
 
     @hookimpl(wrapper=True)
     def onnxq_run_pass(self, step: Pass, job: Job) -> Generator[None, dict[str, Any], dict[str, Any]]:
         before = job.plan
-        told = yield
+        result = yield
         if step.name == self.name:
-            self.seen.append((before, job.plan, job.graph.copy(), told))
-        return told
+            self.runs.append((before, job.plan, job.graph.copy(), result))
+        return result
 
 
-def _named(steps: Sequence[Pass]) -> str:
+def _subject(steps: Sequence[Pass]) -> str:
     return f"pass '{steps[0].name}'" if steps else "the recipe, without the pass,"
 
 

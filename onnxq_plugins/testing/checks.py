@@ -1,7 +1,7 @@
-"""What a pass must do, one function a requirement: check(step, bench). Each returns, or fails with an AssertionError of one
-sentence that says what is wrong and what to do.
+"""What a pass must do, one function per requirement: check(step, bench). Each returns, or fails with an AssertionError of
+one sentence that says what is wrong and what to do.
 
-A requirement is here because a user's model, an older recipe or another pass in the same recipe relies on it.
+Every requirement is here because a user's model, an older recipe or another pass in the same recipe relies on it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ AGREE = 35.0  # dB between two ways of running one model: kernels round ties apa
 def check_declaration(step: Pass, bench: Bench) -> None:
     """A frozen dataclass with a name ``vendor.pass``, a docstring, and a default for every parameter that a recipe can hold.
 
-    Why: recipes are text. Whatever a recipe cannot write, users cannot set, and the model's metadata cannot tell; a pass
+    Why: recipes are text. What a recipe cannot express, users cannot set, and a model's metadata cannot record; a pass
     without defaults cannot be listed with ``use = "..."`` alone; the vendor keeps two packages apart.
     """
     kind = type(step)
@@ -57,7 +57,7 @@ def check_declaration(step: Pass, bench: Bench) -> None:
     assert isinstance(kind.exact, bool), f"{where}: exact must be True or False, it is {kind.exact!r}."
     own = vars(kind).get("__doc__") or ""
     assert own.strip() and not own.startswith(f"{kind.__name__}("), (
-        f"{where} needs a docstring, which 'onnxq plugins {kind.name}' shows; tell what it does, with what parameters."
+        f"{where} needs a docstring, which 'onnxq plugins {kind.name}' shows; say what it does, with what parameters."
     )
     for field in fields(kind):
         assert not field.init or field.default is not MISSING or field.default_factory is not MISSING, (
@@ -79,7 +79,7 @@ def check_declaration(step: Pass, bench: Bench) -> None:
 def check_recipe_round_trip(step: Pass, bench: Bench) -> None:
     """Written as a table, as JSON and into a model's metadata, and read again, the pass is the same one.
 
-    Why: a model tells the recipe it was made by, and that recipe must make the same model again.
+    Why: a model records the recipe it was made by, and that recipe must make the same model again.
     """
     passes = {**bench.known.passes, type(step).name: type(step)}
     recipe = Recipe(passes=(step,))
@@ -88,7 +88,7 @@ def check_recipe_round_trip(step: Pass, bench: Bench) -> None:
             again = parse(table, passes).passes[0]
         except OnnxqError as error:
             raise AssertionError(
-                f"pass '{step.name}' cannot be read from {how} that it wrote itself ({error.problems[0]}); "
+                f"pass '{step.name}' cannot be read from {how} that it was written to ({error.problems[0]}); "
                 "annotate each parameter with the type of its values."
             ) from error
         assert again == step, (
@@ -104,74 +104,75 @@ def check_recipe_round_trip(step: Pass, bench: Bench) -> None:
 
 
 def check_float_function(step: Pass, bench: Bench) -> None:
-    """The float model behind the pass has the same inputs and outputs, and with ``exact = True`` the same values, to 1e-4 of
-    the largest output, on the calibration data (law L1). What is lossy belongs into the plan.
+    """The float model after the pass has the same inputs and outputs, and with ``exact = True`` the same values, to 1e-4 of
+    the largest output, on the calibration data (law L1). Lossy changes belong in the plan.
 
     Why: a wrong rewrite may hide in the noise of quantization for long; compared in float, it cannot.
     """
     for name in (*PLAIN, "transformer"):
         original, samples = make(name), feeds(make(name), SAMPLES)
         result = bench.must((step,), name)
-        made = result.float_model
+        rewritten = result.float_model
         for kind in ("input", "output"):
-            old, new = ([port.name for port in getattr(m.graph, kind)] for m in (original, made))
+            old, new = ([port.name for port in getattr(m.graph, kind)] for m in (original, rewritten))
             assert old == new, (
                 f"pass '{step.name}' changes the {kind}s of model '{name}' from {old} to {new}; keep their names and order."
             )
-        found = outputs(made, samples)
-        assert all(np.isfinite(y).all() for y in found), (
-            f"behind pass '{step.name}' the float model '{name}' gives NaN or Inf; check the pass for divisions by 0."
+        results = outputs(rewritten, samples)
+        assert all(np.isfinite(y).all() for y in results), (
+            f"after pass '{step.name}' the float model '{name}' returns NaN or Inf; check the pass for divisions by 0."
         )
-        moved = measure.drift(outputs(original, samples), found)
-        assert not step.exact or moved <= DRIFT, (
-            f"pass '{step.name}' moves the float outputs of model '{name}' by {moved:.1e} (limit {DRIFT:.0e}) though it "
-            "says exact = True; mend the rewrite, or declare exact = False if the change is meant."
+        drift = measure.drift(outputs(original, samples), results)
+        assert not step.exact or drift <= DRIFT, (
+            f"pass '{step.name}' changes the float outputs of model '{name}' by {drift:.1e} (limit {DRIFT:.0e}) though it "
+            "declares exact = True; fix the rewrite, or declare exact = False if the change is intended."
         )
 
 
 def check_plan(step: Pass, bench: Bench) -> None:
-    """Each entry of the plan that the pass makes or changes is about the weight of a layer or about an activation of the
-    graph as the pass leaves it, is within its own grid and what it asks for, and the whole can be exported, or is refused in
-    sentences. Tried as the recipe has it, with scales that must be powers of two, and behind ``round``, which leaves nothing
-    open.
+    """Each entry of the plan that the pass adds or changes is about the weight of a layer or an activation of the graph as
+    the pass leaves it, and is consistent: codes on its grid, scales as requested. The whole can be exported, or is refused
+    in sentences. Tried with the recipe as it is, with scales that must be powers of two, and after ``round``, which leaves
+    nothing open.
 
-    Why: an entry that names nothing quantizes nothing, silently; a scale of 0 or a code off the grid is found by nobody.
+    Why: an entry for a tensor that does not exist quantizes nothing, silently; a scale of 0 or a code off the grid goes
+    unnoticed.
     """
     weights = {**bench.recipe.get("weights", {}), "pow2": True}
-    tried: list[tuple[str, tuple[Pass, ...], dict[str, Any]]] = [(name, (step,), {}) for name in PLAIN]
-    tried += [("cnn", (step,), {"weights": weights}), ("cnn", (Ranges(), Round(seconds=0), step), {})]
-    for name, steps, changes in tried:
+    attempts: list[tuple[str, tuple[Pass, ...], dict[str, Any]]] = [(name, (step,), {}) for name in PLAIN]
+    attempts += [("cnn", (step,), {"weights": weights}), ("cnn", (Ranges(), Round(seconds=0), step), {})]
+    for name, steps, changes in attempts:
         watch = Watch(step.name)
         try:
-            bench.quantize(steps, name, watch=watch, changes=changes)  # the engine checks each entry behind each pass
+            bench.quantize(steps, name, watch=watch, changes=changes)  # the engine checks each entry after each pass
         except OnnxqError as error:
             _sentences(step, name, error)
-        assert watch.seen, f"pass '{step.name}' was not run on model '{name}'; give the kit a recipe that fits (recipe=...)."
+        assert watch.runs, f"pass '{step.name}' was not run on model '{name}'; give the kit a suitable recipe (recipe=...)."
 
 
 def check_repeatable(step: Pass, bench: Bench) -> None:
-    """One seed, one result: the same bytes in a second run, with two workers, and whatever numpy's global generator holds.
+    """One seed, one result: the same bytes in a second run, with two workers, and for any state of numpy's global generator.
 
-    Why: a model that cannot be made again cannot be debugged. Draw from ``job.rng``, and before work is handed to workers.
+    Why: a model that cannot be reproduced cannot be debugged. Draw from ``job.rng``, and before work is distributed.
     """
     first = _bytes(bench.must((step,), "mobilenet"))
     with _global_random_state():
-        np.random.seed(12345)  # noqa: NPY002  it is what must not matter
+        np.random.seed(12345)  # noqa: NPY002  its state must not matter
         random.seed(12345)
         assert _bytes(bench.must((step,), "mobilenet")) == first, (
-            f"pass '{step.name}' gives another model when it runs again with the same seed; draw random numbers from "
-            "job.rng, depend on no clock, and loop over no set."
+            f"pass '{step.name}' makes another model when it runs again with the same seed; draw random numbers from "
+            "job.rng, do not depend on a clock, and do not loop over a set."
         )
     assert _bytes(bench.must((step,), "mobilenet", workers=2)) == first, (
-        f"pass '{step.name}' gives another model with two workers than with one; draw random numbers before the work is "
-        "handed out, and collect results in the order of the layers."
+        f"pass '{step.name}' makes another model with two workers than with one; draw random numbers before work is "
+        "distributed, and collect results in the order of the layers."
     )
 
 
 def check_inputs_left_alone(step: Pass, bench: Bench) -> None:
-    """The given model, the data and the global random states are after the run as before.
+    """The run changes neither the model that was passed in, nor the data, nor the global random states.
 
-    Why: they belong to the caller, who goes on using them.
+    Why: they belong to the caller, who continues to use them.
     """
     for name in PLAIN[:2]:
         model = type(make(name)).FromString(make(name).SerializeToString())
@@ -190,25 +191,27 @@ def check_inputs_left_alone(step: Pass, bench: Bench) -> None:
 
 
 def check_targets(step: Pass, bench: Bench) -> None:
-    """For every built-in target (and the recipe's own), the model is refused with sentences or onnxruntime runs it, and
-    gives the same with and without its graph optimizations.
+    """For every built-in target (and the recipe's own), the model is refused in sentences or runs in onnxruntime, with the
+    same outputs with and without its graph optimizations.
 
-    Why: unoptimized, the model computes what the file says; optimized, what the integer kernels make of it. A pass that
-    plans what kernels do differently is wrong on one of the two.
+    Why: unoptimized, the model computes what the file says; optimized, what the integer kernels do. A pass that plans what
+    kernels compute differently is wrong in one of the two.
     """
     for target in dict.fromkeys([*(t.name for t in TARGETS), str(bench.recipe.get("target", Recipe.target))]):
         for name in PLAIN[:2]:
             changes = {"target": target}
             try:
-                made = bench.quantize((step,), name, changes=changes)
+                result = bench.quantize((step,), name, changes=changes)
             except OnnxqError as error:
                 _sentences(step, name, error)
                 continue
-            apart = _apart(made, name, step, f" for target '{target}'")
+            agreement = _agreement(result, name, step, f" for target '{target}'")
             # a processor without VNNI saturates with some codes, whatever the pass
-            assert apart > AGREE or apart > _apart(bench.quantize((), name, changes=changes), name, step, "") - 6, (
-                f"behind pass '{step.name}', model '{name}' for target '{target}' runs {apart:.0f} dB apart with and "
-                "without onnxruntime's optimizations; see docs/runtime.md for what its kernels round."
+            plain = 0.0 if agreement > AGREE else _agreement(bench.quantize((), name, changes=changes), name, step, "")
+            assert agreement > AGREE or agreement > plain - 6, (
+                f"after pass '{step.name}', the outputs of model '{name}' for target '{target}' with and without "
+                f"onnxruntime's optimizations agree to {agreement:.0f} dB only; see docs/runtime.md for what its kernels "
+                "round."
             )
 
 
@@ -216,54 +219,55 @@ def check_twice(step: Pass, bench: Bench) -> None:
     """Twice in a row in one recipe, the pass works, and keeps its promise about the float function.
 
     Why: recipes are assembled by people and by tools. The second time, scales and codes may be solved, layers replaced and
-    names taken.
+    names in use.
     """
     for name in PLAIN:
-        made = bench.must((step, step), name, verify=step.exact)
-        _apart(made, name, step, " run twice in a row")
+        result = bench.must((step, step), name, verify=step.exact)
+        _agreement(result, name, step, " run twice in a row")
 
 
 def check_odd_graphs(step: Pass, bench: Bench) -> None:
-    """The pass works, and changes no float function if it is exact, on graphs with shared weights, no layer at all, dead
-    channels, channel counts that no block divides, grouped and depthwise convolutions, ConvTranspose, attention, control
-    flow and a fixed batch size, and where the recipe leaves every layer float.
+    """The pass works, and does not change the float function if it is exact, on graphs with shared weights, no layer at all,
+    dead channels, channel counts that no block divides, grouped and depthwise convolutions, ConvTranspose, attention,
+    control flow and a fixed batch size, and where the recipe leaves every layer float.
 
-    Why: real models have all of these. What a pass cannot handle it leaves alone and reports; it does not refuse the model.
+    Why: real models have all of these. A pass leaves unchanged what it cannot handle, and reports it; it does not refuse the
+    model.
     """
     everything_float = {"layer": [{"quantize": False}]}
     cases: list[tuple[str, dict[str, Any], str]] = [(name, {}, "") for name in (*ZOO, "fixed_batch") if name not in PLAIN]
     for name, changes, how in [*cases, ("cnn", everything_float, " with all layers left float")]:
         try:
-            made = bench.quantize((step,), name, changes=changes, verify=step.exact)
+            result = bench.quantize((step,), name, changes=changes, verify=step.exact)
         except OnnxqError as error:
             try:
                 bench.quantize((), name, changes=changes)
             except OnnxqError:
-                continue  # the recipe does not fit, whatever the pass
+                continue  # the recipe does not suit the model, whatever the pass
             raise AssertionError(
-                f"pass '{step.name}' ends in an error on model '{name}'{how}, which works without it "
-                f"({error.problems[0]}); leave alone what it cannot handle."
+                f"pass '{step.name}' raises an error on model '{name}'{how}, which works without it "
+                f"({error.problems[0]}); leave unchanged what it cannot handle."
             ) from error
-        _apart(made, name, step, how)
+        _agreement(result, name, step, how)
 
 
 def check_not_harmful(step: Pass, bench: Bench) -> None:
     """With the pass the outputs are no more than 1 dB further from float, on the average of three small models, than with
     the same recipe without it.
 
-    Why: users add a pass to win something. A pass that trades accuracy for something else (size, narrow accumulators) fails
-    here by design: list this check in ``expected_failures`` and say what it buys.
+    Why: users add a pass to gain something. A pass that trades accuracy for something else (size, narrow accumulators) fails
+    here by design: list this check in ``expected_failures`` and say what it gains.
     """
     gains = []
     for name in PLAIN:
         samples = feeds(make(name), 16, seed=1)
         reference = outputs(make(name), samples)
-        without, behind = (mean_sqnr(reference, outputs(bench.must(steps, name).model, samples)) for steps in ((), (step,)))
-        gains.append(behind - without)
+        before, after = (mean_sqnr(reference, outputs(bench.must(steps, name).model, samples)) for steps in ((), (step,)))
+        gains.append(after - before)
     each = ", ".join(f"{name} {gain:+.1f}" for name, gain in zip(PLAIN, gains, strict=True))
     assert np.mean(gains) >= -HARM, (
-        f"pass '{step.name}' loses {-np.mean(gains):.1f} dB against the recipe without it ({each}); if it trades that for "
-        "something else, say so in expected_failures."
+        f"pass '{step.name}' loses {-np.mean(gains):.1f} dB compared with the recipe without it ({each}); if it trades that "
+        "for something else, say so in expected_failures."
     )
 
 
@@ -274,34 +278,35 @@ def check_report(step: Pass, bench: Bench) -> None:
     """
     watch = Watch(step.name)
     result = bench.must((step,), "mobilenet", watch=watch)
-    for *_, told in watch.seen:
-        assert isinstance(told, dict), f"pass '{step.name}' returns a {type(told).__name__}; return a dict, or nothing."
-        assert all(isinstance(key, str) for key in told), f"pass '{step.name}' reports under keys that are no text."
+    for *_, returned in watch.runs:
+        kind = type(returned).__name__
+        assert isinstance(returned, dict), f"pass '{step.name}' returns a {kind}; return a dict, or nothing."
+        assert all(isinstance(key, str) for key in returned), f"pass '{step.name}' returns keys that are not text."
     try:
         json.dumps(result.report, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise AssertionError(
-            f"behind pass '{step.name}' the report is no JSON ({error}); turn numpy values into int, float or list."
+            f"after pass '{step.name}' the report is not JSON ({error}); turn numpy values into int, float or list."
         ) from error
 
 
 def check_without_data(step: Pass, bench: Bench) -> None:
-    """Without calibration data the pass works, or the user is told in a sentence that data are needed. Tried with
-    activations that need ranges, and with weights alone, which need none.
+    """Without calibration data the pass works, or a sentence says that data are needed. Tried with activations that need
+    ranges, and with weights alone, which need none.
 
-    Why: weights can be quantized without data, and people do. ``job.calibration.ready`` tells.
+    Why: weights can be quantized without data, and people do so. See ``job.calibration.ready``.
     """
     for how, changes in (("", {}), (" with weights alone", {"target": "storage", "activations": {"bits": 32}})):
         try:
-            made = bench.quantize((step,), "cnn", data=None, changes=changes)
+            result = bench.quantize((step,), "cnn", data=None, changes=changes)
         except OnnxqError as error:
             _sentences(step, "cnn", error)
             assert re.search(r"\bdata\b", str(error)), (
-                f"pass '{step.name}'{how} ends without data in an error that does not mention them ({error.problems[0]}); "
-                "ask job.calibration, which says so, or leave out what needs data and note it."
+                f"pass '{step.name}'{how} raises an error without data that does not mention data ({error.problems[0]}); "
+                "job.calibration raises one that does; or leave out what needs data and note it."
             )
         else:
-            _apart(made, "cnn", step, f" without data{how}")
+            _agreement(result, "cnn", step, f" without data{how}")
 
 
 CHECKS: dict[str, Callable[..., None]] = {
@@ -314,14 +319,14 @@ CHECKS: dict[str, Callable[..., None]] = {
 
 @contextlib.contextmanager
 def _global_random_state() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether the global generators are untouched so far; behind it they are as before."""
-    kept = np.random.get_state(), random.getstate()  # noqa: NPY002
+    """Yields a function that returns whether the global generators are unchanged so far; restores them at the end."""
+    states = np.random.get_state(), random.getstate()  # noqa: NPY002
     before = _random_key()
     try:
         yield lambda: _random_key() == before
     finally:
-        np.random.set_state(kept[0])  # noqa: NPY002
-        random.setstate(kept[1])
+        np.random.set_state(states[0])  # noqa: NPY002
+        random.setstate(states[1])
 
 
 def _random_key() -> str:
@@ -333,25 +338,25 @@ def _bytes(result: Result) -> bytes:
     return bytes(result.model.SerializeToString())
 
 
-def _apart(made: Result, name: str, step: Pass, how: str) -> float:
+def _agreement(result: Result, name: str, step: Pass, how: str) -> float:
     """SQNR between the optimized and the plain run, in dB. Fails if outputs are not finite or have the wrong shape; a model
-    with a dynamic batch is run with one sample and with three."""
+    with a dynamic batch runs on one sample and on three."""
     model = make(name)
     samples = feeds(model, 3, seed=1)
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
-    wanted = outputs(model, samples)
-    found = [outputs(made.model, samples, optimize) for optimize in (True, False)]
-    found += [] if fixed else [outputs(made.model, [batch(samples)])]
-    for one in found:
-        assert [y.shape for y in one] == [y.shape for y in wanted] and all(np.isfinite(y).all() for y in one), (
-            f"behind pass '{step.name}'{how}, model '{name}' gives outputs of another shape, or NaN or Inf; compare "
+    reference = outputs(model, samples)
+    runs = [outputs(result.model, samples, optimize) for optimize in (True, False)]
+    runs += [] if fixed else [outputs(result.model, [batch(samples)])]
+    for run in runs:
+        assert [y.shape for y in run] == [y.shape for y in reference] and all(np.isfinite(y).all() for y in run), (
+            f"after pass '{step.name}'{how}, model '{name}' returns outputs of another shape, or NaN or Inf; compare "
             "result.float_model with the original."
         )
-    return mean_sqnr(found[0], found[1])
+    return mean_sqnr(runs[0], runs[1])
 
 
 def _sentences(step: Pass, name: str, error: OnnxqError) -> None:
-    """Fails if a refusal is not made of whole sentences on one line each."""
+    """Fails unless a refusal consists of whole sentences, each on one line."""
     for problem in error.problems or ("",):
         assert problem.strip().endswith(".") and "\n" not in problem, (
             f"pass '{step.name}' refuses model '{name}' with {problem!r}; raise OnnxqError with one sentence on one line: "
@@ -367,11 +372,11 @@ def _toml(value: object) -> str:
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, (bool, int, float, str)):
         return json.dumps(value, allow_nan=False)
-    raise TypeError(f"{value!r} has no place in TOML")
+    raise TypeError(f"{value!r} cannot be written in TOML")
 
 
 def _plain(value: object) -> object:
-    """Tuples as lists, mappings as dicts; what is not plain as text, which equals nothing that was read."""
+    """Tuples as lists, mappings as dicts; other values as text, which differs from anything that was read."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

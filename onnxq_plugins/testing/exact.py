@@ -1,6 +1,6 @@
-"""The integers that a model means, on every machine. Kernels for x86-64 without VNNI add two products of an unsigned and a
-signed code in 16 bits, which saturates; those of two unsigned codes are exact. So a comparison that is about the model and
-not about the machine runs a copy whose weights have unsigned codes: the same numbers, through other kernels."""
+"""Exact integer arithmetic on every machine. Kernels for x86-64 without VNNI add two products of an unsigned and a signed
+code in 16 bits, which saturates; those for two unsigned codes are exact. So a comparison that is about the model and not
+about the machine runs a copy whose weights have unsigned codes: the same numbers, through other kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LAYERS = ("Conv", "Gemm", "MatMul")
 
 
 def exact_session(model: onnx.ModelProto, *, optimize: bool = True) -> runtimes.Session:
-    """A session in which no kernel saturates. Operators as written (`optimize` False) never do."""
+    """A session in which no kernel saturates. Unoptimized operators (`optimize` False) never do."""
     return runtimes.session(unsigned_weights(model) if optimize and saturates() else model, optimize=optimize)
 
 
@@ -31,22 +31,22 @@ def unsigned_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     has none."""
     source = CodeSource(model, None)
     dequantizers = {n.output[0]: n for n in model.graph.node if n.op_type == "DequantizeLinear"}
-    wanted: dict[str, Array] = {}  # output of a weight's DequantizeLinear -> its codes
+    weights: dict[str, Array] = {}  # output of a weight's DequantizeLinear -> its codes
     for node in model.graph.node:
         if node.op_type in _LAYERS and not node.domain and node.input[0] in dequantizers:
             weight = dequantizers.get(node.input[1])
             if weight is not None and not any(a.name == "block_size" and a.i for a in weight.attribute):
                 codes = source.values(weight.input[0])
                 if codes is not None and codes.dtype == np.int8:
-                    wanted[node.input[1]] = codes
-    if not wanted:
+                    weights[node.input[1]] = codes
+    if not weights:
         return model
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for node in copy.graph.node:
-        if node.op_type == "DequantizeLinear" and node.output[0] in wanted:
+        if node.op_type == "DequantizeLinear" and node.output[0] in weights:
             name, scale = node.output[0], source.stored[node.input[1]]
-            codes = (wanted[name].astype(np.int16) + 128).astype(np.uint8)
+            codes = (weights[name].astype(np.int16) + 128).astype(np.uint8)
             zeros = np.full(tuple(scale.dims), 128, np.uint8)
             new = [numpy_helper.from_array(codes, f"{name}|codes"), numpy_helper.from_array(zeros, f"{name}|zero")]
             copy.graph.initializer.extend(new)

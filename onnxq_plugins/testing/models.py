@@ -1,6 +1,6 @@
 """Small float models, each with one difficulty of real ones, and helpers to run them. All weights are seeded.
 
-They come along with the package, since the checks of `onnxq_plugins.testing` run passes on them. `Net` writes further ones.
+They are part of the package, since the checks of `onnxq_plugins.testing` run passes on them. `Net` builds others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Feed = dict[str, Array]
 
 
 class Net:
-    """Writes a model node by node: every method appends what it says and returns the name of the new tensor."""
+    """Builds a model node by node: every method appends its operator and returns the name of the new tensor."""
 
     def __init__(self, shape: Shape, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
@@ -91,8 +91,8 @@ class Net:
         return self.op("Div", self.op("Mul", x, self.clip(self.op("Add", x, self.constant(3.0)))), self.constant(6.0))
 
     def model(self, *outputs: str, opset: int = 17) -> onnx.ModelProto:
-        made = [helper.make_empty_tensor_value_info(name) for name in outputs]
-        graph = helper.make_graph(self.nodes, "zoo", [self.input], made, self.constants)
+        ports = [helper.make_empty_tensor_value_info(name) for name in outputs]
+        graph = helper.make_graph(self.nodes, "zoo", [self.input], ports, self.constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
         model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
         del model.graph.value_info[:]

@@ -135,7 +135,7 @@ def test_margin_leaves_room():
 
 def test_without_data():
     job, told = absorbed(high("dense"), data=False)
-    assert told == {"layers": {}} and "absorb-bias was left out: without --data" in job.report["notes"][0]
+    assert told == {"layers": {}} and "absorb-bias was skipped: without --data" in job.report["notes"][0]
     assert job.graph.digest() == load(high("dense")).digest()
 
 

@@ -392,7 +392,7 @@ def test_reordering_gains_where_ranges_are_wide(form, solver):
 def test_what_was_solved_for_weights_before_is_told(before, noted):
     model = ZOO["cnn"]()
     made = quantize(model, {**TWO_LEVEL, "pass": [{"use": name} for name in (*before, "reorder")]}, feeds(model, 2))
-    assert any("put it before them" in note for note in made.report["notes"]) == noted
+    assert any("put it before those passes" in note for note in made.report["notes"]) == noted
 
 
 @pytest.mark.parametrize("name", ["cnn", "mobilenet", "resnet20", "transformer"])

@@ -297,7 +297,7 @@ def test_an_audit_against_another_model_is_refused(onnxq):
     onnx.save(cnn(), "m.onnx")
     onnx.save(mlp(), "other.onnx")
     code, _, err = onnxq("audit", "m.onnx", "--against", "other.onnx")
-    assert code == 2 and "give the float model that this one was made of" in err and "check that" not in err
+    assert code == 2 and "give the float model that this one was made from" in err and "check that" not in err
     code, _, err = onnxq("audit", "m.onnx", "--runtime", "openvino", "--against", "m.onnx")
     assert code == 2 and "leave it out beside --runtime openvino" in err
 
@@ -320,7 +320,7 @@ def test_shifts_for_other_targets_are_not_blamed(onnxq):
     assert code == 0 and f"{convs}/{convs} Conv" in out and " quantized for per-tensor; " in out
     assert "run in float in onnxruntime" in out
     _, out, _ = onnxq("audit", "q.onnx")
-    assert "shifts its channels, as target per-tensor has it" in out and "is read in float by" not in out
+    assert "shifts its channels, as target per-tensor needs" in out and "is read in float by" not in out
 
 
 # ---- auto -----------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def fake(taken):
         for k, model in enumerate(models):
             graph = optimized(model)
             nodes = np.array([taken(node, k) for node in graph.node])
-            made.append(latency.Ran(float(nodes.sum()), graph, nodes, ["t"] * len(nodes)))
+            made.append(latency.Profile(float(nodes.sum()), graph, nodes, ["t"] * len(nodes)))
         return made, 7
 
     return profile
@@ -174,7 +174,7 @@ def test_more_than_kernels_account_for_is_counted(monkeypatch):
 
     def slow(models, feed, seconds):
         ran, rounds = whole(models, feed, seconds)
-        return [latency.Ran(one.milliseconds + 3, one.optimized, one.nodes, one.types) for one in ran], rounds
+        return [latency.Profile(one.milliseconds + 3, one.optimized, one.nodes, one.types) for one in ran], rounds
 
     monkeypatch.setattr(latency, "profile", whole)
     feed = next(iter(widths.job.calibration.data))
