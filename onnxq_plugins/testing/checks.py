@@ -29,7 +29,7 @@ from onnxq_plugins.passes.ranges import Ranges
 from onnxq_plugins.passes.round import Round
 from onnxq_plugins.recipe import parse
 from onnxq_plugins.targets import BUILTIN as TARGETS
-from onnxq_plugins.testing.bench import SAMPLES, Bench, Watch, outputs
+from onnxq_plugins.testing.bench import SAMPLES, Bench, Watch, outputs, reference_outputs
 from onnxq_plugins.testing.models import ZOO, batch, feeds, make
 
 PLAIN = ("cnn", "mobilenet", "mlp")
@@ -110,7 +110,7 @@ def check_float_function(step: Pass, bench: Bench) -> None:
     Why: a wrong rewrite may hide in the noise of quantization for long; compared in float, it cannot.
     """
     for name in (*PLAIN, "transformer"):
-        original, samples = make(name), feeds(make(name), SAMPLES)
+        original = make(name)
         result = bench.must((step,), name)
         made = result.float_model
         for kind in ("input", "output"):
@@ -118,11 +118,11 @@ def check_float_function(step: Pass, bench: Bench) -> None:
             assert old == new, (
                 f"pass '{step.name}' changes the {kind}s of model '{name}' from {old} to {new}; keep their names and order."
             )
-        found = outputs(made, samples)
+        found = outputs(made, feeds(original, SAMPLES))
         assert all(np.isfinite(y).all() for y in found), (
             f"behind pass '{step.name}' the float model '{name}' gives NaN or Inf; check the pass for divisions by 0."
         )
-        moved = measure.drift(outputs(original, samples), found)
+        moved = measure.drift(reference_outputs(name, SAMPLES), found)
         assert not step.exact or moved <= DRIFT, (
             f"pass '{step.name}' moves the float outputs of model '{name}' by {moved:.1e} (limit {DRIFT:.0e}) though it "
             "says exact = True; mend the rewrite, or declare exact = False if the change is meant."
@@ -141,11 +141,14 @@ def check_plan(step: Pass, bench: Bench) -> None:
     tried: list[tuple[str, tuple[Pass, ...], dict[str, Any]]] = [(name, (step,), {}) for name in PLAIN]
     tried += [("cnn", (step,), {"weights": weights}), ("cnn", (Ranges(), Round(seconds=0), step), {})]
     for name, steps, changes in tried:
-        watch = Watch(step.name)
         try:
-            bench.quantize(steps, name, watch=watch, changes=changes)  # the engine checks each entry behind each pass
+            bench.result(steps, name, changes=changes)  # the engine checks each entry behind each pass
+            continue
         except OnnxqError as error:
             _sentences(step, name, error)
+        watch = Watch(step.name)
+        with contextlib.suppress(OnnxqError):
+            bench.quantize(steps, name, watch=watch, changes=changes)
         assert watch.seen, f"pass '{step.name}' was not run on model '{name}'; give the kit a recipe that fits (recipe=...)."
 
 
@@ -158,11 +161,11 @@ def check_repeatable(step: Pass, bench: Bench) -> None:
     with _global_random_state():
         np.random.seed(12345)  # noqa: NPY002  it is what must not matter
         random.seed(12345)
-        assert _bytes(bench.must((step,), "mobilenet")) == first, (
+        assert _bytes(bench.must((step,), "mobilenet", anew=True)) == first, (
             f"pass '{step.name}' gives another model when it runs again with the same seed; draw random numbers from "
             "job.rng, depend on no clock, and loop over no set."
         )
-    assert _bytes(bench.must((step,), "mobilenet", workers=2)) == first, (
+    assert _bytes(bench.must((step,), "mobilenet", anew=True, workers=2)) == first, (
         f"pass '{step.name}' gives another model with two workers than with one; draw random numbers before the work is "
         "handed out, and collect results in the order of the layers."
     )
@@ -178,7 +181,7 @@ def check_inputs_left_alone(step: Pass, bench: Bench) -> None:
         data = feeds(model, SAMPLES)
         copies = [{k: v.copy() for k, v in feed.items()} for feed in data]
         with _global_random_state() as same:
-            bench.must((step,), name, model=model, data=data)
+            bench.must((step,), name, anew=True, model=model, data=data)
             assert same(), f"pass '{step.name}' uses or sets a global random generator; draw from job.rng instead."
         assert model.SerializeToString() == make(name).SerializeToString(), (
             f"pass '{step.name}' changes the model it was given; change job.graph through its methods (set_constant ...), "
@@ -196,17 +199,18 @@ def check_targets(step: Pass, bench: Bench) -> None:
     Why: unoptimized, the model computes what the file says; optimized, what the integer kernels make of it. A pass that
     plans what kernels do differently is wrong on one of the two.
     """
-    for target in dict.fromkeys([*(t.name for t in TARGETS), str(bench.recipe.get("target", Recipe.target))]):
+    own = str(bench.recipe.get("target", Recipe.target))
+    for target in dict.fromkeys([*(t.name for t in TARGETS), own]):
         for name in PLAIN[:2]:
-            changes = {"target": target}
+            changes = {} if target == own else {"target": target}
             try:
-                made = bench.quantize((step,), name, changes=changes)
+                made = bench.result((step,), name, changes=changes)
             except OnnxqError as error:
                 _sentences(step, name, error)
                 continue
             apart = _apart(made, name, step, f" for target '{target}'")
             # a processor without VNNI saturates with some codes, whatever the pass
-            assert apart > AGREE or apart > _apart(bench.quantize((), name, changes=changes), name, step, "") - 6, (
+            assert apart > AGREE or apart > _apart(bench.result((), name, changes=changes), name, step, "") - 6, (
                 f"behind pass '{step.name}', model '{name}' for target '{target}' runs {apart:.0f} dB apart with and "
                 "without onnxruntime's optimizations; see docs/runtime.md for what its kernels round."
             )
@@ -234,10 +238,10 @@ def check_odd_graphs(step: Pass, bench: Bench) -> None:
     cases: list[tuple[str, dict[str, Any], str]] = [(name, {}, "") for name in (*ZOO, "fixed_batch") if name not in PLAIN]
     for name, changes, how in [*cases, ("cnn", everything_float, " with all layers left float")]:
         try:
-            made = bench.quantize((step,), name, changes=changes, verify=step.exact)
+            made = bench.result((step,), name, changes=changes, verify=step.exact)
         except OnnxqError as error:
             try:
-                bench.quantize((), name, changes=changes)
+                bench.result((), name, changes=changes)
             except OnnxqError:
                 continue  # the recipe does not fit, whatever the pass
             raise AssertionError(
@@ -256,8 +260,7 @@ def check_not_harmful(step: Pass, bench: Bench) -> None:
     """
     gains = []
     for name in PLAIN:
-        samples = feeds(make(name), 16, seed=1)
-        reference = outputs(make(name), samples)
+        samples, reference = feeds(make(name), 16, seed=1), reference_outputs(name, 16, seed=1)
         without, behind = (mean_sqnr(reference, outputs(bench.must(steps, name).model, samples)) for steps in ((), (step,)))
         gains.append(behind - without)
     each = ", ".join(f"{name} {gain:+.1f}" for name, gain in zip(PLAIN, gains, strict=True))
@@ -273,7 +276,7 @@ def check_report(step: Pass, bench: Bench) -> None:
     Why: ``--report`` writes it, and tools read it.
     """
     watch = Watch(step.name)
-    result = bench.must((step,), "mobilenet", watch=watch)
+    result = bench.must((step,), "mobilenet", anew=True, watch=watch)
     for *_, told in watch.seen:
         assert isinstance(told, dict), f"pass '{step.name}' returns a {type(told).__name__}; return a dict, or nothing."
         assert all(isinstance(key, str) for key in told), f"pass '{step.name}' reports under keys that are no text."
@@ -339,7 +342,7 @@ def _apart(made: Result, name: str, step: Pass, how: str) -> float:
     model = make(name)
     samples = feeds(model, 3, seed=1)
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
-    wanted = outputs(model, samples)
+    wanted = reference_outputs(name, 3, seed=1)
     found = [outputs(made.model, samples, optimize) for optimize in (True, False)]
     found += [] if fixed else [outputs(made.model, [batch(samples)])]
     for one in found:
