@@ -4,6 +4,7 @@ what other packages compute from their arguments alone, slowly, is computed once
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points, version
@@ -30,6 +31,11 @@ def _exact(model: onnx.ModelProto | bytes | str | Path, **options: Any) -> runti
             model = onnx.load(str(model))
         model = unsigned_weights(model) if isinstance(model, onnx.ModelProto) else model
     return _session(model, **options)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "not slow" not in config.option.markexpr:
+        os.environ["ONNXQ_SLOW"] = "1"  # read by tests.zoo.examples, in xdist's workers too
 
 
 @functools.cache

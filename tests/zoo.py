@@ -1,6 +1,8 @@
 """The small models of `onnxq_plugins.testing`, and settings of property tests."""
 
-from hypothesis import settings
+import os
+
+from hypothesis import HealthCheck, settings
 
 from onnxq_plugins.testing.models import (
     ZOO,
@@ -55,5 +57,13 @@ __all__ = [
 
 
 def examples(n: int) -> settings:
-    """Settings of a property test: the same `n` examples in every run."""
-    return settings(max_examples=n, deadline=None, derandomize=True, database=None)
+    """Settings of a property test: the same examples in every run. All `n` of them where slow tests run too (pytest -m ""),
+    a third elsewhere, but ten at least."""
+    few = n if os.environ.get("ONNXQ_SLOW") else max(min(n, 10), n // 3)
+    return settings(
+        max_examples=few,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )

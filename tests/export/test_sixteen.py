@@ -53,7 +53,7 @@ def exported(model, bits):
     plan = requests.request(graph, recipe, NPU).plan
     plan |= {n: replace(plan[n], bits=bits(n)) for n in plan if not graph.is_constant(n)}
     samples = open_data(feeds(model, 8), graph_inputs(graph))
-    job = Job(graph, plan, Calibration(graph, samples, workers=1), NPU, recipe, np.random.default_rng(0), 1, {})
+    job = Job(graph, plan, Calibration(graph, samples, workers=1), NPU, recipe, np.random.default_rng(0))
     complete(job)
     inputs = {y.name: Planned(graph, job.plan, NPU).input(y) for y in graph.layers if y.weight in job.plan}
     assert not problems(NPU, graph, job.plan, inputs)

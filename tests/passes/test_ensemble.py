@@ -138,7 +138,7 @@ def broken(what):
         "divides by": lambda: net.op("Div", y, net.op("Add", y, net.constant(9.0))),
         "Divs": lambda: net.op("Div", net.constant(1.0), y),
         "map 0 to 0": lambda: net.clip(y, 1.0, 2.0),
-        "they do not": lambda: net.op("Concat", y, "x", axis=1),
+        "with other tensors": lambda: net.op("Concat", y, "x", axis=1),
         "another shape": lambda: net.op("Add", net.op("GlobalAveragePool", y), net.weight(1, 4, 6, 6)),
         "move values": lambda: net.op("Pad", y, net.constant([0, 0, 1, 1] * 2, np.int64), net.constant(1.0)),
         "body": lambda: None,
@@ -148,7 +148,17 @@ def broken(what):
 
 @pytest.mark.parametrize(
     "what",
-    ["Sqrt", "product of two", "divides by", "Divs", "map 0 to 0", "with other tensors", "another shape", "move values", "body"],
+    [
+        "Sqrt",
+        "product of two",
+        "divides by",
+        "Divs",
+        "map 0 to 0",
+        "with other tensors",
+        "another shape",
+        "move values",
+        "body",
+    ],
 )
 def test_operators_in_the_way_are_named(what):
     model = ZOO["control_flow"]() if what == "body" else broken(what)

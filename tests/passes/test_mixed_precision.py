@@ -18,7 +18,7 @@ from onnxq_plugins.data import graph_inputs, open_data
 from onnxq_plugins.export import qdq
 from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.flow import activation_inputs, maker_of
-from onnxq_plugins.job import Job
+from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.measure.metrics import mean_sqnr, metric, percent_agreement
 from onnxq_plugins.measure.networks import Measure
@@ -51,7 +51,7 @@ def make_job(model, recipe=None, n: int = 6) -> Job:
         made,
         np.random.default_rng(0),
         1,
-        {"floats": dict(asked.floats), "notes": []},
+        Report(floats=dict(asked.floats)),
     )
 
 
