@@ -6,18 +6,20 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Sequence
-from importlib.metadata import EntryPoint, entry_points, version
+from collections.abc import Callable
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx.version_converter
 import pytest
+from rich.console import Console
 
-from onnxq_plugins import plugins, runtimes
+from onnxq_plugins import cli, plugins, runtimes
 from onnxq_plugins.export import provenance
 from onnxq_plugins.testing.exact import saturates, unsigned_weights
+from tests.cli.folder import Ran
 
 _session = runtimes.session
 _convert = onnx.version_converter.convert_version
@@ -38,14 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["ONNXQ_SLOW"] = "1"  # read by tests.zoo.examples, in xdist's workers too
 
 
-@functools.cache
-def _entry_points(group: str, path: tuple[str, ...]) -> Sequence[EntryPoint]:
-    return entry_points(group=group)
-
-
-@functools.cache
-def _version(name: str, path: tuple[str, ...]) -> str:
-    return version(name)
+_entry_points = functools.cache(entry_points)
+_version = functools.cache(version)
 
 
 @functools.lru_cache(maxsize=512)
@@ -57,10 +53,35 @@ def _converted(model: bytes, version: int) -> bytes:
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     if saturates():
         monkeypatch.setattr(runtimes, "session", _exact)
-    monkeypatch.setattr(plugins, "entry_points", lambda group: _entry_points(group, tuple(sys.path)))
-    monkeypatch.setattr(provenance, "version", lambda name: _version(name, tuple(sys.path)))
+    monkeypatch.setattr(plugins, "entry_points", _entry_points)
+    monkeypatch.setattr(provenance, "version", _version)
     monkeypatch.setattr(
         onnx.version_converter,
         "convert_version",
         lambda model, version: onnx.ModelProto.FromString(_converted(model.SerializeToString(), version)),
     )
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latencies are measured for 20 ms."""
+    latency = runtimes.latency
+    monkeypatch.setattr(runtimes, "latency", lambda runners, feed, seconds=1.0: latency(runners, feed, 0.02))
+
+
+@pytest.fixture
+def onnxq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path, quick: None) -> Callable[..., Ran]:
+    """Runs the command line in an empty folder, without installed plugins."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: ())
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cli.console, "out", Console(soft_wrap=True, width=300))  # tables would wrap at 80
+
+    def call(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["onnxq", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return Ran(int(caught.value.code or 0), *capsys.readouterr())
+
+    return call

@@ -2,8 +2,11 @@
 
 import os
 
+import numpy as np
+import onnx
 from hypothesis import HealthCheck, settings
 
+from onnxq_plugins import runtimes
 from onnxq_plugins.testing.models import (
     ZOO,
     Net,
@@ -42,6 +45,7 @@ __all__ = [
     "feeds",
     "grouped",
     "inception",
+    "labelled",
     "mlp",
     "mobilenet",
     "no_bias",
@@ -49,11 +53,24 @@ __all__ = [
     "odd_channels",
     "prelu",
     "resnet20",
+    "rows",
     "run",
     "shared_weights",
     "transformer",
     "written_out",
 ]
+
+
+def rows(model: onnx.ModelProto, n: int) -> np.ndarray:
+    """`n` random samples as one array, for a model of one input."""
+    return np.concatenate([next(iter(feed.values())) for feed in feeds(model, n)])
+
+
+def labelled(n: int = 40, wrong: bool = False) -> tuple[onnx.ModelProto, np.ndarray, np.ndarray]:
+    """A model, samples, and what the model says of them, or never says."""
+    model = mlp()
+    outputs = runtimes.outputs(runtimes.session(model), feeds(model, n))[0]
+    return model, rows(model, n), outputs.argmin(-1) if wrong else outputs.argmax(-1)
 
 
 def examples(n: int) -> settings:
