@@ -37,11 +37,6 @@ def searched(model, n: int = 6, recipe=None, **parameters):
     return quantize(model, recipe or recipe_of(**parameters), feeds(model, n), workers=1)
 
 
-def chosen(points) -> dict:
-    (found,) = (p for p in points if p.get("chosen"))
-    return found
-
-
 @pytest.fixture
 def onnxq(onnxq):
     """`onnxq quantize` in a folder with a model and data."""

@@ -14,7 +14,7 @@ from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.flow import maker_of
 from onnxq_plugins.job import Job
 from onnxq_plugins.layers.complete import complete
-from onnxq_plugins.measure.metrics import mean_sqnr, metric, percent_agreement
+from onnxq_plugins.measure.metrics import mean_sqnr, metric
 from onnxq_plugins.measure.networks import Measure
 from onnxq_plugins.passes.mixed_precision import MixedPrecision
 from onnxq_plugins.plan.planned import Planned
@@ -390,12 +390,6 @@ def test_a_bit_of_one_groups_weights_is_worth_6_db():
     for number in range(len(widths.groups)):
         db = [measure.score(widths.plan({number: Width(n, 16)})) for n in range(3, 9)]
         assert np.all(np.diff(db) > 2) and 4.5 < np.diff(db).mean() < 7.5
-
-
-def test_agreement_is_a_percentage():
-    a = np.eye(4, dtype=np.float32)
-    assert percent_agreement([a], [a]) == 100
-    assert percent_agreement([a], [a[[0, 1, 3, 2]]]) == 50
 
 
 def test_a_model_that_insists_on_its_batch_size_is_searched():
