@@ -26,7 +26,8 @@ _convert = onnx.version_converter.convert_version
 
 
 def _exact(model: onnx.ModelProto | bytes | str | Path, **options: Any) -> runtimes.Session:
-    if options.get("optimize", True) and not options.get("folder") and not options.get("weights"):
+    """An audit (`dump`) is about the kernels of the model itself, and runs it as it is."""
+    if options.get("optimize", True) and not any(options.get(name) for name in ("dump", "folder", "weights")):
         if isinstance(model, bytes):
             model = onnx.load_from_string(model)
         elif isinstance(model, (str, Path)) and Path(model).is_file():

@@ -22,7 +22,7 @@ def test_sqnr_is_the_mean_ratio_of_the_samples_in_db():
 def test_sqnr_leaves_out_samples_without_signal_and_is_bounded():
     signal = np.array([[1.0, 1.0], [0.0, 0.0]])
     assert sqnr(signal, signal) == IDENTICAL
-    assert sqnr(signal, signal + [[0.1, 0.1], [9, 9]]) == pytest.approx(20)
+    assert sqnr(signal, signal + np.array([[0.1, 0.1], [9, 9]])) == pytest.approx(20)
     assert sqnr(0 * signal, signal) == IDENTICAL
 
 
