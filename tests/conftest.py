@@ -1,21 +1,33 @@
-"""Tests are about models, not about the processor: where kernels can saturate, sessions run the same integers exactly."""
+"""Tests are about models, not about the machine: where kernels can saturate, sessions run the same integers exactly. And
+what other packages compute from their arguments alone, slowly, is computed once a process."""
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.version_converter
 import pytest
+from rich.console import Console
 
-from onnxq_plugins import runtimes
+from onnxq_plugins import cli, plugins, runtimes
+from onnxq_plugins.export import provenance
 from onnxq_plugins.testing.exact import saturates, unsigned_weights
+from tests.cli.folder import Ran
 
 _session = runtimes.session
+_convert = onnx.version_converter.convert_version
 
 
 def _exact(model: onnx.ModelProto | bytes | str | Path, **options: Any) -> runtimes.Session:
-    if options.get("optimize", True) and not options.get("folder") and not options.get("weights"):
+    """An audit (`dump`) is about the kernels of the model itself, and runs it as it is."""
+    if options.get("optimize", True) and not any(options.get(name) for name in ("dump", "folder", "weights")):
         if isinstance(model, bytes):
             model = onnx.load_from_string(model)
         elif isinstance(model, (str, Path)) and Path(model).is_file():
@@ -24,8 +36,53 @@ def _exact(model: onnx.ModelProto | bytes | str | Path, **options: Any) -> runti
     return _session(model, **options)
 
 
-if saturates():
+def pytest_configure(config: pytest.Config) -> None:
+    if "not slow" not in config.option.markexpr:
+        os.environ["ONNXQ_SLOW"] = "1"  # read by tests.zoo.examples, in xdist's workers too
 
-    @pytest.fixture(autouse=True)
-    def exact_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+
+_entry_points = functools.cache(entry_points)
+_version = functools.cache(version)
+
+
+@functools.lru_cache(maxsize=512)
+def _converted(model: bytes, version: int) -> bytes:
+    return bytes(_convert(onnx.ModelProto.FromString(model), version).SerializeToString())
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    if saturates():
         monkeypatch.setattr(runtimes, "session", _exact)
+    monkeypatch.setattr(plugins, "entry_points", _entry_points)
+    monkeypatch.setattr(provenance, "version", _version)
+    monkeypatch.setattr(
+        onnx.version_converter,
+        "convert_version",
+        lambda model, version: onnx.ModelProto.FromString(_converted(model.SerializeToString(), version)),
+    )
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latencies are measured for 20 ms."""
+    latency = runtimes.latency
+    monkeypatch.setattr(runtimes, "latency", lambda runners, feed, seconds=1.0: latency(runners, feed, 0.02))
+
+
+@pytest.fixture
+def onnxq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path, quick: None) -> Callable[..., Ran]:
+    """Runs the command line in an empty folder, without installed plugins."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: ())
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cli.console, "out", Console(soft_wrap=True, width=300))  # tables would wrap at 80
+
+    def call(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["onnxq", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return Ran(int(caught.value.code or 0), *capsys.readouterr())
+
+    return call

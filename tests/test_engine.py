@@ -18,6 +18,7 @@ from onnxq_plugins.cli.digits import digits_model_path, digits_split
 from onnxq_plugins.graph import channel_groups
 from onnxq_plugins.job import Job
 from onnxq_plugins.laws import LawBroken
+from onnxq_plugins.report import summary
 from onnxq_plugins.spec import encode, solve_minmax
 from tests.zoo import ZOO, Net, cnn, feeds, grouped, mlp, mobilenet, transformer
 
@@ -419,9 +420,7 @@ def test_a_crash_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, w
     def crash(*_, **__):
         raise error
 
-    owner, name = {"export": (engine.qdq, "export"), "replace": (engine.os, "replace"), "audit": (engine, "audit_model")}[
-        where
-    ]
+    owner, name = {"export": (engine, "export"), "replace": (os, "replace"), "audit": (summary, "audit_model")}[where]
     monkeypatch.setattr(owner, name, crash)
     with pytest.raises(OnnxqError if where == "replace" and isinstance(error, OSError) else type(error)):
         run(cnn(), {}, output=path)
@@ -430,14 +429,14 @@ def test_a_crash_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, w
 
 
 def test_a_model_the_runtime_refuses_is_not_written(tmp_path, monkeypatch):
-    real = engine.qdq.export
+    real = engine.export
 
     def broken(*arguments, **more):
         model = real(*arguments, **more)
         model.graph.node[0].op_type = "NoSuchOperator"
         return model
 
-    monkeypatch.setattr(engine.qdq, "export", broken)
+    monkeypatch.setattr(engine, "export", broken)
     with pytest.raises(OnnxqError, match="cannot load the model"):
         run(cnn(), {}, output=tmp_path / "made.onnx")
     assert not os.listdir(tmp_path)

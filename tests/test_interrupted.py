@@ -19,7 +19,7 @@ from onnxq_plugins.files import load_arrays, save_arrays
 from tests import zoo
 
 ROOT = Path(__file__).parent.parent
-MIXED = ["-r", "mixed", "--set", "mixed-precision.curve=3"]
+MIXED = ["mixed-precision.curve=3"]
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def start(folder: Path, output: Path, cache: Path | None, name: str = "mobilenet") -> subprocess.Popen:
-    more = ["--cache", str(cache)] if cache is not None else []
+def start(folder: Path, output: Path, cache: Path, name: str = "mobilenet") -> subprocess.Popen:
     return subprocess.Popen(
         [
             sys.executable,
@@ -48,8 +47,11 @@ def start(folder: Path, output: Path, cache: Path | None, name: str = "mobilenet
             str(output),
             "--workers",
             "2",
-            *MIXED,
-            *more,
+            "-r",
+            "mixed",
+            *(part for setting in MIXED for part in ("--set", setting)),
+            "--cache",
+            str(cache),
         ],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
@@ -58,17 +60,19 @@ def start(folder: Path, output: Path, cache: Path | None, name: str = "mobilenet
 
 
 def finish(run: subprocess.Popen) -> None:
-    told = run.communicate()[1]
-    assert run.returncode == 0, told.decode()
+    errors = run.communicate()[1]
+    assert run.returncode == 0, errors.decode()
 
 
 @pytest.fixture(scope="module")
 def wanted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What undisturbed runs without a cache write."""
-    made = {name: tmp_path_factory.mktemp("wanted") / "m.onnx" for name in ("mobilenet", "inception")}
-    for run in [start(folder, path, None, name) for name, path in made.items()]:
-        finish(run)
-    return {name: path.read_bytes() for name, path in made.items()}
+    written = {}
+    for name in ("mobilenet", "inception"):
+        path = tmp_path_factory.mktemp("wanted") / "m.onnx"
+        quantize(folder / f"{name}.onnx", "mixed", folder / f"{name}.npz", settings=MIXED, output=path, workers=2)
+        written[name] = path.read_bytes()
+    return written
 
 
 def files(cache: Path, end: str) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,16 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
 
 
-def run(name: str, folder: Path) -> str:
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[[str], str]:
     """What an example prints, run in a folder of its own."""
-    found = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=300,
-    )
-    assert found.returncode == 0, found.stderr
-    return found.stdout
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str) -> str:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
 
 
 def numbers(text: str, what: str) -> list[float]:
@@ -37,39 +33,39 @@ def numbers(text: str, what: str) -> list[float]:
     return [float(found) for found in re.findall(rf"{what} ([-+0-9.e]+)", text)]
 
 
-def test_float_rewrites_in_front_of_onnxruntimes_tool(tmp_path):
-    told = run("rewrites_then_ort.py", tmp_path)
-    plain, equalized = numbers(told, "SQNR")
-    assert equalized > plain + 1 and numbers(told, "differs by")[0] < 1e-4
+def test_float_rewrites_in_front_of_onnxruntimes_tool(run):
+    output = run("rewrites_then_ort.py")
+    plain, equalized = numbers(output, "SQNR")
+    assert equalized > plain + 1 and numbers(output, "differs by")[0] < 1e-4
 
 
-def test_a_calibration_reader_as_it_is(tmp_path):
-    assert "17/17 Conv as QLinearConv" in run("calibration_reader.py", tmp_path)
+def test_a_calibration_reader_as_it_is(run, tmp_path):
+    assert "17/17 Conv as QLinearConv" in run("calibration_reader.py")
     assert (tmp_path / "digits.int8.onnx").is_file()
 
 
-def test_a_plan_for_onnxruntimes_tool(tmp_path):
-    ours, theirs = numbers(run("plan_to_ort.py", tmp_path), "SQNR")
+def test_a_plan_for_onnxruntimes_tool(run):
+    ours, theirs = numbers(run("plan_to_ort.py"), "SQNR")
     assert abs(ours - theirs) < 1
 
 
-def test_a_model_in_openvino(tmp_path):
+def test_a_model_in_openvino(run):
     pytest.importorskip("openvino", reason="needs the extra openvino")
-    told = run("openvino_model.py", tmp_path)
-    there, here = numbers(told, "accuracy")
-    assert there > 0.97 and abs(there - here) < 0.01 and numbers(told, "argmax:")[0] > 0.99
+    output = run("openvino_model.py")
+    there, here = numbers(output, "accuracy")
+    assert there > 0.97 and abs(there - here) < 0.01 and numbers(output, "argmax:")[0] > 0.99
 
 
-def test_a_scikit_learn_pipeline(tmp_path):
+def test_a_scikit_learn_pipeline(run):
     pytest.importorskip("skl2onnx", reason="needs skl2onnx")
-    told = run("sklearn_pipeline.py", tmp_path)
-    before, after = numbers(told, "accuracy")
-    assert "3/3 MatMul" in told and after > before - 0.03
+    output = run("sklearn_pipeline.py")
+    before, after = numbers(output, "accuracy")
+    assert "3/3 MatMul" in output and after > before - 0.03
 
 
-def test_a_pass_of_olive(tmp_path):
+def test_a_pass_of_olive(run):
     pytest.importorskip("olive", reason="needs olive-ai")
-    assert numbers(run("olive_pass.py", tmp_path), "accuracy")[0] > 0.97
+    assert numbers(run("olive_pass.py"), "accuracy")[0] > 0.97
 
 
 def test_what_a_notebook_shows():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxq_plugins import OnnxqError, Pass, Recipe, load
@@ -19,7 +19,7 @@ from onnxq_plugins.plan import requests
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import builtin_recipes, load_recipe, parse
 from onnxq_plugins.targets.ort_cpu import ORT_CPU
-from tests.zoo import ZOO, cnn, mobilenet, transformer
+from tests.zoo import ZOO, cnn, examples, mobilenet, transformer
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ RECIPE = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(150)
 @given(RECIPE)
 def test_a_recipe_survives_the_way_through_plain_values_and_json(recipe):
     table = recipe.to_dict()

@@ -1,7 +1,12 @@
 """The small models of `onnxq_plugins.testing`, and settings of property tests."""
 
-from hypothesis import settings
+import os
 
+import numpy as np
+import onnx
+from hypothesis import HealthCheck, settings
+
+from onnxq_plugins import runtimes
 from onnxq_plugins.testing.models import (
     ZOO,
     Net,
@@ -40,6 +45,7 @@ __all__ = [
     "feeds",
     "grouped",
     "inception",
+    "labelled",
     "mlp",
     "mobilenet",
     "no_bias",
@@ -47,6 +53,7 @@ __all__ = [
     "odd_channels",
     "prelu",
     "resnet20",
+    "rows",
     "run",
     "shared_weights",
     "transformer",
@@ -54,6 +61,26 @@ __all__ = [
 ]
 
 
+def rows(model: onnx.ModelProto, n: int) -> np.ndarray:
+    """`n` random samples as one array, for a model of one input."""
+    return np.concatenate([next(iter(feed.values())) for feed in feeds(model, n)])
+
+
+def labelled(n: int = 40, wrong: bool = False) -> tuple[onnx.ModelProto, np.ndarray, np.ndarray]:
+    """A model, samples, and what the model says of them, or never says."""
+    model = mlp()
+    outputs = runtimes.outputs(runtimes.session(model), feeds(model, n))[0]
+    return model, rows(model, n), outputs.argmin(-1) if wrong else outputs.argmax(-1)
+
+
 def examples(n: int) -> settings:
-    """Settings of a property test: the same `n` examples in every run."""
-    return settings(max_examples=n, deadline=None, derandomize=True, database=None)
+    """Settings of a property test: the same examples in every run. All `n` of them where slow tests run too (pytest -m ""),
+    a third elsewhere, but ten at least."""
+    few = n if os.environ.get("ONNXQ_SLOW") else max(min(n, 10), n // 3)
+    return settings(
+        max_examples=few,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )

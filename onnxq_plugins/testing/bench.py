@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Mapping, Sequence
+import json
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import onnx
@@ -70,8 +72,8 @@ class Bench:
         watch: object = None,
         **options: Any,
     ) -> Result:
-        """Quantize the model of that name by the recipe and the passes. Raises OnnxqError for what the engine refuses,
-        AssertionError for a pass that fails or breaks a law.
+        """Quantize the model of that name by the recipe and the passes, anew each time; `result` is the one to read from.
+        Raises OnnxqError for what the engine refuses, AssertionError for a pass that fails or breaks a law.
 
         model     in place of the one of that name
         data      in place of eight random samples
@@ -91,10 +93,21 @@ class Bench:
         except LawBroken as error:
             raise AssertionError(f"on model '{name}', {error}") from error
 
-    def must(self, steps: Sequence[Pass], name: str, **options: Any) -> Result:
-        """`quantize` where a refusal is a failure too."""
+    def result(
+        self, steps: Sequence[Pass], name: str, *, changes: Mapping[str, Any] | None = None, verify: bool = False
+    ) -> Result:
+        """What `quantize` gives, perhaps of a run before: checks that only read it share it."""
         try:
-            return self.quantize(steps, name, **options)
+            recipe = json.dumps(self.table(*steps, **(changes or {})), sort_keys=True)
+        except (TypeError, ValueError):  # no recipe could hold such a pass
+            return self.quantize(steps, name, changes=changes, verify=verify)
+        run = partial(self.quantize, tuple(steps), name, changes=changes, verify=verify)
+        return _shared(_Run(recipe, tuple(map(type, steps)), tuple(map(id, self.plugins)), name, verify, run))
+
+    def must(self, steps: Sequence[Pass], name: str, *, anew: bool = False, **options: Any) -> Result:
+        """`quantize` (anew) or `result`, where a refusal is a failure too."""
+        try:
+            return self.quantize(steps, name, **options) if anew else self.result(steps, name, **options)
         except OnnxqError as error:
             raise AssertionError(
                 f"{_subject(steps)} raises an error on model '{name}' ({error.problems[0]}) where it must work; "
@@ -129,6 +142,23 @@ class Watch:
         return result
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What a result depends on, and how to make it."""
+
+    recipe: str
+    kinds: tuple[type[Pass], ...]
+    plugins: tuple[int, ...]  # their identities, valid as long as `make` holds the bench
+    name: str
+    verify: bool
+    make: Callable[[], Result] = field(compare=False)
+
+
+@functools.lru_cache(maxsize=32)
+def _shared(run: _Run) -> Result:
+    return run.make()
+
+
 def _subject(steps: Sequence[Pass]) -> str:
     return f"pass '{steps[0].name}'" if steps else "the recipe, without the pass,"
 
@@ -136,3 +166,9 @@ def _subject(steps: Sequence[Pass]) -> str:
 def outputs(model: onnx.ModelProto, samples: Sequence[Mapping[str, Array]], optimize: bool = True) -> list[Array]:
     """Every output over the samples."""
     return runtimes.outputs(exact_session(model, optimize=optimize), samples)
+
+
+@functools.lru_cache(maxsize=64)
+def reference_outputs(name: str, n: int, seed: int = 0) -> tuple[Array, ...]:
+    """Every output of a float model over `n` feeds."""
+    return tuple(outputs(make(name), feeds(make(name), n, seed)))

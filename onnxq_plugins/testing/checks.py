@@ -29,7 +29,7 @@ from onnxq_plugins.passes.ranges import Ranges
 from onnxq_plugins.passes.round import Round
 from onnxq_plugins.recipe import parse
 from onnxq_plugins.targets import BUILTIN as TARGETS
-from onnxq_plugins.testing.bench import SAMPLES, Bench, Watch, outputs
+from onnxq_plugins.testing.bench import SAMPLES, Bench, Watch, outputs, reference_outputs
 from onnxq_plugins.testing.models import ZOO, batch, feeds, make
 
 PLAIN = ("cnn", "mobilenet", "mlp")
@@ -110,7 +110,7 @@ def check_float_function(step: Pass, bench: Bench) -> None:
     Why: a wrong rewrite may hide in the noise of quantization for long; compared in float, it cannot.
     """
     for name in (*PLAIN, "transformer"):
-        original, samples = make(name), feeds(make(name), SAMPLES)
+        original = make(name)
         result = bench.must((step,), name)
         rewritten = result.float_model
         for kind in ("input", "output"):
@@ -118,11 +118,11 @@ def check_float_function(step: Pass, bench: Bench) -> None:
             assert old == new, (
                 f"pass '{step.name}' changes the {kind}s of model '{name}' from {old} to {new}; keep their names and order."
             )
-        results = outputs(rewritten, samples)
+        results = outputs(rewritten, feeds(original, SAMPLES))
         assert all(np.isfinite(y).all() for y in results), (
             f"after pass '{step.name}' the float model '{name}' returns NaN or Inf; check the pass for divisions by 0."
         )
-        drift = measure.drift(outputs(original, samples), results)
+        drift = measure.drift(reference_outputs(name, SAMPLES), results)
         assert not step.exact or drift <= DRIFT, (
             f"pass '{step.name}' changes the float outputs of model '{name}' by {drift:.1e} (limit {DRIFT:.0e}) though it "
             "declares exact = True; fix the rewrite, or declare exact = False if the change is intended."
@@ -142,11 +142,14 @@ def check_plan(step: Pass, bench: Bench) -> None:
     attempts: list[tuple[str, tuple[Pass, ...], dict[str, Any]]] = [(name, (step,), {}) for name in PLAIN]
     attempts += [("cnn", (step,), {"weights": weights}), ("cnn", (Ranges(), Round(seconds=0), step), {})]
     for name, steps, changes in attempts:
-        watch = Watch(step.name)
         try:
-            bench.quantize(steps, name, watch=watch, changes=changes)  # the engine checks each entry after each pass
+            bench.result(steps, name, changes=changes)  # the engine checks each entry after each pass
+            continue
         except OnnxqError as error:
             _sentences(step, name, error)
+        watch = Watch(step.name)
+        with contextlib.suppress(OnnxqError):
+            bench.quantize(steps, name, watch=watch, changes=changes)
         assert watch.runs, f"pass '{step.name}' was not run on model '{name}'; give the kit a suitable recipe (recipe=...)."
 
 
@@ -159,11 +162,11 @@ def check_repeatable(step: Pass, bench: Bench) -> None:
     with _global_random_state():
         np.random.seed(12345)  # noqa: NPY002  its state must not matter
         random.seed(12345)
-        assert _bytes(bench.must((step,), "mobilenet")) == first, (
+        assert _bytes(bench.must((step,), "mobilenet", anew=True)) == first, (
             f"pass '{step.name}' makes another model when it runs again with the same seed; draw random numbers from "
             "job.rng, do not depend on a clock, and do not loop over a set."
         )
-    assert _bytes(bench.must((step,), "mobilenet", workers=2)) == first, (
+    assert _bytes(bench.must((step,), "mobilenet", anew=True, workers=2)) == first, (
         f"pass '{step.name}' makes another model with two workers than with one; draw random numbers before work is "
         "distributed, and collect results in the order of the layers."
     )
@@ -179,7 +182,7 @@ def check_inputs_left_alone(step: Pass, bench: Bench) -> None:
         data = feeds(model, SAMPLES)
         copies = [{k: v.copy() for k, v in feed.items()} for feed in data]
         with _global_random_state() as same:
-            bench.must((step,), name, model=model, data=data)
+            bench.must((step,), name, anew=True, model=model, data=data)
             assert same(), f"pass '{step.name}' uses or sets a global random generator; draw from job.rng instead."
         assert model.SerializeToString() == make(name).SerializeToString(), (
             f"pass '{step.name}' changes the model it was given; change job.graph through its methods (set_constant ...), "
@@ -197,17 +200,18 @@ def check_targets(step: Pass, bench: Bench) -> None:
     Why: unoptimized, the model computes what the file says; optimized, what the integer kernels do. A pass that plans what
     kernels compute differently is wrong in one of the two.
     """
-    for target in dict.fromkeys([*(t.name for t in TARGETS), str(bench.recipe.get("target", Recipe.target))]):
+    own = str(bench.recipe.get("target", Recipe.target))
+    for target in dict.fromkeys([*(t.name for t in TARGETS), own]):
         for name in PLAIN[:2]:
-            changes = {"target": target}
+            changes = {} if target == own else {"target": target}
             try:
-                result = bench.quantize((step,), name, changes=changes)
+                result = bench.result((step,), name, changes=changes)
             except OnnxqError as error:
                 _sentences(step, name, error)
                 continue
             agreement = _agreement(result, name, step, f" for target '{target}'")
             # a processor without VNNI saturates with some codes, whatever the pass
-            plain = 0.0 if agreement > AGREE else _agreement(bench.quantize((), name, changes=changes), name, step, "")
+            plain = 0.0 if agreement > AGREE else _agreement(bench.result((), name, changes=changes), name, step, "")
             assert agreement > AGREE or agreement > plain - 6, (
                 f"after pass '{step.name}', the outputs of model '{name}' for target '{target}' with and without "
                 f"onnxruntime's optimizations agree to {agreement:.0f} dB only; see docs/runtime.md for what its kernels "
@@ -238,10 +242,10 @@ def check_odd_graphs(step: Pass, bench: Bench) -> None:
     cases: list[tuple[str, dict[str, Any], str]] = [(name, {}, "") for name in (*ZOO, "fixed_batch") if name not in PLAIN]
     for name, changes, how in [*cases, ("cnn", everything_float, " with all layers left float")]:
         try:
-            result = bench.quantize((step,), name, changes=changes, verify=step.exact)
+            result = bench.result((step,), name, changes=changes, verify=step.exact)
         except OnnxqError as error:
             try:
-                bench.quantize((), name, changes=changes)
+                bench.result((), name, changes=changes)
             except OnnxqError:
                 continue  # the recipe does not suit the model, whatever the pass
             raise AssertionError(
@@ -260,8 +264,7 @@ def check_not_harmful(step: Pass, bench: Bench) -> None:
     """
     gains = []
     for name in PLAIN:
-        samples = feeds(make(name), 16, seed=1)
-        reference = outputs(make(name), samples)
+        samples, reference = feeds(make(name), 16, seed=1), reference_outputs(name, 16, seed=1)
         before, after = (mean_sqnr(reference, outputs(bench.must(steps, name).model, samples)) for steps in ((), (step,)))
         gains.append(after - before)
     each = ", ".join(f"{name} {gain:+.1f}" for name, gain in zip(PLAIN, gains, strict=True))
@@ -277,7 +280,7 @@ def check_report(step: Pass, bench: Bench) -> None:
     Why: ``--report`` writes it, and tools read it.
     """
     watch = Watch(step.name)
-    result = bench.must((step,), "mobilenet", watch=watch)
+    result = bench.must((step,), "mobilenet", anew=True, watch=watch)
     for *_, returned in watch.runs:
         kind = type(returned).__name__
         assert isinstance(returned, dict), f"pass '{step.name}' returns a {kind}; return a dict, or nothing."
@@ -344,7 +347,7 @@ def _agreement(result: Result, name: str, step: Pass, how: str) -> float:
     model = make(name)
     samples = feeds(model, 3, seed=1)
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
-    reference = outputs(model, samples)
+    reference = reference_outputs(name, 3, seed=1)
     runs = [outputs(result.model, samples, optimize) for optimize in (True, False)]
     runs += [] if fixed else [outputs(result.model, [batch(samples)])]
     for run in runs:

@@ -4,6 +4,8 @@ about the machine runs a copy whose weights have unsigned codes: the same number
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -18,9 +20,15 @@ _LAYERS = ("Conv", "Gemm", "MatMul")
 
 def exact_session(model: onnx.ModelProto, *, optimize: bool = True) -> runtimes.Session:
     """A session in which no kernel saturates. Unoptimized operators (`optimize` False) never do."""
-    return runtimes.session(unsigned_weights(model) if optimize and saturates() else model, optimize=optimize)
+    return runtimes.session(exact_model(model) if optimize else model, optimize=optimize)
 
 
+def exact_model(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model of the same numbers that no runtime on this machine saturates; the model itself where none does."""
+    return unsigned_weights(model) if saturates() else model
+
+
+@cache
 def saturates() -> bool:
     """True if integer kernels of this machine can saturate."""
     return has_vnni() is False

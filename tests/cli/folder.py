@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -12,8 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.zoo import cnn, feeds
 
 
-@dataclass(frozen=True)
-class Ran:
+class Ran(NamedTuple):
+    """Exit code, standard output, standard error."""
+
     code: int
     out: str
     err: str

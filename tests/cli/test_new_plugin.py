@@ -11,6 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -59,49 +60,34 @@ class Environment:
         return process
 
 
-def test_a_new_plugin_installs_passes_its_tests_and_runs_from_a_recipe(tmp_path):
-    package = new_plugin("acme-shrink", tmp_path)
-    assert package == tmp_path / "acme-shrink" and [p.name for p in tmp_path.iterdir()] == ["acme-shrink"]
-    assert not [p for p in package.rglob("*") if p.is_file() and "$" in p.read_text("utf-8")]
-    environment = Environment(tmp_path / "venv", package)
-    environment.run(package, "-m", "ruff", "check", ".")
-    assert " passed" in environment.run(package, "-m", "pytest", "-q", "-p", "no:cacheprovider").stdout
-    onnx.save(cnn(), tmp_path / "m.onnx")
-    code = "import numpy as np; np.save('x.npy', np.random.default_rng(0).normal(size=(4, 3, 12, 12)).astype('float32'))"
-    environment.run(tmp_path, "-c", code)
-    environment.run(
-        tmp_path,
-        "-m",
-        "onnxq_plugins.cli",
-        "quantize",
-        "m.onnx",
-        "--data",
-        "x.npy",
-        "-r",
-        str(package / "recipe.toml"),
-        "-o",
-        "q.onnx",
-        "--verify",
-    )
-    metadata = {p.key: p.value for p in onnx.load(tmp_path / "q.onnx").metadata_props}
-    assert "acme.shrink" in metadata["onnxq.recipe"] and "acme-shrink==0.1.0" in metadata["onnxq.versions"]
-
-
-def test_the_samples_install_pass_their_tests_and_appear_in_a_trace(tmp_path):
-    copies = [
+def test_packages_install_pass_their_tests_run_from_a_recipe_and_appear_in_a_trace(tmp_path):
+    """A new plugin and the samples of the documentation, in one environment."""
+    new = new_plugin("acme-shrink", tmp_path)
+    assert new == tmp_path / "acme-shrink" and [p.name for p in tmp_path.iterdir()] == ["acme-shrink"]
+    assert not [p for p in new.rglob("*") if p.is_file() and "$" in p.read_text("utf-8")]
+    samples = [
         Path(shutil.copytree(file.parent, tmp_path / file.parent.name, ignore=shutil.ignore_patterns("__pycache__")))
         for file in sorted(SAMPLES.glob("*/pyproject.toml"))
     ]
-    assert [copy.name for copy in copies] == ["acme-edge", "acme-keep"]
-    environment = Environment(tmp_path / "venv", *copies)
-    for copy in copies:
-        environment.run(copy, "-m", "ruff", "check", ".")
-    assert (
-        " passed"
-        in environment.run(
-            tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{copy.name}/tests" for copy in copies)
-        ).stdout
-    )
+    assert [sample.name for sample in samples] == ["acme-edge", "acme-keep"]
+    packages = [new, *samples]
+    environment = Environment(tmp_path / "venv", *packages)
+    for package in packages:
+        environment.run(package, "-m", "ruff", "check", ".")
+
+    folders = [f"{package.name}/tests" for package in packages]
+    tests = environment.run(
+        tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.conftest", *folders
+    ).stdout
+    assert " passed" in tests
+
+    onnx.save(cnn(), tmp_path / "m.onnx")
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(4, 3, 12, 12)).astype(np.float32))
+    command = "-m onnxq_plugins.cli quantize m.onnx --data x.npy -r acme-shrink/recipe.toml -o q.onnx --verify"
+    environment.run(tmp_path, *command.split())
+    metadata = {p.key: p.value for p in onnx.load(tmp_path / "q.onnx").metadata_props}
+    assert "acme.shrink" in metadata["onnxq.recipe"] and "acme-shrink==0.1.0" in metadata["onnxq.versions"]
+
     trace = environment.run(tmp_path, "-m", "onnxq_plugins.cli", "plugins", "--trace", "-r", "acme-keep/recipe.toml").stdout
     assert "onnxq_run_pass(step=acme.keep-worst" in trace and "acme-edge [wrapper], the pass itself" in trace
     assert "onnxq_exported(" in trace and "by acme-edge ->" in trace

@@ -9,14 +9,15 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxq_plugins import Result, audit_model, load, measure, quantize, runtimes
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.plan.values import bias_scale
-from tests.zoo import ZOO, Net, control_flow, conv_transpose, feeds, mobilenet, shared_weights, transformer
+from onnxq_plugins.testing.exact import exact_model
+from tests.zoo import ZOO, Net, control_flow, conv_transpose, examples, feeds, mobilenet, shared_weights, transformer
 
 LAYERS = ("Conv", "Gemm", "MatMul")
 WEIGHT_ONLY = {"activations": {"bits": 32}, "weights": {"bits": 4, "block": 32}}
@@ -541,9 +542,8 @@ def test_openvino_agrees_with_onnxruntime(name):
     model = ZOO[name]()
     result = quantized(model, target="openvino")
     core = openvino.Core()
-    compiled = core.compile_model(
-        core.read_model(result.model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-    )
+    network = core.read_model(exact_model(result.model).SerializeToString())
+    compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     samples = feeds(model, 8, seed=1)
     ours = outputs(result.model, samples)[0]
     theirs = np.concatenate([compiled(feed)[0] for feed in samples])
@@ -696,7 +696,7 @@ def random_model(steps: list[str], seed: int) -> onnx.ModelProto:
     return net.model(net.head(x, c))
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@examples(120)
 @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=8), st.integers(0, 2**16))
 def test_random_graphs(steps, seed):
     model = random_model(steps, seed)
@@ -731,7 +731,7 @@ def random_mlp(steps: list[str], tokens: bool, seed: int) -> onnx.ModelProto:
     return net.model(net.linear(x, 16, 16))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@examples(60)
 @given(
     st.lists(
         st.sampled_from(("linear", "bare linear", "layernorm", "gelu", "clip", "Relu", "Add", "Mul", "Tanh")), max_size=7

@@ -11,10 +11,11 @@ import onnx
 import pytest
 
 from benchmarks.large import chain, limit, measured
-from onnxq_plugins import OnnxqError, engine, files, quantize, runtimes
+from onnxq_plugins import OnnxqError, files, quantize, runtimes
 from onnxq_plugins.files import DataFile, origin
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.mapped import MappedWeights
+from onnxq_plugins.report import summary
 from tests import zoo
 
 WEIGHTS = {"weights": {"bits": 4, "block": 32}, "activations": {"bits": 32}}
@@ -133,7 +134,7 @@ def test_a_failed_run_leaves_no_data(small: None, tmp_path: Path, monkeypatch: p
     def fails(*args: object, **more: object) -> None:
         raise OnnxqError("no.")
 
-    monkeypatch.setattr(engine, "audit_model", fails)
+    monkeypatch.setattr(summary, "audit_model", fails)
     with pytest.raises(OnnxqError):
         quantize(path, WEIGHTS, output=tmp_path / "out" / "q.onnx")
     assert not list((tmp_path / "out").iterdir())

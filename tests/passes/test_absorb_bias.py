@@ -9,7 +9,7 @@ from onnxq_plugins import audit_model, quantize, runtimes
 from onnxq_plugins.graph import load
 from onnxq_plugins.measure import drift
 from onnxq_plugins.passes import AbsorbBias
-from tests.passes.test_round import make_job
+from tests.jobs import make_job
 from tests.zoo import ZOO, Net, feeds, run
 
 READERS = ("dense", "depthwise", "grouped", "two", "strided", "no bias", "valid")

@@ -16,7 +16,7 @@ from onnxq_plugins.passes import BiasCorrect, Equalize
 from onnxq_plugins.passes.equalize import _place, _reduced
 from onnxq_plugins.search.preview import Preview
 from onnxq_plugins.solvers.equalize import Place, balance, equalize, noise
-from tests.passes.test_round import make_job
+from tests.jobs import make_job
 from tests.zoo import ZOO, Net, examples, feeds, mlp, mobilenet, run, transformer
 
 TENSOR = {"weights": {"block": "tensor"}}

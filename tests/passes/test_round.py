@@ -12,26 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import OnnxqError, measure, quantize, runtimes
-from onnxq_plugins.calibration import Calibration
+from onnxq_plugins import OnnxqError, quantize, runtimes
 from onnxq_plugins.calibration.propagation import propagate
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
-from onnxq_plugins.data import graph_inputs, open_data
-from onnxq_plugins.export import qdq
 from onnxq_plugins.graph import load
-from onnxq_plugins.graph.patches import gram, output_columns, patches, split
-from onnxq_plugins.job import Job
+from onnxq_plugins.graph.patches import gram, split
 from onnxq_plugins.layers import problem as layerwise
-from onnxq_plugins.layers.complete import complete, complete_ranges
-from onnxq_plugins.layers.sweep import sweep
+from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.passes.round import shared_steps
-from onnxq_plugins.plan import requests
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import parse
 from onnxq_plugins.solvers.gaussian import clipped_moments
 from onnxq_plugins.solvers.gram import nearest
 from onnxq_plugins.targets.refusals import problems
+from tests.jobs import distance, fetch, make_job
 from tests.zoo import ZOO, Net, conv_transpose, feeds, mlp, mobilenet, no_bias, transformer
 
 LAYERED = [
@@ -53,124 +48,8 @@ LAYERED = [
 ]
 
 
-def make_job(model, recipe=None, n: int = 5, workers: int = 1) -> Job:
-    graph = load(model)
-    found = find_plugins()
-    made = parse(recipe or {}, found.passes)
-    target = found.target(made.target)
-    asked = requests.request(graph, made, target)
-    calibration = Calibration(graph, open_data(feeds(model, n), graph_inputs(graph)), workers=workers)
-    return Job(graph, asked.plan, calibration, target, made, np.random.default_rng(0), workers)
-
-
 def rounding(**parameters) -> dict:
     return {"use": "round", "seconds": 0, **parameters}
-
-
-def distance(model, result, samples) -> float:
-    wanted, found = (runtimes.outputs(runtimes.session(m), samples) for m in (model, result.model))
-    return float(np.mean([measure.sqnr(a, b) for a, b in zip(wanted, found, strict=True)]))
-
-
-# ---- the sweep: what is measured is what ships ------------------------------------------------------------------------
-
-
-def fetch(model: onnx.ModelProto, name: str, samples) -> list[np.ndarray]:
-    """A tensor of every sample; the model runs as written, so that nothing is fused away."""
-    model = onnx.ModelProto.FromString(model.SerializeToString())
-    if name not in {i.name for i in model.graph.input}:
-        del model.graph.output[:]
-        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-        runner = runtimes.session(model, optimize=False)
-        return [runner.run(None, s)[0] for s in samples]
-    return [s[name] for s in samples]
-
-
-@pytest.mark.parametrize("weights", [{"bits": 4}, {"bits": 4, "block": 16}])
-@pytest.mark.parametrize("name", LAYERED)
-def test_a_layer_sees_what_the_exported_model_gives_it(name, weights):
-    weight_only = "block" in weights
-    recipe = {"weights": weights, **({"activations": {"bits": 32}} if weight_only else {})}
-    model = ZOO[name]()
-    job = make_job(model, recipe)
-    complete_ranges(job)
-    seen = {}
-    for layer, found in sweep(job, layerwise.solvable(job), positions=10**6):
-        spec = layerwise.Problem.of(job, layer, found, True).solve("descent", layerwise.Effort())[0]
-        job.plan |= {layer.weight: spec}
-        seen[layer.name] = found
-    assert set(seen) == {y.name for y in layerwise.solvable(job)}
-    assert seen or weight_only
-    complete(job)
-    samples = list(job.calibration.data)
-    model = qdq.export(job.graph, job.plan, job.target)
-    nodes = {node.name: node for node in model.graph.node}
-    for layer in layerwise.solvable(job):
-        most = max(64, int(np.prod(layer.shape)) // layer.channels)
-        inputs = [patches(layer, x, most, i) for i, x in enumerate(fetch(model, nodes[layer.name].input[0], samples))]
-        outputs = [output_columns(layer, y, most, i) for i, y in enumerate(fetch(job.graph.model(), layer.output, samples))]
-        x, y = (np.concatenate(part, axis=2).astype(np.float64) for part in (inputs, outputs))
-        if layer.bias is not None:
-            y -= job.graph.constant(layer.bias).reshape(layer.groups, -1, 1)
-        count = x.shape[2]
-        found = seen[layer.name]
-        assert found.count == count
-        size = np.abs(gram(x)).max() / count
-        near = 1e-2 if weight_only else 1e-4  # MatMulNBits of the layers before rounds its inputs
-        np.testing.assert_allclose(found.h, gram(x) / count, atol=near * size)
-        np.testing.assert_allclose(found.mean, x.mean(axis=2), atol=near * np.sqrt(size))
-        np.testing.assert_allclose(found.output, y.mean(axis=2), atol=1e-4 * np.abs(y).max())
-        np.testing.assert_allclose(found.cross, y @ x.swapaxes(1, 2) / count, atol=10 * near * np.abs(y).max() * size**0.5)
-
-
-def test_the_sweep_runs_each_operator_once_per_network(monkeypatch):
-    runs = []
-    run = runtimes.run
-    monkeypatch.setattr(runtimes, "run", lambda runner, feed: runs.append(runner) or run(runner, feed))
-    job = make_job(ZOO["resnet20"](), n=3)
-    complete_ranges(job)
-    layers = 0
-    for layer, found in sweep(job, layerwise.solvable(job)):
-        job.plan |= {layer.weight: layerwise.Problem.of(job, layer, found, True).solve("nearest", layerwise.Effort())[0]}
-        layers += 1
-    assert len(runs) <= 2 * 3 * layers
-    assert len({id(r) for r in runs}) <= 2 * layers
-
-
-def test_the_sweep_stops_behind_the_last_wanted_layer_and_skips_others():
-    job = make_job(mobilenet(), n=3)
-    complete(job)
-    layers = layerwise.solvable(job)
-    assert [y.name for y, _ in sweep(job, [layers[1], layers[3]])] == [layers[1].name, layers[3].name]
-
-
-def test_the_sweep_does_not_depend_on_workers():
-    found = []
-    for workers in (1, 2):
-        job = make_job(mobilenet(), n=9, workers=workers)
-        complete(job)
-        found.append([s.h for _, s in sweep(job, layerwise.solvable(job))])
-    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize(("most", "used"), [(100, 7), (7, 7), (4, 4), (3, 3), (1, 1)])
-def test_the_sweep_takes_samples_evenly_and_says_so(most, used):
-    job = make_job(mlp(), n=7)
-    complete(job)
-    ((_, seen),) = sweep(job, layerwise.solvable(job)[:1], samples=most)
-    assert seen.count == used
-    assert bool(job.report.get("notes")) == (used < 7)
-
-
-def test_values_that_are_not_finite_are_told():
-    model = mlp()
-    samples = feeds(model, 3)
-    job = make_job(model)
-    complete_ranges(job)
-    samples[1]["x"][:] = 3e38
-    job.calibration = Calibration(job.graph, open_data(samples, graph_inputs(job.graph)))
-    with pytest.raises(OnnxqError, match="not finite"), np.errstate(all="ignore"):
-        list(sweep(job, layerwise.solvable(job)[:2]))
 
 
 # ---- the pass ---------------------------------------------------------------------------------------------------------
@@ -190,16 +69,22 @@ def test_round_keeps_float_function_and_kernels(name, sequential):
     assert len(losses) == len([y for y in load(model).layers if y.op != "ConvTranspose"])
 
 
-@pytest.mark.parametrize("method", ["nearest", "gptq", "gpfq", "descent", "adaround", "attention", "auto"])
-def test_every_method_beats_plain_rounding_on_the_digits_model(method):
+def digits_at_3_bits(*steps: dict) -> float:
+    """dB between the digits model and what a recipe makes of it."""
     data = digits_split()
-    images, test = data["calibration_images"], [{"image": data["test_images"]}]
     reference = onnx.load(digits_model_path())
-    db = [
-        distance(reference, quantize(reference, {"weights": {"bits": 3}, "pass": steps}, images[:64]), test)
-        for steps in ([], [{"use": "bias-correct"}], [rounding(method=method, steps=200)])
-    ]
-    assert db[2] > max(db[:2]) + 2
+    result = quantize(reference, {"weights": {"bits": 3}, "pass": list(steps)}, data["calibration_images"][:32])
+    return distance(reference, result, [{"image": data["test_images"]}])
+
+
+@pytest.fixture(scope="module")
+def plain_digits() -> float:
+    return max(digits_at_3_bits(), digits_at_3_bits({"use": "bias-correct"}))
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq", "gpfq", "descent", "adaround", "attention", "auto"])
+def test_every_method_beats_plain_rounding_on_the_digits_model(method, plain_digits):
+    assert digits_at_3_bits(rounding(method=method, steps=150)) > plain_digits + 2
 
 
 def test_int4_rounded_on_the_digits_model_and_its_storage():

@@ -16,7 +16,8 @@ from onnxq_plugins import OnnxqError, quantize, runtimes
 from onnxq_plugins.search import latency
 from onnxq_plugins.search.quantizers import Width, parse_widths
 from onnxq_plugins.search.widths import Widths
-from tests.passes.test_mixed_precision import make_job, make_widths, recipe_of, search
+from tests.jobs import make_job
+from tests.search.searches import make_widths, recipe_of, search
 from tests.zoo import ZOO, Net, feeds, mlp, mobilenet, transformer
 
 CANDIDATES = ("W4A8", "W8A8", "float")

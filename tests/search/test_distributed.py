@@ -11,7 +11,7 @@ import joblib
 import numpy as np
 import pytest
 
-from onnxq_plugins import OnnxqError, quantize, runtimes
+from onnxq_plugins import quantize
 from onnxq_plugins.measure import networks
 from onnxq_plugins.measure.metrics import percent_agreement
 from tests.zoo import feeds, mlp, mobilenet
@@ -158,15 +158,3 @@ def test_a_scheduler_that_is_not_there(tmp_path):
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
     assert found.returncode == 2 and found.stderr.startswith("error: no Dask scheduler answers at 'nonsense'")
     assert len(found.stderr.splitlines()) == 1 and not (tmp_path / "m.int8.onnx").exists()
-
-
-def test_top1_needs_labels_that_fit():
-    model = mlp()
-    settings = ["mixed-precision.metric=top1"]
-    with pytest.raises(OnnxqError, match="needs labels"):
-        quantize(model, RECIPE, feeds(model, 8), settings=settings)
-    with pytest.raises(OnnxqError, match="8 samples and 7 labels"):
-        quantize(model, RECIPE, feeds(model, 8), settings=settings, labels=np.arange(7))
-    reference = runtimes.outputs(runtimes.session(model), feeds(model, 8))[0].argmax(-1)
-    told = quantize(model, RECIPE, feeds(model, 8), settings=settings, labels=reference).report["steps"][0]["result"]
-    assert (told["metric"], told["float"]) == ("top1", 100.0) and all(point["top1"] <= 100 for point in told["curve"])

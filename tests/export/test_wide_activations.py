@@ -23,7 +23,6 @@ from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
 from onnxq_plugins.spec import QuantSpec, fake
 from onnxq_plugins.targets.npu import NPU
-from onnxq_plugins.targets.ort_cpu import ORT_CPU, ORT_CPU_AVX2
 from onnxq_plugins.targets.refusals import problems
 from tests.zoo import ZOO, Net, feeds, mobilenet, resnet20
 
@@ -53,7 +52,7 @@ def exported(model, bits):
     plan = requests.request(graph, recipe, NPU).plan
     plan |= {n: replace(plan[n], bits=bits(n)) for n in plan if not graph.is_constant(n)}
     samples = open_data(feeds(model, 8), graph_inputs(graph))
-    job = Job(graph, plan, Calibration(graph, samples, workers=1), NPU, recipe, np.random.default_rng(0), 1, {})
+    job = Job(graph, plan, Calibration(graph, samples, workers=1), NPU, recipe, np.random.default_rng(0))
     complete(job)
     inputs = {y.name: Planned(graph, job.plan, NPU).input(y) for y in graph.layers if y.weight in job.plan}
     assert not problems(NPU, graph, job.plan, inputs)
@@ -261,52 +260,3 @@ def test_a_low_opset_is_refused():
     found = problems(old, graph, Plan({"x": QuantSpec(16, symmetric=False)}), {})
     assert found == [f"16-bit activations need opset {old.opset}, the model has {graph.opset}; export it again."]
     assert not problems(old, graph, Plan({"x": QuantSpec(8, symmetric=False)}), {})
-
-
-# ---- requests at other widths -------------------------------------------------------------------------------------------
-
-
-RECIPES = (
-    {},
-    {"weights": {"bits": 4, "block": "tensor"}},
-    {
-        "weights": {"bits": 4, "sub_block": 16},
-        "layer": [{"position": "first", "weights": {"bits": 8}}, {"match": "conv3", "weights": {"block": "tensor"}}],
-    },
-    {"weights": {"bits": 4, "block": 32}, "activations": {"bits": 32}},
-)
-
-
-@pytest.mark.parametrize("target", [ORT_CPU, ORT_CPU_AVX2, NPU], ids=lambda t: t.name)
-@pytest.mark.parametrize("values", RECIPES)
-@pytest.mark.parametrize("name", ["mobilenet", "transformer", "mlp"])
-def test_a_request_at_the_width_of_the_recipe_is_that_of_the_plan(name, values, target):
-    graph = load(ZOO[name]())
-    recipe = recipe_of({k: v for k, v in values.items() if k != "layer" or name == "mobilenet"})
-    plan = requests.request(graph, recipe, target).plan
-    for i, layer in enumerate(graph.layers):
-        if layer.weight in plan:
-            bits = 8 if i == 0 and recipe.layers else recipe.weights.bits
-            made = requests.weight_request(graph, recipe, target, layer, bits)
-            assert made.to_dict() == plan[layer.weight].to_dict()
-
-
-def test_multipliers_follow_the_width():
-    graph = load(mobilenet())
-    recipe = recipe_of({"weights": {"bits": 4, "sub_block": 16, "max_multiplier": 127}})
-    layer = next(y for y in graph.layers if y.shape[1] > 16)
-    made = {bits: requests.weight_request(graph, recipe, ORT_CPU, layer, bits) for bits in range(2, 9)}
-    assert {bits: spec.bits for bits, spec in made.items()} == {bits: bits for bits in range(2, 9)}
-    assert [made[bits].max_multiplier for bits in (2, 3, 4, 5, 6)] == [127, 42, 18, 8, 4]
-    assert made[7].sub_block == made[4].sub_block is not None
-    assert made[8].sub_block is None and made[8].block == made[4].block
-    narrow = requests.weight_request(graph, recipe, ORT_CPU_AVX2, layer, 4)
-    assert narrow.max_multiplier == 9  # 9 * 7 = 63
-    assert requests.weight_request(graph, recipe, ORT_CPU_AVX2, layer, 8).bits == 7
-    assert requests.weight_request(graph, recipe_of({"activations": {"bits": 32}}), ORT_CPU_AVX2, layer, 8).bits == 8
-
-
-def test_a_block_that_does_not_fit_is_told():
-    graph = load(mobilenet())
-    with pytest.raises(OnnxqError, match="block"):
-        requests.weight_request(graph, recipe_of({"weights": {"block": [1, 2, 3]}}), ORT_CPU, graph.layers[0], 4)

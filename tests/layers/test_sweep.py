@@ -1,0 +1,122 @@
+"""The sweep: what is measured is what ships."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxq_plugins import OnnxqError, runtimes
+from onnxq_plugins.calibration import Calibration
+from onnxq_plugins.data import graph_inputs, open_data
+from onnxq_plugins.export import qdq
+from onnxq_plugins.graph.patches import gram, output_columns, patches
+from onnxq_plugins.layers import problem as layerwise
+from onnxq_plugins.layers.complete import complete, complete_ranges
+from onnxq_plugins.layers.sweep import sweep
+from tests.jobs import fetch, make_job
+from tests.zoo import ZOO, feeds, mlp, mobilenet
+
+LAYERED = [
+    "cnn",
+    "mobilenet",
+    "grouped",
+    "inception",
+    "mlp",
+    "transformer",
+    "written_out",
+    "conv1d",
+    "no_bias",
+    "dead_channels",
+    "odd_channels",
+    "shared_weights",
+    "control_flow",
+    "prelu",
+    "resnet20",
+]
+
+
+@pytest.mark.parametrize("weights", [{"bits": 4}, {"bits": 4, "block": 16}])
+@pytest.mark.parametrize("name", LAYERED)
+def test_a_layer_sees_what_the_exported_model_gives_it(name, weights):
+    weight_only = "block" in weights
+    recipe = {"weights": weights, **({"activations": {"bits": 32}} if weight_only else {})}
+    model = ZOO[name]()
+    job = make_job(model, recipe)
+    complete_ranges(job)
+    seen = {}
+    for layer, found in sweep(job, layerwise.solvable(job), positions=10**6):
+        spec = layerwise.Problem.of(job, layer, found, True).solve("descent", layerwise.Effort())[0]
+        job.plan |= {layer.weight: spec}
+        seen[layer.name] = found
+    assert set(seen) == {y.name for y in layerwise.solvable(job)}
+    assert seen or weight_only
+    complete(job)
+    samples = list(job.calibration.data)
+    model = qdq.export(job.graph, job.plan, job.target)
+    nodes = {node.name: node for node in model.graph.node}
+    for layer in layerwise.solvable(job):
+        most = max(64, int(np.prod(layer.shape)) // layer.channels)
+        inputs = [patches(layer, x, most, i) for i, x in enumerate(fetch(model, nodes[layer.name].input[0], samples))]
+        outputs = [output_columns(layer, y, most, i) for i, y in enumerate(fetch(job.graph.model(), layer.output, samples))]
+        x, y = (np.concatenate(part, axis=2).astype(np.float64) for part in (inputs, outputs))
+        if layer.bias is not None:
+            y -= job.graph.constant(layer.bias).reshape(layer.groups, -1, 1)
+        count = x.shape[2]
+        found = seen[layer.name]
+        assert found.count == count
+        size = np.abs(gram(x)).max() / count
+        near = 1e-2 if weight_only else 1e-4  # MatMulNBits of the layers before rounds its inputs
+        np.testing.assert_allclose(found.h, gram(x) / count, atol=near * size)
+        np.testing.assert_allclose(found.mean, x.mean(axis=2), atol=near * np.sqrt(size))
+        np.testing.assert_allclose(found.output, y.mean(axis=2), atol=1e-4 * np.abs(y).max())
+        np.testing.assert_allclose(found.cross, y @ x.swapaxes(1, 2) / count, atol=10 * near * np.abs(y).max() * size**0.5)
+
+
+def test_the_sweep_runs_each_operator_once_per_network(monkeypatch):
+    runs = []
+    run = runtimes.run
+    monkeypatch.setattr(runtimes, "run", lambda runner, feed: runs.append(runner) or run(runner, feed))
+    job = make_job(ZOO["resnet20"](), n=3)
+    complete_ranges(job)
+    layers = 0
+    for layer, found in sweep(job, layerwise.solvable(job)):
+        job.plan |= {layer.weight: layerwise.Problem.of(job, layer, found, True).solve("nearest", layerwise.Effort())[0]}
+        layers += 1
+    assert len(runs) <= 2 * 3 * layers
+    assert len({id(r) for r in runs}) <= 2 * layers
+
+
+def test_the_sweep_stops_behind_the_last_wanted_layer_and_skips_others():
+    job = make_job(mobilenet(), n=3)
+    complete(job)
+    layers = layerwise.solvable(job)
+    assert [y.name for y, _ in sweep(job, [layers[1], layers[3]])] == [layers[1].name, layers[3].name]
+
+
+def test_the_sweep_does_not_depend_on_workers():
+    found = []
+    for workers in (1, 2):
+        job = make_job(mobilenet(), n=9, workers=workers)
+        complete(job)
+        found.append([s.h for _, s in sweep(job, layerwise.solvable(job))])
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("most", "used"), [(100, 7), (7, 7), (4, 4), (3, 3), (1, 1)])
+def test_the_sweep_takes_samples_evenly_and_says_so(most, used):
+    job = make_job(mlp(), n=7)
+    complete(job)
+    ((_, seen),) = sweep(job, layerwise.solvable(job)[:1], samples=most)
+    assert seen.count == used
+    assert bool(job.report.get("notes")) == (used < 7)
+
+
+def test_values_that_are_not_finite_are_told():
+    model = mlp()
+    samples = feeds(model, 3)
+    job = make_job(model)
+    complete_ranges(job)
+    samples[1]["x"][:] = 3e38
+    job.calibration = Calibration(job.graph, open_data(samples, graph_inputs(job.graph)))
+    with pytest.raises(OnnxqError, match="not finite"), np.errstate(all="ignore"):
+        list(sweep(job, layerwise.solvable(job)[:2]))
