@@ -1,5 +1,11 @@
 """Files written whole or not at all, models of any size, and arrays kept in a folder between runs, which count as missing
-when damaged."""
+when damaged.
+
+Caches are named after what they depend on (codes after graph, data, request and method; scores after the bytes of the
+network and the samples), so that nothing has to be invalidated. Files are replaced, never rewritten: each writer has a name
+of its own, so that processes may share a cache. A data file has its fingerprint in its name and moves into place before its
+model, so that a killed run never leaves a model beside the data of another. onnxruntime copies arrays that it is handed but
+maps files, so sessions name the file of weights that are in one (`origin`)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """What passes are held to, where they run: the float function stays (L1), plans are plans (L3), no solution is stale
-(L5), and whatever fails has an owner."""
+(L5), and whatever fails has an owner.
+
+Whatever a pass leaves is checked where it ran: a NaN in a scale would otherwise be found by whoever wonders about accuracy.
+"""
 
 from __future__ import annotations
 

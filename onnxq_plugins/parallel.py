@@ -1,5 +1,9 @@
 """Independent calls in parallel, in threads or wherever `joblib.parallel_config` runs them, such as a Dask cluster; and how
-long loops show their progress."""
+long loops show their progress.
+
+Calls carry plain values (a layer's problem, a network's bytes), so that threads, processes and Dask workers are the same
+code. joblib sends large equal arguments to each worker once; they are lost with the worker, and Dask cannot make them
+again, hence the retries."""
 
 from __future__ import annotations
 

@@ -2,7 +2,11 @@
 
 Every call makes a manager of its own. A plugin that cannot be imported, or whose hooks are wrong, is ignored with a warning;
 it is an error only when a recipe asks for one of its passes or targets.
-"""
+
+Each plugin is asked alone, in a manager of its own, and joins the others only when all of it is sound, so that an error has
+an owner. A name that two packages bring belongs to neither, and only recipes that use it fail: installing a package must
+not change what others do. Built-ins register through the same hooks, but directly rather than by entry point, so that a
+checkout works without being installed."""
 
 from __future__ import annotations
 

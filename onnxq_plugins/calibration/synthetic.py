@@ -1,4 +1,8 @@
-"""Synthetic inputs for a model: images, features and tokens, for calibration without data."""
+"""Synthetic inputs for a model: images, features and tokens, for calibration without data.
+
+Calibration without data is a Calibration: the pass `data-free` puts one in place that answers from these samples or from
+statistics (`expected.py`, `propagation.py`), so that no other pass knows. Statistics follow the graph: `rescale` and
+`permute` carry those of BatchNormalizations along."""
 
 from __future__ import annotations
 

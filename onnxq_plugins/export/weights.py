@@ -1,4 +1,9 @@
-"""How a planned weight is stored: types, divided axes, size, and the operators that decode it."""
+"""How a planned weight is stored: types, divided axes, size, and the operators that decode it.
+
+Above 4 bits multipliers are folded at export: codes times multipliers take no more room in int8 than the codes. A weight
+equalizing shift is a multiplier per output channel, a power of two, so that the plan has no second notion of it; `settle`
+writes it into the scales where a rule takes one per channel, else as a Mul after the layer. A width per channel is a matter
+of storage (`narrow_channels`): the plan knows one width per weight."""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
 Every channel of every tensor axis is one element. The elements of a connected component must move together; components that
 occupy the same places in the same way are interchangeable and form a group. `graph/groups.py` makes the links.
-"""
+
+Single channels, rather than whole tensors, are what is linked, so that residual additions, grouped convolutions,
+concatenation, Flatten with spatial extent and attention heads need no cases of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""From an ONNX file or ModelProto to a Graph: refuse models that cannot be quantized, then bring it into canonical form."""
+"""From an ONNX file or ModelProto to a Graph: refuse models that cannot be quantized, then bring it into canonical form.
+
+What onnx would crash on is refused first: its shape inference aborts the process at a Slice of a negative size, so sizes
+are checked beforehand, with Slices hidden, and weights are compared with their layers, since onnx's checker ignores
+constants."""
 
 from __future__ import annotations
 

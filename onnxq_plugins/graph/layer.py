@@ -1,4 +1,7 @@
-"""A layer: one linear operator with a constant weight, and the statistics of a BatchNormalization folded into it."""
+"""A layer: one linear operator with a constant weight, and the statistics of a BatchNormalization folded into it.
+
+Every layer is y = W x over columns x of input patches, W [groups, outputs, D] (`Layer.matrix`), so that solvers on arrays
+need no graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Large weights that stay in the files of external data, so that a model may be larger than memory."""
+"""Large weights that stay in the files of external data, so that a model may be larger than memory.
+
+External data of 1 MB and more are mapped: a constant is an array on the file, and its memory is given back after each
+layer. Everything else is the code path of small models, since arrays are arrays. The audit of weight-only layers is not
+bounded this way: onnxruntime lays out the weights of MatMulNBits anew."""
 
 from __future__ import annotations
 

@@ -1,5 +1,9 @@
 """Scales of one weight at any granularity: converts between blocks in the weight's own shape and the rows and runs of the
-solvers."""
+solvers.
+
+Granularity is requested, passes solve it: `weights.block` and `weights.sub_block` alone say how many weights share a scale,
+and `sub-layer`, `vector-scale` and `round` solve whatever they meet. A recipe without them still runs, since the default
+solver covers every granularity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Layers that became sums of layers: the ranges that their terms need."""
+"""Layers that became sums of layers: the ranges that their terms need.
+
+The range of a term leaves out what the range of the result clips whatever the other terms are. Convolutions can reach far
+beyond the ReLU6 after them, and steps as wide as that would cost more than 4-bit weights do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Metrics: what a quantized network's outputs are worth beside the float one's. Larger is better."""
+"""Metrics: what a quantized network's outputs are worth beside the float one's. Larger is better.
+
+A metric is a function, and only the user names one: recipes know built-in names alone, so that a recipe from a stranger
+imports no code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""equalize: even out channel ranges by factors between layers."""
+"""equalize: even out channel ranges by factors between layers.
+
+A Clip is passed, not replaced: ReLU in place of ReLU6 would change the function, and a maximum per channel breaks fusion.
+Channels that reach the maximum keep factor 1 and the others stay below it; calibration says which are which. The level of
+the free channels against the held ones is the one with the least rounding noise at the readers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""residual-ensemble: spread a residual expansion over networks that are summed."""
+"""residual-ensemble: spread a residual expansion over networks that are summed.
+
+This is the naive sum. A gated correction (networks that pass derivatives on with the gates of the first one) is closer, but
+needs two products per layer besides those of the first network, one more than the exact expansion."""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
 Layers follow the recipe. Operators between them (Add, Concat, pooling ...) become integer where that keeps a chain integer
 from one layer to the next, and stay float elsewhere: conversions on both sides of a single operator cost more than it gains.
-"""
+
+Gemm and MatMul get no output entry where float operators read them: their integer kernels write float directly, and an
+output Q would cost time and accuracy. Convolutions need one."""
 
 from __future__ import annotations
 

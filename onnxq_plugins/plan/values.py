@@ -1,4 +1,8 @@
-"""The values that a planned layer computes with."""
+"""The values that a planned layer computes with.
+
+A corrected bias is part of the plan: `QuantSpec.shift` is what the mean error of the codes adds to the layer's bias. So
+bias correction is exact in the sense of law L1, correcting twice is correcting once, a shift goes stale with its codes, and
+a layer without a bias gets one."""
 
 from __future__ import annotations
 

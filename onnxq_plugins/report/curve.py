@@ -1,4 +1,7 @@
-"""The points that a search over widths measured: as a table, a drawing, and files from which each can be made again."""
+"""The points that a search over widths measured: as a table, a drawing, and files from which each can be made again.
+
+A point is a recipe with the widths of its groups, which the pass takes as a parameter, so that the engine makes it like
+anything else and the model's metadata records it."""
 
 from __future__ import annotations
 

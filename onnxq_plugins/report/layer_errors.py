@@ -5,7 +5,9 @@ Two measurements, one sample at a time, so that no more than one sample's activa
 accumulated   the float and the quantized network run side by side; signal to noise in dB at each layer's output
 own           the float network alone; beside each layer, copies of it with rounded weight, with rounded input, and with
               both, so that only this layer's own quantizers make the difference
-"""
+
+Layers are ranked by a third one, the outputs with one layer alone quantized: in KWT-1 the layers with the largest error of
+their own cause hardly any of the noise at the outputs."""
 
 from __future__ import annotations
 

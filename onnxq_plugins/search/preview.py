@@ -1,5 +1,7 @@
 """How accurate the network would be, quantized as the plan stands: a measurement that is kept up to date while a pass
-rescales channel groups, without another run over the calibration data."""
+rescales channel groups, without another run over the calibration data.
+
+Ranges and means scale with their channels, so that a trial costs an export and some runs, never a calibration."""
 
 from __future__ import annotations
 

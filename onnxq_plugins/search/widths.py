@@ -1,4 +1,7 @@
-"""A search over widths: the candidates of each group, the plan of a choice, its cost."""
+"""A search over widths: the candidates of each group, the plan of a choice, its cost.
+
+Widths are searched on plans: groups say what must change together, weights come from a cache per layer and width. One group
+alone is exported for a target without conditions on outputs, so that what is measured comes from the exporter, too."""
 
 from __future__ import annotations
 

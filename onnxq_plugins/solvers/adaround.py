@@ -1,4 +1,7 @@
-"""AdaRound: learn for every weight whether to round it down or up."""
+"""AdaRound: learn for every weight whether to round it down or up.
+
+Its time is counted in steps and multiplications, not measured: a limit by the clock made codes depend on the load of the
+machine, and no rerun gave the same bytes for certain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Factors per channel that equalize the ranges of the weights on both sides of it."""
+"""Factors per channel that equalize the ranges of the weights on both sides of it.
+
+It works on ranges, not weights: weights are reduced to their largest values per row and column once, sweeps over all groups
+scale these small matrices, and the factors are applied once at the end."""
 
 from __future__ import annotations
 

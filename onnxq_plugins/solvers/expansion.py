@@ -10,7 +10,10 @@ separately, with n_k = 2^(bits_k - 1) - 1,
 Not every channel needs every order: `depth` is the number of orders of each. Source: REx (Yvinec et al., arXiv 2203.14645).
 
 An activation has two orders: the halves of a code of twice as many bits (`halves`).
-"""
+
+Orders fold: with scales that are integer multiples of each other they add up to one integer code, and hierarchical rounding
+is rounding to the nearest on the finest grid. So where the codes fit int8 nothing is computed twice; separate layers are
+for targets without such codes. The bound needs a multiple of at least 2 n per order, which decides what fits."""
 
 from __future__ import annotations
 

@@ -5,7 +5,9 @@ A tile's step follows its largest weight, so rounding costs about max^2 / 12 tim
     cost = sum over tiles of max |w|^2 * sum of E[x^2]
 
 The channels of a group are on axes of several weights (`View`); one order serves all, and the sum of their costs counts.
-"""
+
+Sorting alone gains less than half of what swaps gain (`cost_of_tiles` in the report, with and without `--set
+reorder.sweeps=0`). A swap is proposed on 48 rows and decided on all."""
 
 from __future__ import annotations
 

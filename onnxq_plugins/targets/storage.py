@@ -1,4 +1,7 @@
-"""Any runtime, for size alone."""
+"""Any runtime, for size alone.
+
+Float tiles are decoded by Cast and Mul, not by a blocked DequantizeLinear: runtimes fold the former once at load and run
+the latter at every call, and ONNX blocks have one axis only."""
 
 from __future__ import annotations
 

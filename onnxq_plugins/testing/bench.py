@@ -1,4 +1,7 @@
-"""The surroundings of a pass under test: the recipe around it, the plugins beside it, the models it runs on."""
+"""The surroundings of a pass under test: the recipe around it, the plugins beside it, the models it runs on.
+
+Passes run through `quantize`, never through `apply` alone: what is promised is promised about the whole. The models come
+along, since whoever tests a plugin has none of ours."""
 
 from __future__ import annotations
 
