@@ -98,8 +98,8 @@ def main() -> None:
             found.append(measure.sqnr(reference[0], runtimes.outputs(runtimes.session(made.model), test)[0]))
         step = made.report["steps"][1]
         print(
-            f"| {name} | {found[0]:.2f} | {found[1]:.2f} | {found[1] - found[0]:+.2f} | {step['told']['equalized']} of "
-            f"{step['told']['groups']} | {step['drift']:.0e} | {time.perf_counter() - start:.1f} |",
+            f"| {name} | {found[0]:.2f} | {found[1]:.2f} | {found[1] - found[0]:+.2f} | {step['result']['equalized']} of "
+            f"{step['result']['groups']} | {step['drift']:.0e} | {time.perf_counter() - start:.1f} |",
             flush=True,
         )
 
