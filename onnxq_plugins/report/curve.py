@@ -109,7 +109,7 @@ class Curve:
             name: _json({**common, **n, "widths": p["widths"]})
             for name, n, p in zip(names, numbers, self.points, strict=True)
         }
-        drawings, notes = self.drawings()
+        drawings, notes = self.drawn()
         listed = [{"file": name, **n} for name, n in zip(names, numbers, strict=True)]
         return {
             **contents,
@@ -131,7 +131,7 @@ class Curve:
                 old.unlink()
         return notes
 
-    def drawings(self) -> tuple[dict[str, bytes], list[str]]:
+    def drawn(self) -> tuple[dict[str, bytes], list[str]]:
         """``curve.png`` and ``curve.svg``, or a note that matplotlib is not installed."""
         try:
             import matplotlib
