@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from onnxq_plugins import OnnxqError, audit_model, hookimpl, quantize, runtimes
 from onnxq_plugins.graph import channel_groups, load, split_input, split_values
-
 from onnxq_plugins.passes import ResidualExpansion
 from onnxq_plugins.solvers import expansion as solver
 from onnxq_plugins.spec import QuantSpec, decode, encode, fake, from_range
@@ -283,7 +282,7 @@ def test_data_chooses_other_channels_where_inputs_differ():
 def test_ranges_of_terms_leave_out_what_is_cut_off():
     """Behind a Relu a term needs no value that the others cannot bring above 0."""
     made = quantize(resnet20(), recipe({"form": "branches"}), feeds(resnet20(), 6))
-    low, high = made.plan["t0"] if "t0" in made.plan else made.plan["t1"].value_range
+    low, high = (made.plan["t0"] if "t0" in made.plan else made.plan["t1"]).value_range
     first = next(n for n in made.plan if n.endswith("part1_out"))
     assert made.plan[first].value_range[0] > -high and low == 0
 
