@@ -1,11 +1,11 @@
-"""What a narrow accumulator costs: top-1 of ResNet20 by the width that no input may overflow.
+"""Cost of a narrow accumulator: top-1 of ResNet20 over the accumulator width that no input may overflow.
 
     python -m benchmarks.accumulators [--shared FOLDER] [--model NAME] [--bits 32 20 ...]
 
 Recipe: ranges by MSE, codes by `round` (GPTQ), then `bound-accumulator`; once with 8-bit weights, once with 4-bit ones in
-all layers but the first and last. Activations have 8 bits, so inputs count as 0..255. Widths are those of the audit: the
-smallest signed accumulator that no input overflows, without the bias. "weights kept" is the sum of all |codes| against that
-at the first width. Widths that change nothing are left out. Prints Markdown.
+all layers but the first and last. Activations have 8 bits, so inputs are 0..255. Widths are those of the audit: the
+smallest signed accumulator that no input overflows, without the bias. "weights kept" is the sum of all |codes| relative to
+that at the first width. Widths that change nothing are left out. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
 from onnxq_plugins import runtimes
+from onnxq_plugins.measure import sqnr
 
 
 def recipe(weights: int, bits: int) -> dict[str, object]:
-    """All layers bounded, the first and the last with 8-bit weights."""
+    """All layers bounded; the first and the last have 8-bit weights."""
     ends = [{"position": end, "weights": {"bits": 8}} for end in ("first", "last")]
     passes = [
         {"use": "scale-inputs"},
@@ -38,14 +39,14 @@ def measure(case: Case, weights: int, bits: int) -> tuple[str, int, float, float
     feeds = [{case.input: x[None]} for x in case.test]
     reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
     logits = runtimes.outputs(runtimes.session(result.model), feeds)[0]
-    found = [y.accumulator for y in onnxq.audit_model(result.model).layers if y.accumulator is not None]
+    widths = [y.accumulator for y in onnxq.audit_model(result.model).layers if y.accumulator is not None]
     total = sum(float(np.abs(spec.codes).sum()) for spec in result.plan.values() if spec.codes is not None)
     changed = len(result.report["steps"][-2]["result"]["bounded"])  # the last step is the export
     return (
-        f"{min(found)}..{max(found)}",
+        f"{min(widths)}..{max(widths)}",
         changed,
         total,
-        runtimes.sqnr(reference, logits),
+        sqnr(reference, logits),
         100 * float(np.mean(logits.argmax(1) == case.labels)),
     )
 

@@ -1,4 +1,4 @@
-"""Peak memory of calibration against plain inference on 256 images, each in a process of its own.
+"""Peak memory of calibration compared with plain inference on 256 images, each in its own process.
 
 python -m benchmarks.calibration_memory [--shared FOLDER]
 """
@@ -20,7 +20,7 @@ COUNT = 256
 
 
 def images(folder: Path) -> Iterator[dict[str, np.ndarray]]:
-    """The first 256 images, one at a time, so that the data itself costs no memory."""
+    """The first 256 images, one at a time, so that the data itself takes no memory."""
     from PIL import Image
 
     for file in sorted(f for f in folder.iterdir() if f.suffix == ".jpg")[:COUNT]:

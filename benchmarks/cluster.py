@@ -1,10 +1,10 @@
-"""One Dask worker against two: seconds of a search for widths, and where they go.
+"""One Dask worker against two: seconds of a search over widths, by stage.
 
     python -m benchmarks.cluster [--shared FOLDER] [--rounds N]
 
-Workers are processes of one thread each on this machine; the scheduler and what cannot be spread (calibration, export of
-networks, the choice) are in the process that asks. Rounds alternate between one worker, two workers, and two threads of this
-process. Prints Markdown; the models are given as they came.
+Workers are single-threaded processes on this machine; the scheduler and the serial parts (calibration, export of networks,
+the choice) run in the client process. Rounds alternate between one worker, two workers, and two threads of this
+process. Prints Markdown; the models are the originals.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STAGES = ("rounding", "sensitivities", "measuring the curve")
 
 
 def seconds(case: Case, workers: int) -> dict[str, float]:
-    """Seconds of the stages of a search, and of all of it."""
+    """Seconds of each stage of a search, and of the whole search."""
     spent = dict.fromkeys(STAGES, 0.0)
 
     def track(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
@@ -49,7 +49,7 @@ def main() -> None:
     shared = shared_folder(args.shared)
     for name in args.models:
         case = load_case(name, shared)
-        found: dict[str, list[dict[str, float]]] = {"1 Dask worker": [], "2 Dask workers": [], "2 threads": []}
+        timings: dict[str, list[dict[str, float]]] = {"1 Dask worker": [], "2 Dask workers": [], "2 threads": []}
         for _ in range(args.rounds):
             for workers in (1, 2):
                 with (
@@ -58,12 +58,12 @@ def main() -> None:
                     joblib.parallel_config(backend="dask"),
                 ):
                     seconds(load_case(NAMES[1], shared), 1)  # workers import what they need
-                    found[f"{workers} Dask worker{'s' * (workers - 1)}"].append(seconds(case, workers))
-            found["2 threads"].append(seconds(case, 2))
+                    timings[f"{workers} Dask worker{'s' * (workers - 1)}"].append(seconds(case, workers))
+            timings["2 threads"].append(seconds(case, 2))
         print(f"\n| {name} | {' s | '.join((*STAGES, 'all'))} s |\n|---|---|---|---|---|")
         middle = {
             label: {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-            for label, rounds in found.items()
+            for label, rounds in timings.items()
         }
         for label, times in middle.items():
             print(f"| {label} | " + " | ".join(f"{times[key]:.1f}" for key in (*STAGES, "all")) + " |", flush=True)

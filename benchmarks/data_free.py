@@ -3,10 +3,10 @@
     python -m benchmarks.data_free [--shared FOLDER] [--models NAME ...] [--seeds 3]
 
 Recipe `int8-data-free` against `int8`, which is the same without the pass `data-free`. Accuracy and SQNR on samples that
-calibration never saw, averaged over seeds where there is chance; `overlap` is the mean over activations of intersection over
-union of their range with that of the real samples, `width` the median ratio of widths. Images: with the model's mean and std
-given, and without ("matched": to the first layer). KWT-1 reads cepstra: their range is declared, once for all and per
-coefficient, from the extremes of the calibration samples. Prints Markdown.
+calibration never saw, averaged over seeds if there is randomness; `overlap` is the mean over activations of intersection
+over union of their range with that of the real samples, `width` the median ratio of widths. Images: with the model's mean
+and std given, and without ("matched": to the first layer). KWT-1 reads cepstra: their range is declared from the extremes of
+the calibration samples, once for all coefficients and once per coefficient. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.int8 import machine
 from benchmarks.models import Case, load_case, shared_folder
-from onnxq_plugins import quantize, runtimes
+from onnxq_plugins import measure, quantize, runtimes
 
 SCALES = {"mobilenet": ("[0.5]", "[0.5]"), "resnet20": ("[0.485,0.456,0.406]", "[0.229,0.224,0.225]")}
 MODELS = ("mobilenet_v1_0.75_224_bn", "mobilenet_v1_0.75_224", "resnet20_cifar10", "kwt1_speechcommands12")
@@ -50,7 +50,7 @@ def judge(case: Case, reference: np.ndarray, model: Any) -> tuple[float, float]:
     """Top-1 and SQNR."""
     feeds = [{case.input: x[None]} for x in case.test]
     logits = runtimes.outputs(runtimes.session(model), feeds)[0]
-    return 100 * float(np.mean(logits.argmax(1) == case.labels)), runtimes.sqnr(reference, logits)
+    return 100 * float(np.mean(logits.argmax(1) == case.labels)), measure.sqnr(reference, logits)
 
 
 def table(case: Case, seeds: int) -> None:
@@ -67,13 +67,13 @@ def table(case: Case, seeds: int) -> None:
     for label, settings in variants(case):
         rows = []
         for seed in range(seeds):
-            made = quantize(case.path, "int8-data-free", real, settings=settings, seed=seed)
-            told = made.report["steps"][0]["result"]["against_real_data"]
-            rows.append([*judge(case, reference, made.model), told["overlap_mean"], told["width_ratio_median"]])
+            result = quantize(case.path, "int8-data-free", real, settings=settings, seed=seed)
+            ranges = result.report["steps"][0]["result"]["against_real_data"]
+            rows.append([*judge(case, reference, result.model), ranges["overlap_mean"], ranges["width_ratio_median"]])
         auto = quantize(case.path, "int8-data-free", settings=settings[:-1]).report["steps"][0]["result"]["source"]
-        found, error, overlap, width = np.mean(rows, axis=0)
+        accuracy, error, overlap, width = np.mean(rows, axis=0)
         print(
-            f"| {label} | {found:.2f} | {top - found:.2f} | {error:.2f} | {overlap:.2f} | {width:.2f} | "
+            f"| {label} | {accuracy:.2f} | {top - accuracy:.2f} | {error:.2f} | {overlap:.2f} | {width:.2f} | "
             f"{'this' if label.startswith(auto) else ''} |",
             flush=True,
         )

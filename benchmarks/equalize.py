@@ -2,9 +2,9 @@
 
     python -m benchmarks.equalize [--shared FOLDER] [--models NAME ...]
 
-Recipe `int8` against the same with `equalize` by activations in front. SQNR on samples that calibration never saw. The
+Recipe `int8` with and without `equalize` by activations as its first pass. SQNR on samples that calibration never saw. The
 synthetic network has MobileNetV2's inverted bottlenecks with ReLU6 and random weights; one in 16 channels of its streams is
-enlarged 20 times, as trained streams have some that are far larger than the rest. Prints Markdown.
+20 times larger, because trained streams have some channels that are far larger than the rest. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, load_case, shared_folder
-from onnxq_plugins import quantize, runtimes
+from onnxq_plugins import measure, quantize, runtimes
 
 CORRECTED = [{"use": "scale-inputs"}, {"use": "ranges"}, {"use": "bias-correct"}]
 EQUALIZE = {"use": "equalize", "by": "activations"}
@@ -91,15 +91,15 @@ def main() -> None:
     )
     for name, model, calibration, test in networks(args.models, shared_folder(args.shared)):
         reference = runtimes.outputs(runtimes.session(model), test)
-        found = []
+        sqnrs = []
         for steps in (CORRECTED, [CORRECTED[0], EQUALIZE, *CORRECTED[1:]]):
             start = time.perf_counter()
-            made = quantize(model, {"pass": steps}, calibration, verify=True)
-            found.append(runtimes.sqnr(reference[0], runtimes.outputs(runtimes.session(made.model), test)[0]))
-        step = made.report["steps"][1]
+            result = quantize(model, {"pass": steps}, calibration, verify=True)
+            sqnrs.append(measure.sqnr(reference[0], runtimes.outputs(runtimes.session(result.model), test)[0]))
+        step = result.report["steps"][1]
         print(
-            f"| {name} | {found[0]:.2f} | {found[1]:.2f} | {found[1] - found[0]:+.2f} | {step['told']['equalized']} of "
-            f"{step['told']['groups']} | {step['drift']:.0e} | {time.perf_counter() - start:.1f} |",
+            f"| {name} | {sqnrs[0]:.2f} | {sqnrs[1]:.2f} | {sqnrs[1] - sqnrs[0]:+.2f} | {step['result']['equalized']} of "
+            f"{step['result']['groups']} | {step['drift']:.0e} | {time.perf_counter() - start:.1f} |",
             flush=True,
         )
 

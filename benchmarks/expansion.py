@@ -1,4 +1,4 @@
-"""What the orders of `residual-expansion` buy: weights, activations, and ensembles, on real networks.
+"""What the orders of `residual-expansion` gain: weights, activations, and ensembles, on real networks.
 
     python -m benchmarks.expansion [--shared FOLDER] [--models NAME ...] [--seconds 0.25]
 
@@ -6,7 +6,7 @@ Weights of 2, 3 and 4 bits in every layer, orders 1 to 4, the second and later o
 (chosen without data), 8-bit activations, bias-correct as in recipe int8; first row int8 per channel with the same passes.
 Second table: 4-bit activations with one and two orders, and 8-bit ones (target npu4). Third: ensembles. Accuracy and SQNR on
 samples that calibration never saw. Bit operations: multiply-adds x bits of the weight x bits of the input, summed over
-orders, relative to int8 everywhere: what hardware with products of so few bits would do; onnxruntime computes in int8.
+orders, relative to int8 everywhere: what hardware with such narrow products would do; onnxruntime computes in int8.
 Latency: batch 1, one thread, all networks of a table in turn, relative to int8; the least of three medians each. Prints
 Markdown.
 """
@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import Result, load, quantize, runtimes
+from onnxq_plugins import Result, load, measure, quantize, runtimes
 from onnxq_plugins.search.quantizers import multiply_adds
 
 BATCH = 16
@@ -40,31 +40,33 @@ class Judge:
     def of(case: Case) -> Judge:
         return Judge(case, outputs(case, case.path), multiply_adds(load(case.path), {case.input: case.test[:1]}))
 
-    def cells(self, made: Result) -> str:
+    def cells(self, result: Result) -> str:
         """Top-1 and SQNR."""
-        found = outputs(self.case, made.model)
-        return f"{self.accuracy(found):.2f} | {runtimes.sqnr(self.reference, found):.1f}"
+        logits = outputs(self.case, result.model)
+        return f"{self.accuracy(logits):.2f} | {measure.sqnr(self.reference, logits):.1f}"
 
-    def stored(self, made: Result) -> float:
-        """Bits on disk for each weight of the float network."""
-        held = sum(row["parameters"] for row in made.report["layers"])
-        return float(made.report["bits_per_weight"]) * held / sum(int(np.prod(y.shape)) for y in load(self.case.path).layers)
+    def stored(self, result: Result) -> float:
+        """Bits on disk per weight of the float network."""
+        count = sum(row["parameters"] for row in result.report["layers"])
+        return (
+            float(result.report["bits_per_weight"]) * count / sum(int(np.prod(y.shape)) for y in load(self.case.path).layers)
+        )
 
-    def accuracy(self, found: np.ndarray) -> float:
-        return 100 * float(np.mean(found.argmax(1) == self.case.labels))
+    def accuracy(self, logits: np.ndarray) -> float:
+        return 100 * float(np.mean(logits.argmax(1) == self.case.labels))
 
-    def times(self, made: Sequence[Result], seconds: float) -> np.ndarray:
+    def times(self, results: Sequence[Result], seconds: float) -> np.ndarray:
         """Milliseconds of each network, measured in turn."""
-        runners = [runtimes.session(one.model) for one in made]
+        runners = [runtimes.session(result.model) for result in results]
         feed = {self.case.input: self.case.test[:1]}
-        return np.min([runtimes.latency(runners, feed, seconds / 3 * len(made)) for _ in range(3)], axis=0)
+        return np.min([runtimes.latency(runners, feed, seconds / 3 * len(results)) for _ in range(3)], axis=0)
 
-    def operations(self, made: Result, bits: int, activations: int = 8, inputs: int = 1) -> float:
+    def operations(self, result: Result, bits: int, activations: int = 8, inputs: int = 1) -> float:
         """Bit operations relative to int8. Layers that the pass left alone have one order of `bits`."""
-        told = next((s["result"] for s in made.report["steps"] if s["pass"] == "residual-expansion"), {"layers": {}})
+        expansion = next((s["result"] for s in result.report["steps"] if s["pass"] == "residual-expansion"), {"layers": {}})
         spent = 0.0
         for name, work in self.work.items():
-            row = told["layers"].get(name, {"bits": [bits], "channels": [1]})
+            row = expansion["layers"].get(name, {"bits": [bits], "channels": [1]})
             spent += work * sum(b * n / row["channels"][0] for b, n in zip(row["bits"], row["channels"], strict=True))
         return spent * activations * inputs / (64 * sum(self.work.values()))
 
@@ -76,7 +78,7 @@ def outputs(case: Case, model: Any) -> np.ndarray:
 
 
 def make(case: Case, bits: int, step: dict[str, Any] | None = None, **more: Any) -> Result:
-    """Recipe int8 with weights of other widths, and the pass in front of its last one."""
+    """Recipe int8 with weights of other widths, and the pass inserted before its last one."""
     passes = [
         {"use": "scale-inputs"},
         *([step] if step and step["use"] == "residual-ensemble" else []),
@@ -97,19 +99,19 @@ def weights(judge: Judge, seconds: float) -> None:
     ]
     for bits, orders, share in settings:
         step = {"use": "residual-expansion", "orders": orders, "share": share, "data": False} if orders > 1 else None
-        made = make(case, bits, step)
-        told = next((s["result"] for s in made.report["steps"] if s["pass"] == "residual-expansion"), {"layers": {}})
-        forms = [row["form"] for row in told["layers"].values()]
+        result = make(case, bits, step)
+        expansion = next((s["result"] for s in result.report["steps"] if s["pass"] == "residual-expansion"), {"layers": {}})
+        forms = [row["form"] for row in expansion["layers"].values()]
         used = ", ".join(f"{forms.count(f)} {f}" if len(set(forms)) > 1 else f for f in sorted(set(forms))) or "-"
         rows.append(
             (
-                made,
-                f"{bits} | {orders} | {f'{100 * share:.0f} %' if orders > 1 else '-'} | {judge.cells(made)} | "
-                f"{judge.operations(made, bits):.2f} | {judge.stored(made):.1f}",
+                result,
+                f"{bits} | {orders} | {f'{100 * share:.0f} %' if orders > 1 else '-'} | {judge.cells(result)} | "
+                f"{judge.operations(result, bits):.2f} | {judge.stored(result):.1f}",
                 used,
             )
         )
-    times = judge.times([made for made, *_ in rows], seconds)
+    times = judge.times([result for result, *_ in rows], seconds)
     columns = (
         f"{case.name}, float top-1 {judge.accuracy(judge.reference):.2f}",
         "orders",
@@ -137,14 +139,14 @@ def activations(judge: Judge) -> None:
             {"use": "residual-expansion", "form": "branches", "activations": inputs},
             {"use": "bias-correct"},
         ]
-        made = quantize(
+        result = quantize(
             judge.case.path,
             {"target": "npu4", "weights": {"bits": 4}, "activations": {"bits": bits}, "pass": passes},
             judge.case.feeds(),
         )
         print(
-            f"| activations of {bits} bits, {inputs} order{'s' * (inputs > 1)}, ranges {method} | {judge.cells(made)} | "
-            f"{judge.operations(made, 4, bits, inputs):.2f} |",
+            f"| activations of {bits} bits, {inputs} order{'s' * (inputs > 1)}, ranges {method} | {judge.cells(result)} | "
+            f"{judge.operations(result, 4, bits, inputs):.2f} |",
             flush=True,
         )
 
@@ -159,11 +161,11 @@ def ensembles(judge: Judge, seconds: float) -> None:
         ("one network of 2 orders (residual-expansion)", 4, {"use": "residual-expansion"}),
         ("sum of two networks of 2 orders", 4, {"use": "residual-ensemble", "groups": [2, 2]}),
     ):
-        made = make(case, bits, step)
-        told = [s["result"]["ensemble_db"] for s in made.report["steps"] if s["pass"] == "residual-ensemble"]
-        own = f"{told[0]:.1f}" if told else "-"
-        rows.append((made, f"| {label} | {own} | {judge.cells(made)}"))
-    times = judge.times([made for made, _ in rows], seconds)
+        result = make(case, bits, step)
+        ensemble = [s["result"]["ensemble_db"] for s in result.report["steps"] if s["pass"] == "residual-ensemble"]
+        own = f"{ensemble[0]:.1f}" if ensemble else "-"
+        rows.append((result, f"| {label} | {own} | {judge.cells(result)}"))
+    times = judge.times([result for result, _ in rows], seconds)
     columns = (f"{case.name}, weights of 4 bits", "the ensemble itself, dB", "top-1", "SQNR dB", "latency")
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for (_, cells), time in zip(rows, times, strict=True):

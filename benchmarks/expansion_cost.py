@@ -1,10 +1,10 @@
-"""What the forms of `residual-expansion` cost at run time, against the same layers with 8-bit weights.
+"""What the forms of `residual-expansion` cost at run time, relative to the same layers with 8-bit weights.
 
     python -m benchmarks.expansion_cost [--seconds 1] [--rounds 5]
 
-Chains of convolutions with a Relu behind each, random weights, 8-bit activations, batch 1, one thread; all forms of a shape
-are timed in turn, several rounds, and the least median of each is divided by that of int8. "Gather": channels stay where
-they are, as where they cannot be moved. Prints Markdown.
+Chains of convolutions, each followed by a Relu, random weights, 8-bit activations, batch 1, one thread; all forms of a shape
+are timed in turn, several rounds, and the least median of each is divided by that of int8. "Gather": channels stay in
+place, as if they could not be moved. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def chain(size: int, layers: list[tuple[int, int, int, int]]) -> onnx.ModelProto:
-    """The layers one behind another, and a Gemm on the mean of the last one's output."""
+    """The layers in sequence, and a Gemm on the mean of the last one's output."""
     rng = np.random.default_rng(0)
     nodes, constants, name = [], [], "x"
 
@@ -72,7 +72,7 @@ def chain(size: int, layers: list[tuple[int, int, int, int]]) -> onnx.ModelProto
 
 
 def recipe(step: dict[str, Any] | None) -> dict[str, Any]:
-    """8-bit activations, and weights of 8 bits, or expanded from 4; the head has 8 bits in both."""
+    """8-bit activations and weights of 8 bits, or expanded from 4; the head has 8 bits in both."""
     passes: list[dict[str, Any]] = [{"use": "ranges"}]
     if step is None:
         return {"pass": passes}
@@ -92,16 +92,16 @@ def main() -> None:
     for shape, (size, layers) in SHAPES.items():
         model = chain(size, layers)
         feed = {"x": np.random.default_rng(1).normal(size=(1, layers[0][0], size, size)).astype(np.float32)}
-        made = {"int8": onnxq.quantize(model, recipe(None), [feed]).model}
+        models = {"int8": onnxq.quantize(model, recipe(None), [feed]).model}
         for name, step in FORMS.items():
             if layers[0][3] > 1 and step["form"] == "sparse":
                 continue
             fixed = mock.patch("onnxq_plugins.passes.residual_expansion.channel_groups", lambda *_: [])
             with fixed if "Gather" in name else nullcontext():
-                made[name] = onnxq.quantize(model, recipe(step), [feed]).model
-        runners = [runtimes.session(m) for m in made.values()]
-        rounds = [runtimes.latency(runners, feed, args.seconds * len(made)) for _ in range(args.rounds)]
-        times = dict(zip(made, np.min(rounds, axis=0), strict=True))
+                models[name] = onnxq.quantize(model, recipe(step), [feed]).model
+        runners = [runtimes.session(m) for m in models.values()]
+        rounds = [runtimes.latency(runners, feed, args.seconds * len(models)) for _ in range(args.rounds)]
+        times = dict(zip(models, np.min(rounds, axis=0), strict=True))
         base = times.pop("int8")
         ratios = (f"{times[name] / base:.2f}" if name in times else "-" for name in FORMS)
         print(f"| {shape} | {base:.2f} | {' | '.join(ratios)} |", flush=True)

@@ -1,4 +1,4 @@
-"""Fractal calibration images: seconds for 64 of 224 x 224 x 3, and their statistics beside those of photographs.
+"""Fractal calibration images: seconds for 64 of 224 x 224 x 3, and their statistics next to those of photographs.
 
     python -m benchmarks.fractals [--shared FOLDER]
 
@@ -22,9 +22,9 @@ COUNT = 64
 
 
 def spectrum_slope(image: np.ndarray) -> float:
-    """Exponent of the amplitudes over frequency of an image [h, w, c]: -1 if they fall as 1 / f, 0 for white noise.
+    """Exponent of amplitude over frequency of an image [h, w, c]: -1 if it falls as 1 / f, 0 for white noise.
 
-    A line through the logarithms of radial means of the power, the edges windowed away."""
+    Fits a line through the logarithms of radial means of the power, after windowing the edges."""
     grey = image.mean(axis=2)
     height, width = grey.shape
     power = np.abs(np.fft.fft2((grey - grey.mean()) * np.outer(np.hanning(height), np.hanning(width)))) ** 2

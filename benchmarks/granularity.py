@@ -4,13 +4,13 @@
     python -m benchmarks.granularity --plot rows.jsonl docs/granularity.png
 
 First, last and depthwise layers have 8 bits per channel, activations 8 bits everywhere. "PTQ-SL": pass sub-layer, nearest
-codes, biases corrected. "learned": pass round (GPTQ, on what layers really see). free: a float scale per tile, which no
+codes, biases corrected. "learned": pass round (GPTQ, on each layer's actual inputs). free: a float scale per tile, which no
 integer kernel takes: weights are decoded to float at load, and the network runs in float between quantized activations.
 integer, pow2: multipliers of one scale per layer (tiles of several outputs) or per channel (1 x 16), folded into int8 codes.
 For layer and channel, pow2 means scales that are powers of two.
 
-scales, bits/weight: of the tiled layers. ms: against the int8 model, both in turn, one thread, batch 1. Samples of the
-measurement are never those of calibration. Rows are appended to --out as they are made; those that are there are not made
+scales, bits/weight: of the tiled layers. ms: relative to the int8 model, both in turn, one thread, batch 1. Measured on
+samples that calibration never saw. Rows are appended to --out as they are measured; existing rows are not measured
 again. Prints Markdown.
 """
 
@@ -29,6 +29,7 @@ import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
 from onnxq_plugins import runtimes
+from onnxq_plugins.measure import sqnr
 from onnxq_plugins.targets.ort_cpu import ORT_CPU
 from onnxq_plugins.targets.storage import STORAGE
 
@@ -41,7 +42,7 @@ SOLVERS = {
 
 
 class FloatTiles:
-    """A target for the comparison: float scales per tile beside onnxruntime's form of the graph."""
+    """A target for the comparison: float scales per tile with onnxruntime's form of the graph."""
 
     target = replace(STORAGE, name="benchmark.float-tiles", flatten=ORT_CPU.flatten)
 
@@ -87,9 +88,9 @@ def counted(result: onnxq.Result, bits: int) -> tuple[int, float]:
     return scales, stored / sum(row["parameters"] for row in rows)
 
 
-def measure(case: Case, made: dict[str, Any], bits: int, reference: np.ndarray, int8: Any) -> dict[str, Any]:
+def measure(case: Case, variant: dict[str, Any], bits: int, reference: np.ndarray, int8: Any) -> dict[str, Any]:
     """One row."""
-    result = onnxq.quantize(case.path, made, case.feeds(), plugins=[FloatTiles()])
+    result = onnxq.quantize(case.path, variant, case.feeds(), plugins=[FloatTiles()])
     runner = runtimes.session(result.model)
     feeds = [{case.input: x[None]} for x in case.test]
     logits = runtimes.outputs(runner, feeds)[0]
@@ -97,7 +98,7 @@ def measure(case: Case, made: dict[str, Any], bits: int, reference: np.ndarray, 
     scales, stored = counted(result, bits)
     return {
         "top1": 100 * float(np.mean(logits.argmax(1) == case.labels)),
-        "sqnr": runtimes.sqnr(reference, logits),
+        "sqnr": sqnr(reference, logits),
         "bits": stored,
         "scales": scales,
         "ms": ms / base,
@@ -208,12 +209,12 @@ def main() -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; none if it is not there."""
+    """The rows of a file; none if it does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def identity(row: dict[str, Any]) -> dict[str, Any]:
-    """What tells one row from another."""
+    """What identifies a row."""
     return {key: row[key] for key in ("model", "width", "granularity", "kind", "reordered", "solver")}
 
 

@@ -1,9 +1,9 @@
-"""Recipes int8 and int8-rounded against onnxruntime's own tool, and onnxsim where installed, side by side in one run.
+"""Recipes int8 and int8-rounded against onnxruntime's own tool, and onnxsim where installed, in one run.
 
     python -m benchmarks.int8 [--shared FOLDER] [--rounds 3]
 
-Each tool quantizes in a process of its own, in turn, `rounds` times: wall seconds of the call (imports and data reading
-left out) and peak memory of the process are medians. Accuracy and SQNR are taken on images that calibration never saw;
+Each tool quantizes in its own process, in turn, `rounds` times: wall seconds of the call (imports and data reading
+excluded) and peak memory of the process are medians. Accuracy and SQNR are measured on images that calibration never saw;
 latency at batch 1, one thread, all models in turn. Prints Markdown.
 """
 
@@ -76,7 +76,7 @@ def quantize_with(tool: str, case: Case, out: Path) -> float:
 
 
 def child(tool: str, name: str, shared: Path, out: Path) -> None:
-    """What the process of one tool does: quantize and print its figures."""
+    """The process of one tool: quantize and print its figures."""
     case = load_case(name, shared, test=False)
     before = peak_memory()
     seconds = quantize_with(tool, case, out)
@@ -86,7 +86,7 @@ def child(tool: str, name: str, shared: Path, out: Path) -> None:
 
 def judge(case: Case, models: dict[str, Path]) -> dict[str, dict[str, float | str]]:
     """Accuracy, SQNR, latency and kernels of each model, float first."""
-    from onnxq_plugins import audit_model, runtimes
+    from onnxq_plugins import audit_model, measure, runtimes
 
     runners = {tool: runtimes.session(path) for tool, path in models.items()}
     times = dict(
@@ -100,8 +100,8 @@ def judge(case: Case, models: dict[str, Path]) -> dict[str, dict[str, float | st
         reference = logits if reference is None else reference
         rows[tool] = {
             "top1": 100 * float(np.mean(logits.argmax(1) == case.labels)),
-            "sqnr": "-" if tool == "float" else f"{runtimes.sqnr(reference, logits):.2f}",
-            "agree": 100 * runtimes.agreement(reference, logits),
+            "sqnr": "-" if tool == "float" else f"{measure.sqnr(reference, logits):.2f}",
+            "agree": 100 * measure.agreement(reference, logits),
             "ms": times[tool],
             "mb": path.stat().st_size / 1e6,
             "kernels": "" if tool == "float" else audit_model(path).summary(),

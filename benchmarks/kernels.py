@@ -1,4 +1,4 @@
-"""What single operators gain as integer kernels on this machine: the evidence behind the targets' rules.
+"""What single operators gain from integer kernels on this machine: the evidence behind the targets' rules.
 
     python -m benchmarks.kernels
 

@@ -1,10 +1,10 @@
-"""Peak memory of quantizing a large model against a limit: one and a half times the largest layer, and 1 GB.
+"""Peak memory of quantizing a large model against a limit: one and a half times the largest layer plus 1 GB.
 
     python -m benchmarks.large [--layers 12] [--size 8192] [--runs 4 8 calibrated] [--folder FOLDER]
 
-A chain of MatMuls of size x size with external data (4 * layers * size^2 bytes; 3.2 GB by default) is made in a temporary
-folder, and each run is a process of its own: 4 or 8 bits, weights only; or ``calibrated``, 8 bits with activations, on four
-samples. `own MB` leaves out pages of files, which the system takes back when others need memory.
+A chain of MatMuls of size x size with external data (4 * layers * size^2 bytes; 3.2 GB by default) is created in a
+temporary folder, and each run has its own process: 4 or 8 bits, weights only; or ``calibrated``, 8 bits with activations, on
+four samples. `own MB` excludes pages of files, which the system reclaims when others need memory.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def child(model: str, output: str, run: str) -> None:
 
     def watch() -> None:
         while not done.wait(0.02):
-            told = Path("/proc/self/status").read_text("ascii")
-            own[0] = max(own[0], int(told.partition("RssAnon:")[2].split()[0]) // 1024)
+            status = Path("/proc/self/status").read_text("ascii")
+            own[0] = max(own[0], int(status.partition("RssAnon:")[2].split()[0]) // 1024)
 
     threading.Thread(target=watch, daemon=True).start()
     recipe, data = WEIGHTS | {"weights": {"bits": int(run), "block": 32}} if run.isdigit() else "int8", None
@@ -75,16 +75,16 @@ def child(model: str, output: str, run: str) -> None:
 
 
 def measured(model: Path, run: str) -> tuple[float, float, float, str]:
-    """Peak in MB, that without pages of files, seconds and summary of a run in a process of its own."""
+    """Peak in MB, the same without pages of files, seconds and summary of a run in its own process."""
     command = [sys.executable, "-m", "benchmarks.large", "--child", str(model), str(model.with_name("q.onnx")), run]
-    told = subprocess.run(
+    figures = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
     ).stdout.split(" ", 3)
-    return float(told[0]), float(told[1]), float(told[2]), told[3].strip()
+    return float(figures[0]), float(figures[1]), float(figures[2]), figures[3].strip()
 
 
 def limit(size: int) -> float:
-    """One and a half times a layer, and 1 GB; in MB."""
+    """One and a half times a layer plus 1 GB, in MB."""
     return 1.5 * 4 * size**2 / 2**20 + 1024
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--size", type=int, default=8192)
     parser.add_argument("--runs", nargs="+", choices=["4", "8", "calibrated"], default=["4", "8", "calibrated"])
-    parser.add_argument("--folder", help="where to make the temporary folder")
+    parser.add_argument("--folder", help="where to create the temporary folder")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -105,9 +105,9 @@ def main() -> None:
         print("| run | peak MB | own MB | limit MB | seconds | |\n|---|---|---|---|---|---|")
         for run in args.runs:
             peak, own, seconds, summary = measured(model, run)
-            told = summary.replace("|", ",")
+            line = summary.replace("|", ",")
             label = f"{run} bits, weights only" if run.isdigit() else "8 bits, calibrated"
-            print(f"| {label} | {peak:.0f} | {own:.0f} | {limit(args.size):.0f} | {seconds:.1f} | {told} |", flush=True)
+            print(f"| {label} | {peak:.0f} | {own:.0f} | {limit(args.size):.0f} | {seconds:.1f} | {line} |", flush=True)
 
 
 if __name__ == "__main__":

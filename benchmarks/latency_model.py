@@ -1,11 +1,11 @@
-"""How well times of groups add up to the latency of a network, and what a budget on latency buys.
+"""How well times of groups add up to the latency of a network, and what a budget on latency gains.
 
     python -m benchmarks.latency_model [--shared FOLDER] [--models NAME ...] [--choices 8]
 
-First table: times of groups, learned from networks of 8 bits, of 4 bits and float, against networks of widths drawn at
-random, each measured, all in turn; in parts of what 8 bits everywhere take, of which three sessions show how far one and the
-same network differs from itself. Then the latency of convolutional networks with one layer alone in float, and last what is
-chosen within budgets on latency where layers may stay float. Prints Markdown.
+First table: times of groups, learned from networks of 8 bits, of 4 bits and float, against measured networks of random
+widths, all in turn, relative to 8 bits everywhere; three sessions of that network show how much its own time varies. Second:
+the latency of convolutional networks with a single layer in float. Last: what budgets on latency choose if layers may stay
+float. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import load, quantize, runtimes
+from onnxq_plugins import load, measure, quantize, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.data import graph_inputs, open_data
 from onnxq_plugins.export import qdq
@@ -35,14 +35,14 @@ BLOCKS: dict[str, Any] = {"weights": {"bits": 8, "block": 32}, "activations": {"
 
 
 def make_widths(case: Case, recipe: dict[str, Any]) -> Widths:
-    """The widths of a network, weights rounded to the nearest."""
-    found = find_plugins()
-    made = load_recipe(recipe, found.passes, ())
-    target = found.target(made.target)
+    """The widths of a network, weights rounded to nearest."""
+    plugins = find_plugins()
+    parsed = load_recipe(recipe, plugins.passes, ())
+    target = plugins.target(parsed.target)
     graph = load(case.path, flatten=target.flatten)
-    asked = requests.request(graph, made, target)
+    requested = requests.request(graph, parsed, target)
     calibration = Calibration(graph, open_data(case.feeds(), graph_inputs(graph)), workers=2)
-    job = Job(graph, asked.plan, calibration, target, made, np.random.default_rng(0), 2, Report())
+    job = Job(graph, requested.plan, calibration, target, parsed, np.random.default_rng(0), 2, Report())
     widths = Widths(job, parse_widths(CANDIDATES), case.feeds()[0])
     assert calibration.data is not None
     widths.round("nearest", calibration.data)
@@ -50,7 +50,7 @@ def make_widths(case: Case, recipe: dict[str, Any]) -> Widths:
 
 
 def errors(label: str, case: Case, widths: Widths, count: int) -> None:
-    """Predicted against measured, for widths drawn at random."""
+    """Predicted against measured, for random widths."""
     feed, rng = case.feeds()[0], np.random.default_rng(0)
     widths.time(feed)
     drawn = [tuple(options[rng.integers(len(options))] for options in widths.options) for _ in range(count)]
@@ -85,7 +85,7 @@ def alone(case: Case, widths: Widths) -> None:
 
 
 def budgets(label: str, case: Case, recipe: dict[str, Any], limits: tuple[float, ...], cache: str) -> None:
-    """What budgets on latency choose, all by the same times."""
+    """What budgets on latency choose, all with the same times."""
     feeds = [{case.input: x[None]} for x in case.test]
     reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
     print(
@@ -95,15 +95,15 @@ def budgets(label: str, case: Case, recipe: dict[str, Any], limits: tuple[float,
     for limit in limits:
         step = {"use": "mixed-precision", "candidates": CANDIDATES, "budget": "latency", "limit": limit, "curve": 0}
         before = [{"use": "ranges"}] if "activations" not in recipe else []
-        made = quantize(case.path, {**recipe, "pass": [*before, step]}, case.feeds(), cache=cache)
-        told = made.report["steps"][-2]["result"]
-        (point,) = (p for p in told["curve"] if "chosen" in p)
-        logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
-        predicted, measured = (told["latency"][key] for key in ("predicted", "measured"))
+        result = quantize(case.path, {**recipe, "pass": [*before, step]}, case.feeds(), cache=cache)
+        search = result.report["steps"][-2]["result"]
+        (point,) = (p for p in search["curve"] if "chosen" in p)
+        logits = runtimes.outputs(runtimes.session(result.model), feeds)[0]
+        predicted, measured = (search["latency"][key] for key in ("predicted", "measured"))
         print(
-            f"| {limit:g} | {predicted:.3f} | {measured:.3f} | {point['size']:.3f} | {len(made.report['floats'])} of "
-            f"{len(made.report['layers'])} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
-            f"{runtimes.sqnr(reference, logits):.2f} |",
+            f"| {limit:g} | {predicted:.3f} | {measured:.3f} | {point['size']:.3f} | {len(result.report['floats'])} of "
+            f"{len(result.report['layers'])} | {100 * np.mean(logits.argmax(1) == case.labels):.2f} | "
+            f"{measure.sqnr(reference, logits):.2f} |",
             flush=True,
         )
 
@@ -119,9 +119,9 @@ def main() -> None:
         f"{machine()}\n\n| model | groups that may be float | 8 bits, ms | the same thrice, % apart | "
         f"{args.choices} random choices, of 8 bits | mean error % | errors % |\n|---|---|---|---|---|---|---|"
     )
-    made = {name: make_widths(case, {}) for name, case in cases.items()}
+    widths = {name: make_widths(case, {}) for name, case in cases.items()}
     for name, case in cases.items():
-        errors(name, case, made[name], args.choices)
+        errors(name, case, widths[name], args.choices)
     attention = [name for name in cases if name.startswith("kwt")]
     for name in attention:
         errors(f"{name}, weight-only", cases[name], make_widths(cases[name], BLOCKS), args.choices)
@@ -131,7 +131,7 @@ def main() -> None:
                 "\n| one layer float, all others 8 bits | latency, of 8 bits everywhere | median | faster |\n"
                 "|---|---|---|---|"
             )
-        alone(cases[name], made[name])
+        alone(cases[name], widths[name])
     with tempfile.TemporaryDirectory() as cache:
         for name in attention:
             budgets(name, cases[name], {}, (1.0, 1.02, 1.05, 1.1, 1.2), cache)

@@ -1,4 +1,4 @@
-"""Real networks with labelled data, read from a folder outside the repository (they are not ours to redistribute).
+"""Real networks with labelled data, read from a folder outside the repository (we may not redistribute them).
 
 The folder is given with --shared or the environment variable ONNXQ_SHARED and holds `models/` and `data/`. Calibration
 and test images never overlap: ImageNet, every eighth file against the rest; the others come split.
@@ -33,12 +33,12 @@ class Case:
 
 
 def shared_folder(given: str | None = None) -> Path:
-    """The folder with models and data; the one beside the checkout if none is named."""
+    """The folder with models and data; by default the one next to the checkout."""
     return Path(given or os.environ.get("ONNXQ_SHARED") or Path(__file__).parents[2] / "shared")
 
 
 def load_case(name: str, shared: Path, test: bool = True) -> Case:
-    """Model and data by name, without the test samples if those are not wanted; FileNotFoundError if the folder does
+    """Model and data by name, without the test samples if `test` is False; FileNotFoundError if the folder does
     not hold them."""
     path = shared / "models" / f"{name}.onnx"
     if not path.is_file():

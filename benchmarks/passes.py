@@ -1,4 +1,4 @@
-"""What each pass of a recipe gains: the recipe with one pass left out at a time.
+"""What each pass of a recipe gains: the recipe with one pass omitted at a time.
 
     python -m benchmarks.passes [--shared FOLDER] [--recipe int8]
 
@@ -14,7 +14,7 @@ import numpy as np
 
 import onnxq_plugins as onnxq
 from benchmarks.models import NAMES, load_case, shared_folder
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
 
@@ -36,10 +36,10 @@ def main() -> None:
         feeds = [{case.input: x[None]} for x in case.test]
         reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
         for label, variant in variants.items():
-            made = onnxq.quantize(case.path, variant, case.feeds())
-            logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
+            result = onnxq.quantize(case.path, variant, case.feeds())
+            logits = runtimes.outputs(runtimes.session(result.model), feeds)[0]
             top1 = 100 * np.mean(logits.argmax(1) == case.labels)
-            print(f"| {name} | {label} | {runtimes.sqnr(reference, logits):.2f} | {top1:.2f} |", flush=True)
+            print(f"| {name} | {label} | {measure.sqnr(reference, logits):.2f} | {top1:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""This package beside other tools on models given by name or path, side by side in one run: accuracy, SQNR, size, latency,
-kernels, seconds and peak memory.
+"""This package and other tools in one run, on models given by name or path: accuracy, SQNR, size, latency, kernels, seconds
+and peak memory.
 
     python -m benchmarks.peers [--shared FOLDER] [--models NAME ...] [--iterations 100] [--python TOOL=PATH ...]
     python -m benchmarks.peers --models model.onnx --data calibration.npz --test test.npz
 
 Tools: onnxruntime (quantize_static, per channel, after its pre-process), onnxsim (quantize_full_qdq), nncf (nncf.quantize,
 defaults), quark (AMD Quark) and aimet with AdaRound, and our recipes. PATH is the python that has a tool installed, if this
-one has not: several want torch, or an onnx and onnxruntime of their own liking. A tool that its python does not have is left
-out. Each tool quantizes once in a process of its own, to int8 per channel and uint8 activations, on the same samples; the
-models are judged here, on samples that none of them saw, as in benchmarks.int8. Quark and AIMET equalize across layers, then
-learn each layer's rounding in `iterations` steps of one sample: their defaults are 1000 and 10000. Prints Markdown.
+one does not: several need torch, or specific versions of onnx and onnxruntime. Tools that are not installed are skipped.
+Each tool quantizes once in its own process, to int8 per channel and uint8 activations, on the same samples; the models are
+measured here, on samples that none of them saw, as in benchmarks.int8. Quark and AIMET equalize across layers, then learn
+each layer's rounding in `iterations` steps of one sample: their defaults are 1000 and 10000. Prints Markdown.
 
 A model's test.npz holds its samples under the name of its input, and `labels`; it must have one input and classes as output.
 """
@@ -113,7 +113,7 @@ def load_any(name: str, shared: Path, data: str, test: str) -> Case:
 
 
 def child(tool: str, case: Case, out: Path, iterations: int) -> None:
-    """What the process of one tool does: quantize and print its figures."""
+    """The process of one tool: quantize and print its figures."""
     before = peak_memory()
     own = {"quark": with_quark, "aimet": with_aimet, "nncf": with_nncf}.get(tool)
     seconds = own(case, out, iterations) if own else quantize_with(tool, case, out)
@@ -121,7 +121,7 @@ def child(tool: str, case: Case, out: Path, iterations: int) -> None:
 
 
 def release(tool: str, python: str) -> str | None:
-    """The version of a tool's package in that python, None if it is not there."""
+    """The version of a tool's package in that python, None if it is not installed."""
     code = f"from importlib.metadata import version; print(version({PACKAGES[tool]!r}))"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
@@ -149,7 +149,7 @@ def main() -> None:
     if unknown := set(pythons) - set(PACKAGES):
         parser.error(f"--python knows {', '.join(PACKAGES)}, not {', '.join(sorted(unknown))}")
     releases = {tool: release(tool, pythons[tool]) for tool in PACKAGES if tool in args.tools}
-    for tool in (t for t, found in releases.items() if found is None):
+    for tool in (t for t, version in releases.items() if version is None):
         print(f"{tool} left out: {pythons[tool]} has no {PACKAGES[tool]}", file=sys.stderr)
     peers = [f"{PACKAGES[t]} {releases[t]}" for t in ("nncf", "quark", "aimet") if releases.get(t)]
     print(f"{', '.join([machine(), *peers])}; {args.iterations} iterations\n")
@@ -160,7 +160,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             case = load_any(name, shared, data, test or "theirs")
             models, costs = {"float": case.path}, {}
-            for tool in (t for t, found in releases.items() if found):
+            for tool in (t for t, version in releases.items() if version):
                 out = Path(folder) / f"{tool.replace(' ', '_')}.onnx"
                 command = [
                     pythons[tool],

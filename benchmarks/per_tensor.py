@@ -3,8 +3,8 @@
     python -m benchmarks.per_tensor [--shared FOLDER] [--models NAME ...]
 
 Target `per-tensor`, 8 bits, min-max ranges from the calibration samples; accuracy and SQNR on samples that calibration
-never saw. The last table times the pass `equalize` on MobileNetV1: the median of five, with the data read and with the
-statistics at hand. Prints Markdown.
+never saw. The last table times the pass `equalize` on MobileNetV1: the median of five, with the run over the data and with
+cached statistics. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.int8 import machine
 from benchmarks.models import Case, load_case, shared_folder
-from onnxq_plugins import load, quantize, runtimes
+from onnxq_plugins import load, measure, quantize, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.data import graph_inputs, open_data
 from onnxq_plugins.job import Job, Recipe
@@ -50,13 +50,13 @@ def recipe(steps: list[dict[str, Any]]) -> dict[str, Any]:
     return {"target": "per-tensor", "weights": {"block": "tensor"}, "pass": [BEFORE, *steps]}
 
 
-def judge(case: Case, reference: np.ndarray, made: Any) -> str:
+def judge(case: Case, reference: np.ndarray, result: Any) -> str:
     """Top-1, loss, SQNR and share of layers with shifts."""
     feeds = [{case.input: x[None]} for x in case.test]
-    logits = runtimes.outputs(runtimes.session(made.model), feeds)[0]
+    logits = runtimes.outputs(runtimes.session(result.model), feeds)[0]
     top, whole = (100 * float(np.mean(y.argmax(1) == case.labels)) for y in (logits, reference))
-    shifted = sum(spec.multiplier is not None for spec in made.plan.values())
-    return f"{top:.2f} | {whole - top:.2f} | {runtimes.sqnr(reference, logits):.2f} | {shifted}"
+    shifted = sum(spec.multiplier is not None for spec in result.plan.values())
+    return f"{top:.2f} | {whole - top:.2f} | {measure.sqnr(reference, logits):.2f} | {shifted}"
 
 
 def table(case: Case) -> None:
@@ -68,12 +68,12 @@ def table(case: Case) -> None:
     )
     for name, steps in ROWS.items():
         print(f"| {name} | {judge(case, reference, quantize(case.path, recipe(steps), case.feeds()))} |", flush=True)
-    made = quantize(case.path, "int8", case.feeds())
-    print(f"| for comparison: a scale per channel (recipe int8) | {judge(case, reference, made)} |", flush=True)
+    result = quantize(case.path, "int8", case.feeds())
+    print(f"| for comparison: a scale per channel (recipe int8) | {judge(case, reference, result)} |", flush=True)
 
 
 def speed(path: Path, case: Case) -> None:
-    """Seconds of `equalize`, with data and with statistics at hand."""
+    """Seconds of `equalize`, with data and with cached statistics."""
     taken: dict[str, list[float]] = {"with the run over the data": [], "statistics at hand": []}
     for _ in range(5):
         graph = load(path)
@@ -85,7 +85,7 @@ def speed(path: Path, case: Case) -> None:
             start = time.perf_counter()
             Equalize().apply(job)
             seconds.append(time.perf_counter() - start)
-            for layer in copy.layers:  # the same weights again, whose statistics are known by now
+            for layer in copy.layers:  # the original weights, whose statistics are cached by now
                 for constant in filter(None, (layer.weight, layer.bias)):
                     graph.set_constant(constant, copy.constant(constant))
             assert name in taken

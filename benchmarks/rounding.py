@@ -1,13 +1,13 @@
-"""Solver against solver, at few bits: what each way of rounding weights gains, and what it costs.
+"""Solver against solver, at few bits: what each method of rounding weights gains and costs.
 
     python -m benchmarks.rounding [--shared FOLDER] [--bits 4 3 2] [--models ...] [--alone] [--multipliers 16]
 
 Recipe int4-rounded with other methods and widths: first, last and depthwise layers at 8 bits, activations at 8. The rows
 "plain" are the smallest scale without clipping and the nearest codes, without and with bias correction; "nearest" has the
-searched scales, the solved biases and the weights fitted to the quantized inputs, but rounds to the nearest, so that the
-rows below it show what rounding itself adds. --all quantizes first and last layers like the others; --alone solves each
+searched scales, the solved biases and the weights fitted to the quantized inputs, but rounds to nearest, so that the rows
+below it show what learned rounding itself adds. --all quantizes first and last layers like the others; --alone solves each
 layer on float inputs (sequential = false). --multipliers N refines the scale of each channel by an integer for every N
-inputs, and adds the ways in which pass vector-scale chooses them. Samples of the measurement are never those of calibration.
+inputs, and adds the methods by which pass vector-scale chooses them. Measured on samples that calibration never saw.
 Prints Markdown.
 """
 
@@ -23,6 +23,7 @@ import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
 from onnxq_plugins import runtimes
+from onnxq_plugins.measure import agreement, sqnr
 
 METHODS = ("nearest", "gpfq", "gptq", "descent", "attention", "adaround", "auto")
 
@@ -37,7 +38,7 @@ def recipe(bits: int, passes: list[dict[str, Any]], everywhere: bool, multiplier
 
 
 def variants(alone: bool, multipliers: bool) -> dict[str, list[dict[str, Any]]]:
-    """Label -> passes behind the ranges."""
+    """Label -> passes after the ranges."""
     extra = {"sequential": False} if alone else {}
     vectors = (
         {
@@ -65,8 +66,8 @@ def measure(case: Case, passes: dict[str, Any]) -> tuple[float, float, float, fl
     reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
     logits = runtimes.outputs(runtimes.session(result.model), feeds)[0]
     return (
-        runtimes.sqnr(reference, logits),
-        100 * runtimes.agreement(reference, logits),
+        sqnr(reference, logits),
+        100 * agreement(reference, logits),
         100 * float(np.mean(logits.argmax(1) == case.labels)),
         seconds,
     )
@@ -89,8 +90,8 @@ def main() -> None:
         print(f"| {name} | {' | '.join(columns)} |\n|---|{'---|' * 4 * len(columns)}")
         for label, passes in variants(args.alone, bool(args.multipliers)).items():
             if label in args.methods:
-                found = [measure(case, recipe(bits, passes, args.all, args.multipliers)) for bits in args.bits]
-                cells = [f"{db:.2f} | {agree:.1f} | {top1:.2f} | {seconds:.1f}" for db, agree, top1, seconds in found]
+                figures = [measure(case, recipe(bits, passes, args.all, args.multipliers)) for bits in args.bits]
+                cells = [f"{db:.2f} | {agree:.1f} | {top1:.2f} | {seconds:.1f}" for db, agree, top1, seconds in figures]
                 print(f"| {label} | {' | '.join(cells)} |", flush=True)
         print()
 

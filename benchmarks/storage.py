@@ -1,12 +1,12 @@
-"""4-bit storage beside int8: accuracy, latency, size, kernels, and the same files in OpenVINO.
+"""4-bit storage compared with int8: accuracy, latency, size, kernels, and the same files in OpenVINO.
 
     python -m benchmarks.storage [--shared FOLDER] [--models ...] [--seconds 20]
     python -m benchmarks.storage --seeds 8 --models mobilenet_v1_0.75_224
 
-Recipes int8, int4-rounded, int4-storage, sub-layer; int4-storage with the last layer at 4 bits, too; for transformers
+Recipes int8, int4-rounded, int4-storage, sub-layer; int4-storage with the last layer also at 4 bits; for transformers
 int4-weight-only. ms: batch 1, one thread, all models in turn, many rounds. "OpenVINO" quantizes for target openvino and runs
 the same file in both runtimes: layers that run as 8-bit integer there, and the share of test samples with the same argmax
-(needs the extra openvino). Samples of the measurement are never those of calibration. --seeds: int4-storage alone, made anew
+(needs the extra openvino). Measured on samples that calibration never saw. --seeds: only int4-storage, repeated
 with other seeds, which order channels differently: how much of its top-1 is chance. Prints Markdown.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import NAMES, Case, load_case, shared_folder
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 from onnxq_plugins.job import Recipe
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
@@ -32,12 +32,12 @@ from onnxq_plugins.runtimes.openvino import audit_openvino
 def recipes() -> dict[str, Recipe]:
     """Label -> recipe."""
     passes = find_plugins().passes
-    found = {name: load_recipe(name, passes) for name in ("int8", "int4-rounded", "int4-storage", "sub-layer")}
-    table = found["int4-storage"].to_dict()
+    labelled = {name: load_recipe(name, passes) for name in ("int8", "int4-rounded", "int4-storage", "sub-layer")}
+    table = labelled["int4-storage"].to_dict()
     table["layer"] = [rule for rule in table["layer"] if rule.get("position") != "last"]
-    found["int4-storage, last layer too"] = load_recipe(table, passes)
-    found["int4-weight-only"] = load_recipe("int4-weight-only", passes)
-    return found
+    labelled["int4-storage, last layer too"] = load_recipe(table, passes)
+    labelled["int4-weight-only"] = load_recipe("int4-weight-only", passes)
+    return labelled
 
 
 def openvino(case: Case, recipe: Recipe) -> str:
@@ -54,7 +54,7 @@ def openvino(case: Case, recipe: Recipe) -> str:
         theirs = np.concatenate([runner([x[None]])[0] for x in case.test])
         ours = runtimes.outputs(runtimes.session(path), [{case.input: x[None]} for x in case.test])[0]
     layers = [layer for layer in audit.layers if layer.constant_weight]
-    return f"{sum(layer.quantized for layer in layers)}/{len(layers)} | {100 * runtimes.agreement(ours, theirs):.1f}"
+    return f"{sum(layer.quantized for layer in layers)}/{len(layers)} | {100 * measure.agreement(ours, theirs):.1f}"
 
 
 def chance(case: Case, seeds: int) -> None:
@@ -62,19 +62,19 @@ def chance(case: Case, seeds: int) -> None:
     feeds = [{case.input: x[None]} for x in case.test]
     reference = runtimes.outputs(runtimes.session(case.path), feeds)[0]
     print(f"{case.name}, float top-1 {_top1(reference, case):.2f}\n\n| seed | top-1 | SQNR dB | agree |\n|---|---|---|---|")
-    found = []
+    accuracies = []
     for seed in range(seeds):
         model = onnxq.quantize(case.path, "int4-storage", case.feeds(), seed=seed).model
         logits = runtimes.outputs(runtimes.session(model), feeds)[0]
-        found.append(_top1(logits, case))
+        accuracies.append(_top1(logits, case))
         print(
-            f"| {seed} | {found[-1]:.2f} | {runtimes.sqnr(reference, logits):.2f} | "
-            f"{100 * runtimes.agreement(reference, logits):.1f} |",
+            f"| {seed} | {accuracies[-1]:.2f} | {measure.sqnr(reference, logits):.2f} | "
+            f"{100 * measure.agreement(reference, logits):.1f} |",
             flush=True,
         )
     print(
-        f"\nmean {np.mean(found):.2f}, standard deviation {np.std(found):.2f}, "
-        f"loss {_top1(reference, case) - np.mean(found):.2f}"
+        f"\nmean {np.mean(accuracies):.2f}, standard deviation {np.std(accuracies):.2f}, "
+        f"loss {_top1(reference, case) - np.mean(accuracies):.2f}"
     )
 
 
@@ -131,7 +131,7 @@ def main() -> None:
             other = "- | -" if label == "int4-weight-only" else openvino(case, recipes()[label])
             print(
                 f"| {name} | {label} | {_top1(logits, case):.2f} | {_top1(reference, case) - _top1(logits, case):.2f} | "
-                f"{runtimes.sqnr(reference, logits):.2f} | {100 * runtimes.agreement(reference, logits):.1f} | "
+                f"{measure.sqnr(reference, logits):.2f} | {100 * measure.agreement(reference, logits):.1f} | "
                 f"{result.report['bits_per_weight']:.2f} | {result.model.ByteSize() / 1e6:.3f} | "
                 f"{100 * result.model.ByteSize() / size:.1f} % | {times[label]:.3f} | "
                 f"{times[label] / times['int8']:.3f} | "

@@ -3,7 +3,8 @@
     python -m benchmarks.subtensor [--shared FOLDER] [--model mobilenet_v1_0.75_224] [--clusters 1 2 4 8]
 
 SQNR and top-1 on samples that calibration never saw, kernels, and latency at batch 1, one thread, all models in turn. "as
-channels" realises the subtensors as scales per channel with so few values, "as layers" as layers with one scale per tensor.
+channels" realises the subtensors as scales per channel with that many values, "as layers" as layers with one scale per
+tensor.
 Prints Markdown.
 """
 
@@ -18,11 +19,11 @@ import numpy as np
 import onnxq_plugins as onnxq
 from benchmarks.int8 import machine
 from benchmarks.models import load_case, shared_folder
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 
 
 def recipe(block: str, *passes: dict[str, Any]) -> dict[str, Any]:
-    """8-bit weights at a granularity, with `passes` between ranges and bias correction."""
+    """8-bit weights at some granularity, with `passes` between ranges and bias correction."""
     return {
         "weights": {"bits": 8, "block": block},
         "pass": [{"use": "ranges", "method": "mse"}, *passes, {"use": "bias-correct"}],
@@ -59,11 +60,11 @@ def main() -> None:
     runners = {"float": runtimes.session(case.path)}
     reference = runtimes.outputs(runners["float"], feeds)[0]
     cells = {"float": f"- | {_top1(reference, case.labels):.2f} | - | {case.path.stat().st_size / 1e6:.2f} | "}
-    for label, made in variants(args.clusters, args.gains, args.balances):
-        result = onnxq.quantize(case.path, made, case.feeds())
+    for label, variant in variants(args.clusters, args.gains, args.balances):
+        result = onnxq.quantize(case.path, variant, case.feeds())
         runners[label] = runtimes.session(result.model)
         logits = runtimes.outputs(runners[label], feeds)[0]
-        told = next((step["result"]["layers"] for step in result.report["steps"] if step["pass"] == "subtensor"), {})
+        clustered = next((step["result"]["layers"] for step in result.report["steps"] if step["pass"] == "subtensor"), {})
         audit = onnxq.audit_model(result.model)
         movers = ", ".join(
             f"{audit.other[op]} {op}"
@@ -71,7 +72,7 @@ def main() -> None:
             if audit.other.get(op)
         )
         cells[label] = (
-            f"{runtimes.sqnr(reference, logits):.2f} | {_top1(logits, case.labels):.2f} | {len(told)} | "
+            f"{measure.sqnr(reference, logits):.2f} | {_top1(logits, case.labels):.2f} | {len(clustered)} | "
             f"{result.model.ByteSize() / 1e6:.2f} | {audit.summary()}; {movers}"
         )
     times = runtimes.latency(list(runners.values()), feeds[0], args.seconds * len(runners))

@@ -1,11 +1,11 @@
-"""Which kernel every form of a layer takes that a target allows: docs/targets.md, and its own evidence.
+"""Which kernel runs every form of a layer that a target allows: docs/targets.md, and the evidence for it.
 
     python -m benchmarks.targets > docs/targets.md
 
 Each rule of each target becomes small networks of two layers and a last one, at its narrowest and its widest weights.
-These are quantized and loaded in onnxruntime (and in OpenVINO, if it is installed, for targets that it can stand for), and
-their kernels read off the optimized graph. tests/test_targets.py makes the same tables and checks them against the rules,
-and the page.
+These are quantized and loaded in onnxruntime (and in OpenVINO, if it is installed, for targets that it represents), and
+their kernels are read from the optimized graph. tests/targets/test_targets.py makes the same tables and checks them against
+the rules and the page.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ from onnxq_plugins.testing.models import Net, feeds
 IN_OPENVINO = ("openvino", "per-tensor")
 INTRO = """# Targets
 
-Which forms of a layer each target allows, and the kernels that they took when the table was made: every form was exported,
-loaded, and its kernels were read off the runtime's optimized graph, at its narrowest and its widest weights.
-[runtime.md](runtime.md) tells what else was found. `python -m benchmarks.targets` makes this page; the tests make it again,
-and compare.
+Which forms of a layer each target allows, and which kernels they run in: every form was exported at its narrowest and its
+widest weights and loaded, and the kernels were read from the runtime's optimized graph. [runtime.md](runtime.md) has further
+findings. `python -m benchmarks.targets` generates this page; the tests repeat it and compare.
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """Forms of a rule that took the same kernels: where scales lie, with or without multipliers; OpenVINO's if asked."""
+    """Forms of a rule that ran in the same kernels: granularity, with or without multipliers; OpenVINO's if available."""
 
     rule: Rule
     plain: tuple[str, ...]
@@ -50,7 +49,7 @@ class Row:
     openvino: frozenset[str] | None
 
     def cells(self) -> list[str]:
-        """What the page says of them."""
+        """Table cells of a row."""
         bits = self.rule.weights
         return [
             self.rule.op,
@@ -64,7 +63,7 @@ class Row:
         ]
 
     def scales(self) -> str:
-        """Where scales lie, in words."""
+        """Granularity of the scales, in words."""
         plain, multiplied = " or ".join(self.plain), " or ".join(self.multiplied)
         sizes = f" of {', '.join(map(str, self.rule.blocks))} inputs" if self.rule.blocks else ""
         parts = [f"per {plain}{sizes}"] * bool(plain) + [f"per {multiplied} with multipliers"] * bool(multiplied)
@@ -73,7 +72,7 @@ class Row:
 
 @cache
 def network(op: str) -> onnx.ModelProto:
-    """Two layers of an operator with a Relu behind each, and a layer that writes the output."""
+    """Two layers of an operator, each followed by a Relu, and a layer that writes the output."""
     if op in ("Conv", "ConvTranspose"):
         net = Net(["N", 8, 8, 8])
         x = "x"
@@ -89,21 +88,21 @@ def network(op: str) -> onnx.ModelProto:
 
 
 def settings(rule: Rule, granularity: str, multipliers: bool) -> Iterator[dict[str, Any]]:
-    """The weights to ask for: the narrowest and the widest of a form, and every size of its blocks."""
+    """The weights to request: the narrowest and the widest of a form, and every size of its blocks."""
     finest = 16 if rule.op in ("Gemm", "MatMul") else 4
     blocks: list[Any] = [[4, 4]] if granularity == "tile" else [granularity]
     if granularity == "block":
         blocks = list(rule.blocks) or [finest]
     for bits in sorted({rule.weights[0], rule.weights[-1]}):
         for block in blocks:
-            # codes of 8 bits leave no room for multipliers within int8, and layers with them leave these out
+            # 8-bit codes leave no room for multipliers within int8, so layers with 8-bit codes omit them
             yield {"bits": bits, "block": block, **({"sub_block": finest} if multipliers else {})}
 
 
 @cache
 def rows(target: Target) -> tuple[Row, ...]:
-    """Every form that a target allows, as it ran here; forms of a rule that ran alike share a row."""
-    made = []
+    """Every form that a target allows, as it ran here; forms of a rule that ran in the same kernels share a row."""
+    forms = []
     for rule in target.rules:
         alike: dict[tuple[frozenset[str], frozenset[str] | None], tuple[list[str], list[str]]] = {}
         for granularity in rule.granularity:
@@ -115,12 +114,12 @@ def rows(target: Target) -> tuple[Row, ...]:
                 here = frozenset().union(*(ran for ran, _ in runs))
                 there = frozenset().union(*(ran for _, ran in runs if ran)) if runs[0][1] else None
                 alike.setdefault((here, there), ([], []))[multipliers].append(granularity)
-        made += [Row(rule, tuple(plain), tuple(multiplied), *ran) for ran, (plain, multiplied) in alike.items()]
-    return tuple(made)
+        forms += [Row(rule, tuple(plain), tuple(multiplied), *ran) for ran, (plain, multiplied) in alike.items()]
+    return tuple(forms)
 
 
 def run(op: str, target: str, activations: int, weights: Mapping[str, Any]) -> tuple[set[str], set[str] | None]:
-    """The kernels that layers of an operator take in onnxruntime, and in OpenVINO if the target is for it."""
+    """The kernels that layers of an operator run in, in onnxruntime, and in OpenVINO if the target is for it."""
     model = network(op)
     recipe = {"target": target, "weights": dict(weights), "activations": {"bits": activations}, "pass": [{"use": "ranges"}]}
     result = onnxq.quantize(model, recipe, feeds(model, 4), workers=1)
@@ -141,7 +140,7 @@ def kernels(audit: Audit, op: str) -> set[str]:
 
 @cache
 def openvino_installed() -> bool:
-    """True if OpenVINO can be asked."""
+    """True if OpenVINO can be used."""
     try:
         import openvino  # noqa: F401
     except ImportError:
@@ -150,11 +149,11 @@ def openvino_installed() -> bool:
 
 
 def section(target: Target) -> str:
-    """A target's part of the page."""
-    made = rows(target)
-    asked = any(row.openvino is not None for row in made)
-    head = ["layer", "input", "weight bits", "scales", "stored as", "runs as", "in onnxruntime", *["in OpenVINO"] * asked]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *(row.cells() for row in made)])
+    """A target's section of the page."""
+    forms = rows(target)
+    openvino = any(row.openvino is not None for row in forms)
+    head = ["layer", "input", "weight bits", "scales", "stored as", "runs as", "in onnxruntime", *["in OpenVINO"] * openvino]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *(row.cells() for row in forms)])
     others = ", ".join(sorted(target.integer_ops)) or "none"
     about = target.doc[0].upper() * (not target.doc.startswith("onnx")) or target.doc[0]
     return f"## {target.name}\n\n{about}{target.doc[1:]}.\n\n{table}\n\nOther operators that stay integer: {others}.\n"

@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_digits
 
-Needs torch beside the package's own dependencies; nothing else in the project does. The ONNX graph
+Needs torch in addition to the package's own dependencies; nothing else in the project does. The ONNX graph
 is built by hand from the trained weights instead of being exported by torch: the names stay
 readable, and the BatchNormalization nodes stay unfolded, which an exporter in evaluation mode would
 not leave. The seed is fixed, so one torch build on one kind of CPU writes the same bytes each time.
@@ -63,7 +63,7 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 
 
 
 class DigitsNet(nn.Module):
-    """Images [N, 1, 8, 8] to logits [N, 10]. Layers are kept by the name they get in the graph."""
+    """Images [N, 1, 8, 8] to logits [N, 10]. Layers are stored under their names in the graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class DigitsNet(nn.Module):
 
 
 def shifted(images: Tensor) -> Tensor:
-    """Shift each image [N, 1, 8, 8] by -1, 0 or 1 pixel along both axes, zeros coming in."""
+    """Shift each image [N, 1, 8, 8] by -1, 0 or 1 pixel along both axes, filling with zeros."""
     padded = functional.pad(images, (1, 1, 1, 1))
     count = len(images)
     # Half the draws leave an axis alone: the digits nearly fill the 8x8 frame, a shift cuts strokes.
@@ -223,7 +223,7 @@ def build(net: DigitsNet) -> onnx.ModelProto:
 
 
 def run(model: onnx.ModelProto, images: np.ndarray) -> tuple[str, np.ndarray]:
-    """Logits [N, 10] of the model, and what computed them."""
+    """Logits [N, 10] of the model, and the runtime that computed them."""
     try:
         import onnxruntime
     except ImportError:

@@ -16,7 +16,7 @@ import onnx
 
 from onnxq_plugins import files
 from onnxq_plugins.calibration import Calibration
-from onnxq_plugins.data import Data, Source, graph_inputs, open_data
+from onnxq_plugins.data import Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
@@ -99,41 +99,33 @@ def quantize(
     settings   changes to the recipe such as ``ranges.method=mse``
     plugins    further plugin objects beside the installed ones
     labels     of the samples, for metrics that need them: an array [samples, ...], an .npy file or a text file
-    metric     how passes that search judge a network, in place of their own: a name, ``package.module:function`` (which is
-               imported), or a function of (float outputs, quantized outputs, labels), larger is better; see
-               `onnxq_plugins.measure`
+    metric     how searching passes judge a network: a name, ``package.module:function`` (which is imported), or a function
+               of (float outputs, quantized outputs, labels), larger is better; see `onnxq_plugins.measure`
     track      shows progress, see `Job.track`
     trace      receives a line of text for each hook call of a plugin
 
     Raises OnnxqError, one sentence a problem, before anything is written.
     """
-    started = time.perf_counter()
-    for name, value in (("seed", seed), ("workers", workers or 0)):
-        if value < 0:
-            raise OnnxqError(f"{name} = {value} must not be negative.")
-    workers, plugins, cache = workers or cores(), list(plugins), Path(cache) if cache else None
-    judge = find_metric(metric) if metric is not None else None
-    installed = find_plugins(plugins, trace)
+    start = time.perf_counter()
+    _check_not_negative(seed=seed, workers=workers or 0)
     path = None if output is None else Path(output)
+    judge = None if metric is None else find_metric(metric)
+    installed = find_plugins(plugins := list(plugins), trace)
     loaded = _read_recipe(installed, recipe, settings, target, samples)
-    if path is not None:
-        files.check_writable(path)
-    graph = load(model, float32=float32, flatten=installed.target(loaded.target).flatten)
-    source = Path(model).absolute() if isinstance(model, (str, Path)) else None if isinstance(model, Graph) else model
-    size = original_size(graph, source)
-    if isinstance(source, Path) and path is not None and source.resolve() == path.resolve():
-        source = None  # it will not be there any more
-    opened = _open(graph, loaded, data, labels)
-    calibration = Calibration(graph, opened, cache=cache, workers=workers, track=track)
+    graph, source, size = _read_model(model, float32, installed.target(loaded.target).flatten, path)
+    calibration = _calibration(graph, loaded, data, labels, cache, workers, track)
     job = _prepare(installed, loaded, calibration, seed, judge)
     _run(job, installed, verify)
     exported = _export(job, installed, seed, size, path)
-    job.report["seconds"] = round(time.perf_counter() - started, 3)
+    job.report["seconds"] = round(time.perf_counter() - start, 3)
     installed.manager.hook.onnxq_exported(job=job, model=exported, path=path)
-    again = partial(quantize, model, data=opened, seed=seed, workers=workers, cache=cache, float32=float32, plugins=plugins)
-    return Result(
-        exported, job.plan, job.report, job.graph, job.target, job.calibration.data, source, recipe=loaded, again=again
-    )
+    options: dict[str, Any] = {"seed": seed, "workers": workers, "cache": cache, "float32": float32, "plugins": plugins}
+    again = partial(quantize, model, data=calibration.data, **options)
+    return Result(exported, job.plan, job.report, job.graph, job.target, job.calibration.data, source, loaded, again)
+
+
+def _check_not_negative(**numbers: int) -> None:
+    OnnxqError.check(f"{name} = {number} must not be negative." for name, number in numbers.items() if number < 0)
 
 
 def _read_recipe(
@@ -149,10 +141,34 @@ def _read_recipe(
     return replace(loaded, data=replace(loaded.data, samples=samples)) if samples else loaded
 
 
-def _open(graph: Graph, recipe: Recipe, data: Source | None, labels: str | Path | Array | None) -> Data | None:
-    """The samples; None without. A recipe may come from a stranger: its path is only ever a file, never code to import."""
+def _read_model(
+    model: str | Path | onnx.ModelProto | Graph, float32: bool, flatten: bool, output: Path | None
+) -> tuple[Graph, Path | onnx.ModelProto | None, int]:
+    """The graph, the user's own model (None for a Graph, and where `output` will replace it) and its bytes. Raises
+    OnnxqError
+    where `output` could not be written."""
+    if output is not None:
+        files.check_writable(output)
+    graph = load(model, float32=float32, flatten=flatten)
+    source = Path(model).absolute() if isinstance(model, (str, Path)) else None if isinstance(model, Graph) else model
+    size = original_size(graph, source)
+    replaced = isinstance(source, Path) and output is not None and source.resolve() == output.resolve()
+    return graph, None if replaced else source, size
+
+
+def _calibration(
+    graph: Graph,
+    recipe: Recipe,
+    data: Source | None,
+    labels: str | Path | Array | None,
+    cache: str | Path | None,
+    workers: int | None,
+    track: Track,
+) -> Calibration:
+    """Statistics over the samples. A recipe may come from a stranger: its path is only ever a file, never code to import."""
     source = data if data is not None else Path(recipe.data.path) if recipe.data.path else None
-    return None if source is None else open_data(source, graph_inputs(graph), recipe.data, labels)
+    samples = None if source is None else open_data(source, graph_inputs(graph), recipe.data, labels)
+    return Calibration(graph, samples, cache=Path(cache) if cache else None, workers=workers or cores(), track=track)
 
 
 def _prepare(plugins: Plugins, recipe: Recipe, calibration: Calibration, seed: int, metric: Metric | None) -> Job:

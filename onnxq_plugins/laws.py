@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 from onnxq_plugins.data import Data, graph_inputs
 from onnxq_plugins.errors import OnnxqError, raised
 from onnxq_plugins.graph import Graph
@@ -62,7 +62,7 @@ def run_pass(job: Job, step: Pass, plugins: Plugins, verify: bool) -> dict[str, 
 
 def _drift(step: Pass, before: list[Array], after: list[Array]) -> float:
     """By how much an exact pass moved the float function. Raises LawBroken beyond the limit."""
-    drift = runtimes.drift(before, after)
+    drift = measure.drift(before, after)
     if drift > DRIFT:
         raise LawBroken(
             f"pass '{step.name}' changed the float function by {drift:.1e} (limit {DRIFT:.0e}) though "

@@ -18,7 +18,7 @@ from onnxq_plugins.job import FLOAT, LayerRule, Pass, Recipe, TensorRequest
 
 
 def recipe_folder() -> Path:
-    """Where the built-in recipes lie: in the installed package, or beside it in a checkout."""
+    """The folder of the built-in recipes: in the installed package, or beside it in a checkout."""
     inside = Path(__file__).parent / "recipes"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
 
@@ -65,50 +65,87 @@ def parse(
     _unknown(table, ("recipe", "target", "weights", "activations", "data", "pass", "layer"), where, problems)
     if table.get("recipe", 1) != 1:
         problems.append(f"{where}: recipe = {table['recipe']!r} is a version this release does not know; use 1.")
-    steps: list[Pass] = []
-    for number, step in enumerate(_tables(table, "pass", where, problems), 1):
-        kind = passes.get(str(step.get("use", "")))
-        if "use" not in step:
-            problems.append(f'{where}, pass {number}: write use = "NAME"; known: {", ".join(sorted(passes))}.')
-        elif kind is None:
-            problems.append(
-                f"{where}, pass {number}: {step['use']!r} is not a known pass; "
-                f"{known(str(step['use']), sorted(passes))}. Is its package installed?"
-            )
-        else:
-            place = f"{where}, pass '{kind.name}'"
-            made = _build(kind, {k: v for k, v in step.items() if k != "use"}, place, problems)
-            steps += [made] if made is not None else []
-    rules = []
-    for number, rule in enumerate(_tables(table, "layer", where, problems), 1):
-        place = f"{where}, layer {number}"
-        for key in ("weights", "activations"):
-            if isinstance(rule.get(key), Mapping):
-                _check_request(_build(TensorRequest, rule[key], f"{place}, {key}", problems), f"{place}, {key}", problems)
-        made_rule = _build(LayerRule, rule, place, problems)
-        rules += [made_rule] if made_rule is not None else []
-    parts: dict[str, Any] = {}
+    steps, rules = _passes(table, passes, where, problems), _rules(table, where, problems)
+    requests: dict[str, Any] = {}
     for key in ("weights", "activations", "data"):
-        value = table.get(key, {})
-        if isinstance(value, Mapping):
-            parts[key] = _build(getattr(Recipe, key), value, f"{where}, [{key}]", problems)
+        values = table.get(key, {})
+        if isinstance(values, Mapping):
+            requests[key] = _build(getattr(Recipe, key), values, f"{where}, [{key}]", problems)
         else:
             problems.append(f"{where}: {key} must be a table.")
     target = table.get("target", Recipe.target)
     if not isinstance(target, str):
         problems.append(f"{where}: target must be a name.")
     for key in ("weights", "activations"):
-        _check_request(parts.get(key), f"{where}, [{key}]", problems)
+        _check_request(requests.get(key), f"{where}, [{key}]", problems)
     OnnxqError.check(problems)
-    return Recipe(str(target), passes=tuple(steps), layers=tuple(rules), name=name, **parts)
+    return Recipe(str(target), passes=tuple(steps), layers=tuple(rules), name=name, **requests)
 
 
 def to_toml(recipe: Mapping[str, Any]) -> str:
-    """A recipe's plain values as a TOML file."""
-    return tomli_w.dumps(recipe)
+    """A recipe's plain values as a TOML file, to which blocks of `to_block` can be appended."""
+    tables = {key: value for key, value in recipe.items() if key not in ("pass", "layer")}
+    blocks = [to_block(title, values) for title in ("pass", "layer") for values in recipe.get(title, ())]
+    return "\n".join([tomli_w.dumps(tables), *(f"{block}\n" for block in blocks)])
+
+
+def to_block(title: str, values: Mapping[str, Any]) -> str:
+    """One ``[[pass]]`` or ``[[layer]]`` block of a recipe's file; tables in it as dotted keys."""
+    lines = [f"[[{title}]]"]
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            lines += [f"{_key(key)}.{_key(name)} = {_literal(inner)}" for name, inner in value.items()]
+        else:
+            lines.append(f"{_key(key)} = {_literal(value)}")
+    return "\n".join(lines)
+
+
+def _key(name: str) -> str:
+    """A TOML key, in quotes if it needs them."""
+    return tomli_w.dumps({name: 0}).removesuffix(" = 0\n")
+
+
+def _literal(value: Any) -> str:
+    """A value in TOML, lists on one line, which tomli_w cannot do."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_literal, value))}]"
+    return "{}" if value == {} else tomli_w.dumps({"value": value}).removeprefix("value = ").rstrip("\n")
 
 
 # ---- details --------------------------------------------------------------------------------------------------------------
+
+
+def _passes(table: Mapping[str, Any], passes: Mapping[str, type[Pass]], where: str, problems: list[str]) -> list[Pass]:
+    """The passes of the [[pass]] tables; `problems` gets what is wrong with the others."""
+    steps = []
+    for number, values in enumerate(_tables(table, "pass", where, problems), 1):
+        kind = passes.get(str(values.get("use", "")))
+        if "use" not in values:
+            problems.append(f'{where}, pass {number}: write use = "NAME"; known: {", ".join(sorted(passes))}.')
+        elif kind is None:
+            problems.append(
+                f"{where}, pass {number}: {values['use']!r} is not a known pass; "
+                f"{known(str(values['use']), sorted(passes))}. Is its package installed?"
+            )
+        else:
+            settings = {key: value for key, value in values.items() if key != "use"}
+            step = _build(kind, settings, f"{where}, pass '{kind.name}'", problems)
+            steps += [step] if step is not None else []
+    return steps
+
+
+def _rules(table: Mapping[str, Any], where: str, problems: list[str]) -> list[LayerRule]:
+    """The rules of the [[layer]] tables; `problems` gets what is wrong with the others."""
+    rules = []
+    for number, values in enumerate(_tables(table, "layer", where, problems), 1):
+        place = f"{where}, layer {number}"
+        for key in ("weights", "activations"):
+            if isinstance(values.get(key), Mapping):
+                request = _build(TensorRequest, values[key], f"{place}, {key}", problems)
+                _check_request(request, f"{place}, {key}", problems)
+        rule = _build(LayerRule, values, place, problems)
+        rules += [rule] if rule is not None else []
+    return rules
 
 
 def _read(recipe: str | Path) -> tuple[dict[str, Any], str]:
@@ -145,24 +182,24 @@ def apply_setting(table: dict[str, Any], setting: str, problems: list[str]) -> N
         table[name] = {**table.get(name, {}), key: value}
     else:
         steps = table.get("pass", [])
-        hit = [step for step in steps if isinstance(step, dict) and step.get("use") == name]
-        if not hit:
+        matches = [step for step in steps if isinstance(step, dict) and step.get("use") == name]
+        if not matches:
             used = ", ".join(str(step.get("use")) for step in steps if isinstance(step, dict)) or "none"
             problems.append(f"--set '{setting}': the recipe has no pass '{name}' (it has: {used}).")
-        table["pass"] = [{**step, key: value} if step in hit else step for step in steps]
+        table["pass"] = [{**step, key: value} if step in matches else step for step in steps]
 
 
 def _tables(table: Mapping[str, Any], key: str, where: str, problems: list[str]) -> list[Mapping[str, Any]]:
-    found = table.get(key, [])
-    if isinstance(found, list) and all(isinstance(t, Mapping) for t in found):
-        return found
+    tables = table.get(key, [])
+    if isinstance(tables, list) and all(isinstance(t, Mapping) for t in tables):
+        return tables
     problems.append(f"{where}: write [[{key}]] tables.")
     return []
 
 
 def _unknown(table: Mapping[str, Any], keys: Iterable[str], where: str, problems: list[str]) -> None:
-    there = tuple(keys)
-    problems += [f"{where}: unknown key '{key}'; {known(key, there)}." for key in table if key not in there]
+    keys = tuple(keys)
+    problems += [f"{where}: unknown key '{key}'; {known(key, keys)}." for key in table if key not in keys]
 
 
 def _build(base: Any, table: Mapping[str, Any], where: str, problems: list[str]) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,28 +16,37 @@ from onnxq_plugins.data import Data, DataOptions, Source, graph_inputs, open_dat
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, load
-from onnxq_plugins.measure.metrics import Metric, agreement, chance, check_labels, find_metric, metric_name, sqnr, top1
+from onnxq_plugins.job import Metric
+from onnxq_plugins.measure.metrics import (
+    chance,
+    check_labels,
+    find_metric,
+    mean_sqnr,
+    metric_name,
+    percent_agreement,
+    top1,
+)
 from onnxq_plugins.parallel import Track, silent
 from onnxq_plugins.spec import Array
 
 Prefer = Literal["speed", "size"]
-# From cheap to costly. For speed those that run the same integer kernels everywhere: the first that is accurate enough is as
-# fast as any. For size all are tried, since only the file tells.
+# From cheap to costly. For speed, recipes that run in the same integer kernels: the first that is accurate enough is as fast
+# as any. For size all are tried, since only the file shows it.
 RECIPES: dict[Prefer, tuple[str, ...]] = {
     "speed": ("int8", "int8-rounded"),
     "size": ("int8", "mixed-coding-length", "mixed", "int4-rounded", "int4-storage"),
 }
-_APART = 16  # samples from which making and judging use different ones
-_MOST = 512  # samples to judge by
-_FINE = 0.2  # points below which a sample's worth matters to no decision
+_APART = 16  # samples from which models are made and judged on different ones
+_MOST = 512  # samples to judge on
+_FINE = 0.2  # points below which the weight of one sample affects no decision
 _SECONDS = 1.0  # of latency measurement for each model
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a recipe gave.
+class Candidate:
+    """The model that a recipe makes, and what it is worth.
 
-    drop            of the metric, in its own units, against the float model; on samples not used to make the model
+    drop            of the metric, in its own units, below the float model; on samples not used to make the model
     sqnr            of the outputs, dB
     size            bytes of the model
     speed           times float, measured in turn with it in onnxruntime
@@ -55,16 +65,24 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class AutoResult:
-    """The outcome of `auto`: all trials in their order, the name of the metric and what the float model has of it, and the
-    best result, which is within the drop that was allowed if `met`."""
+    """The outcome of `auto`.
 
-    trials: tuple[Trial, ...]
+    trials      the candidates in the order in which they were made
+    metric      its name
+    reference   the float model's own value of the metric
+    best        the candidate that was kept
+    result      its model
+    met         True if it is within the allowed drop
+    notes       what the user should know
+    """
+
+    trials: tuple[Candidate, ...]
     metric: str
     reference: float
-    best: Trial
+    best: Candidate
     result: Result
     met: bool
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def auto(
@@ -84,115 +102,158 @@ def auto(
     float32: bool = False,
     options: DataOptions | None = None,
     track: Track = silent,
-    tell: Callable[[Trial], None] = lambda _: None,
+    tell: Callable[[Candidate], None] = lambda _: None,
 ) -> AutoResult:
     """Try recipes in their order and keep the best within a drop.
 
-    data       samples; where no `test` is given, every second one is kept apart to judge by, if there are 16 or more
-    test       samples to judge by; `labels` are of these then
+    data       samples; without `test`, every second one is kept apart to judge on, if there are 16 or more
+    test       samples to judge on; `labels` are of these then
     max_drop   how far the metric may fall below the float model's, in its own units: percent of samples
     prefer     ``speed``: the first recipe within the drop, as all run integer kernels. ``size``: all are tried, the smallest
                file wins
-    metric     as for `quantize`; top1 where there are labels, else agreement
-    recipes    others than the built-in choice: names or files
-    tell       called with each trial as it ends
+    metric     as for `quantize`; top1 if there are labels, else agreement
+    recipes    names or files, in place of the built-in choice
+    tell       called with each candidate as soon as it was measured
 
-    Where no recipe stays within the drop, the one that drops least is kept, and `AutoResult.met` is False. Raises OnnxqError
-    for inputs that cannot be used, and where no recipe gives a model.
+    If no recipe stays within the drop, the one that drops least is kept, and `AutoResult.met` is False. Raises OnnxqError
+    for inputs that cannot be used, and if no recipe makes a model.
     """
+    _check_options(prefer, max_drop, metric)
+    graph = load(model, float32=float32)
+    calibration, judging, notes = _samples(graph, data, test, labels, metric, options)
+    judge = _Judge.of(graph, model, judging, metric)
+    make = partial(quantize, model, data=calibration, target=target, seed=seed, workers=workers, cache=cache)
+    candidates: list[Candidate] = []
+    results: dict[str, Result] = {}
+    for recipe in recipes or RECIPES[prefer]:
+        try:
+            results[recipe] = make(recipe=recipe, float32=float32, track=track)
+        except OnnxqError as error:
+            candidates.append(Candidate(recipe, why=str(error)))
+        else:
+            candidates.append(judge.candidate(recipe, results[recipe]))
+        tell(candidates[-1])
+        if prefer == "speed" and candidates[-1].drop <= max_drop:
+            break
+    best = _best(candidates, prefer, max_drop)
+    notes = (*notes, *judge.notes(max_drop))
+    name = metric_name(judge.metric)
+    return AutoResult(tuple(candidates), name, judge.reference, best, results[best.recipe], best.drop <= max_drop, notes)
+
+
+def _check_options(prefer: Prefer, max_drop: float, metric: str | Metric | None) -> None:
+    """Raise OnnxqError for options that make no sense."""
     if prefer not in RECIPES:
         raise OnnxqError(f"prefer = '{prefer}' is unknown; known: {', '.join(get_args(Prefer))}.")
     if not max_drop >= 0:
         raise OnnxqError(f"max_drop = {max_drop} must be 0 or more.")
-    if metric in ("sqnr", sqnr):
+    if metric in ("sqnr", mean_sqnr):
         raise OnnxqError(
             "metric 'sqnr' has no drop: the float model's own has no bound; give another metric, such as "
             "agreement, and read the dB off the table."
         )
-    graph = load(model, float32=float32)
+
+
+def _samples(
+    graph: Graph,
+    data: Source,
+    test: Source | None,
+    labels: str | Path | Array | None,
+    metric: str | Metric | None,
+    options: DataOptions | None,
+) -> tuple[Data, Data, tuple[str, ...]]:
+    """Samples to make models with, samples to judge them on, and what the user should know about that."""
     inputs = graph_inputs(graph)
-    opened = open_data(data, inputs, options, None if test is not None else labels)
-    apart = None if test is None else open_data(test, inputs, options, labels)
+    samples = open_data(data, inputs, options, None if test is not None else labels)
+    others = None if test is None else open_data(test, inputs, options, labels)
     if metric in (None, "top1", top1):
-        check_labels((opened if apart is None else apart).labels, graph.shape(graph.outputs[0]), graph.outputs[0])
-    made_with, judged_on, notes = _apart(opened, apart)
-    feeds, known = judged_on.spread(_MOST), judged_on.spread_labels(_MOST)
-    right = None if known is None else np.concatenate(known)
-    by = find_metric(metric) if metric is not None else agreement if right is None else top1
-    reference = runtimes.outputs(runtimes.session(graph.model()), feeds)
-    # the user's own model, which may be slower than its canonical form
-    given = runtimes.session(graph.model() if isinstance(model, Graph) else Path(model) if isinstance(model, str) else model)
-    if data is test or (isinstance(data, (str, Path)) and isinstance(test, (str, Path)) and Path(data) == Path(test)):
-        notes += ("the samples to judge by are those that models are made with, which flatters them",)
-    judged = int(np.argmax(reference[0], axis=-1).size)
-    if by in (top1, agreement) and 100 / judged > max(max_drop, _FINE):
-        notes += (
-            f"one of {judged} samples is {100 / judged:.1f} points, more than the drop of {max_drop:g} to decide on: "
-            "give more --test samples for a decision this fine",
-        )
-    best = by(reference, reference, right)
-    if by is top1 and (remark := chance(best, reference[0].shape[-1], len(reference[0]))):
-        notes += (remark,)
-    trials: list[Trial] = []
-    results: dict[str, Result] = {}
-    for recipe in recipes or RECIPES[prefer]:
-        try:
-            result = quantize(
-                model,
-                recipe,
-                made_with,
-                target=target,
-                seed=seed,
-                workers=workers,
-                cache=cache,
-                float32=float32,
-                track=track,
-            )
-        except OnnxqError as error:
-            trials.append(Trial(recipe, why=str(error)))
-        else:
-            own = runtimes.session(result.model)
-            outputs = runtimes.outputs(own, feeds)
-            slow, fast = runtimes.latency([given, own], [runtimes.wanted(given, feeds[0]), feeds[0]], _SECONDS)
-            trials.append(
-                Trial(
-                    recipe,
-                    best - by(reference, outputs, right),
-                    sqnr(reference, outputs),
-                    int(result.report["bytes"]["quantized"]),
-                    slow / fast,
-                    float(result.report["seconds"]),
-                )
-            )
-            results[recipe] = result
-        tell(trials[-1])
-        if prefer == "speed" and trials[-1].drop <= max_drop:
-            break
-    usable = [trial for trial in trials if not trial.why]
-    if not usable:
-        raise OnnxqError(*dict.fromkeys(f"recipe '{trial.recipe}': {trial.why}" for trial in trials))
-    fit = [trial for trial in usable if trial.drop <= max_drop]
-    found = min(fit or usable, key=_order(prefer) if fit else lambda trial: trial.drop)
-    return AutoResult(tuple(trials), metric_name(by), best, found, results[found.recipe], bool(fit), notes)
+        check_labels((samples if others is None else others).labels, graph.shape(graph.outputs[0]), graph.outputs[0])
+    if others is None:
+        return _halves(samples)
+    same = data is test or (isinstance(data, (str, Path)) and isinstance(test, (str, Path)) and Path(data) == Path(test))
+    note = "the samples to judge on are those that models are made with, which flatters the models"
+    return samples, others, (note,) if same else ()
 
 
-def _order(prefer: Prefer) -> Callable[[Trial], float]:
-    """What is to be least."""
-    return (lambda trial: float(trial.size)) if prefer == "size" else (lambda trial: -trial.speed)
-
-
-def _apart(data: Data, test: Data | None) -> tuple[Data, Data, tuple[str, ...]]:
-    """Samples to make models with, samples to judge them by, and what the user should know about that."""
-    if test is not None:
-        return data, test, ()
+def _halves(data: Data) -> tuple[Data, Data, tuple[str, ...]]:
+    """Every second sample to make models with, the others to judge on, and a note; too few are not split."""
     feeds, labels = data.spread(0), data.spread_labels(0)
     if len(feeds) < _APART:
         note = (
-            f"models are judged by the {len(feeds)} samples they were made with, which flatters them; give --test, or "
+            f"models are judged on the {len(feeds)} samples they were made with, which flatters them; give --test, or "
             f"{_APART} samples or more"
         )
         return data, data, (note,)
     flat = None if labels is None else np.concatenate(labels[1::2])
     halves = open_data(feeds[::2], data.inputs), open_data(feeds[1::2], data.inputs, labels=flat)
-    note = f"made with {len(feeds[::2])} samples, judged by the other {len(feeds[1::2])}"
+    note = f"made with {len(feeds[::2])} samples, judged on the other {len(feeds[1::2])}"
     return halves[0], halves[1], (note,)
+
+
+@dataclass(frozen=True, eq=False)
+class _Judge:
+    """What models are judged by.
+
+    outputs     of the float model for the feeds
+    labels      of the feeds, or None
+    reference   the float model's own value of the metric
+    original    the user's own model, which may be slower than its canonical form
+    """
+
+    metric: Metric
+    feeds: Sequence[Mapping[str, Array]]
+    outputs: Sequence[Array]
+    labels: Array | None
+    reference: float
+    original: runtimes.Session
+
+    @classmethod
+    def of(
+        cls, graph: Graph, model: str | Path | onnx.ModelProto | Graph, data: Data, metric: str | Metric | None
+    ) -> _Judge:
+        """A judge by a metric: by labels if none is named, by agreement if there are no labels either."""
+        feeds, portions = data.spread(_MOST), data.spread_labels(_MOST)
+        labels = None if portions is None else np.concatenate(portions)
+        by = find_metric(metric) if metric is not None else percent_agreement if labels is None else top1
+        outputs = runtimes.outputs(runtimes.session(graph.model()), feeds)
+        own = graph.model() if isinstance(model, Graph) else Path(model) if isinstance(model, str) else model
+        return cls(by, feeds, outputs, labels, by(outputs, outputs, labels), runtimes.session(own))
+
+    def candidate(self, recipe: str, result: Result) -> Candidate:
+        """What a recipe's model is worth."""
+        quantized = runtimes.session(result.model)
+        outputs = runtimes.outputs(quantized, self.feeds)
+        feeds = [runtimes.wanted(self.original, self.feeds[0]), self.feeds[0]]
+        before, after = runtimes.latency([self.original, quantized], feeds, _SECONDS)
+        return Candidate(
+            recipe,
+            self.reference - self.metric(self.outputs, outputs, self.labels),
+            mean_sqnr(self.outputs, outputs),
+            result.report.size("quantized"),
+            before / after,
+            float(result.report["seconds"]),
+        )
+
+    def notes(self, max_drop: float) -> list[str]:
+        """What limits the judgement: too few samples for the drop, a float model that guesses."""
+        notes = []
+        answers = int(np.argmax(self.outputs[0], axis=-1).size)
+        if self.metric in (top1, percent_agreement) and 100 / answers > max(max_drop, _FINE):
+            notes.append(
+                f"one of {answers} samples is {100 / answers:.1f} points, more than the drop of {max_drop:g} to decide on: "
+                "give more --test samples for a decision this fine"
+            )
+        if self.metric is top1:
+            notes.append(chance(self.reference, self.outputs[0].shape[-1], len(self.outputs[0])))
+        return [note for note in notes if note]
+
+
+def _best(candidates: Sequence[Candidate], prefer: Prefer, max_drop: float) -> Candidate:
+    """The candidate to keep. Raises OnnxqError if no recipe made a model."""
+    usable = [candidate for candidate in candidates if not candidate.why]
+    if not usable:
+        raise OnnxqError(*dict.fromkeys(f"recipe '{candidate.recipe}': {candidate.why}" for candidate in candidates))
+    within = [candidate for candidate in usable if candidate.drop <= max_drop]
+    if not within:
+        return min(usable, key=lambda candidate: candidate.drop)
+    return min(within, key=lambda candidate: candidate.size if prefer == "size" else -candidate.speed)

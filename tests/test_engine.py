@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxq_plugins import OnnxqError, Pass, Result, engine, hookimpl, load, quantize, rescale, runtimes
+from onnxq_plugins import OnnxqError, Pass, Result, engine, hookimpl, load, measure, quantize, rescale, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
 from onnxq_plugins.graph import channel_groups
@@ -108,7 +108,7 @@ def steps(*names: str | dict) -> dict:
 def quality(model: onnx.ModelProto, result: Result) -> float:
     samples = feeds(model, 8, seed=1)
     pair = [runtimes.outputs(runtimes.session(m), samples)[0] for m in (model, result.model)]
-    return runtimes.sqnr(*pair)
+    return measure.sqnr(*pair)
 
 
 # ---- laws ---------------------------------------------------------------------------------------------------------------
@@ -462,7 +462,7 @@ def test_int8_on_the_digits_model():
     accuracy = [float(np.mean(y.argmax(1) == data["test_labels"])) for y in (wanted, found)]
     assert accuracy[0] > 0.95
     assert accuracy[1] > accuracy[0] - 0.01
-    assert runtimes.sqnr(wanted, found) > 35
+    assert measure.sqnr(wanted, found) > 35
     assert set(result.report["kernels"]) == {"QLinearConv", "QGemm"}
 
 
@@ -512,7 +512,7 @@ def test_scale_inputs_evens_out_channels(make):
     decibels = {}
     for name in ("ranges", "scale-inputs"):
         result = quantize(model, steps(name), samples, workers=1, verify=True)
-        decibels[name] = runtimes.sqnr(wanted, runtimes.outputs(runtimes.session(result.model), samples)[0])
+        decibels[name] = measure.sqnr(wanted, runtimes.outputs(runtimes.session(result.model), samples)[0])
         muls = [n for n in result.model.graph.node if n.op_type == "Mul"]
         assert len(muls) == (name == "scale-inputs")
     assert decibels["scale-inputs"] > decibels["ranges"] + 10

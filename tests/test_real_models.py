@@ -7,7 +7,7 @@ import pytest
 
 import onnxq_plugins as onnxq
 from benchmarks.models import NAMES, load_case, shared_folder
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 from onnxq_plugins.runtimes.openvino import audit_openvino
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ def test_int8_keeps_accuracy_and_runs_as_integer(name):
     before, after = logits(case.path, case), logits(result.model, case)
     loss, least = BOUNDS[name]
     assert 100 * (np.mean(before.argmax(1) == case.labels) - np.mean(after.argmax(1) == case.labels)) <= loss
-    assert runtimes.sqnr(before, after) >= least
+    assert measure.sqnr(before, after) >= least
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,7 +46,7 @@ def test_int4_storage_keeps_accuracy_in_less_room_and_runs_as_integer(name):
     assert result.report["kernels"] == int8.report["kernels"]
     assert result.model.ByteSize() <= 0.70 * int8.model.ByteSize()
     before, after = logits(case.path, case), logits(result.model, case)
-    assert runtimes.sqnr(before, after) >= 15.0  # 4 bits per channel: 12.4, 24.4 and 32.3 dB
+    assert measure.sqnr(before, after) >= 15.0  # 4 bits per channel: 12.4, 24.4 and 32.3 dB
     found = [np.mean(after.argmax(1) == case.labels)]  # a few hundred images: one seed says little
     for seed in (1, 2, 3):
         other = onnxq.quantize(case.path, "int4-storage", case.feeds(), seed=seed).model
@@ -64,7 +64,7 @@ def test_openvino_and_onnxruntime_agree_on_two_level_scales(name, recipe, tmp_pa
     assert all(layer.quantized for layer in audit_openvino(path).layers if layer.constant_weight)
     runner = ov.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     theirs = np.concatenate([runner([x[None]])[0] for x in case.test])
-    assert runtimes.agreement(logits(path, case), theirs) >= 0.98
+    assert measure.agreement(logits(path, case), theirs) >= 0.98
 
 
 def test_folded_and_unfolded_batchnorm_give_the_same():
@@ -73,7 +73,7 @@ def test_folded_and_unfolded_batchnorm_give_the_same():
     graphs = [onnxq.load(path) for path in (case.path, other)]
     assert len(graphs[1].batchnorms) == 27 and not graphs[0].batchnorms
     feed = [{case.input: case.test[:2]}]
-    assert runtimes.drift(*(runtimes.outputs(runtimes.session(g.model()), feed) for g in graphs)) < 1e-4
+    assert measure.drift(*(runtimes.outputs(runtimes.session(g.model()), feed) for g in graphs)) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["permute", "rescale"])
@@ -88,7 +88,7 @@ def test_channel_groups_keep_the_function(name, kind):
             onnxq.permute(graph, group, rng.permutation(group.size))
         else:
             onnxq.rescale(graph, group, np.exp(rng.uniform(-1, 1, group.size)))
-    assert runtimes.drift(before, runtimes.outputs(runtimes.session(graph.model()), feed)) < 1e-4
+    assert measure.drift(before, runtimes.outputs(runtimes.session(graph.model()), feed)) < 1e-4
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,7 +97,7 @@ def test_one_scale_per_tensor_keeps_accuracy(name):
     result = onnxq.quantize(case.path, "int8-per-tensor", case.feeds(), verify=True)
     before, after = logits(case.path, case), logits(result.model, case)
     assert 100 * (np.mean(before.argmax(1) == case.labels) - np.mean(after.argmax(1) == case.labels)) <= 1.5
-    assert runtimes.sqnr(before, after) >= 20.0  # MobileNetV1 without equalization and shifts: -1.8 dB
+    assert measure.sqnr(before, after) >= 20.0  # MobileNetV1 without equalization and shifts: -1.8 dB
 
 
 @pytest.mark.parametrize("name", [*NAMES, "mobilenet_v1_0.75_224_bn"])

@@ -20,59 +20,59 @@ def quick(monkeypatch):
     monkeypatch.setattr(runtimes, "latency", lambda runners, feed, seconds=1.0: [2.0, 1.0])
 
 
-def tried(found: AutoResult) -> list[str]:
-    return [trial.recipe for trial in found.trials]
+def recipes_of(outcome: AutoResult) -> list[str]:
+    return [trial.recipe for trial in outcome.trials]
 
 
-def test_for_speed_the_first_that_is_accurate_enough_is_kept():
+def test_speed_keeps_the_first_recipe_that_is_accurate_enough():
     model = mobilenet()
-    found = choose(model, feeds(model, 20), max_drop=100)
-    assert tried(found) == ["int8"] and found.met and found.best.recipe == "int8"
-    assert found.metric == "agreement" and found.reference == 100
+    outcome = choose(model, feeds(model, 20), max_drop=100)
+    assert recipes_of(outcome) == ["int8"] and outcome.met and outcome.best.recipe == "int8"
+    assert outcome.metric == "agreement" and outcome.reference == 100
 
 
-def test_for_size_the_smallest_that_is_accurate_enough_is_kept():
+def test_size_keeps_the_smallest_model_that_is_accurate_enough():
     model = mobilenet()
-    found = choose(model, feeds(model, 20), max_drop=100, prefer="size", recipes=["int8", "int4-rounded"])
-    sizes = {trial.recipe: trial.size for trial in found.trials}
-    assert found.best.size == min(sizes.values()) and found.result.model.ByteSize() == found.best.size
+    outcome = choose(model, feeds(model, 20), max_drop=100, prefer="size", recipes=["int8", "int4-rounded"])
+    sizes = {trial.recipe: trial.size for trial in outcome.trials}
+    assert outcome.best.size == min(sizes.values()) and outcome.result.model.ByteSize() == outcome.best.size
     assert len(set(sizes.values())) == 2
 
 
-def test_where_none_is_accurate_enough_the_best_is_kept_and_told():
+def test_the_most_accurate_model_is_kept_if_none_is_accurate_enough():
     model = mlp()
     drops = iter([0.0, 30.0, 20.0])  # float, then two recipes
-    found = choose(model, feeds(model, 20), max_drop=1, recipes=["int8", "int8-rounded"], metric=lambda *_: -next(drops))
-    assert tried(found) == ["int8", "int8-rounded"] and not found.met
-    assert found.best.recipe == "int8-rounded" and found.best.drop == 20
+    outcome = choose(model, feeds(model, 20), max_drop=1, recipes=["int8", "int8-rounded"], metric=lambda *_: -next(drops))
+    assert recipes_of(outcome) == ["int8", "int8-rounded"] and not outcome.met
+    assert outcome.best.recipe == "int8-rounded" and outcome.best.drop == 20
 
 
-def test_models_are_judged_by_samples_they_were_not_made_with():
-    model, seen = mlp(), []
+def test_models_are_judged_on_samples_they_were_not_made_with():
+    model, calls = mlp(), []
 
     def judge(reference, outputs, labels):
-        seen.append((len(reference[0]), labels.tolist()))
+        calls.append((len(reference[0]), labels.tolist()))
         return 0.0
 
     samples = {"x": np.concatenate([feed["x"] for feed in feeds(model, 20)]), "labels": np.arange(20)}
-    found = choose(model, samples, metric=judge)
-    assert set(map(str, seen)) == {str((10, list(range(1, 20, 2))))}
-    assert "made with 10 samples, judged by the other 10" in found.notes[0]
+    outcome = choose(model, samples, metric=judge)
+    assert set(map(str, calls)) == {str((10, list(range(1, 20, 2))))}
+    assert "made with 10 samples, judged on the other 10" in outcome.notes[0]
     reference = runtimes.outputs(runtimes.session(model), feeds(model, 20))[0].argmax(-1)
-    apart = choose(model, samples["x"][:7], test=samples["x"], labels=reference)
-    assert apart.metric == "top1" and apart.reference == 100
-    assert apart.notes == (
+    separate = choose(model, samples["x"][:7], test=samples["x"], labels=reference)
+    assert separate.metric == "top1" and separate.reference == 100
+    assert separate.notes == (
         "one of 20 samples is 5.0 points, more than the drop of 1 to decide on: give more --test samples "
         "for a decision this fine",
     )
-    few = choose(model, samples["x"][:7])
-    assert "flatters" in few.notes[0]
+    small = choose(model, samples["x"][:7])
+    assert "flatters" in small.notes[0]
 
 
-def test_recipes_that_do_not_fit_are_told_and_left_out():
+def test_recipes_that_do_not_fit_are_reported_and_skipped():
     model = cnn()
-    found = choose(model, feeds(model, 20), max_drop=100, recipes=["no-such-recipe", "int8"])
-    assert found.best.recipe == "int8" and "no-such-recipe" in found.trials[0].why
+    outcome = choose(model, feeds(model, 20), max_drop=100, recipes=["no-such-recipe", "int8"])
+    assert outcome.best.recipe == "int8" and "no-such-recipe" in outcome.trials[0].why
     with pytest.raises(OnnxqError, match="no-such-recipe"):
         choose(model, feeds(model, 20), recipes=["no-such-recipe"])
     for wrong in ({"prefer": "fast"}, {"max_drop": -1}, {"max_drop": float("nan")}, {"metric": "f1"}):
@@ -87,17 +87,19 @@ def test_the_command(limit, code, tmp_path, monkeypatch, capsys):
     onnx.save(model, "m.onnx")
     outputs = runtimes.outputs(runtimes.session(model), feeds(model, 20))[0]
     np.savez("data.npz", x=np.concatenate([feed["x"] for feed in feeds(model, 20)]), labels=outputs.argmin(-1))
-    (tmp_path / "mine.py").write_text(
-        "def judge(reference, found, labels):\n    return 100.0 * (reference[0] is found[0]) + (labels[0] == labels[0])\n"
+    (tmp_path / "own_metric.py").write_text(
+        "def judge(exact, quantized, labels):\n    return 100.0 * (exact[0] is quantized[0]) + (labels[0] == labels[0])\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(
-        sys, "argv", ["onnxq", "auto", "m.onnx", "--data", "data.npz", "--max-drop", str(limit), "--metric", "mine:judge"]
+        sys,
+        "argv",
+        ["onnxq", "auto", "m.onnx", "--data", "data.npz", "--max-drop", str(limit), "--metric", "own_metric:judge"],
     )
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (ended.value.code or 0) == code
-    assert "kept" in told.out and "drop is of judge (float: 101.00)" in told.out
-    assert ("no recipe stays within" in told.err) == bool(code)
+    assert "kept" in printed.out and "drop is of judge (float: 101.00)" in printed.out
+    assert ("no recipe stays within" in printed.err) == bool(code)
     runtimes.session(tmp_path / "m.auto.onnx")

@@ -34,7 +34,7 @@ class OnnxqQuantization(Pass):
 data = digits_split()
 np.savez("samples.npz", image=data["calibration_images"])
 step = create_pass_from_dict(OnnxqQuantization, {"recipe": "int8", "data": "samples.npz"}, disable_search=True)
-made = step.run(ONNXModelHandler(model_path=str(digits_model_path())), "quantized")
+quantized = step.run(ONNXModelHandler(model_path=str(digits_model_path())), "quantized")
 
-outputs = runtimes.outputs(runtimes.session(made.model_path), [{"image": data["test_images"]}])[0]
-print(f"{made.model_path}: accuracy {np.mean(outputs.argmax(1) == data['test_labels']):.4f}")
+outputs = runtimes.outputs(runtimes.session(quantized.model_path), [{"image": data["test_images"]}])[0]
+print(f"{quantized.model_path}: accuracy {np.mean(outputs.argmax(1) == data['test_labels']):.4f}")

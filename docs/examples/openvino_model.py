@@ -4,7 +4,7 @@ import numpy as np
 import openvino
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
 
 data = digits_split()
@@ -17,4 +17,4 @@ there = compiled({"image": data["test_images"]})[0]
 here = runtimes.outputs(runtimes.session(result.model), [{"image": data["test_images"]}])[0]
 for name, outputs in (("OpenVINO", there), ("onnxruntime", here)):
     print(f"{name}: accuracy {np.mean(outputs.argmax(1) == data['test_labels']):.4f}")
-print(f"same argmax: {runtimes.agreement(here, there):.4f}")
+print(f"same argmax: {measure.agreement(here, there):.4f}")

@@ -4,7 +4,7 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
 
 
@@ -25,4 +25,4 @@ quantize_static(onnxq.ort_model(result), "tool.onnx", Reader(images), **onnxq.or
 
 reference = runtimes.outputs(runtimes.session(digits_model_path()), [test])[0]
 for name, model in (("ours", result.model), ("quantize_static", onnx.load("tool.onnx"))):
-    print(f"{name}: SQNR {runtimes.sqnr(reference, runtimes.outputs(runtimes.session(model), [test])[0]):.1f} dB")
+    print(f"{name}: SQNR {measure.sqnr(reference, runtimes.outputs(runtimes.session(model), [test])[0]):.1f} dB")

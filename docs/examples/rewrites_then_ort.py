@@ -4,7 +4,7 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
 
 
@@ -35,8 +35,8 @@ rewritten = onnxq.quantize(original, {"pass": [{"use": "equalize"}]}, images).fl
 
 reference = runtimes.outputs(runtimes.session(original), [test])[0]
 after = runtimes.outputs(runtimes.session(rewritten), [test])[0]
-print(f"the rewritten float model differs by {runtimes.drift([reference], [after]):.0e}")
+print(f"the rewritten float model differs by {measure.drift([reference], [after]):.0e}")
 for name, model in (("plain", original), ("equalized", rewritten)):
-    made = by_onnxruntime(model, f"{name}.onnx", images)
-    outputs = runtimes.outputs(runtimes.session(made), [test])[0]
-    print(f"{name}: SQNR {runtimes.sqnr(reference, outputs):.1f} dB")
+    quantized = by_onnxruntime(model, f"{name}.onnx", images)
+    outputs = runtimes.outputs(runtimes.session(quantized), [test])[0]
+    print(f"{name}: SQNR {measure.sqnr(reference, outputs):.1f} dB")

@@ -19,6 +19,6 @@ model = to_onnx(pipeline, train[:1], options={"zipmap": False})  # without ZipMa
 result = onnxq.quantize(model, "int8", train[:200])
 print(result.summary)
 
-found = runtimes.session(result.model).run(["label"], {"X": test})[0]
+labels = runtimes.session(result.model).run(["label"], {"X": test})[0]
 print(f"scikit-learn: accuracy {pipeline.score(test, test_classes):.4f}")
-print(f"int8: accuracy {np.mean(found == test_classes):.4f}")
+print(f"int8: accuracy {np.mean(labels == test_classes):.4f}")

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 from onnxq_plugins.cli.console import echo, notify, out, show, track
 from onnxq_plugins.cli.options import (
     DataPath,
@@ -30,7 +30,8 @@ from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import recipe_of
 from onnxq_plugins.graph.importer import bytes_on_disk, read
-from onnxq_plugins.measure.metrics import Metric, chance, check_labels, find_metric, metric_name, top1
+from onnxq_plugins.measure import IDENTICAL
+from onnxq_plugins.measure.metrics import chance, check_labels, find_metric, metric_name, top1
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.runtimes.audit import Audit
@@ -144,12 +145,12 @@ def _show_diagnosis(diagnosis: Diagnosis, summary: str, all_layers: bool) -> Non
     for line in fit(error_columns(diagnosis, layers), out.width):
         echo(line)
     if len(layers) < len(diagnosis.layers):
-        echo(f"... and {len(diagnosis.layers) - len(layers)} more, which hold less: --all shows them")
+        echo(f"... and {len(diagnosis.layers) - len(layers)} more with less error: --all shows them")
     echo(
         f"\nalone: SQNR of the outputs with only this layer quantized; {diagnosis.part_of}: "
         + ("its part of the noise of the outputs" if diagnosis.adds_up else "its noise there, the worst layer's being 100")
-        + "; own: SQNR at the layer's output, of rounding its weight and its input; gathered: there in the quantized "
-        "network\n"
+        + "; own: SQNR at the layer's output with only its weight and its input rounded; accumulated: SQNR there in the "
+        "quantized network\n"
     )
     _show_explained(diagnosis)
     if diagnosis.saturating:
@@ -173,7 +174,7 @@ def _show_explained(diagnosis: Diagnosis) -> None:
     remedies: list[Remedy] = []
     numbers = {layer.name: n for n, layer in enumerate(diagnosis.layers, 1)}
     for layer in diagnosis.explained:
-        echo(f"{numbers[layer.name]}. {layer.name}: {diagnosis.told(layer)}")
+        echo(f"{numbers[layer.name]}. {layer.name}: {diagnosis.describe(layer)}")
         remedies += _show_remedies(layer.remedies[:_REMEDIES])
     for slow in diagnosis.floats[:_EXPLAINED]:
         echo(f"{slow.name}: runs in float ({100 * slow.work:.1f}% of the multiply-adds): {slow.why}.")
@@ -192,14 +193,14 @@ def _show_remedies(remedies: Sequence[Remedy]) -> Sequence[Remedy]:
 
 
 # Columns left out where a terminal is too narrow, the first to go first.
-_SPARE = ("gathered dB", "input dB", "weight dB", "own dB", "op", "alone dB")
+_SPARE = ("accumulated dB", "input dB", "weight dB", "own dB", "op", "alone dB")
 
 
 def error_columns(diagnosis: Diagnosis, layers: Sequence[LayerError]) -> dict[str, list[str]]:
     """Cells of each column, one per layer."""
 
     def decibels(values: Iterable[float | None]) -> list[str]:
-        return ["" if value is None or value >= 200 else f"{value:.1f}" for value in values]
+        return ["" if value is None or value >= IDENTICAL else f"{value:.1f}" for value in values]
 
     parts, own = [diagnosis.part(layer) for layer in layers], [layer.own for layer in layers]
     return {
@@ -211,7 +212,7 @@ def error_columns(diagnosis: Diagnosis, layers: Sequence[LayerError]) -> dict[st
         "own dB": decibels(error.both if error else None for error in own),
         "weight dB": decibels(error.weight if error else None for error in own),
         "input dB": decibels(error.input if error else None for error in own),
-        "gathered dB": decibels(layer.sqnr for layer in layers),
+        "accumulated dB": decibels(layer.sqnr for layer in layers),
         "cause": [", ".join(cause.kind for cause in layer.causes[:2]) if layer.own else "float" for layer in layers],
     }
 
@@ -264,9 +265,13 @@ def compare_command(
     if judge is top1:
         check_labels(truth, (len(runs[0]), *np.shape(runs[0][0][0])[1:]), names[0])
     outputs = [[np.concatenate([np.atleast_1d(run[i]) for run in each]) for i in range(len(names))] for each in runs]
-    show(_output_table(paths, names, outputs))
+    table = _output_table(paths, names, outputs)
+    scores = [judge(outputs[0], each, truth) for each in outputs] if judge is not None else []
+    show(table)
     if judge is not None:
-        _show_scores(a, judge, outputs, truth)
+        echo(f"{metric_name(judge)}: {scores[0]:.2f} -> {scores[1]:.2f}")
+    if judge is top1 and (note := chance(scores[0], outputs[0][0].shape[-1], len(outputs[0][0]))):
+        notify("note: " + note.replace("the float model", f"'{a}'"))
     sizes = [bytes_on_disk(path) / 1e6 for path in paths]
     echo(
         f"{len(runs[0])} samples | {sizes[0]:.2f} -> {sizes[1]:.2f} MB | {milliseconds[0]:.3f} -> {milliseconds[1]:.3f} ms "
@@ -316,14 +321,6 @@ def _output_table(paths: Sequence[Path], names: Sequence[str], outputs: Sequence
     for name, x, y in zip(names, *outputs, strict=True):
         if x.shape != y.shape:
             raise OnnxqError(f"output '{name}' has shape {x.shape} in '{paths[0]}' and {y.shape} in '{paths[1]}'.")
-        agreement = f"{100 * runtimes.agreement(x, y):.2f}%" if x.ndim > 1 else "-"
-        table.add_row(name, f"{runtimes.sqnr(x, y):.2f}", agreement)
+        agreement = f"{100 * measure.agreement(x, y):.2f}%" if x.ndim > 1 else "-"
+        table.add_row(name, f"{measure.sqnr(x, y):.2f}", agreement)
     return table
-
-
-def _show_scores(reference: Path, judge: Metric, outputs: Sequence[Sequence[Array]], truth: Array | None) -> None:
-    """Print the metric of both models, and a note where the reference is no better than guessing."""
-    scores = [judge(outputs[0], each, truth) for each in outputs]
-    echo(f"{metric_name(judge)}: {scores[0]:.2f} -> {scores[1]:.2f}")
-    if judge is top1 and (note := chance(scores[0], outputs[0][0].shape[-1], len(outputs[0][0]))):
-        notify("note: " + note.replace("the float model", f"'{reference}'"))

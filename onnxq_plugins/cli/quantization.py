@@ -43,7 +43,17 @@ from onnxq_plugins.job import Recipe
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.report.curve import Curve, check_folder, point_recipe
 from onnxq_plugins.report.page import check_page, is_page, write_report
-from onnxq_plugins.selection import RECIPES, AutoResult, Trial, auto
+from onnxq_plugins.selection import RECIPES, AutoResult, Candidate, auto
+
+Point = Annotated[
+    Path | None,
+    search_option(
+        "--plan",
+        metavar="POINT",
+        show_default=False,
+        help="instead of a recipe: a point-NN.json that --curve wrote; makes that point without a search",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -108,15 +118,7 @@ def quantize_command(
     float32: Float32 = False,
     outputs: OutputOptions,
     metric: MetricName = "",
-    point: Annotated[
-        Path | None,
-        search_option(
-            "--plan",
-            metavar="POINT",
-            show_default=False,
-            help="instead of a recipe: a point-NN.json that --curve wrote; makes that point without a search",
-        ),
-    ] = None,
+    point: Point = None,
     work: WorkOptions,
     cluster: ClusterOptions,
     verify: Annotated[bool, work_option("--verify", help="check that each pass keeps the float function")] = False,
@@ -329,7 +331,7 @@ def auto_command(
         fail(OnnxqError(f"{problem} Raise --max-drop, or look at onnxq diagnose."), 1)
 
 
-def _show_progress(trial: Trial, width: int) -> None:
+def _show_progress(trial: Candidate, width: int) -> None:
     """Print a trial in a line, on a terminal; the table at the end holds the same."""
     if not err.is_terminal:
         return
@@ -358,7 +360,7 @@ def _show_trials(outcome: AutoResult) -> None:
             notify(f"note: recipe '{trial.recipe}' is not possible: {trial.why}")
 
 
-def _cells(trial: Trial) -> list[str]:
+def _cells(trial: Candidate) -> list[str]:
     """Drop, SQNR, size, speed and seconds as text."""
     size = f"{trial.size / 1e6:.2f} MB" if trial.size >= 1e6 else f"{trial.size / 1e3:.0f} kB"
     return [f"{trial.drop:.2f}", f"{trial.sqnr:.1f}", size, f"{trial.speed:.2f}", f"{trial.seconds:.1f}"]

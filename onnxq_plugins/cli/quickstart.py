@@ -12,7 +12,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure, runtimes
 from onnxq_plugins.calibration import Track, silent
 from onnxq_plugins.cli.console import echo, show, track
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
@@ -58,7 +58,7 @@ def quickstart(folder: Path, recipe: str = "int8", track: Track = silent) -> tup
     milliseconds = runtimes.latency(sessions, {"image": images[:1]})
     reference, logits = (runtimes.outputs(session, [{"image": images}])[0] for session in sessions)
     float_row = Row("float", original, _accuracy(reference, data), np.inf, original.stat().st_size, milliseconds[0])
-    sqnr = runtimes.sqnr(reference, logits)
+    sqnr = measure.sqnr(reference, logits)
     quantized_row = Row(name, path, _accuracy(logits, data), sqnr, path.stat().st_size, milliseconds[1])
     try:
         check_page()

@@ -10,8 +10,9 @@ import numpy as np
 
 from onnxq_plugins.data import open_data
 from onnxq_plugins.errors import OnnxqError, Reason
-from onnxq_plugins.job import Job, Pass, Service
-from onnxq_plugins.measure.metrics import Measure, Metric, chance, metric, metric_name, sqnr, top1
+from onnxq_plugins.job import Job, Metric, Pass, Service
+from onnxq_plugins.measure.metrics import chance, mean_sqnr, metric, metric_name, top1
+from onnxq_plugins.measure.networks import Measure
 from onnxq_plugins.runtimes.machine import machine_name
 from onnxq_plugins.search import latency
 from onnxq_plugins.search.quantizers import FLOAT_BITS, Width, parse_widths
@@ -99,7 +100,7 @@ class MixedPrecision(Pass):
         if self.widths:
             return self._reproduce(job)
         by = job.metric or metric(self.metric)
-        if self.budget == "metric" and by is sqnr:
+        if self.budget == "metric" and by is mean_sqnr:
             raise OnnxqError(
                 "mixed-precision: budget = 'metric' limits the drop of a metric such as 'agreement', and the "
                 "float network's sqnr has no bound; set metric, or budget = 'sqnr' and limit to the least "
@@ -133,9 +134,9 @@ class _Search:
             cache=job.calibration.cache,
             labels=None if labels is None else np.concatenate(labels[1::2] if apart else labels),
         )
-        self.by = [sqnr] if by is sqnr else [sqnr, by]
+        self.by = [mean_sqnr] if by is mean_sqnr else [mean_sqnr, by]
         samples = self.measure.samples
-        self.best = 0.0 if by is sqnr else by(samples.reference, samples.reference, samples.labels)
+        self.best = 0.0 if by is mean_sqnr else by(samples.reference, samples.reference, samples.labels)
         if by is top1 and (remark := chance(self.best, samples.reference[0].shape[-1], len(samples.reference[0]))):
             job.note(remark)
         self.feed = feeds[0]
@@ -165,7 +166,7 @@ class _Search:
                 "candidates W4A8 and W8A8"
             )
         groups = self.widths.groups
-        best = {} if self.metric is sqnr else {"float": round(self.best, 3)}  # of the float network
+        best = {} if self.metric is mean_sqnr else {"float": round(self.best, 3)}  # of the float network
         return {
             "groups": len(groups),
             "metric": metric_name(self.metric),
@@ -188,7 +189,7 @@ class _Search:
         samples, cache = self.measure.samples, self.measure.cache
         alone = Measure(self.job.graph, ALONE, samples.feeds, samples.reference, self.widths.coded, cache=cache)
         tasks = [(i, w) for i, options in enumerate(self.widths.options) for w in options if len(options) > 1]
-        scores = alone.scores((self.widths.plan({i: w}) for i, w in tasks), [sqnr], self.job.workers)
+        scores = alone.scores((self.widths.plan({i: w}) for i, w in tasks), [mean_sqnr], self.job.workers)
         tracked = self.job.track(scores, "sensitivities", len(tasks))
         entries = [(score["sqnr"], i, w) for score, (i, w) in zip(tracked, tasks, strict=True)]
         self.measure.scored += alone.scored

@@ -12,7 +12,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.ensemble import side_by_side, unfit
 from onnxq_plugins.job import Job, Pass, Stage
-from onnxq_plugins.measure.metrics import agreement, sqnr
+from onnxq_plugins.measure.metrics import mean_sqnr, percent_agreement
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.solvers import expansion as solver
 from onnxq_plugins.spec import Array, Plan, QuantSpec, decode
@@ -89,7 +89,7 @@ class ResidualEnsemble(Pass):
             job.note("residual-ensemble: its own error could not be measured without data")
             return result
         after = runtimes.outputs(runtimes.session(graph.model()), feeds)
-        decibel, same = sqnr(before, after), agreement(before, after)
+        decibel, same = mean_sqnr(before, after), percent_agreement(before, after)
         job.note(
             f"residual-ensemble: the ensemble itself, before any rounding, reaches {decibel:.1f} dB, "
             f"and its largest output is the network's in {same:.1f} % of {len(feeds)} samples"

@@ -14,6 +14,7 @@ from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.layers.problem import float_inputs
 from onnxq_plugins.layers.sums import narrow_ranges
+from onnxq_plugins.measure import IDENTICAL
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import pinned, weight_request
 from onnxq_plugins.search.quantizers import FLOAT_BITS, multiply_adds
@@ -295,7 +296,7 @@ def _row(job: Job, one: _Expansion, specs: list[QuantSpec]) -> dict[str, Any]:
         "channels": [int((one.depth > k).sum()) for k in range(len(one.requests))],
         "error_bound": float(np.max(bound)),
         "error": float(np.max(error)),
-        "weights_db": round(min(200.0, float(10 * np.log10(power / max(float(np.mean(error**2)), 1e-300)))), 2)
+        "weights_db": round(min(IDENTICAL, float(10 * np.log10(power / max(float(np.mean(error**2)), 1e-300)))), 2)
         if power
         else 0.0,
     }

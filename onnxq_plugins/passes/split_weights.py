@@ -11,11 +11,10 @@ from onnxq_plugins.graph import Layer, replace_with_sum
 from onnxq_plugins.graph.rewrites import centre_of, centre_problem
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.layers.sums import narrow_ranges
+from onnxq_plugins.measure import IDENTICAL
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Array, QuantSpec, decode, encode, fake, solve_minmax
 from onnxq_plugins.targets import channel_block
-
-MOST = 200.0  # dB that stand for "no error left"
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,10 @@ def error(weight: Array, spec: QuantSpec) -> float:
 
 
 def decibel(power: float, noise: float) -> float:
-    """The ratio of two powers in dB, at most 200; 0 where both are 0."""
+    """The ratio of two powers in dB, at most `IDENTICAL`; 0 where both are 0."""
     if noise == 0:
-        return MOST if power else 0.0
-    return min(MOST, float(10 * np.log10(max(power, 1e-300) / noise)))
+        return IDENTICAL if power else 0.0
+    return min(IDENTICAL, float(10 * np.log10(max(power, 1e-300) / noise)))
 
 
 def _unfit(job: Job, layer: Layer) -> str:

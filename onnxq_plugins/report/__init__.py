@@ -1,4 +1,5 @@
-"""What a result is worth and why: the diagnosis with causes and remedies, the curve of a search, plots and the page."""
+"""How good a result is and why: the comparison with float, the diagnosis with causes and remedies, the curve of a search,
+plots and the page."""
 
 from onnxq_plugins.report.page import write_report
 

@@ -1,4 +1,4 @@
-"""Why rounding costs a layer so much: causes of its own error, each with what may be done about it."""
+"""Why rounding costs a layer so much: causes of its own error, each with its remedies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Cause:
     kind     ``few-bits``, ``outlier-weights``, ``uneven-weights``, ``outlier-channels``, ``uneven-channels``,
              ``heavy-tail``, ``clipped``, ``mean-error`` or ``rounding`` (none of these)
     text     one sentence, with the numbers it rests on
-    gain     dB by which the layer's own error would fall without it: estimated, not measured
+    gain     dB by which the layer's own error would fall without this cause: estimated, not measured
     """
 
     kind: str
@@ -45,8 +45,8 @@ class Cause:
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """What is known of one planned activation: its solved entry, histogram, least and largest value per channel [C] (None
-    where channels are not known)."""
+    """What is known of one planned activation: its solved entry, its histogram, the lowest and highest value per channel [C]
+    (None if its channels are unknown)."""
 
     name: str
     spec: QuantSpec
@@ -60,7 +60,7 @@ class Activation:
         return self.spec.value_range
 
     def percentiles(self, percent: float) -> tuple[float, float]:
-        """The values that leave so many percent out at either end."""
+        """The values that leave this many percent out at each end."""
         h = self.histogram
         edges = np.linspace(h.low, h.high, len(h.counts) + 1)
         share = np.concatenate([[0.0], np.cumsum(h.counts) / max(h.counts.sum(), 1.0)])
@@ -76,7 +76,7 @@ class Activation:
 
     @property
     def deviations(self) -> float:
-        """Standard deviations that the codes reach across."""
+        """Number of standard deviations that the codes span."""
         h, (low, high) = self.histogram, self.grid
         total = max(h.counts.sum(), 1.0)
         mean = float(h.centers @ h.counts / total)
@@ -84,12 +84,12 @@ class Activation:
         return (high - low) / spread if spread > 0 else 0.0
 
     def noise(self, low: float, high: float) -> tuple[float, float]:
-        """Mean square error of this activation's grid over another range: by rounding, and by clipping."""
+        """Mean squared error if the grid covered another range: by rounding, and by clipping."""
         spec = from_range(low, high, self.spec.request())
         (first, last), step = spec.value_range, float(np.asarray(spec.scale))
         h, total = self.histogram, max(self.histogram.counts.sum(), 1.0)
         over = np.maximum(np.maximum(first - h.centers, h.centers - last), 0.0)
-        over = np.where(over > step / 2 + (h.high - h.low) / len(h.counts), over, 0.0)  # what the bins can tell
+        over = np.where(over > step / 2 + (h.high - h.low) / len(h.counts), over, 0.0)  # what bins can resolve
         zero = 0.0 if h.low > 0 or h.high < 0 else float(h.counts[self._zero])  # exact zeros (Relu) are not rounded
         inside = float(h.counts[over == 0].sum()) - zero
         return step**2 / 12 * max(inside, 1.0) / total, float(over**2 @ h.counts / total)
@@ -109,9 +109,9 @@ def causes(
     mean_share: float,
     scene: Scene,
 ) -> tuple[Cause, ...]:
-    """Causes of one layer's own error, those that hold most of it first.
+    """Causes of one layer's own error, the largest first.
 
-    layer        or None for an activation that no layer reads
+    layer        None for an activation that no layer reads
     weight       its float values
     spec         its solved entry
     activation   what the layer reads, if that is planned
@@ -124,20 +124,20 @@ def causes(
         candidates += [_lowered(cause, by_weight) for cause in _weight_causes(layer, weight, spec, scene)]
     if activation is not None and by_input > 0:
         candidates += [_lowered(cause, by_input) for cause in _input_causes(layer, weight, activation, scene)]
-    solved = scene.recipe.provides("codes", "bias")  # codes and biases were chosen together: what is left is no mean error
+    solved = scene.recipe.provides("codes", "bias")  # solved together, they leave no mean error
     if layer is not None and mean_share > 0.2 and by_weight > 0 and not solved:
         candidates.append(_lowered(_mean_error(mean_share, scene), by_weight))
     candidates = sorted((c for c in candidates if c.gain >= 0.5), key=lambda c: -c.gain)
     if candidates:
         return tuple(candidates)
     if layer is None:
-        ways = wider(None, activation.name, activation.spec.bits, scene) if activation is not None else []
-        return (Cause("rounding", "Plain rounding: the codes are used evenly.", 0.0, tuple(ways)),)
+        remedies = wider(None, activation.name, activation.spec.bits, scene) if activation is not None else []
+        return (Cause("rounding", "Plain rounding: the codes are used evenly.", 0.0, tuple(remedies)),)
     return (_plain(layer, by_weight, activation, scene),)
 
 
 def _lowered(cause: Cause, share: float) -> Cause:
-    """What a gain on a part of the noise is worth on the whole of it."""
+    """The cause with its gain on one part of the noise converted into the gain on all of it."""
     rest = 1 - share + share * 10 ** (-cause.gain / 10)
     return Cause(cause.kind, cause.text, round(float(-10 * np.log10(max(rest, 1e-20))), 1), cause.remedies)
 
@@ -164,7 +164,7 @@ def _few_bits(layer: Layer, spec: QuantSpec, scene: Scene) -> Cause:
         *codes_by_error(scene, "codes by output error instead of the nearest ones"),
     ]
     if divisible and multipliers:
-        text = "a multiplier for every 16 inputs, at integer speed"
+        text = "a multiplier for every 16 inputs, still in integer kernels"
         remedies.append(layer_remedy(layer.name, text, weights={"sub_block": [1, 16]}))
     text = f"Its weight has {spec.bits} bits, {2**spec.bits - 1} codes."
     return Cause("few-bits", text, (more - spec.bits) * _BIT, tuple(remedies))
@@ -181,7 +181,7 @@ def _uneven_weights(layer: Layer, weight: Array, scene: Scene) -> list[Cause]:
     remedies = tuple(_per_channel(layer, scene))
     if not _few(rows / rows.max()):
         text = (
-            f"One scale serves all output channels, though they reach from {rows.min():.3g} to {rows.max():.3g}: "
+            f"One scale serves all output channels, although their maxima range from {rows.min():.3g} to {rows.max():.3g}: "
             f"a scale for each would round its weight with {gain:.0f} dB less error."
         )
         return [Cause("uneven-weights", text, gain, remedies)]
@@ -196,7 +196,7 @@ def _per_channel(layer: Layer, scene: Scene) -> list[Remedy]:
         return [layer_remedy(layer.name, "a scale per output channel", weights={"block": "channel"})]
     return [
         *scene.use(ShiftEqualize(), "a power-of-two shift per channel"),
-        *scene.use(Equalize(), "factors between layers that even the channels out"),
+        *scene.use(Equalize(), "factors between layers that equalize the channels"),
     ]
 
 
@@ -214,12 +214,12 @@ def _outlier_weights(layer: Layer, weight: Array, scene: Scene) -> list[Cause]:
         f"Single weights set the scale of their channel: the largest is {float(np.median(reach)):.0f} times the "
         "channel's root mean square."
     )
-    taps = scene.use(SplitWeights(), "large taps as a part of their own") if layer.op == "Conv" else []
+    taps = scene.use(SplitWeights(), "large taps in a separate part") if layer.op == "Conv" else []
     return [Cause("outlier-weights", text, gain, (*codes_by_error(scene, "scales and codes by output error"), *taps))]
 
 
 def _other_axes(layer: Layer) -> tuple[int, ...]:
-    """The axes of a weight but that of its output channels."""
+    """The axes of a weight except that of its output channels."""
     return tuple(axis for axis in range(len(layer.shape)) if axis != layer.out_axis)
 
 
@@ -229,13 +229,9 @@ def _few(reach: Array) -> bool:
 
 
 def _mean_error(share: float, scene: Scene) -> Cause:
-    text = (
-        f"{share:.0%} of what rounding its weight costs is a constant error per output channel, which a bias could take "
-        "back."
-    )
-    text_of_bias = "mean errors taken back by the bias"
-    remedies = [] if scene.recipe.provides("bias") else scene.use(BiasCorrect(), text_of_bias)
-    remedies += codes_by_error(scene, "codes and biases by the inputs that the quantized layers before make")
+    text = f"{share:.0%} of the error of rounding its weight is constant per output channel, which a bias could cancel."
+    remedies = [] if scene.recipe.provides("bias") else scene.use(BiasCorrect(), "biases that cancel mean errors")
+    remedies += codes_by_error(scene, "codes and biases solved for the inputs that the quantized layers before produce")
     return Cause("mean-error", text, float(-10 * np.log10(max(1 - share, 1e-3))), tuple(remedies))
 
 
@@ -256,15 +252,15 @@ def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scen
     better, ranges = _better_ranges(x, rounding + clipping, scene)
     if clipping > rounding and better > 0.5:
         text = (
-            f"{_percent(x.clipped)} of {it} is clipped: values reach {x.histogram.low:.3g} to {x.histogram.high:.3g}, codes "
-            f"{low:.3g} to {high:.3g}."
+            f"{_percent(x.clipped)} of {it} is clipped: values range from {x.histogram.low:.3g} to {x.histogram.high:.3g}, "
+            f"codes from {low:.3g} to {high:.3g}."
         )
         return [*causes, Cause("clipped", text, better, (*ranges, *more_bits))]
     causes += _uneven_channels(layer, weight, x, it, scene, more_bits)
     if (spread := x.deviations) > 16:
         text = (
-            f"The range of {it}, {low:.3g} to {high:.3g}, spans {spread:.0f} standard deviations: few "
-            "codes are left for most values."
+            f"The range of {it}, {low:.3g} to {high:.3g}, spans {spread:.0f} standard deviations: most "
+            "values share few codes."
         )
         remedies = (*(ranges if better > 0.5 else ()), *more_bits)
         causes.append(Cause("heavy-tail", text, float(20 * np.log10(spread / 10)), remedies))
@@ -272,8 +268,8 @@ def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scen
 
 
 def _better_ranges(x: Activation, noise: float, scene: Scene) -> tuple[float, list[Remedy]]:
-    """By how many dB the better of two ways to choose the range would lower the noise, and the remedy that does so; none
-    where ranges are chosen so."""
+    """By how many dB the better of two methods to choose the range would lower the noise, and the remedy for it; none if
+    the recipe uses that method."""
     h = x.histogram
     least = mse_range(h.counts, h.low, h.high, 2**x.spec.bits) if h.high > h.low else x.grid
     noises = {"minmax": sum(x.noise(h.low, h.high)), "mse": sum(x.noise(*least))}
@@ -290,7 +286,7 @@ def _uneven_channels(
     """Channels of an activation that use little of its range.
 
     it          the activation in words
-    more_bits   remedies that help against any of this
+    more_bits   remedies that help in any case
     """
     if x.channels is None or len(x.channels[0]) < 2:
         return []
@@ -299,7 +295,7 @@ def _uneven_channels(
     gain = float(-10 * np.log10(max(float(np.average(part**2, weights=_energies(layer, weight, len(part)))), 1e-20)))
     if gain <= 8:
         return []
-    remedies = (*_even_out(x, scene), *more_bits)
+    remedies = (*_equalized(x, scene), *more_bits)
     if _few(part):
         few = int((part > 0.5).sum())
         text = (
@@ -308,8 +304,8 @@ def _uneven_channels(
         )
         return [Cause("outlier-channels", text, gain, remedies)]
     text = (
-        f"The channels of {it} that its weights amplify most use little of the range: "
-        f"a scale for each channel would leave {gain:.0f} dB less error, which one scale for all cannot."
+        f"The channels of {it} that its weights amplify most use little of the range: with a scale for each channel "
+        f"there would be {gain:.0f} dB less error than with one scale for all."
     )
     return [Cause("uneven-channels", text, gain, remedies)]
 
@@ -328,7 +324,7 @@ def _energies(layer: Layer | None, weight: Array | None, count: int) -> Array:
     return energies if energies.sum() > 0 else equal
 
 
-def _even_out(x: Activation, scene: Scene) -> list[Remedy]:
+def _equalized(x: Activation, scene: Scene) -> list[Remedy]:
     if x.is_input:
         return scene.use(ScaleInputs(), "a factor per input channel, undone in the first weights")
     return even_channels(scene, "factors between layers, chosen by measured error") if x.name in scene.equalizable else []
@@ -340,8 +336,8 @@ def _even_out(x: Activation, scene: Scene) -> list[Remedy]:
 def _plain(layer: Layer, by_weight: float, x: Activation | None, scene: Scene) -> Cause:
     if by_weight >= 0.5:
         text = f"Plain rounding of its weight ({by_weight:.0%} of its own error); no outlier, no clipping."
-        ways = (*codes_by_error(scene, "codes by output error instead of the nearest ones"), in_float(layer.name))
-        return Cause("rounding", text, 0.0, ways)
+        remedies = (*codes_by_error(scene, "codes by output error instead of the nearest ones"), in_float(layer.name))
+        return Cause("rounding", text, 0.0, remedies)
     name = f" '{x.name}'" if x is not None else ""
     text = f"Plain rounding of its input{name} ({1 - by_weight:.0%} of its own error); no outlier, no clipping."
     return Cause("rounding", text, 0.0, tuple(wider(layer, x.name, x.spec.bits, scene) if x is not None else ()))

@@ -1,4 +1,4 @@
-"""The curve that a search over widths measured: as a table, a drawing, and files from which each point can be made again."""
+"""The points that a search over widths measured: as a table, a drawing, and files from which each can be made again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from onnxq_plugins.job import Outcome
 from onnxq_plugins.search.quantizers import parse_widths
 from onnxq_plugins.spec import Array
 
-_SEARCH = "mixed-precision"  # the pass of points that do not name one: those of release 0.1
+_SEARCH = "mixed-precision"  # the pass of points that name none: those of release 0.1
 _OTHER = ("widths", "chosen")  # what a point holds beside numbers
 _UNITS = {
     "sqnr": "SQNR, dB",
@@ -28,7 +28,7 @@ _UNITS = {
     "stored": "weights in the file (8 bits everywhere: 1)",
     "bops": "bit operations (8 bits everywhere: 1)",
 }
-# Read on white and on black alike: the drawings have no background.
+# Readable on white and on black: the drawings have no background.
 _TEXT, _LINE, _CHOSEN = "#808080", "#3f88c5", "#e07a3f"
 COLORS = {_TEXT: "soft", _LINE: "blue", _CHOSEN: "orange"}  # what they are on a page that has colours of its own
 
@@ -40,10 +40,10 @@ class Curve:
     model    name of the float model's file, "" if it came from none
     recipe   the recipe of the search, as plain values
     seed     of the search
-    cost     the cost that was to fall: ``size``, ``bops`` or another number that the points have
+    cost     the cost that was minimized: ``size``, ``bops`` or another number that the points have
     metric   the metric that was measured beside SQNR
-    points   from the dearest to the cheapest, as in the report: costs, ``sqnr``, the metric, ``widths`` by group; the chosen
-             one has ``chosen``
+    points   from the most to the least expensive, as in the report: costs, ``sqnr``, the metric, ``widths`` by group; the
+             chosen one has ``chosen``
     step     name of the pass that searched
     """
 
@@ -71,13 +71,13 @@ class Curve:
 
     @property
     def numbers(self) -> list[str]:
-        """What is known of the points, costs first, then SQNR, then the metric."""
+        """Names of the numbers that points have: costs first, then SQNR, then the metric."""
         known = list(dict.fromkeys(key for p in self.points for key in p if key not in _OTHER))
         scores = [key for key in dict.fromkeys(("sqnr", self.metric)) if key in known]
         return [key for key in known if key not in scores] + scores
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Columns and rows: number of the point, costs and scores, how many groups have each width, which was chosen."""
+        """Columns and rows: number of the point, costs and scores, number of groups of each width, and which was chosen."""
         used = parse_widths({w for p in self.points for w in p["widths"].values()} or {"W8A8"})
         names = [str(w) for w in used]
         rows = []
@@ -94,7 +94,7 @@ class Curve:
         return ["point", *({"sqnr": "SQNR dB", "stored": "file"}.get(key, key) for key in self.numbers), *names, ""], rows
 
     def files(self) -> tuple[dict[str, bytes], list[str]]:
-        """Content of all files by name, ``curve.json`` last, and remarks: drawings need matplotlib."""
+        """Contents of all files by name, ``curve.json`` last, and notes: drawings need matplotlib."""
         digits = max(2, len(str(len(self.points))))
         names = [f"point-{number:0{digits}}.json" for number in range(1, len(self.points) + 1)]
         groups = list(self.points[0]["widths"]) if self.points else []
@@ -102,50 +102,50 @@ class Curve:
         numbers = [
             {key: p[key] for key in self.numbers if key in p} | {"chosen": bool(p.get("chosen"))} for p in self.points
         ]
-        made = {
+        contents = {
             name: _json({**common, **n, "widths": p["widths"]})
             for name, n, p in zip(names, numbers, self.points, strict=True)
         }
-        drawn, notes = self.drawn()
+        drawings, notes = self.drawings()
         listed = [{"file": name, **n} for name, n in zip(names, numbers, strict=True)]
         return {
-            **made,
-            **drawn,
+            **contents,
+            **drawings,
             "curve.json": _json({**common, "cost": self.cost, "metric": self.metric, "groups": groups, "points": listed}),
         }, notes
 
     def write(self, folder: str | Path) -> list[str]:
-        """Write the files of `files` into a folder, which is made if it does not exist. Those of an earlier curve in it give
-        way. Returns remarks. Raises OnnxqError if they cannot be written."""
+        """Write `files` into a folder, which is created if it does not exist; files of an earlier curve in it are replaced.
+        Returns notes. Raises OnnxqError if the files cannot be written."""
         folder = Path(folder)
         check_folder(folder)
-        made, notes = self.files()
+        contents, notes = self.files()
         folder.mkdir(exist_ok=True)
-        for name, content in made.items():
+        for name, content in contents.items():
             write_file(content, folder / name)
         for old in _earlier(folder):
-            if old.name not in made:
+            if old.name not in contents:
                 old.unlink()
         return notes
 
-    def drawn(self) -> tuple[dict[str, bytes], list[str]]:
-        """``curve.png`` and ``curve.svg``, or a remark that matplotlib is not there."""
+    def drawings(self) -> tuple[dict[str, bytes], list[str]]:
+        """``curve.png`` and ``curve.svg``, or a note that matplotlib is not installed."""
         try:
             import matplotlib
         except ImportError:
             return {}, ["the curve was not drawn, matplotlib is not installed: pip install onnxq-plugins[report]"]
-        made = {}
+        images = {}
         with matplotlib.rc_context({"svg.hashsalt": "onnxq", "font.size": 10}):
             figure = self.figure()
             for kind in ("png", "svg"):
                 stream = BytesIO()
                 dated = {"Date": None} if kind == "svg" else {}  # one curve, one file
                 figure.savefig(stream, format=kind, transparent=True, dpi=160, metadata=dated)
-                made[f"curve.{kind}"] = stream.getvalue()
-        return made, []
+                images[f"curve.{kind}"] = stream.getvalue()
+        return images, []
 
     def figure(self) -> Any:
-        """A matplotlib Figure: SQNR over the cost, and beside it the metric if it is another. Needs matplotlib."""
+        """A matplotlib Figure: SQNR over the cost, and beside it the metric if that is another one. Needs matplotlib."""
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -153,17 +153,17 @@ class Curve:
         figure = Figure(figsize=(5.2 * max(len(scores), 1), 3.6), layout=ConstrainedLayoutEngine(wspace=0.06))
         for at, key in enumerate(scores, 1):
             axes = figure.add_subplot(1, len(scores), at)
-            shown = [(n, p) for n, p in enumerate(self.points, 1) if key in p and self.cost in p]
-            places = np.array([(p[self.cost], p[key]) for _, p in shown], float).reshape(-1, 2)
+            points = [(n, p) for n, p in enumerate(self.points, 1) if key in p and self.cost in p]
+            places = np.array([(p[self.cost], p[key]) for _, p in points], float).reshape(-1, 2)
             x, y = places.T
             axes.plot(x, y, color=_LINE, linewidth=1.2, alpha=0.5, zorder=2)
             axes.scatter(x, y, s=28, color=_LINE, linewidths=0, zorder=3)
-            for (number, p), alone in zip(shown, _apart(places), strict=True):
+            for (number, p), numbered in zip(points, _numbered(places), strict=True):
                 place = float(p[self.cost]), float(p[key])
                 if p.get("chosen"):
                     axes.scatter(place[0], place[1], s=95, facecolors="none", edgecolors=_CHOSEN, linewidths=2, zorder=4)
                     axes.annotate(f"{number}, chosen", place, (9, -7), textcoords="offset points", color=_CHOSEN, va="top")
-                elif alone:
+                elif numbered:
                     axes.annotate(str(number), place, (-6, 5), textcoords="offset points", color=_TEXT, ha="right", size=8)
             axes.set_xlabel(_UNITS.get(self.cost, self.cost), color=_TEXT)
             axes.set_ylabel(_UNITS.get(key, key), color=_TEXT)
@@ -179,9 +179,9 @@ class Curve:
 def point_recipe(point: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """The recipe that makes a point of a curve again without a search, and its seed.
 
-    point   a file that `Curve.write` wrote, or what is in it
+    point   a file that `Curve.write` wrote, or its contents
 
-    Raises OnnxqError if it is no such point.
+    Raises OnnxqError if it is not such a point.
     """
     if isinstance(point, Mapping):
         table, where = point, "the point"
@@ -195,29 +195,29 @@ def point_recipe(point: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any],
     if isinstance(table, Mapping) and "points" in table:
         raise OnnxqError(f"{where} is a whole curve; give the file of one of its points, such as point-01.json.")
     if not isinstance(recipe, Mapping) or not isinstance(widths, Mapping):
-        raise OnnxqError(f"{where} has no recipe and widths; give a file point-NN.json that quantize --curve wrote.")
+        raise OnnxqError(f"{where} has no recipe and widths; give a file point-NN.json from quantize --curve.")
     steps = recipe.get("pass")
     steps = list(steps) if isinstance(steps, list) else []
     search = table.get("pass", _SEARCH)
     places = [i for i, step in enumerate(steps) if isinstance(step, Mapping) and step.get("use") == search]
     if not places:
-        raise OnnxqError(f"{where}: its recipe has no pass '{search}' that could take the widths.")
+        raise OnnxqError(f"{where}: its recipe has no pass '{search}' to set the widths of.")
     steps[places[-1]] = {**steps[places[-1]], "widths": dict(widths)}
     seed = table.get("seed", 0)
     return {**recipe, "pass": steps}, seed if isinstance(seed, int) else 0
 
 
 def check_folder(folder: Path) -> None:
-    """Raise OnnxqError if the files of a curve could not be written into a folder, which need not exist."""
+    """Raise OnnxqError if the files of a curve cannot be written into a folder, which need not exist."""
     if folder.is_dir():
         for name in ("curve.json", "curve.png", "curve.svg", "point-01.json", *(old.name for old in _earlier(folder))):
             check_writable(folder / name)
     elif os.path.lexists(folder):
-        raise OnnxqError(f"folder '{folder}' for the curve is a file; give another place.")
+        raise OnnxqError(f"folder '{folder}' for the curve is a file; give another path.")
     elif not folder.absolute().parent.is_dir():
-        raise OnnxqError(f"folder '{folder}' for the curve: '{folder.parent}' does not exist; make it first.")
+        raise OnnxqError(f"folder '{folder}' for the curve: '{folder.parent}' does not exist; create it first.")
     elif not os.access(folder.absolute().parent, os.W_OK):
-        raise OnnxqError(f"folder '{folder}' for the curve cannot be made: permission denied; choose another place.")
+        raise OnnxqError(f"folder '{folder}' for the curve cannot be created: permission denied; give another path.")
 
 
 def _earlier(folder: Path) -> Iterator[Path]:
@@ -226,8 +226,8 @@ def _earlier(folder: Path) -> Iterator[Path]:
         yield from folder.glob(pattern)
 
 
-def _apart(places: Array) -> list[bool]:
-    """Which of some points [n, 2] have room for their number: those not too near to one before that has it."""
+def _numbered(places: Array) -> list[bool]:
+    """Which of some points [n, 2] get a number: those not too close to an earlier one that has a number."""
     spread = places / np.maximum(np.ptp(places, axis=0), 1e-9) if len(places) else places
     kept: list[int] = []
     for n, place in enumerate(spread):
@@ -237,7 +237,7 @@ def _apart(places: Array) -> list[bool]:
 
 
 def _shown(key: str, value: Any) -> str:
-    """A number of a point, short."""
+    """A number of a point, rounded."""
     if not isinstance(value, (int, float)):
         return ""
     return f"{value:.2f}" if key in ("sqnr", "agreement") else f"{value:.3f}"

@@ -1,5 +1,5 @@
-"""Drawings of the report as inline SVG. Colours are CSS variables of the page, so that one drawing serves light and dark;
-text is text, in the page's font."""
+"""Plots of the report as inline SVG. Colours are CSS variables of the page, so that one plot works in light and dark mode;
+text stays text, in the page's font."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from onnxq_plugins.measure import IDENTICAL
 from onnxq_plugins.report.diagnosis import Diagnosis
 
-# Stand-ins that no drawing has by itself -> names of the page's colours.
+# Placeholders that matplotlib does not use by itself -> names of the page's colours.
 _INK, _FAINT, _BLUE, _ORANGE, _GREY = "#010203", "#010204", "#010205", "#010206", "#010207"
 _VARIABLES = {_INK: "--ink", _FAINT: "--rule", _BLUE: "--blue", _ORANGE: "--orange", _GREY: "--grey"}
-_WIDE = 9.2  # inches, at 72 points: what the page shows at full size
+_WIDE = 9.2  # inches of 72 points: the full width of the page
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing with what it shows, in words, and the names behind its numbers where no table on the page has them."""
+    """A plot, its caption, and the names for the numbers on its axis if no table on the page lists them."""
 
     title: str
     svg: str
@@ -30,49 +31,49 @@ class Plot:
     names: tuple[str, ...] = ()
 
 
-def plots(found: Diagnosis, order: Sequence[str], bits: Sequence[tuple[float, float]]) -> list[Plot]:
-    """The drawings for a network.
+def plots(diagnosis: Diagnosis, order: Sequence[str], bits: Sequence[tuple[float, float]]) -> list[Plot]:
+    """The plots of a network.
 
-    order   names of the layers along the depth: their numbers in the table
+    order   names of the layers in the order of their numbers in the table
     bits    of weight and input of each; 32 for float
     """
-    layers = {y.name: y for y in found.layers}
-    made = [_sqnr(found, order)]
+    layers = {y.name: y for y in diagnosis.layers}
+    drawings = [_sqnr(diagnosis, order)]
     if any(layers[name].share is not None for name in order):
-        made.append(_shares(found, order))
-    if found.activations:
-        made.append(_ranges(found))
-    return [*made, _bits(order, bits)] if len(set(bits)) > 1 else made  # where all are equal there is nothing to see
+        drawings.append(_shares(diagnosis, order))
+    if diagnosis.activations:
+        drawings.append(_ranges(diagnosis))
+    return [*drawings, _bits(order, bits)] if len(set(bits)) > 1 else drawings  # equal bits need no plot
 
 
-def _sqnr(found: Diagnosis, order: Sequence[str]) -> Plot:
+def _sqnr(diagnosis: Diagnosis, order: Sequence[str]) -> Plot:
     figure, axes = _axes(2.8, legend=True)
-    by_name = {y.name: y for y in found.layers}
+    by_name = {y.name: y for y in diagnosis.layers}
     x = np.arange(1, len(order) + 1)
     rows = [by_name[name] for name in order]
     for values, color, marker, label in (
-        ([y.own.input if y.own else np.nan for y in rows], _BLUE, "v", "own, by rounding its input"),
-        ([y.own.weight if y.own else np.nan for y in rows], _ORANGE, "^", "own, by rounding its weight"),
+        ([y.own.input if y.own else np.nan for y in rows], _BLUE, "v", "own, rounding its input"),
+        ([y.own.weight if y.own else np.nan for y in rows], _ORANGE, "^", "own, rounding its weight"),
     ):
-        kept = np.where(np.array(values, float) >= 200, np.nan, np.array(values, float))
-        axes.plot(x, kept, linestyle="none", marker=marker, markersize=4.5, color=color, markeredgewidth=0, label=label)
-    gathered = np.array([y.sqnr for y in rows])
+        finite = np.where(np.array(values, float) >= IDENTICAL, np.nan, np.array(values, float))
+        axes.plot(x, finite, linestyle="none", marker=marker, markersize=4.5, color=color, markeredgewidth=0, label=label)
+    accumulated = np.array([y.sqnr for y in rows])
     axes.plot(
         x,
-        np.where(gathered >= 200, np.nan, gathered),
+        np.where(accumulated >= IDENTICAL, np.nan, accumulated),
         color=_INK,
         linewidth=1.6,
         marker="o",
         markersize=3.5,
-        label="gathered up to here",
+        label="accumulated",
     )
     for n, y in zip(x, rows, strict=True):
-        if y.sqnr < 200:
+        if y.sqnr < IDENTICAL:
             _hidden(
                 axes,
                 float(n),
                 y.sqnr,
-                f"{n} {y.name}: {y.sqnr:.1f} dB gathered" + (f", own {y.own.both:.1f} dB" if y.own else ""),
+                f"{n} {y.name}: {y.sqnr:.1f} dB accumulated" + (f", own {y.own.both:.1f} dB" if y.own else ""),
             )
     axes.set_ylabel("SQNR, dB")
     _depth(axes, len(order))
@@ -80,19 +81,18 @@ def _sqnr(found: Diagnosis, order: Sequence[str]) -> Plot:
     return Plot(
         "Error along the depth",
         _svg(figure, "sqnr"),
-        "Signal to noise at each layer's output: line, in the "
-        "quantized network, where all errors before it have gathered; marks, by this layer's own rounding alone. "
-        "Higher is better.",
+        "Signal to noise at each layer's output. Line: in the quantized network, with the errors of all layers before it. "
+        "Marks: with only this layer's weight or input rounded. Higher is better.",
     )
 
 
-def _shares(found: Diagnosis, order: Sequence[str]) -> Plot:
+def _shares(diagnosis: Diagnosis, order: Sequence[str]) -> Plot:
     figure, axes = _axes(2.1)
-    by_name = {y.name: y for y in found.layers}
-    worst = {y.name for y in found.layers[:5]}
-    unit = "% of the noise" if found.adds_up else "% of the worst"
-    values = [found.part(by_name[name]) or 0.0 for name in order]
-    labelled: list[int] = []  # from the tallest on, where there is room beside others
+    by_name = {y.name: y for y in diagnosis.layers}
+    worst = {y.name for y in diagnosis.layers[:5]}
+    unit = "% of the noise" if diagnosis.adds_up else "% of the worst"
+    values = [diagnosis.part(by_name[name]) or 0.0 for name in order]
+    labelled: list[int] = []  # the tallest first, if no neighbour has a label
     for n in sorted(range(1, len(order) + 1), key=lambda n: -values[n - 1]):
         if order[n - 1] in worst and values[n - 1] > 0 and all(abs(n - other) > len(order) / 40 for other in labelled):
             labelled.append(n)
@@ -105,24 +105,24 @@ def _shares(found: Diagnosis, order: Sequence[str]) -> Plot:
     axes.margins(y=0.15)
     _depth(axes, len(order))
     parts = (
-        "in parts of the noise of the whole quantized network."
-        if found.adds_up
-        else ("beside the worst one's. They are no parts of the whole: layers here make up for each other's errors.")
+        "as a share of the noise of the whole quantized network."
+        if diagnosis.adds_up
+        else "relative to the worst layer's. The bars do not add up: layers here compensate for each other's errors."
     )
     return Plot(
         "Which layers hold the error",
         _svg(figure, "shares"),
-        f"Noise of the outputs with one layer quantized alone, its weight and its input, {parts}",
+        f"Noise of the outputs with one layer quantized alone (its weight and its input), {parts}",
     )
 
 
-def _ranges(found: Diagnosis) -> Plot:
-    names = list(found.activations)
+def _ranges(diagnosis: Diagnosis) -> Plot:
+    names = list(diagnosis.activations)
     figure, axes = _axes(2.5)
     ends = [0.0, 1.0]
     axes.axhspan(-1, 1, color=_GREY, alpha=0.13, linewidth=0)
     for n, name in enumerate(names, 1):
-        x = found.activations[name]
+        x = diagnosis.activations[name]
         first, last = x.grid
         unit = max(abs(first), abs(last)) or 1.0
         h = x.histogram
@@ -141,13 +141,13 @@ def _ranges(found: Diagnosis) -> Plot:
             )
         )
         ends += [min(h.low, first) / unit, max(h.high, last) / unit]
-    axes.set_ylim(max(min(ends), -3) * 1.05 - 0.04, min(max(ends), 3) * 1.05)  # what lies far beyond is cut off
-    axes.set_ylabel("value / end of the codes")
+    axes.set_ylim(max(min(ends), -3) * 1.05 - 0.04, min(max(ends), 3) * 1.05)  # values far outside are cut off
+    axes.set_ylabel("value / largest code")
     _depth(axes, len(names), "activation, in the order of the network")
     text = (
-        "Values of the float network against the codes: thin line, all; pale bar, all but 0.1 % at each end; full bar, "
-        "all but 5 %; ticks, where the codes end. What lies beyond the ticks is clipped; a short bar between wide ticks "
-        "means that most codes serve few values. Point at a bar for its name."
+        "Values of the float network relative to the range of the codes. Thin line: all values; pale bar: all but 0.1 % at "
+        "each end; full bar: all but 5 %; ticks: the ends of the codes. Values beyond the ticks are clipped; a short bar "
+        "between distant ticks means that most codes serve few values. Hover over a bar for its name."
     )
     return Plot("Ranges of activations", _svg(figure, "ranges"), text, tuple(names))
 
@@ -167,14 +167,14 @@ def _bits(order: Sequence[str], bits: Sequence[tuple[float, float]]) -> Plot:
     _depth(axes, len(x))
     _legend(axes, 1)
     return Plot(
-        "Bits", _svg(figure, "bits"), "Bits of the weight's codes, and of the activation that the layer reads; 32 is float."
+        "Bits", _svg(figure, "bits"), "Bits of the weight's codes and of the activation that the layer reads; 32 is float."
     )
 
 
 def drawing(figure: Any, prefix: str, colors: dict[str, str]) -> str:
     """A figure of another module as inline SVG.
 
-    colors   colours in it -> names of the page's
+    colors   colours in it -> names of the page's colours
     """
     return _svg(figure, prefix, {key.lower(): f"--{name}" for key, name in colors.items()})
 
@@ -185,7 +185,7 @@ def drawing(figure: Any, prefix: str, colors: dict[str, str]) -> str:
 def _axes(height: float, legend: bool = False) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDE, height))  # margins by hand: matplotlib's own would draw everything twice
+    figure = Figure(figsize=(_WIDE, height))  # fixed margins: matplotlib's layout engines draw everything twice
     left, low, top = 0.62, 0.43, 0.28 if legend else 0.08
     axes = figure.add_axes((left / _WIDE, low / height, 1 - (left + 0.04) / _WIDE, 1 - (low + top) / height))
     axes.yaxis.set_label_coords(-0.42 / (_WIDE - left), 0.5)
@@ -232,13 +232,13 @@ def _legend(axes: Any, order: int = -1) -> None:
 
 
 def _hidden(axes: Any, x: float, y: float, text: str) -> None:
-    """A place of the drawing that tells something when pointed at."""
+    """An invisible spot of the plot with a tooltip."""
     (spot,) = axes.plot([x], [y], marker="o", markersize=13, color=_INK, alpha=0.0, linestyle="none")
     spot.set_gid(_tooltip(text))
 
 
 def _tooltip(text: str) -> str:
-    """An id that `_svg` turns into a title: hexadecimal, for any text would do as a name of a layer."""
+    """An id that `_svg` turns into a title: hexadecimal, since names of layers may hold any text."""
     return f"tip-{text.encode().hex()}"
 
 

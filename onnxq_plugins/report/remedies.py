@@ -1,5 +1,5 @@
-"""What may be done about an error: changes of a recipe, as values that are printed, tried and tested alike. Rules of
-thumb on what was measured; nothing here has been tried. None undoes what the recipe says on purpose."""
+"""What may reduce an error: changes of a recipe, as values that can be printed, tried and tested. They are rules of thumb
+about what was measured; nothing here has been tried. None undoes what the recipe says on purpose."""
 
 from __future__ import annotations
 
@@ -9,29 +9,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import tomli_w
-
 from onnxq_plugins.errors import Reason
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import LayerRule, Pass, Recipe, Stage, changed, parameters
 from onnxq_plugins.passes import Equalize, Ranges, Round
+from onnxq_plugins.recipe import to_block
 from onnxq_plugins.targets import Target
 
-# Stages in front of which a pass of some stage is inserted.
+# Stages before which a pass of some stage is inserted, and that place in words.
 _LATER: dict[Stage, tuple[Stage, ...]] = {
     "rewrite": ("solve", "finish"),
     "solve": ("finish",),
     "finish": ("finish",),
 }
+_PLACES: dict[Stage, str] = {
+    "rewrite": "# before ranges",
+    "solve": "# after the others, but before bias-correct",
+    "finish": "# after the others",
+}
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change of a recipe: settings, or passes and layer rules, so that what is typed belongs in one place.
+    """A change of a recipe: either settings or passes and layer rules, so that all lines to type belong in one place.
 
     text       what it does, in words
     settings   for ``--set``
-    passes     to insert, each where its stage belongs, in place of one of the same name
+    passes     to insert, each where its stage belongs, replacing one of the same name
     layers     rules to append
     """
 
@@ -58,9 +62,8 @@ class Remedy:
         """What to type: options of the command line, or TOML for the recipe's file."""
         lines = [" ".join(f"--set {shlex.quote(setting)}" for setting in self.settings)] if self.settings else []
         for step in self.passes:
-            place = "# in front of ranges" if step.stage == "rewrite" else "# behind the others (bias-correct stays last)"
-            lines += [place, tomli_w.dumps({"pass": [{"use": step.name, **parameters(step)}]}).strip()]
-        lines += [tomli_w.dumps({"layer": [changed(rule, LayerRule())]}).strip() for rule in self.layers]
+            lines += [_PLACES[step.stage], to_block("pass", {"use": step.name, **parameters(step)})]
+        lines += [to_block("layer", changed(rule, LayerRule())) for rule in self.layers]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,7 +82,7 @@ class Scene:
     """What a remedy must fit.
 
     equalizable   activations whose channels can be rescaled
-    floating      activation -> the layers that must be float for it to be float; none if that cannot be had
+    floating      activation -> the layers that must be float for it to be float; none if that is not possible
     """
 
     target: Target
@@ -103,28 +106,28 @@ def layer_remedy(layer: str, text: str, **settings: Any) -> Remedy:
 
 
 def wider(layer: Layer | None, activation: str, bits: int, scene: Scene) -> list[Remedy]:
-    """More bits than 8 for an activation: 16 where the target has them for the layer that reads it, float elsewhere."""
+    """More than 8 bits for an activation: 16 if the target supports them for the layer that reads it, else float."""
     if bits > 8:
         return []
     if 16 in scene.target.activation_bits:
         text = "16-bit activations for this layer (onnxruntime runs it in float, an NPU in integers)"
         return [] if layer is None else [layer_remedy(layer.name, text, activations={"bits": 16})]
-    # a layer in float still reads what an integer layer rounded: that one must write float, too
+    # a float layer still reads what an integer layer rounded, so the latter must be float as well
     names = scene.floating(activation)
     listed = " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])
-    text = f"{listed} in float, so that nothing rounds '{activation}'; may cost speed"
+    text = f"{listed} in float, so that nothing rounds '{activation}'; may be slower"
     return [Remedy(text, layers=tuple(layer_rule(name, quantize=False) for name in names))] if names else []
 
 
 def in_float(layer: str) -> Remedy:
-    """A layer in float."""
+    """Leave a layer in float."""
     return layer_remedy(
-        layer, "this layer in float, so that nothing rounds its weight; costs size and may cost speed", quantize=False
+        layer, "this layer in float, so that nothing rounds its weight; larger, and may be slower", quantize=False
     )
 
 
 def ranges_by(method: str, scene: Scene, text: str) -> list[Remedy]:
-    """Ranges by another method; none where another pass chooses them."""
+    """Choose ranges by another method; none if another pass chooses them."""
     if any(isinstance(step, Ranges) for step in scene.recipe.passes):
         return [Remedy(text, (f"ranges.method={method}",))]
     step = Ranges(method=method)  # type: ignore[arg-type]
@@ -132,20 +135,19 @@ def ranges_by(method: str, scene: Scene, text: str) -> list[Remedy]:
 
 
 def codes_by_error(scene: Scene, text: str) -> list[Remedy]:
-    """Codes chosen by the error they cause; none where a pass does so."""
+    """Choose codes by the error they cause; none if a pass does so."""
     return [] if scene.recipe.provides("codes") else [Remedy(text, passes=(Round(method="gptq"),))]
 
 
 def even_channels(scene: Scene, text: str) -> list[Remedy]:
-    """Factors between layers, chosen by measured error; none where a pass chooses them so."""
+    """Equalize channels by factors chosen by measured error; none if a pass does so."""
     step = Equalize(by="activations")
     chosen = any(isinstance(other, Equalize) and other.by == step.by for other in scene.recipe.passes)
     return [] if chosen else [Remedy(text, passes=(step,))]
 
 
 def float_remedies(name: str, op: str, reason: Reason, target: Target, set_by_rules: frozenset[str]) -> tuple[Remedy, ...]:
-    """What may bring a layer that runs in float into an integer kernel; nothing where there is no way, or where that would
-    undo what was chosen.
+    """What may move a float layer into an integer kernel; none if nothing can, or if that would undo what was chosen.
 
     set_by_rules   keys that [[layer]] rules of the recipe set for this layer, such as ``activations.bits``
     """

@@ -1,4 +1,4 @@
-"""What a run made, in numbers: a row for each layer, sizes, kernels, and one line that sums it up."""
+"""The result of a run in numbers: a row for each layer, sizes, kernels, and a one-line summary."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from onnxq_plugins.spec import Array
 
 
 def describe(job: Job, model: onnx.ModelProto, data: files.DataFile | None, before: int) -> None:
-    """Fill in the report of a job whose model was made.
+    """Complete the report of a job with what follows from its model.
 
-    data     large constants of the model that are written beside it
+    data     large constants of the model that are written beside it; None if there are none
     before   bytes of the user's own model
     """
     report, planned = job.report, Planned.of(job)
@@ -59,7 +59,7 @@ def describe(job: Job, model: onnx.ModelProto, data: files.DataFile | None, befo
 
 
 def original_size(graph: Graph, source: Path | onnx.ModelProto | None) -> int:
-    """Bytes of the user's own model; of the graph where there is none."""
+    """Bytes of the user's own model; of the graph if there is none."""
     if isinstance(source, Path):
         return bytes_on_disk(source)
     if source is not None:
@@ -72,8 +72,8 @@ def _products_note(graph: Graph, products: list[str]) -> str:
     share = share_of_work(graph, products)
     work = "" if share is None else f", {100 * share:.1f} % of the multiply-adds"
     return (
-        f"products of two activations that run in float: {len(products)}{work}; at their size integer kernels mostly do "
-        'not pay, [[layer]] op = "Attention" quantize = true takes them all the same'
+        f"products of two activations that run in float: {len(products)}{work}; at their size integer kernels rarely "
+        'pay; [[layer]] op = "Attention" quantize = true quantizes them anyway'
     )
 
 
@@ -101,7 +101,7 @@ def _rows(job: Job, planned: Planned, audit: Audit) -> tuple[list[dict[str, Any]
 
 
 def _kernels(job: Job, planned: Planned, audit: Audit) -> str:
-    """Which kernels run, for the summary."""
+    """The kernels that run, for the summary."""
     count = len(job.graph.layers)
     quantized = {entry.name: entry.quantized for entry in audit.layers}
     rules = {y.name: planned.rule(y) for y in planned.layers}
@@ -115,9 +115,9 @@ def _kernels(job: Job, planned: Planned, audit: Audit) -> str:
 
 
 def _elsewhere(job: Job, planned: Planned, audit: Audit, wide: int) -> str:
-    """The kernels of a model for another runtime, which onnxruntime may run otherwise; the audit of that is a command.
+    """The summary for another runtime, whose kernels onnxruntime does not have; `onnxq audit` shows those.
 
-    wide   layers in float there that the summary names anyway
+    wide   layers with 16-bit activations that run in float in onnxruntime, which the summary mentions anyway
     """
     ops = {y.name: y.op for y in planned.layers}
     floats = sum(entry.name in ops and not entry.quantized for entry in audit.layers) - wide

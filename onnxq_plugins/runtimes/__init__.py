@@ -3,15 +3,12 @@
 from onnxq_plugins.runtimes.sessions import (
     Feed,
     Session,
-    agreement,
     blas,
-    drift,
     latency,
     outputs,
     quiet,
     run,
     session,
-    sqnr,
     trim,
     wanted,
 )
@@ -19,15 +16,12 @@ from onnxq_plugins.runtimes.sessions import (
 __all__ = [
     "Feed",
     "Session",
-    "agreement",
     "blas",
-    "drift",
     "latency",
     "outputs",
     "quiet",
     "run",
     "session",
-    "sqnr",
     "trim",
     "wanted",
 ]

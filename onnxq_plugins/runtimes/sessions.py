@@ -1,4 +1,4 @@
-"""Running models in onnxruntime: sessions, outputs, error measures, interleaved latency. CPU only."""
+"""Running models in onnxruntime: sessions, outputs, interleaved latency. CPU only."""
 
 from __future__ import annotations
 
@@ -178,35 +178,6 @@ def outputs(runner: ort.InferenceSession, feeds: Iterable[Feed]) -> list[Array]:
     """Every output of the model, concatenated over the feeds along the first axis."""
     rows = [runner.run(None, dict(feed)) for feed in feeds]
     return [np.concatenate([np.atleast_1d(r[i]) for r in rows]) for i in range(len(rows[0]))] if rows else []
-
-
-def sqnr(reference: Array, other: Array) -> float:
-    """Signal to quantization noise in dB: 10 log10(sum y^2 / sum (y - z)^2) per sample (first axis), averaged.
-
-    Samples whose signal is zero are left out; each sample is clamped to 200 dB, which stands for equality.
-    """
-    y = np.asarray(reference, np.float64).reshape(len(reference), -1)
-    noise = np.sum((y - np.asarray(other, np.float64).reshape(y.shape)) ** 2, axis=1)
-    signal = np.sum(y**2, axis=1)
-    kept = signal > 0
-    if not kept.any():
-        return 200.0
-    ratio = signal[kept] / np.maximum(noise[kept], signal[kept] * 1e-20)
-    return float(np.mean(10 * np.log10(ratio)))
-
-
-def agreement(reference: Array, other: Array) -> float:
-    """Share of samples whose largest output (over the last axis) is the same."""
-    return float(np.mean(np.argmax(reference, axis=-1) == np.argmax(other, axis=-1)))
-
-
-def drift(reference: Sequence[Array], other: Sequence[Array]) -> float:
-    """Largest difference over all outputs, relative to each output's largest magnitude; infinite if one is not finite."""
-    differences = [
-        float(np.max(np.abs(a - b), initial=0.0) / max(float(np.max(np.abs(a), initial=0.0)), 1e-30))
-        for a, b in zip(reference, other, strict=True)
-    ]
-    return max(differences, default=0.0) if np.isfinite(differences).all() else float("inf")
 
 
 def wanted(runner: ort.InferenceSession, feed: Feed) -> Feed:

@@ -13,7 +13,7 @@ from onnxq_plugins.graph import ChannelGroup, Layer
 from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.complete import activation_spec, complete_weight
 from onnxq_plugins.layers.problem import bias_shift
-from onnxq_plugins.measure.metrics import Measure
+from onnxq_plugins.measure.networks import Measure
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Array, Plan, QuantSpec
 

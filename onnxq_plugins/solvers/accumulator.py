@@ -1,12 +1,12 @@
 """Accumulators of integer kernels: how wide they must be for given codes, and codes that fit a given width.
 
-An integer kernel adds products of weight codes and input codes, q_i x_i, in whatever order it likes. With x_i anywhere in
-[low, high], low <= 0 <= high, no partial sum of a row lies outside
+An integer kernel adds products of weight codes and input codes, q_i x_i, in any order. With x_i anywhere in [low, high],
+low <= 0 <= high, no partial sum of a row is outside
 
     [low * positive - high * negative, high * positive - low * negative]
 
 where `positive` is the sum of the row's positive codes and `negative` that of the magnitudes of its negative ones; both ends
-are reached by an input (`worst_inputs`). The bias is not counted: kernels add it, and zero points, behind the sum.
+are reached by an input (`worst_inputs`). The bias is not counted: kernels add it, and zero points, after the sum.
 
 Arrays are rows of codes: [..., D], reduced along the last axis. Source: A2Q (arXiv 2308.13504), A2Q+ (arXiv 2401.10432).
 """
@@ -29,10 +29,10 @@ def sums(codes: Array) -> tuple[Array, Array]:
 
 
 def width(codes: Array, inputs: Grid = (0, 255)) -> Array:
-    """Bits of the smallest signed accumulator in which no partial sum of a row overflows, whatever order and input [...].
+    """Bits of the smallest signed accumulator in which no partial sum of a row overflows, for any order and input [...].
 
-    codes    integer codes [..., D] as the kernel sees them: multiplied with their multipliers
-    inputs   smallest and largest input code, around 0: (0, 255) or (-128, 127)
+    codes    integer codes [..., D] as the kernel sees them: times their multipliers
+    inputs   smallest and largest input code, with 0 between them: (0, 255) or (-128, 127)
 
     Exact: one bit less overflows for `worst_inputs`. The bias is not counted. Cost: two passes over the codes.
     """
@@ -43,46 +43,44 @@ def width(codes: Array, inputs: Grid = (0, 255)) -> Array:
 
 
 def worst_inputs(codes: Array, inputs: Grid = (0, 255)) -> tuple[Array, Array]:
-    """Input codes [..., D] that make the smallest and the largest sum of each row."""
+    """Input codes [..., D] that give the smallest and the largest sum of each row."""
     low, high = inputs
     return np.where(codes > 0, low, high), np.where(codes > 0, high, low)
 
 
 def saturates(codes: Array) -> Array:
-    """True for each row in which two codes can saturate the 16-bit sums of AVX2's vpmaddubsw (u8 * s8, two neighbours at a
-    time). Which codes are neighbours depends on the kernel, so any two of the row count."""
+    """True for each row in which two codes can saturate the 16-bit sums of AVX2's vpmaddubsw (u8 * s8, two adjacent codes at
+    a time). Which codes are adjacent depends on the kernel, so any two of the row count."""
     if codes.shape[-1] < 2:
         return np.zeros(codes.shape[:-1], bool)
     ends = np.partition(codes, (1, -2) if codes.shape[-1] > 2 else 1, axis=-1).astype(np.int64)
     lowest, highest = np.minimum(ends[..., :2], 0).sum(axis=-1), np.maximum(ends[..., -2:], 0).sum(axis=-1)
-    found: Array = (highest > PAIR) | (lowest < -PAIR)
-    return found
+    return np.asarray((highest > PAIR) | (lowest < -PAIR))
 
 
 def limit_of(bits: int, high: int = 255) -> int:
-    """What positive and negative codes of a row may each sum to in a signed accumulator of `bits`, beside unsigned inputs up
-    to `high`: (2^(bits-1) - 1) / high, whole. Exact for both, since high = 2^N - 1 does not divide 2^(bits-1)."""
+    """Largest sum of a row's positive, and of its negative, codes in a signed accumulator of `bits`, with unsigned inputs up
+    to `high`: (2^(bits-1) - 1) / high, rounded down. Exact for both, since high = 2^N - 1 does not divide 2^(bits-1)."""
     return int(2 ** (bits - 1) - 1) // high
 
 
 def within(codes: Array, limit: int) -> Array:
     """True for each row [...] whose positive and whose negative codes sum to `limit` at most."""
     positive, negative = sums(codes)
-    found: Array = np.maximum(positive, negative) <= limit
-    return found
+    return np.asarray(np.maximum(positive, negative) <= limit)
 
 
 def project(x: Array, limit: float) -> Array:
     """The nearest rows [..., D] whose positive and whose negative entries sum to `limit` at most, in the Euclidean sense.
 
-    Both halves of a row are projected on the simplex by themselves: a threshold, found by sorting, is taken from every entry
-    that lies above it. Cost: two sorts.
+    Both halves of a row are projected on the simplex separately: a threshold, found by sorting, is subtracted from every
+    entry above it. Cost: two sorts.
     """
     return _on_simplex(np.maximum(x, 0.0), limit) - _on_simplex(np.maximum(-x, 0.0), limit)
 
 
 def bounded(w: Array, h: Array, step: Array, grid: Grid, limit: int, sweeps: int = 10) -> Array:
-    """Codes [g, O, D] whose positive and whose negative codes each sum to `limit` at most in every row, of little loss.
+    """Codes [g, O, D] with a small loss whose positive and whose negative codes each sum to `limit` at most in every row.
 
     w, step, grid   as for `gptq`
     h               Gram matrices [g, D, D], or the blocks on their diagonals (see `narrow`)
@@ -90,10 +88,10 @@ def bounded(w: Array, h: Array, step: Array, grid: Grid, limit: int, sweeps: int
                     all magnitudes and, for rows that sum to 0, A2Q+'s
     sweeps          of coordinate descent at most
 
-    Rows are projected, rounded toward zero, and what that frees is spent one by one on the code that gains most; coordinate
-    descent within the limit ends it. With h the identity and equal steps the result is the best there is: projection keeps
-    the largest gains, and those left are taken in order. Rows that nothing limits get coordinate descent alone. With
-    diagonal blocks each block gets its own share of the limit.
+    Rows are projected and rounded toward zero; the steps that this frees are spent one by one on the code that gains most,
+    and coordinate descent within the limit follows. With h the identity and equal steps the result is optimal: projection
+    keeps the largest gains, and the remaining ones are taken in order. Rows below the limit get coordinate descent alone.
+    With diagonal blocks each block gets its own share of the limit.
 
     Source: A2Q with our own spending in place of training. Cost: at most O D^2 on top of `descent`, for limited rows.
     """
@@ -108,15 +106,15 @@ def bounded(w: Array, h: Array, step: Array, grid: Grid, limit: int, sweeps: int
 
 
 def _spend(w: Array, h: Array, step: Array, codes: Array, limits: tuple[Array, Array], grid: Grid, which: Array) -> Array:
-    """Codes of some rows after steps of one, each the one that lowers the row's loss most: [rows, D]."""
+    """Codes of the rows `which` after steps of one, each the one that lowers the row's loss most: [rows, D]."""
     group = np.nonzero(which)[0]
-    size, found = step[which], codes[which]
+    size, rows = step[which], codes[which]
     slope = ((w - step * codes) @ h)[which]
     power = np.einsum("gdd->gd", h)[group] * size**2
-    room = Room(found[:, :, None], (limits[0][which][:, None], limits[1][which][:, None]))
-    active = np.arange(len(found))
-    for _ in range(found.shape[1]):
-        toward, now = np.sign(slope[active]), found[active]
+    room = Room(rows[:, :, None], (limits[0][which][:, None], limits[1][which][:, None]))
+    active = np.arange(len(rows))
+    for _ in range(rows.shape[1]):
+        toward, now = np.sign(slope[active]), rows[active]
         left = np.where(toward > 0, room.up[active], room.down[active])
         allowed = (toward * now < 0) | ((left >= 1) & (now + toward <= grid[1]) & (now + toward >= grid[0]))
         gain = np.where(allowed, 2 * np.abs(slope[active]) * size[active] - power[active], 0.0)
@@ -125,17 +123,17 @@ def _spend(w: Array, h: Array, step: Array, codes: Array, limits: tuple[Array, A
         active, at, toward = active[gains], at[gains], toward[gains]
         if not len(active):
             break
-        old, move = found[active, at], toward[np.arange(len(at)), at]
-        found[active, at] = old + move
+        old, move = rows[active, at], toward[np.arange(len(at)), at]
+        rows[active, at] = old + move
         room.up[active, 0] += np.maximum(old, 0) - np.maximum(old + move, 0)
         room.down[active, 0] += np.maximum(-old, 0) - np.maximum(-old - move, 0)
         slope[active] -= h[group[active], at] * (move * size[active, at])[:, None]
-    return found
+    return rows
 
 
 def _shares(half: Array, pieces: int, limit: int) -> Array:
-    """What each block of a row may use [g * pieces, O]: what its projection [g * pieces, O, B] does, and an equal part of
-    what is left."""
+    """The limit of each block of a row [g * pieces, O]: what its projection [g * pieces, O, B] uses, plus an equal part of
+    the rest."""
     used = half.sum(axis=2)
     whole = used.reshape(-1, pieces, used.shape[1])
     left = np.maximum(limit - whole.sum(axis=1, keepdims=True), 0.0)
@@ -144,7 +142,7 @@ def _shares(half: Array, pieces: int, limit: int) -> Array:
 
 
 def _on_simplex(x: Array, limit: float) -> Array:
-    """Rows of numbers from 0 on [..., D], projected on those that sum to `limit` at most."""
+    """Rows of non-negative numbers [..., D], projected on those that sum to `limit` at most."""
     ordered = -np.sort(-x, axis=-1)
     threshold = (np.cumsum(ordered, axis=-1) - limit) / np.arange(1, x.shape[-1] + 1)
     count = np.maximum((ordered > threshold).sum(axis=-1, keepdims=True), 1)

@@ -15,7 +15,7 @@ class Adam:
         self.mean, self.square = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
 
     def move(self, slope: Array, fade: float = 1.0) -> Array:
-        """What to subtract for a gradient, with the rate times `fade`."""
+        """The step to subtract for a gradient, at the rate times `fade`."""
         self.count += 1
         self.mean += np.float32(0.1) * (slope - self.mean)
         self.square += np.float32(0.001) * (slope * slope - self.square)

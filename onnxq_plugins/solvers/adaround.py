@@ -27,13 +27,13 @@ def adaround(
 
     w, h, step, grid   as for `gptq`
     steps, rate        of Adam, on the whole Gram matrix at once
-    weight             of the term that pushes each h(V) to 0 or 1
+    weight             of the term that drives each h(V) to 0 or 1
     beta               its exponent, from the end of the warm-up to the last step
     warmup             share of the steps without that term
 
     Minimise E|W x - Wq x|^2 + weight * sum(1 - |2 h(V) - 1|^beta) with Wq = step * clip(floor(w / step) + h(V)) and
     h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1). The first term is divided by the loss of rounding to the nearest per weight:
-    otherwise the weight of the second would mean something else in every layer, and most h(V) would stay undecided.
+    otherwise the weight of the second would mean something different in every layer, and most h(V) would stay undecided.
 
     Source: Nagel et al. (arXiv 2004.10568), equations 21 to 25; the gradient is written out, with H in place of data.
     """
@@ -46,7 +46,7 @@ def adaround(
     base = nearest(w, step, grid)
     loss = float(row_loss(w - step * base, h).sum())
     if loss <= 1e-20 * float(row_loss(w, h).sum()):
-        return base  # nothing to gain, and nothing to measure the loss by
+        return base  # nothing to gain, and no loss to normalize by
     scale = np.float32(w.size / loss)
     adam = Adam(v.shape, rate)
     start = int(warmup * steps)

@@ -8,26 +8,26 @@ import numpy as np
 
 from onnxq_plugins.spec import Array
 
-_STATES = 16384  # partial choices held: beyond, of those within 1/16384 of the budget of each other the least noisy stays
+_STATES = 16384  # partial choices in memory; beyond, of those within 1/16384 of the budget the least noisy remains
 
 
 def allocate(noise: Sequence[Array], cost: Sequence[Array], limit: float) -> list[int] | None:
-    """Number of the option chosen for each group: least sum of `noise` with the sum of `cost` at most `limit`; None if even
-    the cheapest options cost more.
+    """Number of the option for each group: least sum of `noise` with the sum of `cost` at most `limit`; None if even the
+    cheapest options cost more.
 
     noise, cost   one array [options] per group
 
     A multiple-choice knapsack by dynamic programming: group after group, the partial choices that no other one beats in both
-    cost and noise. Exact while these are few. (An integer program is none the simpler: noise of 0 and of -100 dB stand side
-    by side, which solvers' absolute tolerances do not tell apart.)
+    cost and noise. Exact while there are few of these. (An integer program is not simpler: noise of 0 and of -100 dB occur
+    together, which the absolute tolerances of such solvers do not distinguish.)
     """
     room = limit - sum(float(c.min()) for c in cost) + 1e-12 * abs(limit)
     if room < 0:
         return None
-    spent, made = np.zeros(1), np.zeros(1)
+    spent, total = np.zeros(1), np.zeros(1)
     steps: list[tuple[Array, Array]] = []  # per group: number of the partial choice before, option added
     for n, c in zip(noise, cost, strict=True):
-        price, error = ((side[:, None] + (v - v.min())).ravel() for side, v in ((spent, c), (made, n)))
+        price, error = ((side[:, None] + (v - v.min())).ravel() for side, v in ((spent, c), (total, n)))
         fits = np.flatnonzero(price <= room)
         order = fits[np.lexsort((error[fits], price[fits]))]
         least = np.minimum.accumulate(error[order])
@@ -35,10 +35,10 @@ def allocate(noise: Sequence[Array], cost: Sequence[Array], limit: float) -> lis
         if len(order) > _STATES:  # error falls along the order: the last of each interval of cost is its least noisy
             interval = (price[order] * (_STATES / room)).astype(np.int64)
             order = order[np.r_[interval[1:] != interval[:-1], True]]
-        spent, made = price[order], error[order]
+        spent, total = price[order], error[order]
         steps.append((order // len(n), order % len(n)))
-    at, chosen = len(spent) - 1, []
+    at, options = len(spent) - 1, []
     for before, option in reversed(steps):
-        chosen.append(int(option[at]))
+        options.append(int(option[at]))
         at = int(before[at])
-    return chosen[::-1]
+    return options[::-1]

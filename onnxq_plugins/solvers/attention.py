@@ -1,4 +1,4 @@
-"""Attention Round: a weight may land on any level, with an attention that fades like a Gaussian with the distance."""
+"""Attention Round: a weight may move to any level, with an attention that decays like a Gaussian with the distance."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def attention(
     rate: float = 1e-2,
     attenuate: bool = True,
 ) -> Array:
-    """Codes [g, O, D]: the best seen for each row, the nearest among them.
+    """Codes [g, O, D]: for each row the best of all iterates and of the nearest codes.
 
     w, h, step, grid   as for `gptq`
     rng                draws the first offsets from N(0, tau^2); None starts at 0
@@ -30,9 +30,9 @@ def attention(
     attenuate          False leaves the attention out: plain straight-through learning, for comparison
 
     Forward: codes = clip(rint(w / step + a)). Backward: the rounding passes the gradient through, which is then
-    multiplied by the probability, under the Gaussian, of lying further out than a: Phi(a / tau) for an offset about to
-    fall, 1 - Phi(a / tau) for one about to rise. Moves back towards w count in full, moves away fade. The iterate jumps
-    between levels, so the best codes of each row are kept.
+    multiplied by the probability, under the Gaussian, of being further out than a: Phi(a / tau) for an offset about to
+    fall, 1 - Phi(a / tau) for one about to rise. Moves back towards w count in full, moves away less and less. The iterate
+    jumps between levels, so the best codes of each row are kept.
 
     Source: Diao et al., Attention Round (arXiv 2207.03088).
     """

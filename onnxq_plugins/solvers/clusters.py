@@ -1,4 +1,4 @@
-"""Channels with like ranges: the partition into a few clusters, one scale each, that costs least."""
+"""Channels with similar ranges: the cheapest partition into a few clusters, one scale each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def clusters(top: Array, k: int, weight: Array | None = None) -> Array:
 
     top      largest |value| of each channel [channels]
     k        clusters at most
-    weight   what an error in each channel counts [channels], default 1
+    weight   of an error in each channel [channels], default 1
 
-    Channels with equal `top` bear the same label, and channels of zeros that of the smallest others: they cost nothing
-    anywhere. Exact: in an optimal partition clusters are runs of the sorted channels, so dynamic programming over their
-    ends finds it. Raises ValueError if `k` < 1, or for ranges or weights that are negative or not finite.
+    Channels with equal `top` have the same label, and channels of zeros that of the smallest others: they cost nothing
+    anywhere. Exact: the clusters of an optimal partition are runs of the sorted channels, which dynamic programming over
+    their ends finds. Raises ValueError if `k` < 1, or for ranges or weights that are negative or not finite.
     """
     top = np.asarray(top, np.float64)
     weight = np.ones(top.shape) if weight is None else np.asarray(weight, np.float64)
@@ -32,20 +32,20 @@ def clusters(top: Array, k: int, weight: Array | None = None) -> Array:
     if not alive.any():
         return labels
     size, at = np.unique(top[alive], return_inverse=True)
-    counted = np.bincount(at, weight[alive], len(size))
-    starts = _starts(size / size[-1], counted, min(k, len(size)))
+    weights = np.bincount(at, weight[alive], len(size))
+    starts = _starts(size / size[-1], weights, min(k, len(size)))
     labels[alive] = np.searchsorted(starts, at, side="right") - 1
     return labels
 
 
 def cost(top: Array, labels: Array, weight: Array | None = None) -> float:
     """Sum over clusters of (sum of weights) * max(top)^2: proportional to the expected squared rounding error, step^2 / 12
-    a value, with a step that just covers each cluster. Channels of zeros do not count."""
+    per value, with a step that just covers each cluster. Channels of zeros do not count."""
     top = np.asarray(top, np.float64)
-    counted = np.where(top > 0, 1.0 if weight is None else weight, 0.0)
+    weights = np.where(top > 0, 1.0 if weight is None else weight, 0.0)
     largest = np.zeros(int(labels.max(initial=0)) + 1)
     np.maximum.at(largest, labels, top)
-    return float(np.sum(counted * largest[labels] ** 2))
+    return float(np.sum(weights * largest[labels] ** 2))
 
 
 def _starts(size: Array, weight: Array, k: int) -> Array:
@@ -54,21 +54,21 @@ def _starts(size: Array, weight: Array, k: int) -> Array:
     before = np.r_[0.0, np.cumsum(weight)]  # weight in front of each element
     square = size**2
     least = np.r_[0.0, before[1:] * square]  # least[j]: the first j elements as one run
-    froms = np.zeros((k, count + 1), np.int64)
+    begins = np.zeros((k, count + 1), np.int64)
     for run in range(1, k):
-        least, froms[run] = _extend(least, before, square, run)
+        least, begins[run] = _extend(least, before, square, run)
     starts, end = np.zeros(k, np.int64), count
     for run in range(k - 1, 0, -1):
-        starts[run] = end = froms[run, end]
+        starts[run] = end = begins[run, end]
     return starts
 
 
 def _extend(least: Array, before: Array, square: Array, run: int) -> tuple[Array, Array]:
-    """The best cost of the first j elements with one more run, and where that run begins, for all j; `run` elements at
-    least lie before it.
+    """The best cost of the first j elements with one more run, and the beginning of that run, for all j; at least `run`
+    elements precede it.
 
     The cost of beginning at i is a line over x = square[j - 1], least[i] - before[i] x, with slopes that fall in i: the best
-    i rises with j. So a block of j looks only between the best i of its two ends, which takes n^1.5 steps in place of n^2.
+    i rises with j. So a block of j only searches between the best i of its two ends, in n^1.5 steps in place of n^2.
     """
     count = len(square)
     best, begin = np.full(count + 1, np.inf), np.zeros(count + 1, np.int64)

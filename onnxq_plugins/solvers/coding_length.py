@@ -1,4 +1,4 @@
-"""Lossy coding length of weights: how many bits it takes to write them down up to a distortion."""
+"""Lossy coding length of weights: the bits needed to encode them up to a distortion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def coding_length(w: Array, distortion: float) -> float:
 
         L(W) = (m + n) / 2 * log2 det(I + n / (m eps^2) W W^T),   n outputs, m = D
 
-    Zero weights take no bits; turning inputs or outputs by an orthogonal matrix changes nothing. Source: Ma, Derksen, Hong
+    Zero weights take no bits; an orthogonal transform of inputs or outputs changes nothing. Source: Ma, Derksen, Hong
     and Wright (2007), used for bit widths by Attention Round (arXiv 2207.03088). Cost: eigenvalues of the smaller side.
     """
     _, n, m = w.shape
@@ -23,15 +23,15 @@ def coding_length(w: Array, distortion: float) -> float:
 
 
 def widths_of(score: Array, cost: Array, limit: float) -> list[int] | None:
-    """A level for each item, the higher the larger its score, with a total cost of at most `limit`; None if even the lowest
-    levels cost more.
+    """A level for each item, higher for larger scores, with a total cost of at most `limit`; None if even the lowest levels
+    cost more.
 
     score   [items]
     cost    [items, levels], rising along the levels
 
-    One-dimensional k-means splits the scores into as many clusters as there are levels. Items are then moved down, those
-    nearest to the border below them first, until the cost fits, and up again as far as it goes. Source: k-means as in
-    Attention Round; the repair is our own.
+    One-dimensional k-means splits the scores into as many clusters as there are levels. Items then move down, those nearest
+    to the border below them first, until the cost fits, and up again as far as possible. Source: k-means as in Attention
+    Round; the repair is our own.
     """
     from sklearn.cluster import KMeans
 
@@ -39,8 +39,8 @@ def widths_of(score: Array, cost: Array, limit: float) -> list[int] | None:
     if cost[:, 0].sum() > limit:
         return None
     kinds = min(levels, len(np.unique(score)))
-    found = KMeans(kinds, n_init=10, random_state=0).fit(score[:, None])
-    centres = np.sort(found.cluster_centers_.ravel())
+    means = KMeans(kinds, n_init=10, random_state=0).fit(score[:, None])
+    centres = np.sort(means.cluster_centers_.ravel())
     borders = (centres[1:] + centres[:-1]) / 2
     borders = np.concatenate([borders, np.full(levels - 1 - len(borders), np.inf)])
     level = np.searchsorted(borders, score)

@@ -10,7 +10,7 @@ from onnxq_plugins.spec import Array
 
 
 class Room:
-    """By how much the sums of each row's positive and negative codes may still grow: up, down [g, O].
+    """The amounts by which the sums of each row's positive and negative codes may still grow: up, down [g, O].
 
     codes    [g, D, O], inputs first
     limits   of both sums [g, O]
@@ -25,7 +25,7 @@ class Room:
         return (np.maximum(grid[0], -self.down - np.maximum(-code, 0)), np.minimum(grid[1], self.up + np.maximum(code, 0)))
 
     def move(self, old: Array, new: Array) -> None:
-        """One code of each row has changed."""
+        """Account for a change of one code of each row."""
         self.up += np.maximum(old, 0) - np.maximum(new, 0)
         self.down += np.maximum(-old, 0) - np.maximum(-new, 0)
 
@@ -45,11 +45,11 @@ def descent(
     w, h, step, grid   as for `gptq`
     start              codes to begin with; None: the nearest
     sweeps             at most this many passes over all inputs; ends early when one gains less than 0.2 %
-    limits             what the positive, and the magnitudes of the negative, codes of a row may sum to [g, O]; `start` must
-                       keep to them
+    limits             largest sums of a row's positive codes, and of the magnitudes of its negative codes [g, O]; `start`
+                       must satisfy them
 
-    With the others fixed, the loss is a parabola in code i with its minimum at q_i + ((w - q) H)_i / H_ii; the nearest
-    level to it is optimal. All rows move at once; the update of the rest is one BLAS call a block of columns.
+    With the others fixed, the loss is a parabola in code i with its minimum at q_i + ((w - q) H)_i / H_ii; the level nearest
+    to it is optimal. All rows move at once; the update of the rest is one BLAS call per block of columns.
 
     Source: COMQ (arXiv 2403.07134) in Gram form.
     """

@@ -1,4 +1,4 @@
-"""Moments of normally distributed activations behind a clip."""
+"""Moments of normally distributed activations after a clip or another function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnxq_plugins.spec import Array
 
 
 def clipped_moments(mean: Array, variance: Array, low: Array | float, high: Array | float) -> tuple[Array, Array]:
-    """Mean and variance [C] of min(max(z, low), high) for normal z of the given mean and variance [C]; ends for all, or [C].
+    """Mean and variance [C] of min(max(z, low), high) for normal z of the given mean and variance [C]; bounds scalar or [C].
 
     ReLU: low = 0, high = inf. A variance of 0 is allowed. Source: the rectified and the censored normal distribution, as in
     Data-Free Quantization (arXiv 1906.04721), appendix C.

@@ -14,9 +14,9 @@ def gpfq(w: Array, h: Array, step: Array, grid: Grid, *, order: bool = True) -> 
 
     w, h, step, grid   as for `gptq`; order: take the inputs with the largest mean square first
 
-    Walk along the inputs; u is the output error so far. Input t gets the level nearest to the projection of u + w_t x_t
-    on x_t. In Gram form the projection is w_t + sum_{j<t} (w_j - q_j) H_jt / H_tt, so the data are not needed. Other than
-    GPTQ it looks back only; it needs no inverse and no damping.
+    Inputs are visited in order; u is the output error so far. Input t gets the level nearest to the projection of
+    u + w_t x_t on x_t. In Gram form the projection is w_t + sum_{j<t} (w_j - q_j) H_jt / H_tt, so the data are not needed.
+    Unlike GPTQ it only looks back; it needs no inverse and no damping.
 
     Source: Zhang, Zhou, Saab (arXiv 2201.11113), equation 3.
     """
@@ -29,9 +29,9 @@ def gpfq(w: Array, h: Array, step: Array, grid: Grid, *, order: bool = True) -> 
     codes, error = np.empty_like(target), np.zeros_like(target)
     for first in range(0, size, BLOCK):
         last = min(first + BLOCK, size)
-        wanted = target[:, first:last] + scaled[:, first:last, :first] @ error[:, :first]
+        ideal = target[:, first:last] + scaled[:, first:last, :first] @ error[:, :first]
         for i in range(first, last):
             near = (scaled[:, i, None, first:i] @ error[:, first:i])[:, 0]
-            codes[:, i] = np.clip(np.rint((wanted[:, i - first] + near) / steps[:, i]), *grid)
+            codes[:, i] = np.clip(np.rint((ideal[:, i - first] + near) / steps[:, i]), *grid)
             error[:, i] = target[:, i] - codes[:, i] * steps[:, i]
     return order_of.restore(np.where((own > 0)[:, :, None], codes, 0.0))

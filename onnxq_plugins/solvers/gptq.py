@@ -1,4 +1,4 @@
-"""GPTQ: round one input after another and let the inputs to come make up for the error."""
+"""GPTQ: round one input after another and compensate the error in those that follow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def gptq(w: Array, h: Array, step: Array, grid: Grid, *, damping: float = 0.01, 
     order    take the inputs with the largest mean square first
 
     With U the upper Cholesky factor of the inverse of the damped Gram matrix, column i is rounded, e = (w_i - q_i) / U_ii,
-    and the columns behind it take e U_i,: off. Whatever the rounding rule, w - q = e U, so the damped loss is |e|^2.
+    and e U_i,: is subtracted from the columns behind it. For any rounding rule w - q = e U, so the damped loss is |e|^2.
     Inputs that are always 0 get code 0.
 
     Source: GPTQ (arXiv 2210.17323), algorithm 1, blocked.
@@ -47,8 +47,8 @@ def gptq(w: Array, h: Array, step: Array, grid: Grid, *, damping: float = 0.01, 
 
 
 class Order:
-    """The inputs of each group by falling key [g, D], and weights in that order with the inputs first: [g, D, O], so that
-    what belongs to one input lies together in memory."""
+    """The inputs of each group by descending key [g, D], and weights in that order with the inputs first: [g, D, O], so that
+    the weights of one input are contiguous in memory."""
 
     def __init__(self, key: Array) -> None:
         self.at = np.argsort(-key, axis=1, kind="stable")
@@ -58,7 +58,7 @@ class Order:
         return np.ascontiguousarray(np.take_along_axis(w.swapaxes(1, 2), self.at[:, :, None], axis=1))
 
     def steps(self, step: Array, shape: tuple[int, ...]) -> Array:
-        """What broadcasts to [g, O, D] = shape -> ordered [g, D, O], not copied where it is the same for all inputs."""
+        """An array that broadcasts to [g, O, D] = shape -> ordered [g, D, O], not copied if equal for all inputs."""
         wide = np.broadcast_to(step, shape)
         same = np.ndim(step) == 0 or np.shape(step)[-1] == 1
         return wide.swapaxes(1, 2) if same else self.columns(wide)
@@ -69,18 +69,18 @@ class Order:
 
     def restore(self, columns: Array) -> Array:
         """Ordered [g, D, O] -> [g, O, D]."""
-        made = np.empty_like(columns)
-        np.put_along_axis(made, self.at[:, :, None], columns, axis=1)
-        return np.ascontiguousarray(made.swapaxes(1, 2))
+        restored = np.empty_like(columns)
+        np.put_along_axis(restored, self.at[:, :, None], columns, axis=1)
+        return np.ascontiguousarray(restored.swapaxes(1, 2))
 
 
 def damp(h: Array, damping: float) -> Array:
     """h plus `damping` times the mean of its diagonal on the diagonal; an input that is always 0 gets a 1."""
     diagonal = np.einsum("gdd->gd", h)
     mean = diagonal.mean(axis=1, keepdims=True)
-    made = h.copy()
-    np.einsum("gdd->gd", made)[...] += np.where(diagonal > 0, damping * mean, 1.0)
-    return made
+    damped = h.copy()
+    np.einsum("gdd->gd", damped)[...] += np.where(diagonal > 0, damping * mean, 1.0)
+    return damped
 
 
 def inverse_factor(h: Array) -> Array:
@@ -95,8 +95,8 @@ def _inverse(upper: Array) -> Array:
     if size <= 64:
         return np.linalg.inv(upper)
     half = size // 2
-    made = np.zeros_like(upper)
-    made[:, :half, :half] = _inverse(upper[:, :half, :half])
-    made[:, half:, half:] = _inverse(upper[:, half:, half:])
-    made[:, :half, half:] = -made[:, :half, :half] @ upper[:, :half, half:] @ made[:, half:, half:]
-    return made
+    inverse = np.zeros_like(upper)
+    inverse[:, :half, :half] = _inverse(upper[:, :half, :half])
+    inverse[:, half:, half:] = _inverse(upper[:, half:, half:])
+    inverse[:, :half, half:] = -inverse[:, :half, :half] @ upper[:, :half, half:] @ inverse[:, half:, half:]
+    return inverse

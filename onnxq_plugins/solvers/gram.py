@@ -23,8 +23,7 @@ def row_loss(error: Array, h: Array) -> Array:
     """d H d^T of each row: error [g, O, D], h [g, D, D] -> [g, O]."""
     weighted = error @ h
     weighted *= error
-    found: Array = np.maximum(weighted.sum(axis=2), 0.0)
-    return found
+    return np.asarray(np.maximum(weighted.sum(axis=2), 0.0))
 
 
 def nearest(w: Array, step: Array, grid: Grid) -> Array:
@@ -35,25 +34,26 @@ def nearest(w: Array, step: Array, grid: Grid) -> Array:
 
 def better(w: Array, h: Array, step: Array, codes: Array, other: Array) -> Array:
     """True for each row [g, O] in which `codes` have less loss than `other`."""
-    found: Array = row_loss(w - step * codes, h) < row_loss(w - step * other, h)
-    return found
+    return np.asarray(row_loss(w - step * codes, h) < row_loss(w - step * other, h))
 
 
 def ridge(h: Array, amount: float) -> Array:
     """h [g, D, D] with its diagonal times 1 + amount: correlations shrink, whatever the inputs' units. An input that is
-    always 0 gets a 1, and rounding errors of h are made up for, so that the result can be inverted."""
+    always 0 gets a 1, and a small floor outweighs rounding errors of h, so that the result can be inverted."""
     diagonal = np.einsum("gdd->gd", h)
     floor = 1e-7 * diagonal.mean(axis=1, keepdims=True)
-    made = h.copy()
-    np.einsum("gdd->gd", made)[...] = np.where(diagonal > 0, (1 + amount) * diagonal + floor, 1.0)
-    return made
+    ridged = h.copy()
+    np.einsum("gdd->gd", ridged)[...] = np.where(diagonal > 0, (1 + amount) * diagonal + floor, 1.0)
+    return ridged
 
 
 def regress(w: Array, h: Array, cross: Array, amount: float) -> Array:
-    """Weights for the inputs a layer really sees: the minimum over W' of E|y - W' x|^2 plus a ridge that draws it to w.
+    """Weights for the inputs a layer really sees: the minimum over W' of E|y - W' x|^2 plus a ridge that pulls it to w.
 
-    w [g, O, D] float weights; h [g, D, D] = E[x x^T] of the inputs as the quantized network makes them; cross [g, O, D] =
-    E[y x^T] with y the float layer's output; amount: the ridge, relative to the diagonal of h.
+    w       float weights [g, O, D]
+    h       E[x x^T] of the inputs in the quantized network [g, D, D]
+    cross   E[y x^T] with y the float layer's output [g, O, D]
+    amount  the ridge, relative to the diagonal of h
 
     Every Gram solver handles this asymmetric objective (float target, quantized input) by rounding the result in place of
     w, since L(Wq) = (Wq - W') h (Wq - W')^T + const.
@@ -63,8 +63,8 @@ def regress(w: Array, h: Array, cross: Array, amount: float) -> Array:
 
 
 def narrow(a: Array, like: Array, fill: float = 0.0) -> Array:
-    """Weights [g, O, D] in the groups of a block-diagonal Gram matrix `like` [g * n, B, B]: [g * n, O, B], the last
-    columns filled up. What broadcasts along D stays as it is, once per group."""
+    """Weights [g, O, D] in the groups of a block-diagonal Gram matrix `like` [g * n, B, B]: [g * n, O, B], padded with
+    `fill`. An array that broadcasts along D is repeated, once per group."""
     groups, width = like.shape[:2]
     if a.shape[0] == groups and a.shape[2] in (1, width):
         return a

@@ -1,4 +1,4 @@
-"""How far along a list of changes a network can go: the longest prefix whose score still meets a target."""
+"""The longest prefix of a list of changes whose score still meets a target."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 def longest(score: Callable[[int], float], count: int, target: float, strategy: Strategy = "hybrid") -> int:
     """The largest number k of changes, 0 <= k <= count, with score(k) >= target; -1 if even score(0) is below.
 
-    score      of the first k changes made; asked for at most once each. All strategies but ``brute`` count on it not rising
-    strategy   ``brute`` asks for every k; ``binary`` halves; ``interpolation`` goes where a straight line between the ends
-               meets the target; ``hybrid`` does the one and the other in turn, at most about twice as often as ``binary``
+    score      of the first k changes; called at most once for each k. All strategies but ``brute`` assume it never rises
+    strategy   ``brute`` tries every k; ``binary`` halves; ``interpolation`` tries where a straight line between the ends
+               meets the target; ``hybrid`` alternates between the two, with at most about twice the calls of ``binary``
 
-    Source: Practical Mixed Precision (arXiv 2302.05397), figure 1; how hybrid alternates is our own.
+    Source: Practical Mixed Precision (arXiv 2302.05397), figure 1; the alternation of hybrid is our own.
     """
     known: dict[int, float] = {}
 

@@ -1,7 +1,7 @@
-"""Where to cut the range of an activation, from its histogram.
+"""Ranges of activations from histograms.
 
-Each function takes counts [bins] over the interval [low, high] and returns the interval that is kept. Cutting trades
-clipping of rare large values against finer steps for all others.
+Each function takes counts [bins] over the interval [low, high] and returns the interval that is kept. A narrower range clips
+rare large values and has finer steps for all others.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from onnxq_plugins.spec import Array
 
 
 def percentile_range(counts: Array, low: float, high: float, percent: float) -> tuple[float, float]:
-    """Leave out (100 - percent) / 2 percent of the values at each end (all of it at one end if the tensor never
-    crosses 0)."""
+    """Leave out (100 - percent) / 2 percent of the values at each end, or all of it at one end if the tensor does not cross
+    0."""
     edges = np.linspace(low, high, len(counts) + 1)
     share = np.concatenate([[0.0], np.cumsum(counts) / max(counts.sum(), 1.0)])
     out = 1 - percent / 100
@@ -41,19 +41,19 @@ def mse_range(counts: Array, low: float, high: float, levels: int, candidates: i
     ):
         masks = [np.array([1.0, 1.0])] if both else [np.array([1.0, 0.0]), np.array([0.0, 1.0])]
         for mask in masks:
-            tried = best * (1 + (scales[:, None] - 1) * mask)
-            tried = np.stack([np.maximum(tried[:, 0], ends[0]), np.minimum(tried[:, 1], ends[1])], axis=1)
-            errors = _mse(counts, values, tried, levels)
+            ranges = best * (1 + (scales[:, None] - 1) * mask)
+            ranges = np.stack([np.maximum(ranges[:, 0], ends[0]), np.minimum(ranges[:, 1], ends[1])], axis=1)
+            errors = _mse(counts, values, ranges, levels)
             if errors.min() < least:
-                best, least = tried[errors.argmin()], errors.min()
+                best, least = ranges[errors.argmin()], errors.min()
     return float(best[0]), float(best[1])
 
 
 def kl_range(counts: Array, low: float, high: float, levels: int) -> tuple[float, float]:
     """The symmetric cut |x| <= T with the least Kullback-Leibler divergence over bins where both distributions have
-    mass, plus the divergence that clipped mass adds: p log(1 + excess in levels) per clipped bin.
-    Without that term the cut would always be made. A cut that has a hundred times the mean squared error of the whole
-    range is not taken: on few or spiky values the divergence alone can ask for that."""
+    mass, plus the divergence of clipped mass: p log(1 + excess in levels) per clipped bin. Without that term it would always
+    cut. A cut with a hundred times the mean squared error of the whole range is rejected: on few or spiky values the
+    divergence alone can lead to one."""
     centers = low + (np.arange(len(counts)) + 0.5) * (high - low) / len(counts)
     top = max(abs(low), abs(high))
     bins = len(counts)
@@ -69,9 +69,9 @@ def kl_range(counts: Array, low: float, high: float, levels: int) -> tuple[float
         outside = folded[cut:]
         p[-1] += outside.sum()
         level = np.arange(cut) * used // cut
-        filled = folded[:cut] > 0
-        mass, slots = np.bincount(level, folded[:cut], used), np.bincount(level, filled, used)
-        q = np.where(filled, (mass / np.maximum(slots, 1))[level], 0.0)
+        nonzero = folded[:cut] > 0
+        mass, slots = np.bincount(level, folded[:cut], used), np.bincount(level, nonzero, used)
+        q = np.where(nonzero, (mass / np.maximum(slots, 1))[level], 0.0)
         both = (p > 0) & (q > 0)
         divergence = np.sum(p[both] / total * np.log(p[both] / total / (q[both] / max(q.sum(), 1e-30))))
         excess = (np.arange(cut, bins) - cut + 1) * used / cut
@@ -85,7 +85,7 @@ def kl_range(counts: Array, low: float, high: float, levels: int) -> tuple[float
 
 
 def _values(counts: Array, low: float, high: float) -> Array:
-    """The value each bin stands for: its middle, but exactly 0 for the bin that holds 0 (ReLU outputs)."""
+    """The value of each bin: its middle, but exactly 0 for the bin that contains 0 (ReLU outputs)."""
     width = (high - low) / len(counts)
     values = low + (np.arange(len(counts)) + 0.5) * width
     if low <= 0 <= high and width > 0:

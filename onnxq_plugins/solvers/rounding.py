@@ -1,4 +1,4 @@
-"""Rounding one layer by the name of the method, never worse than a start."""
+"""Rounding one layer by a named method, never worse than given codes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Method = Literal["nearest", "gptq", "gpfq", "descent", "adaround", "attention", 
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard the solvers try.
+    """Parameters that trade time for accuracy.
 
     damping   share of the mean diagonal of the Gram matrix that GPTQ adds to it
     steps     of AdaRound and Attention Round
@@ -35,13 +35,13 @@ class Effort:
 
 
 def solve(method: Method, w: Array, h: Array, step: Array, grid: Grid, effort: Effort, start: Array) -> Array:
-    """Codes [g, O, D] of the wanted method; row by row those of `start` where it does not beat them.
+    """Codes [g, O, D] by a method; for each row those of `start` unless it beats them.
 
     w, h, step, grid   see `solvers.gram`
     start              codes to fall back on [g, O, D]
 
-    ``auto``: GPTQ, coordinate descent from there, AdaRound with as many steps as it may take and descent from there:
-    the best of each row.
+    ``auto``: the best, for each row, of GPTQ followed by coordinate descent and of AdaRound with `effort.learned` steps
+    followed by coordinate descent.
     """
     if method == "gptq":
         codes = gptq(w, h, step, grid, damping=effort.damping)

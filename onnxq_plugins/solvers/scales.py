@@ -10,7 +10,7 @@ from onnxq_plugins.spec import Array
 # Factors on the scale that just covers the largest weight: 27 in all, the whole range among them.
 COARSE = np.linspace(0.36, 1.0, 9)
 FINE = np.linspace(-0.07, 0.07, 18)  # around the best coarse one
-POWERS = np.array([0.125, 0.25, 0.5, 1.0])  # what leaves a power of two one
+POWERS = np.array([0.125, 0.25, 0.5, 1.0])  # keep a power of two one
 
 
 def scale_losses(w: Array, h: Array, step: Array, grid: Grid, factors: Array) -> Array:
@@ -24,21 +24,21 @@ def scale_losses(w: Array, h: Array, step: Array, grid: Grid, factors: Array) ->
     w32, h32 = w.astype(np.float32), h.astype(np.float32)
     s32 = np.asarray(step, np.float32)
     losses = np.empty((len(factors), *w.shape[:2]))
-    for found, factor in zip(losses, np.asarray(factors, np.float32), strict=True):
+    for loss, factor in zip(losses, np.asarray(factors, np.float32), strict=True):
         size = s32 * (factor[..., None] if factor.ndim else factor)
-        found[...] = row_loss(w32 - size * np.clip(np.rint(w32 / size), *grid), h32)
+        loss[...] = row_loss(w32 - size * np.clip(np.rint(w32 / size), *grid), h32)
     return losses
 
 
 def search_scales(w: Array, h: Array, step: Array, grid: Grid, share: Array, factors: Array | None = None) -> Array:
     """Factor on the step of each row [g, O] with the least output error, out of 27 in [0.29, 1.07]: nine coarse ones, then
-    eighteen around the best. The factor 1 is tried, so the loss does not rise.
+    eighteen around the best. The factor 1 is among them, so the loss does not rise.
 
-    share     rows that must have the same factor bear the same number [g, O], from 0 on; h is one matrix per group of w
+    share     equal numbers [g, O], from 0 on, for rows that must have the same factor; h is one matrix per group of w
     factors   other candidates [F], 1 among them
 
     Exact for one scale a row, since the loss separates by rows. Source: the mean squared error grid in Gram form
-    (AIMET's sequential MSE searches likewise on data).
+    (AIMET's sequential MSE does the same on data).
     """
     count = int(share.max()) + 1
 

@@ -1,11 +1,11 @@
 """Scales of tiles: one step per tile of rows and inputs, chosen by the output error it causes.
 
-A weight [g, O, D] falls into n runs of `width` inputs (the last may be shorter), its rows into bands; a tile is one run of
-one band. The step of a row in a tile is the row's `unit` times one of a few `choices`: factors for free scales, whole
-numbers or powers of two for integer multipliers. So one search serves all kinds of scales.
+The inputs of a weight [g, O, D] are divided into n runs of `width` (the last may be shorter), its rows into bands; a tile is
+one run of one band. The step of a row in a tile is the row's `unit` times one of a few `choices`: factors for free scales,
+integers or powers of two for integer multipliers. So one search serves all kinds of scales.
 
-The Gram matrix couples the runs of a row. Leaving that coupling out, each tile is best alone (`alone`); coordinate descent
-on the whole matrix (`descend`) starts from there and never rises.
+The Gram matrix couples the runs of a row. Without that coupling each tile can be optimized alone (`alone`); coordinate
+descent on the whole matrix (`descend`) starts from there and never increases the loss.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnxq_plugins.spec import Array
 FREE = np.r_[np.linspace(0.3, 1.0, 29), 1.025, 1.05]  # factors on the step that covers a tile's largest weight
 UNITS = np.linspace(0.45, 1.05, 13)  # factors on the unit whose largest multiplier covers a row's largest weight
 _OCTAVE = 10
-_KNOWN = np.arange(-24, 41)  # tenths of an octave from the covering step at which losses are looked up
+_KNOWN = np.arange(-24, 41)  # tenths of an octave from the covering step at which losses are computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,22 +60,20 @@ class Tiles:
     def summed(self, rows: Array) -> Array:
         """Sums over the rows of each band: [g, O, n] -> [bands, n]."""
         order, first = self._order
-        found: Array = np.add.reduceat(rows.reshape(self.bands.size, -1)[order], first, axis=0)
-        return found
+        return np.asarray(np.add.reduceat(rows.reshape(self.bands.size, -1)[order], first, axis=0))
 
     def covering(self, need: Array, choices: Array) -> Array:
-        """Number of the smallest choice [bands, n] not below what any row needs [g, O, n]; the last where all are."""
+        """Number of the smallest choice [bands, n] not below the need of any row [g, O, n]; the last if all are below."""
         order, first = self._order
         most = np.maximum.reduceat(need.reshape(self.bands.size, -1)[order], first, axis=0)
         return np.minimum(np.searchsorted(choices, most * (1 - 1e-6)), len(choices) - 1)
 
     def quantized(self, w: Array, step: Array) -> Array:
-        """Weights rounded to the nearest multiple of what broadcasts to them."""
-        found: Array = step * np.clip(np.rint(w / step), *self.grid)
-        return found
+        """Weights rounded to the nearest multiple of `step`, which broadcasts to them, within the grid."""
+        return np.asarray(step * np.clip(np.rint(w / step), *self.grid))
 
     def steps(self, unit: Array, size: int) -> Array:
-        """One value a run [g, O, n] as one an input [g, O, D]."""
+        """One value per run [g, O, n] as one per input [g, O, D]."""
         return np.repeat(unit, self.width, axis=2)[:, :, :size]
 
 
@@ -85,8 +83,8 @@ def search_free(
     """Step of each tile [bands, n] with the least output error, out of `cover` times each factor.
 
     w        weights [g, O, D]
-    h        Gram matrix [g, D, D]; one that has other groups (diagonal blocks of a wide layer) is not used
-    blocks   its diagonal blocks [g, n, width, width]; None for the identity: the error of the weights themselves counts
+    h        Gram matrix [g, D, D]; one with other groups (diagonal blocks of a wide layer) is not used
+    blocks   its diagonal blocks [g, n, width, width]; None for the identity: the error of the weights themselves
     cover    steps that cover each tile's largest weight [bands, n]
     factors  [F], 1 among them
     rounds   of coordinate descent at most
@@ -99,8 +97,7 @@ def search_free(
         covering = np.full(pick.shape, int(np.abs(factors - 1).argmin()))
         pick = _better(w, h, unit, factors, pick, covering, tiles)
         pick = descend(w, h, unit, factors, pick, tiles, rounds)
-    found: Array = cover * factors[pick]
-    return found
+    return np.asarray(cover * factors[pick])
 
 
 def search_multipliers(
@@ -110,11 +107,11 @@ def search_multipliers(
 
     unit      step of multiplier 1 [g, O] whose largest multiplier covers the row
     choices   multipliers, ascending
-    share     rows that must have the same factor bear the same number [g, O]; those of a band do
+    share     equal numbers [g, O] for rows that must have the same factor; those of a band do
 
-    The others as for `search_free`. Units are tried on losses that are looked up between known steps; the multipliers of
-    the best unit are then searched exactly. With the whole `h`, rows that share a factor end with no more loss than with
-    factor 1 and the smallest multipliers that cover each tile.
+    The others as for `search_free`. Units are compared by losses that are looked up at the nearest known step; the
+    multipliers of the best unit are then searched exactly. With the whole `h`, rows that share a factor end with no more
+    loss than with factor 1 and the smallest multipliers that cover each tile.
     """
     own = np.zeros(tiles.count, np.int64)  # share of each band
     own[tiles.bands.reshape(-1)] = share.reshape(-1)
@@ -132,11 +129,11 @@ def search_multipliers(
 
 
 def _unit_factors(w: Array, blocks: Array | None, tiles: Tiles, unit: Array, choices: Array, own: Array) -> Array:
-    """Factor on the unit of each share of rows [shares], each tile taking its best multiplier. Losses are known at steps a
-    tenth of an octave apart, and looked up at the nearest of them: so each pair of unit and multiplier costs a look."""
+    """Factor on the unit of each share of rows [shares], with the best multiplier for each tile. Losses are computed at
+    steps a tenth of an octave apart; each pair of unit and multiplier looks up the nearest of them."""
     cover = np.maximum(_largest(w, tiles), 1e-3 * unit[..., None])
     known = np.stack(list(alone(w, blocks, cover, 2.0 ** (_KNOWN / _OCTAVE), tiles)))
-    start = np.log2(unit[..., None] / cover) * _OCTAVE - _KNOWN[0]  # where multiplier 1 of the unit lies among the known
+    start = np.log2(unit[..., None] / cover) * _OCTAVE - _KNOWN[0]  # position of multiplier 1 among the known
     shares = int(own.max()) + 1
     least, factor = np.full(shares, np.inf), np.ones(shares)
     for u in UNITS[::-1]:
@@ -150,7 +147,7 @@ def _unit_factors(w: Array, blocks: Array | None, tiles: Tiles, unit: Array, cho
 
 
 def alone(w: Array, blocks: Array | None, unit: Array, choices: Array, tiles: Tiles) -> Iterator[Array]:
-    """For each choice the loss [g, O, n] of each run by itself, its step being unit [g, O, n] times the choice."""
+    """For each choice the loss [g, O, n] of each run alone, with the step unit [g, O, n] times the choice."""
     runs, h = tiles.runs(w), None if blocks is None else blocks.astype(np.float32)
     step = np.ascontiguousarray(unit.swapaxes(1, 2))[..., None].astype(np.float32)
     for choice in np.asarray(choices, np.float32):
@@ -162,14 +159,14 @@ def descend(w: Array, h: Array, unit: Array, choices: Array, pick: Array, tiles:
     """Better choices [bands, n] than `pick` by coordinate descent on the loss of whole rows, rounded to the nearest.
 
     With the other tiles fixed, and E the change of a tile's rounded weights, the loss changes by -2 E G + E H E with
-    G = (w - q) H. The tiles of one run are decided at once, since rows do not interact.
+    G = (w - q) H. The tiles of one run are chosen together, since rows do not interact.
     """
     pick, size = pick.copy(), w.shape[2]
     w, h, factors = w.astype(np.float32), h.astype(np.float32), np.asarray(choices, np.float32)
     unit = unit.astype(np.float32)
     q = tiles.quantized(w, tiles.steps(unit * factors[pick[tiles.bands]], size))
     slope = (w - q) @ h
-    everyone = np.arange(tiles.count)
+    bands = np.arange(tiles.count)
     for _ in range(rounds):
         before = pick.copy()
         for run in range(pick.shape[1]):
@@ -177,11 +174,11 @@ def descend(w: Array, h: Array, unit: Array, choices: Array, pick: Array, tiles:
             part, block, old, lean = w[:, :, at], h[:, at, at], q[:, :, at], 2 * slope[:, :, at]
             step = unit[:, :, run, None]
             gain = np.empty((len(factors), tiles.count))
-            for found, factor in zip(gain, factors, strict=True):
+            for change_of_loss, factor in zip(gain, factors, strict=True):
                 change = tiles.quantized(part, step * factor) - old
-                found[...] = tiles.summed(np.einsum("gow,gow->go", change @ block - lean, change)[..., None])[:, 0]
-            now, best = gain[pick[:, run], everyone], gain.argmin(axis=0)
-            wins = gain[best, everyone] < now - 1e-6 * np.abs(gain).max(axis=0)
+                change_of_loss[...] = tiles.summed(np.einsum("gow,gow->go", change @ block - lean, change)[..., None])[:, 0]
+            now, best = gain[pick[:, run], bands], gain.argmin(axis=0)
+            wins = gain[best, bands] < now - 1e-6 * np.abs(gain).max(axis=0)
             if wins.any():
                 pick[wins, run] = best[wins]
                 change = tiles.quantized(part, step * factors[pick[:, run]][tiles.bands][..., None]) - old
@@ -193,25 +190,25 @@ def descend(w: Array, h: Array, unit: Array, choices: Array, pick: Array, tiles:
 
 
 def diagonal_runs(h: Array, groups: int, size: int, width: int) -> Array:
-    """Blocks of `width` on the diagonal of Gram matrices, [g, n, width, width], filled up with 0.
+    """Blocks of `width` on the diagonal of Gram matrices, [g, n, width, width], padded with 0.
 
-    h   [groups, size, size], or its own diagonal blocks [groups * pieces, B, B] (see `Gram`): what they do not hold is 0
+    h   [groups, size, size], or its own diagonal blocks [groups * pieces, B, B] (see `Gram`), with 0 outside of them
     """
     pieces, inner = len(h) // groups, h.shape[1]
     n = -(-size // width)
-    made = np.zeros((groups, n, width, width))
+    runs = np.zeros((groups, n, width, width))
     whole = h.reshape(groups, pieces, inner, inner)
     for run in range(n):
         first, last = run * width, min((run + 1) * width, size)
         for piece in range(first // inner, (last - 1) // inner + 1):
             a, b = max(first, piece * inner), min(last, (piece + 1) * inner)
             here, there = slice(a - first, b - first), slice(a - piece * inner, b - piece * inner)
-            made[:, run, here, here] = whole[:, piece, there, there]
-    return made
+            runs[:, run, here, here] = whole[:, piece, there, there]
+    return runs
 
 
 def _better(w: Array, h: Array, unit: Array, choices: Array, pick: Array, other: Array, tiles: Tiles) -> Array:
-    """`pick` [bands, n], or `other` in the bands whose rows have less loss with it."""
+    """`pick` [bands, n], with `other` in the bands whose rows have less loss with it."""
     losses = [_losses(w, h, unit, choices, one, tiles) for one in (pick, other)]
     return np.where((losses[0] <= losses[1])[:, None], pick, other)
 
@@ -219,11 +216,9 @@ def _better(w: Array, h: Array, unit: Array, choices: Array, pick: Array, other:
 def _losses(w: Array, h: Array, unit: Array, choices: Array, pick: Array, tiles: Tiles) -> Array:
     """Loss of each band [bands]."""
     step = tiles.steps(unit * choices[pick[tiles.bands]], w.shape[2])
-    found: Array = tiles.summed(row_loss(w - tiles.quantized(w, step), h)[..., None])[:, 0]
-    return found
+    return tiles.summed(row_loss(w - tiles.quantized(w, step), h)[..., None])[:, 0]
 
 
 def _largest(w: Array, tiles: Tiles) -> Array:
     """Step that covers each row's run [g, O, n]."""
-    found: Array = np.abs(tiles.runs(w)).max(axis=3).swapaxes(1, 2) / tiles.grid[1]
-    return found
+    return np.asarray(np.abs(tiles.runs(w)).max(axis=3).swapaxes(1, 2) / tiles.grid[1])

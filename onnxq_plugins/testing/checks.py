@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from onnxq_plugins import runtimes
+from onnxq_plugins import measure
 from onnxq_plugins.engine import Result
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Pass, Recipe, default_of
 from onnxq_plugins.laws import DRIFT
-from onnxq_plugins.measure.metrics import sqnr
+from onnxq_plugins.measure.metrics import mean_sqnr
 from onnxq_plugins.passes import BUILTIN
 from onnxq_plugins.passes.ranges import Ranges
 from onnxq_plugins.passes.round import Round
@@ -122,7 +122,7 @@ def check_float_function(step: Pass, bench: Bench) -> None:
         assert all(np.isfinite(y).all() for y in results), (
             f"after pass '{step.name}' the float model '{name}' returns NaN or Inf; check the pass for divisions by 0."
         )
-        drift = runtimes.drift(outputs(original, samples), results)
+        drift = measure.drift(outputs(original, samples), results)
         assert not step.exact or drift <= DRIFT, (
             f"pass '{step.name}' changes the float outputs of model '{name}' by {drift:.1e} (limit {DRIFT:.0e}) though it "
             "declares exact = True; fix the rewrite, or declare exact = False if the change is intended."
@@ -262,7 +262,7 @@ def check_not_harmful(step: Pass, bench: Bench) -> None:
     for name in PLAIN:
         samples = feeds(make(name), 16, seed=1)
         reference = outputs(make(name), samples)
-        before, after = (sqnr(reference, outputs(bench.must(steps, name).model, samples)) for steps in ((), (step,)))
+        before, after = (mean_sqnr(reference, outputs(bench.must(steps, name).model, samples)) for steps in ((), (step,)))
         gains.append(after - before)
     each = ", ".join(f"{name} {gain:+.1f}" for name, gain in zip(PLAIN, gains, strict=True))
     assert np.mean(gains) >= -HARM, (
@@ -352,7 +352,7 @@ def _agreement(result: Result, name: str, step: Pass, how: str) -> float:
             f"after pass '{step.name}'{how}, model '{name}' returns outputs of another shape, or NaN or Inf; compare "
             "result.float_model with the original."
         )
-    return sqnr(runs[0], runs[1])
+    return mean_sqnr(runs[0], runs[1])
 
 
 def _sentences(step: Pass, name: str, error: OnnxqError) -> None:

@@ -41,20 +41,20 @@ def activations(graph):
     return [*graph.inputs, *(t.name for t in named)]
 
 
-def ask(calibration, statistic):
+def compute(calibration, statistic):
     graph = calibration.graph
     if statistic == "grams":
         return calibration.grams([y for y in graph.layers if y.op != "ConvTranspose"])
     return getattr(calibration, statistic)(activations(graph))
 
 
-def plain(found):
+def plain(statistic):
     """A statistic as a flat list of arrays, to compare two of them."""
-    if isinstance(found, dict):
-        return [array for name in sorted(found) for array in plain(found[name])]
-    if isinstance(found, tuple):
-        return [np.asarray(x) for x in found]
-    return [np.asarray(x) for x in vars(found).values()] if hasattr(found, "__dict__") else [np.asarray(found)]
+    if isinstance(statistic, dict):
+        return [array for name in sorted(statistic) for array in plain(statistic[name])]
+    if isinstance(statistic, tuple):
+        return [np.asarray(x) for x in statistic]
+    return [np.asarray(x) for x in vars(statistic).values()] if hasattr(statistic, "__dict__") else [np.asarray(statistic)]
 
 
 def assert_same(a, b):
@@ -64,7 +64,7 @@ def assert_same(a, b):
 
 @pytest.fixture
 def sessions(monkeypatch):
-    """Counts sessions that are made and samples that are run."""
+    """Numbers of sessions created and of samples run."""
     count = {"sessions": 0, "runs": 0}
     make = runtimes.session
 
@@ -134,16 +134,16 @@ def run_one(graph, name, feed):
 
 
 def test_samples_of_different_sizes():
-    """Mean and mean square are over the same positions, so that a variance made of them is one."""
+    """Mean and mean square are over the same positions, so that they give a valid variance."""
     net = Net(["N", 3, "H", "W"])
     model = net.model(net.conv("x", 3, 4))
     graph, rng = load(model), np.random.default_rng(0)
     samples = [{"x": (rng.normal(size=(1, 3, n, n + 1)) + n).astype(np.float32)} for n in (4, 9, 6)]
     calibration = Calibration(graph, Data(graph_inputs(graph), lambda: iter(samples)))
     rows = np.concatenate([s["x"].reshape(3, -1) for s in samples], axis=1)
-    found = calibration.moments(["x"])["x"]
-    np.testing.assert_allclose(found.square, (rows**2).mean(axis=1), rtol=1e-5)
-    np.testing.assert_allclose(found.mean, rows.mean(axis=1), rtol=1e-5)
+    moments = calibration.moments(["x"])["x"]
+    np.testing.assert_allclose(moments.square, (rows**2).mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(moments.mean, rows.mean(axis=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("bins", [256, 2048])
@@ -250,13 +250,13 @@ def check_gram(gram, columns):
 
 
 def check_mean(gram, graph, layer, output):
-    """W E[x] + b is the mean output: rows of the layer's matrix and of the Gram are in the same order."""
+    """W E[x] + b is the mean output: rows of the layer's matrix and of the Gram matrix are in the same order."""
     weight = layer.matrix(graph.constant(layer.weight).astype(np.float64))
     mean = np.einsum("god,gd->go", weight, gram.mean).reshape(-1)
     mean += graph.constant(layer.bias) if layer.bias else 0
     axis = 1 if layer.op == "Conv" else output.ndim - 1
-    wanted = output.mean(axis=tuple(a for a in range(output.ndim) if a != axis))
-    np.testing.assert_allclose(mean, wanted, rtol=1e-3, atol=1e-5)
+    expected = output.mean(axis=tuple(a for a in range(output.ndim) if a != axis))
+    np.testing.assert_allclose(mean, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["cnn", "mobilenet", "grouped", "transformer", "conv1d", "no_bias", "odd_channels"])
@@ -290,14 +290,14 @@ def test_samples_see_different_positions():
 @pytest.mark.parametrize("statistic", STATISTICS)
 @pytest.mark.parametrize("make", [cnn, transformer])
 def test_results_do_not_depend_on_workers(make, statistic):
-    assert_same(*(ask(calibrate(make(), n=23, workers=w)[0], statistic) for w in (1, 2)))
+    assert_same(*(compute(calibrate(make(), n=23, workers=w)[0], statistic) for w in (1, 2)))
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_second_calibration_reads_the_cache(statistic, tmp_path, sessions):
-    first = ask(calibrate(cnn(), cache=tmp_path / "deep")[0], statistic)
+    first = compute(calibrate(cnn(), cache=tmp_path / "deep")[0], statistic)
     assert sessions["sessions"] == (2 if statistic == "histograms" else 1)
-    second = ask(calibrate(cnn(), cache=tmp_path / "deep")[0], statistic)
+    second = compute(calibrate(cnn(), cache=tmp_path / "deep")[0], statistic)
     assert sessions["sessions"] == (2 if statistic == "histograms" else 1)
     assert_same(first, second)
     assert not list(tmp_path.rglob("*.part.npz"))
@@ -325,21 +325,21 @@ def test_cache_knows_model_and_data(tmp_path, sessions):
     assert calibrate(cnn(), cache=tmp_path)[0].ranges([last.output]) == before and sessions["sessions"] == 3
 
 
-def test_half_a_cache_file_is_computed_again(tmp_path):
-    wanted = ask(calibrate(cnn(), cache=tmp_path)[0], "moments")
+def test_a_truncated_cache_file_is_computed_again(tmp_path):
+    expected = compute(calibrate(cnn(), cache=tmp_path)[0], "moments")
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:200])
-    assert_same(ask(calibrate(cnn(), cache=tmp_path)[0], "moments"), wanted)
+    assert_same(compute(calibrate(cnn(), cache=tmp_path)[0], "moments"), expected)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(OnnxqError, match="cannot be written"):
-        ask(calibrate(cnn(), cache=tmp_path / "file")[0], "ranges")
+        compute(calibrate(cnn(), cache=tmp_path / "file")[0], "ranges")
 
 
 class Interrupted:
-    """Samples whose second reading (the first makes the digest) is interrupted after some of them."""
+    """Samples whose second iteration (the first is for the digest) is interrupted after some of them."""
 
     def __init__(self, samples, after):
         self.samples, self.after, self.readings = samples, after, 0
@@ -353,29 +353,29 @@ class Interrupted:
 
 
 @pytest.mark.parametrize("statistic", ["ranges", "moments", "grams"])
-def test_interrupted_folds_go_on(statistic, tmp_path, sessions, monkeypatch):
+def test_interrupted_folds_resume(statistic, tmp_path, sessions, monkeypatch):
     monkeypatch.setattr(Calibration, "checkpoint", 8)
     graph = load(resnet20())
     samples = feeds(resnet20(), 60)
     source = Interrupted(samples, after=44)
     with pytest.raises(KeyboardInterrupt):
-        ask(Calibration(graph, Data(graph_inputs(graph), source), cache=tmp_path), statistic)
+        compute(Calibration(graph, Data(graph_inputs(graph), source), cache=tmp_path), statistic)
     assert sessions["runs"] == 44 and len(list(tmp_path.glob("*.part.npz"))) == 1
-    resumed = ask(Calibration(graph, Data(graph_inputs(graph), source), cache=tmp_path), statistic)
-    assert sessions["runs"] == 44 + 20 and not list(tmp_path.glob("*.part.npz"))  # 40 were kept
-    assert_same(resumed, ask(Calibration(graph, Data(graph_inputs(graph), lambda: iter(samples))), statistic))
+    resumed = compute(Calibration(graph, Data(graph_inputs(graph), source), cache=tmp_path), statistic)
+    assert sessions["runs"] == 44 + 20 and not list(tmp_path.glob("*.part.npz"))  # 40 were stored
+    assert_same(resumed, compute(Calibration(graph, Data(graph_inputs(graph), lambda: iter(samples))), statistic))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_bad_sample_ends_the_fold(workers, tmp_path):
-    """The error reaches the caller, whatever the number of threads, and the samples before are not lost."""
+    """The error reaches the caller, for any number of threads, and earlier samples are not lost."""
     model = cnn()
     samples = feeds(model, 20)
     samples[13] = {"x": np.full_like(samples[0]["x"], np.nan)}
     graph = load(model)
     calibration = Calibration(graph, Data(graph_inputs(graph), lambda: iter(samples)), workers=workers)
     with pytest.raises(OnnxqError, match="sample 13: input 'x' has NaN"):
-        ask(calibration, "ranges")
+        compute(calibration, "ranges")
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
@@ -388,16 +388,16 @@ def test_activations_that_are_not_finite(statistic, spoil):
     graph.set_constant(graph.layers[0].weight, weight)
     calibration = Calibration(graph, Data(graph_inputs(graph), lambda: iter(feeds(model, 3))))
     with pytest.raises(OnnxqError, match="not finite"):
-        ask(calibration, statistic)
+        compute(calibration, statistic)
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_no_data(statistic):
     with pytest.raises(OnnxqError, match="--data"):
-        ask(Calibration(load(cnn()), None), statistic)
+        compute(Calibration(load(cnn()), None), statistic)
     graph = load(cnn())
     with pytest.raises(OnnxqError, match="no sample"):
-        ask(Calibration(graph, Data(graph_inputs(graph), lambda: iter(()))), statistic)
+        compute(Calibration(graph, Data(graph_inputs(graph), lambda: iter(()))), statistic)
 
 
 # ---- ranges from histograms -----------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def histogram(x, bins=2048):
 
 
 def error(x, low, high, bits):
-    """Mean squared error of what would ship."""
+    """Mean squared error with the exported scale."""
     return float(np.mean((fake(x, from_range(low, high, QuantSpec(bits, symmetric=False))) - x) ** 2))
 
 
@@ -454,7 +454,7 @@ def test_mse_cut_is_nearly_the_best(kind, bits):
     assert error(x, *kept, bits) <= 1.05 * best
 
 
-def test_mse_keeps_what_has_no_tails():
+def test_mse_keeps_ranges_without_tails():
     kept = mse_range(*histogram(sample("uniform")), 256)
     assert kept == pytest.approx((-1, 2), abs=0.02)
 

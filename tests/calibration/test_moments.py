@@ -1,4 +1,4 @@
-"""Moments of activations against what onnxruntime makes of normal inputs, and the Calibration that answers from them."""
+"""Propagated distributions against runs of onnxruntime on normal inputs, and the Calibration that is based on them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SAMPLES = 3000
 
 
 def normal_input(size, seed=1, spread=1.0):
-    """Moments of an input with its own mean and deviation per channel."""
+    """The distribution of an input with a different mean and deviation per channel."""
     rng = np.random.default_rng(seed)
     mean, deviation = rng.normal(size=size) * spread, rng.uniform(0.5, 1.5, size)
     return Distribution(mean, deviation**2, mean - 6 * deviation, mean + 6 * deviation)
 
 
 def simulate(graph, moments, axis, names, samples=SAMPLES):
-    """The named activations for independent normal inputs of the given moments along an axis."""
+    """The named activations for independent normal inputs with these moments along an axis."""
     rng = np.random.default_rng(2)
     shape = [n if isinstance(n, int) else 1 for n in graph.shape("x")]
     shape[0] *= samples
@@ -46,36 +46,44 @@ def per_channel(graph, name, values):
     return rows.mean(axis=1), rows.var(axis=1)
 
 
-def check(net, output, *, variance=0.1, mean=0.04, spread=1.0, told=True, samples=SAMPLES):
-    """The last activation's moments are those of a simulation: means within a share of the deviation, variances within a
-    share of themselves (None: not looked at)."""
+def check(net, output, *, variance=0.1, mean=0.04, spread=1.0, by_channel=True, samples=SAMPLES):
+    """Check the last activation's moments against a simulation: means relative to the deviation, variances relative to
+    themselves (None: not checked). `by_channel`: False compares all channels together."""
     graph = load(net.model(output))
     axis = channel_axis(graph, "x")
     moments = normal_input(graph.shape("x")[axis], spread=spread)
-    found = propagate(graph, {"x": moments})
+    distributions = propagate(graph, {"x": moments})
     (name,) = graph.outputs
     values = simulate(graph, moments, axis, [name], samples)[name]
-    wanted_mean, wanted_variance = per_channel(graph, name, values)
-    made = found[name]
-    assert len(made.mean) == channels(graph, name) or not told
-    if not told:
-        made = made.pooled()
-        wanted_mean, wanted_variance = np.array([values.mean()]), np.array([values.var()])
-    deviation = np.sqrt(wanted_variance) + 1e-3
-    assert np.abs(made.mean - wanted_mean).max() < mean * deviation.max()
+    expected_mean, expected_variance = per_channel(graph, name, values)
+    distribution = distributions[name]
+    assert len(distribution.mean) == channels(graph, name) or not by_channel
+    if not by_channel:
+        distribution = distribution.pooled()
+        expected_mean, expected_variance = np.array([values.mean()]), np.array([values.var()])
+    deviation = np.sqrt(expected_variance) + 1e-3
+    assert np.abs(distribution.mean - expected_mean).max() < mean * deviation.max()
     if variance is not None:
-        np.testing.assert_allclose(made.variance, wanted_variance, rtol=variance, atol=1e-3 * wanted_variance.max())
-    sane(made)
-    outside = np.mean((values < made.low.min() - 1e-5) | (values > made.high.max() + 1e-5))
+        np.testing.assert_allclose(
+            distribution.variance, expected_variance, rtol=variance, atol=1e-3 * expected_variance.max()
+        )
+    check_sane(distribution)
+    outside = np.mean((values < distribution.low.min() - 1e-5) | (values > distribution.high.max() + 1e-5))
     assert outside < 1e-3
-    return made
+    return distribution
 
 
-def sane(made):
-    assert all(np.isfinite(part).all() for part in (made.mean, made.variance, made.low, made.high))
-    assert len(made.mean) == len(made.variance) == len(made.low) == len(made.high)
-    slack = 1e-6 * (1 + np.abs(made.mean))
-    assert (made.low <= made.mean + slack).all() and (made.mean <= made.high + slack).all() and (made.variance >= 0).all()
+def check_sane(distribution):
+    assert all(
+        np.isfinite(part).all() for part in (distribution.mean, distribution.variance, distribution.low, distribution.high)
+    )
+    assert len(distribution.mean) == len(distribution.variance) == len(distribution.low) == len(distribution.high)
+    slack = 1e-6 * (1 + np.abs(distribution.mean))
+    assert (
+        (distribution.low <= distribution.mean + slack).all()
+        and (distribution.mean <= distribution.high + slack).all()
+        and (distribution.variance >= 0).all()
+    )
 
 
 # ---- the normal distribution ----------------------------------------------------------------------------------------
@@ -87,24 +95,24 @@ def test_clipped_moments_by_integration(low, high):
     z = np.linspace(-9, 9, 200_001)
     density = np.exp(-(z**2) / 2)
     values = np.clip(mean[:, None] + deviation[:, None] * z, low, high)
-    wanted = values @ density / density.sum()
-    wanted_variance = ((values - wanted[:, None]) ** 2) @ density / density.sum()
-    found, variance = clipped_moments(mean, deviation**2, low, high)
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
-    np.testing.assert_allclose(variance, wanted_variance, atol=1e-5)
+    expected = values @ density / density.sum()
+    expected_variance = ((values - expected[:, None]) ** 2) @ density / density.sum()
+    first, variance = clipped_moments(mean, deviation**2, low, high)
+    np.testing.assert_allclose(first, expected, atol=1e-6)
+    np.testing.assert_allclose(variance, expected_variance, atol=1e-5)
 
 
 def test_clipped_moments_without_spread_are_a_clip():
     mean = np.array([-2.0, 0.5, 7.0])
-    found, variance = clipped_moments(mean, np.zeros(3), 0, 6)
-    np.testing.assert_allclose(found, [0, 0.5, 6], atol=1e-7)
+    first, variance = clipped_moments(mean, np.zeros(3), 0, 6)
+    np.testing.assert_allclose(first, [0, 0.5, 6], atol=1e-7)
     assert variance.max() < 1e-10
 
 
 def test_mapped_moments_of_a_square():
     mean, variance = np.array([0.0, 2.0]), np.array([1.0, 0.25])
-    found, spread = mapped_moments(mean, variance, np.square)
-    np.testing.assert_allclose(found, mean**2 + variance)
+    first, spread = mapped_moments(mean, variance, np.square)
+    np.testing.assert_allclose(first, mean**2 + variance)
     np.testing.assert_allclose(spread, 2 * variance**2 + 4 * mean**2 * variance)
 
 
@@ -123,19 +131,19 @@ def test_grouped_pointwise_convolution(groups):
 
 
 @pytest.mark.parametrize("groups", [1, 6])
-def test_wider_convolutions_count_on_neighbours_that_are_alike(groups):
-    """Means are exact without padding; variances lie between those of equal and of independent neighbours."""
+def test_wider_convolutions_assume_correlated_neighbours(groups):
+    """Means are exact without padding; variances are between those of equal and of independent neighbours."""
     net = Net(["N", 6, 3, 3])
     graph = load(net.model(net.conv("x", 6, 12, groups=groups, pads=[0] * 4)))
     (layer,) = graph.layers
     moments = normal_input(6)
-    made = propagate(graph, {"x": moments})[layer.output]
+    distribution = propagate(graph, {"x": moments})[layer.output]
     mean, independent = per_channel(graph, layer.output, simulate(graph, moments, 1, [layer.output])[layer.output])
-    assert np.abs(made.mean - mean).max() < 0.08 * np.sqrt(independent.max())
+    assert np.abs(distribution.mean - mean).max() < 0.08 * np.sqrt(independent.max())
     weight = graph.constant(layer.weight).astype(np.float64)
     reads = np.repeat(np.arange(6), 2)[:, None] if groups > 1 else np.tile(np.arange(6), (12, 1))
     equal = (weight.sum(axis=(2, 3)) ** 2 * moments.variance[reads]).sum(axis=1)
-    np.testing.assert_allclose(made.variance, (independent + equal) / 2, rtol=0.15)
+    np.testing.assert_allclose(distribution.variance, (independent + equal) / 2, rtol=0.15)
 
 
 def test_convolution_in_one_dimension():
@@ -159,9 +167,9 @@ def test_matmul(shape, bias):
 @pytest.mark.parametrize("ends", [None, (0.0, 6.0), (-1.0, 1.0), (0.0, 0.7)])
 def test_relu_and_clip(ends):
     net = Net(["N", 8, 2, 2])
-    made = check(net, net.op("Relu", "x") if ends is None else net.clip("x", *ends))
+    distribution = check(net, net.op("Relu", "x") if ends is None else net.clip("x", *ends))
     low, high = ends or (0, np.inf)
-    assert made.low.min() >= low and made.high.max() <= high
+    assert distribution.low.min() >= low and distribution.high.max() <= high
 
 
 def test_clip_with_one_end():
@@ -169,11 +177,11 @@ def test_clip_with_one_end():
     assert check(net, net.op("Clip", "x", "", net.constant(0.5))).high.max() == 0.5
 
 
-def test_what_a_relu_all_but_closes_stays_in_its_span():
+def test_almost_closed_relu_stays_in_its_span():
     net = Net(["N", 3, 2, 2])
     graph = load(net.model(net.op("Relu", "x")))
     start = Distribution(np.array([-7.0, -100, 1e3]), np.ones(3), np.array([-13.0, -106, 994]), np.array([-1.0, -94, 1006]))
-    sane(propagate(graph, {"x": start})[graph.outputs[0]])
+    check_sane(propagate(graph, {"x": start})[graph.outputs[0]])
 
 
 @pytest.mark.parametrize(
@@ -200,20 +208,22 @@ def test_functions_of_one_variable(op, attrs):
     (name,) = graph.outputs
     values = simulate(graph, moments, 1, [name])[name]
     mean, variance = per_channel(graph, name, values)
-    made = propagate(graph, {"x": moments})[name]
-    np.testing.assert_allclose(made.mean, mean, atol=0.05 * np.sqrt(variance.max()))
-    np.testing.assert_allclose(made.variance, variance, rtol=0.3 if op == "Exp" else 0.1)
-    sane(made)
-    assert (values.min(axis=(0, 2, 3)) >= made.low - 1e-3).all() and (values.max(axis=(0, 2, 3)) <= made.high + 1e-3).all()
+    distribution = propagate(graph, {"x": moments})[name]
+    np.testing.assert_allclose(distribution.mean, mean, atol=0.05 * np.sqrt(variance.max()))
+    np.testing.assert_allclose(distribution.variance, variance, rtol=0.3 if op == "Exp" else 0.1)
+    check_sane(distribution)
+    assert (values.min(axis=(0, 2, 3)) >= distribution.low - 1e-3).all() and (
+        values.max(axis=(0, 2, 3)) <= distribution.high + 1e-3
+    ).all()
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_a_gate_of_the_gated_is_one_variable(swapped):
+def test_gated_variable_counts_once(swapped):
     """SiLU: never below -0.28, which the product of two spans would miss by far."""
     net = Net(["N", 8, 2, 2])
     pair = ["x", net.op("Sigmoid", "x")]
-    made = check(net, net.op("Mul", *(pair[::-1] if swapped else pair)))
-    assert -0.3 < made.low.min() < -0.2
+    distribution = check(net, net.op("Mul", *(pair[::-1] if swapped else pair)))
+    assert -0.3 < distribution.low.min() < -0.2
 
 
 @pytest.mark.parametrize("op", ["Gelu", "HardSwish"])
@@ -244,7 +254,7 @@ def test_a_constant_that_differs_by_position():
     check(net, net.op("Add", "x", net.weight(1, 4, 6)), samples=2000)
 
 
-def test_nothing_is_told_of_a_quotient_by_zero_or_by_an_activation():
+def test_quotients_by_zero_or_by_an_activation_are_unknown():
     for divisor in (lambda net: net.constant([0.0, 1, 2]), lambda net: net.op("Softmax", "x", axis=-1)):
         net = Net(["N", 3])
         graph = load(net.model(net.op("Div", "x", divisor(net))))
@@ -271,18 +281,18 @@ def test_concat_along_another_axis_is_a_mixture():
     check(net, net.op("Concat", "x", net.op("Slice", shifted, *(net.constant([n], np.int64) for n in (0, 1, 2))), axis=2))
 
 
-def test_concat_of_tensors_whose_channels_lie_on_different_axes():
-    """A convolution writes its channels to axis 1; an Add behind none is told by its last axis."""
+def test_concat_of_tensors_with_channels_on_different_axes():
+    """A convolution writes its channels to axis 1; an Add behind no convolution has them on its last axis."""
     net = Net(["N", 4, 4])
     joined = net.op("Concat", "x", net.op("Add", "x", net.op("Tanh", "x")), axis=1)
     graph = load(net.model(net.conv(joined, 8, 3, 1, rank=1)))
-    found = propagate(graph, {"x": normal_input(4)})
-    for name, made in found.items():
-        assert len(made.mean) in (1, channels(graph, name))
+    distributions = propagate(graph, {"x": normal_input(4)})
+    for name, distribution in distributions.items():
+        assert len(distribution.mean) in (1, channels(graph, name))
 
 
 def test_channels_are_not_taken_for_positions_of_the_same_size():
-    """Conv1d and Sigmoid, [N, 4, 4]: what lies along axis 1 there does not lie along the last axis behind."""
+    """Conv1d and Sigmoid, [N, 4, 4]: the channels on axis 1 are not those on the last axis of the next tensor."""
     net = Net(["N", 4, 4])
     y = net.op("Tanh", net.op("Sigmoid", net.conv("x", 4, 4, 1, rank=1)))
     graph = load(net.model(y))
@@ -308,16 +318,16 @@ def test_flatten_repeats_channels(how):
 )
 def test_averages_keep_the_mean_and_lose_variance(op, attrs):
     net = Net(["N", 5, 4, 4])
-    made = check(net, net.op(op, "x", **attrs), variance=None, mean=0.2)
+    distribution = check(net, net.op(op, "x", **attrs), variance=None, mean=0.2)
     start = normal_input(5).variance
     n = 4 if op == "AveragePool" else 16
-    assert (made.variance < start / np.sqrt(n) * 1.001).all() and (made.variance > start / n).all()
+    assert (distribution.variance < start / np.sqrt(n) * 1.001).all() and (distribution.variance > start / n).all()
 
 
-@pytest.mark.parametrize("axes, keepdims, told", [([1], 0, True), ([2], 1, False), ([1, 2], 1, False)])
-def test_averages_over_tokens_and_features(axes, keepdims, told):
+@pytest.mark.parametrize("axes, keepdims, by_channel", [([1], 0, True), ([2], 1, False), ([1, 2], 1, False)])
+def test_averages_over_tokens_and_features(axes, keepdims, by_channel):
     net = Net(["N", 4, 6])
-    check(net, net.op("ReduceMean", "x", axes=axes, keepdims=keepdims), variance=None, mean=0.2, told=told)
+    check(net, net.op("ReduceMean", "x", axes=axes, keepdims=keepdims), variance=None, mean=0.2, by_channel=by_channel)
 
 
 @pytest.mark.parametrize("written_out", [False, True])
@@ -329,24 +339,26 @@ def test_layer_normalization(written_out):
     (name,) = graph.outputs
     values = simulate(graph, start, 2, [name])[name]
     mean, variance = per_channel(graph, name, values)
-    made = propagate(graph, {"x": start})[name]
-    np.testing.assert_allclose(made.mean, mean, atol=0.05)
-    np.testing.assert_allclose(made.variance, variance, rtol=0.1)
-    assert (values.min(axis=(0, 1)) >= made.low - 1e-5).all() and (values.max(axis=(0, 1)) <= made.high + 1e-5).all()
+    distribution = propagate(graph, {"x": start})[name]
+    np.testing.assert_allclose(distribution.mean, mean, atol=0.05)
+    np.testing.assert_allclose(distribution.variance, variance, rtol=0.1)
+    assert (values.min(axis=(0, 1)) >= distribution.low - 1e-5).all() and (
+        values.max(axis=(0, 1)) <= distribution.high + 1e-5
+    ).all()
 
 
 def test_layer_normalization_of_few_features_is_bounded():
     net = Net(["N", 5])
     graph = load(net.model(net.op("LayerNormalization", "x", net.constant(np.ones(5)))))
-    made = propagate(graph, {})[graph.outputs[0]]
-    np.testing.assert_allclose([made.low, made.high], [[-2] * 5, [2] * 5])
+    distribution = propagate(graph, {})[graph.outputs[0]]
+    np.testing.assert_allclose([distribution.low, distribution.high], [[-2] * 5, [2] * 5])
     assert np.abs(run(graph, {"x": np.float32([[9, 0, 0, 0, 0]])})[0]).max() == pytest.approx(2, rel=1e-3)
 
 
-def test_layer_normalization_over_two_axes_is_told_as_a_whole():
+def test_layer_normalization_over_two_axes_is_pooled():
     net = Net(["N", 3, 4])
     graph = load(net.model(net.op("LayerNormalization", "x", net.weight(3, 4), net.weight(3, 4), axis=1)))
-    sane(propagate(graph, {})[graph.outputs[0]])
+    check_sane(propagate(graph, {})[graph.outputs[0]])
     assert len(propagate(graph, {})[graph.outputs[0]].mean) == 1
 
 
@@ -366,8 +378,10 @@ def test_softmax_averages_what_it_multiplies():
     moments = normal_input(6)
     (name,) = graph.outputs
     mean, _ = per_channel(graph, name, simulate(graph, moments, 2, [name])[name])
-    made = propagate(graph, {"x": moments})[name]
-    assert (np.abs(made.mean - mean) < np.sqrt(moments.variance)).all() and (made.variance < moments.variance).all()
+    distribution = propagate(graph, {"x": moments})[name]
+    assert (np.abs(distribution.mean - mean) < np.sqrt(moments.variance)).all() and (
+        distribution.variance < moments.variance
+    ).all()
     soft = propagate(graph, {"x": moments})[next(n.outputs[0].name for n in graph.nodes if n.op == "Softmax")]
     assert soft.mean == pytest.approx(1 / 6) and (soft.low, soft.high) == (0, 1)
 
@@ -382,11 +396,11 @@ def test_product_of_two_activations():
     net = Net(["N", 12, 12])
     y = net.op("MatMul", "x", net.op("Transpose", net.op("Tanh", "x"), perm=[0, 2, 1]))
     graph = load(net.model(y))
-    sane(propagate(graph, {"x": normal_input(12)})[graph.outputs[0]])
+    check_sane(propagate(graph, {"x": normal_input(12)})[graph.outputs[0]])
 
 
 @pytest.mark.parametrize("how", ["Slice", "Gather", "Split", "Pad", "shuffle", "NHWC and back", "DepthToSpace", "reverse"])
-def test_channels_are_followed_where_they_move(how):
+def test_channels_are_followed_through_moves(how):
     net = Net(["N", 8, 2, 2])
 
     def integers(*values):
@@ -408,18 +422,18 @@ def test_channels_are_followed_where_they_move(how):
         ),
         "DepthToSpace": lambda: net.op("DepthToSpace", "x", blocksize=2),
     }[how]()
-    made = check(net, net.op("Identity", y), told=how not in ("NHWC and back", "shuffle"))
-    assert how != "Gather" or made.mean[0] == normal_input(8).mean[7]
+    distribution = check(net, net.op("Identity", y), by_channel=how not in ("NHWC and back", "shuffle"))
+    assert how != "Gather" or distribution.mean[0] == normal_input(8).mean[7]
 
 
 def test_padded_positions_are_zero():
     net = Net(["N", 3, 5, 5])
-    made = check(net, net.op("Pad", "x", net.constant([0, 0, 1, 1, 0, 0, 1, 1], np.int64)), spread=3)
-    assert (made.low <= 0).all() and (made.high >= 0).all()
+    distribution = check(net, net.op("Pad", "x", net.constant([0, 0, 1, 1, 0, 0, 1, 1], np.int64)), spread=3)
+    assert (distribution.low <= 0).all() and (distribution.high >= 0).all()
 
 
-def test_outputs_beside_the_first_are_not_told():
-    """Where a MaxPool found its maxima, the mean that a LayerNormalization took."""
+def test_further_outputs_are_unknown():
+    """The indices of a MaxPool, the mean of a LayerNormalization."""
     net = Net(["N", 3, 4, 4])
     y = net.op("MaxPool", "x", outputs=2, kernel_shape=[2, 2])
     graph = load(net.model(y, f"{y}_1"))
@@ -430,11 +444,11 @@ def test_outputs_beside_the_first_are_not_told():
     assert graph.outputs[1] not in propagate(graph, {})
 
 
-def test_whole_numbers_are_not_told():
+def test_integers_are_unknown():
     net = Net(["N", 3])
     graph = load(net.model(net.op("Cast", "x", to=TensorProto.INT64), net.op("Cast", "x", to=TensorProto.DOUBLE)))
-    found = propagate(graph, {"x": normal_input(3)})
-    assert graph.outputs[0] not in found and graph.outputs[1] in found
+    distributions = propagate(graph, {"x": normal_input(3)})
+    assert graph.outputs[0] not in distributions and graph.outputs[1] in distributions
 
 
 # ---- whole graphs ---------------------------------------------------------------------------------------------------
@@ -455,7 +469,7 @@ def start_of(graph):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_network_is_told_without_contradiction(name, dynamic):
+def test_distributions_of_every_network_are_consistent(name, dynamic):
     model = VARIANTS[name]()
     if dynamic and len(model.graph.input[0].type.tensor_type.shape.dim) != 4:
         pytest.skip("no image")
@@ -467,32 +481,32 @@ def test_every_network_is_told_without_contradiction(name, dynamic):
         graph = load(model)
     except OnnxqError:
         pytest.skip("cannot have dynamic sizes")
-    found = propagate(graph, start_of(graph))
-    assert set(graph.inputs) < set(found)
-    for tensor, made in found.items():
-        sane(made)
-        assert len(made.mean) in (1, channels(graph, tensor))
+    distributions = propagate(graph, start_of(graph))
+    assert set(graph.inputs) < set(distributions)
+    for tensor, distribution in distributions.items():
+        check_sane(distribution)
+        assert len(distribution.mean) in (1, channels(graph, tensor))
         maker = graph.producer(tensor)
         if maker is not None and maker.op in ("Relu", "Sigmoid"):
-            assert made.low.min() >= 0
-    assert set(propagate(graph, {}, through=False)) <= set(found)
+            assert distribution.low.min() >= 0
+    assert set(propagate(graph, {}, through=False)) <= set(distributions)
 
 
 @pytest.mark.parametrize("name", ["cnn", "inception", "mlp", "transformer", "odd_channels"])
-def test_every_activation_of_ordinary_networks_is_told(name):
+def test_every_activation_of_ordinary_networks_is_known(name):
     graph = load(ZOO[name]())
-    found = propagate(graph, start_of(graph))
-    assert not [t.name for node in graph.nodes for t in node.outputs if t.name not in found]
+    distributions = propagate(graph, start_of(graph))
+    assert not [t.name for node in graph.nodes for t in node.outputs if t.name not in distributions]
 
 
 def test_statistics_win_over_propagation():
     graph = load(mobilenet())
-    found = propagate(graph, start_of(graph))
+    distributions = propagate(graph, start_of(graph))
     assert len(graph.batchnorms) == 7
     for name, norm in graph.batchnorms.items():
-        np.testing.assert_allclose(found[name].mean, norm.beta, rtol=1e-6)
-        np.testing.assert_allclose(found[name].variance, norm.gamma**2, rtol=1e-6)
-        np.testing.assert_allclose(found[name].high, norm.beta + 6 * np.abs(norm.gamma), rtol=1e-6)
+        np.testing.assert_allclose(distributions[name].mean, norm.beta, rtol=1e-6)
+        np.testing.assert_allclose(distributions[name].variance, norm.gamma**2, rtol=1e-6)
+        np.testing.assert_allclose(distributions[name].high, norm.beta + 6 * np.abs(norm.gamma), rtol=1e-6)
 
 
 def test_a_constant_added_behind_a_batch_normalization_moves_its_mean():
@@ -500,7 +514,7 @@ def test_a_constant_added_behind_a_batch_normalization_moves_its_mean():
     x = net.batchnorm(net.conv("x", 3, 5), 5)
     shift = net.constant(np.arange(5).reshape(5, 1, 1) * 3.0)
     plain, moved = load(net.model(x)), load(net.model(net.op("Relu", net.op("Add", x, shift))))
-    assert len(moved.nodes) == 2  # the sum went into the bias
+    assert len(moved.nodes) == 2  # the constant became part of the bias
     a, b = (propagate(g, {})[g.layers[0].output].mean for g in (plain, moved))
     np.testing.assert_allclose(b - a, np.arange(5) * 3.0, atol=1e-6)
 
@@ -521,7 +535,7 @@ def test_statistics_stay_with_a_layer_in_parts(rewrite):
 
 
 def true_statistics(seed=3):
-    """A network whose BatchNormalizations hold what its activations do on normal inputs, and such inputs."""
+    """A network whose BatchNormalizations have the true statistics of its activations on normal inputs, and such inputs."""
     net = Net(["N", 3, 10, 10], seed)
     x = net.op("Relu", net.batchnorm(net.conv("x", 3, 8, bias=False, pads=[0] * 4), 8))
     x = net.op("Relu", net.batchnorm(net.conv(x, 8, 12, 1, bias=False), 12))
@@ -540,15 +554,15 @@ def true_statistics(seed=3):
     return model, [{"x": one[None]} for one in x]
 
 
-def agree(graph, samples, share=0.1):
-    """Statistics of a graph against those of runs, where they are told per channel."""
-    found = propagate(graph, {}, through=False)
+def check_agreement(graph, samples, share=0.1):
+    """Compare the statistics of a graph with those of runs, where they are known per channel."""
+    distributions = propagate(graph, {}, through=False)
     outputs = [y.output for y in graph.layers if y.output in graph.batchnorms]
     calibration = Calibration(graph, Data(graph_inputs(graph), lambda: iter(samples)))
     for name, real in calibration.moments(outputs).items():
         deviation = np.sqrt(real.square - real.mean**2)
-        np.testing.assert_allclose(found[name].mean, real.mean, atol=share * deviation.max())
-        np.testing.assert_allclose(np.sqrt(found[name].variance), deviation, rtol=share)
+        np.testing.assert_allclose(distributions[name].mean, real.mean, atol=share * deviation.max())
+        np.testing.assert_allclose(np.sqrt(distributions[name].variance), deviation, rtol=share)
     return len(outputs)
 
 
@@ -556,7 +570,7 @@ def agree(graph, samples, share=0.1):
 def test_statistics_follow_the_channels(kind):
     model, samples = true_statistics()
     graph = load(model)
-    assert agree(graph, samples) == 3
+    assert check_agreement(graph, samples) == 3
     before = {name: norm.gamma for name, norm in graph.batchnorms.items()}
     rng = np.random.default_rng(5)
     groups = [g for g in channel_groups(graph, kind) if any(t in graph.batchnorms for t in g.tensors)]
@@ -567,21 +581,21 @@ def test_statistics_follow_the_channels(kind):
         else:
             rescale(graph, group, rng.uniform(0.3, 3, group.size))
     assert any(not np.array_equal(graph.batchnorms[n].gamma, gamma) for n, gamma in before.items())
-    assert agree(graph, samples) == 3
+    assert check_agreement(graph, samples) == 3
 
 
 def test_analytic_means_of_layer_inputs():
-    """What bias correction reads: means of clipped normal values behind true statistics."""
+    """For bias correction: means of clipped normal values behind true statistics."""
     model, samples = true_statistics()
     graph = load(model)
-    found = propagate(graph, {}, through=False)
+    distributions = propagate(graph, {}, through=False)
     inputs = [y.input for y in graph.layers[1:]]
     real = Calibration(graph, Data(graph_inputs(graph), lambda: iter(samples))).means(inputs)
     for name in inputs:
-        assert np.abs(found[name].mean - real[name]).max() < 0.15 * max(np.abs(real[name]).max(), 0.3)
+        assert np.abs(distributions[name].mean - real[name]).max() < 0.15 * max(np.abs(real[name]).max(), 0.3)
 
 
-# ---- the calibration that answers from them -------------------------------------------------------------------------
+# ---- the calibration that is based on them -------------------------------------------------------------------------
 
 
 def both(model, n=6, inputs=None, **options):
@@ -600,7 +614,7 @@ def named(graph):
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_answers_have_the_form_of_a_calibration(name):
+def test_results_have_the_form_of_a_calibration(name):
     ours, theirs, graph = both(ZOO[name]())
     names = named(graph)
     for statistic in ("ranges", "channel_ranges", "means", "moments"):
@@ -616,18 +630,18 @@ def test_answers_have_the_form_of_a_calibration(name):
         assert all(isinstance(v, float) for pair in ours.ranges(names[:1]).values() for v in pair)
 
 
-def test_without_known_channels_samples_answer():
+def test_unknown_channels_come_from_samples():
     net = Net(["N", "C"])
     graph = load(net.model(net.op("Relu", "x")))
     sample = {"x": np.arange(-2, 5, dtype=np.float32).reshape(1, 7)}
     data = Data(graph_inputs(graph), lambda: iter([sample]))
-    made = Expected(graph, data, {"x": normal_input(1)}, 6.0)
+    distribution = Expected(graph, data, {"x": normal_input(1)}, 6.0)
     (name,) = graph.outputs
-    np.testing.assert_array_equal(made.means([name])[name], np.maximum(sample["x"][0], 0))
-    assert made.ranges([name])[name] != (0.0, 4.0)  # as a whole it is told
+    np.testing.assert_array_equal(distribution.means([name])[name], np.maximum(sample["x"][0], 0))
+    assert distribution.ranges([name])[name] != (0.0, 4.0)  # known as a whole
 
 
-def test_what_statistics_do_not_reach_comes_from_samples():
+def test_tensors_out_of_reach_of_statistics_come_from_samples():
     ours, theirs, graph = both(ZOO["prelu"]())
     name = graph.layers[0].result
     behind = graph.layers[1].output
@@ -648,7 +662,7 @@ def test_channels_and_the_whole_agree():
 
 
 def test_histograms_and_grams_are_those_of_the_samples(tmp_path):
-    """Also where the cache has them from the other: what is counted does not depend on what statistics say."""
+    """Also from a cache that the other wrote: counts do not depend on the statistics."""
     for cache in (None, tmp_path):
         ours, theirs, graph = both(mobilenet(), cache=cache)
         names = named(graph)[:6]
@@ -661,7 +675,7 @@ def test_histograms_and_grams_are_those_of_the_samples(tmp_path):
             np.testing.assert_array_equal(a[layer.name].h, b[layer.name].h)
 
 
-def test_a_clip_bounds_what_is_told():
+def test_a_clip_bounds_ranges():
     ours, _, graph = both(mobilenet())
     clips = [n.outputs[0].name for n in graph.nodes if n.op == "Clip"]
     assert len(clips) == 5
@@ -669,7 +683,7 @@ def test_a_clip_bounds_what_is_told():
         assert 0 <= low <= high <= 6
 
 
-def test_changes_of_the_graph_are_seen():
+def test_changes_of_the_graph_take_effect():
     ours, _, graph = both(ZOO["cnn"]())
     layer = graph.layers[-1]
     before = ours.means([layer.output])[layer.output]
@@ -684,7 +698,7 @@ def test_more_deviations_are_wider_spans():
         assert wide[name].high - wide[name].low == pytest.approx(2 * (narrow[name].high - narrow[name].low))
 
 
-def test_results_do_not_depend_on_the_order_of_asking():
+def test_results_do_not_depend_on_the_order_of_calls():
     names = named(load(mobilenet()))
     for order in itertools.islice(itertools.permutations(names[:4]), 3):
         ours, _, _ = both(mobilenet())

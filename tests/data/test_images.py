@@ -32,11 +32,11 @@ def test_images_become_exactly_the_expected_array(tmp_path, monkeypatch, mode, m
     pixels = write_png("a.png", 12, 12, mode).reshape(12, 12, channels)
     shape = (None, 12, 12, channels) if channels_last else (None, channels, 12, 12)
     data = open_data(tmp_path, [Input("x", np.dtype(np.float32), shape)], DataOptions(mean=mean, std=std, layout=layout))
-    wanted = (pixels.astype(np.float32) / 255 - np.array(mean, np.float32)) / np.array(std, np.float32)
-    wanted = wanted[None] if channels_last else wanted.transpose(2, 0, 1)[None]
+    expected = (pixels.astype(np.float32) / 255 - np.array(mean, np.float32)) / np.array(std, np.float32)
+    expected = expected[None] if channels_last else expected.transpose(2, 0, 1)[None]
     (feed,) = data
     assert feed["x"].dtype == np.float32
-    np.testing.assert_allclose(feed["x"], wanted, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(feed["x"], expected, rtol=1e-6, atol=1e-7)
 
 
 def test_crop_takes_the_middle(tmp_path, monkeypatch):
@@ -71,5 +71,5 @@ def test_a_batch_of_images_is_read_in_name_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for n, name in enumerate(("c.png", "a.bmp", "b.PNG")):
         Image.fromarray(np.full((12, 12, 3), 50 * n, np.uint8)).save(name)
-    found = [float(feed["x"].max()) for feed in open_data(tmp_path, [nchw(12)])]
-    np.testing.assert_allclose(found, np.array([50, 100, 0]) / 255, rtol=1e-6)
+    maxima = [float(feed["x"].max()) for feed in open_data(tmp_path, [nchw(12)])]
+    np.testing.assert_allclose(maxima, np.array([50, 100, 0]) / 255, rtol=1e-6)

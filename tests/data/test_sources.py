@@ -46,12 +46,12 @@ class Rewinding(Reader):
         pytest.param(lambda: [row[None] for row in VALUES], id="list of arrays"),
         pytest.param(lambda: ({"x": row[None]} for row in VALUES), id="generator"),
         pytest.param(lambda: [{"x": VALUES[:4]}, {"x": VALUES[4:]}], id="batches"),
-        pytest.param(lambda: [{"x": row[None], "label": 1} for row in VALUES], id="more than asked"),
+        pytest.param(lambda: [{"x": row[None], "label": 1} for row in VALUES], id="more than needed"),
         pytest.param(Reader, id="reader"),
         pytest.param(Rewinding, id="rewinding reader"),
     ],
 )
-def test_sources_give_single_samples_as_often_as_asked(source):
+def test_sources_give_single_samples_every_time(source):
     data = open_data(source(), [X])
     for _ in range(2):
         assert [feed["x"].shape for feed in data] == [(1, 3)] * 6
@@ -65,19 +65,19 @@ def test_files_of_arrays(tmp_path, suffix):
     np.testing.assert_array_equal(rows(open_data(tmp_path / f"data{suffix}", [X])), VALUES)
 
 
-@pytest.mark.parametrize(("wanted", "picked"), [(0, range(6)), (2, [0, 3]), (3, [0, 2, 4]), (6, range(6)), (9, range(6))])
-def test_samples_are_spread_evenly(wanted, picked):
-    data = open_data(VALUES, [X], DataOptions(samples=wanted))
-    np.testing.assert_array_equal(rows(data), VALUES[list(picked)])
-    assert data.size == len(picked)
+@pytest.mark.parametrize(("count", "numbers"), [(0, range(6)), (2, [0, 3]), (3, [0, 2, 4]), (6, range(6)), (9, range(6))])
+def test_samples_are_spread_evenly(count, numbers):
+    data = open_data(VALUES, [X], DataOptions(samples=count))
+    np.testing.assert_array_equal(rows(data), VALUES[list(numbers)])
+    assert data.size == len(numbers)
 
 
 @pytest.mark.parametrize("source", [VALUES, [{"x": row[None]} for row in VALUES]])
 def test_a_fixed_batch_is_filled_up(source):
     fixed = Input("x", np.dtype(np.float32), (4, 3))
-    found = [feed["x"] for feed in open_data(source, [fixed])]
-    assert [batch.shape for batch in found] == [(4, 3)] * 2
-    np.testing.assert_array_equal(np.concatenate(found), VALUES[[0, 1, 2, 3, 4, 5, 4, 5]])
+    batches = [feed["x"] for feed in open_data(source, [fixed])]
+    assert [batch.shape for batch in batches] == [(4, 3)] * 2
+    np.testing.assert_array_equal(np.concatenate(batches), VALUES[[0, 1, 2, 3, 4, 5, 4, 5]])
 
 
 def test_several_inputs():
@@ -91,12 +91,12 @@ def test_several_inputs():
 
 
 @pytest.mark.parametrize("source", [None, 5, object()])
-def test_what_is_no_data(source):
+def test_unsupported_sources(source):
     with pytest.raises(OnnxqError, match="is not supported"):
         open_data(source, [X])
 
 
-def test_digest_tells_data_apart():
+def test_digest_distinguishes_data():
     one, same, other = (open_data(values, [X]).digest() for values in (VALUES, VALUES.copy(), VALUES + 1))
     assert one == same != other
 

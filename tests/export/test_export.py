@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxq_plugins import Result, audit_model, load, quantize, runtimes
+from onnxq_plugins import Result, audit_model, load, measure, quantize, runtimes
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.plan.values import bias_scale
 from tests.zoo import ZOO, Net, control_flow, conv_transpose, feeds, mobilenet, shared_weights, transformer
@@ -45,7 +45,7 @@ def outputs(model: onnx.ModelProto, samples: list, optimize: bool = True) -> lis
 def error_db(reference: onnx.ModelProto, model: onnx.ModelProto, **options) -> float:
     samples = feeds(reference, 8, seed=1)
     pairs = zip(outputs(reference, samples), outputs(model, samples, **options), strict=True)
-    return min(runtimes.sqnr(a, b) for a, b in pairs)
+    return min(measure.sqnr(a, b) for a, b in pairs)
 
 
 def initializers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -102,7 +102,7 @@ def test_clip_and_relu_are_elided(ops):
     loud = [{"x": 20 * feed["x"]} for feed in feeds(model, 8)]  # the Clip has work to do
     result = quantize(model, "int8", loud, workers=1)
     assert not ops(result.model) & Counter(["Clip", "Relu"])
-    assert runtimes.sqnr(outputs(model, loud)[0], outputs(result.model, loud)[0]) > 30
+    assert measure.sqnr(outputs(model, loud)[0], outputs(result.model, loud)[0]) > 30
 
 
 def test_clip_with_another_minimum_stays():
@@ -379,7 +379,7 @@ def test_a_float_layer_between_quantized_ones_stays_float(ops, rule):
     exact, kept, taken = (
         outputs(m, samples, optimize)[0] for m, optimize in ((bare, False), (result.model, True), (bare, True))
     )
-    assert runtimes.sqnr(exact, kept) > 130 > runtimes.sqnr(exact, taken)
+    assert measure.sqnr(exact, kept) > 130 > measure.sqnr(exact, taken)
 
 
 def test_a_float_layer_computes_with_its_float_weight():
@@ -547,8 +547,8 @@ def test_openvino_agrees_with_onnxruntime(name):
     samples = feeds(model, 8, seed=1)
     ours = outputs(result.model, samples)[0]
     theirs = np.concatenate([compiled(feed)[0] for feed in samples])
-    assert runtimes.sqnr(ours, theirs) > 28
-    assert runtimes.agreement(ours, theirs) == 1.0
+    assert measure.sqnr(ours, theirs) > 28
+    assert measure.agreement(ours, theirs) == 1.0
 
 
 # ---- the rest of the model ----------------------------------------------------------------------------------------------
@@ -619,7 +619,7 @@ def test_every_toy_model_is_valid_and_runs_alike_with_and_without_optimization(n
     onnx.checker.check_model(result.model, full_check=True)
     samples = feeds(model, 4, seed=1)
     for a, b in zip(outputs(result.model, samples), outputs(result.model, samples, optimize=False), strict=True):
-        assert runtimes.sqnr(a, b) > 35
+        assert measure.sqnr(a, b) > 35
     assert error_db(model, result.model) > 25
 
 
@@ -708,8 +708,8 @@ def test_random_graphs(steps, seed):
     samples = feeds(model, 6, seed=1)
     optimized, plain = outputs(result.model, samples)[0], outputs(result.model, samples, optimize=False)[0]
     # kernels may round ties apart by one code, which is far below what quantization itself adds
-    assert runtimes.sqnr(plain, optimized) > 35
-    assert runtimes.sqnr(outputs(model, samples)[0], optimized) > 20
+    assert measure.sqnr(plain, optimized) > 35
+    assert measure.sqnr(outputs(model, samples)[0], optimized) > 20
 
 
 def random_mlp(steps: list[str], tokens: bool, seed: int) -> onnx.ModelProto:
@@ -750,8 +750,8 @@ def test_random_mlps(steps, tokens, recipe, seed):
     )
     samples = feeds(model, 6, seed=1)
     optimized, plain = outputs(result.model, samples)[0], outputs(result.model, samples, optimize=False)[0]
-    assert runtimes.sqnr(plain, optimized) > 30  # MatMulNBits rounds activations to 8 bits by itself
-    assert runtimes.sqnr(outputs(model, samples)[0], optimized) > 20
+    assert measure.sqnr(plain, optimized) > 30  # MatMulNBits rounds activations to 8 bits by itself
+    assert measure.sqnr(outputs(model, samples)[0], optimized) > 20
 
 
 def test_int4_constants_round_trip():

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from onnxq_plugins import OnnxqError, Plan, audit_model, load, quantize, runtimes
+from onnxq_plugins import OnnxqError, Plan, audit_model, load, measure, quantize, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.data import graph_inputs, open_data
 from onnxq_plugins.export.qdq import export
@@ -39,7 +39,7 @@ def outputs(model, samples, optimize=True):
 
 
 def error_db(reference, found):
-    return min(runtimes.sqnr(a, b) for a, b in zip(reference, found, strict=True))
+    return min(measure.sqnr(a, b) for a, b in zip(reference, found, strict=True))
 
 
 def operators(model, folder):

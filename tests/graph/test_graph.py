@@ -1,4 +1,4 @@
-"""Import: the canonical form computes what the model computed, keeps its documentation and fuses what it should."""
+"""Import: the canonical form computes what the model does, keeps its documentation and fuses what it should."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnx import helper
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import load
-from onnxq_plugins.runtimes import drift
+from onnxq_plugins.measure import drift
 from tests.zoo import (
     ZOO,
     Net,
@@ -49,7 +49,7 @@ def has_dynamic_batch(model):
 
 
 def documented(model):
-    """The model with everything people write into one."""
+    """The model with all kinds of documentation."""
     helper.set_model_props(model, {"labels": "cat,dog", "license": "MIT"})
     model.doc_string, model.graph.doc_string, model.graph.name = "of the model", "of the graph", "named"
     model.producer_name, model.model_version = "zoo", 7
@@ -66,11 +66,11 @@ def test_function_and_interface_stay(name):
     model = ZOO[name]()
     untouched = model.SerializeToString()
     graph = imported(model)
-    made = graph.model()
-    onnx.checker.check_model(made, full_check=True)
-    assert made.opset_import[0].version == graph.opset == 21 and made.ir_version == 10
+    exported = graph.model()
+    onnx.checker.check_model(exported, full_check=True)
+    assert exported.opset_import[0].version == graph.opset == 21 and exported.ir_version == 10
     assert graph.inputs == [i.name for i in model.graph.input] and graph.outputs == [o.name for o in model.graph.output]
-    assert made.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "N"
+    assert exported.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "N"
     assert model.SerializeToString() == untouched
     assert not graph.touched and not graph.notes
 
@@ -78,13 +78,17 @@ def test_function_and_interface_stay(name):
 @pytest.mark.parametrize("name", ZOO)
 def test_documentation_survives(name):
     model = documented(ZOO[name]())
-    for made in (load(model).model(), load(model).copy().model()):
-        assert {p.key: p.value for p in made.metadata_props} == {"labels": "cat,dog", "license": "MIT"}
-        assert (made.doc_string, made.graph.doc_string, made.graph.name) == ("of the model", "of the graph", "named")
-        assert (made.producer_name, made.model_version) == ("zoo", 7)
-        kept = {n.name for n in made.graph.node} & {n.name for n in model.graph.node}
-        assert len(kept) >= len(load(model).layers) - 2
-        assert all(n.doc_string == f"about {n.name}" for n in made.graph.node if n.name in kept)
+    for exported in (load(model).model(), load(model).copy().model()):
+        assert {p.key: p.value for p in exported.metadata_props} == {"labels": "cat,dog", "license": "MIT"}
+        assert (exported.doc_string, exported.graph.doc_string, exported.graph.name) == (
+            "of the model",
+            "of the graph",
+            "named",
+        )
+        assert (exported.producer_name, exported.model_version) == ("zoo", 7)
+        common = {n.name for n in exported.graph.node} & {n.name for n in model.graph.node}
+        assert len(common) >= len(load(model).layers) - 2
+        assert all(n.doc_string == f"about {n.name}" for n in exported.graph.node if n.name in common)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -115,19 +119,21 @@ def test_layers(name):
 
 @pytest.mark.parametrize("make", [cnn, mlp, mobilenet, resnet20])
 @pytest.mark.parametrize("opset", [11, 13])
-def test_old_opsets_are_raised(make, opset):
+def test_old_opsets_are_converted(make, opset):
     model = documented(make(opset))
     graph = imported(model)
-    made = graph.model()
-    assert graph.opset == 21 and made.ir_version == 10 and not graph.notes
+    exported = graph.model()
+    assert graph.opset == 21 and exported.ir_version == 10 and not graph.notes
     assert ops(graph) == ops(load(make()))
-    assert {p.key: p.value for p in made.metadata_props} == {"labels": "cat,dog", "license": "MIT"}
-    assert made.doc_string == "of the model" and made.graph.node[0].doc_string == f"about {made.graph.node[0].name}"
-    onnx.checker.check_model(made, full_check=True)
+    assert {p.key: p.value for p in exported.metadata_props} == {"labels": "cat,dog", "license": "MIT"}
+    assert (
+        exported.doc_string == "of the model" and exported.graph.node[0].doc_string == f"about {exported.graph.node[0].name}"
+    )
+    onnx.checker.check_model(exported, full_check=True)
 
 
 @pytest.mark.parametrize("opset, word", [(6, "too old"), (99, "too new")])
-def test_opsets_out_of_reach_are_refused(opset, word):
+def test_unsupported_opsets_are_refused(opset, word):
     model = cnn()
     model.opset_import[0].version = opset
     with pytest.raises(OnnxqError, match=word):
@@ -164,7 +170,7 @@ def test_copy_is_independent():
     assert graph.batchnorms and not graph.touched and not graph.notes
 
 
-def test_digest_follows_weights_alone():
+def test_digest_depends_on_weights_alone():
     graph = load(cnn())
     digest = graph.digest()
     weight = graph.layers[1].weight
@@ -204,7 +210,7 @@ def test_kinds_and_axes():
         ("MatMul", "dense", 1, 0),
     ]
     with pytest.raises(KeyError):
-        graph.layer("nobody")
+        graph.layer("unknown")
     with pytest.raises(ValueError, match="ConvTranspose"):
         graph.layers[4].matrix(graph.constant(graph.layers[4].weight))
 
@@ -215,9 +221,9 @@ def test_matrix_times_patches_is_the_layer():
     graph = load(model)
     x = feeds(model, 1)[0]["x"]
     first = graph.layers[0]
-    wanted = layer_output(graph, first, {"x": x})
+    expected = layer_output(graph, first, {"x": x})
     y = first.matrix(graph.constant(first.weight))[0] @ x.T + graph.constant(first.bias)[:, None]
-    np.testing.assert_allclose(y.T, wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(y.T, expected, rtol=1e-4, atol=1e-5)
 
 
 def layer_output(graph, layer, feed):
@@ -238,7 +244,7 @@ def test_results_are_behind_the_activation():
     assert [y.result for y in graph.layers] == [relu, relu6, conv[2], conv[3], conv[4]]
 
 
-def test_root_goes_up_through_what_moves_values():
+def test_root_follows_shape_only_operators_upwards():
     net = Net(["N", 3, 8, 8])
     x = net.op("Relu", net.conv("x", 3, 8))
     y = net.op("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
@@ -274,7 +280,7 @@ def test_shared_weights_are_split():
     assert np.abs(graph.constant(c.weight) * 2 - graph.constant(b.weight)).max() == 0
 
 
-def test_weight_shared_with_an_operator_that_is_no_layer():
+def test_weight_shared_with_an_operator_that_is_not_a_layer():
     net = Net(["N", 8])
     weight, bias = net.weight(8, 8), net.weight(8)
     x = net.op("Gemm", net.op("Mul", "x", bias), weight, bias)
@@ -293,7 +299,7 @@ def test_gemm_alpha_and_beta_are_folded():
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (6,), (1, 6), (4, 6), (4, 1), (6, 1)])
 @pytest.mark.parametrize("beta", [1.0, 0.5])
 def test_gemm_with_every_bias_shape(shape, beta):
-    """(6, 1) is one bias per sample of a batch that happens to be as long as the outputs are many."""
+    """(6, 1) is one bias per sample of a batch whose size happens to equal the number of outputs."""
     net = Net([4 if shape[:1] == (4,) else 6, 5])
     x = net.op("Gemm", "x", net.weight(5, 6), net.weight(*shape), alpha=0.5, beta=beta)
     graph = imported(net.model(net.gemm(net.op("Relu", x), 6, 3)))
@@ -312,18 +318,18 @@ def test_gemm_without_bias_or_transposed_a():
 # ---- BatchNormalization and bias -------------------------------------------------------------------------------------
 
 
-def test_batchnorm_is_folded_and_remembered():
+def test_batchnorm_is_folded_and_its_statistics_are_kept():
     model = mobilenet()
     graph = imported(model)
     convs = [y for y in graph.layers if y.op == "Conv"]
     assert "BatchNormalization" not in ops(graph) and len(convs) == 7
     assert set(graph.batchnorms) == {y.output for y in convs}
-    wanted = [n for n in model.graph.node if n.op_type == "BatchNormalization"]
+    nodes = [n for n in model.graph.node if n.op_type == "BatchNormalization"]
     values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
-    for layer, node in zip(convs, wanted, strict=True):
-        kept = graph.batchnorms[layer.output]
-        for found, name in zip((kept.gamma, kept.beta, kept.mean, kept.variance), node.input[1:], strict=True):
-            np.testing.assert_array_equal(found, values[name])
+    for layer, node in zip(convs, nodes, strict=True):
+        norm = graph.batchnorms[layer.output]
+        for statistic, name in zip((norm.gamma, norm.beta, norm.mean, norm.variance), node.input[1:], strict=True):
+            np.testing.assert_array_equal(statistic, values[name])
 
 
 @pytest.mark.parametrize(
@@ -355,7 +361,7 @@ def test_batchnorm_behind_gemm():
 
 @pytest.mark.parametrize("shape", [["N", 6], ["N", 5, 6], ["N", 9, 6]])
 def test_batchnorm_behind_matmul(shape):
-    """On three axes it normalizes axis 1, which are tokens, not outputs."""
+    """On three axes it normalizes axis 1, the tokens, not the outputs."""
     net = Net(shape)
     x = net.op("MatMul", "x", net.weight(6, 9))
     onnx.checker.check_model(imported(net.model(net.batchnorm(x, shape[1] if len(shape) == 3 else 9))).model())
@@ -427,7 +433,7 @@ def swish_hardsigmoid(net, x):
 
 
 def written(function, *more):
-    """x -> Gemm -> function -> Gemm, as a graph; `more` picks further outputs from the tensors of the function."""
+    """x -> Gemm -> function -> Gemm, as a graph; the outputs of operators `more` of the function are model outputs too."""
     net = Net(["N", 6])
     x = net.gemm("x", 6, 8)
     first = len(net.nodes)
@@ -579,7 +585,7 @@ def test_variance_of_something_else():
     assert "LayerNormalization" not in ops(imported(net.model(y)))
 
 
-def test_cubes_are_no_variance():
+def test_fourth_powers_are_not_a_variance():
     net = Net(["N", 5, 8])
     d = net.op("Sub", "x", net.op("ReduceMean", "x", axes=[-1]))
     fourth = net.op("ReduceMean", net.op("Pow", d, c(net, 4.0)), axes=[-1])
@@ -646,7 +652,7 @@ def test_activations_that_are_broadcast_behind_flattened_matmul(axis):
 
 
 def test_square_tokens_and_outputs():
-    """As many tokens as outputs: shapes alone cannot tell them apart."""
+    """As many tokens as outputs: shapes alone do not distinguish them."""
     net = Net(["N", 6, 6])
     x = net.linear("x", 6, 6)
     x = net.op("Add", net.op("Mul", x, net.weight(6, 1)), net.op("Transpose", x, perm=[0, 2, 1]))

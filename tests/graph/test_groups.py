@@ -1,4 +1,4 @@
-"""Channel groups and the exact rewrites on them: the function stays, and the groups are the ones one expects."""
+"""Channel groups and the exact rewrites on them: the function stays, and the groups are the expected ones."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from onnxq_plugins.graph import channel_groups, load, permute, replace_with_sum, rescale
-from onnxq_plugins.runtimes import drift
+from onnxq_plugins.measure import drift
 from tests.zoo import ZOO, Net, batch, examples, feeds, grouped, inception, mobilenet, resnet20, run, shared_weights
 
 KINDS = ["permute", "rescale"]
 
 
 def shuffle(graph, kind, seed=0):
-    """Apply a random permutation, or random factors, to every group; returns how many there were."""
+    """Apply a random permutation, or random factors, to every group; returns the number of groups."""
     rng = np.random.default_rng(seed)
     groups = channel_groups(graph, kind)
     for group in groups:
@@ -39,7 +39,7 @@ def check(model, kind, seed=0):
 
 
 def names(model, kind):
-    """The groups, by what they hold of the layers: a set of layer:role."""
+    """The groups by the layers they include: sets of layer:role."""
     graph = load(model)
     owner = {c: layer for layer in graph.layers for c in (layer.weight, layer.bias) if c}
     return {
@@ -70,16 +70,16 @@ def test_groups_are_well_formed(name, kind):
         assert not set(group.tensors) & {*graph.inputs, *graph.outputs}
         for m in group.members:
             assert m.index.shape[0] == group.size
-            found = {(m.tensor, m.axis, m.role, m.rows, int(i)) for i in m.index.ravel()}
-            assert len(found) == m.index.size and not found & places
-            places |= found
+            own = {(m.tensor, m.axis, m.role, m.rows, int(i)) for i in m.index.ravel()}
+            assert len(own) == m.index.size and not own & places
+            places |= own
             size = graph.shape(m.tensor)[m.axis] if m.rows is None or m.axis else m.rows[1] - m.rows[0]
             assert m.index.min() >= 0 and m.index.max() < size
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["cnn", "mobilenet", "grouped", "inception", "mlp", "conv1d", "resnet20", "prelu"])
-def test_values_move_as_the_group_says(name, kind):
+def test_values_move_with_their_group(name, kind):
     """Not only the output stays: every activation of the group is permuted or scaled, channel by channel."""
     model = ZOO[name]()
     feed = feeds(model, 1)[0]
@@ -96,10 +96,10 @@ def test_values_move_as_the_group_says(name, kind):
         after = fetch(graph, group.tensors, feed)
         for member in (m for m in group.members if not m.constant):
             old, new = (np.moveaxis(values[member.tensor], member.axis, 0) for values in (before, after))
-            wanted = old.copy()
+            expected = old.copy()
             for c, at in enumerate(member.index):
-                wanted[at] = old[member.index[order[c]]] if kind == "permute" else old[at] * factors[c]
-            np.testing.assert_allclose(new, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
+                expected[at] = old[member.index[order[c]]] if kind == "permute" else old[at] * factors[c]
+            np.testing.assert_allclose(new, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
 def fetch(graph, tensors, feed):
@@ -111,7 +111,7 @@ def fetch(graph, tensors, feed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_touched_holds_all_that_changed(kind):
+def test_touched_lists_every_change(kind):
     for make in ZOO.values():
         graph = load(make())
         tensors = {layer.weight for layer in graph.layers} | {y.bias for y in graph.layers if y.bias}
@@ -129,7 +129,7 @@ def test_touched_holds_all_that_changed(kind):
 
 
 @pytest.mark.parametrize("order", [[0, 1, 1], [0, 1], [0, 1, 3], [1, 2, 3], [0.0, 1.5, 2.0], [], [[0, 1, 2]]])
-def test_what_is_no_permutation_is_refused(order):
+def test_orders_that_are_not_permutations_are_refused(order):
     net = Net(["N", 4])
     graph = load(net.model(net.gemm(net.op("Relu", net.gemm("x", 4, 3)), 3, 5)))
     digest = graph.digest()
@@ -153,13 +153,13 @@ def test_factors_that_are_not_positive_are_refused(factors):
     assert not graph.touched
 
 
-# ---- the groups one expects -----------------------------------------------------------------------------------------
+# ---- expected groups -----------------------------------------------------------------------------------------
 
 
 def test_residual_stream_ties_all_its_layers():
-    found = names(mobilenet(), "permute")
+    groups = names(mobilenet(), "permute")
     stem, expand1, project1, expand2, project2, head = (y.name for y in load(mobilenet()).layers if y.kind == "dense")
-    stream = found[
+    stream = groups[
         frozenset(
             {
                 f"{stem}:output",
@@ -171,7 +171,7 @@ def test_residual_stream_ties_all_its_layers():
             }
         )
     ]
-    assert stream.size == 8 and len(found) == 3  # and two expansions
+    assert stream.size == 8 and len(groups) == 3  # and two expansions
 
 
 def test_depthwise_ties_permutations_but_not_factors():
@@ -202,7 +202,7 @@ def graph_rows(model, member):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_concat_segments_are_apart(kind):
+def test_concat_segments_are_separate(kind):
     graph = load(inception())
     after = next(n for n in graph.nodes if n.op == "Concat").outputs[0].name
     segments = [m.index.ravel() for g in channel_groups(graph, kind) for m in g.members if m.tensor == after]
@@ -266,7 +266,7 @@ def test_flatten_gives_a_channel_all_its_positions(kind, how):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_flatten_of_channels_last(kind):
-    """Transposed before: the columns of a channel lie apart."""
+    """Transposed before: the columns of a channel are not adjacent."""
     net = Net(["N", 3, 4, 5])
     x = net.op("Transpose", net.op("Relu", net.conv("x", 3, 8)), perm=[0, 2, 3, 1])
     flat = net.op("Flatten", x)
@@ -287,14 +287,14 @@ def test_inputs_and_outputs_are_pinned(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shortcut_of_resnet20(kind):
-    """The 8 channels of the stream meet channels 4..11 of the 16; the other 8 are free among themselves."""
+    """The 8 channels of the stream are added to channels 4..11 of the 16; the other 8 are free among themselves."""
     graph, _ = check(resnet20(), kind)
     add = [n for n in graph.nodes if n.op == "Add"][1].outputs[0].name
     places = [sorted(m.index.ravel().tolist()) for g in channel_groups(graph, kind) for m in g.members if m.tensor == add]
     assert sorted(places) == [[0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 8, 9, 10, 11]]
 
 
-def test_layernorm_ties_permutations_and_takes_factors_behind():
+def test_layernorm_ties_permutations_and_absorbs_factors_behind():
     net = Net(["N", 5, 8])
     x = net.linear("x", 8, 12)
     y = net.op("LayerNormalization", x, net.weight(12), net.weight(12), axis=-1)
@@ -309,7 +309,7 @@ def test_layernorm_ties_permutations_and_takes_factors_behind():
 
 
 def test_transformer_groups():
-    """The stream; both heads as a whole in what they share; the hidden channels of the feed-forward part."""
+    """The stream; the channels that both heads share; the hidden channels of the feed-forward part."""
     sizes = sorted(g.size for g in channel_groups(load(ZOO["transformer"]()), "permute"))
     assert 16 in sizes and 24 in sizes
 
@@ -324,7 +324,7 @@ def split_uneven(net):
 
 
 def split_tied(net):
-    """Both halves are added, so that channel c and c + 6 share one fate."""
+    """Both halves are added, so that channels c and c + 6 move together."""
     x = net.op("Relu", net.conv("x", 4, 12))
     a = net.op("Split", x, outputs=2, axis=1, num_outputs=2)
     return net.conv(net.op("Add", a, f"{a}_1"), 6, 4)
@@ -360,7 +360,7 @@ def gathered_twice(net):
 
 
 def gathered_after_flatten(net):
-    """The positions of the second half of the channels are turned round."""
+    """The positions of the second half of the channels are reversed."""
     x = net.op("Flatten", net.op("Relu", net.conv("x", 4, 6, strides=[4, 4])))
     order = np.arange(24).reshape(6, 4)
     order[3:] = order[3:, ::-1]
@@ -566,13 +566,13 @@ def constant_image(net):
 
 
 def constant_row(net):
-    """The constant lies along the width, which is as long as there are channels."""
+    """The constant is along the width, which equals the number of channels."""
     x = net.op("Mul", net.op("Relu", net.conv("x", 4, 8)), net.weight(8))
     return net.conv(net.op("Add", x, net.weight(8, 8)), 8, 4)
 
 
 def loop_in_channels(net):
-    """A square layer applied to its own kind of channels twice, with a residual."""
+    """Two square layers with a residual."""
     x = net.op("Relu", net.conv("x", 4, 8))
     for _ in range(2):
         x = net.op("Relu", net.op("Add", x, net.conv(x, 8, 8)))
@@ -665,14 +665,14 @@ def test_function_stays_in_targeted_graphs(name, kind):
     ],
 )
 def test_groups_are_found(name, permutations, factors):
-    """What could move, moves: pinning everything would keep the function too."""
+    """All channels that can move do: pinning everything would keep the function too."""
     graph = load(targeted(name))
     assert (len(channel_groups(graph, "permute")), len(channel_groups(graph, "rescale"))) == (permutations, factors)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_channels_are_followed_through_a_shuffle(kind):
-    """Some channels are tied to each other (which, is a choice), but not all."""
+    """Some channels are tied to each other, but not all."""
     graph = load(targeted("channel_shuffle"))
     first = graph.layers[0].weight
     assert any(first in {m.tensor for m in group.weights} for group in channel_groups(graph, kind))
@@ -681,7 +681,7 @@ def test_channels_are_followed_through_a_shuffle(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [(8, 8), (8, 1), (1, 8), (8,)])
 def test_gemm_with_one_bias_per_sample(kind, bias):
-    """A batch as large as there are outputs: the bias' first axis is no channel axis."""
+    """A batch as large as the number of outputs: the first axis of the bias is not a channel axis."""
     net = Net([8, 5])
     x = net.op("Relu", net.op("Gemm", "x", net.weight(5, 8), net.weight(*bias)))
     check(net.model(net.gemm(x, 8, 3)), kind)
@@ -723,10 +723,10 @@ def test_replace_with_sum(name, count):
         parts = [rng.normal(size=weight.shape).astype(np.float32) for _ in range(count - 1)]
         parts.append(weight - sum(parts))
         graph.touched.clear()
-        made = replace_with_sum(graph, layer, parts)
-        assert len(made) == count and layer.weight in graph.touched
-        assert [y.bias for y in made] == [layer.bias, *[None] * (count - 1)]
-        for y, part in zip(made, parts, strict=True):
+        layers = replace_with_sum(graph, layer, parts)
+        assert len(layers) == count and layer.weight in graph.touched
+        assert [y.bias for y in layers] == [layer.bias, *[None] * (count - 1)]
+        for y, part in zip(layers, parts, strict=True):
             assert (y.op, y.attrs, y.groups, y.input) == (layer.op, layer.attrs, layer.groups, layer.input)
             np.testing.assert_array_equal(graph.constant(y.weight), part)
     assert graph.outputs == load(model).outputs

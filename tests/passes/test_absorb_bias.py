@@ -7,8 +7,8 @@ import pytest
 
 from onnxq_plugins import audit_model, quantize, runtimes
 from onnxq_plugins.graph import load
+from onnxq_plugins.measure import drift
 from onnxq_plugins.passes import AbsorbBias
-from onnxq_plugins.runtimes import drift
 from tests.passes.test_round import make_job
 from tests.zoo import ZOO, Net, feeds, run
 

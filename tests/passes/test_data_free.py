@@ -15,8 +15,8 @@ from onnxq_plugins.data import DataOptions
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import load
+from onnxq_plugins.measure import sqnr
 from onnxq_plugins.passes.data_free import DataFree
-from onnxq_plugins.runtimes import sqnr
 from onnxq_plugins.solvers.fractals import fractals
 from tests.zoo import ZOO, Net, cnn, feeds, mlp, mobilenet, run
 

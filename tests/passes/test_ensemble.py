@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from onnxq_plugins import OnnxqError, audit_model, quantize, runtimes
+from onnxq_plugins import OnnxqError, audit_model, measure, quantize
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.ensemble import side_by_side, unfit
 from onnxq_plugins.passes import ResidualEnsemble
@@ -78,7 +78,7 @@ def test_the_sum_is_that_of_the_networks(name):
         alone.append(one)
     for feed in feeds(model, 3):
         total = [np.sum(ys, axis=0) for ys in zip(*(run(one, feed) for one in alone), strict=True)]
-        assert runtimes.drift(total, run(graph, feed)) < 1e-5
+        assert measure.drift(total, run(graph, feed)) < 1e-5
     weights = {y.weight for y in graph.layers}
     assert len(weights) == 3 * len(parts) and all(graph.layer(f"{n}_net2").bias is None for n in parts)
 
@@ -90,7 +90,7 @@ def test_networks_of_zeros_add_nothing(name):
     weights = {y.name: graph.constant(y.weight) for y in graph.layers}
     side_by_side(graph, {n: [w, np.zeros_like(w)] for n, w in weights.items()})
     for feed in feeds(model, 3):
-        assert runtimes.drift(run(model, feed), run(graph, feed)) < 1e-6
+        assert measure.drift(run(model, feed), run(graph, feed)) < 1e-6
 
 
 def test_one_layer_is_exact_whatever_its_parts():
@@ -101,7 +101,7 @@ def test_one_layer_is_exact_whatever_its_parts():
     graph = load(model)
     side_by_side(graph, thirds(graph, 1))
     for feed in feeds(model, 3):
-        assert runtimes.drift(run(model, feed), run(graph, feed)) < 1e-5
+        assert measure.drift(run(model, feed), run(graph, feed)) < 1e-5
 
 
 def test_what_no_expanded_layer_reaches_is_computed_once():
@@ -113,7 +113,7 @@ def test_what_no_expanded_layer_reaches_is_computed_once():
     side_by_side(graph, thirds(graph))
     assert sum(node.op == "Sigmoid" for node in graph.nodes) == 1
     for feed in feeds(model, 3):
-        assert runtimes.drift(run(model, feed), run(graph, feed)) < 1e-5
+        assert measure.drift(run(model, feed), run(graph, feed)) < 1e-5
 
 
 def test_layers_without_parts_have_their_weight_in_every_network():
@@ -126,7 +126,7 @@ def test_layers_without_parts_have_their_weight_in_every_network():
     side_by_side(graph, {first: thirds(graph)[first]})
     assert len(graph.layers) == 9
     for feed in feeds(model, 3):
-        assert runtimes.drift(run(model, feed), run(graph, feed)) < 1e-5
+        assert measure.drift(run(model, feed), run(graph, feed)) < 1e-5
 
 
 def broken(what):
@@ -158,7 +158,7 @@ def test_operators_in_the_way_are_named(what):
     with pytest.raises(ValueError, match=what):
         side_by_side(graph, {n: [w, 0 * w] for n in names for w in [graph.constant(graph.layer(n).weight)]})
     for feed in feeds(model, 2):  # refused before anything is changed
-        assert runtimes.drift(run(model, feed), run(graph, feed)) < 1e-6
+        assert measure.drift(run(model, feed), run(graph, feed)) < 1e-6
 
 
 # ---- the pass -------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_networks_run_as_integer_and_their_weights_are_orders(name, groups):
 def test_its_own_error_is_told():
     model, samples = resnet20(), feeds(resnet20(), 6)
     made = quantize(model, recipe((1, 1)), samples)
-    own = np.mean([runtimes.sqnr(run(model, f)[0], run(made.float_model, f)[0]) for f in samples])
+    own = np.mean([measure.sqnr(run(model, f)[0], run(made.float_model, f)[0]) for f in samples])
     assert told(made)["ensemble_db"] == pytest.approx(own, abs=0.01) and told(made)["samples"] == 6
     (note,) = [n for n in made.report["notes"] if "residual-ensemble" in n]
     assert f"reaches {own:.1f} dB" in note and made.report["steps"][0]["exact"] is False

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxq_plugins import audit_model, quantize, runtimes
+from onnxq_plugins import audit_model, measure, quantize, runtimes
 from onnxq_plugins.graph import channel_groups, load, rescale
 from onnxq_plugins.layers.complete import complete, complete_ranges
+from onnxq_plugins.measure import drift
 from onnxq_plugins.passes import BiasCorrect, Equalize
 from onnxq_plugins.passes.equalize import _place, _reduced
-from onnxq_plugins.runtimes import drift
 from onnxq_plugins.search.preview import Preview
 from onnxq_plugins.solvers.equalize import Place, balance, equalize, noise
 from tests.passes.test_round import make_job
@@ -37,7 +37,7 @@ def told(made):
 
 def quality(model, made, data):
     """Signal to noise ratio of the quantized outputs in dB."""
-    return runtimes.sqnr(*(runtimes.outputs(runtimes.session(m), data)[0] for m in (model, made.model)))
+    return measure.sqnr(*(runtimes.outputs(runtimes.session(m), data)[0] for m in (model, made.model)))
 
 
 def passed(model, step, n=8, recipe=TENSOR, data=True):
@@ -494,7 +494,7 @@ def test_the_trial_measures_what_ships(name):
     for steps in ([{"use": "ranges"}], [{"use": "ranges"}, {"use": "bias-correct"}]):
         made = quantize(model, {"pass": steps}, data)
         pairs = zip(*(runtimes.outputs(runtimes.session(m), data) for m in (model, made.model)), strict=True)
-        found = [runtimes.sqnr(a, b) for a, b in pairs]
+        found = [measure.sqnr(a, b) for a, b in pairs]
         assert Preview(make_job(model, {"pass": steps}, 6)).sqnr() == pytest.approx(np.mean(found), abs=0.3)
 
 

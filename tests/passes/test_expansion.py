@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxq_plugins import OnnxqError, audit_model, hookimpl, quantize, runtimes
+from onnxq_plugins import OnnxqError, audit_model, hookimpl, measure, quantize
 from onnxq_plugins.graph import channel_groups, load, split_input, split_values
 from onnxq_plugins.passes import ResidualExpansion
 from onnxq_plugins.solvers import expansion as solver
@@ -177,7 +177,7 @@ def test_every_layer_stays_integer(name, step):
     assert all(entry.quantized for entry in kernels), kernels
     assert len(kernels) > len(load(model).layers) or not step
     feed = feeds(model, 1, seed=5)[0]
-    assert runtimes.drift(run(made.model, feed), run(made.model, feed, optimize=False)) < 0.05
+    assert measure.drift(run(made.model, feed), run(made.model, feed, optimize=False)) < 0.05
 
 
 @pytest.mark.parametrize("make", [mobilenet, resnet20, mlp])
@@ -204,7 +204,7 @@ def test_four_orders_of_eight_bits_are_float(name):
     made = quantize(model, float_recipe({"orders": 4}, bits=8), feeds(model, 2))
     assert {row["form"] for row in told(made)["layers"].values()} == {"branches"}
     for feed in feeds(model, 3, seed=9):
-        assert runtimes.drift(run(model, feed), run(made.model, feed)) < 1e-5
+        assert measure.drift(run(model, feed), run(made.model, feed)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["mobilenet", "transformer", "odd_channels"])
@@ -213,7 +213,7 @@ def test_error_falls_with_every_order(name):
     found = []
     for orders in (1, 2, 3):
         made = quantize(model, float_recipe({"orders": orders, "form": "branches"}), samples)
-        found.append(np.mean([runtimes.sqnr(run(model, f)[0], run(made.model, f)[0]) for f in samples]))
+        found.append(np.mean([measure.sqnr(run(model, f)[0], run(made.model, f)[0]) for f in samples]))
     assert found[1] > found[0] + 12 and found[2] > found[1] + 12  # 23 by the bound
 
 
@@ -222,7 +222,7 @@ def test_two_orders_of_four_bits_are_as_good_as_eight():
 
     def noise(r):
         made = quantize(model, r, samples)
-        return np.mean([runtimes.sqnr(run(model, f)[0], run(made.model, f)[0]) for f in samples]), made.report
+        return np.mean([measure.sqnr(run(model, f)[0], run(made.model, f)[0]) for f in samples]), made.report
 
     eight, _ = noise({"pass": [{"use": "ranges"}]})
     four, _ = noise({"weights": {"bits": 4}, "pass": [{"use": "ranges"}]})
@@ -243,7 +243,7 @@ def test_sparse_equals_branches_on_the_same_channels():
             row["channels"] for row in told(b)["layers"].values()
         ]
         for f in samples:
-            assert runtimes.drift(run(a.model, f), run(b.model, f)) < 1e-5
+            assert measure.drift(run(a.model, f), run(b.model, f)) < 1e-5
 
 
 def test_channels_are_moved_side_by_side():
@@ -275,7 +275,7 @@ def test_data_chooses_other_channels_where_inputs_differ():
     by_data, by_weights = (
         quantize(model, float_recipe({"share": 0.25, "form": "branches", "data": data}), samples) for data in (True, False)
     )
-    loss = [np.mean([runtimes.sqnr(run(model, f)[0], run(m.model, f)[0]) for f in samples]) for m in (by_data, by_weights)]
+    loss = [np.mean([measure.sqnr(run(model, f)[0], run(m.model, f)[0]) for f in samples]) for m in (by_data, by_weights)]
     assert loss[0] > loss[1] + 1
 
 
@@ -319,7 +319,7 @@ def test_channels_with_one_order_are_stored_in_four_bits():
     whole, some = (quantize(model, recipe({"share": share}), samples) for share in (1.0, 0.25))
     assert some.report["bits_per_weight"] < whole.report["bits_per_weight"] - 2
     for f in samples:  # what is stored is what the plan says
-        assert runtimes.drift(run(some.model, f), run(some.model, f, optimize=False)) < 0.05
+        assert measure.drift(run(some.model, f), run(some.model, f, optimize=False)) < 0.05
     kinds = {t.data_type for t in some.model.graph.initializer}
     assert kinds >= {3, 22}  # INT8 and INT4
     assert all(entry.quantized for entry in audit_model(some.model).layers)
@@ -423,7 +423,7 @@ def test_split_inputs_leave_the_function(name, shift):
         assert made[0].bias is None and made[1].bias == layer.bias
         assert all(np.array_equal(graph.constant(y.weight), before) for y in made)
     for feed in feeds(model, 3):
-        assert runtimes.drift(run(model, feed), run(graph, feed)) < 1e-5
+        assert measure.drift(run(model, feed), run(graph, feed)) < 1e-5
 
 
 def test_split_inputs_check_their_arguments():
@@ -463,14 +463,14 @@ def test_two_orders_of_four_bit_activations_are_eight_bits(name):
     assert grids == {4}
     outputs = {key: [run(m.model, f)[0] for f in samples] for key, m in made.items()}
     noise = {
-        key: np.mean([runtimes.sqnr(run(model, f)[0], y) for f, y in zip(samples, ys, strict=True)])
+        key: np.mean([measure.sqnr(run(model, f)[0], y) for f, y in zip(samples, ys, strict=True)])
         for key, ys in outputs.items()
     }
     assert abs(noise["two"] - noise["eight"]) < 0.5 and noise["one"] < noise["eight"] - 15
     for f in samples[:2]:  # codes of 4 bits stay within 4 bits, for any input
         wild = {k: 3 * v for k, v in f.items()}
-        assert runtimes.drift(run(made["eight"].model, wild), run(made["two"].model, wild)) < 0.02
-        assert runtimes.drift(run(made["two"].model, wild), run(made["two"].model, wild, optimize=False)) < 1e-4
+        assert measure.drift(run(made["eight"].model, wild), run(made["two"].model, wild)) < 0.02
+        assert measure.drift(run(made["two"].model, wild), run(made["two"].model, wild, optimize=False)) < 1e-4
 
 
 def test_one_order_of_activations_is_the_plain_network():

@@ -20,7 +20,8 @@ from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.flow import activation_inputs, maker_of
 from onnxq_plugins.job import Job
 from onnxq_plugins.layers.complete import complete
-from onnxq_plugins.measure.metrics import Measure, agreement, metric, sqnr
+from onnxq_plugins.measure.metrics import mean_sqnr, metric, percent_agreement
+from onnxq_plugins.measure.networks import Measure
 from onnxq_plugins.passes.mixed_precision import MixedPrecision
 from onnxq_plugins.plan import requests
 from onnxq_plugins.plan.planned import Planned
@@ -314,8 +315,8 @@ def test_a_group_alone_leaves_all_others_float(name):
             for layer in widths.job.graph.layers:
                 assert (layer.weight in weights) == (layer.weight not in plan)
             written, run = outputs(made, samples, False), outputs(made, samples)
-            assert sqnr(written, run) > 90  # integer kernels between layers may round otherwise; weights do not
-            noise[width] = sqnr(reference, run)
+            assert mean_sqnr(written, run) > 90  # integer kernels between layers may round otherwise; weights do not
+            noise[width] = mean_sqnr(reference, run)
         assert noise[Width(4, 8)] < 120, "the error of 8-bit activations must be seen"
         assert noise[Width(8, 16)] > max(35, noise[Width(4, 8)] + 3)
 
@@ -389,7 +390,7 @@ def test_the_way_down_never_rises_in_any_cost(order):
     from onnxq_plugins.passes.mixed_precision import _Search
 
     parameters = {"candidates": ("W4A8", "W8A8", "W4A16", "W8A16", "float"), "method": "nearest", "order": order}
-    found = _Search(MixedPrecision(**parameters), job, sqnr)
+    found = _Search(MixedPrecision(**parameters), job, mean_sqnr)
     found.widths.round("nearest", job.calibration.data)
     ranked = found.sensitivities()
     assert [s for s, _, _ in ranked] == sorted((s for s, _, _ in ranked), reverse=True)
@@ -456,8 +457,8 @@ def test_the_whole_way_on_an_npu(name):
     onnx.checker.check_model(result.model, full_check=True)
     json.dumps(result.report)
     samples = feeds(model, 6)
-    assert sqnr(outputs(model, samples), outputs(result.model, samples)) > 38
-    assert sqnr(outputs(result.model, samples, False), outputs(result.model, samples)) > 60
+    assert mean_sqnr(outputs(model, samples), outputs(result.model, samples)) > 38
+    assert mean_sqnr(outputs(result.model, samples, False), outputs(result.model, samples)) > 60
 
 
 def test_candidates_that_the_target_cannot_run_are_left_out():
@@ -591,7 +592,7 @@ def test_float_is_taken_where_kernels_allow_it(name):
         assert kernels[layer.name].quantized == (layer.name not in layers), layer.name
         assert (layer.weight in result.plan) == (layer.name not in layers)
     samples = feeds(model, 3, seed=1)
-    assert sqnr(outputs(result.model, samples, False), outputs(result.model, samples)) > 60
+    assert mean_sqnr(outputs(result.model, samples, False), outputs(result.model, samples)) > 60
 
 
 @pytest.mark.parametrize("budget", ["sqnr", "metric"])
@@ -698,8 +699,8 @@ def test_a_bit_of_one_groups_weights_is_worth_6_db():
 
 def test_agreement_is_a_percentage():
     a = np.eye(4, dtype=np.float32)
-    assert agreement([a], [a]) == 100
-    assert agreement([a], [a[[0, 1, 3, 2]]]) == 50
+    assert percent_agreement([a], [a]) == 100
+    assert percent_agreement([a], [a[[0, 1, 3, 2]]]) == 50
 
 
 def test_a_model_that_insists_on_its_batch_size_is_searched():

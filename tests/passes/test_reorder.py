@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from onnxq_plugins import quantize
 from onnxq_plugins.graph import channel_groups
 from onnxq_plugins.job import Report
+from onnxq_plugins.measure import drift
 from onnxq_plugins.passes import Reorder
 from onnxq_plugins.passes.reorder import _tile, _view
-from onnxq_plugins.runtimes import drift
 from onnxq_plugins.solvers.order import View, _State, sort_channels, swap_channels, total_cost
 from onnxq_plugins.spec import QuantSpec, fake, solve_minmax
 from tests.passes.test_round import distance, make_job

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import OnnxqError, quantize, runtimes
+from onnxq_plugins import OnnxqError, measure, quantize, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.calibration.propagation import propagate
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
@@ -69,7 +69,7 @@ def rounding(**parameters) -> dict:
 
 def distance(model, result, samples) -> float:
     wanted, found = (runtimes.outputs(runtimes.session(m), samples) for m in (model, result.model))
-    return float(np.mean([runtimes.sqnr(a, b) for a, b in zip(wanted, found, strict=True)]))
+    return float(np.mean([measure.sqnr(a, b) for a, b in zip(wanted, found, strict=True)]))
 
 
 # ---- the sweep: what is measured is what ships ------------------------------------------------------------------------

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from onnxq_plugins import OnnxqError, audit_model, quantize, runtimes
+from onnxq_plugins import OnnxqError, audit_model, measure, quantize, runtimes
 from onnxq_plugins.export.weights import shifts, stored_bits
 from onnxq_plugins.graph import load
+from onnxq_plugins.measure import drift
 from onnxq_plugins.passes import ShiftEqualize
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
-from onnxq_plugins.runtimes import drift
 from onnxq_plugins.runtimes.openvino import audit_openvino
 from onnxq_plugins.spec import QuantSpec, fake, solve_minmax, step
 from onnxq_plugins.targets import BUILTIN
@@ -90,7 +90,7 @@ def heavy(seed, outputs, inputs, tail):
 
 
 def quality(model, made, data):
-    return runtimes.sqnr(*(runtimes.outputs(runtimes.session(m), data)[0] for m in (model, made.model)))
+    return measure.sqnr(*(runtimes.outputs(runtimes.session(m), data)[0] for m in (model, made.model)))
 
 
 def mse(weight, spec):

@@ -15,9 +15,9 @@ from benchmarks.split_weights import FLOAT, measure, network
 from onnxq_plugins import OnnxqError, audit_model, quantize
 from onnxq_plugins.graph import load, replace_with_sum
 from onnxq_plugins.graph.rewrites import centre_of, centre_pads
+from onnxq_plugins.measure import drift
 from onnxq_plugins.passes import SplitWeights
 from onnxq_plugins.passes.split_weights import error, split
-from onnxq_plugins.runtimes import drift
 from onnxq_plugins.runtimes.openvino import audit_openvino
 from onnxq_plugins.spec import QuantSpec, decode, solve_minmax
 from tests.zoo import Net, conv_transpose, examples, feeds, mlp, mobilenet, run

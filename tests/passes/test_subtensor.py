@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from onnxq_plugins import OnnxqError, audit_model, quantize, runtimes
 from onnxq_plugins.graph import channel_groups, load, permute, split_outputs
 from onnxq_plugins.graph.rewrites import splittable
+from onnxq_plugins.measure import drift, sqnr
 from onnxq_plugins.passes import Subtensor
 from onnxq_plugins.plan.values import weight_values
-from onnxq_plugins.runtimes import drift
 from onnxq_plugins.solvers.clusters import clusters, cost
 from tests.zoo import ZOO, Net, batch, cnn, conv_transpose, dead_channels, examples, feeds, grouped, mlp, mobilenet, run
 
@@ -221,7 +221,7 @@ def spread(kind):
 
 def measure(model, made, data):
     reference = runtimes.outputs(runtimes.session(model), data)[0]
-    return runtimes.sqnr(reference, runtimes.outputs(runtimes.session(made.model), data)[0])
+    return sqnr(reference, runtimes.outputs(runtimes.session(made.model), data)[0])
 
 
 @pytest.mark.parametrize("kind", ["gemm", "conv", "depthwise"])

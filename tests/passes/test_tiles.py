@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxq_plugins import OnnxqError, quantize, runtimes
+from onnxq_plugins import OnnxqError, measure, quantize
 from onnxq_plugins.export import qdq
 from onnxq_plugins.graph import load
 from onnxq_plugins.layers.blocks import _by_row, _by_tile, row_steps, search
@@ -893,7 +893,7 @@ def test_exported_weights_are_those_of_the_plan_and_run_the_same_optimized(name,
     feed = feeds(model, 1, seed=7)[0]
     for layer, value in zip(planned, run(probe, feed, optimize=False), strict=True):
         np.testing.assert_array_equal(value, weight_values(layer, job.plan[layer.weight]))
-    sqnr = [runtimes.sqnr(a, b) for a, b in zip(run(exported, feed), run(exported, feed, optimize=False), strict=True)]
+    sqnr = [measure.sqnr(a, b) for a, b in zip(run(exported, feed), run(exported, feed, optimize=False), strict=True)]
     assert min(sqnr) > 25  # a few codes of activations fall on the other side
 
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from onnxq_plugins import OnnxqError, Plan, QuantSpec, audit_model, load, quantize, runtimes
+from onnxq_plugins import OnnxqError, Plan, QuantSpec, audit_model, load, measure, quantize, runtimes
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.export.weights import Layout, int8_codes, stored_bits
 from onnxq_plugins.files import save_model
@@ -46,7 +46,7 @@ def agree(model: onnx.ModelProto, samples) -> None:
     """With and without optimization onnxruntime computes the same, but for codes that lie on the edge."""
     plain, fast = (runtimes.outputs(runtimes.session(model, optimize=o), samples) for o in (False, True))
     for a, b in zip(plain, fast, strict=True):
-        assert runtimes.sqnr(a, b) > 30
+        assert measure.sqnr(a, b) > 30
 
 
 def net(k: int = 1, groups: int = 1, cin: int = 24, cout: int = 24) -> onnx.ModelProto:
@@ -125,7 +125,7 @@ def test_openvino_runs_multipliers_as_integer(tmp_path):
         assert all(layer.quantized for layer in audit_openvino(path).layers)
         runner = ov.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         theirs = np.concatenate([runner([s["x"]])[0] for s in samples])
-        assert runtimes.sqnr(runtimes.outputs(runtimes.session(result.model), samples)[0], theirs) > 25
+        assert measure.sqnr(runtimes.outputs(runtimes.session(result.model), samples)[0], theirs) > 25
 
 
 def test_finer_scales_have_less_error():
@@ -133,7 +133,7 @@ def test_finer_scales_have_less_error():
     samples, other = feeds(model, 16), feeds(model, 16, seed=1)
     wanted = runtimes.outputs(runtimes.session(model), other)[0]
     found = [
-        runtimes.sqnr(wanted, runtimes.outputs(runtimes.session(quantize(model, r, samples, workers=1).model), other)[0])
+        measure.sqnr(wanted, runtimes.outputs(runtimes.session(quantize(model, r, samples, workers=1).model), other)[0])
         for r in ({"weights": {"bits": 4, "block": "tensor"}}, {"weights": {"bits": 4}}, tiled(sub_block=(1, 8)))
     ]
     assert found[0] < found[1] < found[2]
@@ -246,7 +246,7 @@ def test_storage_computes_with_the_planned_weights(name, weights, activations):
         for layer in graph.layers:
             graph.set_constant(layer.weight, weight_values(layer, result.plan[layer.weight]))
         wanted = runtimes.outputs(runtimes.session(graph.model()), samples)
-        assert runtimes.drift(wanted, runtimes.outputs(runtimes.session(result.model), samples)) < 1e-4
+        assert measure.drift(wanted, runtimes.outputs(runtimes.session(result.model), samples)) < 1e-4
     else:
         agree(result.model, samples)
 
@@ -264,7 +264,7 @@ def test_storage_keeps_a_shift():
     assert any(spec.shift is not None for spec in result.plan.values())
     plain = quantize(model, recipe | {"pass": []}, samples, workers=1)
     wanted = runtimes.outputs(runtimes.session(model), samples)[0]
-    errors = [runtimes.sqnr(wanted, runtimes.outputs(runtimes.session(r.model), samples)[0]) for r in (plain, result)]
+    errors = [measure.sqnr(wanted, runtimes.outputs(runtimes.session(r.model), samples)[0]) for r in (plain, result)]
     assert errors[1] > errors[0]
 
 

@@ -30,7 +30,8 @@ from onnxq_plugins import (
     quantize,
     runtimes,
 )
-from onnxq_plugins.measure.metrics import sqnr
+from onnxq_plugins.measure import drift
+from onnxq_plugins.measure.metrics import mean_sqnr
 from onnxq_plugins.passes.mixed_precision import MixedPrecision
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
@@ -414,7 +415,7 @@ def test_the_tool_is_as_accurate_as_our_own_export(name, settings, tmp_path):
     made, samples = by_tool(result, feeds(model, 6), tmp_path / "made.onnx"), feeds(model, 12, seed=1)
     reference = runtimes.outputs(runtimes.session(model), samples)
     ours, tools = (
-        sqnr(reference, runtimes.outputs(runtimes.session(m, optimize=False), samples)) for m in (result.model, made)
+        mean_sqnr(reference, runtimes.outputs(runtimes.session(m, optimize=False), samples)) for m in (result.model, made)
     )
     noted = any("range of the tool's own" in note for note in ort_overrides(result)["notes"])
     assert abs(ours - tools) < (3.0 if noted else 0.5), (ours, tools)
@@ -439,7 +440,7 @@ def test_the_model_for_the_tool_holds_what_the_codes_stand_for():
         assert np.allclose(held[layer.bias], given[layer.bias] + spec.shift, atol=1e-6)
     samples = feeds(mobilenet(), 4)
     assert (
-        runtimes.drift(
+        drift(
             runtimes.outputs(runtimes.session(mobilenet()), samples),
             runtimes.outputs(runtimes.session(result.float_model), samples),
         )
@@ -454,7 +455,7 @@ def test_a_shift_without_a_bias_gets_one(tmp_path):
     result = searched(model, recipe=recipe_of(candidates=["W4A8"], behind=[{"use": "bias-correct"}]), limit=1.0)
     made, samples = by_tool(result, feeds(model, 6), tmp_path / "made.onnx"), feeds(model, 6, seed=2)
     reference = runtimes.outputs(runtimes.session(model), samples)
-    ours, tools = (sqnr(reference, runtimes.outputs(runtimes.session(m), samples)) for m in (result.model, made))
+    ours, tools = (mean_sqnr(reference, runtimes.outputs(runtimes.session(m), samples)) for m in (result.model, made))
     assert abs(ours - tools) < 0.5
 
 
@@ -497,4 +498,4 @@ def test_overrides_from_the_command_line(onnxq):
     quantize_static("tool.onnx", "b.onnx", Reader(feeds(mlp(), 8)), **ort_arguments("tool.json"))
     samples = feeds(mlp(), 8, seed=1)
     a, b = (runtimes.outputs(runtimes.session(onnx.load(p), optimize=False), samples) for p in ("a.onnx", "b.onnx"))
-    assert sqnr(a, b) > 35
+    assert mean_sqnr(a, b) > 35

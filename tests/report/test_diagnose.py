@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
+import tomllib
 
 import numpy as np
 import onnx
@@ -12,14 +14,18 @@ import pytest
 from onnx import numpy_helper
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import OnnxqError, cli, plugins, runtimes
+from onnxq_plugins import OnnxqError, cli, measure, plugins, runtimes
 from onnxq_plugins.data import open_data
 from onnxq_plugins.export.qdq import export
-from onnxq_plugins.measure.metrics import sqnr
+from onnxq_plugins.job import LayerRule
+from onnxq_plugins.measure.metrics import mean_sqnr
+from onnxq_plugins.passes import Equalize, Round
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.recipe import load_recipe, parse, to_toml
+from onnxq_plugins.report.attempts import Attempt
 from onnxq_plugins.report.causes import Cause
-from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, Trial, diagnose
-from onnxq_plugins.report.layer_errors import Own, gathered, own
+from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose
+from onnxq_plugins.report.layer_errors import Own, accumulated_errors, own_errors
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.search.widths import ALONE
 from onnxq_plugins.spec import Plan
@@ -56,10 +62,10 @@ def changed(model: onnx.ModelProto, layer: str, change) -> onnx.ModelProto:
 
 def helped(result: onnxq.Result, remedy: Remedy, found: Diagnosis) -> float:
     """dB that a remedy gains."""
-    made = result.again(remedy.on(result.report["recipe"]), settings=remedy.settings)
+    made = result.again(remedy.on(result.recipe), settings=remedy.settings)
     samples = result.data.spread(8)
     reference, answers = (runtimes.outputs(runtimes.session(m), samples) for m in (made.float_model, made.model))
-    return sqnr(reference, answers) - found.sqnr
+    return mean_sqnr(reference, answers) - found.sqnr
 
 
 def first(found: Diagnosis) -> tuple[str, str]:
@@ -73,7 +79,7 @@ def test_a_layer_of_two_bits():
     result = quantized(chain(), {**INT8, "layer": [{"match": "conv4", "weights": {"bits": 2}}]})
     found = diagnose(result)
     assert first(found) == ("conv4", "few-bits")
-    assert "2 bits" in found.told(found.layers[0])
+    assert "2 bits" in found.describe(found.layers[0])
     remedy = found.layers[0].remedies[0]
     assert "weights.bits = 8" in remedy.typed and helped(result, remedy, found) > 6
 
@@ -254,7 +260,7 @@ def test_an_activation_in_float_is_float(make):
     for layer in found.layers[:3]:
         ways = [r for r in layer.remedies if "so that nothing rounds" in r.text]
         for remedy in ways:
-            made = result.again(remedy.on(result.report["recipe"]))
+            made = result.again(remedy.on(result.recipe))
             root = made.graph.root(layer.input)
             assert all(made.graph.is_constant(name) or made.graph.root(name) != root for name in made.plan)
             if layer.input not in made.graph.inputs:
@@ -269,17 +275,14 @@ def test_the_writer_of_a_rounded_tensor_is_named():
     found = diagnose(result)
     tensor = next(y for y in found.layers if y.name == "tensor t3")
     remedy = tensor.remedies[-1]
-    assert [rule["match"] for rule in remedy.layers] == ["conv2"]  # its reader is float by the recipe
-    made = result.again(remedy.on(result.report["recipe"]))
+    assert [rule.match for rule in remedy.layers] == ["conv2"]  # its reader is float by the recipe
+    made = result.again(remedy.on(result.recipe))
     assert is_float(made.model, tensor.input)
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "npu", "per-tensor", "storage"])
 def test_what_is_typed_is_options_or_toml(target):
     """Never a mixture: a block can be put into a file, an option into a command."""
-    import shlex
-    import tomllib
-
     weights = {"block": "tensor", "bits": 8} if target == "per-tensor" else {"bits": 4}
     for ranges in ({"use": "ranges"}, {"use": "ranges", "method": "percentile", "percentile": 98}):
         recipe = {"pass": [ranges], "weights": weights, "target": target}
@@ -297,7 +300,7 @@ def test_what_is_typed_is_options_or_toml(target):
 
 def test_a_remedy_belongs_in_one_place():
     with pytest.raises(ValueError, match="not both"):
-        Remedy("", ("target=npu",), layers=({"match": "a"},))
+        Remedy("", ("target=npu",), layers=(LayerRule(),))
 
 
 def test_layers_in_float_at_load_get_a_target():
@@ -315,24 +318,24 @@ def result(request) -> onnxq.Result:
     return quantized(MODELS[request.param](), "int8", 4)
 
 
-def test_gathered_is_what_a_run_of_both_networks_gives(result):
+def test_accumulated_errors_are_those_of_the_whole_network(result):
     """The last layer's output is the network's output."""
     samples = result.data.spread(4)
     output = result.graph.outputs[0]
-    found = gathered(result.graph, result.model, [output], samples)[output]
+    found = accumulated_errors(result.graph, result.model, [output], samples)[output]
     reference, answers = (runtimes.outputs(runtimes.session(m), samples) for m in (result.float_model, result.model))
-    assert found == pytest.approx(runtimes.sqnr(reference[0], answers[0]), abs=0.2)
+    assert found == pytest.approx(measure.sqnr(reference[0], answers[0]), abs=0.2)
 
 
 def test_own_errors_agree_with_the_exporter(result):
     """A layer's own error at its output is that of the network exported with this layer quantized alone."""
     samples = result.data.spread(4)
-    found = own(result.graph, result.plan, result.target, samples)
+    found = own_errors(Planned(result.graph, result.plan, result.target), samples)
     planned = [y for y in result.graph.layers if y.weight in result.plan]
     assert set(found) == {y.name for y in planned}
     for layer in planned[:: max(1, len(planned) // 3)]:
         model = export(result.graph, Plan({layer.weight: result.plan[layer.weight]}), ALONE)
-        measured = gathered(result.graph, model, [layer.result], samples)[layer.result]
+        measured = accumulated_errors(result.graph, model, [layer.result], samples)[layer.result]
         assert found[layer.name].weight == pytest.approx(measured, abs=0.3)
         assert found[layer.name].both <= max(found[layer.name].weight, found[layer.name].input) + 1
         assert 0 <= found[layer.name].mean_share <= 1
@@ -386,9 +389,9 @@ def test_different_remedies_are_tried_the_worst_layer_first():
     assert refused.sqnr is None and refused.verdict(30) == "refused: no."
 
 
-@pytest.mark.parametrize(("gain", "word"), [(0.05, "no use"), (-0.05, "no use"), (0.3, "helps"), (-0.3, "harms")])
-def test_what_was_tried_is_told_in_words(gain, word):
-    assert Trial("a", Remedy(""), 30 + gain).verdict(30).startswith(word)
+@pytest.mark.parametrize(("gain", "word"), [(0.05, "no effect"), (-0.05, "no effect"), (0.3, "helps"), (-0.3, "harms")])
+def test_the_verdict_on_an_attempt(gain, word):
+    assert Attempt("a", Remedy(""), 30 + gain).verdict(30).startswith(word)
 
 
 def test_no_bar_for_nothing():
@@ -425,19 +428,18 @@ def result_inputs(result):
 # ---- remedies as text -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_typed_is_what_is_done():
-    """The lines of a remedy, put behind a recipe's file, are the recipe that `on` gives."""
-    import tomllib
-
+def test_the_printed_remedy_is_the_applied_remedy():
+    """The lines of a remedy, appended to a recipe's file, make the recipe that `on` returns."""
     known = plugins.find_plugins().passes
-    remedy = Remedy("", (), ({"use": "equalize", "by": "activations"},), ({"match": "a[[]0]*", "weights": {"bits": 4}},))
-    recipe = load_recipe("int8", known).to_dict()
-    read = tomllib.loads(remedy.typed)
-    made = parse(remedy.on(recipe), known)
-    assert parse(read, known).layers == made.layers and parse(read, known).passes[0] in made.passes
-    assert [step.name for step in made.passes] == ["scale-inputs", "equalize", "ranges", "bias-correct"]
-    behind = Remedy("", passes=({"use": "round"},)).on(recipe)["pass"]
-    assert [step["use"] for step in behind] == ["scale-inputs", "ranges", "round", "bias-correct"]
+    rule = LayerRule(match="a[[]0]*", weights={"bits": 4, "sub_block": [1, 16]})
+    remedy = Remedy("", passes=(Equalize(by="activations"),), layers=(rule,))
+    recipe = load_recipe("int8", known)
+    changed = remedy.on(recipe)
+    file = parse(tomllib.loads(f"{to_toml(recipe.to_dict())}\n{remedy.typed}"), known)
+    assert file.layers == changed.layers and set(map(repr, file.passes)) == set(map(repr, changed.passes))
+    assert [step.name for step in changed.passes] == ["scale-inputs", "equalize", "ranges", "bias-correct"]
+    solved = Remedy("", passes=(Round(),)).on(recipe)
+    assert [step.name for step in solved.passes] == ["scale-inputs", "ranges", "round", "bias-correct"]
 
 
 def test_a_rule_matches_one_layer_whatever_its_name():
@@ -446,15 +448,13 @@ def test_a_rule_matches_one_layer_whatever_its_name():
     from onnxq_plugins.report.remedies import layer_rule
 
     for name in ("a*", "conv[1]", "x?y", "plain/conv"):
-        match = layer_rule(name, quantize=False)["match"]
+        match = layer_rule(name, quantize=False).match
         other = name.replace("*", "bc").replace("?", "z").replace("[1]", "1").replace("plain", "any")
         assert fnmatchcase(name, match) and not fnmatchcase(other, match)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-storage", "sub-layer", "mixed", "int8-data-free"])
 def test_recipes_as_files(name):
-    import tomllib
-
     known = plugins.find_plugins().passes
     recipe = load_recipe(name, known)
     assert parse(tomllib.loads(to_toml(recipe.to_dict())), known) == parse(recipe.to_dict(), known)
@@ -512,7 +512,7 @@ def test_a_narrow_terminal_shortens_no_name(width, adds_up):
     for n, (name, line) in enumerate(zip(NAMES, lines[1:], strict=True), 1):
         assert line.split()[0] == f"{n}" and name in line and "uneven-channels, heavy-tail" in line
     assert max(map(len, lines)) <= max(width, 79)
-    assert ("gathered dB" in lines[0]) == (width == 200) and found.part_of in lines[0]
+    assert ("accumulated dB" in lines[0]) == (width == 200) and found.part_of in lines[0]
 
 
 def test_a_diagnosis_in_a_notebook():

@@ -17,8 +17,9 @@ import pytest
 
 import onnxq_plugins as onnxq
 from onnxq_plugins import OnnxqError, cli, runtimes
+from onnxq_plugins.report.comparison import Comparison, Pair
 from onnxq_plugins.report.diagnosis import diagnose
-from onnxq_plugins.report.page import _verdict, check_page
+from onnxq_plugins.report.page import check_page
 from onnxq_plugins.search.widths import ALONE  # noqa: F401  (imported before matplotlib is hidden)
 from tests.zoo import conv_transpose, feeds, mlp, mobilenet, no_layer, transformer
 
@@ -136,51 +137,40 @@ def test_labels_and_calibration_are_told(tmp_path):
     assert "Accuracy (top-1)" in text and "float 100.0 %" in text and "20 calibration samples" in text and "flatter" in text
     assert "accuracy 100.0 %, float 100.0 %;" in text
     other = result.save_report(tmp_path / "b.html", data[:10]).read_text("utf-8")
-    assert "flatter" not in other and "10 samples" in other and "Accuracy" not in other
+    assert "flatter" not in other and "10 of 10 samples" in other and "Accuracy (top-1)" not in other
 
 
-def measured(sqnr: float, agreement=None, top1=None, speed: float = 2.0, **more) -> dict:
-    answers = {} if agreement is None else {"agreement": agreement}
-    right = {} if top1 is None else {"top1": {"float": 90.0, "quantized": top1}}
-    return {
-        "sqnr": sqnr,
-        **answers,
-        **right,
-        "milliseconds": {"float": speed, "quantized": 1.0},
-        "samples": 8,
-        "where": "the data",
-        "calibrated_on_them": True,
-        **more,
-    }
+def comparison(sqnr: float, agreement=None, top1=None, speed: float = 2.0) -> Comparison:
+    accuracy = None if top1 is None else Pair(90.0, top1)
+    return Comparison(8, 8, "the data", True, sqnr, Pair(speed, 1.0), agreement, accuracy)
 
 
 @pytest.mark.parametrize(
-    ("found", "level"),
+    ("measured", "grade"),
     [
-        (measured(35), "good"),
-        (measured(20), "fair"),
-        (measured(8), "poor"),
-        (measured(20, 99.5), "good"),
-        (measured(35, 96), "fair"),
-        (measured(12, 80), "poor"),
-        (measured(12, 80, 89.5), "good"),
-        (measured(35, 100, 88), "fair"),
-        (measured(35, 100, 80), "poor"),
-        (measured(35, speed=0.8), "fair"),
-        (measured(8, speed=0.8), "poor"),
+        (comparison(35), "good"),
+        (comparison(20), "fair"),
+        (comparison(8), "poor"),
+        (comparison(20, 99.5), "good"),
+        (comparison(35, 96), "fair"),
+        (comparison(12, 80), "poor"),
+        (comparison(12, 80, 89.5), "good"),
+        (comparison(35, 100, 88), "fair"),
+        (comparison(35, 100, 80), "poor"),
+        (comparison(35, speed=0.8), "fair"),
+        (comparison(8, speed=0.8), "poor"),
     ],
 )
-def test_a_page_says_whether_this_is_good(found, level):
-    told = _verdict(found)
-    assert told[0] == level and told[1].endswith("8 calibration samples.")
-    assert ("slower than the float model" in told[1]) == (found["milliseconds"]["float"] < 1)
-    assert ("accuracy" in told[1]) == ("top1" in found)
+def test_the_verdict_grades_accuracy_before_agreement_before_noise(measured, grade):
+    assert measured.grade == grade and measured.verdict.endswith("8 calibration samples.")
+    assert ("slower than the float model" in measured.verdict) == (measured.speed < 1)
+    assert ("accuracy" in measured.verdict) == (measured.top1 is not None)
 
 
-def test_made_up_samples_are_called_so(tmp_path):
+def test_synthetic_samples_are_called_so(tmp_path):
     result = onnxq.quantize(mobilenet(), "int8-data-free", workers=1)
     text = result.save_report(tmp_path / "a.html").read_text("utf-8")
-    assert "made-up samples" in text and "calibration samples" not in text and "for lack of data" in text
+    assert "synthetic samples" in text and "calibration samples" not in text and "for lack of data" in text
 
 
 def test_bits_are_drawn_where_they_differ(tmp_path):
@@ -363,7 +353,7 @@ def test_page_in_chromium(browser, page_file, scheme, width):
     assert line == ink
     before = page.evaluate("[...document.querySelectorAll('table.sortable tbody tr')].map(r => r.cells[5].textContent)")
     button = page.locator("table.sortable thead th:nth-child(6) button")
-    assert button.inner_text() == "gathered dB"
+    assert button.inner_text() == "accumulated dB"
     button.click()
     rising = page.evaluate("[...document.querySelectorAll('table.sortable tbody tr')].map(r => r.cells[5].textContent)")
     numbers = [float(cell) for cell in rising if cell]

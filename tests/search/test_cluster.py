@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from onnxq_plugins import OnnxqError, quantize, runtimes
-from onnxq_plugins.measure import metrics
-from onnxq_plugins.measure.metrics import agreement
+from onnxq_plugins.measure import networks
+from onnxq_plugins.measure.metrics import percent_agreement
 from tests.zoo import feeds, mlp, mobilenet
 
 RECIPE = {"pass": [{"use": "mixed-precision", "candidates": ["W3A8", "W4A8", "W6A8", "W8A8"], "curve": 4}]}
@@ -21,7 +21,7 @@ RECIPE = {"pass": [{"use": "mixed-precision", "candidates": ["W3A8", "W4A8", "W6
 
 def half(reference, found, labels):
     """A metric of the user's own."""
-    return agreement(reference, found) / 2
+    return percent_agreement(reference, found) / 2
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,8 @@ def test_an_interrupted_search_goes_on_where_it_was(here, stage, tmp_path, monke
     kept = {p.name for p in tmp_path.glob("*") if p.name.endswith(("-codes.npz", "-scores.npz"))}
     assert kept
     ran = []
-    whole = metrics.measured
-    monkeypatch.setattr(metrics, "measured", lambda *args: (ran.append(1), whole(*args))[1])
+    whole = networks.score_model
+    monkeypatch.setattr(networks, "score_model", lambda *args: (ran.append(1), whole(*args))[1])
     again = quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), cache=tmp_path, workers=1)
     assert again.model.SerializeToString() == here.model.SerializeToString()
     told = again.report["steps"][0]["result"]

@@ -1,4 +1,4 @@
-"""Fractal calibration images: reproducible, never degenerate, in their statistics like photographs."""
+"""Fractal calibration images: reproducible, never degenerate, with the statistics of photographs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def images(count, height=32, width=32, channels=3, seed=0):
     return list(fractals(count, height, width, channels, np.random.default_rng(seed)))
 
 
-def test_a_seed_decides_the_images():
+def test_the_seed_determines_the_images():
     first = images(6)
     np.testing.assert_array_equal(first, images(6))
     assert not np.array_equal(first, images(6, seed=1))
@@ -37,21 +37,21 @@ def test_an_image_does_not_depend_on_how_many_follow(count):
         np.testing.assert_array_equal(one, other)
 
 
-def test_images_are_made_one_at_a_time():
+def test_images_are_drawn_one_at_a_time():
     endless = fractals(10**12, 16, 16, 3, np.random.default_rng(0))
     np.testing.assert_array_equal([next(endless) for _ in range(3)], images(3, 16, 16))
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (28, 28), (32, 32), (64, 48)])
-def test_every_image_is_alive_and_its_own(height, width):
-    made = images(200, height, width)
-    for image in made:
+def test_every_image_is_unique_and_not_flat(height, width):
+    drawn = images(200, height, width)
+    for image in drawn:
         assert image.shape == (height, width, 3) and image.dtype == np.float32 and image.flags.c_contiguous
         assert np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1
         assert image.std() > 0.05 and (image.std(axis=(0, 1)) > 0.05).all()
         assert 0.1 < image.mean() < 0.9
-    assert len({image.tobytes() for image in made}) == len(made)
-    flat = np.corrcoef([image.mean(axis=2).ravel() for image in made])
+    assert len({image.tobytes() for image in drawn}) == len(drawn)
+    flat = np.corrcoef([image.mean(axis=2).ravel() for image in drawn])
     assert np.mean([np.abs(flat[i, j]) > 0.98 for i, j in pairwise(range(200))]) < 0.02
 
 
@@ -82,7 +82,7 @@ def test_no_spectrum_is_white(size):
     assert abs(spectrum_slope(noise)) < 0.3
 
 
-def test_channels_of_another_number_are_mixtures_of_their_own():
+def test_other_numbers_of_channels_are_separate_mixtures():
     between = [np.abs(np.corrcoef(image.reshape(-1, 6).T)[np.triu_indices(6, 1)]) for image in images(20, channels=6)]
     assert np.median(between) < 0.9 and np.max([one.max() for one in between]) < 1
 
@@ -99,14 +99,14 @@ def test_systems_stay_bounded_and_cover_their_box():
 def test_systems_that_diverge_or_collapse_are_rejected():
     rng = np.random.default_rng(0)
     growing, point = np.zeros((2, module._MAPS, 6))
-    growing[:2], point[:2] = [1.5, 0, 0, 1.5, 1, 1], [0.5, 0, 0, 0.5, 1, 1]  # both of its maps the same: one fixed point
+    growing[:2], point[:2] = [1.5, 0, 0, 1.5, 1, 1], [0.5, 0, 0, 0.5, 1, 1]  # both of its maps are equal: one fixed point
     assert len(module._covering(np.stack([growing, point]), rng)) == 0
     square = np.zeros((module._MAPS, 6))
     square[:4] = [[0.5, 0, 0, 0.5, x, y] for x in (0, 1) for y in (0, 1)]  # four halves tile the square
     assert len(module._covering(square[None], rng)) == 1
 
 
-def test_maps_are_taken_in_proportion_to_their_area():
+def test_maps_are_drawn_in_proportion_to_their_area():
     maps = np.zeros((1, module._MAPS, 6))
     maps[0, :3, 0] = maps[0, :3, 3] = [0.2, 0.4, 0.6]
     _, which = module._orbit(maps, 2000, np.random.default_rng(0))

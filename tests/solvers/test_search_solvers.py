@@ -1,4 +1,4 @@
-"""What the search for widths is built of: the longest prefix that is good enough, and the best choice within a budget."""
+"""Parts of the search for widths: the longest prefix that is good enough, and the best choice within a budget."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ VALUES = st.one_of(st.integers(0, 4).map(float), st.floats(-100, 200), st.floats
 
 
 def prefix(scores, target):
-    """The definition: how many changes may be made."""
+    """The definition: the largest number of changes that meets the target."""
     return max((k for k, score in enumerate(scores) if score >= target), default=-1)
 
 
-def asked(scores, target, strategy):
-    """What `longest` finds, and which scores it asked for."""
+def search(scores, target, strategy):
+    """The result of `longest`, and the numbers of which it called the score."""
     calls = []
-    found = longest(lambda k: calls.append(k) or scores[k], len(scores) - 1, target, strategy)
-    return found, calls
+    result = longest(lambda k: calls.append(k) or scores[k], len(scores) - 1, target, strategy)
+    return result, calls
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -41,8 +41,8 @@ def asked(scores, target, strategy):
 def test_strategies_find_the_longest_prefix(strategy, scores, target, data):
     if data.draw(st.booleans()):
         target = data.draw(st.sampled_from(scores))  # met exactly, perhaps by several
-    found, calls = asked(scores, target, strategy)
-    assert found == prefix(scores, target)
+    result, calls = search(scores, target, strategy)
+    assert result == prefix(scores, target)
     assert len(set(calls)) == len(calls) and set(calls) <= set(range(len(scores)))
 
 
@@ -60,20 +60,20 @@ def test_halving_needs_few_scores(strategy, size, shape):
         "hyperbola": 1.0 / (k + 1),
     }[shape]
     for target in np.unique(np.concatenate([np.linspace(scores[-1], scores[0], 23), scores[:: max(1, size // 20)]])):
-        found, calls = asked(scores, target, strategy)
-        assert found == prefix(scores, target)
+        result, calls = search(scores, target, strategy)
+        assert result == prefix(scores, target)
         assert len(calls) <= 2 * math.log2(size) + 3
 
 
 def test_interpolation_is_quick_on_a_line():
     scores = -np.arange(1001.0)
-    assert len(asked(scores, -617.5, "interpolation")[1]) <= 5
+    assert len(search(scores, -617.5, "interpolation")[1]) <= 5
 
 
-def test_brute_finds_what_lies_behind_a_dip():
+def test_brute_finds_prefixes_behind_a_dip():
     scores = [9, 8, 3, 7, 2]
-    assert asked(scores, 5, "brute")[0] == 3
-    assert asked(scores, 5, "brute")[1] == [0, 1, 2, 3, 4]
+    assert search(scores, 5, "brute")[0] == 3
+    assert search(scores, 5, "brute")[1] == [0, 1, 2, 3, 4]
 
 
 # ---- allocate -----------------------------------------------------------------------------------------------------------
@@ -92,11 +92,11 @@ def exhaustive(noise, cost, limit):
 
 def check(noise, cost, limit):
     noise, cost = ([np.array(part, float) for part in side] for side in (noise, cost))
-    found, best = allocate(noise, cost, limit), exhaustive(noise, cost, limit)
-    assert (found is None) == (best is None)
-    if found is not None:
-        assert math.fsum(c[k] for c, k in zip(cost, found, strict=True)) <= limit + 1e-9
-        total, least = (math.fsum(n[k] for n, k in zip(noise, found, strict=True)), math.fsum(n.min() for n in noise))
+    result, best = allocate(noise, cost, limit), exhaustive(noise, cost, limit)
+    assert (result is None) == (best is None)
+    if result is not None:
+        assert math.fsum(c[k] for c, k in zip(cost, result, strict=True)) <= limit + 1e-9
+        total, least = (math.fsum(n[k] for n, k in zip(noise, result, strict=True)), math.fsum(n.min() for n in noise))
         assert total <= best + 1e-5 * (best - least) + 1e-15
 
 
@@ -110,8 +110,8 @@ def test_allocation_is_the_best_of_all(groups, limit):
     check([[n for n, _ in group] for group in groups], [[c for _, c in group] for group in groups], limit)
 
 
-def test_allocation_knows_small_noise_beside_large():
-    """2-bit noise of 0 dB among the options must not hide what lies between -50 and -70 dB."""
+def test_allocation_distinguishes_small_noise_beside_large():
+    """2-bit noise of 0 dB among the options must not hide differences between -50 and -70 dB."""
     check([[1.0, 1e-5, 1e-7], [1.0, 3e-5, 2e-7], [1.0, 2e-6, 1e-7]], [[2, 8, 16]] * 3, 40)
     check([[1.0, 1e-9, 1e-11], [1.0, 3e-9, 2e-11], [1.0, 2e-9, 1e-12]], [[2, 8, 16]] * 3, 32)
 

@@ -31,7 +31,7 @@ QUICK = Effort(steps=40)
 
 
 class Case(NamedTuple):
-    """A layer: weights [g, O, D], Gram matrices [g, D, D], steps, grid and the data behind it [g, D, N]."""
+    """A layer: weights [g, O, D], Gram matrices [g, D, D], steps, grid and its input data [g, D, N]."""
 
     w: np.ndarray
     h: np.ndarray
@@ -135,9 +135,9 @@ def valid(codes, case):
     )
 
 
-def not_above(found, other, slack=1e-9):
+def not_above(loss, other, slack=1e-9):
     """Row by row, up to rounding errors."""
-    return np.all(found <= other * (1 + slack) + 1e-12)
+    return np.all(loss <= other * (1 + slack) + 1e-12)
 
 
 def falling(diagonal, order):
@@ -183,7 +183,7 @@ def naive_gpfq(case, order):
 
 
 def naive_descent(case, codes, sweeps):
-    """One code at a time, the error computed anew each time."""
+    """One code at a time, with the error computed again each time."""
     codes, least = codes.copy(), np.inf
     for _ in range(sweeps):
         loss = case.loss(codes).sum()
@@ -261,14 +261,14 @@ def test_ridge_makes_singular_and_dead_matrices_invertible(seed, size, dead, amo
     x[:, : min(dead, size - 1)] = 0
     h = x @ x.swapaxes(1, 2)
     before = h.copy()
-    made = ridge(h, amount)
-    assert np.isfinite(np.linalg.cholesky(made)).all()
+    ridged = ridge(h, amount)
+    assert np.isfinite(np.linalg.cholesky(ridged)).all()
     np.testing.assert_array_equal(h, before)
     alive = x[:, :, 0] != 0
-    old, new = np.einsum("gdd->gd", h), np.einsum("gdd->gd", made)
+    old, new = np.einsum("gdd->gd", h), np.einsum("gdd->gd", ridged)
     assert np.all(new[~alive] == 1)
     np.testing.assert_allclose(new[alive], (1 + amount) * old[alive], rtol=1e-9, atol=2e-7 * h.max())
-    np.testing.assert_array_equal(made - new[:, None] * np.eye(size), h - old[:, None] * np.eye(size))
+    np.testing.assert_array_equal(ridged - new[:, None] * np.eye(size), h - old[:, None] * np.eye(size))
 
 
 @few
@@ -279,11 +279,11 @@ def test_ridge_does_not_depend_on_the_unit_of_the_inputs(case, unit, amount):
 
 @few
 @given(small, st.floats(0, 100))
-def test_regression_on_float_inputs_gives_the_weights_back(case, amount):
+def test_regression_on_float_inputs_returns_the_weights(case, amount):
     np.testing.assert_allclose(regress(case.w, case.h, case.w @ case.h, amount), case.w, atol=1e-8)
 
 
-def seen_by_the_quantized_network(seed, size=8, rows=3):
+def quantized_inputs(seed, size=8, rows=3):
     """Weights, outputs y of the float network, inputs of the quantized one."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(2, size, size)) @ rng.normal(size=(2, size, 400)) + 0.5
@@ -299,30 +299,30 @@ def mean_gram(a, b):
 @few
 @given(seeds)
 def test_regression_reduces_the_error_on_quantized_inputs_to_its_minimum(seed):
-    w, y, x = seen_by_the_quantized_network(seed)
+    w, y, x = quantized_inputs(seed)
     h, cross = mean_gram(x, x), mean_gram(y, x)
-    found = regress(w, h, cross, 1e-4)
+    solution = regress(w, h, cross, 1e-4)
     least = np.stack([np.linalg.lstsq(a.T, b.T, rcond=None)[0].T for a, b in zip(x, y, strict=True)])
-    loss = {name: ((y - v @ x) ** 2).sum() for name, v in (("given", w), ("found", found), ("least", least))}
-    assert loss["found"] < 0.9 * loss["given"]
-    assert loss["found"] <= 1.02 * loss["least"]
+    loss = {name: ((y - v @ x) ** 2).sum() for name, v in (("float", w), ("solution", solution), ("least", least))}
+    assert loss["solution"] < 0.9 * loss["float"]
+    assert loss["solution"] <= 1.02 * loss["least"]
 
 
 @few
 @given(seeds, st.floats(0.01, 5))
 def test_regression_minimises_the_error_plus_its_ridge(seed, amount):
-    w, y, x = seen_by_the_quantized_network(seed)
+    w, y, x = quantized_inputs(seed)
     h, cross = mean_gram(x, x), mean_gram(y, x)
-    found = regress(w, h, cross, amount)
-    pull = (found - w) * amount * np.einsum("gdd->gd", h)[:, None]
-    gradient = found @ h - cross + pull
+    solution = regress(w, h, cross, amount)
+    pull = (solution - w) * amount * np.einsum("gdd->gd", h)[:, None]
+    gradient = solution @ h - cross + pull
     assert np.abs(gradient).max() <= 1e-5 * np.abs(cross).max()
 
 
 @few
 @given(seeds, seeds)
 def test_asymmetric_loss_is_the_gram_loss_around_the_regression_plus_a_constant(seed, other):
-    w, y, x = seen_by_the_quantized_network(seed)
+    w, y, x = quantized_inputs(seed)
     h = mean_gram(x, x)
     target = regress(w, h, mean_gram(y, x), 0)
     tries = np.random.default_rng(other).normal(size=(3, *w.shape))
@@ -333,18 +333,18 @@ def test_asymmetric_loss_is_the_gram_loss_around_the_regression_plus_a_constant(
 
 
 def test_regression_with_a_huge_ridge_keeps_the_weights():
-    w, y, x = seen_by_the_quantized_network(0)
+    w, y, x = quantized_inputs(0)
     h, cross = mean_gram(x, x), mean_gram(y, x)
     assert np.abs(regress(w, h, cross, 1e-3) - w).max() > 0.05
     np.testing.assert_allclose(regress(w, h, cross, 1e9), w, atol=1e-6)
 
 
 def test_regression_leaves_weights_of_dead_inputs_alone():
-    w, y, x = seen_by_the_quantized_network(0)
+    w, y, x = quantized_inputs(0)
     x[:, 2] = 0
-    found = regress(w, mean_gram(x, x), mean_gram(y, x), 0.01)
-    np.testing.assert_array_equal(found[:, :, 2], w[:, :, 2])
-    assert np.isfinite(found).all()
+    solution = regress(w, mean_gram(x, x), mean_gram(y, x), 0.01)
+    np.testing.assert_array_equal(solution[:, :, 2], w[:, :, 2])
+    assert np.isfinite(solution).all()
 
 
 # All solvers
@@ -353,7 +353,7 @@ def test_regression_leaves_weights_of_dead_inputs_alone():
 @solvers
 @examples(15)
 @given(case=layers)
-def test_codes_are_whole_numbers_on_the_grid(solver, case):
+def test_codes_are_integers_on_the_grid(solver, case):
     assert valid(run(solver, case), case)
 
 
@@ -630,7 +630,7 @@ def test_descent_never_raises_the_loss_of_any_start(case, seed):
 
 @few
 @given(small)
-def test_descent_starts_from_the_nearest_unless_told(case):
+def test_descent_starts_from_the_nearest_by_default(case):
     codes = run(descent, case)
     np.testing.assert_array_equal(codes, run(descent, case, start=case.nearest))
     assert not_above(case.loss(codes), case.loss(case.nearest))
@@ -639,7 +639,7 @@ def test_descent_starts_from_the_nearest_unless_told(case):
 
 @examples(15)
 @given(small, seeds)
-def test_no_single_code_can_lower_the_loss_once_descent_rests(case, seed):
+def test_no_single_code_can_lower_the_loss_after_descent(case, seed):
     codes = case.random(seed)
     for _ in range(100):
         after = run(descent, case, start=codes.copy(), sweeps=1)
@@ -686,8 +686,8 @@ def test_adam_equals_its_paper(seed, rate, fade):
     adam, mean, square = Adam((5,), rate), np.zeros(5), np.zeros(5)
     for t, slope in enumerate(slopes, 1):
         mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope.astype(float) ** 2
-        wanted = rate * fade * (mean / (1 - 0.9**t)) / (np.sqrt(square / (1 - 0.999**t)) + 1e-8)
-        np.testing.assert_allclose(adam.move(slope, fade), wanted, rtol=2e-3, atol=1e-6 * rate)
+        expected = rate * fade * (mean / (1 - 0.9**t)) / (np.sqrt(square / (1 - 0.999**t)) + 1e-8)
+        np.testing.assert_allclose(adam.move(slope, fade), expected, rtol=2e-3, atol=1e-6 * rate)
 
 
 @examples(15)
@@ -707,15 +707,15 @@ def test_adaround_is_never_above_nearest(case, steps):
 
 def test_adaround_comes_close_to_the_best_of_all_roundings():
     cases = [layer(seed, rows=4, size=8, bits=3, cover=1.0, rank=16) for seed in range(6)]
-    found = best = base = 0.0
+    learned = best = base = 0.0
     for case in cases:
         floor = np.floor(case.w / case.step)
         tried = [case.loss(np.clip(floor + up, *case.grid)) for up in product((0, 1), repeat=8)]
-        found += case.loss(run(adaround, case, steps=300)).sum()
+        learned += case.loss(run(adaround, case, steps=300)).sum()
         best += np.min(tried, axis=0).sum()
         base += case.loss(case.nearest).sum()
     assert base > 1.5 * best
-    assert base - found > 0.65 * (base - best)
+    assert base - learned > 0.65 * (base - best)
 
 
 def test_adaround_beats_nearest_clearly_and_descent_given_time():
@@ -884,17 +884,17 @@ def test_solve_keeps_the_start_where_it_is_as_good():
         ("gpfq", gpfq),
         ("descent", descent),
         ("adaround", partial(adaround, steps=30)),
-        ("attention", lambda *given: attention(*given, rng=np.random.default_rng(7), steps=30)),
-        ("auto", lambda *given: descent(*given, start=gptq(*given, damping=0.2))),
+        ("attention", lambda *problem: attention(*problem, rng=np.random.default_rng(7), steps=30)),
+        ("auto", lambda *problem: descent(*problem, start=gptq(*problem, damping=0.2))),
     ],
 )
-def test_solve_hands_its_effort_to_the_method(method, solver):
+def test_solve_passes_its_effort_to_the_method(method, solver):
     case = layer(5, rows=8, size=40, bits=3)
     effort = Effort(damping=0.2, steps=30, seed=7)
     start = case.random()
-    wanted = run(solver, case, **({"start": start.copy()} if method == "descent" else {}))
-    wanted = np.where(better(case.w, case.h, case.step, wanted, start)[..., None], wanted, start)
-    np.testing.assert_array_equal(run(partial(solve, method), case, effort=effort, start=start.copy()), wanted)
+    expected = run(solver, case, **({"start": start.copy()} if method == "descent" else {}))
+    expected = np.where(better(case.w, case.h, case.step, expected, start)[..., None], expected, start)
+    np.testing.assert_array_equal(run(partial(solve, method), case, effort=effort, start=start.copy()), expected)
 
 
 @examples(10)
@@ -910,18 +910,18 @@ def test_auto_is_at_least_as_good_as_gptq_and_descent_from_there(case):
 def test_auto_uses_adaround_where_it_may():
     case = layer(0, rows=8, size=24, bits=3)
     start = case.nearest
-    found = {
+    losses = {
         steps: case.loss(run(partial(solve, "auto"), case, effort=Effort(learned=steps), start=start)) for steps in (0, 100)
     }
-    assert not_above(found[100], found[0])
-    assert found[100].sum() < found[0].sum()
+    assert not_above(losses[100], losses[0])
+    assert losses[100].sum() < losses[0].sum()
 
 
 # Scales
 
 
 def own(case):
-    """Every row has a scale of its own."""
+    """Every row has its own scale."""
     return np.arange(case.w[:, :, 0].size).reshape(case.w.shape[:2])
 
 
@@ -932,39 +932,39 @@ def test_scale_losses_equal_the_loss_of_rounding_with_that_step(case, seed):
     for factors in (rng.uniform(0.3, 1.2, 4), rng.uniform(0.3, 1.2, (4, *case.w.shape[:2]))):
         losses = scale_losses(case.w, case.h, case.step, case.grid, factors)
         assert losses.shape == (4, *case.w.shape[:2])
-        for factor, found in zip(factors, losses, strict=True):
+        for factor, loss in zip(factors, losses, strict=True):
             scaled = case._replace(step=case.step * np.broadcast_to(factor, case.w.shape[:2])[..., None])
-            np.testing.assert_allclose(found, scaled.loss(scaled.nearest), rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(loss, scaled.loss(scaled.nearest), rtol=1e-3, atol=1e-5)
 
 
 @few
 @given(layers, seeds, st.integers(1, 4))
 def test_searched_scales_are_the_best_coarse_and_then_the_best_fine_factor(case, seed, count):
     share = np.random.default_rng(seed).integers(0, count, case.w.shape[:2])
-    found = search_scales(case.w, case.h, case.step, case.grid, share)
-    assert found.shape == share.shape
+    factors = search_scales(case.w, case.h, case.step, case.grid, share)
+    assert factors.shape == share.shape
     for number in np.unique(share):
         mine = share == number
-        assert np.ptp(found[mine]) == 0
+        assert np.ptp(factors[mine]) == 0
 
         def loss(factor, mine=mine):
             return scale_losses(case.w, case.h, case.step, case.grid, np.array([factor]))[0][mine].sum()
 
         coarse = min(COARSE, key=loss)
         best = min([coarse, *(coarse + FINE)], key=loss)
-        assert loss(found[mine][0]) == pytest.approx(loss(best), rel=1e-5, abs=1e-9)
+        assert loss(factors[mine][0]) == pytest.approx(loss(best), rel=1e-5, abs=1e-9)
 
 
 @few
 @given(layers, st.booleans())
-def test_searched_scales_never_lose_against_the_given_ones(case, shared):
+def test_searched_scales_are_never_worse_than_the_start(case, shared):
     share = np.zeros(case.w.shape[:2], int) if shared else own(case)
     factor = search_scales(case.w, case.h, case.step, case.grid, share)
     scaled = case._replace(step=case.step * factor[..., None])
-    found, given_ = scaled.loss(scaled.nearest), case.loss(case.nearest)
+    searched, start = scaled.loss(scaled.nearest), case.loss(case.nearest)
     if shared:
-        found, given_ = found.sum(), given_.sum()
-    assert not_above(found, given_, 1e-4)
+        searched, start = searched.sum(), start.sum()
+    assert not_above(searched, start, 1e-4)
 
 
 @few
@@ -990,8 +990,8 @@ def test_scales_that_cover_everything_are_found_again():
     codes[:, :, 0] = 7
     factors = rng.choice(COARSE, 6)
     h = layer(0, size=40).h
-    found = search_scales(codes * factors[:, None], h, np.ones((1, 6, 1)), (-7, 7), np.arange(6)[None])
-    np.testing.assert_allclose(found[0], factors)
+    searched = search_scales(codes * factors[:, None], h, np.ones((1, 6, 1)), (-7, 7), np.arange(6)[None])
+    np.testing.assert_allclose(searched[0], factors)
 
 
 def test_outliers_at_few_bits_lead_to_smaller_scales():

@@ -1,0 +1,124 @@
+"""Networks scored on samples, each against the float one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.export import qdq
+from onnxq_plugins.files import digest, load_arrays, save_arrays
+from onnxq_plugins.graph import Graph
+from onnxq_plugins.job import Metric
+from onnxq_plugins.measure.metrics import BUILTIN, mean_sqnr, metric_name
+from onnxq_plugins.parallel import run_all
+from onnxq_plugins.spec import Array, Plan
+from onnxq_plugins.targets import Target
+
+
+class Samples:
+    """What networks are measured on: feeds, the float network's outputs for them, labels [samples, ...] or None."""
+
+    def __init__(self, feeds: Sequence[Mapping[str, Array]], reference: Sequence[Array], labels: Array | None) -> None:
+        self.feeds, self.reference, self.labels = list(feeds), list(reference), labels
+
+    @property
+    def arrays(self) -> list[Array]:
+        """All of it."""
+        rows = [array for feed in self.feeds for _, array in sorted(feed.items())]
+        return [*rows, *self.reference, *([self.labels] if self.labels is not None else [])]
+
+    def __sizeof__(self) -> int:
+        """With all arrays: from this size joblib knows to send them to each Dask worker once, not with each task."""
+        return sum(array.nbytes for array in self.arrays)
+
+
+class Measure:
+    """Scores plans on samples; the float outputs are computed once.
+
+    coded     as for `qdq.export`
+    labels    of the samples, [samples, ...]
+    cache     folder that keeps scores between runs, of built-in metrics only: the code of others may change
+    scored    how many networks were run
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        target: Target,
+        feeds: Sequence[Mapping[str, Array]],
+        reference: Sequence[Array] | None = None,
+        coded: Collection[str] = (),
+        labels: Array | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        self.graph, self.target, self.coded, self.cache = graph, target, coded, cache
+        reference = reference or runtimes.outputs(runtimes.session(graph.model()), feeds)
+        self.samples = Samples(feeds, reference, labels)
+        self.scored = 0
+        self._lock = Lock()  # export borrows the graph's constants
+
+    def outputs(self, plan: Plan) -> list[Array]:
+        """Outputs of the exported network over all samples, one array each. Safe to call from several threads."""
+        return runtimes.outputs(runtimes.session(self._export(plan)), self.samples.feeds)
+
+    def score(self, plan: Plan, by: Metric = mean_sqnr) -> float:
+        """A metric of a plan."""
+        self.scored += 1
+        return by(self.samples.reference, self.outputs(plan), self.samples.labels)
+
+    def scores(self, plans: Iterable[Plan], by: Sequence[Metric], workers: int = 1) -> Iterator[dict[str, float]]:
+        """Metrics by name of each plan, in their order.
+
+        workers   networks run side by side: in threads, or wherever `joblib.parallel_config` has them run. A network goes
+                  there as bytes, so that a worker needs no more than this package
+
+        Networks whose scores are cached are not run. Scores are cached as soon as they arrive, so that an interrupted
+        search resumes where it stopped.
+        """
+        files: list[Path | None] = []
+
+        def calls() -> Iterator[Callable[[], dict[str, float]]]:
+            for plan in plans:
+                model = self._export(plan)
+                file = self._file(model, by)
+                known = load_arrays(file) if file is not None else {}
+                files.append(None if known else file)
+                if known:
+                    yield partial(dict, {name: float(value) for name, value in known.items()})
+                else:
+                    self.scored += 1
+                    yield partial(score_model, np.frombuffer(model, np.uint8), self.samples, by)
+
+        def keep(number: int, scores: dict[str, float]) -> None:
+            if (file := files[number]) is not None:
+                save_arrays(file, {name: np.array(value) for name, value in scores.items()})
+
+        return run_all(calls(), workers, keep)
+
+    def _export(self, plan: Plan) -> bytes:
+        with self._lock:
+            return bytes(qdq.export(self.graph, plan, self.target, self.coded).SerializeToString())
+
+    def _file(self, model: bytes, by: Sequence[Metric]) -> Path | None:
+        """The file that caches the scores of a network; None if they are not cached."""
+        if self.cache is None or not all(one in BUILTIN.values() for one in by):
+            return None
+        return self.cache / f"{digest(model, self._digest, [metric_name(one) for one in by])}-scores.npz"
+
+    @cached_property
+    def _digest(self) -> str:
+        return digest(*self.samples.arrays)
+
+
+def score_model(model: Array, samples: Samples, by: Sequence[Metric]) -> dict[str, float]:
+    """Metrics by name of a network on some samples; plain values in and out, so that it runs anywhere.
+
+    model   its bytes, uint8
+    """
+    outputs = runtimes.outputs(runtimes.session(model.tobytes()), samples.feeds)
+    return {metric_name(one): float(one(samples.reference, outputs, samples.labels)) for one in by}

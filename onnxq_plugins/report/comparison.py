@@ -1,0 +1,157 @@
+"""The quantized network beside the user's own model: accuracy and latency, and what they amount to."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.data import Data
+from onnxq_plugins.job import Outcome
+from onnxq_plugins.measure import agreement
+from onnxq_plugins.measure.metrics import mean_sqnr, top1
+
+_CALIBRATION, _OTHER = 32, 512  # samples at most: of those it was calibrated with, of others
+_SECONDS = 0.6  # of interleaved runs for the latencies
+_SYNTHETIC = "the synthetic data"  # `Data.where` of samples that a pass made
+_GRADES = {"good": "Good", "fair": "Usable, with care", "poor": "Poor"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A number of the float model and of the quantized one."""
+
+    reference: float
+    quantized: float
+
+    def to_dict(self) -> dict[str, float]:
+        """As plain values."""
+        return {"float": self.reference, "quantized": self.quantized}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured of both models.
+
+    samples        number of samples that accuracy is measured on
+    available      samples in the data, None if unknown
+    where          the data in words
+    calibration    True if the network was calibrated with these samples
+    sqnr           dB, mean over samples and outputs
+    agreement      percent of samples with the same argmax; None if the outputs have no classes
+    top1           percent of samples classified correctly; None without labels
+    milliseconds   latency, batch 1, one thread
+    """
+
+    samples: int
+    available: int | None
+    where: str
+    calibration: bool
+    sqnr: float
+    milliseconds: Pair
+    agreement: float | None = None
+    top1: Pair | None = None
+
+    @property
+    def speed(self) -> float:
+        """Times float."""
+        return self.milliseconds.reference / self.milliseconds.quantized
+
+    @property
+    def synthetic(self) -> bool:
+        """True if a pass generated the samples."""
+        return self.where == _SYNTHETIC
+
+    @property
+    def grade(self) -> str:
+        """``good``, ``fair`` or ``poor``. Accuracy counts more than agreement with the float model, that more than noise."""
+        if self.top1 is not None:
+            grade = _grade(self.top1.quantized - self.top1.reference, -1, -3)
+        elif self.agreement is not None:
+            grade = _grade(self.agreement, 99, 95)
+        else:
+            grade = _grade(self.sqnr, 30, 10)
+        return "fair" if grade == "good" and self.slower else grade
+
+    @property
+    def slower(self) -> bool:
+        """True if the float model is faster on this machine."""
+        return self.speed < 0.97
+
+    @property
+    def verdict(self) -> str:
+        """The grade in a sentence, with the reasons."""
+        facts = [f"{self.sqnr:.1f} dB at the outputs"]
+        if self.top1 is not None:
+            facts.insert(0, f"accuracy {self.top1.quantized:.1f} %, float {self.top1.reference:.1f} %")
+        elif self.agreement is not None:
+            facts.insert(0, f"{self.agreement:.1f} % of the predictions are the same as the float model's")
+        if self.slower:
+            facts.append(f"slower than the float model on this machine: {self.speed:.2f} times its speed")
+        elif self.speed < 1.05:
+            facts.append("as fast as the float model")
+        else:
+            facts.append(f"{self.speed:.2f} times the speed of the float model")
+        return f"{_GRADES[self.grade]}: {'; '.join(facts)}; on {self.kind}."
+
+    @property
+    def kind(self) -> str:
+        """How many samples of what kind, in words."""
+        kind = "synthetic" if self.synthetic else "calibration" if self.calibration else "other"
+        return f"{self.samples} {kind} samples"
+
+    @property
+    def method(self) -> str:
+        """How the numbers were measured, in sentences."""
+        count = f"{self.samples} of {self.available} samples" if self.available else f"{self.samples} samples"
+        if self.synthetic:
+            source = f"{count} that were generated, for lack of data: it says little about real ones. "
+        elif self.calibration:
+            where = "" if self.where == "the data" else f" of {self.where}"
+            source = f"{count}{where} that the network was calibrated with, which flatters it. "
+        else:
+            source = f"{count} of {self.where}, given for this report. "
+        hint = "Pass --test PATH to measure on others. " if self.calibration else ""
+        return (
+            f"Accuracy was measured on {source}{hint}Latency: onnxruntime, batch 1, one thread, median of runs that "
+            "alternate with the float model's."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        answers = {} if self.agreement is None else {"agreement": self.agreement}
+        return {
+            "samples": self.samples,
+            "of": self.available,
+            "where": self.where,
+            "calibrated_on_them": self.calibration,
+            "sqnr": self.sqnr,
+            **answers,
+            **({} if self.top1 is None else {"top1": self.top1.to_dict()}),
+            "milliseconds": {**self.milliseconds.to_dict(), "machine": platform.machine()},
+        }
+
+
+def compare(result: Outcome, data: Data) -> Comparison:
+    """Measure the quantized network and the user's own model on some samples."""
+    calibration = data is result.data
+    most = _CALIBRATION if calibration else _OTHER
+    feeds, labels = data.spread(most), data.spread_labels(most)
+    runners = [runtimes.session(result.original), runtimes.session(result.model)]
+    exact, quantized = (runtimes.outputs(runner, (runtimes.wanted(runner, feed) for feed in feeds)) for runner in runners)
+    same = round(100 * agreement(exact[0], quantized[0]), 2) if exact[0].ndim > 1 and exact[0].shape[-1] > 1 else None
+    correct = None
+    if labels is not None:
+        truth = np.concatenate(labels)
+        correct = Pair(round(top1(exact, exact, truth), 2), round(top1(exact, quantized, truth), 2))
+    times = runtimes.latency(runners, [runtimes.wanted(runner, feeds[0]) for runner in runners], _SECONDS)
+    sqnr = round(mean_sqnr(exact, quantized), 2)
+    milliseconds = Pair(*(round(time, 4) for time in times))
+    return Comparison(len(feeds), data.size, data.where, calibration, sqnr, milliseconds, same, correct)
+
+
+def _grade(value: float, good: float, fair: float) -> str:
+    return "good" if value >= good else "fair" if value >= fair else "poor"
