@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from onnxq_plugins.search.trial import Trial
 
 from onnxq_plugins import Pass, Plan, cli, hookimpl, plugins, quantize
 from onnxq_plugins.calibration import Calibration
@@ -25,6 +24,7 @@ from onnxq_plugins.passes import BiasCorrect, DataFree, Equalize, Round
 from onnxq_plugins.report.curve import Curve, point_recipe
 from onnxq_plugins.report.diagnosis import diagnose
 from onnxq_plugins.report.remedies import Remedy, Scene, codes_by_error, ranges_by
+from onnxq_plugins.search.preview import Preview
 from onnxq_plugins.targets.ort_cpu import ORT_CPU
 from tests.zoo import Net, feeds
 
@@ -167,7 +167,7 @@ def test_equalization_is_judged_with_corrected_biases(kind, declared):
         plan = Plan({name: spec.request() for name, spec in result.plan.items()})
         calibration = Calibration(result.graph, result.data, workers=1)
         job = Job(result.graph, plan, calibration, result.target, result.recipe, np.random.default_rng(0))
-        scores[step.name] = Trial(job, 4).sqnr()
+        scores[step.name] = Preview(job, 4).sqnr()
     assert (scores[kind.name] == scores["bias-correct"]) == declared
 
 
