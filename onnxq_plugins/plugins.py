@@ -247,6 +247,8 @@ class _Short(reprlib.Repr):
             return " ".join([str(table.pop("use")), *(f"{key}={item!r}" for key, item in table.items())])
         if isinstance(value, BaseException):
             return f"{type(value).__name__}: {' '.join(str(value).split())}"[: self.maxother]
+        if hasattr(value, "SerializeToString"):  # the text of a large one takes seconds
+            return f"<{type(value).__name__}>"
         return " ".join(super().repr_instance(value, level).split())
 
 

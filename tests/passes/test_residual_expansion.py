@@ -197,7 +197,7 @@ def test_data_chooses_other_channels_where_inputs_differ():
 def test_ranges_of_terms_leave_out_what_is_cut_off():
     """Behind a Relu a term needs no value that the others cannot bring above 0."""
     made = quantize(resnet20(), recipe({"form": "branches"}), feeds(resnet20(), 6))
-    low, high = made.plan["t0" if "t0" in made.plan else "t1"].value_range
+    low, high = (made.plan["t0"] if "t0" in made.plan else made.plan["t1"]).value_range
     first = next(n for n in made.plan if n.endswith("part1_out"))
     assert made.plan[first].value_range[0] > -high and low == 0
 

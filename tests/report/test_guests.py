@@ -160,7 +160,7 @@ def test_no_second_bias_correction_is_suggested(kind, declared):
 
 @twins(GuestBias, PlainBias)
 def test_equalization_is_judged_with_corrected_biases(kind, declared):
-    """By `Trial`, as if the recipe had bias-correct; the same open plan for both, so that only the recipe differs."""
+    """By `Preview`, as if the recipe had bias-correct; the same open plan for both, so that only the recipe differs."""
     scores = {}
     for step in (kind(), BiasCorrect()):
         result = run(chain(), step)
