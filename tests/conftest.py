@@ -14,7 +14,10 @@ from typing import Any
 import onnx
 import onnx.version_converter
 import pytest
+import scipy.linalg  # noqa: F401  its BLAS is among the libraries that have threads
+import threadpoolctl
 from rich.console import Console
+from threadpoolctl import ThreadpoolController
 
 from onnxq_plugins import cli, plugins, runtimes
 from onnxq_plugins.export import provenance
@@ -43,6 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 _entry_points = functools.cache(entry_points)
 _version = functools.cache(version)
+_libraries = functools.cache(ThreadpoolController)
 
 
 @functools.lru_cache(maxsize=512)
@@ -56,6 +60,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(runtimes, "session", _exact)
     monkeypatch.setattr(plugins, "entry_points", _entry_points)
     monkeypatch.setattr(provenance, "version", _version)
+    monkeypatch.setattr(threadpoolctl, "ThreadpoolController", _libraries)
     monkeypatch.setattr(
         onnx.version_converter,
         "convert_version",

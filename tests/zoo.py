@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import onnx
+import pytest
 from hypothesis import HealthCheck, settings
 
 from onnxq_plugins import runtimes
@@ -56,6 +57,7 @@ __all__ = [
     "rows",
     "run",
     "shared_weights",
+    "slowly",
     "transformer",
     "written_out",
 ]
@@ -71,6 +73,11 @@ def labelled(n: int = 40, wrong: bool = False) -> tuple[onnx.ModelProto, np.ndar
     model = mlp()
     outputs = runtimes.outputs(runtimes.session(model), feeds(model, n))[0]
     return model, rows(model, n), outputs.argmin(-1) if wrong else outputs.argmax(-1)
+
+
+def slowly(*values: object) -> list:
+    """Parameters of a test that run with the slow tests only: others state the same."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def examples(n: int) -> settings:

@@ -8,14 +8,12 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from threadpoolctl import ThreadpoolController
 
 from onnxq_plugins import files
 from onnxq_plugins.errors import OnnxqError
@@ -154,16 +152,10 @@ def _from_files(model: _Model, weights: Mapping[str, Array]) -> tuple[_Model, di
 def blas(threads: int) -> contextlib.AbstractContextManager[object]:
     """A context in which numpy's matrix products use this many threads. Many small products can be many times slower on
     several threads than on one, where another process wants the same cores."""
-    limited: contextlib.AbstractContextManager[object] = _libraries().limit(limits=threads, user_api="blas")
+    from threadpoolctl import ThreadpoolController
+
+    limited: contextlib.AbstractContextManager[object] = ThreadpoolController().limit(limits=threads, user_api="blas")
     return limited
-
-
-@cache
-def _libraries() -> ThreadpoolController:
-    """The libraries of this process that have threads, found once: the search takes milliseconds."""
-    import scipy.linalg  # noqa: F401  brings a BLAS of its own
-
-    return ThreadpoolController()
 
 
 def trim() -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 from onnx import helper
-from scipy.cluster.hierarchy import DisjointSet
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.graph import Graph
@@ -63,6 +62,8 @@ def quantizer_groups(graph: Graph, plan: Plan, target: Target) -> list[Group]:
 
     Source: Practical Mixed Precision (arXiv 2302.05397), section 3.
     """
+    from scipy.cluster.hierarchy import DisjointSet  # late: slow to import, and only searches need it
+
     planned = Planned(graph, plan, target)
     names = planned.activations
     tied = DisjointSet(names)

@@ -16,7 +16,7 @@ from onnxq_plugins.passes import ResidualExpansion
 from onnxq_plugins.solvers import expansion as solver
 from onnxq_plugins.spec import QuantSpec, encode, fake, from_range
 from onnxq_plugins.targets.npu import NPU4
-from tests.zoo import ZOO, Net, cnn, conv_transpose, examples, feeds, mlp, mobilenet, resnet20, run, transformer
+from tests.zoo import ZOO, Net, cnn, conv_transpose, examples, feeds, mlp, mobilenet, resnet20, run, slowly, transformer
 
 
 def weights(seed, size=1.0, outputs=5):
@@ -364,7 +364,7 @@ def narrow(bits=4, activations=1, target="npu4", ranges="minmax", **more):
     }
 
 
-@pytest.mark.parametrize("name", ["mobilenet", "mlp", "transformer", "conv1d", "cnn", "resnet20"])
+@pytest.mark.parametrize("name", ["mobilenet", "mlp", "transformer", *slowly("conv1d", "cnn", "resnet20")])
 def test_two_orders_of_four_bit_activations_are_eight_bits(name):
     model, samples = ZOO[name](), feeds(ZOO[name](), 6)
     made = {

@@ -27,7 +27,7 @@ from onnxq_plugins.solvers.gaussian import clipped_moments
 from onnxq_plugins.solvers.gram import nearest
 from onnxq_plugins.targets.refusals import problems
 from tests.jobs import distance, fetch, make_job
-from tests.zoo import ZOO, Net, conv_transpose, feeds, mlp, mobilenet, no_bias, transformer
+from tests.zoo import ZOO, Net, conv_transpose, feeds, mlp, mobilenet, no_bias, slowly, transformer
 
 LAYERED = [
     "cnn",
@@ -151,7 +151,7 @@ def test_open_layers_are_solved_the_same_with_one_worker_or_two():
     assert one.model.SerializeToString() == two.model.SerializeToString()
 
 
-@pytest.mark.parametrize("backend", ["loky", "dask"])
+@pytest.mark.parametrize("backend", ["loky", *slowly("dask")])  # searches use dask in tests/search
 def test_layers_are_solved_in_other_processes(backend):
     import joblib
 
