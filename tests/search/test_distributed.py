@@ -24,8 +24,11 @@ def half(reference, found, labels):
     return percent_agreement(reference, found) / 2
 
 
+pytestmark = pytest.mark.usefixtures("own_kernels")
+
+
 @pytest.fixture(scope="module")
-def here():
+def here(own_kernels):
     """What threads of this process find."""
     return quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), workers=2)
 
