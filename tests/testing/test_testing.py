@@ -132,7 +132,7 @@ def parameter(kind, value, **more):
     return bad(__annotations__={"value": kind}, value=value, **more)
 
 
-HERE = "testing/test_testing.py, line "
+HERE = "testing/test_testing.py, line "  # a file is named with its folder
 WRONG = [
     ("declaration", NoDataclass(), "must be a frozen dataclass"),
     ("declaration", NameIsField(), "name must belong to the class"),
