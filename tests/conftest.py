@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
@@ -54,18 +54,28 @@ def _converted(model: bytes, version: int) -> bytes:
     return bytes(_convert(onnx.ModelProto.FromString(model), version).SerializeToString())
 
 
-@pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    if saturates():
-        monkeypatch.setattr(runtimes, "session", _exact)
-    monkeypatch.setattr(plugins, "entry_points", _entry_points)
-    monkeypatch.setattr(provenance, "version", _version)
-    monkeypatch.setattr(threadpoolctl, "ThreadpoolController", _libraries)
-    monkeypatch.setattr(
-        onnx.version_converter,
-        "convert_version",
-        lambda model, version: onnx.ModelProto.FromString(_converted(model.SerializeToString(), version)),
-    )
+@pytest.fixture(scope="session", autouse=True)
+def machine() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if saturates():
+            patch.setattr(runtimes, "session", _exact)
+        patch.setattr(plugins, "entry_points", _entry_points)
+        patch.setattr(provenance, "version", _version)
+        patch.setattr(threadpoolctl, "ThreadpoolController", _libraries)
+        patch.setattr(
+            onnx.version_converter,
+            "convert_version",
+            lambda model, version: onnx.ModelProto.FromString(_converted(model.SerializeToString(), version)),
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def own_kernels(machine: None) -> Iterator[None]:
+    """The kernels of this machine, whatever they saturate: for comparisons with what other processes compute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtimes, "session", _session)
+        yield
 
 
 @pytest.fixture

@@ -93,9 +93,9 @@ def test_commands_and_links_exist(page):
 
 def test_every_hook_pass_target_and_recipe_is_documented():
     text = "\n".join(page.read_text("utf-8") for page in [*PAGES, ROOT / "CHANGELOG.md"])
-    found = find_plugins()
+    plugins = find_plugins()
     hooks = [name for name in dir(__import__("onnxq_plugins.hookspecs").hookspecs) if name.startswith("onnxq_")]
-    for name in [*found.passes, *found.targets, *hooks, *builtin_recipes()]:
+    for name in [*plugins.passes, *plugins.targets, *hooks, *builtin_recipes()]:
         assert name in text, name
 
 

@@ -484,9 +484,9 @@ def test_bias_correct_takes_back_the_mean_error_of_each_channel(groups, outputs)
 
 def test_bias_correct_reports_and_needs_codes_first():
     result = run(mobilenet(), steps("bias-correct"))
-    told = result.report["steps"][0]["result"]
-    assert told["layers"] == 8
-    assert told["largest_shift_relative_to_bias"] > 0
+    report = result.report["steps"][0]["result"]
+    assert report["layers"] == 8
+    assert report["largest_shift_relative_to_bias"] > 0
 
 
 @pytest.mark.parametrize("make", ["mlp", "conv", "tokens"])

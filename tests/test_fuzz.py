@@ -360,9 +360,9 @@ def test_every_valid_recipe_gives_a_model_or_complaints(table: dict[str, object]
 def test_any_point_is_a_recipe_or_told(tmp_path_factory: pytest.TempPathFactory, point: object) -> None:
     file = tmp_path_factory.mktemp("point") / "point-01.json"
     file.write_text(json.dumps(point))
-    found = told(point_recipe, file)
-    if found is not None:
-        told(load_recipe, found[0], PASSES)
+    report = told(point_recipe, file)
+    if report is not None:
+        told(load_recipe, report[0], PASSES)
 
 
 # ---- data, labels, caches --------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def finish(run: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def wanted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def wanted(own_kernels: None, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What undisturbed runs without a cache write."""
     written = {}
     for name in ("mobilenet", "inception"):

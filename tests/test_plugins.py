@@ -95,12 +95,12 @@ def warnings(caplog):
 
 
 def test_builtins_come_through_the_same_hooks(install):
-    found = find_plugins()
-    assert {"ranges", "bias-correct", "scale-inputs"} <= set(found.passes)
-    assert set(found.targets) == {target.name for target in BUILTIN}
-    assert set(found.sources.values()) == {"onnxq-plugins"}
-    assert not found.broken
-    assert not any("." in name for name in found.passes)
+    plugins = find_plugins()
+    assert {"ranges", "bias-correct", "scale-inputs"} <= set(plugins.passes)
+    assert set(plugins.targets) == {target.name for target in BUILTIN}
+    assert set(plugins.sources.values()) == {"onnxq-plugins"}
+    assert not plugins.broken
+    assert not any("." in name for name in plugins.passes)
 
 
 def test_a_plugin_object_brings_a_pass_that_recipes_can_use(install):
@@ -117,9 +117,9 @@ def test_a_module_is_a_plugin_too(install):
 
 def test_entry_points_bring_passes_with_their_source_and_version(install):
     install(Entry("vendor", Vendor(), "vendor-package"))
-    found = find_plugins()
-    assert found.sources["pass vendor.note"] == "vendor-package"
-    assert found.versions["vendor-package"] == "1.2.3"
+    plugins = find_plugins()
+    assert plugins.sources["pass vendor.note"] == "vendor-package"
+    assert plugins.versions["vendor-package"] == "1.2.3"
     result = quantize(cnn(), {"pass": [{"use": "vendor.note"}]}, feeds(cnn(), 2), workers=1)
     versions = next(p.value for p in result.model.metadata_props if p.key == "onnxq.versions")
     assert "vendor-package==1.2.3" in versions
@@ -226,16 +226,16 @@ class NoDefault(Pass):
 )
 def test_a_broken_plugin_is_one_warning_and_the_others_work(install, warnings, plugin, words):
     install(Entry("broken", plugin), Entry("fine", brings(Fine), "fine-package"))
-    found = find_plugins()
-    assert set(found.broken) == {"broken"}
-    assert words in found.broken["broken"]
+    plugins = find_plugins()
+    assert set(plugins.broken) == {"broken"}
+    assert words in plugins.broken["broken"]
     (warning,) = warnings()
     assert warning.startswith("plugin 'broken' is ignored: ")
     assert words in warning
     assert "\n" not in warning
-    assert "vendor.fine" in found.passes
-    assert "vendor.note" not in found.passes  # set aside whole
-    assert not found.manager.has_plugin("broken")
+    assert "vendor.fine" in plugins.passes
+    assert "vendor.note" not in plugins.passes  # set aside whole
+    assert not plugins.manager.has_plugin("broken")
     assert quantize(cnn(), "int8", feeds(cnn(), 2), workers=1).report["kernels"]
 
 
@@ -299,9 +299,9 @@ def test_a_name_from_two_distributions_belongs_to_neither(install, warnings):
         Entry("b", brings(OtherNote, Fine), "second-package"),
         Entry("c", brings(ThirdNote), "third-package"),
     )
-    found = find_plugins()
-    assert "vendor.note" not in found.passes and "vendor.fine" in found.passes
-    assert len(warnings()) == len(found.broken) == 2
+    plugins = find_plugins()
+    assert "vendor.note" not in plugins.passes and "vendor.fine" in plugins.passes
+    assert len(warnings()) == len(plugins.broken) == 2
     assert quantize(cnn(), "int8", feeds(cnn(), 2), workers=1).report["kernels"]  # who does not use it has no trouble
     with pytest.raises(OnnxqError, match=r"'vendor\.note' comes from both 'first-package' and 'second-package'; uninstall"):
         quantize(cnn(), {"pass": [{"use": "vendor.note"}]}, feeds(cnn(), 2))
@@ -315,32 +315,32 @@ def test_a_target_of_the_name_of_a_built_in_changes_nothing(install, warnings):
 
 def test_the_same_plugin_object_twice_is_set_aside_once(install, warnings):
     plugin = Vendor()
-    found = find_plugins([plugin, plugin])
-    assert found.passes["vendor.note"] is Note
-    assert found.manager.is_registered(plugin)  # the first time counts
-    assert len(warnings()) == len(found.broken) == 1
+    plugins = find_plugins([plugin, plugin])
+    assert plugins.passes["vendor.note"] is Note
+    assert plugins.manager.is_registered(plugin)  # the first time counts
+    assert len(warnings()) == len(plugins.broken) == 1
 
 
 def test_two_plugins_of_one_class_that_bring_different_things_work(install, warnings):
     """Their default name is that of the class: it must not make them one."""
-    found = find_plugins([brings(Note), brings(Fine)])
-    assert {"vendor.note", "vendor.fine"} <= set(found.passes)
+    plugins = find_plugins([brings(Note), brings(Fine)])
+    assert {"vendor.note", "vendor.fine"} <= set(plugins.passes)
     assert not warnings()
 
 
 def test_two_packages_may_give_their_entry_points_one_name(install, warnings):
     first, second = brings(Note), brings(Fine)
     install(Entry("plugin", first, "first-package"), Entry("plugin", second, "second-package"))
-    found = find_plugins()
-    assert {"vendor.note", "vendor.fine"} <= set(found.passes)
-    assert found.manager.is_registered(first)
-    assert found.manager.is_registered(second)
+    plugins = find_plugins()
+    assert {"vendor.note", "vendor.fine"} <= set(plugins.passes)
+    assert plugins.manager.is_registered(first)
+    assert plugins.manager.is_registered(second)
     assert not warnings()
 
 
 def test_passes_found_can_be_read_by_recipes(install):
-    found = find_plugins([Vendor()])
-    recipe = load_recipe({"pass": [{"use": "vendor.note"}]}, found.passes, ["vendor.note.text=other"])
+    plugins = find_plugins([Vendor()])
+    recipe = load_recipe({"pass": [{"use": "vendor.note"}]}, plugins.passes, ["vendor.note.text=other"])
     assert recipe.passes == (Note("other"),)
 
 

@@ -320,11 +320,11 @@ def test_a_recipe_survives_the_way_through_plain_values_and_json(recipe):
 
 @pytest.mark.parametrize("name", sorted(builtin_recipes()))
 def test_every_builtin_recipe_is_valid_and_documented(name):
-    found = find_plugins()
-    recipe = load_recipe(name, found.passes)
-    assert recipe.target in found.targets
+    plugins = find_plugins()
+    recipe = load_recipe(name, plugins.passes)
+    assert recipe.target in plugins.targets
     assert recipe.name == name
-    assert parse(recipe.to_dict(), found.passes).to_dict() == recipe.to_dict()
+    assert parse(recipe.to_dict(), plugins.passes).to_dict() == recipe.to_dict()
     assert builtin_recipes()[name].read_text("utf-8").startswith("# ")  # what `onnxq recipes` shows
 
 

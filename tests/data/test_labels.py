@@ -54,7 +54,7 @@ def test_a_float_model_at_chance_is_told(onnxq, wrong):
     _, _, err = onnxq("auto", "m.onnx", "--data", "d.npz", "--test", "d.npz", "-r", "int8", "--max-drop", "50")
     assert ("gets 0.0% of 40 labels right" in err) == wrong
     step = {"use": "mixed-precision", "metric": "top1", "method": "nearest", "curve": 2, "samples": 80}
-    found = quantize(model, {"pass": [step]}, {"x": np.repeat(x, 2, 0)}, labels=np.repeat(y, 2), workers=1)
-    assert any("gets 0.0% of 40 labels right" in note for note in found.report["notes"]) == wrong
+    result = quantize(model, {"pass": [step]}, {"x": np.repeat(x, 2, 0)}, labels=np.repeat(y, 2), workers=1)
+    assert any("gets 0.0% of 40 labels right" in note for note in result.report["notes"]) == wrong
     np.savez("d.npz", x=x[:20], labels=y[:20])
     assert "guessing" not in onnxq("compare", "m.onnx", "m.onnx", "--data", "d.npz")[2]

@@ -776,7 +776,7 @@ def test_channels_without_weights_keep_their_bias():
     tensors[name].CopyFrom(numpy_helper.from_array(weight, name))
     tensors[bias_name].CopyFrom(numpy_helper.from_array(bias, bias_name))
     for block in ("channel", "tensor"):
-        made = quantized(model, {"weights": {"block": block}})
-        found = outputs(made.model, feeds(model, 2, seed=1))[0]
-        step = float(next(spec.scale for key, spec in made.plan.items() if key == model.graph.output[0].name))
+        result = quantized(model, {"weights": {"block": block}})
+        found = outputs(result.model, feeds(model, 2, seed=1))[0]
+        step = float(next(spec.scale for key, spec in result.plan.items() if key == model.graph.output[0].name))
         assert np.abs(found[:, 3] - 0.003).max() <= step

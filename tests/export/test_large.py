@@ -51,11 +51,11 @@ def test_a_streamed_output_computes_what_one_in_memory_does(small: None, tmp_pat
     storage = {"target": "storage", "activations": {"bits": 32}}
     table = {"weights": WEIGHTS, "eight": EIGHT, "storage": storage}.get(recipe, recipe)
     wanted = quantize(model, table, data)
-    found = quantize(outside(model, tmp_path), table, data, output=tmp_path / "q.onnx")
+    result = quantize(outside(model, tmp_path), table, data, output=tmp_path / "q.onnx")
     for a, b in zip(zoo.run(wanted.model, data[0]), answers(tmp_path / "q.onnx", data[0]), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert found.report["kernels"] == wanted.report["kernels"]
-    assert found.report["bits_per_weight"] == wanted.report["bits_per_weight"]
+    assert result.report["kernels"] == wanted.report["kernels"]
+    assert result.report["bits_per_weight"] == wanted.report["bits_per_weight"]
     assert not [f for f in os.listdir(tmp_path) if f.startswith(".")]
 
 

@@ -94,9 +94,9 @@ def test_plans_within_the_budget_run(build, name):
     sizes = {y.name: float(np.prod(y.shape)) for y in graph.layers if y.weight in result.plan}
     bits = {y.name: result.plan[y.weight].bits for y in graph.layers if y.weight in result.plan}
     assert sum(sizes[n] * bits[n] for n in sizes) <= 0.7 * 8 * sum(sizes.values()) and len(set(bits.values())) > 1
-    told = result.report["steps"][0]["result"]
-    json.dumps(told)
-    assert set(told["widths"].values()) <= {"W4A8", "W6A8", "W8A8"}
+    report = result.report["steps"][0]["result"]
+    json.dumps(report)
+    assert set(report["widths"].values()) <= {"W4A8", "W6A8", "W8A8"}
     assert audit_model(result.model).counts() == audit_model(quantize(model, {}, feeds(model, 6), workers=1).model).counts()
 
 
@@ -105,8 +105,8 @@ def test_budgets_and_pins(name):
     model = cnn()
     last = load(model).layers[-1]
     rules = [{"position": "last", "weights": {"bits": 8}}]
-    made = quantize(model, {"pass": [{"use": name, "limit": 0.8}], "layer": rules}, feeds(model, 6), workers=1)
-    assert made.plan[last.weight].bits == 8
+    result = quantize(model, {"pass": [{"use": name, "limit": 0.8}], "layer": rules}, feeds(model, 6), workers=1)
+    assert result.plan[last.weight].bits == 8
     with pytest.raises(OnnxqError, match=r"cannot fall to 0\.1"):
         quantize(model, {"pass": [{"use": name, "limit": 0.1}]}, feeds(model, 6), workers=1)
     bops = quantize(model, {"pass": [{"use": name, "budget": "bops", "limit": 0.6}]}, feeds(model, 6), workers=1)

@@ -65,15 +65,15 @@ def test_outputs_that_fit_keep_learned_codes_and_shifts():
     before = [{"use": "ranges"}, {"use": "round", "method": "gptq"}]
     learned = quantize(model, {"pass": before}, feeds(model, 8))
     need = max(y.accumulator for y in audit_model(learned.model).layers)
-    made = quantize(model, recipe(need - 1, before=before), feeds(model, 8))
+    result = quantize(model, recipe(need - 1, before=before), feeds(model, 8))
     kept = changed = 0
     for name, spec in learned.plan.items():
         if spec.codes is not None:
             axis = 1 - int(np.argmax(np.array(spec.scale.shape) > 1))
-            same = (made.plan[name].codes == spec.codes).all(axis=axis)
-            np.testing.assert_array_equal(made.plan[name].shift[same], spec.shift[same])
+            same = (result.plan[name].codes == spec.codes).all(axis=axis)
+            np.testing.assert_array_equal(result.plan[name].shift[same], spec.shift[same])
             kept, changed = kept + int(same.sum()), changed + int((~same).sum())
-    assert kept and changed == sum(y["outputs"] for y in told(made)["bounded"].values())
+    assert kept and changed == sum(y["outputs"] for y in told(result)["bounded"].values())
 
 
 def test_the_bias_takes_the_mean_error():

@@ -431,13 +431,13 @@ def test_outlier_channels_no_longer_set_the_scale(make, db):
     data, fresh = feeds(model, 16), feeds(model, 16, seed=1)
     recipe = {"pass": [{"use": "bias-correct"}]}
     plain = quantize(model, recipe, data)
-    made = quantize(
+    result = quantize(
         model, {"pass": [{"use": "equalize", "by": "activations", "samples": 8}, *recipe["pass"]]}, data, verify=True
     )
-    found = told(made)
-    assert found["equalized"] and made.report["steps"][0]["drift"] <= 1e-5
-    assert quality(model, made, fresh) > quality(model, plain, fresh) + db
-    before, after = found["sqnr_before_and_after"]
+    report = told(result)
+    assert report["equalized"] and result.report["steps"][0]["drift"] <= 1e-5
+    assert quality(model, result, fresh) > quality(model, plain, fresh) + db
+    before, after = report["sqnr_before_and_after"]
     assert after > before + db
 
 
@@ -476,8 +476,8 @@ def test_channels_of_attention_heads():
     """Ranges of [N, heads, tokens, size] are told per head, channels lie along the last axis."""
     model = transformer()
     recipe = {"pass": [{"use": "equalize", "by": "activations"}], "layer": [{"op": "Attention", "quantize": True}]}
-    made = quantize(model, recipe, feeds(model, 6), verify=True)
-    assert quality(model, made, feeds(model, 6)) > 20
+    result = quantize(model, recipe, feeds(model, 6), verify=True)
+    assert quality(model, result, feeds(model, 6)) > 20
     job = make_job(model, recipe, 6)
     trial = Preview(job)
     follows = [trial.follows(g) for g in channel_groups(job.graph, "rescale")]
@@ -492,8 +492,8 @@ def test_the_trial_measures_what_ships(name):
     model = ZOO[name]()
     data = feeds(model, 6)
     for steps in ([{"use": "ranges"}], [{"use": "ranges"}, {"use": "bias-correct"}]):
-        made = quantize(model, {"pass": steps}, data)
-        pairs = zip(*(runtimes.outputs(runtimes.session(m), data) for m in (model, made.model)), strict=True)
+        result = quantize(model, {"pass": steps}, data)
+        pairs = zip(*(runtimes.outputs(runtimes.session(m), data) for m in (model, result.model)), strict=True)
         found = [measure.sqnr(a, b) for a, b in pairs]
         assert Preview(make_job(model, {"pass": steps}, 6)).sqnr() == pytest.approx(np.mean(found), abs=0.3)
 
@@ -574,8 +574,8 @@ def test_shifts_afterwards(make):
     model = make()
     data = feeds(model, 16)
     plain = quantize(model, {"target": "per-tensor", "weights": {"block": "tensor"}}, data)
-    made = quantize(model, "int8-per-tensor", data, verify=True)
-    assert quality(model, made, data) > quality(model, plain, data) + 3
+    result = quantize(model, "int8-per-tensor", data, verify=True)
+    assert quality(model, result, data) > quality(model, plain, data) + 3
 
 
 def test_bias_correction_takes_the_new_means():

@@ -127,8 +127,8 @@ def test_one_candidate_is_a_homogeneous_plan():
         assert np.array_equal(spec.scale, mixed.plan[name].scale)
         if spec.codes is not None:
             assert np.array_equal(spec.codes, mixed.plan[name].codes)
-    told = mixed.report["steps"][0]["result"]
-    assert told["sensitivities"] == [] and len(told["curve"]) == 1
+    report = mixed.report["steps"][0]["result"]
+    assert report["sensitivities"] == [] and len(report["curve"]) == 1
 
 
 @pytest.mark.parametrize("method", ["gptq", "attention"])
@@ -397,5 +397,5 @@ def test_a_model_that_insists_on_its_batch_size_is_searched():
     net = Net([4, 13])
     model = net.model(net.gemm(net.op("Relu", net.gemm("x", 13, 24)), 24, 7))
     result = quantize(model, {"pass": [{"use": "mixed-precision", "limit": 0.8}]}, feeds(model, 9), workers=1)
-    told = result.report["steps"][0]["result"]
-    assert told["groups"] == 2 and min(point["size"] for point in told["curve"]) <= 0.8
+    report = result.report["steps"][0]["result"]
+    assert report["groups"] == 2 and min(point["size"] for point in report["curve"]) <= 0.8

@@ -78,10 +78,10 @@ def test_the_engine_finds_no_drift(name):
     _, result = reordered(name)
     entry = result.report["steps"][0]
     assert entry["drift"] < 1e-5
-    told = entry["result"]
-    assert json.loads(json.dumps(result.report)) and (told["groups"] > 0) == (name != "no_layer")
-    if told["groups"]:
-        assert 0 < told["cost_of_tiles"] <= 1
+    report = entry["result"]
+    assert json.loads(json.dumps(result.report)) and (report["groups"] > 0) == (name != "no_layer")
+    if report["groups"]:
+        assert 0 < report["cost_of_tiles"] <= 1
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -212,8 +212,8 @@ def test_reordering_gains_where_ranges_are_wide(form, solver):
 @pytest.mark.parametrize(("before", "noted"), [([], False), (["ranges"], False), (["sub-layer"], True)])
 def test_what_was_solved_for_weights_before_is_told(before, noted):
     model = ZOO["cnn"]()
-    made = quantize(model, {**TWO_LEVEL, "pass": [{"use": name} for name in (*before, "reorder")]}, feeds(model, 2))
-    assert any("put it before those passes" in note for note in made.report["notes"]) == noted
+    result = quantize(model, {**TWO_LEVEL, "pass": [{"use": name} for name in (*before, "reorder")]}, feeds(model, 2))
+    assert any("put it before those passes" in note for note in result.report["notes"]) == noted
 
 
 @pytest.mark.parametrize("name", ["cnn", "mobilenet", "resnet20", "transformer"])

@@ -33,11 +33,11 @@ def told(made):
 @pytest.mark.parametrize("name", ["cnn", "mobilenet", "mlp", "inception", "resnet20", "prelu"])
 def test_networks_run_as_integer_and_their_weights_are_orders(name, groups):
     model, samples = ZOO[name](), feeds(ZOO[name](), 4)
-    made = quantize(model, recipe(groups), samples)
-    json.dumps(made.report)
+    result = quantize(model, recipe(groups), samples)
+    json.dumps(result.report)
     count, graph = len(load(model).layers), load(model)
-    assert told(made)["networks"] == len(groups) and told(made)["layers"] == count and not told(made)["left_alone"]
-    kernels = [entry for entry in audit_model(made.model).layers if entry.constant_weight]
+    assert told(result)["networks"] == len(groups) and told(result)["layers"] == count and not told(result)["left_alone"]
+    kernels = [entry for entry in audit_model(result.model).layers if entry.constant_weight]
     assert len(kernels) == count * len(groups) and all(entry.quantized for entry in kernels)
     orders = 0
     for n, size in enumerate(groups):
@@ -45,10 +45,10 @@ def test_networks_run_as_integer_and_their_weights_are_orders(name, groups):
         for layer in graph.layers:
             names = [layer.weight, *(f"{layer.weight}_net{m + 1}" for m in range(1, n + 1))]
             weight = graph.constant(layer.weight)
-            left = np.abs(weight - solver.value([made.plan[name] for name in names]))
-            bound = solver.bound(weight, [QuantSpec(4, block=made.plan[layer.weight].block)] * orders, np.array(orders))
+            left = np.abs(weight - solver.value([result.plan[name] for name in names]))
+            bound = solver.bound(weight, [QuantSpec(4, block=result.plan[layer.weight].block)] * orders, np.array(orders))
             assert (left <= bound * (1 + 1e-4) + 1e-6 * np.abs(weight).max()).all()
-    float_weights = {y.weight: made.graph.constant(y.weight) for y in made.graph.layers}
+    float_weights = {y.weight: result.graph.constant(y.weight) for y in result.graph.layers}
     for layer in graph.layers:
         parts = [float_weights[name] for name in float_weights if name.split("_net")[0] == layer.weight]
         np.testing.assert_allclose(np.sum(parts, axis=0), graph.constant(layer.weight), atol=1e-5)
@@ -56,11 +56,11 @@ def test_networks_run_as_integer_and_their_weights_are_orders(name, groups):
 
 def test_its_own_error_is_told():
     model, samples = resnet20(), feeds(resnet20(), 6)
-    made = quantize(model, recipe((1, 1)), samples)
-    own = np.mean([measure.sqnr(run(model, f)[0], run(made.float_model, f)[0]) for f in samples])
-    assert told(made)["ensemble_db"] == pytest.approx(own, abs=0.01) and told(made)["samples"] == 6
-    (note,) = [n for n in made.report["notes"] if "residual-ensemble" in n]
-    assert f"reaches {own:.1f} dB" in note and made.report["steps"][0]["exact"] is False
+    result = quantize(model, recipe((1, 1)), samples)
+    own = np.mean([measure.sqnr(run(model, f)[0], run(result.float_model, f)[0]) for f in samples])
+    assert told(result)["ensemble_db"] == pytest.approx(own, abs=0.01) and told(result)["samples"] == 6
+    (note,) = [n for n in result.report["notes"] if "residual-ensemble" in n]
+    assert f"reaches {own:.1f} dB" in note and result.report["steps"][0]["exact"] is False
     better = quantize(model, recipe((2, 2)), samples)
     assert told(better)["ensemble_db"] > own + 10
     blind = quantize(
@@ -82,11 +82,11 @@ def test_scales_whose_product_underflows():
 
 def test_layers_that_do_not_fold_are_the_same_in_every_network():
     model, samples = mlp(), feeds(mlp(), 4)
-    made = quantize(model, recipe(layer=[{"position": "last", "weights": {"bits": 8}}]), samples)
-    (reason,) = told(made)["left_alone"].values()
-    assert "do not fold" in reason and told(made)["layers"] == 2
-    last = made.graph.layers[-1].name.partition("_net")[0]
-    same = [made.plan[y.weight] for y in made.graph.layers if y.name.startswith(last)]
+    result = quantize(model, recipe(layer=[{"position": "last", "weights": {"bits": 8}}]), samples)
+    (reason,) = told(result)["left_alone"].values()
+    assert "do not fold" in reason and told(result)["layers"] == 2
+    last = result.graph.layers[-1].name.partition("_net")[0]
+    same = [result.plan[y.weight] for y in result.graph.layers if y.name.startswith(last)]
     assert len(same) == 2 and np.array_equal(same[0].codes, same[1].codes)
     steps = [{"use": "vector-scale"}, {"use": "residual-ensemble"}]
     solved = quantize(model, {"weights": {"bits": 4}, "pass": steps}, samples)
@@ -98,19 +98,19 @@ def test_a_softmax_at_the_end_stays_behind_the_sum():
     net = Net(["N", 3, 8, 8])
     x = net.op("Relu", net.conv("x", 3, 8))
     model = net.model(net.op("Softmax", net.head(x, 8), axis=-1))
-    made = quantize(model, recipe(), feeds(model, 4))
-    ops = [n.op_type for n in made.model.graph.node]
+    result = quantize(model, recipe(), feeds(model, 4))
+    ops = [n.op_type for n in result.model.graph.node]
     assert ops.count("Softmax") == 1
     for f in feeds(model, 2):
-        assert run(made.model, f)[0].sum() == pytest.approx(1, abs=1e-5)
+        assert run(result.model, f)[0].sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_further_passes_serve_every_network():
     model, samples = conv_transpose(), feeds(conv_transpose(), 4)
     steps = [{"use": "ranges"}, {"use": "residual-ensemble", "groups": [1, 1]}, {"use": "bias-correct"}]
-    made = quantize(model, {"weights": {"bits": 4}, "pass": steps}, samples)
-    shifted = {name for name, spec in made.plan.items() if spec.shift is not None and np.abs(spec.shift).max() > 1e-7}
-    last = {y.weight for y in made.graph.layers if y.name.endswith("_net2") and y.weight in made.plan and y.op == "Conv"}
+    result = quantize(model, {"weights": {"bits": 4}, "pass": steps}, samples)
+    shifted = {name for name, spec in result.plan.items() if spec.shift is not None and np.abs(spec.shift).max() > 1e-7}
+    last = {y.weight for y in result.graph.layers if y.name.endswith("_net2") and y.weight in result.plan and y.op == "Conv"}
     assert shifted == last  # the first network lies on its grid
 
 

@@ -69,15 +69,15 @@ def told(made):
 def test_function_stays_and_bounds_are_told(name, step):
     model = ZOO[name]()
     samples = feeds(model, 3)
-    made = quantize(model, recipe(step), samples, verify=True)
-    table = told(made)
-    json.dumps(made.report)
+    result = quantize(model, recipe(step), samples, verify=True)
+    table = told(result)
+    json.dumps(result.report)
     assert table["layers"] and set(table["layers"]) | set(table["left_alone"]) >= {
-        y.name for y in load(model).layers if y.weight in made.plan
+        y.name for y in load(model).layers if y.weight in result.plan
     }
     for row in table["layers"].values():
         assert row["error"] <= row["error_bound"] * (1 + 1e-4) and row["channels"] == sorted(row["channels"], reverse=True)
-    assert all(np.isfinite(y).all() for f in samples for y in run(made.model, f))
+    assert all(np.isfinite(y).all() for f in samples for y in run(result.model, f))
 
 
 @pytest.mark.parametrize("name", ["mobilenet", "resnet20", "mlp", "transformer", "grouped"])
@@ -87,12 +87,12 @@ def test_function_stays_and_bounds_are_told(name, step):
 )
 def test_every_layer_stays_integer(name, step):
     model = ZOO[name]()
-    made = quantize(model, recipe(step), feeds(model, 3))
-    kernels = [entry for entry in audit_model(made.model).layers if entry.constant_weight]
+    result = quantize(model, recipe(step), feeds(model, 3))
+    kernels = [entry for entry in audit_model(result.model).layers if entry.constant_weight]
     assert all(entry.quantized for entry in kernels), kernels
     assert len(kernels) > len(load(model).layers) or not step
     feed = feeds(model, 1, seed=5)[0]
-    assert measure.drift(run(made.model, feed), run(made.model, feed, optimize=False)) < 0.05
+    assert measure.drift(run(result.model, feed), run(result.model, feed, optimize=False)) < 0.05
 
 
 @pytest.mark.parametrize("make", [mobilenet, resnet20, mlp])
@@ -116,10 +116,10 @@ def test_no_share_is_order_one_and_the_whole_share_is_dense(make):
 @pytest.mark.parametrize("name", ["mobilenet", "transformer", "conv_transpose", "grouped"])
 def test_four_orders_of_eight_bits_are_float(name):
     model = ZOO[name]()
-    made = quantize(model, float_recipe({"orders": 4}, bits=8), feeds(model, 2))
-    assert {row["form"] for row in told(made)["layers"].values()} == {"branches"}
+    result = quantize(model, float_recipe({"orders": 4}, bits=8), feeds(model, 2))
+    assert {row["form"] for row in told(result)["layers"].values()} == {"branches"}
     for feed in feeds(model, 3, seed=9):
-        assert measure.drift(run(model, feed), run(made.model, feed)) < 1e-5
+        assert measure.drift(run(model, feed), run(result.model, feed)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["mobilenet", "transformer", "odd_channels"])
@@ -127,8 +127,8 @@ def test_error_falls_with_every_order(name):
     model, samples = ZOO[name](), feeds(ZOO[name](), 4)
     found = []
     for orders in (1, 2, 3):
-        made = quantize(model, float_recipe({"orders": orders, "form": "branches"}), samples)
-        found.append(np.mean([measure.sqnr(run(model, f)[0], run(made.model, f)[0]) for f in samples]))
+        result = quantize(model, float_recipe({"orders": orders, "form": "branches"}), samples)
+        found.append(np.mean([measure.sqnr(run(model, f)[0], run(result.model, f)[0]) for f in samples]))
     assert found[1] > found[0] + 12 and found[2] > found[1] + 12  # 23 by the bound
 
 
@@ -136,8 +136,8 @@ def test_two_orders_of_four_bits_are_as_good_as_eight():
     model, samples = mobilenet(), feeds(mobilenet(), 8)
 
     def noise(r):
-        made = quantize(model, r, samples)
-        return np.mean([measure.sqnr(run(model, f)[0], run(made.model, f)[0]) for f in samples]), made.report
+        result = quantize(model, r, samples)
+        return np.mean([measure.sqnr(run(model, f)[0], run(result.model, f)[0]) for f in samples]), result.report
 
     eight, _ = noise({"pass": [{"use": "ranges"}]})
     four, _ = noise({"weights": {"bits": 4}, "pass": [{"use": "ranges"}]})
@@ -162,10 +162,10 @@ def test_sparse_equals_branches_on_the_same_channels():
 
 
 def test_channels_are_moved_side_by_side():
-    made = quantize(mlp(), recipe({"form": "sparse", "share": 0.3}), feeds(mlp(), 3))
-    assert told(made)["channel_groups_reordered"] == 2
-    gathers = [node for node in made.model.graph.node if node.op_type == "Gather"]
-    assert len(gathers) == 1 and any("Gather restores" in note for note in made.report["notes"])  # the model's output
+    result = quantize(mlp(), recipe({"form": "sparse", "share": 0.3}), feeds(mlp(), 3))
+    assert told(result)["channel_groups_reordered"] == 2
+    gathers = [node for node in result.model.graph.node if node.op_type == "Gather"]
+    assert len(gathers) == 1 and any("Gather restores" in note for note in result.report["notes"])  # the model's output
 
 
 def test_order_by_puts_channels_where_they_are_wanted():
@@ -196,20 +196,20 @@ def test_data_chooses_other_channels_where_inputs_differ():
 
 def test_ranges_of_terms_leave_out_what_is_cut_off():
     """Behind a Relu a term needs no value that the others cannot bring above 0."""
-    made = quantize(resnet20(), recipe({"form": "branches"}), feeds(resnet20(), 6))
-    low, high = (made.plan["t0"] if "t0" in made.plan else made.plan["t1"]).value_range
-    first = next(n for n in made.plan if n.endswith("part1_out"))
-    assert made.plan[first].value_range[0] > -high and low == 0
+    result = quantize(resnet20(), recipe({"form": "branches"}), feeds(resnet20(), 6))
+    low, high = (result.plan["t0"] if "t0" in result.plan else result.plan["t1"]).value_range
+    first = next(n for n in result.plan if n.endswith("part1_out"))
+    assert result.plan[first].value_range[0] > -high and low == 0
 
 
 def test_sums_run_from_the_finest_order_to_the_first():
     """Partial sums then have small steps, and their rounding is not heard."""
-    made = quantize(mobilenet(), recipe({"form": "branches", "orders": 4}), feeds(mobilenet(), 6))
-    sums = [name for name in made.plan if name.endswith("_sum")]
+    result = quantize(mobilenet(), recipe({"form": "branches", "orders": 4}), feeds(mobilenet(), 6))
+    sums = [name for name in result.plan if name.endswith("_sum")]
     assert len(sums) == 2 * 7  # the last layer writes float
     for name in sums:
         first = name.replace("_part2_sum", "_part1_out").replace("_part3_sum", "_part2_out")
-        assert made.plan[name].scale < made.plan[first].scale / 3
+        assert result.plan[name].scale < result.plan[first].scale / 3
 
 
 def test_orders_left_for_passes_behind():
@@ -263,26 +263,26 @@ def test_auto_takes_the_cheapest_form():
     x = net.op("Relu", net.gemm("x", 16, 80))
     model = net.model(net.gemm(net.op("Relu", net.gemm(x, 80, 20)), 20, 64))
     for share, forms in ((0.25, ["sparse", "branches", "sparse"]), (0.75, ["branches"] * 3)):
-        made = quantize(model, recipe({"share": share}, bits=6), feeds(model, 3), verify=True)
-        assert [row["form"] for row in told(made)["layers"].values()] == forms
+        result = quantize(model, recipe({"share": share}, bits=6), feeds(model, 3), verify=True)
+        assert [row["form"] for row in told(result)["layers"].values()] == forms
 
 
 def test_layers_with_widths_of_their_own_keep_them():
-    made = quantize(
+    result = quantize(
         mlp(), recipe({"bits": [4, 3]}, bits=6, layer=[{"position": "last", "weights": {"bits": 3}}]), feeds(mlp(), 2)
     )
-    assert [row["bits"] for row in told(made)["layers"].values()] == [[4, 3], [4, 3], [3, 3]]
+    assert [row["bits"] for row in told(result)["layers"].values()] == [[4, 3], [4, 3], [3, 3]]
 
 
 def test_conv_transpose_and_blocks_of_weights():
-    made = quantize(conv_transpose(), float_recipe({"orders": 3}), feeds(conv_transpose(), 2))
-    assert len(told(made)["layers"]) == 4
+    result = quantize(conv_transpose(), float_recipe({"orders": 3}), feeds(conv_transpose(), 2))
+    assert len(told(result)["layers"]) == 4
     net = Net([1, 64])
     model = net.model(net.op("Gemm", "x", net.weight(64, 16)))
-    made = quantize(model, recipe(None, activations={"bits": 32}, weights={"bits": 4, "block": 32}), feeds(model, 2))
-    assert audit_model(made.model).layers[0].kernel == "MatMulNBits"
-    (row,) = told(made)["layers"].values()
-    assert row["form"] == "folded" and made.plan[load(model).layers[0].weight].bits == 8
+    result = quantize(model, recipe(None, activations={"bits": 32}, weights={"bits": 4, "block": 32}), feeds(model, 2))
+    assert audit_model(result.model).layers[0].kernel == "MatMulNBits"
+    (row,) = told(result)["layers"].values()
+    assert row["form"] == "folded" and result.plan[load(model).layers[0].weight].bits == 8
 
 
 @pytest.mark.parametrize(
@@ -411,10 +411,10 @@ def test_chosen_ranges_of_activations_are_kept():
 
 
 def test_layers_share_the_parts_of_an_input():
-    made = quantize(transformer(), narrow(activations=2), feeds(transformer(), 3))
-    counts = sorted(row["layers"] for row in told(made)["inputs"].values())
+    result = quantize(transformer(), narrow(activations=2), feeds(transformer(), 3))
+    counts = sorted(row["layers"] for row in told(result)["inputs"].values())
     assert counts[-1] == 12  # query, key and value, of four orders each
-    floors = [n for n in made.float_model.graph.node if n.op_type == "Floor"]
+    floors = [n for n in result.float_model.graph.node if n.op_type == "Floor"]
     assert len(floors) == len(counts)
 
 

@@ -337,8 +337,8 @@ def test_analytic_correction_reports_what_it_left_out():
         feeds(model, 3),
         verify=True,
     )
-    told = result.report["steps"][0]["result"]
-    assert told["left_out"] and any("no BatchNorm statistics" in note for note in result.report["notes"])
+    report = result.report["steps"][0]["result"]
+    assert report["left_out"] and any("no BatchNorm statistics" in note for note in result.report["notes"])
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, np.inf), (0, 6), (-1, 1), (-np.inf, np.inf)])

@@ -126,8 +126,8 @@ def test_shifts_are_what_the_formula_says(exponents, bits, width, size, most):
 
 def test_a_power_of_two_is_its_own_shift():
     weight = np.exp2(-np.arange(18.0))[:, None].astype(np.float32)
-    made = quantize(one_layer(weight), RECIPE, feeds(one_layer(weight), 2))
-    n = np.log2(entry(made).multiplier.max() / entry(made).multiplier.ravel())
+    result = quantize(one_layer(weight), RECIPE, feeds(one_layer(weight), 2))
+    n = np.log2(entry(result).multiplier.max() / entry(result).multiplier.ravel())
     assert n.tolist() == [*range(16), 15, 15]
 
 
@@ -159,10 +159,10 @@ def test_finer_than_one_scale():
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_bits_cap_the_shift(bits):
     weight = np.exp2(-np.arange(20.0))[:, None].astype(np.float32)
-    made = quantize(one_layer(weight), RECIPE, feeds(one_layer(weight), 2), settings=[f"shift-equalize.bits={bits}"])
+    result = quantize(one_layer(weight), RECIPE, feeds(one_layer(weight), 2), settings=[f"shift-equalize.bits={bits}"])
     top = 2**bits - 1
-    assert (entry(made).multiplier.max() / entry(made).multiplier.min()) == 2**top
-    assert made.report["steps"][0]["result"]["largest_shift"] == top
+    assert (entry(result).multiplier.max() / entry(result).multiplier.min()) == 2**top
+    assert result.report["steps"][0]["result"]["largest_shift"] == top
 
 
 @pytest.mark.parametrize("bits", [0, 5])
@@ -192,18 +192,18 @@ def test_dead_channels_are_not_shifted():
     bias = np.linspace(-2, 2, 6)
     model = one_layer(rows, bias)
     for target in ("ort-cpu", "per-tensor"):
-        made = quantize(model, recipe(target=target), feeds(model, 4))
-        n = np.log2(entry(made).multiplier.max() / entry(made).multiplier.ravel())
+        result = quantize(model, recipe(target=target), feeds(model, 4))
+        n = np.log2(entry(result).multiplier.max() / entry(result).multiplier.ravel())
         assert (n[[2, 4]] == 0).all() and n.max() > 0
-        got = run(made.model, feeds(model, 1)[0])[0][:, [2, 4]]
+        got = run(result.model, feeds(model, 1)[0])[0][:, [2, 4]]
         want = np.maximum(bias[[2, 4]], 0)[None, :, None, None]
         assert np.abs(got - want).max() < 2 / 255
 
 
 def test_a_layer_of_zeros_is_left_with_one_scale():
     model = one_layer(np.zeros((4, 3)), np.ones(4))
-    made = quantize(model, RECIPE, feeds(model, 2))
-    assert made.report["steps"][0]["result"]["layers"] == 0 and entry(made).multiplier is None
+    result = quantize(model, RECIPE, feeds(model, 2))
+    assert result.report["steps"][0]["result"]["layers"] == 0 and entry(result).multiplier is None
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "per-tensor"])
@@ -214,19 +214,19 @@ def test_a_large_bias_makes_shifts_smaller(target, asked):
     bias = np.array([0.0, 300.0, 1.0])
     model = one_layer(rows, bias)
     data = feeds(model, 8)
-    made = quantize(model, {**asked, "target": target}, data)
-    spec = entry(made)
-    x = made.plan[Planned(load(model), made.plan, TARGETS[target]).input(load(model).layers[0])]
+    result = quantize(model, {**asked, "target": target}, data)
+    spec = entry(result)
+    x = result.plan[Planned(load(model), result.plan, TARGETS[target]).input(load(model).layers[0])]
     codes = bias / (float(x.scale) * step(spec, (3, 2, 1, 1)).ravel())
     assert np.abs(codes).max() < 2**30 * 1.01
     n = np.log2(spec.multiplier.max() / spec.multiplier.ravel())
     assert 0 < n[1] < 15 and n[2] == 10 and np.abs(300.0 / (float(x.scale) * float(spec.scale))) > 2**30
-    assert not any("widened" in note for note in made.report["notes"])
-    for tensor in made.model.graph.initializer:
+    assert not any("widened" in note for note in result.report["notes"])
+    for tensor in result.model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.INT32:
             assert np.abs(numpy_helper.to_array(tensor).astype(np.int64)).max() < 2**31 - 1
     for optimize in (True, False):
-        got = np.concatenate([run(made.model, feed, optimize)[0] for feed in data])
+        got = np.concatenate([run(result.model, feed, optimize)[0] for feed in data])
         want = np.concatenate([run(model, feed)[0] for feed in data])
         assert np.abs(got - want).max() < 300 / 255
 
@@ -234,15 +234,15 @@ def test_a_large_bias_makes_shifts_smaller(target, asked):
 def test_a_bias_too_large_for_any_shift_widens_the_scale():
     model = one_layer([[1e-7, 1e-7], [1e-9, 2e-9]], [300.0, 1.0])
     for target in ("ort-cpu", "per-tensor"):
-        made = quantize(model, recipe(target=target), feeds(model, 4))
-        assert np.abs(run(made.model, feeds(model, 1)[0])[0] - run(model, feeds(model, 1)[0])[0]).max() < 300 / 255
+        result = quantize(model, recipe(target=target), feeds(model, 4))
+        assert np.abs(run(result.model, feeds(model, 1)[0])[0] - run(model, feeds(model, 1)[0])[0]).max() < 300 / 255
 
 
 def test_gain_decides():
     for gain, shifted in ((1.0, 7), (1e9, 0)):
-        made = quantize(mobilenet(), recipe(gain=gain), feeds(mobilenet(), 2))
-        told = made.report["steps"][0]["result"]
-        assert bool(told["layers"]) == bool(shifted) and "left_out" not in told
+        result = quantize(mobilenet(), recipe(gain=gain), feeds(mobilenet(), 2))
+        report = result.report["steps"][0]["result"]
+        assert bool(report["layers"]) == bool(shifted) and "left_out" not in report
 
 
 @pytest.mark.parametrize(
@@ -261,8 +261,8 @@ def test_what_was_asked_or_solved_otherwise_is_left_out(weights, before):
         quantize(model, {"weights": weights, "pass": before + steps}, feeds(model, 4))
         for steps in ([], [{"use": "shift-equalize"}])
     )
-    told = made.report["steps"][-2]["result"]
-    assert told["layers"] == 0 and told["left_out"] == [y.name for y in load(model).layers]
+    report = made.report["steps"][-2]["result"]
+    assert report["layers"] == 0 and report["left_out"] == [y.name for y in load(model).layers]
     for name, spec in plain.plan.items():
         if spec.codes is not None:
             np.testing.assert_array_equal(made.plan[name].scale, spec.scale)
@@ -270,20 +270,20 @@ def test_what_was_asked_or_solved_otherwise_is_left_out(weights, before):
 
 
 def test_a_transposed_convolution_is_left_out():
-    made = quantize(conv_transpose(), recipe(target="storage"), feeds(conv_transpose(), 2))
+    result = quantize(conv_transpose(), recipe(target="storage"), feeds(conv_transpose(), 2))
     names = [y.name for y in load(conv_transpose()).layers if y.op == "ConvTranspose"]
-    assert made.report["steps"][0]["result"]["left_out"] == names and len(names) == 2
+    assert result.report["steps"][0]["result"]["left_out"] == names and len(names) == 2
 
 
 def test_multipliers_per_input_are_no_channel_multipliers():
     """MatMul [K, N]: (1, 0) is per input; it stays in the codes, within int8, and in no list of shifts."""
     model = transformer()
-    made = quantize(model, {"weights": {"bits": 4, "block": "tensor", "sub_block": [0, 1], "pow2": True}}, feeds(model, 4))
-    inner = [(y, s) for y, s in solved(model, made) if y.op == "MatMul"]
+    result = quantize(model, {"weights": {"bits": 4, "block": "tensor", "sub_block": [0, 1], "pow2": True}}, feeds(model, 4))
+    inner = [(y, s) for y, s in solved(model, result) if y.op == "MatMul"]
     assert inner and all(s.sub_block == (1, 0) and not channel_multipliers(y, s) and shifts(y, s) is None for y, s in inner)
     assert all(int(np.abs(s.codes * s.multiplier).max()) <= 127 for _, s in inner)
-    assert not [p for p in made.model.metadata_props if p.key == "onnxq.shifts"]
-    assert drift(run(made.model, feeds(model, 1)[0], False), run(made.model, feeds(model, 1)[0])) < 1e-2
+    assert not [p for p in result.model.metadata_props if p.key == "onnxq.shifts"]
+    assert drift(run(result.model, feeds(model, 1)[0], False), run(result.model, feeds(model, 1)[0])) < 1e-2
     for trans_b, block in ((1, (1, 0)), (0, (0, 1))):
         net = Net(["N", 6])
         (layer,) = load(net.model(net.gemm("x", 6, 5, trans_b=trans_b))).layers
@@ -298,10 +298,10 @@ def test_gemm_either_way_round(trans_b):
     rows = net.rng.normal(size=(7, 6)) * np.exp2(-np.arange(7.0))[:, None]
     model = net.model(net.op("Gemm", "x", net.constant(rows if trans_b else rows.T), net.weight(7), transB=trans_b))
     for target in ("ort-cpu", "per-tensor"):
-        made = quantize(model, recipe(target=target), feeds(model, 8))
-        n = np.log2(entry(made).multiplier.max() / entry(made).multiplier.ravel())
+        result = quantize(model, recipe(target=target), feeds(model, 8))
+        n = np.log2(entry(result).multiplier.max() / entry(result).multiplier.ravel())
         assert len(n) == 7 and n.max() >= 4
-        assert quality(model, made, feeds(model, 8)) > 35
+        assert quality(model, result, feeds(model, 8)) > 35
 
 
 # ---- both forms of export -------------------------------------------------------------------------------------------
@@ -329,8 +329,8 @@ def test_both_forms_compute_the_same(name):
     }
     assert scales and all(scale.ndim == 0 for scale in scales.values())
     muls = [n for n in b.model.graph.node if n.op_type == "Mul" and n.name.partition("_shift")[1]]
-    told = b.report["steps"][0]["result"]
-    assert len(muls) == told["layers"]
+    report = b.report["steps"][0]["result"]
+    assert len(muls) == report["layers"]
     for node in muls:
         factors = constants[node.input[1]]
         assert (np.exp2(np.rint(np.log2(factors))) == factors).all() and factors.max() == 1 > factors.min() >= 2.0**-15
@@ -339,28 +339,28 @@ def test_both_forms_compute_the_same(name):
 @pytest.mark.parametrize("name", ["cnn", "mobilenet", "inception"])
 def test_a_vector_of_scales_keeps_layers_integer(name):
     model = ZOO[name]()
-    made = quantize(model, recipe(), feeds(model, 4))
-    audit = audit_model(made.model)
+    result = quantize(model, recipe(), feeds(model, 4))
+    audit = audit_model(result.model)
     assert all(y.quantized for y in audit.layers) and not set(audit.other) & {"Clip", "Relu", "Mul"}
     assert {y.kernel for y in audit.layers if y.op == "Conv"} == {"QLinearConv"}
 
 
 def test_openvino_takes_the_vector(tmp_path):
-    made = quantize(mobilenet(), recipe(target="openvino"), feeds(mobilenet(), 4))
+    result = quantize(mobilenet(), recipe(target="openvino"), feeds(mobilenet(), 4))
     plain = quantize(mobilenet(), recipe(), feeds(mobilenet(), 4))
-    assert drift(run(plain.model, feeds(mobilenet(), 1)[0]), run(made.model, feeds(mobilenet(), 1)[0])) < 1e-4
-    assert not [n for n in made.model.graph.node if n.op_type == "Mul"]
+    assert drift(run(plain.model, feeds(mobilenet(), 1)[0]), run(result.model, feeds(mobilenet(), 1)[0])) < 1e-4
+    assert not [n for n in result.model.graph.node if n.op_type == "Mul"]
     pytest.importorskip("openvino")
-    assert all(y.quantized for y in audit_openvino(made.save(tmp_path / "m.onnx")).layers)
+    assert all(y.quantized for y in audit_openvino(result.save(tmp_path / "m.onnx")).layers)
 
 
 def test_the_activation_stays_behind_the_factor():
     """Relu6 does not commute with it."""
-    made = quantize(mobilenet(), recipe(target="per-tensor"), feeds(mobilenet(), 4))
-    makers = {o: n for n in made.model.graph.node for o in n.output}
-    clips = [n for n in made.model.graph.node if n.op_type == "Clip"]
+    result = quantize(mobilenet(), recipe(target="per-tensor"), feeds(mobilenet(), 4))
+    makers = {o: n for n in result.model.graph.node for o in n.output}
+    clips = [n for n in result.model.graph.node if n.op_type == "Clip"]
     assert clips and all(makers[n.input[0]].op_type == "Mul" for n in clips)
-    behind = {makers[n.input[0]].op_type for n in made.model.graph.node if n.op_type == "Mul"}
+    behind = {makers[n.input[0]].op_type for n in result.model.graph.node if n.op_type == "Mul"}
     assert behind == {"Conv", "Gemm"}
 
 
@@ -368,10 +368,10 @@ def test_the_activation_stays_behind_the_factor():
 @pytest.mark.parametrize("name", ["mobilenet", "transformer", "mlp"])
 def test_metadata_tells_the_shifts(name, target):
     model = ZOO[name]()
-    made = quantize(model, recipe(target=target), feeds(model, 4))
-    table = json.loads(next(p.value for p in made.model.metadata_props if p.key == "onnxq.shifts"))
+    result = quantize(model, recipe(target=target), feeds(model, 4))
+    table = json.loads(next(p.value for p in result.model.metadata_props if p.key == "onnxq.shifts"))
     assert table
-    for layer, spec in solved(model, made):
+    for layer, spec in solved(model, result):
         if spec.multiplier is None:
             assert layer.name not in table
             continue
@@ -442,14 +442,14 @@ def test_later_passes_keep_the_shifts(steps, target):
     model = uneven(cnn())
     data = feeds(model, 12)
     passes = [{"use": "ranges"}, {"use": "shift-equalize"}, *steps]
-    made = quantize(model, {**RECIPE, "target": target, "pass": passes}, data, verify=True)
+    result = quantize(model, {**RECIPE, "target": target, "pass": passes}, data, verify=True)
     alone = quantize(model, {**RECIPE, "target": target}, data)
-    for (layer, spec), (_, before) in zip(solved(model, made), solved(model, alone), strict=True):
+    for (layer, spec), (_, before) in zip(solved(model, result), solved(model, alone), strict=True):
         np.testing.assert_array_equal(shifts(layer, spec), shifts(layer, before))
-    assert quality(model, made, data) > quality(model, alone, data) + (1 if steps else -0.1)
+    assert quality(model, result, data) > quality(model, alone, data) + (1 if steps else -0.1)
     changed = any(
         (spec.codes != before.codes).any()
-        for (_, spec), (_, before) in zip(solved(model, made), solved(model, alone), strict=True)
+        for (_, spec), (_, before) in zip(solved(model, result), solved(model, alone), strict=True)
     )
     assert changed == any(s["use"] == "round" for s in steps)
 
@@ -459,14 +459,14 @@ def test_four_bit_codes(bits):
     """INT4 -> Cast -> DequantizeLinear with a vector of scales."""
     model = uneven(cnn())
     data = feeds(model, 8)
-    made = quantize(model, recipe({"use": "round", "method": "gptq"}, bits=bits), data)
-    assert all(y.quantized for y in audit_model(made.model).layers)
-    stored = [t for t in made.model.graph.initializer if t.data_type == onnx.TensorProto.INT4]
+    result = quantize(model, recipe({"use": "round", "method": "gptq"}, bits=bits), data)
+    assert all(y.quantized for y in audit_model(result.model).layers)
+    stored = [t for t in result.model.graph.initializer if t.data_type == onnx.TensorProto.INT4]
     assert len(stored) == len(load(model).layers)
-    sizes = {n.input[1] for n in made.model.graph.node if n.op_type == "DequantizeLinear" and n.attribute}
-    vectors = [numpy_helper.to_array(t) for t in made.model.graph.initializer if t.name in sizes]
+    sizes = {n.input[1] for n in result.model.graph.node if n.op_type == "DequantizeLinear" and n.attribute}
+    vectors = [numpy_helper.to_array(t) for t in result.model.graph.initializer if t.name in sizes]
     assert any(v.size == 12 for v in vectors)
-    assert drift(run(made.model, data[0], False), run(made.model, data[0])) < 1e-4
+    assert drift(run(result.model, data[0], False), run(result.model, data[0])) < 1e-4
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "per-tensor"])
@@ -488,14 +488,14 @@ def test_stored_bits_count_what_is_written(target, bits):
     """Codes, a vector of scales, or one scale and a vector of factors."""
     rows = np.random.default_rng(0).normal(size=(16, 64)) * np.exp2(-np.arange(16.0) / 2)[:, None]
     model = one_layer(rows)
-    made = quantize(model, recipe(bits=bits, target=target), feeds(model, 2))
+    result = quantize(model, recipe(bits=bits, target=target), feeds(model, 2))
     (layer,) = load(model).layers
-    told = stored_bits(layer, entry(made), TARGETS[target].rule(layer, entry(made), 8))
+    told = stored_bits(layer, entry(result), TARGETS[target].rule(layer, entry(result), 8))
     wanted = {"INT4": 0.5, "INT8": 1, "FLOAT": 4}
     written = sum(
         wanted.get(onnx.TensorProto.DataType.Name(t.data_type), 0) * int(np.prod(t.dims)) * 8
-        for t in made.model.graph.initializer
+        for t in result.model.graph.initializer
         if np.prod(t.dims) >= 16 and "zero_point" not in t.name
     )
     assert told * 16 * 64 == pytest.approx(written, abs=32)
-    assert made.report["layers"][0]["bits_per_weight"] == pytest.approx(told, abs=1e-3)
+    assert result.report["layers"][0]["bits_per_weight"] == pytest.approx(told, abs=1e-3)

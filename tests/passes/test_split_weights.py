@@ -118,15 +118,15 @@ def test_split_only_where_the_error_falls(bits, block, times, gain, seed):
     net = Net(["N", 4, 6, 6], seed)
     x = net.op("Conv", "x", outlier(net, 4, 8, (3, 3), times=times), pads=[1] * 4)
     model = net.model(net.conv(net.op("Relu", x), 8, 2, 1, pads=[0] * 4))
-    made = quantize(model, {**recipe({"gain": gain}, bits, block), **FLOAT}, feeds(model, 1))
+    result = quantize(model, {**recipe({"gain": gain}, bits, block), **FLOAT}, feeds(model, 1))
     layer = load(model).layers[0]
     weight = load(model).constant(layer.weight)
     spec = QuantSpec(bits, True, None if block == "tensor" else (1, 0, 0, 0))
     after, before = error(split(layer, weight, spec)[1], spec), error(weight, spec)
-    assert ("conv0" in told(made)["layers"]) == (after < before * 10 ** (-gain / 10))
-    if "conv0" in told(made)["layers"]:
+    assert ("conv0" in told(result)["layers"]) == (after < before * 10 ** (-gain / 10))
+    if "conv0" in told(result)["layers"]:
         assert after <= before
-        assert told(made)["layers"]["conv0"]["gain_db"] == pytest.approx(10 * np.log10(before / after), abs=0.01)
+        assert told(result)["layers"]["conv0"]["gain_db"] == pytest.approx(10 * np.log10(before / after), abs=0.01)
 
 
 # ---- the rewrite ----------------------------------------------------------------------------------------------------
@@ -206,16 +206,16 @@ def test_statistics_stay_with_the_sum():
 @pytest.mark.parametrize("kind, behind", [*itertools.product(KINDS, ["relu"]), *itertools.product(["plain"], BEHIND)])
 def test_everything_stays_integer(kind, behind, target):
     model = model_of(kind, behind)
-    made = quantize(model, recipe(target=target), feeds(model, 3), verify=True)
+    result = quantize(model, recipe(target=target), feeds(model, 3), verify=True)
     split_up = 2 if behind == "residual" else 1
-    assert len(told(made)["layers"]) == split_up and made.report["steps"][0]["drift"] < 1e-5
-    audit = audit_model(made.model)
+    assert len(told(result)["layers"]) == split_up and result.report["steps"][0]["drift"] < 1e-5
+    audit = audit_model(result.model)
     assert len(audit.layers) == len(load(model).layers) + split_up
     assert {y.kernel for y in audit.layers} == {"QLinearConv"} and "Conv" not in audit.other, audit
     assert audit.other["QLinearAdd"] == split_up + (behind == "residual") and "Add" not in audit.other
     taps = float(np.prod(KINDS[kind][3]))
-    assert {v["more_multiply_adds"] for v in told(made)["layers"].values()} == {round(1 / taps, 4)}
-    assert json.loads(json.dumps(made.report)) == made.report
+    assert {v["more_multiply_adds"] for v in told(result)["layers"].values()} == {round(1 / taps, 4)}
+    assert json.loads(json.dumps(result.report)) == result.report
 
 
 def test_openvino_runs_the_parts_as_integer(tmp_path):
@@ -229,14 +229,14 @@ def test_openvino_runs_the_parts_as_integer(tmp_path):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_plan_of_the_parts(bits, block):
     model = model_of("plain")
-    made = quantize(model, recipe(bits=bits, block=block), feeds(model, 3))
-    fine, coarse = (spec for name, spec in made.plan.items() if "_part" in name and spec.codes is not None)
+    result = quantize(model, recipe(bits=bits, block=block), feeds(model, 3))
+    fine, coarse = (spec for name, spec in result.plan.items() if "_part" in name and spec.codes is not None)
     assert (coarse.bits, coarse.codes.shape[2:]) == (bits, (1, 1)) and (coarse.block is None) == (block == "tensor")
     assert (fine.bits, fine.block, fine.codes.shape[2:]) == (bits, coarse.block, (3, 3))
     assert np.max(fine.scale) < np.max(coarse.scale)
-    outputs = [made.plan[f"conv2_part{k}_out"] for k in (1, 2)]
+    outputs = [result.plan[f"conv2_part{k}_out"] for k in (1, 2)]
     assert all(spec.describe() == "uint8 per tensor" and spec.solved for spec in outputs)
-    assert not any(name == load(model).layers[1].weight for name in made.plan)
+    assert not any(name == load(model).layers[1].weight for name in result.plan)
 
 
 @pytest.mark.parametrize("behind", ["relu", "none"])
@@ -264,26 +264,26 @@ def test_bias_keeps_its_precision():
         bias = net.constant(net.rng.normal(size=6) / 50)
         x = net.op("Relu", net.op("Conv", "x", net.constant(weight), bias, pads=[1] * 4))
         model = net.model(net.conv(x, 6, 3, 1, pads=[0] * 4))
-        made = quantize(model, recipe(), feeds(model, 3))
-        graph = {t.name: t for t in made.model.graph.initializer}
+        result = quantize(model, recipe(), feeds(model, 3))
+        graph = {t.name: t for t in result.model.graph.initializer}
         bias = load(model).constant(load(model).layers[0].bias)
-        at = next(n for n in made.model.graph.node if n.name == "conv0_part1")
-        dequantize = next(n for n in made.model.graph.node if at.input[2] in n.output)
+        at = next(n for n in result.model.graph.node if n.name == "conv0_part1")
+        dequantize = next(n for n in result.model.graph.node if at.input[2] in n.output)
         codes, scale = (
             np.frombuffer(graph[name].raw_data, kind) for name, kind in zip(dequantize.input, ("<i4", "<f4"), strict=False)
         )
-        fine = next(spec for spec in made.plan.values() if spec.codes is not None and spec.codes.shape == (6, 4, 3, 3))
+        fine = next(spec for spec in result.plan.values() if spec.codes is not None and spec.codes.shape == (6, 4, 3, 3))
         assert np.abs(codes * scale - bias).max() < 1e-3
         assert (fine.codes.reshape(6, -1).any(axis=1).all()) != empty
 
 
 def test_what_is_left_alone_is_told():
     def left(model, step=None, **more):
-        made = quantize(model, recipe(step, **more), feeds(model, 2))
-        assert not told(made)["layers"] and set(told(made)["left_alone"]) == {
-            y.name for y in load(model).layers if y.weight in made.plan
+        result = quantize(model, recipe(step, **more), feeds(model, 2))
+        assert not told(result)["layers"] and set(told(result)["left_alone"]) == {
+            y.name for y in load(model).layers if y.weight in result.plan
         }
-        return set(told(made)["left_alone"].values())
+        return set(told(result)["left_alone"].values())
 
     kernel = "only convolutions with a kernel larger than 1 have a centre among other taps"
     assert left(mlp()) == {kernel}
@@ -305,16 +305,16 @@ def test_what_is_left_alone_is_told():
 def test_later_passes_take_the_parts_as_layers(steps, block):
     model = network(1, 12)
     before = recipe(block=block, bits=5)
-    made = quantize(model, {**before, "pass": before["pass"] + steps}, feeds(model, 8), verify=True)
-    assert told(made)["layers"] and all(y.quantized for y in audit_model(made.model).layers)
+    result = quantize(model, {**before, "pass": before["pass"] + steps}, feeds(model, 8), verify=True)
+    assert told(result)["layers"] and all(y.quantized for y in audit_model(result.model).layers)
 
 
 @pytest.mark.parametrize("more", [{"sub_block": [1, 4]}, {"block": [1, 4], "pow2": True}, {"block": [2, 2]}])
 def test_finer_scales_are_kept_for_the_fine_part(more):
     weights = {"bits": 4, "block": "channel", **more}
     model = model_of("plain")
-    made = quantize(model, {**recipe(), "weights": weights, **FLOAT}, feeds(model, 2), settings=["split-weights.gain=0.5"])
-    names = {y.name for y in audit_model(made.model).layers}
+    result = quantize(model, {**recipe(), "weights": weights, **FLOAT}, feeds(model, 2), settings=["split-weights.gain=0.5"])
+    names = {y.name for y in audit_model(result.model).layers}
     assert {"conv2_part1", "conv2_part2"} <= names
 
 

@@ -458,8 +458,8 @@ def test_engine_reports_and_runs_all_forms(form):
         )
         json.dumps(result.report)
         assert distance(model, result, feeds(model, 5, seed=1)) > 8
-        told = result.report["steps"][0]["result"]
-        assert told["layers"] and bool(told["multipliers"]) == (form != "tiles")
+        report = result.report["steps"][0]["result"]
+        assert report["layers"] and bool(report["multipliers"]) == (form != "tiles")
 
 
 @pytest.mark.parametrize(("key", "value"), [("rounds", -1), ("positions", 0), ("limit", 15)])

@@ -62,10 +62,10 @@ def test_both_realisations_compute_the_same(name):
     data = feeds(model, 4)
     step = {"clusters": 3, "gain": 1.05}
     few, split = (quantize(model, recipe({**step, "split": s}), data, verify=True) for s in (False, True))
-    told = split.report["steps"][1]["result"]
-    left = set(told["left_alone"]) - set(few.report["steps"][1]["result"]["left_alone"])  # grouped ones
-    assert told["layers"] and all(v == few.report["steps"][1]["result"]["layers"][n] for n, v in told["layers"].items())
-    assert all("cannot be split" in told["left_alone"][n] for n in left)
+    report = split.report["steps"][1]["result"]
+    left = set(report["left_alone"]) - set(few.report["steps"][1]["result"]["left_alone"])  # grouped ones
+    assert report["layers"] and all(v == few.report["steps"][1]["result"]["layers"][n] for n, v in report["layers"].items())
+    assert all("cannot be split" in report["left_alone"][n] for n in left)
     if not left:
         outputs = [runtimes.outputs(runtimes.session(m.model), data) for m in (few, split)]
         assert drift(*outputs) < 1e-5
@@ -73,7 +73,7 @@ def test_both_realisations_compute_the_same(name):
     assert all(spec.scale.ndim == 0 and spec.block is None for spec in weights)
     assert all(len(np.unique(spec.scale)) <= 3 for spec in few.plan.values() if spec.codes is not None)
     assert len(weights) == len([s for s in few.plan.values() if s.codes is not None]) + sum(
-        v["clusters"] - 1 for v in told["layers"].values()
+        v["clusters"] - 1 for v in report["layers"].values()
     )
     plain = {y.name for y in audit_model(quantize(model, recipe(), data).model).layers if not y.quantized}
     audit = audit_model(split.model)
@@ -106,9 +106,11 @@ def test_parts_write_on_the_scale_of_the_whole():
 @pytest.mark.parametrize("split", [False, True])
 def test_open_ranges_are_solved_later(split):
     model = mobilenet()
-    made = quantize(model, {**recipe(), "pass": [{"use": "subtensor", "split": split}, {"use": "ranges"}]}, feeds(model, 4))
-    assert any("put the pass ranges before" in note for note in made.report["notes"]) == split
-    assert all(y.quantized for y in audit_model(made.model).layers)
+    result = quantize(
+        model, {**recipe(), "pass": [{"use": "subtensor", "split": split}, {"use": "ranges"}]}, feeds(model, 4)
+    )
+    assert any("put the pass ranges before" in note for note in result.report["notes"]) == split
+    assert all(y.quantized for y in audit_model(result.model).layers)
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -117,14 +119,14 @@ def test_one_cluster_is_one_scale(name, split):
     model = ZOO[name]()
     data = feeds(model, 2)
     plain = quantize(model, recipe(), data)
-    made = quantize(model, recipe({"clusters": 1, "gain": 1.0, "split": split}), data)
-    assert list(made.plan) == list(plain.plan)
+    result = quantize(model, recipe({"clusters": 1, "gain": 1.0, "split": split}), data)
+    assert list(result.plan) == list(plain.plan)
     for key, spec in plain.plan.items():
         if spec.codes is not None:
-            np.testing.assert_array_equal(made.plan[key].codes, spec.codes)
-            assert np.unique(made.plan[key].scale) == spec.scale
+            np.testing.assert_array_equal(result.plan[key].codes, spec.codes)
+            assert np.unique(result.plan[key].scale) == spec.scale
     feed = feeds(model, 1, seed=1)[0]
-    assert drift(run(plain.model, feed), run(made.model, feed)) == 0
+    assert drift(run(plain.model, feed), run(result.model, feed)) == 0
 
 
 @pytest.mark.parametrize("name", ["cnn", "mobilenet", "grouped", "mlp", "dead_channels"])
@@ -132,21 +134,21 @@ def test_a_cluster_per_channel_is_a_scale_per_channel(name):
     model = ZOO[name]()
     data = feeds(model, 2)
     plain = quantize(model, recipe(block="channel"), data)
-    made = quantize(model, recipe({"clusters": 99, "gain": 1.0}), data)
+    result = quantize(model, recipe({"clusters": 99, "gain": 1.0}), data)
     layers = {y.weight: y for y in load(model).layers}
     for key, spec in plain.plan.items():
         if spec.codes is not None:
-            np.testing.assert_array_equal(made.plan[key].codes, spec.codes)
-            np.testing.assert_array_equal(weight_values(layers[key], made.plan[key]), weight_values(layers[key], spec))
+            np.testing.assert_array_equal(result.plan[key].codes, spec.codes)
+            np.testing.assert_array_equal(weight_values(layers[key], result.plan[key]), weight_values(layers[key], spec))
             alive = spec.codes.any(axis=tuple(a for a in range(spec.codes.ndim) if a != layers[key].out_axis), keepdims=True)
-            np.testing.assert_array_equal(made.plan[key].scale[alive], spec.scale[alive])
+            np.testing.assert_array_equal(result.plan[key].scale[alive], spec.scale[alive])
 
 
 def left_alone(model, step, **more):
-    made = quantize(model, recipe(step, **more), feeds(model, 2))
-    told = made.report["steps"][1]["result"]
-    assert set(told["layers"]) | set(told["left_alone"]) == {y.name for y in load(model).layers}
-    return told["left_alone"]
+    result = quantize(model, recipe(step, **more), feeds(model, 2))
+    report = result.report["steps"][1]["result"]
+    assert set(report["layers"]) | set(report["left_alone"]) == {y.name for y in load(model).layers}
+    return report["left_alone"]
 
 
 def test_what_is_left_alone_is_told():
@@ -202,15 +204,15 @@ def test_float_readers_behind_a_gemm(ops):
     for op in ops:
         x = net.op(op, x)
     model = net.model(net.op("Softmax", x))
-    made = quantize(model, recipe({"split": True, "gain": 1.0}), feeds(model, 8), verify=True)
-    audit = audit_model(made.model)
+    result = quantize(model, recipe({"split": True, "gain": 1.0}), feeds(model, 8), verify=True)
+    audit = audit_model(result.model)
     assert len(audit.layers) == 4 and {y.kernel for y in audit.layers} == {"QGemm"}
-    assert measure(model, made, feeds(model, 8)) > 25
+    assert measure(model, result, feeds(model, 8)) > 25
 
 
 def test_dead_channels_make_no_layer_of_their_own():
-    made = quantize(dead_channels(), recipe({"split": True, "gain": 1.0, "clusters": 8}), feeds(dead_channels(), 2))
-    assert all(spec.codes.any() for spec in made.plan.values() if spec.codes is not None)
+    result = quantize(dead_channels(), recipe({"split": True, "gain": 1.0, "clusters": 8}), feeds(dead_channels(), 2))
+    assert all(spec.codes.any() for spec in result.plan.values() if spec.codes is not None)
 
 
 def test_balance_spares_the_small_channels():
@@ -222,8 +224,8 @@ def test_balance_spares_the_small_channels():
     net = Net(["N", 6])
     weight = np.diag([1e-6, 1.0, 1.1, 1.2, 2.0, 2.1])
     model = net.model(net.op("Gemm", "x", net.constant(weight), net.constant(np.zeros(6)), transB=1))
-    made = quantize(model, recipe({"clusters": 2, "gain": 1.0, "balance": 2.0}), feeds(model, 4))
-    (scale,) = (spec.scale.ravel() for spec in made.plan.values() if spec.codes is not None)
+    result = quantize(model, recipe({"clusters": 2, "gain": 1.0, "balance": 2.0}), feeds(model, 4))
+    (scale,) = (spec.scale.ravel() for spec in result.plan.values() if spec.codes is not None)
     assert scale.tolist() == pytest.approx([1.2 / 127] * 4 + [2.1 / 127] * 2)
 
 

@@ -91,10 +91,10 @@ def test_a_point_made_again_is_the_network_that_the_search_gave(name, settings, 
 
 def test_the_recipe_in_the_model_makes_it_again():
     widths = chosen(Curve.of(searched(mlp())).points)["widths"]
-    made = quantize(mlp(), recipe_of(widths=widths), feeds(mlp(), 6), workers=1)
-    kept = next(p.value for p in made.model.metadata_props if p.key == "onnxq.recipe")
+    result = quantize(mlp(), recipe_of(widths=widths), feeds(mlp(), 6), workers=1)
+    kept = next(p.value for p in result.model.metadata_props if p.key == "onnxq.recipe")
     again = quantize(mlp(), json.loads(kept), feeds(mlp(), 6), workers=1)
-    assert again.model.SerializeToString() == made.model.SerializeToString()
+    assert again.model.SerializeToString() == result.model.SerializeToString()
 
 
 def test_widths_are_written_as_an_inline_table():

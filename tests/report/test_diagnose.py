@@ -77,11 +77,11 @@ def first(found: Diagnosis) -> tuple[str, str]:
 
 def test_a_layer_of_two_bits():
     result = quantized(chain(), {**INT8, "layer": [{"match": "conv4", "weights": {"bits": 2}}]})
-    found = diagnose(result)
-    assert first(found) == ("conv4", "few-bits")
-    assert "2 bits" in found.describe(found.layers[0])
-    remedy = found.layers[0].remedies[0]
-    assert "weights.bits = 8" in remedy.typed and helped(result, remedy, found) > 6
+    diagnosis = diagnose(result)
+    assert first(diagnosis) == ("conv4", "few-bits")
+    assert "2 bits" in diagnosis.describe(diagnosis.layers[0])
+    remedy = diagnosis.layers[0].remedies[0]
+    assert "weights.bits = 8" in remedy.typed and helped(result, remedy, diagnosis) > 6
 
 
 def test_an_outlier_channel_beside_one_scale():
@@ -91,11 +91,11 @@ def test_an_outlier_channel_beside_one_scale():
         return weight, bias
 
     result = quantized(changed(chain(), "conv4", loud), {**INT8, "weights": {"block": "tensor"}})
-    found = diagnose(result)
-    assert first(found) == ("conv4", "outlier-weights")
-    assert "channel 5" in found.layers[0].causes[0].text
-    remedy = found.layers[0].remedies[0]
-    assert 'weights.block = "channel"' in remedy.typed and helped(result, remedy, found) > 6
+    diagnosis = diagnose(result)
+    assert first(diagnosis) == ("conv4", "outlier-weights")
+    assert "channel 5" in diagnosis.layers[0].causes[0].text
+    remedy = diagnosis.layers[0].remedies[0]
+    assert 'weights.block = "channel"' in remedy.typed and helped(result, remedy, diagnosis) > 6
 
 
 def test_without_scales_per_channel_another_remedy():
@@ -106,10 +106,10 @@ def test_without_scales_per_channel_another_remedy():
 
     recipe = {**INT8, "target": "per-tensor", "weights": {"block": "tensor"}}
     result = quantized(changed(chain(), "conv4", loud), recipe)
-    found = diagnose(result)
-    assert first(found) == ("conv4", "outlier-weights")
-    remedy = found.layers[0].remedies[0]
-    assert 'use = "shift-equalize"' in remedy.typed and helped(result, remedy, found) > 6
+    diagnosis = diagnose(result)
+    assert first(diagnosis) == ("conv4", "outlier-weights")
+    remedy = diagnosis.layers[0].remedies[0]
+    assert 'use = "shift-equalize"' in remedy.typed and helped(result, remedy, diagnosis) > 6
 
 
 def test_scales_that_differ_a_little_are_no_outliers():
@@ -118,8 +118,8 @@ def test_scales_that_differ_a_little_are_no_outliers():
     def graded(weight, bias):
         return weight * np.where(np.arange(len(weight)) < 6, 2, 0.1)[:, None, None, None], bias
 
-    found = diagnose(quantized(changed(chain(), "conv4", graded), {**INT8, "weights": {"block": "tensor"}}))
-    layer = next(y for y in found.layers if y.name == "conv4")
+    diagnosis = diagnose(quantized(changed(chain(), "conv4", graded), {**INT8, "weights": {"block": "tensor"}}))
+    layer = next(y for y in diagnosis.layers if y.name == "conv4")
     kinds = {cause.kind: cause.text for cause in layer.causes}
     assert "outlier-weights" not in kinds and "dB less error" in kinds["uneven-weights"]
     assert any('weights.block = "channel"' in remedy.typed for remedy in layer.remedies)
@@ -140,8 +140,8 @@ def test_channels_that_count_most_and_reach_least():
 
     model = chain(lambda net, x: net.op("Relu", net.conv(x, 16, 16, groups=16)))
     recipe = {"pass": [{"use": "ranges"}, {"use": "bias-correct"}]}
-    found = diagnose(quantized(changed(changed(model, "conv2", quiet), "conv4", loud), recipe))
-    cause = next(y for y in found.layers if y.name == "conv4").causes[0]
+    diagnosis = diagnose(quantized(changed(changed(model, "conv2", quiet), "conv4", loud), recipe))
+    cause = next(y for y in diagnosis.layers if y.name == "conv4").causes[0]
     assert cause.kind == "uneven-channels" and "of the 16 channels" not in cause.text
 
 
@@ -152,10 +152,10 @@ def test_a_clipped_activation():
     result = quantized(
         changed(chain(), "conv2", sparse), {"pass": [{"use": "ranges", "method": "percentile", "percentile": 99.5}]}
     )
-    found = diagnose(result)
-    assert first(found) == ("conv4", "clipped")  # it reads what is clipped
-    remedy = found.layers[0].remedies[0]
-    assert remedy.settings[0].startswith("ranges.method=") and helped(result, remedy, found) > 3
+    diagnosis = diagnose(result)
+    assert first(diagnosis) == ("conv4", "clipped")  # it reads what is clipped
+    remedy = diagnosis.layers[0].remedies[0]
+    assert remedy.settings[0].startswith("ranges.method=") and helped(result, remedy, diagnosis) > 3
 
 
 def test_an_activation_with_an_outlier_channel():
@@ -171,11 +171,11 @@ def test_an_activation_with_an_outlier_channel():
 
     recipe = {"pass": [{"use": "ranges"}, {"use": "bias-correct"}]}
     result = quantized(changed(changed(chain(), "conv2", loud), "conv4", quiet), recipe)
-    found = diagnose(result)
-    assert first(found) == ("conv4", "outlier-channels")
-    assert "1 of the 16 channels" in found.layers[0].causes[0].text
-    remedy = found.layers[0].remedies[0]
-    assert 'by = "activations"' in remedy.typed and helped(result, remedy, found) > 6
+    diagnosis = diagnose(result)
+    assert first(diagnosis) == ("conv4", "outlier-channels")
+    assert "1 of the 16 channels" in diagnosis.layers[0].causes[0].text
+    remedy = diagnosis.layers[0].remedies[0]
+    assert 'by = "activations"' in remedy.typed and helped(result, remedy, diagnosis) > 6
 
 
 def test_an_input_with_an_outlier_channel():
@@ -183,10 +183,10 @@ def test_an_input_with_an_outlier_channel():
     data = [{"x": f["x"] * np.array([1, 50, 1], np.float32)[:, None, None]} for f in feeds(model, 16)]
     model = changed(model, "conv0", lambda w, b: (w / np.array([1, 50, 1])[:, None, None], b))
     result = onnxq.quantize(model, INT8, data, workers=1)
-    found = diagnose(result)
-    assert first(found) == ("conv0", "outlier-channels")
-    remedy = found.layers[0].remedies[0]
-    assert 'use = "scale-inputs"' in remedy.typed and helped(result, remedy, found) > 3
+    diagnosis = diagnose(result)
+    assert first(diagnosis) == ("conv0", "outlier-channels")
+    remedy = diagnosis.layers[0].remedies[0]
+    assert 'use = "scale-inputs"' in remedy.typed and helped(result, remedy, diagnosis) > 3
 
 
 def test_a_heavy_tail():
@@ -194,8 +194,8 @@ def test_a_heavy_tail():
         {"x": f["x"] * np.where(np.random.default_rng(n).random(f["x"].shape) < 0.005, 30, 0.3).astype(np.float32)}
         for n, f in enumerate(feeds(chain(), 16))
     ]
-    found = diagnose(onnxq.quantize(chain(), INT8, data, workers=1))
-    layer = next(y for y in found.layers if y.name == "conv0")
+    diagnosis = diagnose(onnxq.quantize(chain(), INT8, data, workers=1))
+    layer = next(y for y in diagnosis.layers if y.name == "conv0")
     assert "heavy-tail" in [c.kind for c in layer.causes] and layer.own.input < layer.own.weight
 
 
@@ -208,10 +208,10 @@ def test_an_error_that_is_the_same_everywhere():
         return made, bias
 
     result = quantized(changed(chain(), "conv4", skewed))
-    found = diagnose(result)
-    assert first(found) == ("conv4", "mean-error")
-    remedy = found.layers[0].causes[0].remedies[0]
-    assert 'use = "bias-correct"' in remedy.typed and helped(result, remedy, found) > 1
+    diagnosis = diagnose(result)
+    assert first(diagnosis) == ("conv4", "mean-error")
+    remedy = diagnosis.layers[0].causes[0].remedies[0]
+    assert 'use = "bias-correct"' in remedy.typed and helped(result, remedy, diagnosis) > 1
 
 
 def test_an_operator_without_integer_kernel():
@@ -219,11 +219,11 @@ def test_an_operator_without_integer_kernel():
         return net.op("ConvTranspose", x, net.weight(16, 16, 3, 3, fan_in=144), net.weight(16), pads=[1] * 4)
 
     result = quantized(chain(transposed))
-    found = diagnose(result)
-    assert [f.name for f in found.floats] == ["convtranspose4"]
-    assert "ConvTranspose" in found.floats[0].why and not found.floats[0].remedies
-    assert 0.2 < found.floats[0].work < 0.6
-    assert next(y for y in found.layers if y.name == "convtranspose4").own is None
+    diagnosis = diagnose(result)
+    assert [f.name for f in diagnosis.floats] == ["convtranspose4"]
+    assert "ConvTranspose" in diagnosis.floats[0].why and not diagnosis.floats[0].remedies
+    assert 0.2 < diagnosis.floats[0].work < 0.6
+    assert next(y for y in diagnosis.layers if y.name == "convtranspose4").own is None
 
 
 @pytest.mark.parametrize(
@@ -237,10 +237,10 @@ def test_an_operator_without_integer_kernel():
     ids=["float", "32", "16-bit", "all 16-bit"],
 )
 def test_what_the_recipe_says_on_purpose_is_not_undone(recipe):
-    found = diagnose(quantized(chain(), recipe))
-    (slow,) = [f for f in found.floats if f.name == "conv4"]
+    diagnosis = diagnose(quantized(chain(), recipe))
+    (slow,) = [f for f in diagnosis.floats if f.name == "conv4"]
     assert not slow.remedies
-    typed = [r.typed for y in found.layers for r in y.remedies]
+    typed = [r.typed for y in diagnosis.layers for r in y.remedies]
     assert not any('match = "conv4"' in text for text in typed)  # it is float already, or 16 bits
 
 
@@ -272,8 +272,8 @@ def test_an_activation_in_float_is_float(make):
 def test_the_writer_of_a_rounded_tensor_is_named():
     """An activation whose error is large: its reader alone in float gains nothing, the writer and the reader do."""
     result = quantized(chain(), {**INT8, "layer": [{"match": "conv4", "quantize": False}]})
-    found = diagnose(result)
-    tensor = next(y for y in found.layers if y.name == "tensor t3")
+    diagnosis = diagnose(result)
+    tensor = next(y for y in diagnosis.layers if y.name == "tensor t3")
     remedy = tensor.remedies[-1]
     assert [rule.match for rule in remedy.layers] == ["conv2"]  # its reader is float by the recipe
     made = result.again(remedy.on(result.recipe))
@@ -286,8 +286,8 @@ def test_what_is_typed_is_options_or_toml(target):
     weights = {"block": "tensor", "bits": 8} if target == "per-tensor" else {"bits": 4}
     for ranges in ({"use": "ranges"}, {"use": "ranges", "method": "percentile", "percentile": 98}):
         recipe = {"pass": [ranges], "weights": weights, "target": target}
-        found = diagnose(quantized(chain(), recipe, 4), samples=2, alone=0)
-        typed = {r.typed for y in (*found.layers, *found.floats) for r in y.remedies}
+        diagnosis = diagnose(quantized(chain(), recipe, 4), samples=2, alone=0)
+        typed = {r.typed for y in (*diagnosis.layers, *diagnosis.floats) for r in y.remedies}
         assert typed
         for text in typed:
             if text.startswith("--"):
@@ -304,8 +304,8 @@ def test_a_remedy_belongs_in_one_place():
 
 
 def test_layers_in_float_at_load_get_a_target():
-    found = diagnose(quantized(chain(), {**INT8, "target": "storage"}))
-    assert {f.remedies[0].settings for f in found.floats} == {("target=ort-cpu",)}
+    diagnosis = diagnose(quantized(chain(), {**INT8, "target": "storage"}))
+    assert {f.remedies[0].settings for f in diagnosis.floats} == {("target=ort-cpu",)}
 
 
 # ---- what is measured -----------------------------------------------------------------------------------------------------
@@ -342,30 +342,30 @@ def test_own_errors_agree_with_the_exporter(result):
 
 
 def test_float_layers_and_plain_values(result):
-    found = diagnose(result, samples=2)
-    assert {y.name for y in found.layers if not y.name.startswith("tensor ")} == {y.name for y in result.graph.layers}
+    diagnosis = diagnose(result, samples=2)
+    assert {y.name for y in diagnosis.layers if not y.name.startswith("tensor ")} == {y.name for y in result.graph.layers}
     planned = {name for name in result.plan if not result.graph.is_constant(name)}
-    assert set(found.activations) == planned
-    assert planned <= {y.input for y in found.layers}  # each activation is somebody's
-    alone = [y.alone for y in found.layers if y.alone is not None]
+    assert set(diagnosis.activations) == planned
+    assert planned <= {y.input for y in diagnosis.layers}  # each activation is somebody's
+    alone = [y.alone for y in diagnosis.layers if y.alone is not None]
     assert alone == sorted(alone)
-    table = found.to_dict()
+    table = diagnosis.to_dict()
     assert json.loads(json.dumps(table)) == table
 
 
 def test_one_layer_alone_holds_all_of_the_error():
     recipe = {**INT8, "layer": [{"quantize": False}, {"match": "gemm7", "quantize": True}]}
     result = quantized(chain(), recipe, 4)
-    found = diagnose(result)
-    shares = {y.name: y.share for y in found.layers if y.share is not None}
+    diagnosis = diagnose(result)
+    shares = {y.name: y.share for y in diagnosis.layers if y.share is not None}
     assert set(shares) == {"gemm7"} and shares["gemm7"] == pytest.approx(1, abs=0.1)
-    assert found.layers[0].own.both == pytest.approx(found.sqnr, abs=0.5)
-    assert all(y.own is None for y in found.layers[1:])
+    assert diagnosis.layers[0].own.both == pytest.approx(diagnosis.sqnr, abs=0.5)
+    assert all(y.own is None for y in diagnosis.layers[1:])
 
 
 def test_only_so_many_alone():
-    found = diagnose(quantized(chain()), alone=2, samples=2)
-    assert [y.alone is not None for y in found.layers[:3]] == [True, True, False]
+    diagnosis = diagnose(quantized(chain()), alone=2, samples=2)
+    assert [y.alone is not None for y in diagnosis.layers[:3]] == [True, True, False]
 
 
 def test_remedies_are_tried_when_asked():
@@ -380,11 +380,11 @@ def test_remedies_are_tried_when_asked():
 def test_different_remedies_are_tried_the_worst_layer_first():
     model = chain()
     result = quantized(model, {**INT8, "layer": [{"match": "conv4", "weights": {"bits": 3}}]})
-    found = diagnose(result, samples=2, attempts=3)
-    wanted = list(dict.fromkeys(r.typed for y in found.layers for r in y.remedies[:3]))
-    assert [t.remedy.typed for t in found.tried] == wanted[:3] and len(found.tried) == 3
-    worst = found.layers[0]
-    assert all(t.layer == worst.name for t in found.tried[: len(worst.remedies[:3])])
+    diagnosis = diagnose(result, samples=2, attempts=3)
+    wanted = list(dict.fromkeys(r.typed for y in diagnosis.layers for r in y.remedies[:3]))
+    assert [t.remedy.typed for t in diagnosis.tried] == wanted[:3] and len(diagnosis.tried) == 3
+    worst = diagnosis.layers[0]
+    assert all(t.layer == worst.name for t in diagnosis.tried[: len(worst.remedies[:3])])
     refused = diagnose(dataclasses.replace(result, again=refuse), samples=2, attempts=1).tried[0]
     assert refused.sqnr is None and refused.verdict(30) == "refused: no."
 
@@ -516,11 +516,13 @@ def test_a_narrow_terminal_shortens_no_name(width, adds_up):
 
 
 def test_a_diagnosis_in_a_notebook():
-    found = diagnose(quantized(chain(), n=4), samples=2)
-    assert len(repr(found)) < 300 and found.layers[0].name in repr(found)
-    html = found._repr_html_()
-    assert found.layers[0].name in html and html.count("<tr>") == 1 + min(5, len(found.layers)) and "[[layer]]" in html
-    odd = dataclasses.replace(found, layers=(dataclasses.replace(found.layers[0], name="<b>"),))
+    diagnosis = diagnose(quantized(chain(), n=4), samples=2)
+    assert len(repr(diagnosis)) < 300 and diagnosis.layers[0].name in repr(diagnosis)
+    html = diagnosis._repr_html_()
+    assert (
+        diagnosis.layers[0].name in html and html.count("<tr>") == 1 + min(5, len(diagnosis.layers)) and "[[layer]]" in html
+    )
+    odd = dataclasses.replace(diagnosis, layers=(dataclasses.replace(diagnosis.layers[0], name="<b>"),))
     assert "<b>" not in odd._repr_html_()
 
 

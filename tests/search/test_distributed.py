@@ -24,8 +24,11 @@ def half(reference, found, labels):
     return percent_agreement(reference, found) / 2
 
 
+pytestmark = pytest.mark.usefixtures("own_kernels")
+
+
 @pytest.fixture(scope="module")
-def here():
+def here(own_kernels):
     """What threads of this process find."""
     return quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), workers=2)
 
@@ -55,11 +58,11 @@ def test_a_cluster_finds_what_threads_find(here, cluster):
 
     with distributed.Client(cluster), joblib.parallel_config(backend="dask"):
         there = quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), metric=half)
-    told = there.report["steps"][0]["result"]
-    for a, b in zip(here.report["steps"][0]["result"]["curve"], told["curve"], strict=True):
+    report = there.report["steps"][0]["result"]
+    for a, b in zip(here.report["steps"][0]["result"]["curve"], report["curve"], strict=True):
         assert b.pop("half") <= 50
         assert a == b
-    assert (told["metric"], told["float"]) == ("half", 50.0)
+    assert (report["metric"], report["float"]) == ("half", 50.0)
 
 
 def test_a_worker_that_dies_takes_nothing_along(here, cluster, tmp_path):
@@ -105,11 +108,11 @@ def test_an_interrupted_search_goes_on_where_it_was(here, stage, tmp_path, monke
     monkeypatch.setattr(networks, "score_model", lambda *args: (ran.append(1), whole(*args))[1])
     again = quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), cache=tmp_path, workers=1)
     assert again.model.SerializeToString() == here.model.SerializeToString()
-    told = again.report["steps"][0]["result"]
-    assert told["curve"] == here.report["steps"][0]["result"]["curve"]
+    report = again.report["steps"][0]["result"]
+    assert report["curve"] == here.report["steps"][0]["result"]["curve"]
     scored = sum(name.endswith("-scores.npz") for name in kept)
     wanted = here.report["steps"][0]["result"]["networks_measured"]
-    assert len(ran) == told["networks_measured"] == wanted - scored
+    assert len(ran) == report["networks_measured"] == wanted - scored
     ran.clear()  # once more: all is there, no network is run and no weight is rounded
     monkeypatch.setattr("onnxq_plugins.search.widths.Problem.of", lambda *_: pytest.fail("rounded again"))
     assert quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), cache=tmp_path).report["steps"][0]["result"]["curve"]

@@ -325,8 +325,8 @@ def test_weight_only_layers_are_timed(quick):
         "activations": {"bits": 32},
         **recipe_of(candidates=["W4A8", "W8A8", "float"], budget="latency", limit=100.0),
     }
-    told = quantize(model, recipe, feeds(model, 6), workers=1).report["steps"][0]["result"]
-    assert told["latency"]["measured"] > 0 and len(told["latency"]["networks"]) == 3
+    report = quantize(model, recipe, feeds(model, 6), workers=1).report["steps"][0]["result"]
+    assert report["latency"]["measured"] > 0 and len(report["latency"]["networks"]) == 3
 
 
 def test_nothing_to_time_is_no_error(quick):
