@@ -401,7 +401,7 @@ def test_only_the_channels_below_the_maximum_move():
 def test_without_data_clips_are_not_passed():
     job, found = passed(uneven(True), Equalize(gain=1.0), data=False)
     assert found["groups"] == 1 and found["clips_not_passed"] == 2  # the last group lies behind a Relu
-    assert any("no data that tell where it is idle (2 Clips)" in note for note in job.report["notes"])
+    assert any("no data to show where it is inactive (2 Clips)" in note for note in job.report["notes"])
     job, found = passed(uneven(), Equalize(gain=1.0), data=False)
     assert found["equalized"] == 3 and "clips_not_passed" not in found and not job.report["notes"]
     job, found = passed(uneven(), Equalize(by="activations"), data=False)
