@@ -145,7 +145,8 @@ def test_the_command_line_takes_a_cluster(cluster, tmp_path):
     runtime_samples = np.concatenate([feed["x"] for feed in feeds(mlp(), 8)])
     np.save(tmp_path / "x.npy", runtime_samples)
     (tmp_path / "m.onnx").write_bytes(mlp().SerializeToString())
-    command = [sys.executable, "-m", "onnxq_plugins.cli", "quantize", "m.onnx", "-r", "mixed", "--data", "x.npy", "-o"]
+    command = [sys.executable, *["-m", "onnxq_plugins.cli", "quantize", "m.onnx", "-r", "mixed", "--data", "x.npy"]]
+    command += ["--set", "mixed-precision.curve=2", "-o"]
     for more in (["a.onnx", "--dask", cluster.scheduler_address], ["b.onnx", "--processes"], ["c.onnx"]):
         found = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
         assert found.returncode == 0, found.stderr
