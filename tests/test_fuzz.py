@@ -156,7 +156,7 @@ def test_sizes_below_zero_are_told(op: str) -> None:
     )
     y = net.op("Slice", y, *(net.constant([v], np.int64) for v in (0, 9, 2)))
     out = helper.make_tensor_value_info(y, TensorProto.FLOAT, None)
-    with pytest.raises(OnnxqError, match="cannot be"):
+    with pytest.raises(OnnxqError, match="impossible shape"):
         onnxq.load(
             helper.make_model(
                 helper.make_graph(net.nodes, "g", [net.input], [out], net.constants),

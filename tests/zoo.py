@@ -77,7 +77,7 @@ def labelled(n: int = 40, wrong: bool = False) -> tuple[onnx.ModelProto, np.ndar
 
 def slowly(*values: object) -> list:
     """Parameters of a test that run with the slow tests only: others state the same."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+    return [pytest.param(*(v if isinstance(v, tuple) else [v]), marks=pytest.mark.slow) for v in values]
 
 
 def examples(n: int) -> settings:

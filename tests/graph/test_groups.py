@@ -10,7 +10,7 @@ from onnx import helper
 
 from onnxq_plugins.graph import channel_groups, load, permute, replace_with_sum, rescale
 from onnxq_plugins.measure import drift
-from tests.zoo import ZOO, Net, batch, examples, feeds, grouped, inception, mobilenet, resnet20, run, shared_weights
+from tests.zoo import ZOO, Net, batch, examples, feeds, grouped, inception, mobilenet, resnet20, run, shared_weights, slowly
 
 KINDS = ["permute", "rescale"]
 
@@ -712,7 +712,7 @@ def test_tokens_from_patches(kind, layout):
 # ---- sums -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 3, *slowly(2)])
 @pytest.mark.parametrize("name", ZOO)
 def test_replace_with_sum(name, count):
     model = ZOO[name]()

@@ -8,7 +8,7 @@ import pytest
 from onnxq_plugins.graph import channel_groups, load, permute, split_outputs
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.measure import drift
-from tests.zoo import ZOO, Net, batch, conv_transpose, feeds, grouped, mobilenet, run
+from tests.zoo import ZOO, Net, batch, conv_transpose, feeds, grouped, mobilenet, run, slowly
 
 
 def random_parts(channels, rng):
@@ -17,7 +17,7 @@ def random_parts(channels, rng):
     return [rng.permutation(np.flatnonzero(labels == c)) for c in rng.permutation(4) if (labels == c).any()]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *slowly(1, 2)])
 @pytest.mark.parametrize("name", ZOO)
 def test_function_stays_when_layers_are_split(name, seed):
     model = ZOO[name]()

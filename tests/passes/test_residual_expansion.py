@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -41,29 +42,22 @@ def told(made):
 # ---- the pass -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "step",
-    [
-        {"form": "branches", "orders": 3},
-        {"form": "sparse", "share": 0.3},
-        {"share": 0.3},
-        {"form": "sparse", "orders": 3, "budget": 0.4, "data": False},
-    ],
+STEPS = (
+    {"form": "branches", "orders": 3},
+    {"form": "sparse", "share": 0.3},
+    {"share": 0.3},
+    {"form": "sparse", "orders": 3, "budget": 0.4, "data": False},
 )
+KNOWN = ("mobilenet", "mlp", "transformer")
+OTHERS = ("grouped", "inception", "conv1d", "dead_channels", "odd_channels", "shared_weights", "control_flow", "resnet20")
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "step"),
     [
-        "mobilenet",
-        "grouped",
-        "inception",
-        "mlp",
-        "transformer",
-        "conv1d",
-        "dead_channels",
-        "odd_channels",
-        "shared_weights",
-        "control_flow",
-        "resnet20",
+        *itertools.product(KNOWN, STEPS),
+        *((name, STEPS[i % 4]) for i, name in enumerate(OTHERS)),
+        *slowly(*((name, step) for i, name in enumerate(OTHERS) for step in STEPS if step is not STEPS[i % 4])),
     ],
 )
 def test_function_stays_and_bounds_are_told(name, step):

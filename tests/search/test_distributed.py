@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -33,12 +34,18 @@ def here(own_kernels):
     return quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), workers=2)
 
 
-@pytest.fixture
-def cluster():
+@contextlib.contextmanager
+def local_cluster():
     """A scheduler and two workers, processes of their own."""
     distributed = pytest.importorskip("distributed", reason="needs the extra dask")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as started:
-        yield started
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with local_cluster() as shared:
+        yield shared
 
 
 def same(a, b) -> bool:
@@ -65,7 +72,7 @@ def test_a_cluster_finds_what_threads_find(here, cluster):
     assert (report["metric"], report["float"]) == ("half", 50.0)
 
 
-def test_a_worker_that_dies_takes_nothing_along(here, cluster, tmp_path):
+def test_a_worker_that_dies_takes_nothing_along(here, tmp_path):
     """One of two workers is killed when some networks have been measured; what was there before is not asked for again."""
     import distributed
 
@@ -81,7 +88,11 @@ def test_a_worker_that_dies_takes_nothing_along(here, cluster, tmp_path):
                     os.kill(victims[0], signal.SIGKILL)
             yield item
 
-    with distributed.Client(cluster) as client, joblib.parallel_config(backend="dask"):
+    with (
+        local_cluster() as cluster,
+        distributed.Client(cluster) as client,
+        joblib.parallel_config(backend="dask"),
+    ):
         there = quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), cache=tmp_path, track=track)
     assert victims and same(here, there)
     assert all(files >= n for n, files in enumerate(done, 1))  # kept as soon as they came, whatever happened then
@@ -145,7 +156,8 @@ def test_the_command_line_takes_a_cluster(cluster, tmp_path):
     runtime_samples = np.concatenate([feed["x"] for feed in feeds(mlp(), 8)])
     np.save(tmp_path / "x.npy", runtime_samples)
     (tmp_path / "m.onnx").write_bytes(mlp().SerializeToString())
-    command = [sys.executable, "-m", "onnxq_plugins.cli", "quantize", "m.onnx", "-r", "mixed", "--data", "x.npy", "-o"]
+    command = [sys.executable, *["-m", "onnxq_plugins.cli", "quantize", "m.onnx", "-r", "mixed", "--data", "x.npy"]]
+    command += ["--set", "mixed-precision.curve=2", "-o"]
     for more in (["a.onnx", "--dask", cluster.scheduler_address], ["b.onnx", "--processes"], ["c.onnx"]):
         found = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
         assert found.returncode == 0, found.stderr

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.fractals import spectrum_slope, statistics_of
 from onnxq_plugins.solvers import fractals as module
 from onnxq_plugins.solvers.fractals import fractals
+from tests.zoo import slowly
 
 
 def images(count, height=32, width=32, channels=3, seed=0):
@@ -42,7 +43,7 @@ def test_images_are_drawn_one_at_a_time():
     np.testing.assert_array_equal([next(endless) for _ in range(3)], images(3, 16, 16))
 
 
-@pytest.mark.parametrize(("height", "width"), [(8, 8), (28, 28), (32, 32), (64, 48)])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (28, 28), *slowly((32, 32), (64, 48))])
 def test_every_image_is_unique_and_not_flat(height, width):
     drawn = images(200, height, width)
     for image in drawn:
