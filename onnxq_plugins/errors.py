@@ -1,4 +1,4 @@
-"""What users are told: the one exception they meet, and the reasons why something stays float."""
+"""What users read: the one exception they meet, and the reasons why something stays float."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class OnnxqError(Exception):
     @classmethod
     def check(cls, problems: Iterable[str]) -> None:
         """Raise with all `problems` at once, if there are any."""
-        found = tuple(problems)
-        if found:
-            raise cls(*found)
+        sentences = tuple(problems)
+        if sentences:
+            raise cls(*sentences)
 
 
 def known(given: str, names: Iterable[str]) -> str:

@@ -250,7 +250,7 @@ def _fit(value: Any, hint: Any) -> Any:
     """The value as the annotated type, lists as tuples; _WRONG if it is something else."""
     origin = get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return next((made for option in get_args(hint) if (made := _fit(value, option)) is not _WRONG), _WRONG)
+        return next((fitted for option in get_args(hint) if (fitted := _fit(value, option)) is not _WRONG), _WRONG)
     if origin is Literal:
         return value if value in get_args(hint) else _WRONG
     if origin is tuple:

@@ -112,9 +112,9 @@ class QuantSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The request as plain values, defaults left out (for reports and metadata)."""
-        asked = ("bits", "symmetric", "block", "sub_block", "pow2", "max_multiplier")
+        request = ("bits", "symmetric", "block", "sub_block", "pow2", "max_multiplier")
         return {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name in asked and getattr(self, f.name) != f.default
+            f.name: getattr(self, f.name) for f in fields(self) if f.name in request and getattr(self, f.name) != f.default
         }
 
 
