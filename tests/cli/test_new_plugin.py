@@ -19,6 +19,7 @@ from onnxq_plugins import OnnxqError
 from onnxq_plugins.cli import new_plugin as module
 from onnxq_plugins.cli.new_plugin import new_plugin
 from onnxq_plugins.testing.models import cnn
+from tests.zoo import slowly
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "docs" / "samples"
@@ -60,7 +61,8 @@ class Environment:
         return process
 
 
-def test_packages_install_pass_their_tests_run_from_a_recipe_and_appear_in_a_trace(tmp_path):
+@pytest.mark.parametrize("tests", ["not odd_graphs and not targets", *slowly("")])  # the two that take longest
+def test_packages_install_pass_their_tests_run_from_a_recipe_and_appear_in_a_trace(tests, tmp_path):
     """A new plugin and the samples of the documentation, in one environment."""
     new = new_plugin("acme-shrink", tmp_path)
     assert new == tmp_path / "acme-shrink" and [p.name for p in tmp_path.iterdir()] == ["acme-shrink"]
@@ -76,10 +78,8 @@ def test_packages_install_pass_their_tests_run_from_a_recipe_and_appear_in_a_tra
         environment.run(package, "-m", "ruff", "check", ".")
 
     folders = [f"{package.name}/tests" for package in packages]
-    tests = environment.run(
-        tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.conftest", *folders
-    ).stdout
-    assert " passed" in tests
+    options = ["-q", "-p", "no:cacheprovider", "-p", "tests.conftest", "-k", tests]
+    assert " passed" in environment.run(tmp_path, "-m", "pytest", *options, *folders).stdout
 
     onnx.save(cnn(), tmp_path / "m.onnx")
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(4, 3, 12, 12)).astype(np.float32))
