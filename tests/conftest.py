@@ -21,7 +21,7 @@ from threadpoolctl import ThreadpoolController
 
 from onnxq_plugins import cli, files, plugins, runtimes
 from onnxq_plugins.export import provenance
-from onnxq_plugins.testing.exact import saturates, unsigned_weights
+from onnxq_plugins.testing.exact import exact_model, saturates
 from tests.cli.folder import Ran
 
 _session = runtimes.session
@@ -29,24 +29,29 @@ _convert = onnx.version_converter.convert_version
 _SMALL = 2**22  # bytes
 
 
-def _shared_session(model: onnx.ModelProto | bytes | str | Path, **options: Any) -> runtimes.Session:
-    """One session for all that run the same small model. Those for audits (`dump`), sweeps and timings are their own, and
-    run the model as it is."""
-    if any(value for name, value in options.items() if name != "optimize"):
+def _exact_session(model: onnx.ModelProto | bytes | str | Path, **options: Any) -> runtimes.Session:
+    """A session whose kernels saturate nowhere; one for all that just run the same small model. An audit (`dump`) is about
+    the kernels of the model itself."""
+    if any(options.get(name) for name in ("dump", "folder", "weights")):
         return _session(model, **options)
     if saturates() and isinstance(model, (str, Path)) and Path(model).is_file():
         model = onnx.load(str(model))
     if isinstance(model, onnx.ModelProto) and files.size_of(model) < _SMALL:
         model = model.SerializeToString()
     optimize = options.get("optimize", True)
-    return _of_bytes(model, optimize) if isinstance(model, bytes) else _session(model, **options)
+    if isinstance(model, bytes) and not any(value for name, value in options.items() if name != "optimize"):
+        return _of_bytes(model, optimize)
+    return _session(_exact(model) if optimize else model, **options)
 
 
 @functools.lru_cache(maxsize=256)
 def _of_bytes(model: bytes, optimize: bool) -> runtimes.Session:
-    if optimize and saturates():
-        return _session(unsigned_weights(onnx.load_from_string(model)))
-    return _session(model, optimize=optimize)
+    return _session(_exact(model) if optimize else model, optimize=optimize)
+
+
+def _exact(model: onnx.ModelProto | bytes | str | Path) -> onnx.ModelProto | bytes | str | Path:
+    proto = onnx.load_from_string(model) if isinstance(model, bytes) and saturates() else model
+    return exact_model(proto) if isinstance(proto, onnx.ModelProto) else model
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -67,7 +72,7 @@ def _converted(model: bytes, version: int) -> bytes:
 @pytest.fixture(scope="session", autouse=True)
 def machine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtimes, "session", _shared_session)
+        patch.setattr(runtimes, "session", _exact_session)
         patch.setattr(plugins, "entry_points", _entry_points)
         patch.setattr(provenance, "version", _version)
         patch.setattr(threadpoolctl, "ThreadpoolController", _libraries)
