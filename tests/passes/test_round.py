@@ -55,8 +55,17 @@ def rounding(**parameters) -> dict:
 # ---- the pass ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sequential", [True, False])
-@pytest.mark.parametrize("name", LAYERED)
+ALONE = ("mobilenet", "transformer", "shared_weights", "control_flow")
+
+
+@pytest.mark.parametrize(
+    ("name", "sequential"),
+    [
+        *((name, True) for name in LAYERED),
+        *((name, False) for name in ALONE),
+        *slowly(*((name, False) for name in LAYERED if name not in ALONE)),
+    ],
+)
 def test_round_keeps_float_function_and_kernels(name, sequential):
     model = ZOO[name]()
     plain, learned = (
