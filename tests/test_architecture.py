@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -48,6 +49,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 Sources = Mapping[str, str]  # dotted name of a module -> its text; a package's own text has its name
 
 
+@functools.cache
 def package() -> Sources:
     """The sources of the package."""
     modules = {}
@@ -55,6 +57,18 @@ def package() -> Sources:
         parts = (NAME, *file.relative_to(ROOT).with_suffix("").parts)
         modules[".".join(parts).removesuffix(".__init__")] = file.read_text("utf-8")
     return modules
+
+
+@functools.cache
+def tree(text: str) -> ast.Module:
+    """The syntax tree of a module, made once for all checks."""
+    return ast.parse(text)
+
+
+@functools.cache
+def nodes(text: str) -> tuple[ast.AST, ...]:
+    """All nodes of a module."""
+    return tuple(ast.walk(tree(text)))
 
 
 def room(module: str) -> str:
@@ -65,7 +79,7 @@ def room(module: str) -> str:
 def imports(sources: Sources, module: str) -> Iterator[tuple[str, str, str]]:
     """(imported module, imported name, name it is bound to) of every import from the package, in functions and for types
     alike; name "" where a whole module is imported."""
-    for node in ast.walk(ast.parse(sources[module])):
+    for node in nodes(sources[module]):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == NAME:
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
@@ -79,7 +93,7 @@ def imports(sources: Sources, module: str) -> Iterator[tuple[str, str, str]]:
 
 def functions(sources: Sources) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     for module, text in sources.items():
-        for node in ast.walk(ast.parse(text)):
+        for node in nodes(text):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 yield module, node
 
@@ -112,7 +126,7 @@ def circles(sources: Sources) -> list[str]:
 def stray_graphsurgeon(sources: Sources) -> list[str]:
     found = []
     for module, text in sources.items():
-        for node in ast.walk(ast.parse(text)):
+        for node in nodes(text):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.startswith("onnx_graphsurgeon") for name in names) and room(module) != "graph":
@@ -124,7 +138,7 @@ def stray_quantizers(sources: Sources) -> list[str]:
     """Calls that make a node of one of the two operators: it is their first argument that is text."""
     found = []
     for module, text in sources.items():
-        for node in ast.walk(ast.parse(text)):
+        for node in nodes(text):
             if isinstance(node, ast.Call) and room(module) != "export":
                 texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
                 if texts and texts[0] in ("QuantizeLinear", "DequantizeLinear"):
@@ -150,7 +164,7 @@ def borrowed_private_names(sources: Sources) -> list[str]:
             if room(target) != room(module):
                 modules |= {} if name else {bound: target}
                 found += [f"{module} imports {target}.{name}"] if name.startswith("_") and not name.endswith("__") else []
-        for node in ast.walk(ast.parse(text)):
+        for node in nodes(text):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
                 private = node.attr.startswith("_") and not node.attr.endswith("__")
                 found += [f"{module} uses {modules[node.value.id]}.{node.attr}"] if private else []
@@ -167,7 +181,7 @@ def unlisted_public_names(sources: Sources) -> list[str]:
     """Names that the package's face binds beside those in its `__all__`, or the other way round."""
     bound: set[str] = set()
     listed: list[str] = []
-    for node in ast.parse(sources[NAME]).body:
+    for node in tree(sources[NAME]).body:
         if isinstance(node, (ast.ImportFrom, ast.Import)):
             bound |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Assign):
@@ -186,7 +200,7 @@ def decisions_by_name(sources: Sources) -> list[str]:
     builtin = {step.name for step in PASSES} | {target.name for target in TARGETS}
     found = []
     for module, text in sources.items():
-        for node in ast.walk(ast.parse(text)):
+        for node in nodes(text):
             if isinstance(node, ast.Compare):
                 sides = ast.dump(node.left), *map(ast.dump, node.comparators)
                 named = any("attr='name'" in side or "Constant(value='use')" in side for side in sides)
@@ -233,7 +247,7 @@ def test_a_private_name_of_a_module_is_seen():
 
 
 def test_every_room_has_a_docstring_that_says_what_it_is_for():
-    assert all(ast.get_docstring(ast.parse(text)) for module, text in package().items() if module.count(".") <= 1)
+    assert all(ast.get_docstring(tree(text)) for module, text in package().items() if module.count(".") <= 1)
 
 
 def test_tests_mirror_the_rooms():
