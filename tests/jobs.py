@@ -14,6 +14,24 @@ from onnxq_plugins.plan import requests
 from onnxq_plugins.plugins import find_plugins
 from tests.zoo import feeds
 
+LAYERED = [
+    "cnn",
+    "mobilenet",
+    "grouped",
+    "inception",
+    "mlp",
+    "transformer",
+    "written_out",
+    "conv1d",
+    "no_bias",
+    "dead_channels",
+    "odd_channels",
+    "shared_weights",
+    "control_flow",
+    "prelu",
+    "resnet20",
+]
+
 
 def make_job(model: onnx.ModelProto, recipe: dict | None = None, n: int = 6, workers: int = 1) -> Job:
     """What the first pass of a recipe receives: a plan of requests, and statistics of `n` random samples."""

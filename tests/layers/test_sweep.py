@@ -13,26 +13,8 @@ from onnxq_plugins.graph.patches import gram, output_columns, patches
 from onnxq_plugins.layers import problem as layerwise
 from onnxq_plugins.layers.complete import complete, complete_ranges
 from onnxq_plugins.layers.sweep import sweep
-from tests.jobs import fetch, make_job
+from tests.jobs import LAYERED, fetch, make_job
 from tests.zoo import ZOO, feeds, mlp, mobilenet
-
-LAYERED = [
-    "cnn",
-    "mobilenet",
-    "grouped",
-    "inception",
-    "mlp",
-    "transformer",
-    "written_out",
-    "conv1d",
-    "no_bias",
-    "dead_channels",
-    "odd_channels",
-    "shared_weights",
-    "control_flow",
-    "prelu",
-    "resnet20",
-]
 
 
 @pytest.mark.parametrize("weights", [{"bits": 4}, {"bits": 4, "block": 16}])

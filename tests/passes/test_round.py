@@ -26,26 +26,8 @@ from onnxq_plugins.recipe import parse
 from onnxq_plugins.solvers.gaussian import clipped_moments
 from onnxq_plugins.solvers.gram import nearest
 from onnxq_plugins.targets.refusals import problems
-from tests.jobs import distance, fetch, make_job
+from tests.jobs import LAYERED, distance, fetch, make_job
 from tests.zoo import ZOO, Net, conv_transpose, feeds, mlp, mobilenet, no_bias, slowly, transformer
-
-LAYERED = [
-    "cnn",
-    "mobilenet",
-    "grouped",
-    "inception",
-    "mlp",
-    "transformer",
-    "written_out",
-    "conv1d",
-    "no_bias",
-    "dead_channels",
-    "odd_channels",
-    "shared_weights",
-    "control_flow",
-    "prelu",
-    "resnet20",
-]
 
 
 def rounding(**parameters) -> dict:

@@ -5,34 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxq_plugins import runtimes
 from onnxq_plugins.solvers.ranges import kl_range, mse_range, percentile_range
 from onnxq_plugins.spec import QuantSpec, fake, from_range
-
-
-@pytest.fixture
-def sessions(monkeypatch):
-    """Numbers of sessions created and of samples run."""
-    count = {"sessions": 0, "runs": 0}
-    make = runtimes.session
-
-    class Counted:
-        def __init__(self, inner):
-            self.inner = inner
-
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
-
-        def run(self, *args):
-            count["runs"] += 1
-            return self.inner.run(*args)
-
-    def session(*args, **options):
-        count["sessions"] += 1
-        return Counted(make(*args, **options))
-
-    monkeypatch.setattr(runtimes, "session", session)
-    return count
 
 
 def histogram(x, bins=2048):
