@@ -64,6 +64,7 @@ class Graph:
         self.notes = list(notes)  # what import changed or could not change, for the report
         self.touched: set[str] = set()
         self.mapped = mapped or MappedWeights()  # weights that stay in files
+        self.defaults: dict[str, Array] = {}  # values of inputs that callers may leave out
 
     # ---- queries ---------------------------------------------------------------------------------------------------
 
