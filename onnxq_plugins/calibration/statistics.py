@@ -24,6 +24,7 @@ from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import load_arrays, save_arrays
 from onnxq_plugins.graph import Graph, Layer, channel_axis
+from onnxq_plugins.graph.bodies import outer_reads
 from onnxq_plugins.graph.patches import add_gram, gram_shape, patches, split
 from onnxq_plugins.parallel import Track, map_threads, silent
 from onnxq_plugins.spec import Array
@@ -354,16 +355,14 @@ def _prune(model: onnx.ModelProto) -> None:
     todo, needed = [o.name for o in model.graph.output], set()
     while todo:
         node = producers.get(todo.pop())
-        if node is None or node.name in needed:
+        if node is None or (node.name or node.output[0]) in needed:
             continue
-        if any(a.HasField("g") or a.graphs for a in node.attribute):
-            return  # control flow reads names that are not among its inputs
         needed.add(node.name or node.output[0])
-        todo += list(node.input)
+        todo += [*node.input, *outer_reads(node)]
     kept = [n for n in model.graph.node if (n.name or n.output[0]) in needed]
     del model.graph.node[:]
     model.graph.node.extend(kept)
-    used = {name for node in kept for name in node.input} | {o.name for o in model.graph.output}
+    used = {name for node in kept for name in (*node.input, *outer_reads(node))} | {o.name for o in model.graph.output}
     constants = [t for t in model.graph.initializer if t.name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(constants)

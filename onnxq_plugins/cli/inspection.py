@@ -29,7 +29,7 @@ from onnxq_plugins.data import Data, Input, model_inputs, open_data
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import recipe_of
-from onnxq_plugins.graph.importer import bytes_on_disk, read
+from onnxq_plugins.graph.reading import bytes_on_disk, read
 from onnxq_plugins.measure import IDENTICAL
 from onnxq_plugins.measure.metrics import chance, check_labels, find_metric, metric_name, top1
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose

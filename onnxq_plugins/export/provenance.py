@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph.importer import read
+from onnxq_plugins.graph.reading import read
 from onnxq_plugins.job import Recipe
 
 

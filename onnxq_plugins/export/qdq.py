@@ -7,19 +7,23 @@ never a float layer between a DQ and a Q.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.builder import Builder
 from onnxq_plugins.export.weights import shifts, stored_form, write_blocked, write_decoded, write_quantized
 from onnxq_plugins.files import DataFile
 from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.graph.bodies import outer_reads
 from onnxq_plugins.graph.flow import maker_of
+from onnxq_plugins.graph.opsets import NARROW_OPSET, expand, raise_opset
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_scale, bias_values
 from onnxq_plugins.spec import Array, Plan, QuantSpec
@@ -79,10 +83,12 @@ class Writer:
         self.integer, self.carried = self.planned.integer, self.planned.carriers
         self.layers = {layer.name: layer for layer in graph.layers}
         self.floats: dict[str, Array] = {}  # most are replaced by codes: only what stays float is copied, at the end
-        self.model = graph.model(self.floats)
+        self.model = graph.model(self.floats, expand=False)
         self.builder = Builder(self.model, graph.mapped, data)
         proto = self.model.graph
-        self.outputs = {o.name for o in proto.output} | subgraph_reads(proto.node)  # read by name: the DQ must bear it
+        self.outputs = {o.name for o in proto.output} | {
+            name for node in proto.node for name in outer_reads(node)
+        }  # read by name: the DQ must bear it
         self.dequantized: dict[str, str] = {}
 
     def write(self) -> onnx.ModelProto:
@@ -112,16 +118,24 @@ class Writer:
         proto = self.model.graph
         del proto.node[:]
         proto.node.extend(self.builder.nodes)
-        used = {name for node in proto.node for name in node.input} | self.outputs
+        read = {name for node in proto.node for name in node.input} | self.outputs
+        first = _first_of_equal({name: values for name, values in self.floats.items() if name in read}, self.outputs)
+        for node in proto.node:
+            for i, name in enumerate(node.input):
+                node.input[i] = first.get(name, name)
         kept = [
             self.builder.tensor(self.floats[t.name], t.name) if t.name in self.floats else t
             for t in proto.initializer
-            if t.name in used
+            if t.name in read and t.name not in first
         ]
         del proto.initializer[:]
         proto.initializer.extend(kept)
         proto.initializer.extend(self.builder.constants)
-        del proto.value_info[:]  # onnxruntime infers them again; stale ones would be refused
+        written = {name for node in proto.node for name in node.output}
+        del proto.value_info[:]  # the user's own; onnxruntime infers the rest
+        proto.value_info.extend(value for value in self.graph.value_info if value.name in written)
+        if _needs_narrow(proto):
+            raise_opset(self.model, NARROW_OPSET)
         bits = {layer.name: shifts(layer, self.plan[layer.weight]) for layer in self.planned.layers}
         if table := {name: "".join(f"{n:x}" for n in values) for name, values in bits.items() if values is not None}:
             self.model.metadata_props.add(key="onnxq.shifts", value=json.dumps(table))  # a hexadecimal digit per channel
@@ -186,7 +200,7 @@ class Writer:
         """Write an operator of the float model, on the dequantized form of the inputs that it reads in codes."""
         for i, name in enumerate(node.input):
             node.input[i] = self._input(node.name, name)
-        self.builder.nodes.append(node)
+        self.builder.nodes += expand(node, self.graph.opset, self.builder.constant)
 
     def reads_codes(self, node: str, name: str) -> bool:
         """True if an operator reads the quantized form of a tensor, where that has one."""
@@ -244,7 +258,7 @@ class Writer:
             weight = write_decoded(self.builder, layer, spec)
             bias = self._float_bias(layer, spec)
         else:
-            weight = write_quantized(self.builder, layer, spec, rule, self.graph.opset)
+            weight = write_quantized(self.builder, layer, spec, rule)
             bias = self._bias(layer, spec, self.plan[key], factor)
         self._append(node)
         node.input[1] = weight
@@ -309,12 +323,28 @@ def _code_type(spec: QuantSpec) -> Any:
     return (np.int8 if spec.symmetric else np.uint8) if spec.bits <= 8 else (np.int16 if spec.symmetric else np.uint16)
 
 
-def subgraph_reads(nodes: Sequence[onnx.NodeProto]) -> set[str]:
-    """Names that control-flow bodies read from outside."""
-    names: set[str] = set()
-    for node in nodes:
-        for attribute in node.attribute:
-            for body in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
-                names |= {name for inner in body.node for name in inner.input} | {o.name for o in body.output}
-                names |= subgraph_reads(body.node)
-    return names
+def _first_of_equal(floats: Mapping[str, Array], fixed: Collection[str]) -> dict[str, str]:
+    """Float constant -> an equal one that is kept in its place: layers that share a weight have copies of it.
+
+    fixed   names that stay
+    """
+    first: dict[tuple[tuple[int, ...], bytes], str] = {}
+    same = {}
+    for name, values in floats.items():
+        kept = first.setdefault((values.shape, hashlib.sha256(np.ascontiguousarray(values).data).digest()), name)
+        if kept != name and name not in fixed:
+            same[name] = kept
+    return same
+
+
+def _needs_narrow(graph: onnx.GraphProto) -> bool:
+    """True if a model has codes of 4 or 16 bits, or scales per block, which came with `NARROW_OPSET`."""
+    types = {t.name: t.data_type for t in graph.initializer}
+    if not {TensorProto.INT4, TensorProto.UINT4}.isdisjoint(types.values()):
+        return True
+    wide = {TensorProto.INT16, TensorProto.UINT16}
+    return any(
+        any(types.get(name) in wide for name in node.input) or any(a.name == "block_size" for a in node.attribute)
+        for node in graph.node
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    )

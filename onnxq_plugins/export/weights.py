@@ -139,14 +139,14 @@ def stored_bits(layer: Layer, spec: QuantSpec, rule: Rule) -> float:
 # ---- operators that decode a weight ---------------------------------------------------------------------------------------
 
 
-def write_quantized(builder: Builder, layer: Layer, spec: QuantSpec, rule: Rule, opset: int) -> str:
+def write_quantized(builder: Builder, layer: Layer, spec: QuantSpec, rule: Rule) -> str:
     """INT8 -> DequantizeLinear, or a chain from INT4 to DequantizeLinear, which the runtime folds at load. Returns the name
     of the weight, as do the other two."""
     assert spec.codes is not None and spec.scale is not None
     name = layer.weight
     if rule.storage == "int4":
         codes = _int4_codes(builder, layer, spec)
-    elif opset >= 21 and (narrow := narrow_channels(layer, spec, rule)) is not None:
+    elif (narrow := narrow_channels(layer, spec, rule)) is not None:
         codes = _mixed_codes(builder, layer, spec, narrow)
     else:
         codes = builder.constant(f"{name}_codes", int8_codes(layer, spec))

@@ -14,7 +14,7 @@ from onnxq_plugins import files
 from onnxq_plugins.export.provenance import version_of
 from onnxq_plugins.export.weights import stored_bits
 from onnxq_plugins.graph import Graph
-from onnxq_plugins.graph.importer import bytes_on_disk
+from onnxq_plugins.graph.reading import bytes_on_disk
 from onnxq_plugins.job import Job
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.runtimes.audit import Audit

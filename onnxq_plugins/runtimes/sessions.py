@@ -170,7 +170,7 @@ def run(runner: ort.InferenceSession, feed: Feed) -> list[Array]:
     small ones the copy is cheaper."""
     if sum(x.nbytes for x in feed.values()) < 2**18:
         return list(runner.run(None, dict(feed)))
-    values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in feed.items()}
+    values = {name: ort.OrtValue.ortvalue_from_numpy(np.asarray(x, order="C")) for name, x in feed.items()}
     return [value.numpy() for value in runner.run_with_ort_values(None, values)]
 
 

@@ -54,7 +54,6 @@ class Target:
                   (`python -m benchmarks.kernels` times some)
     flatten       MatMul + Add(bias) on tokens runs faster as a two-dimensional Gemm (onnxruntime has an integer Gemm
                   with bias); OpenVINO 2026.4 fails to load the Reshapes that this needs behind a LayerNormalization
-    opset         lowest opset of the exported model
     here          its models run in onnxruntime on this CPU as they will in use
     """
 
@@ -66,7 +65,6 @@ class Target:
     max_code: int = 127
     attention: int = 0
     flatten: bool = True
-    opset: int = 21
     here: bool = False
 
     @property
