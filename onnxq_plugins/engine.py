@@ -21,6 +21,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph import Graph, load
+from onnxq_plugins.graph.opsets import NARROW_OPSET, opset_of
 from onnxq_plugins.job import Job, Metric, Outcome, Recipe, Report
 from onnxq_plugins.laws import run_pass
 from onnxq_plugins.layers.complete import complete
@@ -225,6 +226,8 @@ def _export(job: Job, plugins: Plugins, seed: int, before: int, path: Path | Non
     data = files.DataFile(path) if path is not None and job.graph.mapped.size > files.LARGE else None
     with data or contextlib.nullcontext():
         model = export(job.graph, job.plan, job.target, data=data)
+        if text := _newer_version(job.graph, model):
+            job.note(text)
         parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]
         sign(model, job.recipe, seed, (plugins.sources[part] for part in parts), plugins.versions)
         job.report["steps"].append({"pass": "export", "seconds": round(time.perf_counter() - start, 3)})
@@ -232,3 +235,12 @@ def _export(job: Job, plugins: Plugins, seed: int, before: int, path: Path | Non
         if path is not None:
             data.finish(model) if data is not None else files.save_model(model, path)
     return model
+
+
+def _newer_version(graph: Graph, model: onnx.ModelProto) -> str:
+    """A note if the result needs a newer opset or IR version than the user's model has; "" if not."""
+    (opset, ir), after = graph.versions, opset_of(model)
+    if after > opset > 0:
+        reason = "codes of 4 or 16 bits or scales per block" if after == NARROW_OPSET else "one scale per channel"
+        return f"opset {opset} became {after} (IR version {model.ir_version}), which {reason} need"
+    return f"IR version {ir} became {model.ir_version}" if model.ir_version > ir > 0 else ""

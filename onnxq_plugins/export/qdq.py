@@ -23,7 +23,7 @@ from onnxq_plugins.files import DataFile
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.bodies import outer_reads
 from onnxq_plugins.graph.flow import maker_of
-from onnxq_plugins.graph.opsets import NARROW_OPSET, expand, raise_opset
+from onnxq_plugins.graph.opsets import NARROW_OPSET, expand, opset_of, raise_opset
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_scale, bias_values
 from onnxq_plugins.spec import Array, Plan, QuantSpec
@@ -84,6 +84,8 @@ class Writer:
         self.layers = {layer.name: layer for layer in graph.layers}
         self.floats: dict[str, Array] = {}  # most are replaced by codes: only what stays float is copied, at the end
         self.model = graph.model(self.floats, expand=False)
+        if needs_narrow(plan):
+            raise_opset(self.model, NARROW_OPSET)
         self.builder = Builder(self.model, graph.mapped, data)
         proto = self.model.graph
         self.outputs = {o.name for o in proto.output} | {
@@ -134,7 +136,7 @@ class Writer:
         written = {name for node in proto.node for name in node.output}
         del proto.value_info[:]  # the user's own; onnxruntime infers the rest
         proto.value_info.extend(value for value in self.graph.value_info if value.name in written)
-        if _needs_narrow(proto):
+        if _has_narrow(proto):  # channels whose codes happen to fit 4 bits
             raise_opset(self.model, NARROW_OPSET)
         bits = {layer.name: shifts(layer, self.plan[layer.weight]) for layer in self.planned.layers}
         if table := {name: "".join(f"{n:x}" for n in values) for name, values in bits.items() if values is not None}:
@@ -200,7 +202,7 @@ class Writer:
         """Write an operator of the float model, on the dequantized form of the inputs that it reads in codes."""
         for i, name in enumerate(node.input):
             node.input[i] = self._input(node.name, name)
-        self.builder.nodes += expand(node, self.graph.opset, self.builder.constant)
+        self.builder.nodes += expand(node, opset_of(self.model), self.builder.constant)
 
     def reads_codes(self, node: str, name: str) -> bool:
         """True if an operator reads the quantized form of a tensor, where that has one."""
@@ -337,14 +339,11 @@ def _first_of_equal(floats: Mapping[str, Array], fixed: Collection[str]) -> dict
     return same
 
 
-def _needs_narrow(graph: onnx.GraphProto) -> bool:
-    """True if a model has codes of 4 or 16 bits, or scales per block, which came with `NARROW_OPSET`."""
-    types = {t.name: t.data_type for t in graph.initializer}
-    if not {TensorProto.INT4, TensorProto.UINT4}.isdisjoint(types.values()):
-        return True
-    wide = {TensorProto.INT16, TensorProto.UINT16}
-    return any(
-        any(types.get(name) in wide for name in node.input) or any(a.name == "block_size" for a in node.attribute)
-        for node in graph.node
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
-    )
+def needs_narrow(plan: Plan) -> bool:
+    """True if a plan asks for codes of 4 or 16 bits or for scales per block, which came with `NARROW_OPSET`."""
+    return any(spec.bits <= 4 or spec.bits > 8 or (spec.block is not None and max(spec.block) > 1) for spec in plan.values())
+
+
+def _has_narrow(graph: onnx.GraphProto) -> bool:
+    """True if a model has 4-bit constants."""
+    return any(t.data_type in (TensorProto.INT4, TensorProto.UINT4) for t in graph.initializer)

@@ -23,6 +23,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.qdq import Writer
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.bodies import outer_reads
+from onnxq_plugins.graph.opsets import NARROW_OPSET, raise_opset
 from onnxq_plugins.graph.patches import gram, output_columns, patches, split
 from onnxq_plugins.job import Job
 from onnxq_plugins.parallel import map_threads
@@ -142,6 +143,7 @@ def sweep(
     inputs = {name: [feed[name] for feed in feeds] for name in job.graph.inputs}
     exact = _Network(proto, floats, {name: list(values) for name, values in inputs.items()}, len(feeds))
     writer = Writer(job.graph, job.plan, job.target)
+    raise_opset(writer.model, NARROW_OPSET)  # a step of it is a model of its own, whatever it holds
     rounded = _Network(writer.model, writer.floats, inputs, len(feeds))
     start, written = 0, 0
     for layer in writer.layer_by_layer():
