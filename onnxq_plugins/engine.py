@@ -16,6 +16,7 @@ import onnx
 
 from onnxq_plugins import files
 from onnxq_plugins.calibration import Calibration
+from onnxq_plugins.calibration.shapes import complete_shapes
 from onnxq_plugins.data import Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import sign
@@ -169,6 +170,8 @@ def _calibration(
     """Statistics over the samples. A recipe may come from a stranger: its path is only ever a file, never code to import."""
     source = data if data is not None else Path(recipe.data.path) if recipe.data.path else None
     samples = None if source is None else open_data(source, graph_inputs(graph), recipe.data, labels)
+    if samples is not None and graph.unranked:
+        complete_shapes(graph, next(iter(samples)))
     return Calibration(graph, samples, cache=Path(cache) if cache else None, workers=workers or cores(), track=track)
 
 

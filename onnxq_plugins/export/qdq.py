@@ -113,7 +113,7 @@ class Writer:
                 self._append(node)
                 if node.name in self.layers and node.input[0] in self.dequantized.values():
                     self._separate(written[0])
-            for name in written:
+            for name in filter(None, written):
                 self._quantize_after(name)
 
     def _finish(self) -> onnx.ModelProto:

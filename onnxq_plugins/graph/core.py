@@ -102,13 +102,13 @@ class Graph:
         return self._tensors[name]
 
     def producer(self, name: str) -> gs.Node | None:
-        """The operator that computes a tensor; None for inputs and constants."""
-        producers = self.tensor(name).inputs
+        """The operator that computes a tensor; None for inputs, constants and an optional output that is left out ("")."""
+        producers = self.tensor(name).inputs if name else []
         return producers[0] if producers else None
 
     def consumers(self, name: str) -> list[gs.Node]:
-        """The operators that read a tensor, those inside control-flow subgraphs included."""
-        return list(self.tensor(name).outputs)
+        """The operators that read a tensor, control flow whose bodies read it included."""
+        return list(self.tensor(name).outputs) if name else []
 
     def is_constant(self, name: str) -> bool:
         """True for weights and other constants."""
@@ -123,6 +123,16 @@ class Graph:
         """Shape as inferred at import (symbols or None for dynamic axes); None if the rank is unknown."""
         shape = self.tensor(name).shape
         return None if shape is None else tuple(shape)
+
+    @property
+    def unranked(self) -> list[str]:
+        """Names of the activations whose number of axes is unknown."""
+        return [t.name for n in self._graph.nodes for t in n.outputs if not t.is_empty() and t.shape is None]
+
+    def set_shape(self, name: str, shape: Sequence[int | str | None], dtype: Any) -> None:
+        """The shape of an activation that import could not infer; symbols or None for dynamic axes."""
+        tensor = self.tensor(name)
+        tensor.shape, tensor.dtype = list(shape), np.dtype(dtype)
 
     @cached_property
     def layers(self) -> list[Layer]:

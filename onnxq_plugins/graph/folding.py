@@ -74,7 +74,7 @@ def _excluded(waiting: set[str], node: gs.Node) -> bool:
 
     waiting   receives the names of operators whose results are of unknown size
     """
-    if node.op in _RANDOM or node.op.endswith(_HIDDEN) or node.op in _TEXT or node.domain:
+    if node.op in _RANDOM or node.op.endswith(_HIDDEN) or node.op in _TEXT or node.domain or "Sequence" in node.op:
         return True
     before = sum(_bytes(t) or 0 for t in node.inputs if not t.is_empty())
     sizes = [_bytes(t) for t in node.outputs if not t.is_empty()]

@@ -54,8 +54,9 @@ class BiasCorrect(Pass):
             job.note("bias-correct was skipped: without --data there are no means to correct by")
             return {"layers": 0}
         else:
-            by_input = job.calibration.means([layer.input for layer in layers])
-            means = {layer.name: by_input[layer.input] for layer in layers}
+            known = [layer for layer in layers if graph.shape(layer.input) is not None]
+            by_input = job.calibration.means([layer.input for layer in known])
+            means = {layer.name: by_input[layer.input] for layer in known}
         complete(job)
         left = [layer.name for layer in layers if layer.name not in means]
         if left:
