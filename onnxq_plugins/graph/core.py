@@ -204,8 +204,8 @@ class Graph:
     def elided_activation(self, name: str) -> gs.Node | None:
         """The Relu, or Clip from 0, that is the only consumer of `name`. An output grid that starts at 0 does the same,
         so onnxruntime drops it from a quantized chain."""
-        tensor = self.tensor(name)
-        if len(tensor.outputs) != 1 or tensor in self._graph.outputs:
+        tensor = self._tensors.get(name)
+        if tensor is None or len(tensor.outputs) != 1 or tensor in self._graph.outputs:
             return None
         node: gs.Node = tensor.outputs[0]
         if node.op == "Relu":
