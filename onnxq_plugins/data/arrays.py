@@ -145,7 +145,7 @@ def _assembled(arrays: Mapping[str, Array], inputs: Sequence[Input], where: str)
     batched = [
         i
         for i in inputs
-        if i.fixed and i.shape and arrays[i.name].ndim == len(i.shape) and fits(arrays[i.name].shape[1:], i.shape[1:])
+        if i.fixed and i.shape and 1 < arrays[i.name].ndim == len(i.shape) and fits(arrays[i.name].shape[1:], i.shape[1:])
     ]
     sizes = {i.fixed for i in batched}
     if len(sizes) != 1 or any(i not in batched and not i.takes(arrays[i.name].shape) for i in inputs):
