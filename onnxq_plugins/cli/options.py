@@ -119,19 +119,23 @@ class ImageOptions(OptionGroup):
     letterbox: Annotated[
         bool, data_option("--letterbox", help="images: keep the ratio of the sides and pad to the size")
     ] = False
-    padding: Annotated[int | None, data_option(show_default="114", help="images: grey of the letterbox, 0..255")] = None
+    padding: Annotated[int, data_option(help="images: grey of the letterbox, 0..255")] = DataOptions.padding
     bgr: Annotated[bool, data_option("--bgr", help="images: blue first, as OpenCV reads them")] = False
-    range: Annotated[int, data_option(show_default="1", help="images: what white is; 255 for raw pixels")] = 0
+    range: Annotated[int, data_option(help="images: what white is; 255 for raw pixels")] = 1
     mean: Annotated[str, data_option(show_default=False, help="images: mean of RGB/255, like 0.485,0.456,0.406")] = ""
     std: Annotated[str, data_option(show_default=False, help="images: standard deviation of RGB/255, likewise")] = ""
     layout: Annotated[str, data_option(show_default=False, help="images: nchw or nhwc; the model's by default")] = ""
 
     def settings(self) -> list[str]:
         """As settings of a recipe. Raises OnnxqError for a mean or std that is no number."""
-        settings = [f"data.{key}={value}" for key in ("resize", "crop", "range") if (value := getattr(self, key))]
+        settings = [f"data.{key}={value}" for key in ("resize", "crop") if (value := getattr(self, key))]
+        settings += [
+            f"data.{key}={value}"
+            for key in ("padding", "range")
+            if (value := getattr(self, key)) != getattr(DataOptions, key)
+        ]
         settings += [f"data.{key}=true" for key in ("letterbox", "bgr") if getattr(self, key)]
         settings += [f"data.size=[{_sides(self.size)}]"] if self.size else []
-        settings += [f"data.padding={self.padding}"] if self.padding is not None else []
         settings += [
             f"data.{key}=[{_decimals(key, text)}]" for key, text in (("mean", self.mean), ("std", self.std)) if text
         ]
