@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -287,7 +287,11 @@ class Calibration:
         def state_of(numbered: tuple[int, dict[str, Array]]) -> State:
             number, feed = numbered
             with self.graph.mapped.reading():
-                return read(session.run(None, feed), number)
+                try:
+                    outputs = session.run(None, feed)
+                except OnnxqError as error:
+                    raise self._explained(error, feed, number) from error
+                return read(outputs, number)
 
         total = None if self.data.size is None else self.data.size - start
         states = map_threads(state_of, itertools.islice(enumerate(self.data), start, None), self.workers)
@@ -306,6 +310,18 @@ class Calibration:
         if checkpoint is not None and checkpoint.is_file():
             checkpoint.unlink(missing_ok=True)  # another process may have done the same fold
         return state
+
+    def _explained(self, error: OnnxqError, feed: Mapping[str, Array], number: int) -> OnnxqError:
+        """Why a run failed: statistics are more operators than the float model has, so that is run, too."""
+        assert self.data is not None
+        weights: dict[str, Array] = {}
+        model = self.graph.model(weights)
+        try:
+            runtimes.session(model, weights=weights).run(None, dict(feed))
+        except OnnxqError as own:
+            text = str(own).rstrip(".")
+            return OnnxqError(f"{self.data.where}, sample {number}: {text}; check that the float model runs on it.")
+        return error
 
 
 def _other_axes(graph: Graph, name: str, statistic: str) -> tuple[int, ...]:

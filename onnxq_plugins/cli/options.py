@@ -32,7 +32,8 @@ DataPath = Annotated[
         "--data",
         metavar="PATH",
         show_default=False,
-        help="sample inputs: .npz or .npy (first axis: samples), a folder of images, or package.module:callable",
+        help="sample inputs: .npz or .npy (first axis: samples), a folder of images or of one .npz per feed, or "
+        "package.module:callable",
     ),
 ]
 Samples = Annotated[int, data_option(help="use this many, spread evenly; 0 for all")]
@@ -112,13 +113,29 @@ class ImageOptions(OptionGroup):
 
     resize: Annotated[int, data_option(show_default=False, help="images: shorter side after resizing, in pixels")] = 0
     crop: Annotated[int, data_option(show_default=False, help="images: side of the square cut from the middle")] = 0
+    size: Annotated[
+        str, data_option(metavar="WxH", show_default=False, help="images: width and height after resizing, like 320x240")
+    ] = ""
+    letterbox: Annotated[
+        bool, data_option("--letterbox", help="images: keep the ratio of the sides and pad to the size")
+    ] = False
+    padding: Annotated[int, data_option(help="images: grey of the letterbox, 0..255")] = DataOptions.padding
+    bgr: Annotated[bool, data_option("--bgr", help="images: blue first, as OpenCV reads them")] = False
+    range: Annotated[int, data_option(help="images: what white is; 255 for raw pixels")] = 1
     mean: Annotated[str, data_option(show_default=False, help="images: mean of RGB/255, like 0.485,0.456,0.406")] = ""
     std: Annotated[str, data_option(show_default=False, help="images: standard deviation of RGB/255, likewise")] = ""
     layout: Annotated[str, data_option(show_default=False, help="images: nchw or nhwc; the model's by default")] = ""
 
     def settings(self) -> list[str]:
         """As settings of a recipe. Raises OnnxqError for a mean or std that is no number."""
-        settings = [f"data.{key}={value}" for key, value in (("resize", self.resize), ("crop", self.crop)) if value]
+        settings = [f"data.{key}={value}" for key in ("resize", "crop") if (value := getattr(self, key))]
+        settings += [
+            f"data.{key}={value}"
+            for key in ("padding", "range")
+            if (value := getattr(self, key)) != getattr(DataOptions, key)
+        ]
+        settings += [f"data.{key}=true" for key in ("letterbox", "bgr") if getattr(self, key)]
+        settings += [f"data.size=[{_sides(self.size)}]"] if self.size else []
         settings += [
             f"data.{key}=[{_decimals(key, text)}]" for key, text in (("mean", self.mean), ("std", self.std)) if text
         ]
@@ -127,6 +144,14 @@ class ImageOptions(OptionGroup):
     def data_options(self, samples: int = 0) -> DataOptions:
         """As options of `open_data`, for a command without a recipe."""
         return replace(load_recipe({}, {}, self.settings()).data, samples=samples)
+
+
+def _sides(text: str) -> str:
+    """Width and height as a TOML list."""
+    sides = text.lower().split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.strip().isdecimal() for side in sides):
+        raise OnnxqError(f"--size '{text}' must be width and height in pixels, such as 320x240.")
+    return ",".join(str(int(side)) for side in (sides * 2)[:2])
 
 
 def _decimals(option: str, text: str) -> str:

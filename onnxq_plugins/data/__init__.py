@@ -2,7 +2,7 @@
 
 from onnxq_plugins.data.inputs import Input, graph_inputs, model_inputs
 from onnxq_plugins.data.options import DataOptions
-from onnxq_plugins.data.samples import Data
+from onnxq_plugins.data.samples import Data, batches
 from onnxq_plugins.data.sources import Source, open_data
 
-__all__ = ["Data", "DataOptions", "Input", "Source", "graph_inputs", "model_inputs", "open_data"]
+__all__ = ["Data", "DataOptions", "Input", "Source", "batches", "graph_inputs", "model_inputs", "open_data"]

@@ -85,14 +85,18 @@ def _compatible(own: list[Input], theirs: list[Input]) -> bool:
     """True if one feed could serve both."""
     others = {i.name: i.shape for i in theirs}
     return {i.name for i in own} == set(others) and all(
-        len(i.shape) == len(others[i.name])
-        and all(n is None or m is None or n == m for n, m in zip(i.shape, others[i.name], strict=True))
+        i.shape is None
+        or (other := others[i.name]) is None
+        or (
+            len(i.shape) == len(other)
+            and not any(isinstance(n, int) and isinstance(m, int) and n != m for n, m in zip(i.shape, other, strict=True))
+        )
         for i in own
     )
 
 
 def _shapes(inputs: list[Input]) -> str:
-    return ", ".join(f"'{i.name}' {[n if n is not None else 'any' for n in i.shape]}" for i in inputs)
+    return ", ".join(f"'{i.name}' {['any' if n is None else n for n in i.shape or ()]}" for i in inputs)
 
 
 def kernels(graph: onnx.GraphProto, optimized: onnx.GraphProto) -> dict[str, onnx.NodeProto]:

@@ -48,9 +48,7 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
 
 def _failed(error: Exception) -> OnnxqError:
     text = " ".join(str(error).split())[:300].rstrip(".")
-    return OnnxqError(
-        f"onnxruntime {ort.__version__} cannot run the model on this input ({text}); check that the float model runs on it."
-    )
+    return OnnxqError(f"onnxruntime {ort.__version__} cannot run the model on this input ({text}).")
 
 
 def session(
@@ -167,8 +165,8 @@ def trim() -> None:
 
 def run(runner: ort.InferenceSession, feed: Feed) -> list[Array]:
     """All outputs for one feed. Large ones stay where onnxruntime wrote them, as a copy costs more than some operators; for
-    small ones the copy is cheaper."""
-    if sum(x.nbytes for x in feed.values()) < 2**18:
+    small ones the copy is cheaper, and strings have no other way."""
+    if sum(x.nbytes for x in feed.values()) < 2**18 or any(x.dtype.kind == "O" for x in feed.values()):
         return list(runner.run(None, dict(feed)))
     values = {name: ort.OrtValue.ortvalue_from_numpy(np.asarray(x, order="C")) for name, x in feed.items()}
     return [value.numpy() for value in runner.run_with_ort_values(None, values)]
@@ -183,7 +181,8 @@ def outputs(runner: ort.InferenceSession, feeds: Iterable[Feed]) -> list[Array]:
 def wanted(runner: ort.InferenceSession, feed: Feed) -> Feed:
     """A feed in the types of a session's inputs: a user's own model may be in half precision."""
     types = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(double)": np.float64}
-    return {i.name: feed[i.name].astype(types.get(i.type, feed[i.name].dtype), copy=False) for i in runner.get_inputs()}
+    inputs = (*runner.get_inputs(), *(i for i in runner.get_overridable_initializers() if i.name in feed))
+    return {i.name: feed[i.name].astype(types.get(i.type, feed[i.name].dtype), copy=False) for i in inputs}
 
 
 def latency(runners: Sequence[ort.InferenceSession], feed: Feed | Sequence[Feed], seconds: float = 1.0) -> list[float]:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import onnxq_plugins
 from onnxq_plugins import cli, quantize
 from onnxq_plugins.cli.options import OptionGroup, flatten
+from onnxq_plugins.export.provenance import recipe_of
 from tests.data.pictures import write_png
 
 
@@ -95,6 +96,17 @@ def test_a_folder_of_images_as_data(ready):
         3,
     )
     assert ran.code == 0, ran.err
+
+
+def test_images_as_detectors_want_them(ready):
+    Path("pictures").mkdir()
+    for n in range(8):
+        write_png(f"pictures/{n}.png", 20, 16, seed=n)
+    size = ("--size", "12x12", "--letterbox", "--padding", 0, "--bgr", "--range", 255)
+    ran = ready("quantize", "model.onnx", "--data", "pictures", *size, "-o", "q.onnx")
+    assert ran.code == 0 and "RGB/255" not in ran.err, ran.err
+    data = recipe_of("q.onnx")[0]["data"]
+    assert data == {"size": [12, 12], "letterbox": True, "padding": 0, "bgr": True, "range": 255.0}
 
 
 def test_version(onnxq):
