@@ -22,6 +22,7 @@ from onnxq_plugins.graph.canonical import canonicalize
 from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.graph.mapped import MappedWeights
+from onnxq_plugins.graph.models import Model, as_model
 
 # What onnxruntime 1.31 reads (docs/runtime.md), and the version from which int4 tensors, Gelu and LayerNormalization exist.
 BEST_OPSET, OLDEST_OPSET, NEWEST_OPSET = 21, 7, 26
@@ -42,16 +43,17 @@ _INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, V
 HALF = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 
 
-def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, flatten: bool = True) -> Graph:
+def load(model: Model, *, float32: bool = False, flatten: bool = True) -> Graph:
     """Read a float model.
 
-    model     path, ModelProto (left alone), or a Graph (copied)
+    model     path, ModelProto (left alone), its bytes, a Graph (copied), an ONNXProgram of torch, or an onnx_ir.Model
     float32   convert an fp16 or bf16 model to float32 first
     flatten   turn MatMul + Add on tokens into two-dimensional Gemms, which onnxruntime runs faster as integer
 
     Raises OnnxqError for files that cannot be read, half-precision, already quantized, invalid or too old or new
     models, and external data outside the model's folder.
     """
+    model = as_model(model)
     if isinstance(model, Graph):
         return model.copy()
     mapped = MappedWeights()
@@ -60,7 +62,7 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
         proto.CopyFrom(model)
         where = "the given model"
     else:
-        proto, where = read(Path(model), mapped), f"'{model}'"
+        proto, where = read(model, mapped), f"'{model}'"
     try:
         return _imported(proto, where, float32, flatten, mapped)
     except UnicodeDecodeError as error:
