@@ -15,6 +15,7 @@ from rich.table import Table
 from onnxq_plugins import measure, runtimes
 from onnxq_plugins.cli.console import echo, notify, out, show, track
 from onnxq_plugins.cli.options import (
+    CustomOps,
     DataPath,
     ImageOptions,
     Labels,
@@ -47,6 +48,7 @@ def audit_command(
         Path | None, typer.Option(show_default=False, help="the float model: measures the latency ratio, interleaved")
     ] = None,
     runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or openvino")] = "onnxruntime",
+    custom_ops: CustomOps = None,
 ) -> None:
     """Show for every layer of MODEL which kernel runs it, and if that is a float kernel, why."""
     for path in (model, against):
@@ -250,6 +252,7 @@ def compare_command(
             help="also measure: sqnr, agreement, top1 (needs labels), or package.module:function",
         ),
     ] = "",
+    custom_ops: CustomOps = None,
 ) -> None:
     """Compare two models on the same data: error, agreement, size, latency; with labels also how many each gets right."""
     judge = find_metric(metric) if metric else None

@@ -12,9 +12,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from onnxq_plugins import runtimes
 from onnxq_plugins.cli.console import columns, echo, float_lines, show
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
-from onnxq_plugins.cli.options import Settings, TargetName
+from onnxq_plugins.cli.options import CustomOps, Settings, TargetName
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.graph import load
@@ -125,6 +126,7 @@ def check_command(
     ] = None,
     target: TargetName = "",
     settings: Settings = None,
+    custom_ops: CustomOps = None,
 ) -> None:
     """Check a recipe, and whether it fits a model, without data and without quantizing."""
     plugins = find_plugins()
@@ -137,6 +139,7 @@ def check_command(
     graph = load(model, flatten=runtime.flatten)
     request = requests.request(graph, parsed, runtime)
     OnnxqError.check(problems(runtime, graph, request.plan, request.inputs))
+    runtimes.session(model, optimize=False)  # raises what onnxruntime has against it
     for line in float_lines(request.floats):
         echo(line)
     planned = sum(layer.weight in request.plan for layer in graph.layers)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from onnxq_plugins import runtimes
 from onnxq_plugins.data import DataOptions
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import check_writable
@@ -60,6 +61,24 @@ MetricName = Annotated[
         "--metric",
         show_default=False,
         help="how a search judges a network: sqnr, agreement, top1 (needs labels), or package.module:function",
+    ),
+]
+
+
+def _register(libraries: list[Path] | None) -> list[Path] | None:
+    """Load custom operators as soon as the option is read, for whatever the command does."""
+    runtimes.register_custom_ops(*libraries or ())
+    return libraries
+
+
+CustomOps = Annotated[
+    list[Path] | None,
+    work_option(
+        "--custom-ops",
+        metavar="LIB.so",
+        show_default=False,
+        callback=_register,
+        help="a shared library with operators that onnxruntime lacks; repeatable",
     ),
 ]
 
@@ -164,6 +183,7 @@ class WorkOptions(OptionGroup):
 
     workers: Annotated[int, work_option(help="parallel tasks; 0 for one per core")] = 0
     cache: Annotated[Path | None, work_option(show_default=False, help="folder that keeps statistics between runs")] = None
+    custom_ops: CustomOps = None
 
 
 @dataclass(frozen=True)
