@@ -16,7 +16,7 @@ import onnx
 
 from onnxq_plugins import files
 from onnxq_plugins.calibration import Calibration
-from onnxq_plugins.data import Source, graph_inputs, open_data
+from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
@@ -211,6 +211,13 @@ def _run(job: Job, plugins: Plugins, verify: bool) -> None:
     job.report["steps"] = steps
 
 
+def _open_shapes(data: Data | None) -> dict[str, list[int]]:
+    """The shapes of the first sample, where the model leaves open more than a batch of 1."""
+    if data is None or all(None not in i.shape[1:] for i in data.inputs):
+        return {}
+    return {name: list(x.shape) for name, x in next(iter(data)).items()}
+
+
 def _export(job: Job, plugins: Plugins, seed: int, before: int, path: Path | None) -> onnx.ModelProto:
     """Complete the plan, make the model of it and write that to `path`; the report is complete then.
 
@@ -231,7 +238,8 @@ def _export(job: Job, plugins: Plugins, seed: int, before: int, path: Path | Non
     with data or contextlib.nullcontext():
         model = export(job.graph, job.plan, job.target, data=data)
         parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]
-        sign(model, job.recipe, seed, (plugins.sources[part] for part in parts), plugins.versions)
+        sources = (plugins.sources[part] for part in parts)
+        sign(model, job.recipe, seed, sources, plugins.versions, _open_shapes(job.calibration.data))
         job.report["steps"].append({"pass": "export", "seconds": round(time.perf_counter() - start, 3)})
         describe(job, model, data, before)
         if path is not None:

@@ -45,6 +45,15 @@ Labels = Annotated[
         help="one per sample: .npy, or text with one number per line (an .npz may hold them as 'labels')",
     ),
 ]
+ShapeList = Annotated[
+    list[str] | None,
+    data_option(
+        "--shape",
+        metavar="INPUT=SIZES",
+        show_default=False,
+        help="instead of data, random numbers of this shape: x=1,3,480,480; repeatable",
+    ),
+]
 RecipeName = Annotated[
     str, recipe_option("-r", "--recipe", show_default="int8", help="a built-in one (see onnxq recipes) or a file")
 ]
@@ -229,6 +238,20 @@ class ClusterOptions(OptionGroup):
                 )
             with joblib.parallel_config(backend="dask"):
                 yield
+
+
+def read_shapes(texts: list[str] | None) -> dict[str, list[int]] | None:
+    """The shapes of --shape by input. Raises OnnxqError for what is none."""
+    shapes = {}
+    for text in texts or ():
+        name, _, sizes = text.rpartition("=")
+        try:
+            shapes[name] = [int(size) for size in sizes.strip("[] ").split(",") if size.strip()]
+        except ValueError:
+            name = ""
+        if not name or min(shapes[name], default=0) < 0:
+            raise OnnxqError(f"--shape '{text}' must be an input and its sizes, such as x=1,3,480,480.")
+    return shapes or None
 
 
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
