@@ -17,11 +17,11 @@ import onnx
 from onnxq_plugins import files
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.calibration.shapes import complete_shapes
-from onnxq_plugins.data import Source, graph_inputs, open_data
+from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
-from onnxq_plugins.graph import Graph, load
+from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.graph.opsets import NARROW_OPSET, opset_of
 from onnxq_plugins.job import Job, Metric, Outcome, Recipe, Report
 from onnxq_plugins.laws import run_pass
@@ -31,6 +31,7 @@ from onnxq_plugins.parallel import Track, cores, silent
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import request
 from onnxq_plugins.plugins import Plugins, Trace, find_plugins
+from onnxq_plugins.recipe import Settings
 from onnxq_plugins.report.page import write_report
 from onnxq_plugins.report.summary import describe, original_size
 from onnxq_plugins.spec import Array
@@ -51,22 +52,25 @@ class Result(Outcome):
         return write_report(self, Path(path), data, **options)
 
     def __repr__(self) -> str:
-        return f"<Result: {self.summary}>"
+        """The summary, and what the user should know: a note a line."""
+        return f"<Result: {self.summary}" + "".join(f"\n note: {note}" for note in self.report.notes) + ">"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the summary, and the layers in a fold."""
+        """What a notebook shows: the summary, the notes, and the layers in a fold."""
         columns = ("name", "op", "weights", "bits_per_weight", "kernel", "why_float")
         layers = self.report.layers
         rows = ("".join(f"<td>{escape(str(row.get(key, '')))}</td>" for key in columns) for row in layers)
         head = "".join(f"<th>{key.replace('_', ' ')}</th>" for key in columns)
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.report.notes)
         return (
-            f"<p>{escape(self.summary)}</p><details><summary>{len(layers)} layers</summary>"
+            f"<p>{escape(self.summary)}</p>{f'<ul>{notes}</ul>' if notes else ''}<details>"
+            f"<summary>{len(layers)} layers</summary>"
             f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table></details>"
         )
 
 
 def quantize(
-    model: str | Path | onnx.ModelProto | Graph,
+    model: Model,
     recipe: str | Path | Mapping[str, Any] | Recipe = "int8",
     data: Source | None = None,
     *,
@@ -78,7 +82,7 @@ def quantize(
     cache: str | Path | None = None,
     verify: bool = False,
     float32: bool = False,
-    settings: Iterable[str] = (),
+    settings: Settings = (),
     plugins: Iterable[object] = (),
     labels: str | Path | Array | None = None,
     metric: str | Metric | None = None,
@@ -87,7 +91,7 @@ def quantize(
 ) -> Result:
     """Quantize a float ONNX model into QDQ form.
 
-    model      path, ModelProto or Graph; left alone
+    model      path, ModelProto or its bytes, Graph, ONNXProgram of torch or onnx_ir.Model; left alone
     recipe     built-in name, path, mapping or Recipe
     data       sample inputs, see `onnxq_plugins.data.open_data`
     output     write the model here as well
@@ -98,7 +102,7 @@ def quantize(
     cache      folder that keeps calibration results between runs
     verify     check after every pass that the float function stayed (law L1)
     float32    convert half-precision models first
-    settings   changes to the recipe such as ``ranges.method=mse``
+    settings   changes to the recipe: one or several such as ``ranges.method=mse``, or a mapping from key to value
     plugins    further plugin objects beside the installed ones
     labels     of the samples, for metrics that need them: an array [samples, ...], an .npy file or a text file
     metric     how searching passes judge a network: a name, ``package.module:function`` (which is imported), or a function
@@ -133,7 +137,7 @@ def _check_not_negative(**numbers: int) -> None:
 def _read_recipe(
     plugins: Plugins,
     recipe: str | Path | Mapping[str, Any] | Recipe,
-    settings: Iterable[str],
+    settings: Settings,
     target: str | None,
     samples: int,
 ) -> Recipe:
@@ -144,15 +148,16 @@ def _read_recipe(
 
 
 def _read_model(
-    model: str | Path | onnx.ModelProto | Graph, float32: bool, flatten: bool, output: Path | None
+    model: Model, float32: bool, flatten: bool, output: Path | None
 ) -> tuple[Graph, Path | onnx.ModelProto | None, int]:
     """The graph, the user's own model (None for a Graph, and where `output` will replace it) and its bytes. Raises
     OnnxqError
     where `output` could not be written."""
     if output is not None:
         files.check_writable(output)
+    model = as_model(model)
     graph = load(model, float32=float32, flatten=flatten)
-    source = Path(model).absolute() if isinstance(model, (str, Path)) else None if isinstance(model, Graph) else model
+    source = model.absolute() if isinstance(model, Path) else None if isinstance(model, Graph) else model
     size = original_size(graph, source)
     replaced = isinstance(source, Path) and output is not None and source.resolve() == output.resolve()
     return graph, None if replaced else source, size
@@ -210,6 +215,13 @@ def _run(job: Job, plugins: Plugins, verify: bool) -> None:
     job.report["steps"] = steps
 
 
+def _open_shapes(data: Data | None) -> dict[str, list[int]]:
+    """The shapes of the first sample, where the model leaves open more than a batch of 1."""
+    if data is None or all(None not in i.shape[1:] for i in data.inputs):
+        return {}
+    return {name: list(x.shape) for name, x in next(iter(data)).items()}
+
+
 def _export(job: Job, plugins: Plugins, seed: int, before: int, path: Path | None) -> onnx.ModelProto:
     """Complete the plan, make the model of it and write that to `path`; the report is complete then.
 
@@ -232,7 +244,8 @@ def _export(job: Job, plugins: Plugins, seed: int, before: int, path: Path | Non
         if text := _newer_version(job.graph, model):
             job.note(text)
         parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]
-        sign(model, job.recipe, seed, (plugins.sources[part] for part in parts), plugins.versions)
+        sources = (plugins.sources[part] for part in parts)
+        sign(model, job.recipe, seed, sources, plugins.versions, _open_shapes(job.calibration.data))
         job.report["steps"].append({"pass": "export", "seconds": round(time.perf_counter() - start, 3)})
         describe(job, model, data, before)
         if path is not None:

@@ -15,7 +15,7 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.data import Data, DataOptions, Source, graph_inputs, open_data
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph import Graph, load
+from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.job import Metric
 from onnxq_plugins.measure.metrics import (
     chance,
@@ -86,7 +86,7 @@ class AutoResult:
 
 
 def auto(
-    model: str | Path | onnx.ModelProto | Graph,
+    model: Model,
     data: Source,
     *,
     max_drop: float = 1.0,
@@ -106,6 +106,7 @@ def auto(
 ) -> AutoResult:
     """Try recipes in their order and keep the best within a drop.
 
+    model      as for `quantize`
     data       samples; without `test`, every second one is kept apart to judge on, if there are 16 or more
     test       samples to judge on; `labels` are of these then
     max_drop   how far the metric may fall below the float model's, in its own units: percent of samples
@@ -119,6 +120,7 @@ def auto(
     for inputs that cannot be used, and if no recipe makes a model.
     """
     _check_options(prefer, max_drop, metric)
+    model = as_model(model)
     graph = load(model, float32=float32)
     calibration, judging, notes = _samples(graph, data, test, labels, metric, options)
     judge = _Judge.of(graph, model, judging, metric)
@@ -208,15 +210,13 @@ class _Judge:
     original: runtimes.Session
 
     @classmethod
-    def of(
-        cls, graph: Graph, model: str | Path | onnx.ModelProto | Graph, data: Data, metric: str | Metric | None
-    ) -> _Judge:
+    def of(cls, graph: Graph, model: Path | onnx.ModelProto | Graph, data: Data, metric: str | Metric | None) -> _Judge:
         """A judge by a metric: by labels if none is named, by agreement if there are no labels either."""
         feeds, portions = data.spread(_MOST), data.spread_labels(_MOST)
         labels = None if portions is None else np.concatenate(portions)
         by = find_metric(metric) if metric is not None else percent_agreement if labels is None else top1
         outputs = runtimes.outputs(runtimes.session(graph.model()), feeds)
-        own = graph.model() if isinstance(model, Graph) else Path(model) if isinstance(model, str) else model
+        own = graph.model() if isinstance(model, Graph) else model
         return cls(by, feeds, outputs, labels, by(outputs, outputs, labels), runtimes.session(own))
 
     def candidate(self, recipe: str, result: Result) -> Candidate:

@@ -15,14 +15,17 @@ from rich.table import Table
 from onnxq_plugins import measure, runtimes
 from onnxq_plugins.cli.console import echo, notify, out, show, track
 from onnxq_plugins.cli.options import (
+    CustomOps,
     DataPath,
     ImageOptions,
     Labels,
     Model,
     RecipeOptions,
     Samples,
+    ShapeList,
     WorkOptions,
     data_option,
+    read_shapes,
     recipe_option,
 )
 from onnxq_plugins.data import Data, Input, model_inputs, open_data
@@ -43,10 +46,15 @@ from onnxq_plugins.spec import Array
 
 def audit_command(
     model: Model,
+    *,
     against: Annotated[
         Path | None, typer.Option(show_default=False, help="the float model: measures the latency ratio, interleaved")
     ] = None,
     runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or openvino")] = "onnxruntime",
+    data: DataPath = "",
+    images: ImageOptions,
+    shape: ShapeList = None,
+    custom_ops: CustomOps = None,
 ) -> None:
     """Show for every layer of MODEL which kernel runs it, and if that is a float kernel, why."""
     for path in (model, against):
@@ -54,12 +62,14 @@ def audit_command(
             read(path)
     if runtime not in ("onnxruntime", "openvino"):
         raise OnnxqError(f"runtime '{runtime}' is unknown; known: onnxruntime, openvino.")
-    if runtime == "openvino" and against is not None:
+    if runtime == "openvino" and (against or data or shape):
         raise OnnxqError(
-            "--against measures in onnxruntime; leave it out beside --runtime openvino (OpenVINO's own benchmark_app "
-            "measures there)."
+            "--against, --data and --shape are for times in onnxruntime; leave them out beside --runtime openvino "
+            "(OpenVINO's own benchmark_app measures there)."
         )
-    audit = audit_openvino(model) if runtime == "openvino" else audit_model(model, against)
+    feeds = open_data(data, model_inputs(read(model)), images.data_options()) if data else None
+    shapes = read_shapes(shape)
+    audit = audit_openvino(model) if runtime == "openvino" else audit_model(model, against, data=feeds, shapes=shapes)
     show(_audit_table(audit))
     others = sorted(audit.other.items(), key=lambda item: -item[1])[:12]
     echo(f"\nother operators: {', '.join(f'{n} {op}' for op, n in others) or 'none'}")
@@ -68,7 +78,12 @@ def audit_command(
         echo(accumulators)
     if audit.speedup is not None and audit.milliseconds is not None:
         before, after = audit.milliseconds
-        echo(f"{audit.speedup:.2f}x the speed of {against} ({before:.3f} -> {after:.3f} ms, batch 1, 1 thread)")
+        times = f"{before:.3f} -> {after:.3f} ms"
+        echo(f"{audit.speedup:.2f}x the speed of {against} ({times}, 1 thread), timed on {audit.timed}")
+    elif audit.milliseconds is not None:
+        echo(f"{audit.milliseconds[0]:.3f} ms, 1 thread, timed on {audit.timed}")
+    if audit.untimed:
+        notify(f"note: {audit.untimed}")
 
 
 def _audit_table(audit: Audit) -> Table:
@@ -250,6 +265,7 @@ def compare_command(
             help="also measure: sqnr, agreement, top1 (needs labels), or package.module:function",
         ),
     ] = "",
+    custom_ops: CustomOps = None,
 ) -> None:
     """Compare two models on the same data: error, agreement, size, latency; with labels also how many each gets right."""
     judge = find_metric(metric) if metric else None

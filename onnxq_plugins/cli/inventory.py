@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
+import onnx
 import typer
 from rich.table import Table
 
-from onnxq_plugins.cli.console import columns, echo, float_lines, show
+from onnxq_plugins import runtimes
+from onnxq_plugins.cli.console import columns, echo, float_lines, notify, show
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
-from onnxq_plugins.cli.options import Settings, TargetName
+from onnxq_plugins.cli.options import CustomOps, DataPath, ImageOptions, Settings, ShapeList, TargetName, read_shapes
+from onnxq_plugins.data import model_inputs, open_data
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.graph import load
+from onnxq_plugins.graph.importer import read
 from onnxq_plugins.job import default_of
 from onnxq_plugins.plan import requests
 from onnxq_plugins.plugins import BUILTIN_SOURCE, Plugins, find_plugins
 from onnxq_plugins.recipe import builtin_recipes
+from onnxq_plugins.runtimes.examples import Shapes, examples, first_running, written
 from onnxq_plugins.targets.refusals import choices, problems
 
 
@@ -123,10 +129,15 @@ def check_command(
     model: Annotated[
         Path | None, typer.Argument(help="also check that the recipe fits this model", show_default=False)
     ] = None,
+    *,
     target: TargetName = "",
     settings: Settings = None,
+    data: DataPath = "",
+    images: ImageOptions,
+    shape: ShapeList = None,
+    custom_ops: CustomOps = None,
 ) -> None:
-    """Check a recipe, and whether it fits a model, without data and without quantizing."""
+    """Check a recipe, whether it fits a model, and whether the model runs on the first sample, without quantizing."""
     plugins = find_plugins()
     parsed = plugins.recipe(recipe, [*(settings or ()), *([f"target={target}"] if target else [])])
     runtime = plugins.target(parsed.target)
@@ -137,7 +148,23 @@ def check_command(
     graph = load(model, flatten=runtime.flatten)
     request = requests.request(graph, parsed, runtime)
     OnnxqError.check(problems(runtime, graph, request.plan, request.inputs))
+    session = runtimes.session(model, optimize=False)  # raises what onnxruntime has against it
     for line in float_lines(request.floats):
         echo(line)
     planned = sum(layer.weight in request.plan for layer in graph.layers)
     echo(f"it quantizes {planned} of {len(graph.layers)} layers of '{model}'")
+    if data or shape:
+        _check_feed(read(model), session, data, images, read_shapes(shape))
+
+
+def _check_feed(
+    model: onnx.ModelProto, session: runtimes.Session, data: str, images: ImageOptions, shapes: Shapes | None
+) -> None:
+    """Say whether a model runs on the first sample, or on random numbers of some shapes."""
+    feeds = open_data(data, model_inputs(model), images.data_options()) if data else None
+    try:
+        feed = first_running(itertools.islice(feeds, 1) if feeds is not None else examples([model], shapes), [session])
+    except OnnxqError as error:
+        notify(f"note: the model does not run {error}" if feeds is None else f"note: {error}")
+    else:
+        echo(f"it runs on {written(feed)}")

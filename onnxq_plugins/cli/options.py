@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from onnxq_plugins import runtimes
 from onnxq_plugins.data import DataOptions
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import check_writable
@@ -45,6 +46,15 @@ Labels = Annotated[
         help="one per sample: .npy, or text with one number per line (an .npz may hold them as 'labels')",
     ),
 ]
+ShapeList = Annotated[
+    list[str] | None,
+    data_option(
+        "--shape",
+        metavar="INPUT=SIZES",
+        show_default=False,
+        help="instead of data, random numbers of this shape: x=1,3,480,480; repeatable",
+    ),
+]
 RecipeName = Annotated[
     str, recipe_option("-r", "--recipe", show_default="int8", help="a built-in one (see onnxq recipes) or a file")
 ]
@@ -61,6 +71,24 @@ MetricName = Annotated[
         "--metric",
         show_default=False,
         help="how a search judges a network: sqnr, agreement, top1 (needs labels), or package.module:function",
+    ),
+]
+
+
+def _register(libraries: list[Path] | None) -> list[Path] | None:
+    """Load custom operators as soon as the option is read, for whatever the command does."""
+    runtimes.register_custom_ops(*libraries or ())
+    return libraries
+
+
+CustomOps = Annotated[
+    list[Path] | None,
+    work_option(
+        "--custom-ops",
+        metavar="LIB.so",
+        show_default=False,
+        callback=_register,
+        help="a shared library with operators that onnxruntime lacks; repeatable",
     ),
 ]
 
@@ -189,6 +217,7 @@ class WorkOptions(OptionGroup):
 
     workers: Annotated[int, work_option(help="parallel tasks; 0 for one per core")] = 0
     cache: Annotated[Path | None, work_option(show_default=False, help="folder that keeps statistics between runs")] = None
+    custom_ops: CustomOps = None
 
 
 @dataclass(frozen=True)
@@ -234,6 +263,20 @@ class ClusterOptions(OptionGroup):
                 )
             with joblib.parallel_config(backend="dask"):
                 yield
+
+
+def read_shapes(texts: list[str] | None) -> dict[str, list[int]] | None:
+    """The shapes of --shape by input. Raises OnnxqError for what is none."""
+    shapes = {}
+    for text in texts or ():
+        name, _, sizes = text.rpartition("=")
+        try:
+            shapes[name] = [int(size) for size in sizes.strip("[] ").split(",") if size.strip()]
+        except ValueError:
+            name = ""
+        if not name or min(shapes[name], default=0) < 0:
+            raise OnnxqError(f"--shape '{text}' must be an input and its sizes, such as x=1,3,480,480.")
+    return shapes or None
 
 
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:

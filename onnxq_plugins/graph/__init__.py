@@ -10,6 +10,7 @@ from onnxq_plugins.graph.elements import ChannelGroup, Member
 from onnxq_plugins.graph.groups import channel_groups, clip_maximum
 from onnxq_plugins.graph.importer import load
 from onnxq_plugins.graph.layer import LAYER_OPS, BatchNorm, Layer
+from onnxq_plugins.graph.models import Model, as_model
 from onnxq_plugins.graph.rewrites import permute, replace_with_sum, rescale, split_input, split_outputs, split_values
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "Graph",
     "Layer",
     "Member",
+    "Model",
     "add_bias",
+    "as_model",
     "channel_axis",
     "channel_groups",
     "channels",

@@ -5,7 +5,6 @@ Whatever onnxruntime loads is taken: where onnx's checker or shape inference obj
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,6 +18,7 @@ from onnxq_plugins.graph.canonical import canonicalize
 from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.folding import fold_constants
 from onnxq_plugins.graph.mapped import MappedWeights
+from onnxq_plugins.graph.models import Model, as_model
 from onnxq_plugins.graph.normalize import inline_branches, name_nodes, normalize
 from onnxq_plugins.graph.opsets import OWN_OPSET, QDQ_OPSET, opset_of, raise_opset
 from onnxq_plugins.graph.reading import first_line, read
@@ -28,16 +28,17 @@ from onnxq_plugins.graph.widen import to_float32
 _BRANCHES = 8  # branches within branches that are decided one after the other
 
 
-def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, flatten: bool = True) -> Graph:
+def load(model: Model, *, float32: bool = False, flatten: bool = True) -> Graph:
     """Read a float model.
 
-    model     path, ModelProto (left alone), or a Graph (copied)
+    model     path, ModelProto (left alone), its bytes, a Graph (copied), an ONNXProgram of torch, or an onnx_ir.Model
     float32   convert an fp16, bf16 or float64 model to float32 first
     flatten   turn MatMul + Add on tokens into two-dimensional Gemms, which onnxruntime runs faster as integer
 
     Raises OnnxqError for files that cannot be read, half-precision, already quantized, invalid or too old or new
     models, and external data outside the model's folder.
     """
+    model = as_model(model)
     if isinstance(model, Graph):
         return model.copy()
     mapped = MappedWeights()
@@ -46,7 +47,7 @@ def load(model: str | Path | onnx.ModelProto | Graph, *, float32: bool = False, 
         proto.CopyFrom(model)
         where = "the given model"
     else:
-        proto, where = read(Path(model), mapped), f"'{model}'"
+        proto, where = read(model, mapped), f"'{model}'"
     try:
         return _imported(proto, where, float32, flatten, mapped)
     except UnicodeDecodeError as error:

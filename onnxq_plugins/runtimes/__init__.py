@@ -1,5 +1,6 @@
 """Running models: sessions, the machine, and audits that show which kernels a model really runs."""
 
+from onnxq_plugins.runtimes.custom_ops import register_custom_ops
 from onnxq_plugins.runtimes.sessions import (
     Feed,
     Session,
@@ -20,6 +21,7 @@ __all__ = [
     "latency",
     "outputs",
     "quiet",
+    "register_custom_ops",
     "run",
     "session",
     "trim",

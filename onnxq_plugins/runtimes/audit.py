@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
 
 from onnxq_plugins.errors import Reason
@@ -43,12 +42,20 @@ class LayerAudit:
 
 @dataclass(frozen=True)
 class Audit:
-    """The layers of a model as a runtime runs them; `speedup` is float time / this model's time, if measured."""
+    """The layers of a model as a runtime runs them.
+
+    speedup        time of the float model / time of this one, if measured
+    milliseconds   of the float model, where there is one, and of this one
+    timed          the shapes that they are for, in words
+    untimed        why there are none although they were wanted: a sentence
+    """
 
     layers: tuple[LayerAudit, ...]
     other: dict[str, int]
     speedup: float | None = None
-    milliseconds: tuple[float, float] | None = None
+    milliseconds: tuple[float, ...] | None = None
+    timed: str = ""
+    untimed: str = ""
 
     def counts(self) -> dict[str, int]:
         """Kernel -> number of layers."""
@@ -88,21 +95,6 @@ class Audit:
         )
         span = f"{bits[0]}..{bits[-1]}" if len(bits) > 1 else f"{bits[0]}"
         return f"accumulators: {span} bits; on AVX2 without VNNI 16-bit pair sums {pairs}"
-
-
-def example(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """One random feed of batch 1 for timing; dynamic axes are 1, integer inputs 0."""
-    rng = np.random.default_rng(0)
-    constants = {t.name for t in model.graph.initializer}
-    feed = {}
-    for value in model.graph.input:
-        if value.name not in constants:
-            kind = value.type.tensor_type
-            shape = [d.dim_value or 1 for d in kind.shape.dim]
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-            floats = np.dtype(dtype).kind == "f"
-            feed[value.name] = rng.standard_normal(shape).astype(dtype) if floats else np.zeros(shape, dtype)
-    return feed
 
 
 def audited(

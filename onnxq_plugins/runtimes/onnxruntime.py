@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.data import Input, model_inputs
+from onnxq_plugins.data import Input, Source, model_inputs, open_data
 from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import Need, needs
-from onnxq_plugins.runtimes.audit import Audit, LayerAudit, audited, chain, constants_of, example, is_product, readers_of
+from onnxq_plugins.runtimes.audit import Audit, LayerAudit, audited, chain, constants_of, is_product, readers_of
+from onnxq_plugins.runtimes.examples import Shapes, examples, first_running, guesses, written
 
 QUANTIZED = {
     "QLinearConv",
@@ -39,14 +43,19 @@ def audit_model(
     against: str | Path | onnx.ModelProto | None = None,
     seconds: float = 2.0,
     folder: Path | None = None,
+    data: Source | None = None,
+    shapes: Shapes | None = None,
 ) -> Audit:
     """Audit a model in onnxruntime.
 
     model     QDQ (or any) model
     folder    of the external data of a ModelProto
-    against   the float model: the latency ratio at batch 1 is measured too, interleaved, one thread
+    against   the float model: the latency ratio is measured too, interleaved, one thread
+    data      sample inputs (see `onnxq_plugins.data.open_data`), whose first the models are timed on
+    shapes    or the shapes of inputs, to time them on random numbers; without either, `examples` has sizes for open axes
 
-    Raises OnnxqError if onnxruntime cannot load or run it.
+    Raises OnnxqError if onnxruntime cannot load the model, if the two cannot have the same inputs, and if they do not run on
+    the data or shapes. Where no example runs, `Audit.untimed` says so.
     """
     proto = onnx.load(str(model)) if isinstance(model, (str, Path)) else model
     named = proto
@@ -61,24 +70,40 @@ def audit_model(
         optimized = onnx.load(str(dump), load_external_data=False)
     layers = tuple(_layers(named.graph, optimized.graph, needs(named, folder)))
     other = Counter(n.op_type for n in optimized.graph.node if n.op_type not in QUANTIZED)
-    if against is None:
+    if against is None and data is None and shapes is None:
         return Audit(layers, dict(other))
-    reference = onnx.load(str(against)) if isinstance(against, (str, Path)) else against
-    if not _compatible(own := model_inputs(proto), theirs := model_inputs(reference)):
+    models, runners = [proto], [session]
+    if against is not None:
+        models = [onnx.load(str(against)) if isinstance(against, (str, Path)) else against, proto]
+        runners = [runtimes.session(models[0]), session]
+    return replace(Audit(layers, dict(other)), **_timing(models, runners, seconds, data, shapes))
+
+
+def _timing(
+    models: Sequence[onnx.ModelProto],
+    runners: Sequence[runtimes.Session],
+    seconds: float,
+    data: Source | None,
+    shapes: Shapes | None,
+) -> dict[str, Any]:
+    """The fields of an Audit that are about time."""
+    inputs = [model_inputs(model) for model in models]
+    if not _compatible(inputs[0], inputs[-1]):
         raise OnnxqError(
-            f"the two models cannot be timed on the same input, one reads {_shapes(own)}, the other "
-            f"{_shapes(theirs)}; give the float model that this one was made from."
+            f"the two models cannot be timed on the same input, one reads {_shapes(inputs[1])}, the other "
+            f"{_shapes(inputs[0])}; give the float model that this one was made from."
         )
-    feed = example(proto)
+    guess = " (sizes guessed: --data or --shape sets them)" if data is None and guesses(models, shapes) else ""
+    feeds = [next(iter(open_data(data, inputs[-1])))] if data is not None else examples(models, shapes)
     try:
-        before = runtimes.session(reference)
-        slow, fast = runtimes.latency([before, session], [runtimes.wanted(before, feed), feed], seconds)
-    except Exception as error:  # onnxruntime's run() raises its own types
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise OnnxqError(
-            f"the two models cannot be timed on the same input: {reason}; give the float model that this one was made from."
-        ) from error
-    return Audit(layers, dict(other), slow / fast, (slow, fast))
+        feed = first_running(feeds, runners)
+    except OnnxqError as error:
+        if data is not None or shapes is not None:
+            raise OnnxqError(f"the model cannot be timed {error}; give other --data or --shape.") from error
+        return {"untimed": f"not timed: no sizes that were tried for open axes run ({error}); give --data or --shape"}
+    times = runtimes.latency(runners, [runtimes.wanted(runner, feed) for runner in runners], seconds)
+    speed = {"speedup": times[0] / times[1]} if len(times) > 1 else {}
+    return {**speed, "milliseconds": tuple(times), "timed": written(feed) + guess}
 
 
 def _compatible(own: list[Input], theirs: list[Input]) -> bool:

@@ -17,6 +17,7 @@ import onnxruntime as ort
 
 from onnxq_plugins import files
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.runtimes.custom_ops import add_custom_ops, unknown_operator
 from onnxq_plugins.spec import Array
 
 Feed = Mapping[str, Array]
@@ -94,6 +95,7 @@ def session(
         options.optimized_model_filepath = str(dump)
         if folder is not None:
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+    add_custom_ops(options)
     try:
         if isinstance(model, onnx.ModelProto) and files.size_of(model) > files.LARGEST_MESSAGE:
             with tempfile.TemporaryDirectory() as scratch:
@@ -105,6 +107,8 @@ def session(
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
         return Session(str(source) if isinstance(source, Path) else source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen types
+        if (unknown := unknown_operator(error)) is not None:
+            raise unknown from error
         text = " ".join(str(error).split())
         raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300].rstrip('.')}.") from error
 

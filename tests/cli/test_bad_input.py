@@ -226,7 +226,7 @@ def invalid_model():
     return []
 
 
-@bad("cannot load the model", "vendor")
+@bad("'Swish' of domain 'vendor'", "--custom-ops")
 def unknown_operator():
     net = Net(["N", 3, 12, 12])
     model = net.model(net.op("Relu", net.conv("x", 3, 4)))

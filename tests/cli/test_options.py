@@ -136,7 +136,7 @@ def test_options_of_quantize_are_in_panels(onnxq):
         "Recipe": ["--recipe", "--set", "--target", "--seed", "--float32"],
         "Output": ["--output", "--report", "--test", "--overrides"],
         "Search": ["--curve", "--metric", "--plan"],
-        "Work": ["--workers", "--cache", "--dask", "--processes", "--verify", "--trace"],
+        "Work": ["--workers", "--cache", "--custom-ops", "--dask", "--processes", "--verify", "--trace"],
     }
 
 
