@@ -217,7 +217,7 @@ def _run(job: Job, plugins: Plugins, verify: bool) -> None:
 
 def _open_shapes(data: Data | None) -> dict[str, list[int]]:
     """The shapes of the first sample, where the model leaves open more than a batch of 1."""
-    if data is None or all(None not in i.shape[1:] for i in data.inputs):
+    if data is None or all(i.shape is not None and None not in i.shape[1:] for i in data.inputs):
         return {}
     return {name: list(x.shape) for name, x in next(iter(data)).items()}
 

@@ -22,7 +22,7 @@ from onnxq_plugins.data import model_inputs, open_data
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.graph import load
-from onnxq_plugins.graph.importer import read
+from onnxq_plugins.graph.reading import read
 from onnxq_plugins.job import default_of
 from onnxq_plugins.plan import requests
 from onnxq_plugins.plugins import BUILTIN_SOURCE, Plugins, find_plugins
