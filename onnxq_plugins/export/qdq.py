@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.builder import Builder
@@ -84,8 +83,7 @@ class Writer:
         self.layers = {layer.name: layer for layer in graph.layers}
         self.floats: dict[str, Array] = {}  # most are replaced by codes: only what stays float is copied, at the end
         self.model = graph.model(self.floats, expand=False)
-        if needs_narrow(plan):
-            raise_opset(self.model, NARROW_OPSET)
+        raise_opset(self.model, max(graph.output_opset, NARROW_OPSET if needs_narrow(plan) else 0))
         self.builder = Builder(self.model, graph.mapped, data)
         proto = self.model.graph
         self.outputs = {o.name for o in proto.output} | {
@@ -136,8 +134,6 @@ class Writer:
         written = {name for node in proto.node for name in node.output}
         del proto.value_info[:]  # the user's own; onnxruntime infers the rest
         proto.value_info.extend(value for value in self.graph.value_info if value.name in written)
-        if _has_narrow(proto):  # channels whose codes happen to fit 4 bits
-            raise_opset(self.model, NARROW_OPSET)
         bits = {layer.name: shifts(layer, self.plan[layer.weight]) for layer in self.planned.layers}
         if table := {name: "".join(f"{n:x}" for n in values) for name, values in bits.items() if values is not None}:
             self.model.metadata_props.add(key="onnxq.shifts", value=json.dumps(table))  # a hexadecimal digit per channel
@@ -211,7 +207,7 @@ class Writer:
     def _rule(self, layer: Layer) -> tuple[Rule, str]:
         """The rule by which a planned layer is written, and the planned activation it reads, "" for float."""
         key = self.planned.source(layer.input) if layer.name in self.integer else ""
-        rule = self.target.rule(layer, self.plan[layer.weight], self.plan[key].bits if key else 0)
+        rule = self.planned.rule_for(layer, self.plan[layer.weight], self.plan[key].bits if key else 0)
         if rule is None:
             raise OnnxqError(
                 f"layer '{layer.name}': its weight is planned, but its output '{layer.result}' is not; plan "
@@ -342,8 +338,3 @@ def _first_of_equal(floats: Mapping[str, Array], fixed: Collection[str]) -> dict
 def needs_narrow(plan: Plan) -> bool:
     """True if a plan asks for codes of 4 or 16 bits or for scales per block, which came with `NARROW_OPSET`."""
     return any(spec.bits <= 4 or spec.bits > 8 or (spec.block is not None and max(spec.block) > 1) for spec in plan.values())
-
-
-def _has_narrow(graph: onnx.GraphProto) -> bool:
-    """True if a model has 4-bit constants."""
-    return any(t.data_type in (TensorProto.INT4, TensorProto.UINT4) for t in graph.initializer)

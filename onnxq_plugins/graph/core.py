@@ -69,6 +69,7 @@ class Graph:
         self.mapped = mapped or MappedWeights()  # weights that stay in files
         self.defaults = beside.defaults  # values of inputs that callers may leave out
         self.versions = versions  # opset and IR version of the user's own model
+        self.output_opset = 0  # lowest opset of what is made of it; a pass that needs a newer one raises it
 
     # ---- queries ---------------------------------------------------------------------------------------------------
 
@@ -377,7 +378,9 @@ class Graph:
     def copy(self) -> Graph:
         """An independent copy; weights are copied too."""
         graph, beside = split(self.model(expand=False), self._beside.header)
-        return Graph(graph, beside, copy.copy(self.batchnorms), self.notes, versions=self.versions)
+        twin = Graph(graph, beside, copy.copy(self.batchnorms), self.notes, versions=self.versions)
+        twin.output_opset = self.output_opset
+        return twin
 
 
 def _update(digest: Any, value: Any) -> None:

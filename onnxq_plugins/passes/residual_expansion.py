@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxq_plugins.calibration import channel_axis
 from onnxq_plugins.graph import Layer, channel_groups, replace_with_sum, split_outputs
+from onnxq_plugins.graph.opsets import NARROW_OPSET
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.layers.input_orders import expand_inputs
@@ -128,6 +129,7 @@ class ResidualExpansion(Pass):
             raise ValueError("share and budget both set how many channels get more orders; set one of them")
 
     def apply(self, job: Job) -> dict[str, Any]:
+        job.graph.output_opset = max(job.graph.output_opset, NARROW_OPSET)  # channels of one order are stored in 4 bits
         left: dict[str, str] = {}
         expansions: list[_Expansion] = []
         for one in self._depths(job, self._candidates(job, left)):
