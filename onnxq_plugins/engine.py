@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -16,8 +17,9 @@ import onnx
 
 from onnxq_plugins import files
 from onnxq_plugins.calibration import Calibration
+from onnxq_plugins.calibration.branches import BranchFeeds, branches, put_back
 from onnxq_plugins.calibration.shapes import complete_shapes
-from onnxq_plugins.data import Data, Source, graph_inputs, open_data
+from onnxq_plugins.data import Data, DataOptions, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
@@ -122,7 +124,8 @@ def quantize(
     calibration = _calibration(graph, loaded, data, labels, cache, workers, track)
     job = _prepare(installed, loaded, calibration, seed, judge)
     _run(job, installed, verify)
-    exported = _export(job, installed, seed, size, path)
+    inner = partial(quantize, seed=seed, workers=workers, plugins=plugins)
+    exported = _export(job, installed, seed, size, path, inner)
     job.report["seconds"] = round(time.perf_counter() - start, 3)
     installed.manager.hook.onnxq_exported(job=job, model=exported, path=path)
     options: dict[str, Any] = {"seed": seed, "workers": workers, "cache": cache, "float32": float32, "plugins": plugins}
@@ -222,10 +225,13 @@ def _open_shapes(data: Data | None) -> dict[str, list[int]]:
     return {name: list(x.shape) for name, x in next(iter(data)).items()}
 
 
-def _export(job: Job, plugins: Plugins, seed: int, before: int, path: Path | None) -> onnx.ModelProto:
+def _export(
+    job: Job, plugins: Plugins, seed: int, before: int, path: Path | None, inner: Callable[..., Result]
+) -> onnx.ModelProto:
     """Complete the plan, make the model of it and write that to `path`; the report is complete then.
 
     before   bytes of the user's own model
+    inner    `quantize` for the branches of control flow
     """
     start = time.perf_counter()
     complete(job)
@@ -241,13 +247,14 @@ def _export(job: Job, plugins: Plugins, seed: int, before: int, path: Path | Non
     data = files.DataFile(path) if path is not None and job.graph.mapped.size > files.LARGE else None
     with data or contextlib.nullcontext():
         model = export(job.graph, job.plan, job.target, data=data)
+        rows = [] if data is not None else _quantize_branches(job, model, inner)
         if text := _newer_version(job.graph, model):
             job.note(text)
         parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]
         sources = (plugins.sources[part] for part in parts)
         sign(model, job.recipe, seed, sources, plugins.versions, _open_shapes(job.calibration.data))
         job.report["steps"].append({"pass": "export", "seconds": round(time.perf_counter() - start, 3)})
-        describe(job, model, data, before)
+        describe(job, model, data, before, rows)
         if path is not None:
             data.finish(model) if data is not None else files.save_model(model, path)
     return model
@@ -260,3 +267,27 @@ def _newer_version(graph: Graph, model: onnx.ModelProto) -> str:
         reason = "codes of 4 or 16 bits or scales per block" if after == NARROW_OPSET else "one scale per channel"
         return f"opset {opset} became {after} (IR version {model.ir_version}), which {reason} need"
     return f"IR version {ir} became {model.ir_version}" if model.ir_version > ir > 0 else ""
+
+
+def _quantize_branches(job: Job, model: onnx.ModelProto, inner: Callable[..., Result]) -> list[dict[str, Any]]:
+    """Quantize the layers inside the branches of an If, and put them into a model. Returns their rows for the report.
+
+    inner   `quantize`
+    """
+    rows: list[dict[str, Any]] = []
+    for branch in branches(job.graph):
+        names = {node.name for node in branch.model.graph.node}
+        rules = [rule for rule in job.recipe.layers if any(fnmatchcase(name, rule.match) for name in names)]
+        recipe = replace(job.recipe, layers=tuple(rules), data=DataOptions())
+        feeds = None if job.calibration.data is None else BranchFeeds(job.graph, branch, job.calibration.data)
+        if feeds is not None and next(iter(feeds), None) is None:
+            job.note(f"no sample takes {branch.words}: what is in it stays float")
+            continue
+        try:
+            result = inner(branch.model, recipe, feeds)
+        except OnnxqError as error:
+            job.note(f"{branch.words} stays float: {error}")
+            continue
+        put_back(model, branch, result.model)
+        rows += [{**row, "inside": branch.words} for row in result.report.layers]
+    return rows

@@ -24,7 +24,7 @@ from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import load_arrays, save_arrays
 from onnxq_plugins.graph import Graph, Layer, channel_axis
-from onnxq_plugins.graph.bodies import outer_reads
+from onnxq_plugins.graph.bodies import prune
 from onnxq_plugins.graph.patches import add_gram, gram_shape, patches, split
 from onnxq_plugins.parallel import Track, map_threads, silent
 from onnxq_plugins.spec import Array
@@ -278,7 +278,7 @@ class Calibration:
         state = load_arrays(checkpoint) if checkpoint else {}
         start = int(state.pop("next", np.array(0)))
         model, weights, read = run
-        _prune(model)
+        prune(model)
         names = {t.name for t in model.graph.initializer}
         runtimes.trim()
         session = runtimes.session(model, lean=True, weights={name: w for name, w in weights.items() if name in names})
@@ -363,25 +363,6 @@ def _add_slice(model: onnx.ModelProto, name: str, output: str, step: int) -> Non
             f"{output}|slice",
         )
     )
-
-
-def _prune(model: onnx.ModelProto) -> None:
-    """Drop operators that no output needs: onnxruntime would run them anyway."""
-    producers = {o: n for n in model.graph.node for o in n.output if o}
-    todo, needed = [o.name for o in model.graph.output], set()
-    while todo:
-        node = producers.get(todo.pop())
-        if node is None or (node.name or node.output[0]) in needed:
-            continue
-        needed.add(node.name or node.output[0])
-        todo += [*node.input, *outer_reads(node)]
-    kept = [n for n in model.graph.node if (n.name or n.output[0]) in needed]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
-    used = {name for node in kept for name in (*node.input, *outer_reads(node))} | {o.name for o in model.graph.output}
-    constants = [t for t in model.graph.initializer if t.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(constants)
 
 
 def _finite(state: State) -> None:

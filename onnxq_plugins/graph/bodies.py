@@ -20,6 +20,20 @@ def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
             yield from all_graphs(body)
 
 
+def with_bodies(graph: onnx.GraphProto) -> onnx.GraphProto:
+    """A graph that also lists the operators and constants of control-flow bodies, for whoever asks what there is; the graph
+    itself if it has none."""
+    inner = list(all_graphs(graph))[1:]
+    if not inner:
+        return graph
+    whole = onnx.GraphProto()
+    whole.CopyFrom(graph)
+    for body in inner:
+        whole.node.extend(body.node)
+        whole.initializer.extend(body.initializer)
+    return whole
+
+
 def outer_reads(node: onnx.NodeProto) -> list[str]:
     """Names that the bodies of a node read from outside, each once, in order."""
     names: dict[str, None] = {}
@@ -55,3 +69,21 @@ def _defined(body: onnx.GraphProto) -> set[str]:
         *(t.values.name for t in body.sparse_initializer),
         *(o for n in body.node for o in n.output),
     }
+
+
+def prune(model: onnx.ModelProto) -> None:
+    """Drop operators that no output needs: onnxruntime would run them anyway; and constants that no operator reads."""
+    producers = {o: i for i, n in enumerate(model.graph.node) for o in n.output if o}
+    todo, needed = [o.name for o in model.graph.output], set[int]()
+    while todo:
+        at = producers.get(todo.pop())
+        if at is not None and at not in needed:
+            needed.add(at)
+            todo += [*model.graph.node[at].input, *outer_reads(model.graph.node[at])]
+    kept = [n for i, n in enumerate(model.graph.node) if i in needed]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    used = {name for node in kept for name in (*node.input, *outer_reads(node))} | {o.name for o in model.graph.output}
+    constants = [t for t in model.graph.initializer if t.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(constants)

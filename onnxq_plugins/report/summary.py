@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ from onnxq_plugins.search.quantizers import share_of_work
 from onnxq_plugins.spec import Array
 
 
-def describe(job: Job, model: onnx.ModelProto, data: files.DataFile | None, before: int) -> None:
+def describe(
+    job: Job, model: onnx.ModelProto, data: files.DataFile | None, before: int, inner: Sequence[dict[str, Any]] = ()
+) -> None:
     """Complete the report of a job with what follows from its model.
 
     data     large constants of the model that are written beside it; None if there are none
     before   bytes of the user's own model
+    inner    rows of layers inside control flow
     """
     report, planned = job.report, Planned.of(job)
     if data is not None:
@@ -42,7 +46,7 @@ def describe(job: Job, model: onnx.ModelProto, data: files.DataFile | None, befo
     report |= {
         "recipe_name": job.recipe.name,
         "recipe": job.recipe.to_dict(),
-        "layers": rows,
+        "layers": [*rows, *inner],
         "bytes": {"float": before, "quantized": after},
         "kernels": audit.counts(),
         "float_products": products,

@@ -17,6 +17,7 @@ from onnx import TensorProto
 from onnxq_plugins import runtimes
 from onnxq_plugins.data import Input, Source, model_inputs, open_data
 from onnxq_plugins.errors import OnnxqError, Reason
+from onnxq_plugins.graph.bodies import with_bodies
 from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import Need, needs
 from onnxq_plugins.runtimes.audit import Audit, LayerAudit, audited, chain, constants_of, is_product, readers_of
@@ -68,8 +69,9 @@ def audit_model(
         dump = Path(scratch) / "optimized.onnx"
         session = runtimes.session(named, dump=dump, folder=folder)
         optimized = onnx.load(str(dump), load_external_data=False)
-    layers = tuple(_layers(named.graph, optimized.graph, needs(named, folder)))
-    other = Counter(n.op_type for n in optimized.graph.node if n.op_type not in QUANTIZED)
+    whole = with_bodies(optimized.graph)
+    layers = tuple(_layers(with_bodies(named.graph), whole, needs(named, folder)))
+    other = Counter(n.op_type for n in whole.node if n.op_type not in QUANTIZED)
     if against is None and data is None and shapes is None:
         return Audit(layers, dict(other))
     models, runners = [proto], [session]
