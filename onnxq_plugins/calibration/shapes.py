@@ -5,7 +5,7 @@ tensor has. Sizes are taken from the layers that read it, since those of one sam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -13,7 +13,7 @@ from onnx import helper
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph import Graph
+from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.spec import Array
 
 
@@ -63,3 +63,28 @@ def _infer(graph: Graph) -> None:
         if value.name in graph and graph.shape(value.name) is None and kind.HasField("shape"):
             shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
             graph.set_shape(value.name, shape, helper.tensor_dtype_to_np_dtype(kind.elem_type))
+
+
+def spatial_sizes(graph: Graph, layers: Sequence[Layer], feed: Mapping[str, Array] | None) -> dict[str, tuple[int, ...]]:
+    """Conv layers by name -> the sizes of their inputs along the spatial axes, from the shapes that are known, else from a
+    run on one sample; a layer whose sizes stay unknown is left out."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    unknown = []
+    for layer in layers:
+        if layer.op == "Conv":
+            shape = (graph.shape(layer.input) or ())[2:]
+            if shape and all(isinstance(n, int) for n in shape):
+                sizes[layer.name] = tuple(int(n) for n in shape if isinstance(n, int))
+            else:
+                unknown.append(layer)
+    if unknown and feed is not None:
+        weights: dict[str, Array] = {}
+        model = graph.model(weights)
+        del model.graph.output[:]
+        for layer in unknown:
+            name = f"{layer.name}|sizes"
+            model.graph.node.append(helper.make_node("Shape", [layer.input], [name], name))
+            model.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
+        values = runtimes.session(model, weights=weights, lean=True).run(None, dict(feed))
+        sizes |= {layer.name: tuple(int(n) for n in v[2:]) for layer, v in zip(unknown, values, strict=True)}
+    return sizes

@@ -86,9 +86,8 @@ class Writer:
         raise_opset(self.model, max(graph.output_opset, NARROW_OPSET if needs_narrow(plan) else 0))
         self.builder = Builder(self.model, graph.mapped, data)
         proto = self.model.graph
-        self.outputs = {o.name for o in proto.output} | {
-            name for node in proto.node for name in outer_reads(node)
-        }  # read by name: the DQ must bear it
+        self.captured = {name for node in proto.node for name in outer_reads(node)}
+        self.outputs = {o.name for o in proto.output} | self.captured  # read by name: their values must bear it
         self.dequantized: dict[str, str] = {}
 
     def write(self) -> onnx.ModelProto:
@@ -157,11 +156,14 @@ class Writer:
         scale = build.constant(f"{key}_scale", np.asarray(spec.scale, np.float32))
         zero = build.constant(f"{key}_zero_point", np.asarray(spec.zero_point).astype(_code_type(spec)))
         codes = build.fresh(f"{name}_quantized")
-        values = name if renamed else build.fresh(f"{name}_dequantized")
+        apart = renamed and name in self.captured
+        values = build.fresh(f"{name}_dequantized") if apart or not renamed else name
         if spec.bits < 8:  # codes are uint8, which would go on beyond the grid
             source = self._clipped(name, source, spec)
         build.add("QuantizeLinear", [source, scale, zero], [codes])
         build.add("DequantizeLinear", [codes, scale, zero], [values])
+        if apart:  # onnxruntime 1.32 aborts the process where control flow reads the output of a DequantizeLinear
+            build.add("Sum", [values], [name], name=build.fresh(f"{name}_apart"))
         self.dequantized[name] = values
 
     def _renamed(self, name: str) -> str:
