@@ -111,11 +111,11 @@ def measure(scratch: Path, path: Path, tool: str) -> dict[str, Any]:
         return {"ms": times[0], "kB": bytes_on_disk(path) / 1e3, "remark": "its outputs are random" if random else ""}
     own = made_by(scratch, tool)
     result: dict[str, Any] = {"kB": bytes_on_disk(own) / 1e3}
-    model = onnx.load(str(own))
-    optimized = runtimes.session(_exact_dynamic(exact_model(model)) if saturates() else own)
+    model = _exact(onnx.load(str(own)))
+    optimized = runtimes.session(model)
     outputs = [optimized.run(None, feed) for feed in feeds]
     result["outputs"] = errors(names, reference, outputs)
-    plain = runtimes.session(own, optimize=False)
+    plain = runtimes.session(model, optimize=False)
     agreement = errors(names, [plain.run(None, feed) for feed in feeds], outputs)
     result["on_off"] = min(one["value"] for one in agreement.values())
     times = runtimes.latency([exact, runtimes.session(own)], feeds[0], _SECONDS)
@@ -160,18 +160,26 @@ def _arrays(value: Any) -> Iterator[np.ndarray]:
         yield np.asarray(value)
 
 
-def _exact_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
-    """`exact_model` for what quantize_dynamic writes: int8 weights of integer products as uint8, 128 higher."""
-    constants = {t.name: t for t in model.graph.initializer}
-    shifted: set[str] = set()
-    for node in model.graph.node:
-        if node.op_type in ("MatMulInteger", "ConvInteger") and len(node.input) == 4:
-            shifted |= {
-                n
-                for n in (node.input[1], node.input[3])
-                if n in constants and constants[n].data_type == onnx.TensorProto.INT8
-            }
-    for name in shifted:
-        codes = numpy_helper.to_array(constants[name]).astype(np.int16) + 128
-        constants[name].CopyFrom(numpy_helper.from_array(codes.astype(np.uint8), name))
+def _exact(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`exact_model`, also for what quantize_dynamic writes."""
+    if saturates():
+        model = exact_model(model)
+        _shift(model.graph, {})
     return model
+
+
+def _shift(graph: onnx.GraphProto, outer: dict[str, onnx.TensorProto]) -> None:
+    """Make int8 weights of integer products, bodies included, uint8 and 128 higher.
+
+    outer   constants of the graphs around this one
+    """
+    constants = outer | {t.name: t for t in graph.initializer}
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                _shift(body, constants)
+        if node.op_type in ("MatMulInteger", "ConvInteger") and len(node.input) == 4:
+            for tensor in (constants[name] for name in (node.input[1], node.input[3]) if name in constants):
+                if tensor.data_type == onnx.TensorProto.INT8:
+                    codes = numpy_helper.to_array(tensor).astype(np.int16) + 128
+                    tensor.CopyFrom(numpy_helper.from_array(codes.astype(np.uint8), tensor.name))

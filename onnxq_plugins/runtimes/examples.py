@@ -58,15 +58,19 @@ def guesses(models: Sequence[onnx.ModelProto], shapes: Shapes | None = None) -> 
 
 def first_running(feeds: Iterable[Feed], runners: Sequence[Session]) -> Feed:
     """The first feed that all sessions run. Raises OnnxqError with the reason of the first of them if there is none."""
-    reason: OnnxqError | None = None
+    first = reason = ""
+    count = 0
     for feed in feeds:
         try:
             for runner in runners:
                 runner.run(None, dict(wanted(runner, feed)))
             return feed
         except OnnxqError as error:
-            reason = reason or OnnxqError(f"on {written(feed)}: {_cause(error)}")
-    raise reason or OnnxqError("there is no example for inputs that are no tensors")
+            first, reason = first or written(feed), reason or _cause(error)
+            count += 1
+    if not first:
+        raise OnnxqError("on an example: an input is no tensor")
+    raise OnnxqError(f"on {first}{f', nor on {count - 1} others that were tried' if count > 1 else ''}: {reason}")
 
 
 def written(feed: Feed) -> str:

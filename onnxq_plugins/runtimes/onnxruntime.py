@@ -102,7 +102,7 @@ def _timing(
     except OnnxqError as error:
         if data is not None or shapes is not None:
             raise OnnxqError(f"the model cannot be timed {error}; give other --data or --shape.") from error
-        return {"untimed": f"not timed: no sizes that were tried for open axes run ({error}); give --data or --shape"}
+        return {"untimed": f"not timed: the model does not run {error}; give --data or --shape"}
     times = runtimes.latency(runners, [runtimes.wanted(runner, feed) for runner in runners], seconds)
     speed = {"speedup": times[0] / times[1]} if len(times) > 1 else {}
     return {**speed, "milliseconds": tuple(times), "timed": written(feed) + guess}

@@ -67,6 +67,7 @@ def test_every_kind_of_input_has_an_example():
     assert len(feed) == 3 * len(kinds)
     sequence = helper.make_tensor_sequence_value_info("s", FLOAT, None)
     assert not list(examples([model_of(sequence)]))
+    assert "an input is no tensor" in onnxq.audit_model(model_of(sequence), model_of(sequence)).untimed
 
 
 @pytest.mark.parametrize(
