@@ -153,8 +153,9 @@ def _check_normalization(options: DataOptions, white: float, channels: int) -> N
         )
         for factor in (1, 255 if raw else 1 / 255)
     )
-    of, read = ("0..1", "in 0..255") if raw else ("0..255", "as RGB/255")
-    raise OnnxqError(f"{present} are of RGB in {of}, and images are read {read}: give {scaled}.")
+    if raw:
+        raise OnnxqError(f"{present} are of RGB in 0..1, and images are read in 0..255: give {scaled}.")
+    raise OnnxqError(f"{present} are of RGB in 0..255, and images are read as RGB/255: give {scaled}.")
 
 
 def _load_image(file: Path, mode: str) -> Any:
