@@ -298,7 +298,7 @@ def compare_command(
 def _shared_inputs(paths: Sequence[Path]) -> list[list[Input]]:
     """The inputs of both models. Raises OnnxqError where their names differ."""
     inputs = [model_inputs(read(path)) for path in paths]
-    names = [[value.name for value in each] for each in inputs]
+    names = [[value.name for value in each if not value.optional] for each in inputs]
     if set(names[0]) != set(names[1]):
         raise OnnxqError(
             f"'{paths[0]}' and '{paths[1]}' have different inputs: {', '.join(names[0])} and {', '.join(names[1])}."
@@ -308,7 +308,7 @@ def _shared_inputs(paths: Sequence[Path]) -> list[list[Input]]:
 
 def _cast(feed: Mapping[str, Array], wanted: Sequence[Input]) -> dict[str, Array]:
     """The feed in the dtypes of one model: the other may be in half precision."""
-    return {value.name: feed[value.name].astype(value.dtype) for value in wanted}
+    return {value.name: feed[value.name].astype(value.dtype) for value in wanted if value.name in feed}
 
 
 def _run_both(

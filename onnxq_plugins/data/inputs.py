@@ -57,19 +57,22 @@ def graph_inputs(graph: Graph) -> list[Input]:
 
 
 def model_inputs(model: onnx.ModelProto) -> list[Input]:
-    """The inputs of a model, without initializers that are listed among them."""
+    """The inputs of a model. Those with an initializer are optional, if the model may read them at all: before IR version 4
+    all initializers were listed as inputs."""
     constants = {t.name for t in model.graph.initializer}
     inputs = []
     for value in model.graph.input:
-        if value.name in constants:
+        optional = value.name in constants
+        if optional and model.ir_version < 4:
             continue
         kind = value.type.tensor_type
         if not kind.elem_type:  # a sequence, a map or an optional
-            inputs.append(Input(value.name, np.dtype(object), None))
+            inputs.append(Input(value.name, np.dtype(object), None, optional))
             continue
         dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
         shape = _shape(dims) if kind.HasField("shape") else None
-        inputs.append(Input(value.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape))
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        inputs.append(Input(value.name, dtype, shape, optional))
     return inputs
 
 
