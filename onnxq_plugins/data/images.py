@@ -12,7 +12,7 @@ import numpy as np
 from onnxq_plugins.data.inputs import Input, quoted
 from onnxq_plugins.data.labels import check_labels
 from onnxq_plugins.data.options import DataOptions
-from onnxq_plugins.data.samples import Data, batches, spread
+from onnxq_plugins.data.samples import Data, batches, chosen
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
 
@@ -38,7 +38,7 @@ def open_images(folder: Path, inputs: Sequence[Input], options: DataOptions, lab
     target = needed[0]
     shape = target.shape or ()
     form = _Form.of(shape[-3:], target.dtype, options)
-    numbers = spread(len(files), options.samples)
+    numbers = chosen(len(files), options.samples, options.state)
     labels = check_labels(labels, len(files), f"folder '{folder}'")
     batch = (target.fixed or 1) if len(shape) == 4 else 1
     at = batches(len(numbers), batch)

@@ -18,7 +18,7 @@ from onnxq_plugins.cli.options import OptionGroup, flatten
 from onnxq_plugins.export.provenance import recipe_of
 from tests.data.pictures import write_png
 
-IMAGES = ("resize", "crop", "size", "letterbox", "padding", "bgr", "range", "mean", "std", "layout")
+IMAGES = ("resize", "crop", "size", "letterbox", "padding", "bgr", "range", "mean", "std", "state", "layout")
 
 
 def test_options_reach_the_engine(ready, monkeypatch):
