@@ -75,10 +75,12 @@ def open_samples(
     source: Source, graph: Graph, options: DataOptions | None = None, labels: str | Path | Array | None = None
 ) -> Data:
     """Samples for a Graph, as `open_data` opens them, with the states that the graph gives."""
-    weights: dict[str, Array] = {}
-    return rolled(
-        open_data(source, graph_inputs(graph), options, labels), lambda: session(graph.model(weights), weights=weights)
-    )
+
+    def start() -> Session:
+        weights: dict[str, Array] = {}
+        return session(graph.model(weights), weights=weights)
+
+    return rolled(open_data(source, graph_inputs(graph), options, labels), start)
 
 
 def rolled(data: Data, start: Callable[[], Session]) -> Data:
