@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxq_plugins import files
+from onnxq_plugins import files, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.calibration.branches import BranchFeeds, branches, put_back
 from onnxq_plugins.calibration.shapes import complete_shapes
-from onnxq_plugins.data import Data, DataOptions, Source, graph_inputs, open_data
+from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
@@ -87,11 +87,12 @@ def quantize(
     settings: Settings = (),
     plugins: Iterable[object] = (),
     labels: str | Path | Array | None = None,
+    state: Mapping[str, str] | None = None,
     metric: str | Metric | None = None,
     track: Track = silent,
     trace: Trace | None = None,
 ) -> Result:
-    """Quantize a float ONNX model into QDQ form.
+    """Quantize a float ONNX model into QDQ form. Raises OnnxqError, one sentence a problem, before anything is written.
 
     model      path, ModelProto or its bytes, Graph, ONNXProgram of torch or onnx_ir.Model; left alone
     recipe     built-in name, path, mapping or Recipe
@@ -107,19 +108,18 @@ def quantize(
     settings   changes to the recipe: one or several such as ``ranges.method=mse``, or a mapping from key to value
     plugins    further plugin objects beside the installed ones
     labels     of the samples, for metrics that need them: an array [samples, ...], an .npy file or a text file
+    state      output -> the input that it is at the next step, of a model of streams: see `DataOptions.state`
     metric     how searching passes judge a network: a name, ``package.module:function`` (which is imported), or a function
                of (float outputs, quantized outputs, labels), larger is better; see `onnxq_plugins.measure`
     track      shows progress, see `Job.track`
     trace      receives a line of text for each hook call of a plugin
-
-    Raises OnnxqError, one sentence a problem, before anything is written.
     """
     start = time.perf_counter()
     _check_not_negative(seed=seed, workers=workers or 0)
     path = None if output is None else Path(output)
     judge = None if metric is None else find_metric(metric)
     installed = find_plugins(plugins := list(plugins), trace)
-    loaded = _read_recipe(installed, recipe, settings, target, samples)
+    loaded = _read_recipe(installed, recipe, settings, target, samples, state)
     graph, source, size = _read_model(model, float32, installed.target(loaded.target).flatten, path)
     calibration = _calibration(graph, loaded, data, labels, cache, workers, track)
     job = _prepare(installed, loaded, calibration, seed, judge)
@@ -143,11 +143,14 @@ def _read_recipe(
     settings: Settings,
     target: str | None,
     samples: int,
+    state: Mapping[str, str] | None,
 ) -> Recipe:
     """The recipe with what overrides it, so that it makes the same model again."""
     loaded = plugins.recipe(recipe, settings)
     loaded = replace(loaded, target=target) if target else loaded
-    return replace(loaded, data=replace(loaded.data, samples=samples)) if samples else loaded
+    own = loaded.data
+    own = replace(own, samples=samples or own.samples, state=own.state if state is None else dict(state))
+    return replace(loaded, data=own)
 
 
 def _read_model(
@@ -177,7 +180,7 @@ def _calibration(
 ) -> Calibration:
     """Statistics over the samples. A recipe may come from a stranger: its path is only ever a file, never code to import."""
     source = data if data is not None else Path(recipe.data.path) if recipe.data.path else None
-    samples = None if source is None else open_data(source, graph_inputs(graph), recipe.data, labels)
+    samples = None if source is None else runtimes.open_samples(source, graph, recipe.data, labels)
     if samples is not None and graph.unranked:
         complete_shapes(graph, next(iter(samples)))
     return Calibration(graph, samples, cache=Path(cache) if cache else None, workers=workers or cores(), track=track)
@@ -220,9 +223,9 @@ def _run(job: Job, plugins: Plugins, verify: bool) -> None:
 
 def _open_shapes(data: Data | None) -> dict[str, list[int]]:
     """The shapes of the first sample, where the model leaves open more than a batch of 1."""
-    if data is None or all(i.shape is not None and None not in i.shape[1:] for i in data.inputs):
+    if data is None or all(i.shape is not None and all(isinstance(n, int) for n in i.shape[1:]) for i in data.inputs):
         return {}
-    return {name: list(x.shape) for name, x in next(iter(data)).items()}
+    return {name: list(np.shape(x)) for name, x in next(iter(data)).items()}
 
 
 def _export(

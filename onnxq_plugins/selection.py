@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.data import Data, DataOptions, Source, graph_inputs, open_data
+from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Model, as_model, load
@@ -93,6 +93,7 @@ def auto(
     prefer: Prefer = "speed",
     test: Source | None = None,
     labels: str | Path | Array | None = None,
+    state: Mapping[str, str] | None = None,
     metric: str | Metric | None = None,
     recipes: Sequence[str] = (),
     target: str | None = None,
@@ -112,6 +113,7 @@ def auto(
     max_drop   how far the metric may fall below the float model's, in its own units: percent of samples
     prefer     ``speed``: the first recipe within the drop, as all run integer kernels. ``size``: all are tried, the smallest
                file wins
+    state      as for `quantize`, of both
     metric     as for `quantize`; top1 if there are labels, else agreement
     recipes    names or files, in place of the built-in choice
     tell       called with each candidate as soon as it was measured
@@ -122,6 +124,7 @@ def auto(
     _check_options(prefer, max_drop, metric)
     model = as_model(model)
     graph = load(model, float32=float32)
+    options = options if state is None else replace(options or DataOptions(), state=dict(state))
     calibration, judging, notes = _samples(graph, data, test, labels, metric, options)
     judge = _Judge.of(graph, model, judging, metric)
     make = partial(quantize, model, data=calibration, target=target, seed=seed, workers=workers, cache=cache)
@@ -165,9 +168,8 @@ def _samples(
     options: DataOptions | None,
 ) -> tuple[Data, Data, tuple[str, ...]]:
     """Samples to make models with, samples to judge them on, and what the user should know about that."""
-    inputs = graph_inputs(graph)
-    samples = open_data(data, inputs, options, None if test is not None else labels)
-    others = None if test is None else open_data(test, inputs, options, labels)
+    samples = runtimes.open_samples(data, graph, options, None if test is not None else labels)
+    others = None if test is None else runtimes.open_samples(test, graph, options, labels)
     if metric in (None, "top1", top1):
         check_labels((samples if others is None else others).labels, graph.shape(graph.outputs[0]), graph.outputs[0])
     if others is None:
@@ -179,17 +181,15 @@ def _samples(
 
 def _halves(data: Data) -> tuple[Data, Data, tuple[str, ...]]:
     """Every second sample to make models with, the others to judge on, and a note; too few are not split."""
-    feeds, labels = data.spread(0), data.spread_labels(0)
-    if len(feeds) < _APART:
+    halves = data.halves()
+    sizes = [half.size or 0 for half in halves]
+    if sum(sizes) < _APART:
         note = (
-            f"models are judged on the {len(feeds)} samples they were made with, which flatters them; give --test, or "
+            f"models are judged on the {sum(sizes)} samples they were made with, which flatters them; give --test, or "
             f"{_APART} samples or more"
         )
         return data, data, (note,)
-    flat = None if labels is None else np.concatenate(labels[1::2])
-    halves = open_data(feeds[::2], data.inputs), open_data(feeds[1::2], data.inputs, labels=flat)
-    note = f"made with {len(feeds[::2])} samples, judged on the other {len(feeds[1::2])}"
-    return halves[0], halves[1], (note,)
+    return *halves, (f"made with {sizes[0]} samples, judged on the other {sizes[1]}",)
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,6 +68,7 @@ def audit_command(
             "(OpenVINO's own benchmark_app measures there)."
         )
     feeds = open_data(data, model_inputs(read(model)), images.data_options()) if data else None
+    feeds = feeds and runtimes.rolled(feeds, lambda: runtimes.session(model))
     shapes = read_shapes(shape)
     audit = audit_openvino(model) if runtime == "openvino" else audit_model(model, against, data=feeds, shapes=shapes)
     show(_audit_table(audit))
@@ -271,8 +272,8 @@ def compare_command(
     judge = find_metric(metric) if metric else None
     paths = (a, b)
     inputs = _shared_inputs(paths)
-    feeds = open_data(data, inputs[0], images.data_options(samples), labels)
     sessions = [runtimes.session(path) for path in paths]
+    feeds = runtimes.rolled(open_data(data, inputs[0], images.data_options(samples), labels), lambda: sessions[0])
     runs, first = _run_both(sessions, inputs, feeds)
     milliseconds = runtimes.latency(sessions, [_cast(first, wanted) for wanted in inputs], 2.0)
     names = [output.name for output in sessions[0].get_outputs()]
@@ -298,7 +299,7 @@ def compare_command(
 def _shared_inputs(paths: Sequence[Path]) -> list[list[Input]]:
     """The inputs of both models. Raises OnnxqError where their names differ."""
     inputs = [model_inputs(read(path)) for path in paths]
-    names = [[value.name for value in each] for each in inputs]
+    names = [[value.name for value in each if not value.optional] for each in inputs]
     if set(names[0]) != set(names[1]):
         raise OnnxqError(
             f"'{paths[0]}' and '{paths[1]}' have different inputs: {', '.join(names[0])} and {', '.join(names[1])}."
@@ -308,7 +309,7 @@ def _shared_inputs(paths: Sequence[Path]) -> list[list[Input]]:
 
 def _cast(feed: Mapping[str, Array], wanted: Sequence[Input]) -> dict[str, Array]:
     """The feed in the dtypes of one model: the other may be in half precision."""
-    return {value.name: feed[value.name].astype(value.dtype) for value in wanted}
+    return {value.name: feed[value.name].astype(value.dtype) for value in wanted if value.name in feed}
 
 
 def _run_both(

@@ -161,7 +161,7 @@ def _check_feed(
     model: onnx.ModelProto, session: runtimes.Session, data: str, images: ImageOptions, shapes: Shapes | None
 ) -> None:
     """Say whether a model runs on the first sample, or on random numbers of some shapes."""
-    feeds = open_data(data, model_inputs(model), images.data_options()) if data else None
+    feeds = runtimes.rolled(open_data(data, model_inputs(model), images.data_options()), lambda: session) if data else None
     try:
         feed = first_running(itertools.islice(feeds, 1) if feeds is not None else examples([model], shapes), [session])
     except OnnxqError as error:

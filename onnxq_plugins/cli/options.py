@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
@@ -137,7 +138,7 @@ def _field_parameters(group: type[Any]) -> list[inspect.Parameter]:
 
 @dataclass(frozen=True)
 class ImageOptions(OptionGroup):
-    """How images become samples."""
+    """How images and steps of streams become samples."""
 
     resize: Annotated[int, data_option(show_default=False, help="images: shorter side after resizing, in pixels")] = 0
     crop: Annotated[int, data_option(show_default=False, help="images: side of the square cut from the middle")] = 0
@@ -152,6 +153,15 @@ class ImageOptions(OptionGroup):
     range: Annotated[int, data_option(help="images: what white is; 255 for raw pixels")] = 1
     mean: Annotated[str, data_option(show_default=False, help="images: mean of RGB/255, like 0.485,0.456,0.406")] = ""
     std: Annotated[str, data_option(show_default=False, help="images: standard deviation of RGB/255, likewise")] = ""
+    state: Annotated[
+        list[str] | None,
+        data_option(
+            "--state",
+            metavar="OUT=IN",
+            show_default=False,
+            help="samples are steps of a stream, in their order: output OUT is input IN of the next; repeatable",
+        ),
+    ] = None
     layout: Annotated[str, data_option(show_default=False, help="images: nchw or nhwc; the model's by default")] = ""
 
     def settings(self) -> list[str]:
@@ -167,6 +177,7 @@ class ImageOptions(OptionGroup):
         settings += [
             f"data.{key}=[{_decimals(key, text)}]" for key, text in (("mean", self.mean), ("std", self.std)) if text
         ]
+        settings += [f"data.state={{{', '.join(map(_pair, self.state))}}}"] if self.state else []
         return settings + ([f'data.layout="{self.layout}"'] if self.layout else [])
 
     def data_options(self, samples: int = 0) -> DataOptions:
@@ -180,6 +191,14 @@ def _sides(text: str) -> str:
     if not 1 <= len(sides) <= 2 or not all(side.strip().isdecimal() for side in sides):
         raise OnnxqError(f"--size '{text}' must be width and height in pixels, such as 320x240.")
     return ",".join(str(int(side)) for side in (sides * 2)[:2])
+
+
+def _pair(text: str) -> str:
+    """OUT=IN as a pair of TOML."""
+    output, _, name = (part.strip() for part in text.partition("="))
+    if not output or not name:
+        raise OnnxqError(f"--state '{text}' must be OUTPUT=INPUT, such as stateN=state.")
+    return f"{json.dumps(output)} = {json.dumps(name)}"
 
 
 def _decimals(option: str, text: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from onnxq_plugins.data.inputs import Input, consistent, fits, quoted, to_array
 from onnxq_plugins.data.labels import check_labels
 from onnxq_plugins.data.options import DataOptions
-from onnxq_plugins.data.samples import Data, batches, is_batch, spread
+from onnxq_plugins.data.samples import Data, batches, chosen, is_batch
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
 
@@ -51,13 +51,14 @@ def open_arrays(
         raise OnnxqError(
             f"{where} has no array for the model's input {quoted(missing)}; it has "
             f"{quoted(map(str, arrays)) or 'none'}. Name the arrays after the inputs."
+            + "".join(i.offer for i in needed if i.name in missing)
         )
     used = {i.name: to_array(arrays[i.name], f"{where}: '{i.name}'") for i in inputs if i.name in arrays}
     reading = _read(used, [i for i in inputs if i.name in used], where)
     if not reading.count:
         raise OnnxqError(f"{where} is empty; give at least one sample along the first axis.")
     labels = check_labels(labels, reading.count, where)
-    data = _data(used, inputs, reading, np.array(spread(reading.count, options.samples)), labels, where)
+    data = _data(used, inputs, reading, np.array(chosen(reading.count, options.samples, options.state)), labels, where)
     if images := options.of_images():
         data.notes += (f"{', '.join(images)} apply to folders of images only; {where} is used unchanged",)
     return data

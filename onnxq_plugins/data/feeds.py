@@ -12,7 +12,7 @@ import numpy as np
 from onnxq_plugins.data.inputs import Input, fits, to_array
 from onnxq_plugins.data.labels import check_labels, reason
 from onnxq_plugins.data.options import DataOptions
-from onnxq_plugins.data.samples import Data, spread
+from onnxq_plugins.data.samples import Data, chosen
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
 
@@ -66,7 +66,7 @@ def open_folder(folder: Path, inputs: Sequence[Input], options: DataOptions, lab
     if files[0].suffix == ".npy" and len(needed) != 1:
         names = ", ".join(f"'{i.name}'" for i in needed)
         raise OnnxqError(f"folder '{folder}': .npy files fit a model with one input, this one has {names}; give .npz files.")
-    numbers = spread(len(files), options.samples)
+    numbers = chosen(len(files), options.samples, options.state)
     labels = check_labels(labels, len(files), f"folder '{folder}'")
 
     def samples() -> Iterator[Mapping[str, Array]]:

@@ -12,7 +12,7 @@ import numpy as np
 from onnxq_plugins.data.inputs import Input, quoted
 from onnxq_plugins.data.labels import check_labels
 from onnxq_plugins.data.options import DataOptions
-from onnxq_plugins.data.samples import Data, batches, spread
+from onnxq_plugins.data.samples import Data, batches, chosen
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
 
@@ -38,7 +38,7 @@ def open_images(folder: Path, inputs: Sequence[Input], options: DataOptions, lab
     target = needed[0]
     shape = target.shape or ()
     form = _Form.of(shape[-3:], target.dtype, options)
-    numbers = spread(len(files), options.samples)
+    numbers = chosen(len(files), options.samples, options.state)
     labels = check_labels(labels, len(files), f"folder '{folder}'")
     batch = (target.fixed or 1) if len(shape) == 4 else 1
     at = batches(len(numbers), batch)
@@ -153,8 +153,9 @@ def _check_normalization(options: DataOptions, white: float, channels: int) -> N
         )
         for factor in (1, 255 if raw else 1 / 255)
     )
-    of, read = ("0..1", "in 0..255") if raw else ("0..255", "as RGB/255")
-    raise OnnxqError(f"{present} are of RGB in {of}, and images are read {read}: give {scaled}.")
+    if raw:
+        raise OnnxqError(f"{present} are of RGB in 0..1, and images are read in 0..255: give {scaled}.")
+    raise OnnxqError(f"{present} are of RGB in 0..255, and images are read as RGB/255: give {scaled}.")
 
 
 def _load_image(file: Path, mode: str) -> Any:

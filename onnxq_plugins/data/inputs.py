@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph import Graph
 from onnxq_plugins.spec import Array
 
 Shape = tuple[int | str | None, ...]
@@ -23,18 +21,28 @@ class Input:
     dtype      of its values; object for strings, and for sequences and maps, which are passed on unread
     shape      size of each axis, a symbol or None where it is open; None if the rank is unknown
     optional   True if the model has a default, so that a feed may leave it out
+    follows    the output that seems to be its next value, where a model is one step of a stream; "" for none
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: Shape | None
     optional: bool = False
+    follows: str = ""
 
     @property
     def fixed(self) -> int | None:
         """Size of the first axis where that is fixed at more than 1: it may or may not be a batch."""
         first = self.shape[0] if self.shape else None
         return first if isinstance(first, int) and first > 1 else None
+
+    @property
+    def offer(self) -> str:
+        """How its values can come from the step before, a sentence; "" if no output seems to be its next value."""
+        return (
+            f" Output '{self.follows}' seems to be the next '{self.name}': give --state {self.follows}={self.name}."
+            * bool(self.follows)
+        )
 
     def takes(self, shape: Sequence[int]) -> bool:
         """True if onnxruntime takes an array of this shape: it does not check scalars."""
@@ -46,38 +54,6 @@ def fits(shape: Sequence[int], declared: Shape) -> bool:
     return len(shape) == len(declared) and all(
         not isinstance(n, int) or n == m for n, m in zip(declared, shape, strict=True)
     )
-
-
-def graph_inputs(graph: Graph) -> list[Input]:
-    """The inputs of a Graph."""
-    return [
-        Input(name, np.dtype(graph.tensor(name).dtype or np.float32), _shape(graph.shape(name)), name in graph.defaults)
-        for name in graph.inputs
-    ]
-
-
-def model_inputs(model: onnx.ModelProto) -> list[Input]:
-    """The inputs of a model, without initializers that are listed among them."""
-    constants = {t.name for t in model.graph.initializer}
-    inputs = []
-    for value in model.graph.input:
-        if value.name in constants:
-            continue
-        kind = value.type.tensor_type
-        if not kind.elem_type:  # a sequence, a map or an optional
-            inputs.append(Input(value.name, np.dtype(object), None))
-            continue
-        dims = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
-        shape = _shape(dims) if kind.HasField("shape") else None
-        inputs.append(Input(value.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), shape))
-    return inputs
-
-
-def _shape(sizes: Iterable[Any] | None) -> Shape | None:
-    """Sizes and symbols; negative sizes, which some exporters write, are open."""
-    if sizes is None:
-        return None
-    return tuple(n if isinstance(n, str) or (isinstance(n, int) and n >= 0) else None for n in sizes)
 
 
 def to_array(value: Any, where: str) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onnxq_plugins.errors import OnnxqError
 
@@ -27,6 +27,8 @@ class DataOptions:
     layout     images: ``nchw`` or ``nhwc``; "" infers it from the model's input
     labels     an .npy file, or a text file of numbers: one label for each sample of the source, in its order. An .npz file
                may contain them itself, under the name ``labels``
+    state      output -> input of the next step: the samples are steps of streams, in their order, and feeds may leave these
+               inputs out. `samples` takes the first steps then
     """
 
     path: str = ""
@@ -42,6 +44,7 @@ class DataOptions:
     std: tuple[float, ...] = (1.0,)
     layout: str = ""
     labels: str = ""
+    state: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("samples", "resize", "crop"):

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from onnxq_plugins.data.labels import check_labels
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
 
+Item = TypeVar("Item")
 _FEW = 8  # fewer samples than this are worth a warning
 
 
@@ -26,6 +28,8 @@ class Data:
     size      number of feeds; None if unknown
     labels    along the first axis, in the order of the feeds, one per feed or one per row of each feed; or None
     batch     samples in each feed, where the source assembled them
+
+    Where `state` is set (output -> input), feeds are steps of streams, and may lack states unless `complete`.
 
     Iterating raises OnnxqError when a sample has NaN or Inf, a wrong name, shape or dtype, and when there is none.
     """
@@ -42,6 +46,8 @@ class Data:
         self.inputs, self._samples, self.where, self.size, self.labels = list(inputs), samples, where, size, labels
         self.batch = batch
         self.notes: tuple[str, ...] = ()  # about how the source was read, for the user
+        self.state: Mapping[str, str] = {}
+        self.complete = False  # states are in the feeds, see `runtimes.rolled`
         self._digest = ""
 
     def __iter__(self) -> Iterator[dict[str, Array]]:
@@ -67,6 +73,13 @@ class Data:
             feed.keys() == first[0].keys() and all(np.array_equal(first[0][name], x) for name, x in feed.items())
             for feed in first
         )
+        for i in self.inputs:
+            values = [feed[i.name] for feed in first if i.name in feed]
+            if i.follows and not self.state and len(values) > 1 and not any(np.any(x) for x in values):
+                remarks.append(
+                    f"input '{i.name}' is 0 in all first samples, and output '{i.follows}' seems to be its next value: "
+                    f"--state {i.follows}={i.name} calibrates on the model's own states"
+                )
         flat = all((x == x.flat[0]).all() for x in arrays)
         large = any(x.size > 1 for x in arrays)
         if alike or (flat and large):
@@ -78,8 +91,8 @@ class Data:
         return remarks
 
     def spread(self, count: int) -> list[dict[str, Array]]:
-        """`count` feeds, spread evenly, or all if there are fewer; no more are in memory."""
-        numbers = set(spread(self._feeds(), count))
+        """`count` feeds, spread evenly (with states: the first ones), or all if there are fewer; no more are in memory."""
+        numbers = set(chosen(self._feeds(), count, self.state))
         return [feed for n, feed in enumerate(self) if n in numbers]
 
     def spread_labels(self, count: int) -> list[Array] | None:
@@ -95,7 +108,31 @@ class Data:
                 check_labels(self.labels, max(feeds, sum(rows)), self.where)
         ends = np.cumsum(rows)
         check_labels(self.labels, int(ends[-1]), self.where)
-        return [self.labels[ends[n] - rows[n] : ends[n]] for n in spread(feeds, count)]
+        return [self.labels[ends[n] - rows[n] : ends[n]] for n in chosen(feeds, count, self.state)]
+
+    def apart(self, items: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
+        """Two halves of what there is one of per feed: every second one and the others; with states, which follow from the
+        step before, the first ones and the rest."""
+        half = (len(items) + 1) // 2
+        return (items[:half], items[half:]) if self.state else (items[::2], items[1::2])
+
+    def halves(self) -> tuple[Data, Data]:
+        """Two of them, `apart`, in memory."""
+        feeds, labels = self.apart(self.spread(0)), self.apart(self.spread_labels(0) or [])
+
+        def half(n: int) -> Data:
+            one = Data(
+                self.inputs,
+                lambda: iter(feeds[n]),
+                self.where,
+                len(feeds[n]),
+                np.concatenate(labels[n]) if labels[n] else None,
+                self.batch,
+            )
+            one.state, one.complete = self.state, self.complete
+            return one
+
+        return half(0), half(1)
 
     def rows(self, feed: Mapping[str, Array]) -> int:
         """Size of a feed's first axis, of the input where it is most likely the batch: the first one where it is open."""
@@ -138,6 +175,7 @@ class Data:
                 f"{self.where}, sample {number}: no array for the model's input {quoted(missing)}"
                 + (f" (it has {quoted(unknown)})" if unknown else "")
                 + "; name the arrays after the inputs."
+                + "".join(i.offer for i in self.inputs if i.name in missing)
             )
         where = f"{self.where}, sample {number}"
         return {i.name: fit(feed[i.name], i, where) for i in self.inputs if i.name in feed}
@@ -156,6 +194,11 @@ def spread(total: int, count: int) -> list[int]:
     if count <= 0 or count >= total:
         return list(range(total))
     return [n * total // count for n in range(count)]
+
+
+def chosen(total: int, count: int, state: Mapping[str, str]) -> list[int]:
+    """`count` numbers of range(total): spread evenly, or the first ones where samples are steps of a stream."""
+    return list(range(total))[: count or None] if state else spread(total, count)
 
 
 def batches(total: int, size: int) -> list[Array]:

@@ -16,6 +16,7 @@ from onnxq_plugins.data.inputs import Input
 from onnxq_plugins.data.labels import load_labels
 from onnxq_plugins.data.options import DataOptions
 from onnxq_plugins.data.samples import Data
+from onnxq_plugins.data.streams import with_states
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
 
@@ -45,11 +46,19 @@ def open_data(
     labels   one for each sample of the source, or each row of a feed: an array, or a file as in `DataOptions`, which it
              overrides
 
+    With `options.state`, samples are steps of streams that may leave states out: `runtimes.rolled` adds them.
+
     Raises OnnxqError if the source cannot be read or does not fit the inputs.
     """
     if isinstance(source, Data):
         return source
     options = options or DataOptions()
+    data = _open(source, with_states(inputs, options.state) if options.state else inputs, options, labels)
+    data.state = options.state
+    return data
+
+
+def _open(source: Source, inputs: Sequence[Input], options: DataOptions, labels: str | Path | Array | None) -> Data:
     labels = labels if isinstance(labels, np.ndarray) else load_labels(str(labels or options.labels))
     if isinstance(source, (str, Path)):
         return _path(source, inputs, options, labels)
@@ -74,7 +83,7 @@ def open_data(
 def _path(source: str | Path, inputs: Sequence[Input], options: DataOptions, labels: Array | None) -> Data:
     path = Path(source)
     if isinstance(source, str) and not path.exists() and ":" in source:  # a Path, such as a recipe's, is never code
-        return open_data(_call(source), inputs, options, labels)
+        return _open(_call(source), inputs, options, labels)
     if not path.exists():
         raise OnnxqError(
             f"data '{source}' does not exist; give an .npz or .npy file, a folder of images or package.module:callable."

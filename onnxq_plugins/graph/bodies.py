@@ -83,7 +83,8 @@ def prune(model: onnx.ModelProto) -> None:
     kept = [n for i, n in enumerate(model.graph.node) if i in needed]
     del model.graph.node[:]
     model.graph.node.extend(kept)
-    used = {name for node in kept for name in (*node.input, *outer_reads(node))} | {o.name for o in model.graph.output}
+    used = {name for node in kept for name in (*node.input, *outer_reads(node))}
+    used |= {v.name for v in (*model.graph.input, *model.graph.output)}  # an input's constant is its default
     constants = [t for t in model.graph.initializer if t.name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(constants)

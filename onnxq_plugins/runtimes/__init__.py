@@ -13,15 +13,19 @@ from onnxq_plugins.runtimes.sessions import (
     trim,
     wanted,
 )
+from onnxq_plugins.runtimes.streams import open_samples, roll, rolled
 
 __all__ = [
     "Feed",
     "Session",
     "blas",
     "latency",
+    "open_samples",
     "outputs",
     "quiet",
     "register_custom_ops",
+    "roll",
+    "rolled",
     "run",
     "session",
     "trim",

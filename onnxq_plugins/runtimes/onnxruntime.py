@@ -110,15 +110,15 @@ def _timing(
 
 def _compatible(own: list[Input], theirs: list[Input]) -> bool:
     """True if one feed could serve both."""
-    others = {i.name: i.shape for i in theirs}
-    return {i.name for i in own} == set(others) and all(
-        i.shape is None
-        or (other := others[i.name]) is None
+    needed, others = ({i.name: i.shape for i in inputs if not i.optional} for inputs in (own, theirs))
+    return set(needed) == set(others) and all(
+        shape is None
+        or (other := others[name]) is None
         or (
-            len(i.shape) == len(other)
-            and not any(isinstance(n, int) and isinstance(m, int) and n != m for n, m in zip(i.shape, other, strict=True))
+            len(shape) == len(other)
+            and not any(isinstance(n, int) and isinstance(m, int) and n != m for n, m in zip(shape, other, strict=True))
         )
-        for i in own
+        for name, shape in needed.items()
     )
 
 

@@ -49,7 +49,7 @@ bad_data("wrong_rank", "wants shape", x=images().reshape(4, -1))
 bad_data("uint8", "wants float32, the data is uint8", "normalize", x=images().astype(np.uint8))
 bad_data("strings", "wants float32", x=np.array(["a", "b"]))
 bad_data("no_samples", "is empty", x=images()[:0])
-bad_data("scalar", "is empty", x=np.float32(1))
+bad_data("scalar", "wants shape [N, 3, 12, 12], the data has []", x=np.float32(1))
 
 
 @bad("needs sample inputs", "--data")
@@ -139,7 +139,7 @@ bad_callable("raises", "raise RuntimeError('disk\\non fire')", "'data_raises:mak
 bad_callable("missing", "pass", "failed", "AttributeError", attribute="nothing")
 bad_callable("none", "return None", "NoneType", "is not supported")
 bad_callable("empty", "return iter(())", "has no sample")
-bad_callable("list", "return [[1, 2]]", "expected a mapping from input name to array, got list")
+bad_callable("list", "return [[1, 2]]", "wants float32, the data is int64")
 bad_callable("feeds", "return [{'y': 1}]", "no array for the model's input 'x'", "'y'")
 
 

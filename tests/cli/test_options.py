@@ -18,6 +18,8 @@ from onnxq_plugins.cli.options import OptionGroup, flatten
 from onnxq_plugins.export.provenance import recipe_of
 from tests.data.pictures import write_png
 
+IMAGES = ("resize", "crop", "size", "letterbox", "padding", "bgr", "range", "mean", "std", "state", "layout")
+
 
 def test_options_reach_the_engine(ready, monkeypatch):
     passed = {}
@@ -132,7 +134,7 @@ def test_options_of_quantize_are_in_panels(onnxq):
     assert panels == {
         "Arguments": [],
         "Options": ["--help"],
-        "Data": ["--data", "--samples", "--labels", "--resize", "--crop", "--mean", "--std", "--layout"],
+        "Data": [f"--{name}" for name in ("data", "samples", "labels", *IMAGES)],
         "Recipe": ["--recipe", "--set", "--target", "--seed", "--float32"],
         "Output": ["--output", "--report", "--test", "--overrides"],
         "Search": ["--curve", "--metric", "--plan"],

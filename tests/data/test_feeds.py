@@ -252,6 +252,27 @@ def test_optional_inputs_may_be_left_out_of_some_feeds():
     assert same(list(open_data(X[:2], inputs)), [{"x": X[:1]}, {"x": X[1:2]}])
 
 
+def test_a_default_may_be_overridden_in_every_command(onnxq):
+    """A gain that callers may leave out: calibrated, compared and audited with it and without."""
+    net = Net(["N", 8])
+    y = net.linear(net.op("Mul", net.linear("x", 8, 8), "gain"), 8, 4)
+    net.constants.append(onnx.numpy_helper.from_array(np.array([2.0], np.float32), "gain"))
+    model = net.model(y)
+    model.graph.input.append(helper.make_tensor_value_info("gain", TensorProto.FLOAT, [1]))
+    rng = np.random.default_rng(0)
+    feeds = [{"x": rng.standard_normal((1, 8)).astype(np.float32)} for _ in range(8)]
+    feeds += [{**feed, "gain": np.array([9], np.float32)} for feed in feeds]
+    result = quantize(model, "int8", feeds, workers=1)
+    assert [i.name for i in result.model.graph.input] == ["x", "gain"]
+    default = quantize(model, "int8", feeds[:8], workers=1)
+    read = result.graph.layers[1].input
+    assert float(result.plan[read].scale) > 4 * float(default.plan[read].scale)
+    onnx.save(model, "m.onnx"), onnx.save(result.model, "q.onnx")
+    np.savez("d.npz", x=np.concatenate([feed["x"] for feed in feeds]))
+    for command in (["compare", "m.onnx", "q.onnx", "--data", "d.npz"], ["audit", "q.onnx", "--against", "m.onnx"]):
+        assert onnxq(*command)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("feed", "phrase"),
     [
