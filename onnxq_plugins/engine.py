@@ -27,9 +27,10 @@ from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.graph.opsets import NARROW_OPSET, opset_of
 from onnxq_plugins.job import Job, Metric, Outcome, Recipe, Report
 from onnxq_plugins.laws import run_pass
-from onnxq_plugins.layers.complete import complete
+from onnxq_plugins.layers.complete import complete, complete_constants
 from onnxq_plugins.measure.metrics import check_labels, find_metric, metric_name, top1
 from onnxq_plugins.parallel import Track, cores, silent
+from onnxq_plugins.plan.constants import float_constants
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import request
 from onnxq_plugins.plugins import Plugins, Trace, find_plugins
@@ -196,7 +197,7 @@ def _prepare(plugins: Plugins, recipe: Recipe, calibration: Calibration, seed: i
     if calibration.cache:
         files.clear_leftovers(calibration.cache)
     notes = [*graph.notes, *first.notes, *(data.remarks() if data else ())]
-    return Job(
+    job = Job(
         graph,
         first.plan,
         calibration,
@@ -204,10 +205,12 @@ def _prepare(plugins: Plugins, recipe: Recipe, calibration: Calibration, seed: i
         recipe,
         np.random.default_rng(seed),
         calibration.workers,
-        Report(floats=dict(first.floats), notes=notes),
+        Report(floats={**float_constants(first.constants), **first.floats}, notes=notes),
         calibration.track,
         metric,
     )
+    complete_constants(job)  # passes measure the network with them as they will be
+    return job
 
 
 def _run(job: Job, plugins: Plugins, verify: bool) -> None:

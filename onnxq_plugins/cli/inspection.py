@@ -94,6 +94,10 @@ def _audit_table(audit: Audit) -> Table:
             bits = f"{layer.accumulator} bits" if layer.accumulator is not None else ""
             cells = (escape(layer.name), layer.op, layer.kernel, bits, escape(layer.why))
             table.add_row(*cells, style=None if layer.quantized else "yellow")
+    layers = {layer.name for layer in audit.layers if layer.constant_weight or layer.quantized or layer.product}
+    for held in audit.constants:
+        if held.name not in layers:
+            table.add_row(escape(held.name), held.op, held.op, "", escape(held.why), style="yellow" if held.floats else None)
     return table
 
 

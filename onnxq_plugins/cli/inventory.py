@@ -6,7 +6,8 @@ import dataclasses
 import inspect
 import itertools
 import textwrap
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from onnxq_plugins.graph import load
 from onnxq_plugins.graph.reading import read
 from onnxq_plugins.job import default_of
 from onnxq_plugins.plan import requests
+from onnxq_plugins.plan.constants import ConstantRequest
 from onnxq_plugins.plugins import BUILTIN_SOURCE, Plugins, find_plugins
 from onnxq_plugins.recipe import builtin_recipes
 from onnxq_plugins.runtimes.examples import Shapes, examples, first_running, written
@@ -149,7 +151,7 @@ def check_command(
     request = requests.request(graph, parsed, runtime)
     OnnxqError.check(problems(runtime, graph, request.plan, request.inputs))
     session = runtimes.session(model, optimize=False)  # raises what onnxruntime has against it
-    for line in float_lines(request.floats):
+    for line in (*float_lines(request.floats), *constant_lines(request.constants)):
         echo(line)
     planned = sum(layer.weight in request.plan for layer in graph.layers)
     echo(f"it quantizes {planned} of {len(graph.layers)} layers of '{model}'")
@@ -168,3 +170,20 @@ def _check_feed(
         notify(f"note: the model does not run {error}" if feeds is None else f"note: {error}")
     else:
         echo(f"it runs on {written(feed)}")
+
+
+def constant_lines(requests: Iterable[ConstantRequest]) -> list[str]:
+    """A line for each form that constants outside layers get, and for each reason why some stay float."""
+    groups: dict[tuple[str, str], list[ConstantRequest]] = {}
+    for each in requests:
+        form = f"stored in {each.spec.bits} bits, computed in float" if each.spec is not None else f"{each.reason}"
+        groups.setdefault(("stored" if each.spec is not None else "float", form), []).append(each)
+    lines = []
+    for (kind, form), alike in groups.items():
+        names = list(dict.fromkeys(name for each in alike for name, _ in each.constant.readers))
+        ops = Counter(op for _, op in dict.fromkeys(reader for each in alike for reader in each.constant.readers))
+        counts = ", ".join(f"{n} {op}" for op, n in ops.most_common())
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        size = sum(each.constant.bytes for each in alike) / 1e6
+        lines.append(f"{kind}: {counts} ({shown}), {size:.2f} MB of float constants: {form}")
+    return lines

@@ -14,13 +14,23 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx.helper import np_dtype_to_tensor_dtype
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.builder import Builder
-from onnxq_plugins.export.weights import shifts, stored_form, write_blocked, write_decoded, write_quantized
+from onnxq_plugins.export.weights import (
+    shifts,
+    stored_form,
+    write_blocked,
+    write_constant,
+    write_decoded,
+    write_quantized,
+    write_rows,
+)
 from onnxq_plugins.files import DataFile
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.bodies import outer_reads
+from onnxq_plugins.graph.constants import tables
 from onnxq_plugins.graph.flow import maker_of
 from onnxq_plugins.graph.opsets import NARROW_OPSET, expand, opset_of, raise_opset
 from onnxq_plugins.plan.planned import Planned
@@ -89,6 +99,8 @@ class Writer:
         self.captured = {name for node in proto.node for name in outer_reads(node)}
         self.outputs = {o.name for o in proto.output} | self.captured  # read by name: their values must bear it
         self.dequantized: dict[str, str] = {}
+        self.stored = {name: spec for name, spec in self.planned.constants.items() if spec.codes is not None}
+        self.tables = {name for name in tables(graph) if name in self.stored and _by_row(self.stored[name])}
 
     def write(self) -> onnx.ModelProto:
         for _ in self.layer_by_layer():
@@ -97,6 +109,9 @@ class Writer:
 
     def layer_by_layer(self) -> Iterator[Layer]:
         """Write the operators, pausing before each planned layer: the entry of its weight is read only then."""
+        for name, spec in self.stored.items():
+            if name not in self.tables:
+                write_constant(self.builder, name, spec, self._kind(name))
         for tensor in self.graph.inputs:
             self._quantize_after(tensor)
         for node in list(self.model.graph.node):
@@ -106,6 +121,9 @@ class Writer:
                 self._layer(node, self.layers[node.name])
                 if self._apart(node, self.layers[node.name]):
                     self._separate(written[0])
+            elif node.op_type == "Gather" and node.input[0] in self.tables:
+                table = node.input[0]
+                write_rows(self.builder, table, self.stored[table], node, self._kind(table))
             else:
                 self._append(node)
                 if node.name in self.layers and node.input[0] in self.dequantized.values():
@@ -118,17 +136,18 @@ class Writer:
         del proto.node[:]
         proto.node.extend(self.builder.nodes)
         read = {name for node in proto.node for name in node.input} | self.outputs
-        first = _first_of_equal({name: values for name, values in self.floats.items() if name in read}, self.outputs)
+        kept = {name: values for name, values in self.floats.items() if name in read and name not in self.stored}
+        first = _first_of_equal(kept, self.outputs)
         for node in proto.node:
             for i, name in enumerate(node.input):
                 node.input[i] = first.get(name, name)
-        kept = [
+        constants = [
             self.builder.tensor(self.floats[t.name], t.name) if t.name in self.floats else t
             for t in proto.initializer
-            if t.name in read and t.name not in first
+            if t.name in read and t.name not in first and t.name not in self.stored
         ]
         del proto.initializer[:]
-        proto.initializer.extend(kept)
+        proto.initializer.extend(constants)
         proto.initializer.extend(self.builder.constants)
         written = {name for node in proto.node for name in node.output}
         del proto.value_info[:]  # the user's own; onnxruntime infers the rest
@@ -137,6 +156,10 @@ class Writer:
         if table := {name: "".join(f"{n:x}" for n in values) for name, values in bits.items() if values is not None}:
             self.model.metadata_props.add(key="onnxq.shifts", value=json.dumps(table))  # a hexadecimal digit per channel
         return self.model
+
+    def _kind(self, name: str) -> int:
+        """The type of a constant."""
+        return int(np_dtype_to_tensor_dtype(self.graph.constant(name).dtype))
 
     # ---- activations ---------------------------------------------------------------------------------------------------
 
@@ -318,6 +341,11 @@ class Writer:
             build.add("MatMul", [x, weight], [output], name=node.name)
 
 
+def _by_row(spec: QuantSpec) -> bool:
+    """True if a table has int8 codes and one scale per row."""
+    return spec.bits > 4 and spec.block is not None and spec.block[0] == 1 and not any(spec.block[1:])
+
+
 def _code_type(spec: QuantSpec) -> Any:
     """The integer type of an activation's codes."""
     return (np.int8 if spec.symmetric else np.uint8) if spec.bits <= 8 else (np.int16 if spec.symmetric else np.uint16)
@@ -339,4 +367,7 @@ def _first_of_equal(floats: Mapping[str, Array], fixed: Collection[str]) -> dict
 
 def needs_narrow(plan: Plan) -> bool:
     """True if a plan asks for codes of 4 or 16 bits or for scales per block, which came with `NARROW_OPSET`."""
-    return any(spec.bits <= 4 or spec.bits > 8 or (spec.block is not None and max(spec.block) > 1) for spec in plan.values())
+    return any(
+        spec.bits <= 4 or spec.bits > 8 or (spec.block is not None and len(spec.block) == 2 and max(spec.block) > 1)
+        for spec in plan.values()
+    )

@@ -5,6 +5,7 @@ onnx-graphsurgeon is imported in this folder alone.
 
 from onnxq_plugins.graph.canonical import add_bias
 from onnxq_plugins.graph.channels import channel_axis, channels
+from onnxq_plugins.graph.constants import Constant, constants
 from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.elements import ChannelGroup, Member
 from onnxq_plugins.graph.groups import channel_groups, clip_maximum
@@ -17,6 +18,7 @@ __all__ = [
     "LAYER_OPS",
     "BatchNorm",
     "ChannelGroup",
+    "Constant",
     "Graph",
     "Layer",
     "Member",
@@ -27,6 +29,7 @@ __all__ = [
     "channel_groups",
     "channels",
     "clip_maximum",
+    "constants",
     "load",
     "permute",
     "replace_with_sum",

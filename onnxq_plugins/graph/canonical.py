@@ -16,12 +16,14 @@ from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.flatten import flatten_matmul
 from onnxq_plugins.graph.functions import fuse_layernorm, fuse_scalar_functions, variable_and_constant
 from onnxq_plugins.graph.layer import BatchNorm
+from onnxq_plugins.graph.products import rewrite_products
 from onnxq_plugins.spec import Array
 
 
 def canonicalize(graph: Graph, flatten: bool = True) -> None:
     """Bring a freshly imported graph into canonical form, in place; `flatten` includes `flatten_matmul`."""
     graph.tidy()
+    rewrite_products(graph)
     split_shared_weights(graph)
     normalize_gemm(graph)
     fold_batchnorm(graph)

@@ -16,6 +16,7 @@ from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.job import Job, Metric, Pass, Service
 from onnxq_plugins.measure.metrics import chance, mean_sqnr, metric, metric_name, top1
 from onnxq_plugins.measure.networks import Measure
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.runtimes.machine import machine_name
 from onnxq_plugins.search import latency
 from onnxq_plugins.search.quantizers import FLOAT_BITS, Width, parse_widths
@@ -284,7 +285,7 @@ class _Search:
 
     def whole(self, choice: Choice) -> Plan:
         """The plan of a choice, every group quantized."""
-        return self.widths.plan(dict(enumerate(choice)))
+        return self.widths.plan(dict(enumerate(choice))) | Planned.of(self.job).constants
 
 
 def _apply(step: MixedPrecision, widths: Widths, choice: Choice) -> None:
@@ -292,7 +293,7 @@ def _apply(step: MixedPrecision, widths: Widths, choice: Choice) -> None:
     job, numbered = widths.job, dict(enumerate(choice))
     assert job.calibration.data is not None
     widths.round(step.method, job.calibration.data, numbered)
-    job.plan = widths.plan(numbered)
+    job.plan = widths.plan(numbered) | Planned.of(job).constants
     job.report.floats.update(
         {
             name: Reason("search", "mixed-precision chose float")

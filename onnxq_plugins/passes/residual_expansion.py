@@ -178,6 +178,8 @@ class ResidualExpansion(Pass):
             undefined = next((one for one in requests if not one.symmetric or one.pow2 or one.sub_block is not None), None)
             if spec.solved:
                 left[layer.name] = "its scales are solved"
+            elif job.target.only_stores(layer.op):
+                left[layer.name] = f"target '{job.target.name}' runs it in float"
             elif undefined is not None:
                 left[layer.name] = f"orders are not defined for {undefined.describe()}{' of powers of two' * undefined.pow2}"
             elif not np.isfinite(job.graph.constant(layer.weight)).all():

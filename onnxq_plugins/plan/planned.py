@@ -33,6 +33,12 @@ class Planned:
         return [layer for layer in self.graph.layers if layer.weight in self.plan]
 
     @cached_property
+    def constants(self) -> Plan:
+        """Entries of constants that are no layer's weight."""
+        weights = {layer.weight for layer in self.graph.layers}
+        return Plan({n: s for n, s in self.plan.items() if self.graph.is_constant(n) and n not in weights})
+
+    @cached_property
     def activations(self) -> list[str]:
         """Planned tensors that are not weights."""
         return [name for name in self.plan if not self.graph.is_constant(name)]

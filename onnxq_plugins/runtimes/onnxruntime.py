@@ -20,7 +20,17 @@ from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.graph.bodies import with_bodies
 from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import Need, needs
-from onnxq_plugins.runtimes.audit import Audit, LayerAudit, audited, chain, constants_of, is_product, readers_of
+from onnxq_plugins.runtimes.audit import (
+    Audit,
+    LayerAudit,
+    audited,
+    chain,
+    constants_of,
+    is_product,
+    outside_kernels,
+    readers_of,
+)
+from onnxq_plugins.runtimes.constants import constant_bytes
 from onnxq_plugins.runtimes.examples import Shapes, examples, first_running, guesses, written
 
 QUANTIZED = {
@@ -72,13 +82,14 @@ def audit_model(
     whole = with_bodies(optimized.graph)
     layers = tuple(_layers(with_bodies(named.graph), whole, needs(named, folder)))
     other = Counter(n.op_type for n in whole.node if n.op_type not in QUANTIZED)
+    audit = Audit(layers, dict(other), constants=outside_kernels(named.graph, layers), total=constant_bytes(named.graph))
     if against is None and data is None and shapes is None:
-        return Audit(layers, dict(other))
+        return audit
     models, runners = [proto], [session]
     if against is not None:
         models = [onnx.load(str(against)) if isinstance(against, (str, Path)) else against, proto]
         runners = [runtimes.session(models[0]), session]
-    return replace(Audit(layers, dict(other)), **_timing(models, runners, seconds, data, shapes))
+    return replace(audit, **_timing(models, runners, seconds, data, shapes))
 
 
 def _timing(
@@ -185,8 +196,14 @@ def _reason(graph: onnx.GraphProto, node: onnx.NodeProto) -> Reason:
     if node.op_type == "ConvTranspose":
         return Reason("unsupported", "onnxruntime has no integer ConvTranspose")
     weight, source = producers.get(node.input[1]), producers.get(node.input[0])
+    constants = constants_of(graph)
+    if any(
+        n is not None and n.op_type != "DequantizeLinear" and n.output[0] in constants
+        for n in (weight, source if node.op_type in ("Gemm", "MatMul") else None)
+    ):
+        return Reason("decoded", "its weight is decoded to float at load")
     decoded = any(n is not None and n.op_type == "DequantizeLinear" for n in (weight, source))
-    if is_product(node, constants_of(graph)) and not decoded:
+    if is_product(node, constants) and not decoded:
         return _PRODUCT
     if source is None or source.op_type != "DequantizeLinear":
         origin = f"operator '{source.name or source.op_type}'" if source is not None else "the model's input"
@@ -199,8 +216,6 @@ def _reason(graph: onnx.GraphProto, node: onnx.NodeProto) -> Reason:
     if any(_sixteen(types, n) for n in readers if n.op_type == "QuantizeLinear"):
         return Reason("wide-codes", "its output is quantized to 16-bit codes, for which there is no integer kernel")
     if weight is None or weight.op_type != "DequantizeLinear":
-        if weight is not None and node.input[1] in constants_of(graph):
-            return Reason("decoded", "its weight is decoded to float at load")
         return Reason("float-weight", "its weight is not quantized")
     if any(a.name == "block_size" and a.i for a in weight.attribute):
         return Reason("blocked", "its weight has blocked scales; use one scale per output channel")

@@ -472,15 +472,14 @@ def test_a_weight_only_layer_may_share_its_input_with_an_integer_one(ops):
     assert error_db(model, result.model) > 30
 
 
-def test_convtranspose_stays_float_and_is_reported(ops):
+def test_convtranspose_is_stored_in_8_bits_and_computes_float(ops):
     model = conv_transpose()
     result = quantized(model)
     assert ops(result.model)["ConvTranspose"] == 2
-    assert set(result.report["floats"]) == {"convtranspose2", "convtranspose5"}
-    assert all("ConvTranspose" in why for why in result.report["floats"].values())
     rows = {row["name"]: row for row in result.report["layers"]}
-    assert rows["convtranspose2"]["why_float"]
-    assert "weights" not in rows["convtranspose2"]
+    assert rows["convtranspose2"]["weights"] == "int8 per channel"
+    assert "ConvTranspose" in rows["convtranspose2"]["why_float"]
+    assert "1 ConvTranspose stored in 8 bits, computes float" in result.summary  # the other is smaller than 1 kB
     assert error_db(model, result.model) > 30
 
 
