@@ -287,7 +287,7 @@ def _quantize_branches(job: Job, model: onnx.ModelProto, inner: Callable[..., Re
         recipe = replace(job.recipe, layers=tuple(rules), data=DataOptions())
         feeds = None if job.calibration.data is None else BranchFeeds(job.graph, branch, job.calibration.data)
         if feeds is not None and next(iter(feeds), None) is None:
-            job.note(f"no sample takes {branch.words}: what is in it stays float")
+            job.note(f"no sample takes {branch.words}: what is in it computes float")
             continue
         try:
             result = inner(branch.model, recipe, feeds)

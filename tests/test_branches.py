@@ -83,7 +83,7 @@ def test_layers_inside_branches_are_quantized(recipe):
         assert drift(exact, exact_session(result.model).run(None, feed)) < 0.15
 
 
-def test_a_branch_that_no_sample_takes_stays_float_and_is_named():
+def test_a_branch_that_no_sample_takes_computes_float_and_is_named():
     model = branching()
     result = quantize(model, "int8", samples(16, only_positive=True), workers=1)
     assert any("no sample takes the else branch of If 'choice'" in note for note in result.report["notes"])
