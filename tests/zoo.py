@@ -1,6 +1,7 @@
 """The small models of `onnxq_plugins.testing`, and settings of property tests."""
 
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import onnx
@@ -46,6 +47,7 @@ __all__ = [
     "feeds",
     "grouped",
     "inception",
+    "kinds",
     "labelled",
     "mlp",
     "mobilenet",
@@ -58,6 +60,7 @@ __all__ = [
     "run",
     "shared_weights",
     "slowly",
+    "some",
     "transformer",
     "written_out",
 ]
@@ -73,6 +76,23 @@ def labelled(n: int = 40, wrong: bool = False) -> tuple[onnx.ModelProto, np.ndar
     model = mlp()
     outputs = runtimes.outputs(runtimes.session(model), feeds(model, n))[0]
     return model, rows(model, n), outputs.argmin(-1) if wrong else outputs.argmax(-1)
+
+
+REPRESENTATIVES = ("mobilenet", "inception", "grouped", "transformer", "conv_transpose", "shared_weights")
+
+
+def kinds(names: Iterable[str] = ZOO, *more: str) -> list:
+    """Networks as parameters: one of each kind of structure in every run, and those that matter to the test (`more`); the
+    others with the slow tests. `onnxq_plugins.testing` runs every pass on every network."""
+    names = list(names)
+    return some(names, *(name for name in REPRESENTATIVES if name in names), *more)
+
+
+def some(values: Iterable, *kept: object) -> list:
+    """Parameters of a test: those `kept` are in every run, the others with the slow tests."""
+    values = list(values)
+    assert all(value in values for value in kept), kept
+    return [value if value in kept else slowly(value)[0] for value in values]
 
 
 def slowly(*values: object) -> list:
