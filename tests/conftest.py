@@ -22,8 +22,9 @@ import threadpoolctl
 from rich.console import Console
 from threadpoolctl import ThreadpoolController
 
-from onnxq_plugins import cli, files, plugins, runtimes
+from onnxq_plugins import cli, engine, files, plugins, runtimes
 from onnxq_plugins.export import provenance
+from onnxq_plugins.graph import Graph
 from onnxq_plugins.testing.exact import exact_model, saturates
 from tests.cli.folder import Ran
 
@@ -73,6 +74,24 @@ def _of_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> ru
     return _calibrations[key]
 
 
+_load = engine.load
+_graphs: dict[tuple[bytes, bool, bool], Graph] = {}
+
+
+def _copy_of_graph(model: onnx.ModelProto | Graph | str | Path, *, float32: bool = False, flatten: bool = True) -> Graph:
+    """What `quantize` imports, once for each small model; tests/graph is about the import itself."""
+    if not isinstance(model, onnx.ModelProto) or files.size_of(model) > _SMALL:
+        return _load(model, float32=float32, flatten=flatten)
+    key = model.SerializeToString(), float32, flatten
+    if key not in _graphs:
+        graph = _load(model, float32=float32, flatten=flatten)
+        _graphs[key] = graph.copy()
+        while len(_graphs) > 128:
+            del _graphs[next(iter(_graphs))]
+        return graph
+    return _graphs[key].copy()
+
+
 def _exact(model: onnx.ModelProto | bytes | str | Path) -> onnx.ModelProto | bytes | str | Path:
     proto = onnx.load_from_string(model) if isinstance(model, bytes) and saturates() else model
     return exact_model(proto) if isinstance(proto, onnx.ModelProto) else model
@@ -103,6 +122,7 @@ def _converted(model: bytes, version: int) -> bytes:
 def machine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtimes, "session", _exact_session)
+        patch.setattr(engine, "load", _copy_of_graph)
         patch.setattr(runtimes, "trim", lambda: None)  # sessions of small models leave nothing behind that is worth the time
         patch.setattr(plugins, "entry_points", _entry_points)
         patch.setattr(provenance, "version", _version)

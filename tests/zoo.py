@@ -35,6 +35,7 @@ from onnxq_plugins.testing.models import (
 )
 
 __all__ = [
+    "LONG_CHECKS",
     "ZOO",
     "Net",
     "batch",
@@ -78,6 +79,7 @@ def labelled(n: int = 40, wrong: bool = False) -> tuple[onnx.ModelProto, np.ndar
     return model, rows(model, n), outputs.argmin(-1) if wrong else outputs.argmax(-1)
 
 
+LONG_CHECKS = ("check_odd_graphs", "check_targets")  # of the conformance kit
 REPRESENTATIVES = ("mobilenet", "inception", "grouped", "transformer", "conv_transpose", "shared_weights")
 
 
@@ -102,8 +104,8 @@ def slowly(*values: object) -> list:
 
 def examples(n: int) -> settings:
     """Settings of a property test: the same examples in every run. All `n` of them where slow tests run too (pytest -m ""),
-    a third elsewhere, but ten at least."""
-    few = n if os.environ.get("ONNXQ_SLOW") else max(min(n, 10), n // 3)
+    a quarter elsewhere, but ten at least."""
+    few = n if os.environ.get("ONNXQ_SLOW") else max(min(n, 10), n // 4)
     return settings(
         max_examples=few,
         deadline=None,
