@@ -137,7 +137,7 @@ def test_one_candidate_is_a_homogeneous_plan():
     assert report["sensitivities"] == [] and len(report["curve"]) == 1
 
 
-@pytest.mark.parametrize("method", ["gptq", "attention"])
+@pytest.mark.parametrize("method", ["gptq", *slowly("attention")])
 def test_one_seed_one_plan(method):
     recipe = recipe_of("npu", candidates=["W3A8", "W8A8", "W8A16"], budget="sqnr", limit=35.0, method=method)
     one, two = (quantize(mlp(), recipe, feeds(mlp(), 20), workers=n, seed=3) for n in (1, 2))

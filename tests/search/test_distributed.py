@@ -14,7 +14,7 @@ import pytest
 from onnxq_plugins import quantize
 from onnxq_plugins.measure import networks
 from onnxq_plugins.measure.metrics import percent_agreement
-from tests.zoo import feeds, mlp, mobilenet
+from tests.zoo import feeds, mlp, mobilenet, slowly
 
 RECIPE = {"pass": [{"use": "mixed-precision", "candidates": ["W3A8", "W4A8", "W6A8", "W8A8"], "curve": 4}]}
 
@@ -89,7 +89,7 @@ def test_a_worker_that_dies_takes_nothing_along(here, cluster, tmp_path):
     assert len(list(tmp_path.glob("*-scores.npz"))) == there.report["steps"][0]["result"]["networks_measured"]
 
 
-@pytest.mark.parametrize("stage", ["rounding", "sensitivities", "measuring the curve"])
+@pytest.mark.parametrize("stage", ["sensitivities", *slowly("rounding", "measuring the curve")])
 def test_an_interrupted_search_goes_on_where_it_was(here, stage, tmp_path, monkeypatch):
     class Stop(BaseException):
         pass

@@ -82,11 +82,19 @@ VARIANTS = (
 )
 
 
+# They change the float network, or choose widths, in the same way for every target.
+SAME_FOR_EVERY_TARGET = (
+    *(AbsorbBias, BiasCorrect, CodingLength, DataFree, Equalize, Orthogonality, ResidualEnsemble, ScaleInputs, SplitWeights),
+)
+
+
 def parameters() -> Iterator[object]:
-    """The cases, of which the long ones run with the slow tests where another variant of the pass is here."""
+    """The cases. Of the long ones, those run with the slow tests where another variant of the pass is here, or where targets
+    do not matter to it."""
     for several in CASES:
         for name, case in zip(CHECKS, several, strict=True):
             slow = name in LONG_CHECKS and case.values[0] in VARIANTS
+            slow |= name == "check_targets" and isinstance(case.values[0], SAME_FOR_EVERY_TARGET)
             yield pytest.param(*case.values, id=case.id, marks=[*case.marks, *[pytest.mark.slow] * slow])
 
 
