@@ -17,7 +17,19 @@ from onnxq_plugins import Result, audit_model, load, measure, quantize, runtimes
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.plan.values import bias_scale
 from onnxq_plugins.testing.exact import exact_model
-from tests.zoo import ZOO, Net, control_flow, conv_transpose, examples, feeds, mobilenet, shared_weights, transformer
+from tests.zoo import (
+    ZOO,
+    Net,
+    control_flow,
+    conv_transpose,
+    examples,
+    feeds,
+    kinds,
+    mobilenet,
+    shared_weights,
+    slowly,
+    transformer,
+)
 
 LAYERS = ("Conv", "Gemm", "MatMul")
 WEIGHT_ONLY = {"activations": {"bits": 32}, "weights": {"bits": 4, "block": 32}}
@@ -535,7 +547,7 @@ def test_avx2_target_keeps_codes_within_64_and_says_so():
     assert result.report["recipe"]["target"] == "ort-cpu-avx2"
 
 
-@pytest.mark.parametrize("name", ["mobilenet", "inception", "mlp", "grouped", "no_bias", "resnet20", "transformer"])
+@pytest.mark.parametrize("name", ["mobilenet", "inception", "mlp", "transformer", *slowly("grouped", "no_bias", "resnet20")])
 def test_openvino_agrees_with_onnxruntime(name):
     openvino = pytest.importorskip("openvino")
     model = ZOO[name]()
@@ -610,8 +622,8 @@ def test_a_gemm_with_a_bias_per_row(rows, beta):
     assert error_db(model, result.model, optimize=False) > 30
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
-@pytest.mark.parametrize("recipe", ["int8", {}])
+@pytest.mark.parametrize("name", kinds(sorted(ZOO), "mlp", "resnet20", "dead_channels", "control_flow", "no_layer"))
+@pytest.mark.parametrize("recipe", ["int8", *slowly({})])
 def test_every_toy_model_is_valid_and_runs_alike_with_and_without_optimization(name, recipe):
     model = ZOO[name]()
     result = quantized(model, recipe)
@@ -631,7 +643,7 @@ def test_any_batch_size(dynamic):
     assert runtimes.session(result.model).run(None, {"x": batch})[0].shape == (len(batch), 10)
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("name", kinds(sorted(ZOO), "conv1d", "control_flow", "no_layer"))
 def test_the_audit_names_the_kernel_of_every_layer(name):
     """Float models too, whose convolutions onnxruntime renames when it changes their memory layout."""
     for model in (ZOO[name](), quantized(ZOO[name]()).model):

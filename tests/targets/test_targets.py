@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -10,13 +11,20 @@ import pytest
 
 from benchmarks import targets
 from onnxq_plugins.targets import BUILTIN
+from tests.zoo import slowly
 
 PAGE = Path(__file__).parents[2] / "docs" / "targets.md"
 ALIKE = {"MatMulIntegerToFloat": "QLinearMatMul"}  # where what follows is float
 
 
+@pytest.mark.parametrize("ends", ["narrowest", *slowly("both")])
 @pytest.mark.parametrize("target", BUILTIN, ids=lambda target: target.name)
-def test_every_form_takes_the_kernel_of_its_rule_and_the_page_tells_it(target):
+def test_every_form_takes_the_kernel_of_its_rule_and_the_page_tells_it(target, ends, monkeypatch):
+    """At its narrowest weights in every run, which take the kernels that the widest take too."""
+    settings = targets.settings
+    if ends == "narrowest":
+        monkeypatch.setattr(targets, "settings", lambda *form: itertools.islice(settings(*form), 1))
+    targets.rows.cache_clear()
     for row in targets.rows(target):
         assert row.onnxruntime and "unknown" not in row.onnxruntime, row
         ran = {ALIKE.get(kernel, kernel) for kernel in row.onnxruntime}
