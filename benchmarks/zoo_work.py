@@ -16,7 +16,7 @@ import onnxq_plugins
 from benchmarks.models import peak_memory
 from onnxq_plugins import runtimes
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph.importer import bytes_on_disk
+from onnxq_plugins.graph.reading import bytes_on_disk
 from onnxq_plugins.testing.exact import exact_model, saturates
 
 ORT_TOOLS = ("ort-static", "ort-dynamic")

@@ -228,7 +228,7 @@ def _open_shapes(data: Data | None) -> dict[str, list[int]]:
     """The shapes of the first sample, where the model leaves open more than a batch of 1."""
     if data is None or all(i.shape is not None and all(isinstance(n, int) for n in i.shape[1:]) for i in data.inputs):
         return {}
-    return {name: list(np.shape(x)) for name, x in next(iter(data)).items()}
+    return {name: list(x.shape) for name, x in next(iter(data)).items() if isinstance(x, np.ndarray)}
 
 
 def _export(
