@@ -109,6 +109,11 @@ class Calibration:
         state = self._summary(names)
         return {n: state[f"{n}|sum"] / state[f"{n}|sum_positions"] for n in names}
 
+    def positions(self, names: Sequence[str]) -> dict[str, int]:
+        """Number of values per channel of each tensor, over all samples."""
+        state = self._summary(names)
+        return {n: int(state[f"{n}|sum_positions"]) for n in names}
+
     def moments(self, names: Sequence[str]) -> dict[str, Moments]:
         """Mean and mean square per channel of each tensor."""
         state = self._reduced("moments", names, [("sum", "ReduceSum", True), ("sum2", "ReduceSumSquare", True)])
