@@ -11,6 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnxq_plugins import runtimes
+from onnxq_plugins.files import skeleton
 from onnxq_plugins.graph.bodies import bodies
 from onnxq_plugins.runtimes.accumulators import CodeSource
 from onnxq_plugins.runtimes.machine import has_vnni
@@ -36,42 +37,42 @@ def saturates() -> bool:
 
 
 def unsigned_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose int8 weights beside quantized inputs are uint8, codes and zero points 128 higher; the model itself if it
-    has none."""
-    if any(bodies(node) for node in model.graph.node):
-        model = _with_exact_bodies(model)
-    source = CodeSource(model, None)
-    dequantizers = {n.output[0]: n for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    """A copy whose int8 weights beside quantized inputs are uint8, codes and zero points 128 higher, also in bodies of
+    control flow; the model itself if it has none."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy if _raise(copy.graph, copy) else model
+
+
+def _raise(graph: onnx.GraphProto, scope: onnx.ModelProto) -> bool:
+    """Make the weights of a graph and its bodies unsigned, in place; False if it has none.
+
+    scope   a model whose graph holds all that the operators of this graph can read
+    """
+    changed = False
+    for body in (body for node in graph.node for body in bodies(node)):
+        inner = skeleton(scope)
+        inner.graph.initializer.extend([*scope.graph.initializer, *body.initializer])
+        inner.graph.node.extend(body.node)
+        changed = _raise(body, inner) or changed
+    source = CodeSource(scope, None)
+    dequantizers = {n.output[0]: n for n in scope.graph.node if n.op_type == "DequantizeLinear"}
     weights: dict[str, Array] = {}  # output of a weight's DequantizeLinear -> its codes
-    for node in model.graph.node:
+    for node in graph.node:
         if node.op_type in _LAYERS and not node.domain and node.input[0] in dequantizers:
             weight = dequantizers.get(node.input[1])
             if weight is not None and not any(a.name == "block_size" and a.i for a in weight.attribute):
                 codes = source.values(weight.input[0])
                 if codes is not None and codes.dtype == np.int8:
                     weights[node.input[1]] = codes
-    if not weights:
-        return model
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for node in copy.graph.node:
+    for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.output[0] in weights:
             name, scale = node.output[0], source.stored[node.input[1]]
             codes = (weights[name].astype(np.int16) + 128).astype(np.uint8)
             zeros = np.full(tuple(scale.dims), 128, np.uint8)
             new = [numpy_helper.from_array(codes, f"{name}|codes"), numpy_helper.from_array(zeros, f"{name}|zero")]
-            copy.graph.initializer.extend(new)
+            graph.initializer.extend(new)
             del node.input[2:]
             node.input[0] = new[0].name
             node.input.append(new[1].name)
-    return copy
-
-
-def _with_exact_bodies(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with `unsigned_weights` in the bodies of control flow."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    for body in (body for node in copy.graph.node for body in bodies(node)):
-        part = onnx.helper.make_model(body, opset_imports=model.opset_import, ir_version=model.ir_version)
-        body.CopyFrom(unsigned_weights(part).graph)
-    return copy
+    return changed or bool(weights)
