@@ -341,7 +341,9 @@ def add_reduction(model: onnx.ModelProto, op: str, name: str, output: str, axes:
     """Add an operator that reduces tensor `name` over `axes` (None: all) to a new float model output, without these axes."""
     inputs: list[str] = [name]
     attrs: dict[str, Any] = {"keepdims": 0}
-    if axes is not None and opset >= (13 if op == "ReduceSum" else 18):
+    if axes == ():  # a vector of channels: to onnx no axes are all of them
+        op, inputs, attrs = ("Mul", [name, name], {}) if op == "ReduceSumSquare" else ("Identity", [name], {})
+    elif axes is not None and opset >= (13 if op == "ReduceSum" else 18):
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, np.int64), f"{output}|axes"))
         inputs.append(f"{output}|axes")
     elif axes is not None:

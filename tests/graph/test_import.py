@@ -303,3 +303,12 @@ def test_shared_float_weights_are_shared_again():
     model = net.model(x)
     recipe = {"pass": [{"use": "ranges"}], "layer": [{"match": "*", "quantize": False}]}
     assert quantize(model, recipe, feeds(model, 8), workers=1).model.ByteSize() < 1.2 * model.ByteSize()
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-rounded", "int4-storage", "mixed"])
+def test_inputs_without_a_batch_axis(recipe):
+    net = Net([24])
+    model = net.model(net.linear(net.op("Elu", net.linear("x", 24, 32)), 32, 6))
+    result = quantize(model, recipe, feeds(model, 24), workers=1)
+    feed = feeds(model, 1, seed=3)[0]
+    assert drift(run(model, feed), exact_session(result.model).run(None, feed)) < 0.25
