@@ -99,10 +99,9 @@ def quantize(
     float32    convert half-precision models first
     settings   changes to the recipe such as ``ranges.method=mse``
     plugins    further plugin objects beside the installed ones
-    labels     of the samples, for metrics that need them: an array [samples, ...], an .npy file or a text file
-    metric     how searching passes judge a network: a name, ``package.module:function`` (which is imported), or a function
-               of (float outputs, quantized outputs, labels), larger is better; see `onnxq_plugins.job.Metric`
-    class_axis  of the outputs that are classes, such as 1 for segmentation [N, C, H, W]; None finds it
+    labels     of the samples: an array [samples, ...], an .npy file or a text file
+    metric     how searching passes judge a network: a name, ``package.module:function`` (imported), or a `job.Metric`
+    class_axis of outputs that are classes, such as 1 for segmentation [N, C, H, W]; None finds it
     track      shows progress, see `Job.track`
     trace      receives a line of text for each hook call of a plugin
 
@@ -121,11 +120,9 @@ def quantize(
     exported = _export(job, installed, seed, size, path)
     job.report["seconds"] = round(time.perf_counter() - start, 3)
     installed.manager.hook.onnxq_exported(job=job, model=exported, path=path)
-    options: dict[str, Any] = {"seed": seed, "workers": workers, "cache": cache, "float32": float32, "plugins": plugins}
-    again = partial(quantize, model, data=calibration.data, class_axis=class_axis, **options)
-    return Result(
-        exported, job.plan, job.report, job.graph, job.target, job.calibration.data, source, loaded, again, class_axis
-    )
+    known: dict[str, Any] = {"data": calibration.data, "class_axis": class_axis}
+    again = partial(quantize, model, seed=seed, workers=workers, cache=cache, float32=float32, plugins=plugins, **known)
+    return Result(exported, job.plan, job.report, job.graph, job.target, source=source, recipe=loaded, again=again, **known)
 
 
 def _check_not_negative(**numbers: int) -> None:

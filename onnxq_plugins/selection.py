@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
@@ -122,9 +121,8 @@ def auto(
     min_sqnr   what the worst output must have where SQNR is the metric, dB
     prefer     ``speed``: the first recipe within the drop, as all run integer kernels. ``size``: all are tried, the smallest
                file wins
-    metric     as for `quantize`. None: top1 if there are labels of classes; else agreement if outputs are classes (no other
-               output may be below 5 dB then); else SQNR
-    class_axis as for `quantize`
+    metric     as for `quantize`, as is class_axis. None: top1 if there are labels of classes; else agreement if outputs are
+               classes (no output may be below 5 dB then); else SQNR
     recipes    names or files, in place of the built-in choice
     tell       called with each candidate as soon as it was measured
 
@@ -134,17 +132,13 @@ def auto(
     _check_options(prefer, max_drop, min_sqnr)
     graph = load(model, float32=float32)
     calibration, judging, notes = _samples(graph, data, test, labels, options)
-    if metric in (None, "top1", top1):
-        check_graph_labels(judging.labels, graph, class_axis)
     judge = _Judge.of(graph, model, judging, metric, class_axis, _Bar(max_drop, min_sqnr))
-    make = partial(
-        quantize, model, data=calibration, target=target, seed=seed, workers=workers, cache=cache, class_axis=class_axis
-    )
+    settings: dict[str, Any] = {"target": target, "seed": seed, "workers": workers, "cache": cache, "class_axis": class_axis}
     candidates: list[Candidate] = []
     results: dict[str, Result] = {}
     for recipe in recipes or RECIPES[prefer]:
         try:
-            results[recipe] = make(recipe=recipe, float32=float32, track=track)
+            results[recipe] = quantize(model, recipe, calibration, float32=float32, track=track, **settings)
         except OnnxqError as error:
             candidates.append(Candidate(recipe, why=str(error)))
         else:
@@ -153,9 +147,8 @@ def auto(
         if prefer == "speed" and candidates[-1].met:
             break
     best = _best(candidates, prefer)
-    notes = (*notes, *judge.notes(best.outputs))
-    name = metric_name(judge.metric)
-    return AutoResult(tuple(candidates), name, judge.reference, best, results[best.recipe], best.met, notes)
+    found = (metric_name(judge.metric), judge.reference, best, results[best.recipe], best.met)
+    return AutoResult(tuple(candidates), *found, (*notes, *judge.notes(best.outputs)))
 
 
 def _check_options(prefer: Prefer, max_drop: float, min_sqnr: float) -> None:
@@ -238,6 +231,8 @@ class _Judge:
         """A judge by a metric. If none is named, by labels of classes, by agreement of classes, or by SQNR."""
         feeds, portions = data.spread(_MOST), data.spread_labels(_MOST)
         labels = None if portions is None else np.concatenate(portions)
+        if metric in (None, "top1", top1):
+            check_graph_labels(data.labels, graph, class_axis)
         samples = Samples.of(graph.model(), feeds, labels, class_axis)
         if metric is not None:
             by = find_metric(metric)

@@ -264,6 +264,8 @@ def compare_command(
     sessions = [runtimes.session(path) for path in paths]
     truth = _truth(data_)
     known = Samples.of(a, feeds, truth, class_axis, sessions[0])
+    if judge in (None, top1):
+        known.check_labels()
     outputs = _in_order(known.names, sessions[1], known.outputs(sessions[1]), paths)
     milliseconds = runtimes.latency(sessions, [runtimes.wanted(session, feeds[0]) for session in sessions], 2.0)
     show(_output_table(known.table(outputs), known.axes))

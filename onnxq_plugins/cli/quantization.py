@@ -294,9 +294,7 @@ def auto_command(
         Path | None, output_option("-o", "--output", show_default=False, help="the model; ./MODEL.auto.onnx by default")
     ] = None,
     max_drop: Annotated[float, search_option(help="how far the metric may fall, mostly in percent of samples")] = 1.0,
-    min_sqnr: Annotated[
-        float, search_option(help="dB that the worst output must have where SQNR judges: outputs that are no classes")
-    ] = 20.0,
+    min_sqnr: Annotated[float, search_option(help="dB of the worst output where no output is classes")] = 20.0,
     prefer: Annotated[str, search_option(help="speed or size")] = "speed",
     metric: MetricName = "",
     class_axis: ClassAxis = None,

@@ -65,7 +65,8 @@ def class_axes(
     axes = [None if a is None or (y := samples[k]) is None or y.shape[a] < 2 else a for k, a in enumerate(axes)]
     if axis is not None:
         return _own_axes(axes, samples, axis)
-    if labels is not None and np.array_equal(labels, np.round(labels)) and labelled(reference, labels, axes) is None:
+    whole = labels is not None and labels.dtype.kind in "iufb" and np.array_equal(labels, np.round(labels))
+    if whole and labels is not None and labelled(reference, labels, axes) is None:
         fitting = {k: label_axis(labels, _shape(samples[k], labels)) for k in floats}
         k = next((k for k, found in fitting.items() if found is not None), -1)
         axes = [fitting[k] if n == k else a for n, a in enumerate(axes)]
@@ -89,10 +90,10 @@ def label_axis(labels: Array, shape: Sequence[Any], known: int | None = None) ->
     shape   of the output, samples first; unknown sizes are not int
     known   the axis that is tried first
     """
-    rank = len(shape)
+    rank: int = len(shape)
     if labels.ndim != rank - 1:
         return None
-    order = [known] if known is not None else []
+    order: list[int] = [] if known is None else [known]
     order += [1 - rank, -1] if rank > 3 else [-1, 1 - rank]
     for axis in [*order, *range(-rank + 1, 0)]:
         size, rest = shape[axis], [n for a, n in enumerate(shape) if a - rank != axis]
@@ -147,7 +148,7 @@ def _read_axis(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], name: st
         for node in (n for n in nodes if tensor in n.input[:1] or (n.op_type in _SAME and tensor in n.input)):
             if node.op_type in _ARGMAX:
                 default = 1 if opset < 13 and node.op_type != "ArgMax" else _ARGMAX[node.op_type]
-                axis: int = next((a.i for a in node.attribute if a.name == "axis"), default)
+                axis = int(next((a.i for a in node.attribute if a.name == "axis"), default))
                 axis = axis - rank if axis >= 0 else axis
                 if -rank < axis or rank == 1:
                     return axis

@@ -70,6 +70,8 @@ def percent_agreement(
     outputs = list(zip(reference, quantized, axes, strict=True))
     shares = [agreement(y, z, axis) for y, z, axis in outputs if axis is not None]
     shares = shares or [agreement(y, z, None) for y, z, _ in outputs if not is_float(y)]
+    likely = zip(reference, quantized, _axes(reference), strict=True)  # whoever wants agreement says that there are classes
+    shares = shares or [agreement(y, z, axis) for y, z, axis in likely if axis is not None]
     if not shares:
         raise OnnxqError(
             "metric 'agreement': no output is classes, as far as the model shows; give their axis (--class-axis), or metric "
@@ -92,9 +94,6 @@ def top1(reference: Sequence[Any], quantized: Sequence[Any], labels: Array | Non
         )
     axis = axes[number]
     arrays = [leaf for value in values_of(quantized[number]) for leaf in leaves(value)]
-    if axis is not None and arrays:
-        size = arrays[0].shape[axis]
-        check_labels(labels, (None, *labels.shape[1:], size), "", -1)
     answers = np.concatenate([(a if axis is None else np.argmax(a, axis=axis)).ravel() for a in arrays])
     truth = labels.ravel()
     if answers.shape != truth.shape:

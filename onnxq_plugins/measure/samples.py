@@ -22,8 +22,8 @@ from onnxq_plugins.measure.arrays import (
     pairs,
     worst_decibels,
 )
-from onnxq_plugins.measure.classes import class_axes
-from onnxq_plugins.measure.metrics import score
+from onnxq_plugins.measure.classes import class_axes, labelled
+from onnxq_plugins.measure.metrics import check_labels, score
 from onnxq_plugins.spec import Array
 
 RANDOM = (
@@ -101,6 +101,16 @@ class Samples:
         names = [output.name for output in proto.graph.output]
         axes = class_axes(proto, reference, feeds[0], labels, class_axis)
         return cls(feeds, names, reference, labels, axes, runtimes.is_random(runner, runtimes.wanted(runner, feeds[0])))
+
+    def check_labels(self) -> None:
+        """Raise OnnxqError for labels that are not classes of the output they are of, or of the first one of floats."""
+        if self.labels is None:
+            return
+        floats = [k for k, values in enumerate(self.reference) if is_float(values)]
+        number = labelled(self.reference, self.labels, self.axes)
+        for k in floats[:1] if number is None else {number} & {*floats}:
+            shape = (None, *leaves(self.reference[k][0])[0].shape[1:])
+            check_labels(self.labels, shape, self.names[k], self.axes[k])
 
     def outputs(self, runner: runtimes.Session) -> list[list[Any]]:
         """The outputs of another network for the feeds."""
