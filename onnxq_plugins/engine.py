@@ -16,7 +16,7 @@ import onnx
 
 from onnxq_plugins import files
 from onnxq_plugins.calibration import Calibration
-from onnxq_plugins.data import Source, graph_inputs, open_data
+from onnxq_plugins.data import Data, Source, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
@@ -31,7 +31,8 @@ from onnxq_plugins.plan.requests import request
 from onnxq_plugins.plugins import Plugins, Trace, find_plugins
 from onnxq_plugins.report.page import write_report
 from onnxq_plugins.report.summary import describe, original_size
-from onnxq_plugins.spec import Array
+from onnxq_plugins.spec import Array, Plan
+from onnxq_plugins.targets import Target
 from onnxq_plugins.targets.refusals import problems
 
 
@@ -120,9 +121,14 @@ def quantize(
     exported = _export(job, installed, seed, size, path)
     job.report["seconds"] = round(time.perf_counter() - start, 3)
     installed.manager.hook.onnxq_exported(job=job, model=exported, path=path)
-    known: dict[str, Any] = {"data": calibration.data, "class_axis": class_axis}
-    again = partial(quantize, model, seed=seed, workers=workers, cache=cache, float32=float32, plugins=plugins, **known)
-    return Result(exported, job.plan, job.report, job.graph, job.target, source=source, recipe=loaded, again=again, **known)
+    options: dict[str, Any] = {"workers": workers, "cache": cache, "float32": float32, "plugins": plugins}
+    again = partial(quantize, model, data=calibration.data, seed=seed, class_axis=class_axis, **options)
+    return Result(exported, *_left(job), source, loaded, again, class_axis)
+
+
+def _left(job: Job) -> tuple[Plan, Report, Graph, Target, Data | None]:
+    """What a job leaves, as the fields of `Outcome` after the model."""
+    return job.plan, job.report, job.graph, job.target, job.calibration.data
 
 
 def _check_not_negative(**numbers: int) -> None:

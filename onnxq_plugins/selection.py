@@ -131,7 +131,7 @@ def auto(
     """
     _check_options(prefer, max_drop, min_sqnr)
     graph = load(model, float32=float32)
-    calibration, judging, notes = _samples(graph, data, test, labels, options)
+    calibration, judging, notes = _samples(graph, data, test, labels, options, metric, class_axis)
     judge = _Judge.of(graph, model, judging, metric, class_axis, _Bar(max_drop, min_sqnr))
     settings: dict[str, Any] = {"target": target, "seed": seed, "workers": workers, "cache": cache, "class_axis": class_axis}
     candidates: list[Candidate] = []
@@ -167,11 +167,15 @@ def _samples(
     test: Source | None,
     labels: str | Path | Array | None,
     options: DataOptions | None,
+    metric: str | Metric | None,
+    class_axis: int | None,
 ) -> tuple[Data, Data, tuple[str, ...]]:
     """Samples to make models with, samples to judge them on, and what the user should know about that."""
     inputs = graph_inputs(graph)
     samples = open_data(data, inputs, options, None if test is not None else labels)
     others = None if test is None else open_data(test, inputs, options, labels)
+    if metric in (None, "top1", top1):
+        check_graph_labels((samples if others is None else others).labels, graph, class_axis)
     if others is None:
         return _halves(samples)
     same = data is test or (isinstance(data, (str, Path)) and isinstance(test, (str, Path)) and Path(data) == Path(test))
@@ -231,15 +235,13 @@ class _Judge:
         """A judge by a metric. If none is named, by labels of classes, by agreement of classes, or by SQNR."""
         feeds, portions = data.spread(_MOST), data.spread_labels(_MOST)
         labels = None if portions is None else np.concatenate(portions)
-        if metric in (None, "top1", top1):
-            check_graph_labels(data.labels, graph, class_axis)
         samples = Samples.of(graph.model(), feeds, labels, class_axis)
         if metric is not None:
             by = find_metric(metric)
         elif labels is not None and labelled(samples.reference, labels, samples.axes) is not None:
             by = top1
         else:
-            by = percent_agreement if samples.classes else worst_sqnr
+            by = percent_agreement if samples.telling else worst_sqnr
         own = graph.model() if isinstance(model, Graph) else Path(model) if isinstance(model, str) else model
         least = bar.sqnr if by is worst_sqnr else _DESTROYED if metric is None and by is percent_agreement else -np.inf
         reference = np.inf if by is worst_sqnr else samples.score(by)

@@ -32,6 +32,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import recipe_of
 from onnxq_plugins.graph.importer import bytes_on_disk, read
 from onnxq_plugins.measure import IDENTICAL
+from onnxq_plugins.measure.arrays import leaves
 from onnxq_plugins.measure.classes import labelled
 from onnxq_plugins.measure.metrics import chance, find_metric, metric_name, top1
 from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
@@ -268,6 +269,10 @@ def compare_command(
         known.check_labels()
     outputs = _in_order(known.names, sessions[1], known.outputs(sessions[1]), paths)
     milliseconds = runtimes.latency(sessions, [runtimes.wanted(session, feeds[0]) for session in sessions], 2.0)
+    for name, one, other in zip(known.names, known.reference, outputs, strict=True):
+        shapes = [[leaf.shape for leaf in leaves(values[0])] for values in (one, other)]
+        if [len(shape) for shape in shapes[0]] != [len(shape) for shape in shapes[1]]:
+            raise OnnxqError(f"output '{name}' has shape {shapes[0]} in '{a}' and {shapes[1]} in '{b}'.")
     show(_output_table(known.table(outputs), known.axes))
     if judge is None and truth is not None:
         if labelled(known.reference, truth, known.axes) is None:

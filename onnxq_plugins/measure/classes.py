@@ -8,7 +8,7 @@ In the order of the rules, for outputs of floats:
 3. Scores that a Softmax, LogSoftmax, Hardmax or ArgMax of the model reads.
 4. The only output of floats, straight from a layer, that looks like a classifier's: [N, C] of a network of convolutions,
    recurrences or attention; or [N, C, H, W] with the height and width of an input picture and another number of channels,
-   as segmentation has. C must not be a multiple of 64, as embeddings have, and the float network's answers not all the same.
+   as segmentation has. C must not be a multiple of 64, as embeddings have.
 
 All else is judged by its noise: regressions (one value has no classes), embeddings, boxes, images (as many channels as the
 input, or made by DepthToSpace, Tanh, Sigmoid), states, heat maps smaller than the picture."""
@@ -33,7 +33,6 @@ _HEADS = {"Gemm", "MatMul", "Conv", "FusedConv", "FusedMatMul", "FusedGemm", "Gl
 _DENSE = {"Conv", "FusedConv", "ConvTranspose", "Resize", "Upsample"}
 _SIGNALS = {"Conv", "FusedConv", "LSTM", "GRU", "RNN", "Softmax", "Attention", "MultiHeadAttention"}
 _EMBEDDING = 64  # numbers of channels of embeddings are multiples of it, numbers of classes hardly ever
-_ENOUGH = 8  # answers of which not all should be the same
 
 
 def class_axes(
@@ -95,11 +94,11 @@ def label_axis(labels: Array, shape: Sequence[Any], known: int | None = None) ->
         return None
     order: list[int] = [] if known is None else [known]
     order += [1 - rank, -1] if rank > 3 else [-1, 1 - rank]
-    for axis in [*order, *range(-rank + 1, 0)]:
+    for axis in [*order, *range(1 - rank, 0)]:
         size, rest = shape[axis], [n for a, n in enumerate(shape) if a - rank != axis]
         fits = all(not isinstance(n, int) or n == m for n, m in zip(rest[1:], labels.shape[1:], strict=True))
         if fits and not (isinstance(size, int) and size < 2):
-            return axis
+            return int(axis)
     return None
 
 
@@ -175,10 +174,7 @@ def _head_axis(
         axis = next((a for a, s in places if any(y.shape[s] == p[t] for p in pictures for t in _SPACES)), 0)
         channels = {n for p in pictures for n in (p[1], p[3])}
         head = bool(axis) and maker in _DENSE and y.shape[axis] not in channels
-    if not head or y.shape[axis] < 2 or y.shape[axis] % _EMBEDDING == 0:
-        return None
-    answers = np.concatenate([np.argmax(leaf, axis=axis).ravel() for value in reference for leaf in leaves(value)])
-    return None if len(answers) >= _ENOUGH and len(np.unique(answers)) == 1 else axis
+    return axis if head and y.shape[axis] > 1 and y.shape[axis] % _EMBEDDING else None
 
 
 _SPACES = (slice(2, 4), slice(1, 3))  # height and width of NCHW, of NHWC

@@ -66,11 +66,13 @@ def percent_agreement(
 ) -> float:
     """Percent of samples (pixels, symbols) with the same class, of the worst output that is classes; if none is, of elements
     of integers, booleans and strings that are equal. Raises OnnxqError if there are neither."""
-    axes = _axes(reference) if axes is None else axes
+    axes = likely_axes(reference) if axes is None else axes
     outputs = list(zip(reference, quantized, axes, strict=True))
     shares = [agreement(y, z, axis) for y, z, axis in outputs if axis is not None]
     shares = shares or [agreement(y, z, None) for y, z, _ in outputs if not is_float(y)]
-    likely = zip(reference, quantized, _axes(reference), strict=True)  # whoever wants agreement says that there are classes
+    likely = zip(
+        reference, quantized, likely_axes(reference), strict=True
+    )  # whoever wants agreement says that there are classes
     shares = shares or [agreement(y, z, axis) for y, z, axis in likely if axis is not None]
     if not shares:
         raise OnnxqError(
@@ -85,7 +87,7 @@ def top1(reference: Sequence[Any], quantized: Sequence[Any], labels: Array | Non
     below 0, are void then. Raises OnnxqError without labels, or if they fit no output."""
     if labels is None:
         raise OnnxqError("metric 'top1' needs labels; give --labels FILE, or an array named 'labels' in the .npz.")
-    axes = _axes(reference) if axes is None else axes
+    axes = likely_axes(reference) if axes is None else axes
     if (number := labelled(reference, labels, axes)) is None:
         first = next((list(np.shape(leaf)) for y in reference for value in values_of(y) for leaf in leaves(value)), [])
         raise OnnxqError(
@@ -104,7 +106,7 @@ def top1(reference: Sequence[Any], quantized: Sequence[Any], labels: Array | Non
     return 100 * float(np.mean(answers[kept] == truth[kept])) if kept.any() else 100.0
 
 
-def _axes(reference: Sequence[Any]) -> list[int | None]:
+def likely_axes(reference: Sequence[Any]) -> list[int | None]:
     """The axes of classes as far as arrays alone tell: probabilities, else the last one of [N, C]."""
     axes = []
     for output in reference:

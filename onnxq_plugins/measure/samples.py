@@ -23,7 +23,7 @@ from onnxq_plugins.measure.arrays import (
     worst_decibels,
 )
 from onnxq_plugins.measure.classes import class_axes, labelled
-from onnxq_plugins.measure.metrics import check_labels, score
+from onnxq_plugins.measure.metrics import check_labels, likely_axes, score
 from onnxq_plugins.spec import Array
 
 RANDOM = (
@@ -131,11 +131,22 @@ class Samples:
         return any(axis is not None for axis in self.axes) or not any(is_float(values) for values in self.reference)
 
     @property
+    def telling(self) -> bool:
+        """True if agreement with the float network is worth judging by: of outputs that are `classes`, whose answers are not
+        all the same. A network that always gives the same one keeps it, whatever becomes of its values."""
+        columns = [(values, axis) for values, axis in zip(self.reference, self.axes, strict=True) if axis is not None]
+        firsts = [
+            {int(n) for value in values for leaf in leaves(value) for n in np.unique(np.argmax(leaf, axis=axis))}
+            for values, axis in columns
+        ]
+        return self.classes and (not columns or any(len(answers) > 1 for answers in firsts))
+
+    @property
     def answers(self) -> int:
         """How many positions agreement counts, of the output with the fewest."""
         sizes = [
             sum(leaf.size // (1 if axis is None else max(leaf.shape[axis], 1)) for value in values for leaf in leaves(value))
-            for values, axis in zip(self.reference, self.axes, strict=True)
+            for values, axis in zip(self.reference, self.axes if self.classes else likely_axes(self.reference), strict=True)
             if axis is not None or not is_float(values)
         ]
         return min(sizes, default=0)

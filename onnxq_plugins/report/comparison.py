@@ -42,7 +42,7 @@ class Comparison:
     where          the data in words
     calibration    True if the network was calibrated with these samples
     sqnr           dB of the worst output, pooled over the samples
-    agreement      percent of samples with the same class; None if the outputs have no classes
+    agreement      percent of samples with the same class; None if the outputs are no classes, or always the same one
     top1           percent of samples classified correctly; None without labels of classes
     milliseconds   latency, batch 1, one thread
     outputs        each output's numbers
@@ -154,7 +154,7 @@ def compare(result: Outcome, data: Data) -> Comparison:
     truth = None if labels is None else np.concatenate(labels)
     known = Samples.of(result.original, feeds, truth, result.class_axis, runners[0])
     quantized = known.outputs(runners[1])
-    same = round(known.score(percent_agreement, quantized), 2) if known.classes else None
+    same = round(known.score(percent_agreement, quantized), 2) if known.telling else None
     correct = None
     if truth is not None and labelled(known.reference, truth, known.axes) is not None:
         correct = Pair(round(known.score(top1), 2), round(known.score(top1, quantized), 2))

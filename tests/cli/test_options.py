@@ -123,7 +123,7 @@ def test_options_of_quantize_are_in_panels(onnxq):
         "Data": ["--data", "--samples", "--labels", "--resize", "--crop", "--mean", "--std", "--layout"],
         "Recipe": ["--recipe", "--set", "--target", "--seed", "--float32"],
         "Output": ["--output", "--report", "--test", "--overrides"],
-        "Search": ["--curve", "--metric", "--plan"],
+        "Search": ["--curve", "--metric", "--class-axis", "--plan"],
         "Work": ["--workers", "--cache", "--dask", "--processes", "--verify", "--trace"],
     }
 

@@ -362,7 +362,7 @@ def test_the_search_rounds_on_half_and_the_result_on_all(monkeypatch):
         Measure,
         "__init__",
         lambda self, graph, target, samples, *rest, **more: (
-            measured.append([feed["x"].tobytes() for feed in samples]),
+            measured.append([feed["x"].tobytes() for feed in samples.feeds]),
             start(self, graph, target, samples, *rest, **more),
         )[1],
     )
