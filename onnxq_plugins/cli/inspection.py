@@ -289,7 +289,7 @@ def compare_command(
     sizes = [bytes_on_disk(path) / 1e6 for path in paths]
     echo(
         f"{len(feeds)} samples | {sizes[0]:.2f} -> {sizes[1]:.2f} MB | {milliseconds[0]:.3f} -> {milliseconds[1]:.3f} ms "
-        f"({milliseconds[0] / milliseconds[1]:.2f}x, batch {len(next(iter(feeds[0].values())))}, 1 thread)"
+        f"({milliseconds[0] / milliseconds[1]:.2f}x, one sample a run, 1 thread)"
     )
 
 

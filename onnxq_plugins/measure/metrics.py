@@ -35,7 +35,7 @@ def score(by: Metric, reference: Sequence[Any], quantized: Sequence[Any], labels
     exact = [joined(values) for values in reference]
     rounded = exact if quantized is reference else [joined(values) for values in quantized]
     try:
-        return float(by(exact, rounded, labels))
+        value = float(by(exact, rounded, labels))
     except OnnxqError:
         raise
     except Exception as error:  # the user's own code: any error is theirs
@@ -43,6 +43,9 @@ def score(by: Metric, reference: Sequence[Any], quantized: Sequence[Any], labels
             f"metric '{metric_name(by)}' fails with {raised(error)}; it gets (float outputs, quantized outputs, labels), "
             "each output an array over the samples, or a list with one value per feed if shapes vary, and returns a number."
         ) from error
+    if not np.isfinite(value):
+        raise OnnxqError(f"metric '{metric_name(by)}' returns {value}; it must return a finite number, larger for better.")
+    return value
 
 
 def worst_sqnr(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from onnxq_plugins import runtimes
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export import qdq
 from onnxq_plugins.files import digest, load_arrays, save_arrays
 from onnxq_plugins.graph import Graph
@@ -80,7 +82,13 @@ class Measure:
             if (file := files[number]) is not None:
                 save_arrays(file, {name: np.array(value) for name, value in scores.items()})
 
-        return run_all(calls(), workers, keep)
+        try:
+            yield from run_all(calls(), workers, keep)
+        except BrokenExecutor as error:  # a process was killed, mostly for its memory
+            raise OnnxqError(
+                "a worker process ended in the middle of a search, mostly for lack of memory; use fewer --workers, or leave "
+                "--processes out."
+            ) from error
 
     def _export(self, plan: Plan) -> bytes:
         with self._lock:

@@ -46,7 +46,7 @@ class MixedPrecision(Pass):
                 activations everywhere. ``latency``: the same for milliseconds, measured in onnxruntime on this machine.
                 ``sqnr``: at least `limit` dB. ``metric``: at most `limit` below the float network's
     limit       see budget
-    metric      ``sqnr``, ``agreement`` (percent of samples with the same argmax) or ``top1`` (percent correct; needs
+    metric      ``sqnr``, ``agreement`` (percent of samples with the same class) or ``top1`` (percent correct; needs
                 labels), shown with the curve; a function given to `quantize(metric=)` or ``--metric`` replaces it
     cost        what to reduce where the budget is on accuracy: ``bops``, ``size`` or ``latency``
     order       of changes on the path: ``noise``, least added noise per saved cost first; ``sqnr``, the paper's list: the
