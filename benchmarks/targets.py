@@ -122,6 +122,8 @@ def run(op: str, target: str, activations: int, weights: Mapping[str, Any]) -> t
     """The kernels that layers of an operator run in, in onnxruntime, and in OpenVINO if the target is for it."""
     model = network(op)
     recipe = {"target": target, "weights": dict(weights), "activations": {"bits": activations}, "pass": [{"use": "ranges"}]}
+    if find_plugins().target(target).only_stores(op):  # whatever the other layers get
+        recipe |= {"weights": {}, "activations": {}, "layer": [{"op": op, "weights": dict(weights)}]}
     result = onnxq.quantize(model, recipe, feeds(model, 4), workers=1)
     here = kernels(onnxq.audit_model(result.model), op)
     if target not in IN_OPENVINO or not openvino_installed():
@@ -156,7 +158,10 @@ def section(target: Target) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *(row.cells() for row in forms)])
     others = ", ".join(sorted(target.integer_ops)) or "none"
     about = target.doc[0].upper() * (not target.doc.startswith("onnx")) or target.doc[0]
-    return f"## {target.name}\n\n{about}{target.doc[1:]}.\n\n{table}\n\nOther operators that stay integer: {others}.\n"
+    plain = f", but not those of {', '.join(sorted(target.plain))}" if target.plain else ""
+    stored = f"stored in 8 bits and decoded at load{plain}" if target.decodes else "float"
+    lines = f"Other operators that stay integer: {others}.\n\nWeights outside layers: {stored}.\n"
+    return f"## {target.name}\n\n{about}{target.doc[1:]}.\n\n{table}\n\n{lines}"
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from onnxq_plugins.hookspecs import hookimpl
 from onnxq_plugins.job import Job, Pass, Recipe
 from onnxq_plugins.report.curve import Curve, point_recipe
 from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
+from onnxq_plugins.runtimes import register_custom_ops
 from onnxq_plugins.runtimes.audit import Audit, LayerAudit
 from onnxq_plugins.runtimes.onnxruntime import audit_model
 from onnxq_plugins.selection import auto
@@ -68,6 +69,7 @@ __all__ = [
     "permute",
     "point_recipe",
     "quantize",
+    "register_custom_ops",
     "replace_with_sum",
     "rescale",
     "split_outputs",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -14,21 +15,26 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxq_plugins import files
+from onnxq_plugins import files, runtimes
 from onnxq_plugins.calibration import Calibration
-from onnxq_plugins.data import Data, Source, graph_inputs, open_data
+from onnxq_plugins.calibration.branches import BranchFeeds, branches, put_back
+from onnxq_plugins.calibration.shapes import complete_shapes
+from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
-from onnxq_plugins.graph import Graph, load
+from onnxq_plugins.graph import Graph, Model, as_model, load
+from onnxq_plugins.graph.opsets import NARROW_OPSET, opset_of
 from onnxq_plugins.job import Job, Metric, Outcome, Recipe, Report
 from onnxq_plugins.laws import is_random, run_pass
-from onnxq_plugins.layers.complete import complete
+from onnxq_plugins.layers.complete import complete, complete_constants
 from onnxq_plugins.measure.metrics import check_graph_labels, find_metric, metric_name, top1
 from onnxq_plugins.parallel import Track, cores, silent
+from onnxq_plugins.plan.constants import float_constants
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import request
 from onnxq_plugins.plugins import Plugins, Trace, find_plugins
+from onnxq_plugins.recipe import Settings
 from onnxq_plugins.report.page import write_report
 from onnxq_plugins.report.summary import describe, original_size
 from onnxq_plugins.spec import Array, Plan
@@ -50,22 +56,25 @@ class Result(Outcome):
         return write_report(self, Path(path), data, **options)
 
     def __repr__(self) -> str:
-        return f"<Result: {self.summary}>"
+        """The summary, and what the user should know: a note a line."""
+        return f"<Result: {self.summary}" + "".join(f"\n note: {note}" for note in self.report.notes) + ">"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the summary, and the layers in a fold."""
+        """What a notebook shows: the summary, the notes, and the layers in a fold."""
         columns = ("name", "op", "weights", "bits_per_weight", "kernel", "why_float")
         layers = self.report.layers
         rows = ("".join(f"<td>{escape(str(row.get(key, '')))}</td>" for key in columns) for row in layers)
         head = "".join(f"<th>{key.replace('_', ' ')}</th>" for key in columns)
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.report.notes)
         return (
-            f"<p>{escape(self.summary)}</p><details><summary>{len(layers)} layers</summary>"
+            f"<p>{escape(self.summary)}</p>{f'<ul>{notes}</ul>' if notes else ''}<details>"
+            f"<summary>{len(layers)} layers</summary>"
             f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table></details>"
         )
 
 
 def quantize(
-    model: str | Path | onnx.ModelProto | Graph,
+    model: Model,
     recipe: str | Path | Mapping[str, Any] | Recipe = "int8",
     data: Source | None = None,
     *,
@@ -77,17 +86,18 @@ def quantize(
     cache: str | Path | None = None,
     verify: bool = False,
     float32: bool = False,
-    settings: Iterable[str] = (),
+    settings: Settings = (),
     plugins: Iterable[object] = (),
     labels: str | Path | Array | None = None,
+    state: Mapping[str, str] | None = None,
     metric: str | Metric | None = None,
     class_axis: int | None = None,
     track: Track = silent,
     trace: Trace | None = None,
 ) -> Result:
-    """Quantize a float ONNX model into QDQ form.
+    """Quantize a float ONNX model into QDQ form. Raises OnnxqError, one sentence a problem, before anything is written.
 
-    model      path, ModelProto or Graph; left alone
+    model      path, ModelProto or its bytes, Graph, ONNXProgram of torch or onnx_ir.Model; left alone
     recipe     built-in name, path, mapping or Recipe
     data       sample inputs, see `onnxq_plugins.data.open_data`
     output     write the model here as well
@@ -98,31 +108,30 @@ def quantize(
     cache      folder that keeps calibration results between runs
     verify     check after every pass that the float function stayed (law L1)
     float32    convert half-precision models first
-    settings   changes to the recipe such as ``ranges.method=mse``
+    settings   changes to the recipe: one or several such as ``ranges.method=mse``, or a mapping from key to value
     plugins    further plugin objects beside the installed ones
     labels     of the samples: an array [samples, ...], an .npy file or a text file
+    state      output -> the input that it is at the next step, of a model of streams: see `DataOptions.state`
     metric     how searching passes judge a network: a name, ``package.module:function`` (imported), or a `job.Metric`
     class_axis of outputs that are classes, such as 1 for segmentation [N, C, H, W]; None finds it
     track      shows progress, see `Job.track`
     trace      receives a line of text for each hook call of a plugin
-
-    Raises OnnxqError, one sentence a problem, before anything is written.
     """
     start = time.perf_counter()
     _check_not_negative(seed=seed, workers=workers or 0)
     path = None if output is None else Path(output)
     judge = None if metric is None else find_metric(metric)
     installed = find_plugins(plugins := list(plugins), trace)
-    loaded = _read_recipe(installed, recipe, settings, target, samples)
+    loaded = _read_recipe(installed, recipe, settings, target, samples, state)
     graph, source, size = _read_model(model, float32, installed.target(loaded.target).flatten, path)
     calibration = _calibration(graph, loaded, data, labels, cache, workers, track)
     job = _prepare(installed, loaded, calibration, seed, judge, class_axis)
     _run(job, installed, verify)
-    exported = _export(job, installed, seed, size, path)
+    inner = partial(quantize, seed=seed, workers=workers, plugins=plugins)
+    exported = _export(job, installed, seed, size, path, inner)
     job.report["seconds"] = round(time.perf_counter() - start, 3)
     installed.manager.hook.onnxq_exported(job=job, model=exported, path=path)
-    options: dict[str, Any] = {"workers": workers, "cache": cache, "float32": float32, "plugins": plugins}
-    again = partial(quantize, model, data=calibration.data, seed=seed, class_axis=class_axis, **options)
+    again = partial(inner, model, data=calibration.data, cache=cache, float32=float32, class_axis=class_axis)
     return Result(exported, *_left(job), source, loaded, again, class_axis)
 
 
@@ -138,26 +147,30 @@ def _check_not_negative(**numbers: int) -> None:
 def _read_recipe(
     plugins: Plugins,
     recipe: str | Path | Mapping[str, Any] | Recipe,
-    settings: Iterable[str],
+    settings: Settings,
     target: str | None,
     samples: int,
+    state: Mapping[str, str] | None,
 ) -> Recipe:
     """The recipe with what overrides it, so that it makes the same model again."""
     loaded = plugins.recipe(recipe, settings)
     loaded = replace(loaded, target=target) if target else loaded
-    return replace(loaded, data=replace(loaded.data, samples=samples)) if samples else loaded
+    own = loaded.data
+    own = replace(own, samples=samples or own.samples, state=own.state if state is None else dict(state))
+    return replace(loaded, data=own)
 
 
 def _read_model(
-    model: str | Path | onnx.ModelProto | Graph, float32: bool, flatten: bool, output: Path | None
+    model: Model, float32: bool, flatten: bool, output: Path | None
 ) -> tuple[Graph, Path | onnx.ModelProto | None, int]:
     """The graph, the user's own model (None for a Graph, and where `output` will replace it) and its bytes. Raises
     OnnxqError
     where `output` could not be written."""
     if output is not None:
         files.check_writable(output)
+    model = as_model(model)
     graph = load(model, float32=float32, flatten=flatten)
-    source = Path(model).absolute() if isinstance(model, (str, Path)) else None if isinstance(model, Graph) else model
+    source = model.absolute() if isinstance(model, Path) else None if isinstance(model, Graph) else model
     size = original_size(graph, source)
     replaced = isinstance(source, Path) and output is not None and source.resolve() == output.resolve()
     return graph, None if replaced else source, size
@@ -174,7 +187,9 @@ def _calibration(
 ) -> Calibration:
     """Statistics over the samples. A recipe may come from a stranger: its path is only ever a file, never code to import."""
     source = data if data is not None else Path(recipe.data.path) if recipe.data.path else None
-    samples = None if source is None else open_data(source, graph_inputs(graph), recipe.data, labels)
+    samples = None if source is None else runtimes.open_samples(source, graph, recipe.data, labels)
+    if samples is not None and graph.unranked:
+        complete_shapes(graph, next(iter(samples)))
     return Calibration(graph, samples, cache=Path(cache) if cache else None, workers=workers or cores(), track=track)
 
 
@@ -190,7 +205,7 @@ def _prepare(
     if calibration.cache:
         files.clear_leftovers(calibration.cache)
     notes = [*graph.notes, *first.notes, *(data.remarks() if data else ())]
-    return Job(
+    job = Job(
         graph,
         first.plan,
         calibration,
@@ -198,11 +213,13 @@ def _prepare(
         recipe,
         np.random.default_rng(seed),
         calibration.workers,
-        Report(floats=dict(first.floats), notes=notes),
+        Report(floats={**float_constants(first.constants), **first.floats}, notes=notes),
         calibration.track,
         metric,
         class_axis,
     )
+    complete_constants(job)  # passes measure the network with them as they will be
+    return job
 
 
 def _run(job: Job, plugins: Plugins, verify: bool) -> None:
@@ -222,10 +239,20 @@ def _run(job: Job, plugins: Plugins, verify: bool) -> None:
     job.report["steps"] = steps
 
 
-def _export(job: Job, plugins: Plugins, seed: int, before: int, path: Path | None) -> onnx.ModelProto:
+def _open_shapes(data: Data | None) -> dict[str, list[int]]:
+    """The shapes of the first sample, where the model leaves open more than a batch of 1."""
+    if data is None or all(i.shape is not None and all(isinstance(n, int) for n in i.shape[1:]) for i in data.inputs):
+        return {}
+    return {name: list(x.shape) for name, x in next(iter(data)).items() if isinstance(x, np.ndarray)}
+
+
+def _export(
+    job: Job, plugins: Plugins, seed: int, before: int, path: Path | None, inner: Callable[..., Result]
+) -> onnx.ModelProto:
     """Complete the plan, make the model of it and write that to `path`; the report is complete then.
 
     before   bytes of the user's own model
+    inner    `quantize` for the branches of control flow
     """
     start = time.perf_counter()
     complete(job)
@@ -241,10 +268,47 @@ def _export(job: Job, plugins: Plugins, seed: int, before: int, path: Path | Non
     data = files.DataFile(path) if path is not None and job.graph.mapped.size > files.LARGE else None
     with data or contextlib.nullcontext():
         model = export(job.graph, job.plan, job.target, data=data)
+        rows = [] if data is not None else _quantize_branches(job, model, inner)
+        if text := _newer_version(job.graph, model):
+            job.note(text)
         parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]
-        sign(model, job.recipe, seed, (plugins.sources[part] for part in parts), plugins.versions)
+        sources = (plugins.sources[part] for part in parts)
+        sign(model, job.recipe, seed, sources, plugins.versions, _open_shapes(job.calibration.data))
         job.report["steps"].append({"pass": "export", "seconds": round(time.perf_counter() - start, 3)})
-        describe(job, model, data, before)
+        describe(job, model, data, before, rows)
         if path is not None:
             data.finish(model) if data is not None else files.save_model(model, path)
     return model
+
+
+def _newer_version(graph: Graph, model: onnx.ModelProto) -> str:
+    """A note if the result needs a newer opset or IR version than the user's model has; "" if not."""
+    (opset, ir), after = graph.versions, opset_of(model)
+    if after > opset > 0:
+        reason = "codes of 4 or 16 bits or scales per block" if after == NARROW_OPSET else "one scale per channel"
+        return f"opset {opset} became {after} (IR version {model.ir_version}), which {reason} need"
+    return f"IR version {ir} became {model.ir_version}" if model.ir_version > ir > 0 else ""
+
+
+def _quantize_branches(job: Job, model: onnx.ModelProto, inner: Callable[..., Result]) -> list[dict[str, Any]]:
+    """Quantize the layers inside the branches of an If, and put them into a model. Returns their rows for the report.
+
+    inner   `quantize`
+    """
+    rows: list[dict[str, Any]] = []
+    for branch in branches(job.graph):
+        names = {node.name for node in branch.model.graph.node}
+        rules = [rule for rule in job.recipe.layers if any(fnmatchcase(name, rule.match) for name in names)]
+        recipe = replace(job.recipe, layers=tuple(rules), data=DataOptions())
+        feeds = None if job.calibration.data is None else BranchFeeds(job.graph, branch, job.calibration.data)
+        if feeds is not None and next(iter(feeds), None) is None:
+            job.note(f"no sample takes {branch.words}: what is in it computes float")
+            continue
+        try:
+            result = inner(branch.model, recipe, feeds)
+        except OnnxqError as error:
+            job.note(f"{branch.words} stays float: {error}")
+            continue
+        put_back(model, branch, result.model)
+        rows += [{**row, "inside": branch.words} for row in result.report.layers]
+    return rows

@@ -92,7 +92,8 @@ class LayerRule:
     """Settings for some layers; the ``[[layer]]`` tables. Later rules win.
 
     match      glob on the layer's name
-    op         Conv, ConvTranspose, Gemm, MatMul, or Attention for products of two activations
+    op         Conv, ConvTranspose, Gemm, MatMul, or Attention for products of two activations; LSTM, GRU, RNN, Gather or
+               Einsum for their constants, of which only `quantize` and ``weights.bits`` count
     kind       dense, grouped or depthwise
     position   first or last layer of the model
     quantize   false leaves the layer in float; true quantizes attention products whether or not it pays
@@ -100,7 +101,7 @@ class LayerRule:
     """
 
     match: str = "*"
-    op: Literal["", "Conv", "ConvTranspose", "Gemm", "MatMul", "Attention"] = ""
+    op: Literal["", "Conv", "ConvTranspose", "Gemm", "MatMul", "Attention", "LSTM", "GRU", "RNN", "Gather", "Einsum"] = ""
     kind: Literal["", "dense", "grouped", "depthwise"] = ""
     position: Literal["", "first", "last"] = ""
     quantize: bool | None = None
@@ -176,7 +177,7 @@ class Report(dict[str, Any]):
 
     @property
     def floats(self) -> dict[str, Reason]:
-        """Layers that stay float by choice -> why."""
+        """Layers, and readers of other constants, that stay float by choice -> why."""
         floats: dict[str, Reason] = self.setdefault("floats", {})
         return floats
 
@@ -197,6 +198,13 @@ class Report(dict[str, Any]):
         """One row a layer: ``name``, ``op``, ``kernel``, ``parameters``, ``weights``, ``bits_per_weight``; for one that runs
         in float ``why_float`` and ``why_float_kind`` (`Reason`)."""
         return list(self.get("layers", []))
+
+    @property
+    def constants(self) -> list[dict[str, Any]]:
+        """One row a constant of 1 kB and more outside layers: ``name``, ``op`` and ``readers`` (operators), ``parameters``,
+        ``float_bytes``; ``weights`` and ``bits_per_weight`` where it is stored as codes, else ``why_float`` and
+        ``why_float_kind``."""
+        return list(self.get("constants", []))
 
     @property
     def recipe(self) -> dict[str, Any]:

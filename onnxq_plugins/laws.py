@@ -137,8 +137,9 @@ def _feeds(graph: Graph, data: Data | None) -> list[dict[str, Array]]:
         return list(islice(data, 4))
     rng = np.random.default_rng(0)
     shapes = {
-        i.name: [n or (128 if len(i.shape) == 4 and a > 1 else 1) for a, n in enumerate(i.shape)]
+        i.name: [n if isinstance(n, int) else 128 if len(shape) == 4 and a > 1 else 1 for a, n in enumerate(shape)]
         for i in graph_inputs(graph)
+        for shape in [i.shape or ()]
     }
     return [
         {

@@ -30,6 +30,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_setup: list[Callable[[], object]] = []
+
+
+def in_workers(call: Callable[[], object]) -> None:
+    """Make a call before each piece of work that `run_all` has done from now on, wherever that is: a process elsewhere lacks
+    what was set up in this one. Repeated calls must cost nothing."""
+    _setup.append(call)
+
+
 def run_all(
     calls: Iterable[Callable[[], R]], workers: int, on_result: Callable[[int, R], None] | None = None
 ) -> Iterator[R]:
@@ -69,8 +78,8 @@ def _completed(calls: Iterable[Callable[[], R]], workers: int) -> Iterator[tuple
 
     def _task(number: int, call: Callable[[], R]) -> object:
         if isinstance(call, partial):  # passed one by one, so that joblib recognises large arguments that calls share
-            return delayed(_numbered)(number, call.func, *call.args, **call.keywords)
-        return delayed(_numbered)(number, call)
+            return delayed(_numbered)(tuple(_setup), number, call.func, *call.args, **call.keywords)
+        return delayed(_numbered)(tuple(_setup), number, call)
 
     tries = 0
     while True:
@@ -87,7 +96,11 @@ def _completed(calls: Iterable[Callable[[], R]], workers: int) -> Iterator[tuple
                 raise
 
 
-def _numbered(number: int, call: Callable[..., R], *args: object, **more: object) -> tuple[int, R]:
+def _numbered(
+    setup: tuple[Callable[[], object], ...], number: int, call: Callable[..., R], *args: object, **more: object
+) -> tuple[int, R]:
+    for prepare in setup:
+        prepare()
     return number, call(*args, **more)
 
 

@@ -26,7 +26,7 @@ from onnxq_plugins import hookspecs
 from onnxq_plugins.errors import OnnxqError, known, raised
 from onnxq_plugins.job import Job, Pass, Recipe
 from onnxq_plugins.passes import BUILTIN
-from onnxq_plugins.recipe import load_recipe
+from onnxq_plugins.recipe import Settings, load_recipe
 from onnxq_plugins.targets import BUILTIN as TARGETS
 from onnxq_plugins.targets import Target
 
@@ -70,7 +70,7 @@ class Plugins:
             raise OnnxqError(f"target '{name}' is unknown; {known(name, sorted(self.targets))}." + self.excuse())
         return self.targets[name]
 
-    def recipe(self, recipe: str | Path | Mapping[str, Any] | Recipe, settings: Iterable[str] = ()) -> Recipe:
+    def recipe(self, recipe: str | Path | Mapping[str, Any] | Recipe, settings: Settings = ()) -> Recipe:
         """`load_recipe` with these passes. Raises OnnxqError, with broken plugins first: they may be the reason."""
         try:
             return load_recipe(recipe, self.passes, settings)

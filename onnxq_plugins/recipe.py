@@ -16,6 +16,8 @@ import tomli_w
 from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.job import FLOAT, LayerRule, Pass, Recipe, TensorRequest
 
+Settings = Iterable[str | Mapping[str, Any]] | Mapping[str, Any]  # or one str, which is an iterable of them
+
 
 def recipe_folder() -> Path:
     """The folder of the built-in recipes: in the installed package, or beside it in a checkout."""
@@ -29,13 +31,14 @@ def builtin_recipes() -> dict[str, Path]:
 
 
 def load_recipe(
-    recipe: str | Path | Mapping[str, Any] | Recipe, passes: Mapping[str, type[Pass]], settings: Iterable[str] = ()
+    recipe: str | Path | Mapping[str, Any] | Recipe, passes: Mapping[str, type[Pass]], settings: Settings = ()
 ) -> Recipe:
     """Make a Recipe.
 
     recipe     name of a built-in, path of a .toml or .json file, mapping with the same tables, or Recipe
     passes     the known passes by name
-    settings   changes such as ``ranges.method=mse`` or ``weights.bits=4``; the right side is a TOML value or a word
+    settings   changes such as ``ranges.method=mse`` or ``weights.bits=4``, where the right side is a TOML value or a word;
+               or mappings such as {"weights.bits": 4}
 
     Raises OnnxqError with all problems at once.
     """
@@ -46,7 +49,7 @@ def load_recipe(
     else:
         table, where, name = *_read(recipe), Path(recipe).stem
     problems: list[str] = []
-    settings = tuple(settings)
+    settings = _texts(settings, problems)
     for setting in settings:
         apply_setting(table, setting, problems)
     where += f" (with {', '.join(settings)})" * bool(settings)
@@ -163,6 +166,20 @@ def _read(recipe: str | Path) -> tuple[dict[str, Any], str]:
     if not isinstance(table, dict):
         raise OnnxqError(f"recipe '{recipe}' must hold tables, it holds a {type(table).__name__}.")
     return table, f"recipe '{recipe}'"
+
+
+def _texts(settings: Settings, problems: list[str]) -> list[str]:
+    """Settings as texts, one each."""
+    texts = []
+    for setting in [settings] if isinstance(settings, (str, Mapping)) else settings:
+        try:
+            pairs = setting.items() if isinstance(setting, Mapping) else ()
+            texts += [setting] if isinstance(setting, str) else [f"{key}={_literal(value)}" for key, value in pairs]
+        except TypeError as error:  # what TOML does not have
+            problems.append(f"setting {setting!r} has a value that a recipe cannot hold ({error}).")
+        if not isinstance(setting, (str, Mapping)):
+            problems.append(f"setting {setting!r} must be text such as 'weights.bits=4', or a mapping from key to value.")
+    return texts
 
 
 def apply_setting(table: dict[str, Any], setting: str, problems: list[str]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.data import Data, DataOptions, Source, graph_inputs, open_data
+from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph import Graph, load
+from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.job import Metric
 from onnxq_plugins.measure.classes import labelled
 from onnxq_plugins.measure.metrics import (
@@ -93,7 +93,7 @@ class AutoResult:
 
 
 def auto(
-    model: str | Path | onnx.ModelProto | Graph,
+    model: Model,
     data: Source,
     *,
     max_drop: float = 1.0,
@@ -101,6 +101,7 @@ def auto(
     prefer: Prefer = "speed",
     test: Source | None = None,
     labels: str | Path | Array | None = None,
+    state: Mapping[str, str] | None = None,
     metric: str | Metric | None = None,
     class_axis: int | None = None,
     recipes: Sequence[str] = (),
@@ -115,22 +116,24 @@ def auto(
 ) -> AutoResult:
     """Try recipes in their order and keep the best that is good enough.
 
+    model      as for `quantize`
     data       samples; without `test`, every second one is kept apart to judge on, if there are 16 or more
     test       samples to judge on; `labels` are of these then
     max_drop   how far the metric may fall below the float model's, in its own units: percent of samples
     min_sqnr   what the worst output must have where SQNR is the metric, dB
     prefer     ``speed``: the first recipe within the drop, as all run integer kernels. ``size``: all are tried, the smallest
                file wins
-    metric     as for `quantize`, as is class_axis. None: top1 if there are labels of classes; else agreement if outputs are
-               classes (no output may be below 5 dB then); else SQNR
+    metric     as for `quantize`, as are state and class_axis. None: top1 if there are labels of classes; else agreement if
+               outputs are classes (no output may be below 5 dB then); else SQNR
     recipes    names or files, in place of the built-in choice
     tell       called with each candidate as soon as it was measured
 
-    If no recipe is good enough, the one that drops least is kept, and `AutoResult.met` is False. Raises OnnxqError
-    for inputs that cannot be used, and if no recipe makes a model.
+    If none is good enough, the one that drops least is kept. Raises OnnxqError if no recipe makes a model.
     """
     _check_options(prefer, max_drop, min_sqnr)
+    model = as_model(model)
     graph = load(model, float32=float32)
+    options = options if state is None else replace(options or DataOptions(), state=dict(state))
     calibration, judging, notes = _samples(graph, data, test, labels, options, metric, class_axis)
     judge = _Judge.of(graph, model, judging, metric, class_axis, _Bar(max_drop, min_sqnr))
     settings: dict[str, Any] = {"target": target, "seed": seed, "workers": workers, "cache": cache, "class_axis": class_axis}
@@ -171,9 +174,8 @@ def _samples(
     class_axis: int | None,
 ) -> tuple[Data, Data, tuple[str, ...]]:
     """Samples to make models with, samples to judge them on, and what the user should know about that."""
-    inputs = graph_inputs(graph)
-    samples = open_data(data, inputs, options, None if test is not None else labels)
-    others = None if test is None else open_data(test, inputs, options, labels)
+    samples = runtimes.open_samples(data, graph, options, None if test is not None else labels)
+    others = None if test is None else runtimes.open_samples(test, graph, options, labels)
     if metric in (None, "top1", top1):
         check_graph_labels((samples if others is None else others).labels, graph, class_axis)
     if others is None:
@@ -185,17 +187,16 @@ def _samples(
 
 def _halves(data: Data) -> tuple[Data, Data, tuple[str, ...]]:
     """Every second sample to make models with, the others to judge on, and a note; too few are not split."""
-    feeds, labels = data.spread(0), data.spread_labels(0)
-    if len(feeds) < _APART:
+    halves = data.halves()
+    sizes = [half.size or 0 for half in halves]
+    if sum(sizes) < _APART:
         note = (
-            f"models are judged on the {len(feeds)} samples they were made with, which flatters them; give --test, or "
+            f"models are judged on the {sum(sizes)} samples they were made with, which flatters them; give --test, or "
             f"{_APART} samples or more"
         )
         return data, data, (note,)
-    flat = None if labels is None else np.concatenate(labels[1::2])
-    halves = open_data(feeds[::2], data.inputs), open_data(feeds[1::2], data.inputs, labels=flat)
-    note = f"made with {len(feeds[::2])} samples, judged on the other {len(feeds[1::2])}"
-    return halves[0], halves[1], (note,)
+    halves[0].labels = None  # which only the judge asks
+    return *halves, (f"made with {sizes[0]} samples, judged on the other {sizes[1]}",)
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class _Judge:
     def of(
         cls,
         graph: Graph,
-        model: str | Path | onnx.ModelProto | Graph,
+        model: Path | onnx.ModelProto | Graph,
         data: Data,
         metric: str | Metric | None,
         class_axis: int | None,
@@ -242,7 +243,7 @@ class _Judge:
             by = top1
         else:
             by = percent_agreement if samples.telling else worst_sqnr
-        own = graph.model() if isinstance(model, Graph) else Path(model) if isinstance(model, str) else model
+        own = graph.model() if isinstance(model, Graph) else model
         least = bar.sqnr if by is worst_sqnr else _DESTROYED if metric is None and by is percent_agreement else -np.inf
         reference = np.inf if by is worst_sqnr else samples.score(by)
         return cls(by, samples, reference, bar, least, runtimes.session(own))

@@ -4,13 +4,16 @@ what other packages compute from their arguments alone, slowly, is computed once
 from __future__ import annotations
 
 import functools
+import gc
+import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx.version_converter
 import pytest
@@ -19,8 +22,9 @@ import threadpoolctl
 from rich.console import Console
 from threadpoolctl import ThreadpoolController
 
-from onnxq_plugins import cli, files, plugins, runtimes
+from onnxq_plugins import cli, engine, files, plugins, runtimes
 from onnxq_plugins.export import provenance
+from onnxq_plugins.graph import Graph
 from onnxq_plugins.testing.exact import exact_model, saturates
 from tests.cli.folder import Ran
 
@@ -30,8 +34,10 @@ _SMALL = 2**22  # bytes
 
 
 def _exact_session(model: onnx.ModelProto | bytes | str | Path, **options: Any) -> runtimes.Session:
-    """A session whose kernels saturate nowhere; one for all that just run the same small model. An audit (`dump`) is about
-    the kernels of the model itself."""
+    """A session whose kernels saturate nowhere; one for all that just run the same small model, and one for all calibrations
+    of it. An audit (`dump`) is about the kernels of the model itself."""
+    if isinstance(model, onnx.ModelProto) and set(options) == {"lean", "weights"}:
+        return _of_weights(model, options["weights"])
     if any(options.get(name) for name in ("dump", "folder", "weights")):
         return _session(model, **options)
     if saturates() and isinstance(model, (str, Path)) and Path(model).is_file():
@@ -49,9 +55,52 @@ def _of_bytes(model: bytes, optimize: bool) -> runtimes.Session:
     return _session(_exact(model) if optimize else model, optimize=optimize)
 
 
+_calibrations: dict[bytes, runtimes.Session] = {}
+
+
+def _of_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> runtimes.Session:
+    """A session that reduces activations; the last 128 are kept, if small."""
+    if files.size_of(model) + sum(array.nbytes for array in weights.values()) > _SMALL:
+        return _session(model, lean=True, weights=weights)
+    digest = hashlib.blake2b(model.SerializeToString(deterministic=True))
+    for name, array in weights.items():
+        digest.update(f"{name} {array.dtype} {array.shape};".encode() + array.tobytes())
+    key = digest.digest()
+    if key not in _calibrations:
+        copies = {name: array.copy() for name, array in weights.items()}  # the session uses them in place
+        _calibrations[key] = _session(model, lean=True, weights=copies)
+        while len(_calibrations) > 128:
+            del _calibrations[next(iter(_calibrations))]
+    return _calibrations[key]
+
+
+_load = engine.load
+_graphs: dict[tuple[bytes, bool, bool], Graph] = {}
+
+
+def _copy_of_graph(model: onnx.ModelProto | Graph | str | Path, *, float32: bool = False, flatten: bool = True) -> Graph:
+    """What `quantize` imports, once for each small model; tests/graph is about the import itself."""
+    if not isinstance(model, onnx.ModelProto) or files.size_of(model) > _SMALL:
+        return _load(model, float32=float32, flatten=flatten)
+    key = model.SerializeToString(), float32, flatten
+    if key not in _graphs:
+        graph = _load(model, float32=float32, flatten=flatten)
+        _graphs[key] = graph.copy()
+        while len(_graphs) > 128:
+            del _graphs[next(iter(_graphs))]
+        return graph
+    return _graphs[key].copy()
+
+
 def _exact(model: onnx.ModelProto | bytes | str | Path) -> onnx.ModelProto | bytes | str | Path:
     proto = onnx.load_from_string(model) if isinstance(model, bytes) and saturates() else model
     return exact_model(proto) if isinstance(proto, onnx.ModelProto) else model
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end, and small models leave little: the garbage collector need not look often."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -73,6 +122,8 @@ def _converted(model: bytes, version: int) -> bytes:
 def machine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtimes, "session", _exact_session)
+        patch.setattr(engine, "load", _copy_of_graph)
+        patch.setattr(runtimes, "trim", lambda: None)  # sessions of small models leave nothing behind that is worth the time
         patch.setattr(plugins, "entry_points", _entry_points)
         patch.setattr(provenance, "version", _version)
         patch.setattr(threadpoolctl, "ThreadpoolController", _libraries)

@@ -465,11 +465,11 @@ def run(number: int, folder: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    folder, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    folder, (firsts, counts) = Path(sys.argv[1]), (map(int, sys.argv[start::2]) for start in (2, 3))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for number in range(first, first + count):
+    for number in (number for first, count in zip(firsts, counts, strict=True) for number in range(first, first + count)):
         results.write(f"{number}\n")
         results.flush()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

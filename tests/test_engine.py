@@ -20,7 +20,7 @@ from onnxq_plugins.job import Job
 from onnxq_plugins.laws import LawBroken
 from onnxq_plugins.report import summary
 from onnxq_plugins.spec import encode, solve_minmax
-from tests.zoo import ZOO, Net, cnn, feeds, grouped, mlp, mobilenet, transformer
+from tests.zoo import ZOO, Net, cnn, feeds, grouped, kinds, mlp, mobilenet, slowly, some, transformer
 
 FULL = {"pass": [{"use": "scale-inputs"}, {"use": "ranges"}, {"use": "bias-correct"}]}
 
@@ -178,7 +178,10 @@ def test_ranges_of_rescaled_activations_are_measured_again():
     assert quality(model, early) > 30
 
 
-@pytest.mark.parametrize("chosen", [order for n in range(4) for order in itertools.permutations(FULL["pass"], n)])
+ORDERS = [order for n in range(4) for order in itertools.permutations(FULL["pass"], n)]
+
+
+@pytest.mark.parametrize("chosen", [*ORDERS[:4], *ORDERS[-6:], *slowly(*((order,) for order in ORDERS[4:-6]))])
 def test_any_pass_may_be_left_out_and_any_order_works(chosen):
     model = mobilenet()
     result = run(model, {"pass": list(chosen)}, verify=True)
@@ -186,7 +189,7 @@ def test_any_pass_may_be_left_out_and_any_order_works(chosen):
     assert all(spec.solved for spec in result.plan.values())
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("name", kinds(sorted(ZOO), "dead_channels", "no_layer"))
 def test_an_empty_recipe_works(name):
     model = ZOO[name]()
     assert quality(model, run(model, {})) > 20
@@ -342,7 +345,7 @@ def test_metadata_of_an_earlier_quantization_is_replaced():
 def test_result(tmp_path):
     result = run(cnn())
     assert result.summary.startswith("2/2 Conv as QLinearConv; 1/1 Gemm as QGemm | ")
-    assert repr(result) == f"<Result: {result.summary}>"
+    assert repr(result).startswith(f"<Result: {result.summary}") and repr(result).endswith(">")
     path = result.save(tmp_path / "made.onnx")
     assert onnx.load(path).SerializeToString() == result.model.SerializeToString()
     assert os.listdir(tmp_path) == ["made.onnx"]
@@ -526,8 +529,13 @@ def test_scale_inputs_leaves_images_alone():
     assert with_pass.model.graph == without.model.graph
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "kl"])
-@pytest.mark.parametrize("make", [mobilenet, transformer])
+@pytest.mark.parametrize(
+    ("make", "method"),
+    some(
+        itertools.product([mobilenet, transformer], ["minmax", "percentile", "mse", "kl"]),
+        *[(mobilenet, "minmax"), (transformer, "percentile"), (transformer, "mse"), (mobilenet, "kl")],
+    ),
+)
 def test_every_way_to_choose_ranges_works(method, make):
     model = make()
     result = run(model, steps({"use": "ranges", "method": method}), n=12)

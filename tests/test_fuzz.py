@@ -65,22 +65,21 @@ def batch(folder: Path, first: int, count: int) -> None:
 
 
 def test_broken_models_end_with_a_result_or_a_sentence(tmp_path: Path) -> None:
-    batch(tmp_path, 0, 60)
+    batch(tmp_path, 0, 40)
 
 
-@pytest.mark.parametrize("number", [1986, 3466])
-def test_runtimes_write_nothing_on_standard_error(tmp_path: Path, number: int) -> None:
+def test_runtimes_write_nothing_on_standard_error(tmp_path: Path) -> None:
     """numpy warned of one of these, onnxruntime logged the other's failure beside the sentence."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.mutate", str(tmp_path), str(number), "1"],
+        [sys.executable, "-m", "tests.mutate", str(tmp_path), "1986", "1", "3466", "1"],
         check=True,
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent.parent,
     )
-    one = json.loads(done.stdout.splitlines()[1])
-    assert one["code"] == 2
-    assert all(line.startswith(LINES) for line in one["stderr"].splitlines() if line), one
+    for one in map(json.loads, done.stdout.splitlines()[1::2]):
+        assert one["code"] == 2
+        assert all(line.startswith(LINES) for line in one["stderr"].splitlines() if line), one
 
 
 @pytest.mark.slow

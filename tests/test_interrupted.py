@@ -89,7 +89,7 @@ MOMENTS: dict[str, Callable[[Path, Path], bool]] = {
 }
 
 
-FEW = ["within calibration", "first codes", "export"]
+FEW = ["first codes", "export"]
 
 
 @pytest.mark.parametrize("moments", [FEW, pytest.param(list(MOMENTS), marks=pytest.mark.slow)])

@@ -226,6 +226,22 @@ def test_settings_change_the_recipe(setting, read, value):
     assert json.dumps(table) == before  # the mapping given is left alone
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "weights.block=[1, 16]",
+        {"weights.block": (1, 16)},
+        [{"weights.block": [1, 16]}],
+        ["weights.block=8", {"weights.block": [1, 16]}],
+    ],
+    ids=repr,
+)
+def test_one_setting_alone_and_mappings_are_settings(settings):
+    assert load_recipe({}, PASSES, settings).weights.block == (1, 16)
+    both = load_recipe({"pass": [{"use": "ranges"}]}, PASSES, {"ranges.method": "mse", "target": "openvino"})
+    assert (both.passes[0].method, both.target) == ("mse", "openvino")
+
+
 def test_a_setting_reaches_every_pass_of_that_name_and_the_last_wins():
     table = {"pass": [{"use": "ranges", "bins": 512}, {"use": "ranges"}]}
     recipe = load_recipe(table, PASSES, ["ranges.method=mse", "ranges.method=kl"])
@@ -245,6 +261,11 @@ def test_a_setting_reaches_every_pass_of_that_name_and_the_last_wins():
 )
 def test_settings_that_fit_nothing(setting, words):
     assert any(words in problem for problem in problems({"pass": [{"use": "ranges"}]}, [setting]))
+
+
+@pytest.mark.parametrize(("settings", "words"), [([4], "must be text such as"), ({"weights.bits": None}, "cannot hold")])
+def test_settings_that_are_no_text(settings, words):
+    assert any(words in problem for problem in problems({}, settings))
 
 
 def test_settings_work_on_a_recipe_too():

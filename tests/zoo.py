@@ -1,6 +1,7 @@
 """The small models of `onnxq_plugins.testing`, and settings of property tests."""
 
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import onnx
@@ -34,6 +35,7 @@ from onnxq_plugins.testing.models import (
 )
 
 __all__ = [
+    "LONG_CHECKS",
     "ZOO",
     "Net",
     "batch",
@@ -46,6 +48,7 @@ __all__ = [
     "feeds",
     "grouped",
     "inception",
+    "kinds",
     "labelled",
     "mlp",
     "mobilenet",
@@ -58,6 +61,7 @@ __all__ = [
     "run",
     "shared_weights",
     "slowly",
+    "some",
     "transformer",
     "written_out",
 ]
@@ -75,6 +79,24 @@ def labelled(n: int = 40, wrong: bool = False) -> tuple[onnx.ModelProto, np.ndar
     return model, rows(model, n), outputs.argmin(-1) if wrong else outputs.argmax(-1)
 
 
+LONG_CHECKS = ("check_odd_graphs", "check_targets")  # of the conformance kit
+REPRESENTATIVES = ("mobilenet", "inception", "grouped", "transformer", "conv_transpose", "shared_weights")
+
+
+def kinds(names: Iterable[str] = ZOO, *more: str) -> list:
+    """Networks as parameters: one of each kind of structure in every run, and those that matter to the test (`more`); the
+    others with the slow tests. `onnxq_plugins.testing` runs every pass on every network."""
+    names = list(names)
+    return some(names, *(name for name in REPRESENTATIVES if name in names), *more)
+
+
+def some(values: Iterable, *kept: object) -> list:
+    """Parameters of a test: those `kept` are in every run, the others with the slow tests."""
+    values = list(values)
+    assert all(value in values for value in kept), kept
+    return [value if value in kept else slowly(value)[0] for value in values]
+
+
 def slowly(*values: object) -> list:
     """Parameters of a test that run with the slow tests only: others state the same."""
     return [pytest.param(*(v if isinstance(v, tuple) else [v]), marks=pytest.mark.slow) for v in values]
@@ -82,8 +104,8 @@ def slowly(*values: object) -> list:
 
 def examples(n: int) -> settings:
     """Settings of a property test: the same examples in every run. All `n` of them where slow tests run too (pytest -m ""),
-    a third elsewhere, but ten at least."""
-    few = n if os.environ.get("ONNXQ_SLOW") else max(min(n, 10), n // 3)
+    a quarter elsewhere, but ten at least."""
+    few = n if os.environ.get("ONNXQ_SLOW") else max(min(n, 10), n // 4)
     return settings(
         max_examples=few,
         deadline=None,

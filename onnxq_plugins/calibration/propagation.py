@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.graph import Graph, Layer, channel_axis, channels
+from onnxq_plugins.graph.opsets import expand
 from onnxq_plugins.solvers.gaussian import clipped_moments, mapped_moments
 from onnxq_plugins.spec import Array
 
@@ -379,15 +380,20 @@ def _runner(graph: Graph, node: Any) -> Callable[[Array], list[Array]] | None:
         numpy_helper.from_array(graph.constant(t.name), name) for t, name in zip(node.inputs[1:], names, strict=True) if name
     ]
     outputs = [f"y{i}" for i in range(len(node.outputs))]
+
+    def constant(name: str, values: Array) -> str:
+        constants.append(numpy_helper.from_array(values, name))
+        return name
+
     single = helper.make_graph(
-        [helper.make_node(node.op, ["x", *names], outputs, **node.attrs)],
+        expand(helper.make_node(node.op, ["x", *names], outputs, node.op, **node.attrs), graph.opset, constant),
         node.op,
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)],
         [helper.make_empty_tensor_value_info(name) for name in outputs],
         constants,
     )
     runner = runtimes.session(helper.make_model(single, opset_imports=[helper.make_opsetid("", graph.opset)], ir_version=8))
-    return lambda x: list(runner.run(None, {"x": np.ascontiguousarray(x, np.float32)}))
+    return lambda x: list(runner.run(None, {"x": np.asarray(x, np.float32, order="C")}))
 
 
 def clip_ends(graph: Graph, node: Any) -> tuple[float, float] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import load_arrays, save_arrays
 from onnxq_plugins.graph import Graph, Layer, channel_axis
+from onnxq_plugins.graph.bodies import prune
 from onnxq_plugins.graph.patches import add_gram, gram_shape, patches, split
 from onnxq_plugins.parallel import Track, map_threads, silent
 from onnxq_plugins.spec import Array
@@ -277,7 +278,7 @@ class Calibration:
         state = load_arrays(checkpoint) if checkpoint else {}
         start = int(state.pop("next", np.array(0)))
         model, weights, read = run
-        _prune(model)
+        prune(model)
         names = {t.name for t in model.graph.initializer}
         runtimes.trim()
         session = runtimes.session(model, lean=True, weights={name: w for name, w in weights.items() if name in names})
@@ -286,7 +287,11 @@ class Calibration:
         def state_of(numbered: tuple[int, dict[str, Array]]) -> State:
             number, feed = numbered
             with self.graph.mapped.reading():
-                return read(session.run(None, feed), number)
+                try:
+                    outputs = session.run(None, feed)
+                except OnnxqError as error:
+                    raise self._explained(error, feed, number) from error
+                return read(outputs, number)
 
         total = None if self.data.size is None else self.data.size - start
         states = map_threads(state_of, itertools.islice(enumerate(self.data), start, None), self.workers)
@@ -305,6 +310,18 @@ class Calibration:
         if checkpoint is not None and checkpoint.is_file():
             checkpoint.unlink(missing_ok=True)  # another process may have done the same fold
         return state
+
+    def _explained(self, error: OnnxqError, feed: Mapping[str, Array], number: int) -> OnnxqError:
+        """Why a run failed: statistics are more operators than the float model has, so that is run, too."""
+        assert self.data is not None
+        weights: dict[str, Array] = {}
+        model = self.graph.model(weights)
+        try:
+            runtimes.session(model, weights=weights).run(None, dict(feed))
+        except OnnxqError as own:
+            text = str(own).rstrip(".")
+            return OnnxqError(f"{self.data.where}, sample {number}: {text}; check that the float model runs on it.")
+        return error
 
 
 def _other_axes(graph: Graph, name: str, statistic: str) -> tuple[int, ...]:
@@ -346,27 +363,6 @@ def _add_slice(model: onnx.ModelProto, name: str, output: str, step: int) -> Non
             f"{output}|slice",
         )
     )
-
-
-def _prune(model: onnx.ModelProto) -> None:
-    """Drop operators that no output needs: onnxruntime would run them anyway."""
-    producers = {o: n for n in model.graph.node for o in n.output if o}
-    todo, needed = [o.name for o in model.graph.output], set()
-    while todo:
-        node = producers.get(todo.pop())
-        if node is None or node.name in needed:
-            continue
-        if any(a.HasField("g") or a.graphs for a in node.attribute):
-            return  # control flow reads names that are not among its inputs
-        needed.add(node.name or node.output[0])
-        todo += list(node.input)
-    kept = [n for n in model.graph.node if (n.name or n.output[0]) in needed]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
-    used = {name for node in kept for name in node.input} | {o.name for o in model.graph.output}
-    constants = [t for t in model.graph.initializer if t.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(constants)
 
 
 def _finite(state: State) -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from onnxq_plugins.calibration.propagation import Distribution
-from onnxq_plugins.data import Data, DataOptions, Input, graph_inputs
+from onnxq_plugins.data import Data, DataOptions, Input, batches, graph_inputs
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer, channel_axis
 from onnxq_plugins.graph.patches import patches
@@ -84,11 +84,20 @@ def synthesize(graph: Graph, wish: Wish, rng: np.random.Generator) -> tuple[Data
             problems += error.problems
     OnnxqError.check(problems)
 
-    def samples() -> Iterator[Mapping[str, Array]]:
-        for n in range(wish.count):
-            yield {name: one.at(n) for name, one in by_input.items()}
+    fixed = {i.name: (i.fixed or 1) if len(i.shape or ()) > 1 else 1 for i in graph_inputs(graph)}
+    batch = max(fixed.values(), default=1)
+    at = batches(wish.count, batch)
 
-    return Data(graph_inputs(graph), samples, "the synthetic data", wish.count), by_input
+    def samples() -> Iterator[Mapping[str, Array]]:
+        for chunk in at:
+            yield {
+                name: one.at(int(chunk[0]))
+                if fixed[name] == 1
+                else np.concatenate([one.at(int(n)) for n in chunk[: fixed[name]]])
+                for name, one in by_input.items()
+            }
+
+    return Data(graph_inputs(graph), samples, "the synthetic data", len(at), batch=batch), by_input
 
 
 def _samples(graph: Graph, target: Input, wish: Wish, rng: np.random.Generator) -> Samples:
@@ -175,7 +184,8 @@ def _scale(graph: Graph, target: Input, wish: Wish, images: Array) -> tuple[Arra
         return low, high - low, "in the declared range"
     if target.dtype.kind != "f":
         return np.zeros(1), np.full(1, 255.0), "as bytes"
-    mean, std, size = np.array(wish.options.mean), np.array(wish.options.std), images.shape[1]
+    mean, std = (np.array(values) / wish.options.range for values in (wish.options.mean, wish.options.std))
+    size = images.shape[1]
     if 2 < max(*mean, *std) < np.inf:
         raise OnnxqError(
             f"data-free: --mean and --std are of RGB/255, so values up to 1 such as 0.485 and 0.229, but they are "
@@ -333,10 +343,13 @@ def _tables(graph: Graph, name: str) -> list[int]:
 
 
 def _shape(target: Input, size: int) -> tuple[int, ...]:
-    """The shape of one sample: batch 1, other dynamic axes of `size`."""
-    image = target.dtype.kind == "f" and len(target.shape) == 4
+    """The shape of one sample: batch 1, other dynamic axes of `size`. An input with one fixed axis has no batch."""
+    shape = target.shape or ()
+    image = target.dtype.kind == "f" and len(shape) == 4
     default = size or (_PIXELS if image else _TOKENS)
-    return tuple(1 if axis == 0 else n if n is not None else default for axis, n in enumerate(target.shape))
+    if len(shape) == 1 and target.fixed:
+        return (target.fixed,)
+    return tuple(1 if axis == 0 else n if isinstance(n, int) else default for axis, n in enumerate(shape))
 
 
 def _channel_axis(graph: Graph, target: Input, shape: tuple[int, ...]) -> int:

@@ -72,15 +72,15 @@ def columns() -> int | None:
 
 
 def float_lines(floats: Mapping[str, str]) -> list[str]:
-    """One line for each reason why layers stay float.
+    """One line for each reason why layers and constants stay float.
 
-    floats   layer -> reason
+    floats   layer, or operator that reads a constant -> reason
     """
     layers: dict[str, list[str]] = {}
     for name, reason in floats.items():
         layers.setdefault(reason, []).append(name)
     return [
-        f"float: {', '.join(names[:4])}{f' and {len(names) - 4} more layers' if len(names) > 4 else ''}: {reason}"
+        f"float: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: {reason}"
         for reason, names in layers.items()
     ]
 

@@ -16,21 +16,24 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.cli.console import echo, notify, out, show, track
 from onnxq_plugins.cli.options import (
     ClassAxis,
+    CustomOps,
     DataPath,
     ImageOptions,
     Labels,
     Model,
     RecipeOptions,
     SampleCount,
+    ShapeList,
     WorkOptions,
     data_option,
+    read_shapes,
     recipe_option,
 )
 from onnxq_plugins.data import Data, Input, model_inputs, open_data
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import recipe_of
-from onnxq_plugins.graph.importer import bytes_on_disk, read
+from onnxq_plugins.graph.reading import bytes_on_disk, read
 from onnxq_plugins.measure import IDENTICAL
 from onnxq_plugins.measure.arrays import leaves
 from onnxq_plugins.measure.classes import labelled
@@ -47,10 +50,15 @@ from onnxq_plugins.spec import Array
 
 def audit_command(
     model: Model,
+    *,
     against: Annotated[
         Path | None, typer.Option(show_default=False, help="the float model: measures the latency ratio, interleaved")
     ] = None,
     runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or openvino")] = "onnxruntime",
+    data: DataPath = "",
+    images: ImageOptions,
+    shape: ShapeList = None,
+    custom_ops: CustomOps = None,
 ) -> None:
     """Show for every layer of MODEL which kernel runs it, and if that is a float kernel, why."""
     for path in (model, against):
@@ -58,12 +66,15 @@ def audit_command(
             read(path)
     if runtime not in ("onnxruntime", "openvino"):
         raise OnnxqError(f"runtime '{runtime}' is unknown; known: onnxruntime, openvino.")
-    if runtime == "openvino" and against is not None:
+    if runtime == "openvino" and (against or data or shape):
         raise OnnxqError(
-            "--against measures in onnxruntime; leave it out beside --runtime openvino (OpenVINO's own benchmark_app "
-            "measures there)."
+            "--against, --data and --shape are for times in onnxruntime; leave them out beside --runtime openvino "
+            "(OpenVINO's own benchmark_app measures there)."
         )
-    audit = audit_openvino(model) if runtime == "openvino" else audit_model(model, against)
+    feeds = open_data(data, model_inputs(read(model)), images.data_options()) if data else None
+    feeds = feeds and runtimes.rolled(feeds, lambda: runtimes.session(model))
+    shapes = read_shapes(shape)
+    audit = audit_openvino(model) if runtime == "openvino" else audit_model(model, against, data=feeds, shapes=shapes)
     show(_audit_table(audit))
     others = sorted(audit.other.items(), key=lambda item: -item[1])[:12]
     echo(f"\nother operators: {', '.join(f'{n} {op}' for op, n in others) or 'none'}")
@@ -72,7 +83,12 @@ def audit_command(
         echo(accumulators)
     if audit.speedup is not None and audit.milliseconds is not None:
         before, after = audit.milliseconds
-        echo(f"{audit.speedup:.2f}x the speed of {against} ({before:.3f} -> {after:.3f} ms, batch 1, 1 thread)")
+        times = f"{before:.3f} -> {after:.3f} ms"
+        echo(f"{audit.speedup:.2f}x the speed of {against} ({times}, 1 thread), timed on {audit.timed}")
+    elif audit.milliseconds is not None:
+        echo(f"{audit.milliseconds[0]:.3f} ms, 1 thread, timed on {audit.timed}")
+    if audit.untimed:
+        notify(f"note: {audit.untimed}")
 
 
 def _audit_table(audit: Audit) -> Table:
@@ -82,6 +98,10 @@ def _audit_table(audit: Audit) -> Table:
             bits = f"{layer.accumulator} bits" if layer.accumulator is not None else ""
             cells = (escape(layer.name), layer.op, layer.kernel, bits, escape(layer.why))
             table.add_row(*cells, style=None if layer.quantized else "yellow")
+    layers = {layer.name for layer in audit.layers if layer.constant_weight or layer.quantized or layer.product}
+    for held in audit.constants:
+        if held.name not in layers:
+            table.add_row(escape(held.name), held.op, held.op, "", escape(held.why), style="yellow" if held.floats else None)
     return table
 
 
@@ -255,24 +275,21 @@ def compare_command(
         ),
     ] = "",
     class_axis: ClassAxis = None,
+    custom_ops: CustomOps = None,
 ) -> None:
     """Compare two models on the same data: error, agreement, size, latency; with labels also how many each gets right."""
     judge = find_metric(metric) if metric else None
     paths = (a, b)
     inputs = _shared_inputs(paths)
-    data_ = open_data(data, inputs[0], images.data_options(samples), labels)
-    feeds = list(track(data_, "reading", data_.size))
     sessions = [runtimes.session(path) for path in paths]
-    truth = _truth(data_)
+    source = runtimes.rolled(open_data(data, inputs[0], images.data_options(samples), labels), lambda: sessions[0])
+    feeds, truth = list(track(source, "reading", source.size)), _truth(source)
     known = Samples.of(a, feeds, truth, class_axis, sessions[0])
     if judge in (None, top1):
         known.check_labels()
     outputs = _in_order(known.names, sessions[1], known.outputs(sessions[1]), paths)
     milliseconds = runtimes.latency(sessions, [runtimes.wanted(session, feeds[0]) for session in sessions], 2.0)
-    for name, one, other in zip(known.names, known.reference, outputs, strict=True):
-        shapes = [[leaf.shape for leaf in leaves(values[0])] for values in (one, other)]
-        if [len(shape) for shape in shapes[0]] != [len(shape) for shape in shapes[1]]:
-            raise OnnxqError(f"output '{name}' has shape {shapes[0]} in '{a}' and {shapes[1]} in '{b}'.")
+    _check_ranks(known, outputs, paths)
     show(_output_table(known.table(outputs), known.axes))
     if judge is None and truth is not None:
         if labelled(known.reference, truth, known.axes) is None:
@@ -296,12 +313,23 @@ def compare_command(
 def _shared_inputs(paths: Sequence[Path]) -> list[list[Input]]:
     """The inputs of both models. Raises OnnxqError where their names differ."""
     inputs = [model_inputs(read(path)) for path in paths]
-    names = [[value.name for value in each] for each in inputs]
+    names = [[value.name for value in each if not value.optional] for each in inputs]
     if set(names[0]) != set(names[1]):
         raise OnnxqError(
             f"'{paths[0]}' and '{paths[1]}' have different inputs: {', '.join(names[0])} and {', '.join(names[1])}."
         )
     return inputs
+
+
+def _check_ranks(known: Samples, outputs: Sequence[Any], paths: Sequence[Path]) -> None:
+    """Raise OnnxqError for an output that has another number of axes in the second model."""
+    for name, one, other in zip(known.names, known.reference, outputs, strict=True):
+        shapes = [[leaf.shape for leaf in leaves(values[0])] for values in (one, other)]
+        if [len(shape) for shape in shapes[0]] != [len(shape) for shape in shapes[1]]:
+            raise OnnxqError(
+                f"output '{name}' has shape {shapes[0]} in '{paths[0]}' and {shapes[1]} in '{paths[1]}'; compare two forms "
+                "of the same model."
+            )
 
 
 def _in_order(

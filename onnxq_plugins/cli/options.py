@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
@@ -13,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from onnxq_plugins import runtimes
 from onnxq_plugins.data import DataOptions
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import check_writable
@@ -32,7 +34,8 @@ DataPath = Annotated[
         "--data",
         metavar="PATH",
         show_default=False,
-        help="sample inputs: .npz or .npy (first axis: samples), a folder of images, or package.module:callable",
+        help="sample inputs: .npz or .npy (first axis: samples), a folder of images or of one .npz per feed, or "
+        "package.module:callable",
     ),
 ]
 SampleCount = Annotated[int, data_option(help="use this many, spread evenly; 0 for all")]
@@ -42,6 +45,15 @@ Labels = Annotated[
         "--labels",
         show_default=False,
         help="one per sample: .npy, or text with one number per line (an .npz may hold them as 'labels')",
+    ),
+]
+ShapeList = Annotated[
+    list[str] | None,
+    data_option(
+        "--shape",
+        metavar="INPUT=SIZES",
+        show_default=False,
+        help="instead of data, random numbers of this shape: x=1,3,480,480; repeatable",
     ),
 ]
 RecipeName = Annotated[
@@ -68,6 +80,24 @@ ClassAxis = Annotated[
         "--class-axis",
         show_default=False,
         help="axis of the outputs' classes, such as 1 for segmentation [N, C, H, W]; found by default",
+    ),
+]
+
+
+def _register(libraries: list[Path] | None) -> list[Path] | None:
+    """Load custom operators as soon as the option is read, for whatever the command does."""
+    runtimes.register_custom_ops(*libraries or ())
+    return libraries
+
+
+CustomOps = Annotated[
+    list[Path] | None,
+    work_option(
+        "--custom-ops",
+        metavar="LIB.so",
+        show_default=False,
+        callback=_register,
+        help="a shared library with operators that onnxruntime lacks; repeatable",
     ),
 ]
 
@@ -116,25 +146,67 @@ def _field_parameters(group: type[Any]) -> list[inspect.Parameter]:
 
 @dataclass(frozen=True)
 class ImageOptions(OptionGroup):
-    """How images become samples."""
+    """How images and steps of streams become samples."""
 
     resize: Annotated[int, data_option(show_default=False, help="images: shorter side after resizing, in pixels")] = 0
     crop: Annotated[int, data_option(show_default=False, help="images: side of the square cut from the middle")] = 0
+    size: Annotated[
+        str, data_option(metavar="WxH", show_default=False, help="images: width and height after resizing, like 320x240")
+    ] = ""
+    letterbox: Annotated[
+        bool, data_option("--letterbox", help="images: keep the ratio of the sides and pad to the size")
+    ] = False
+    padding: Annotated[int, data_option(help="images: grey of the letterbox, 0..255")] = DataOptions.padding
+    bgr: Annotated[bool, data_option("--bgr", help="images: blue first, as OpenCV reads them")] = False
+    range: Annotated[int, data_option(help="images: what white is; 255 for raw pixels")] = 1
     mean: Annotated[str, data_option(show_default=False, help="images: mean of RGB/255, like 0.485,0.456,0.406")] = ""
     std: Annotated[str, data_option(show_default=False, help="images: standard deviation of RGB/255, likewise")] = ""
+    state: Annotated[
+        list[str] | None,
+        data_option(
+            "--state",
+            metavar="OUT=IN",
+            show_default=False,
+            help="samples are steps of a stream, in their order: output OUT is input IN of the next; repeatable",
+        ),
+    ] = None
     layout: Annotated[str, data_option(show_default=False, help="images: nchw or nhwc; the model's by default")] = ""
 
     def settings(self) -> list[str]:
         """As settings of a recipe. Raises OnnxqError for a mean or std that is no number."""
-        settings = [f"data.{key}={value}" for key, value in (("resize", self.resize), ("crop", self.crop)) if value]
+        settings = [f"data.{key}={value}" for key in ("resize", "crop") if (value := getattr(self, key))]
+        settings += [
+            f"data.{key}={value}"
+            for key in ("padding", "range")
+            if (value := getattr(self, key)) != getattr(DataOptions, key)
+        ]
+        settings += [f"data.{key}=true" for key in ("letterbox", "bgr") if getattr(self, key)]
+        settings += [f"data.size=[{_sides(self.size)}]"] if self.size else []
         settings += [
             f"data.{key}=[{_decimals(key, text)}]" for key, text in (("mean", self.mean), ("std", self.std)) if text
         ]
+        settings += [f"data.state={{{', '.join(map(_pair, self.state))}}}"] if self.state else []
         return settings + ([f'data.layout="{self.layout}"'] if self.layout else [])
 
     def data_options(self, samples: int = 0) -> DataOptions:
         """As options of `open_data`, for a command without a recipe."""
         return replace(load_recipe({}, {}, self.settings()).data, samples=samples)
+
+
+def _sides(text: str) -> str:
+    """Width and height as a TOML list."""
+    sides = text.lower().split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.strip().isdecimal() for side in sides):
+        raise OnnxqError(f"--size '{text}' must be width and height in pixels, such as 320x240.")
+    return ",".join(str(int(side)) for side in (sides * 2)[:2])
+
+
+def _pair(text: str) -> str:
+    """OUT=IN as a pair of TOML."""
+    output, _, name = (part.strip() for part in text.partition("="))
+    if not output or not name:
+        raise OnnxqError(f"--state '{text}' must be OUTPUT=INPUT, such as stateN=state.")
+    return f"{json.dumps(output)} = {json.dumps(name)}"
 
 
 def _decimals(option: str, text: str) -> str:
@@ -172,6 +244,7 @@ class WorkOptions(OptionGroup):
 
     workers: Annotated[int, work_option(help="parallel tasks; 0 for one per core")] = 0
     cache: Annotated[Path | None, work_option(show_default=False, help="folder that keeps statistics between runs")] = None
+    custom_ops: CustomOps = None
 
 
 @dataclass(frozen=True)
@@ -217,6 +290,20 @@ class ClusterOptions(OptionGroup):
                 )
             with joblib.parallel_config(backend="dask"):
                 yield
+
+
+def read_shapes(texts: list[str] | None) -> dict[str, list[int]] | None:
+    """The shapes of --shape by input. Raises OnnxqError for what is none."""
+    shapes = {}
+    for text in texts or ():
+        name, _, sizes = text.rpartition("=")
+        try:
+            shapes[name] = [int(size) for size in sizes.strip("[] ").split(",") if size.strip()]
+        except ValueError:
+            name = ""
+        if not name or min(shapes[name], default=0) < 0:
+            raise OnnxqError(f"--shape '{text}' must be an input and its sizes, such as x=1,3,480,480.")
+    return shapes or None
 
 
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from rich.table import Table
 
+from onnxq_plugins import runtimes
 from onnxq_plugins.cli.console import echo, err, fail, float_lines, notify, show, track
 from onnxq_plugins.cli.options import (
     ClassAxis,
@@ -34,7 +35,7 @@ from onnxq_plugins.cli.options import (
     search_option,
     work_option,
 )
-from onnxq_plugins.data import Data, DataOptions, graph_inputs, open_data
+from onnxq_plugins.data import Data, DataOptions
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.export.overrides import ort_model, ort_overrides
@@ -224,7 +225,8 @@ def _check_curve(folder: Path, recipe: Recipe, name: str) -> None:
 
 def _open_test(model: Path, test: str, options: DataOptions, float32: bool) -> Data:
     """The samples of --test; the first one is checked."""
-    samples = open_data(test, graph_inputs(load(model, float32=float32)), replace(options, path="", samples=0, labels=""))
+    options = replace(options, path="", samples=0, labels="")
+    samples = runtimes.open_samples(test, load(model, float32=float32), options)
     samples.spread_labels(1)
     next(iter(samples))
     return samples

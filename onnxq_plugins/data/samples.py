@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,18 +15,21 @@ from onnxq_plugins.data.labels import check_labels
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.spec import Array
 
+Item = TypeVar("Item")
 _FEW = 8  # fewer samples than this are worth a warning
 
 
 class Data:
-    """Samples for a model. Iterate as often as you like; each item is one checked feed (batch 1, or the model's own batch
-    size if that is fixed).
+    """Samples for a model. Iterate as often as you like; each item is one checked feed, as onnxruntime's `run` takes it.
 
     inputs    the model's inputs
     samples   a function that starts a new iteration over feeds
     where     the source, for messages
-    size      number of samples; None if unknown
-    labels    one label per sample, along the first axis, or None
+    size      number of feeds; None if unknown
+    labels    along the first axis, in the order of the feeds, one per feed or one per row of each feed; or None
+    batch     samples in each feed, where the source assembled them
+
+    Where `state` is set (output -> input), feeds are steps of streams, and may lack states unless `complete`.
 
     Iterating raises OnnxqError when a sample has NaN or Inf, a wrong name, shape or dtype, and when there is none.
     """
@@ -36,33 +41,47 @@ class Data:
         where: str = "the data",
         size: int | None = None,
         labels: Array | None = None,
+        batch: int = 1,
     ) -> None:
         self.inputs, self._samples, self.where, self.size, self.labels = list(inputs), samples, where, size, labels
+        self.batch = batch
         self.notes: tuple[str, ...] = ()  # about how the source was read, for the user
+        self.state: Mapping[str, str] = {}
+        self.complete = False  # states are in the feeds, see `runtimes.rolled`
         self._digest = ""
 
     def __iter__(self) -> Iterator[dict[str, Array]]:
-        size = self._fixed
-        singles = (self._checked(feed, number) for number, feed in enumerate(self._samples()))
         empty = True
-        for feed in singles if size is None else self._batches(singles, size):
+        for number, feed in enumerate(self._samples()):
             empty = False
-            yield feed
+            yield self._checked(feed, number)
         if empty:
             raise OnnxqError(f"{self.where} has no sample; give at least one.")
 
     def remarks(self) -> list[str]:
-        """`notes`, and warnings that follow from the first eight samples. Raises OnnxqError as iterating does."""
-        first = [self._checked(feed, n) for n, feed in enumerate(itertools.islice(self._samples(), _FEW))]
+        """`notes`, and warnings that follow from the first eight feeds. Raises OnnxqError as iterating does."""
+        first = list(itertools.islice(self, _FEW))
         remarks = list(self.notes)
-        if 0 < len(first) < _FEW:
+        count = sum(max(self.batch, self._counted(feed)) for feed in first)
+        if count < _FEW:
             remarks.append(
-                f"{self.where} has only {len(first)} sample{'s' * (len(first) > 1)}, on which all ranges and codes will "
+                f"{self.where} has only {count} sample{'s' * (count > 1)}, on which all ranges and codes will "
                 "depend; give 32 or more"
             )
-        alike = len(first) > 1 and all(np.array_equal(first[0][name], x) for feed in first for name, x in feed.items())
-        flat = all((x == x.flat[0]).all() for feed in first for x in feed.values() if x.size)
-        large = any(x.size > 1 for feed in first for x in feed.values())
+        arrays = [x for feed in first for x in feed.values() if isinstance(x, np.ndarray) and x.size]
+        alike = len(first) > 1 and all(
+            feed.keys() == first[0].keys() and all(np.array_equal(first[0][name], x) for name, x in feed.items())
+            for feed in first
+        )
+        for i in self.inputs:
+            values = [feed[i.name] for feed in first if i.name in feed]
+            if i.follows and not self.state and len(values) > 1 and not any(np.any(x) for x in values):
+                remarks.append(
+                    f"input '{i.name}' is 0 in all first samples, and output '{i.follows}' seems to be its next value: "
+                    f"--state {i.follows}={i.name} calibrates on the model's own states"
+                )
+        flat = all((x == x.flat[0]).all() for x in arrays)
+        large = any(x.size > 1 for x in arrays)
         if alike or (flat and large):
             remarks.append(
                 f"the first samples of {self.where} are "
@@ -72,41 +91,62 @@ class Data:
         return remarks
 
     def spread(self, count: int) -> list[dict[str, Array]]:
-        """`count` feeds, spread evenly, or all if there are fewer; no more are in memory."""
-        numbers = set(spread(self._feeds(), count))
+        """`count` feeds, spread evenly (with states: the first ones), or all if there are fewer; no more are in memory."""
+        numbers = set(chosen(self._feeds(), count, self.state))
         return [feed for n, feed in enumerate(self) if n in numbers]
 
     def spread_labels(self, count: int) -> list[Array] | None:
-        """The labels of the feeds that `spread` returns, one array [batch, ...] each; None if there are no labels. Raises
+        """The labels of the feeds that `spread` returns, one array [rows, ...] each; None if there are no labels. Raises
         OnnxqError if there are more or fewer labels than samples."""
         if self.labels is None:
             return None
-        size, samples = self._fixed or 1, self._count()
-        check_labels(self.labels, samples, self.where)
-        at = [np.arange(first, min(first + size, samples)) for first in range(0, samples, size)]
-        return [self.labels[np.resize(at[n], size)] for n in spread(self._feeds(), count)]
+        feeds = self._feeds()
+        rows = [1] * feeds
+        if self.labels.ndim and len(self.labels) != feeds:
+            rows = [self.rows(feed) for feed in self]
+            if len(self.labels) != sum(rows):
+                check_labels(self.labels, max(feeds, sum(rows)), self.where)
+        ends = np.cumsum(rows)
+        check_labels(self.labels, int(ends[-1]), self.where)
+        return [self.labels[ends[n] - rows[n] : ends[n]] for n in chosen(feeds, count, self.state)]
 
-    @property
-    def _fixed(self) -> int | None:
-        """The model's fixed batch size, if that is not 1."""
-        return next((i.batch for i in self.inputs if i.batch not in (None, 1)), None)
+    def apart(self, items: Sequence[Item]) -> tuple[Sequence[Item], Sequence[Item]]:
+        """Two halves of what there is one of per feed: every second one and the others; with states, which follow from the
+        step before, the first ones and the rest."""
+        half = (len(items) + 1) // 2
+        return (items[:half], items[half:]) if self.state else (items[::2], items[1::2])
 
-    def _count(self) -> int:
-        """Number of samples."""
-        return self.size or sum(1 for _ in self._samples())
+    def halves(self) -> tuple[Data, Data]:
+        """Two of them, `apart`, in memory."""
+        feeds, labels = self.apart(self.spread(0)), self.apart(self.spread_labels(0) or [])
+
+        def half(n: int) -> Data:
+            one = Data(
+                self.inputs,
+                lambda: iter(feeds[n]),
+                self.where,
+                len(feeds[n]),
+                np.concatenate(labels[n]) if labels[n] else None,
+                self.batch,
+            )
+            one.state, one.complete = self.state, self.complete
+            return one
+
+        return half(0), half(1)
+
+    def rows(self, feed: Mapping[str, Array]) -> int:
+        """Size of a feed's first axis, of the input where it is most likely the batch: the first one where it is open."""
+        sizes = [(i, len(feed[i.name])) for i in self.inputs if i.name in feed and np.ndim(feed[i.name])]
+        return next((n for i, n in sizes if i.shape and not isinstance(i.shape[0], int)), sizes[0][1] if sizes else 1)
+
+    def _counted(self, feed: Mapping[str, Array]) -> int:
+        """Samples in a feed: its rows, where the first axis goes by the name of a batch."""
+        batched = any(i.shape and not isinstance(i.shape[0], int) and is_batch(i.shape[0]) for i in self.inputs)
+        return self.rows(feed) if batched else 1
 
     def _feeds(self) -> int:
         """Number of feeds."""
-        return -(-self._count() // (self._fixed or 1))
-
-    def _batches(self, singles: Iterator[dict[str, Array]], size: int) -> Iterator[dict[str, Array]]:
-        """Batches of `size` samples; the last one is completed with its own first samples."""
-        while chunk := list(itertools.islice(singles, size)):
-            full = [chunk[i % len(chunk)] for i in range(size)]
-            yield {
-                i.name: np.concatenate([f[i.name] for f in full]) if i.batch == size else full[0][i.name]
-                for i in self.inputs
-            }
+        return self.size if self.size is not None else sum(1 for _ in self._samples())
 
     def digest(self) -> str:
         """A fingerprint of all samples; reads them once."""
@@ -114,25 +154,39 @@ class Data:
             digest = hashlib.blake2b(digest_size=16)
             for feed in self:
                 for name in sorted(feed):
-                    digest.update(f"{name}{feed[name].shape}{feed[name].dtype}".encode())
-                    digest.update(np.ascontiguousarray(feed[name]).tobytes())
+                    x = feed[name]
+                    if not isinstance(x, np.ndarray) or x.dtype.kind == "O":  # strings, sequences
+                        digest.update(f"{name}{np.shape(x)}{x.tolist() if isinstance(x, np.ndarray) else x!r}".encode())
+                        continue
+                    digest.update(f"{name}{x.shape}{x.dtype}".encode())
+                    digest.update(np.ascontiguousarray(x).tobytes())
             self._digest = digest.hexdigest()
         return self._digest
 
     def _checked(self, feed: Mapping[str, Array], number: int) -> dict[str, Array]:
-        names = {i.name for i in self.inputs}
         if not isinstance(feed, Mapping):
             raise OnnxqError(
                 f"{self.where}, sample {number}: expected a mapping from input name to array, got {type(feed).__name__}."
             )
-        if missing := names - set(feed):
-            unknown = sorted(set(feed) - names)
+        names = {i.name for i in self.inputs}
+        if missing := {i.name for i in self.inputs if not i.optional} - set(feed):
+            unknown = sorted(str(name) for name in set(feed) - names)
             raise OnnxqError(
                 f"{self.where}, sample {number}: no array for the model's input {quoted(missing)}"
                 + (f" (it has {quoted(unknown)})" if unknown else "")
                 + "; name the arrays after the inputs."
+                + "".join(i.offer for i in self.inputs if i.name in missing)
             )
-        return {i.name: fit(np.asarray(feed[i.name]), i, f"{self.where}, sample {number}") for i in self.inputs}
+        where = f"{self.where}, sample {number}"
+        return {i.name: fit(feed[i.name], i, where) for i in self.inputs if i.name in feed}
+
+
+def is_batch(symbol: str | None) -> bool:
+    """True if the symbol of an axis names a batch, or nothing at all."""
+    return symbol is None or re.fullmatch(_BATCH, symbol.lower()) is not None
+
+
+_BATCH = r"n|b|bs|none|\?|.*batch.*|.*sample.*|unk.*|.*dynamic.*|[sd]?\d+"  # as people write it, and exporters
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -140,3 +194,13 @@ def spread(total: int, count: int) -> list[int]:
     if count <= 0 or count >= total:
         return list(range(total))
     return [n * total // count for n in range(count)]
+
+
+def chosen(total: int, count: int, state: Mapping[str, str]) -> list[int]:
+    """`count` numbers of range(total): spread evenly, or the first ones where samples are steps of a stream."""
+    return list(range(total))[: count or None] if state else spread(total, count)
+
+
+def batches(total: int, size: int) -> list[Array]:
+    """The numbers 0..total-1 in batches of one size; the last one is completed with its own first numbers."""
+    return [np.resize(np.arange(first, min(first + size, total)), size) for first in range(0, total, size)]

@@ -16,9 +16,11 @@ import onnx
 from onnx import numpy_helper
 
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.export.qdq import needs_narrow
 from onnxq_plugins.export.weights import stored_form
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.flow import maker_of, result_of
+from onnxq_plugins.graph.opsets import NARROW_OPSET, raise_opset
 from onnxq_plugins.job import Outcome
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_values, weight_values
@@ -89,6 +91,8 @@ def ort_model(result: Outcome) -> onnx.ModelProto:
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in new]
     del model.graph.initializer[:]
     model.graph.initializer.extend([*kept, *(numpy_helper.from_array(values, name) for name, values in new.items())])
+    if needs_narrow(plan):
+        raise_opset(model, NARROW_OPSET)
     return model
 
 

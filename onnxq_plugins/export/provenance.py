@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,24 @@ from typing import Any
 import onnx
 
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph.importer import read
+from onnxq_plugins.graph.reading import read
 from onnxq_plugins.job import Recipe
+from onnxq_plugins.runtimes.examples import SHAPES_KEY
 
 
 def sign(
-    model: onnx.ModelProto, recipe: Recipe, seed: int, distributions: Iterable[str], versions: Mapping[str, str]
+    model: onnx.ModelProto,
+    recipe: Recipe,
+    seed: int,
+    distributions: Iterable[str],
+    versions: Mapping[str, str],
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Write into a model's metadata what is needed to reproduce it.
 
     distributions   that its passes and its target come from
     versions        of distributions, where known
+    shapes          of the first sample, for whoever times the model
     """
     names = sorted({*distributions, "onnxq-plugins"})
     values = {
@@ -29,6 +36,8 @@ def sign(
         "onnxq.seed": str(seed),
         "onnxq.versions": " ".join(f"{name}=={versions.get(name) or version_of(name)}" for name in names),
     }
+    if shapes:
+        values[SHAPES_KEY] = json.dumps(shapes)
     others = [p for p in model.metadata_props if p.key not in values]
     del model.metadata_props[:]
     model.metadata_props.extend(others)

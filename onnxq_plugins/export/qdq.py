@@ -7,19 +7,32 @@ never a float layer between a DQ and a Q.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import onnx
+from onnx.helper import np_dtype_to_tensor_dtype
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.builder import Builder
-from onnxq_plugins.export.weights import shifts, stored_form, write_blocked, write_decoded, write_quantized
+from onnxq_plugins.export.weights import (
+    shifts,
+    stored_form,
+    write_blocked,
+    write_constant,
+    write_decoded,
+    write_quantized,
+    write_rows,
+)
 from onnxq_plugins.files import DataFile
 from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.graph.bodies import outer_reads
+from onnxq_plugins.graph.constants import tables
 from onnxq_plugins.graph.flow import maker_of
+from onnxq_plugins.graph.opsets import NARROW_OPSET, expand, opset_of, raise_opset
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_scale, bias_values
 from onnxq_plugins.spec import Array, Plan, QuantSpec
@@ -79,11 +92,15 @@ class Writer:
         self.integer, self.carried = self.planned.integer, self.planned.carriers
         self.layers = {layer.name: layer for layer in graph.layers}
         self.floats: dict[str, Array] = {}  # most are replaced by codes: only what stays float is copied, at the end
-        self.model = graph.model(self.floats)
+        self.model = graph.model(self.floats, expand=False)
+        raise_opset(self.model, max(graph.output_opset, NARROW_OPSET if needs_narrow(plan) else 0))
         self.builder = Builder(self.model, graph.mapped, data)
         proto = self.model.graph
-        self.outputs = {o.name for o in proto.output} | subgraph_reads(proto.node)  # read by name: the DQ must bear it
+        self.captured = {name for node in proto.node for name in outer_reads(node)}
+        self.outputs = {o.name for o in proto.output} | self.captured  # read by name: their values must bear it
         self.dequantized: dict[str, str] = {}
+        self.stored = {name: spec for name, spec in self.planned.constants.items() if spec.codes is not None}
+        self.tables = {name for name in tables(graph) if name in self.stored and _by_row(self.stored[name])}
 
     def write(self) -> onnx.ModelProto:
         for _ in self.layer_by_layer():
@@ -92,6 +109,9 @@ class Writer:
 
     def layer_by_layer(self) -> Iterator[Layer]:
         """Write the operators, pausing before each planned layer: the entry of its weight is read only then."""
+        for name, spec in self.stored.items():
+            if name not in self.tables:
+                write_constant(self.builder, name, spec, self._kind(name))
         for tensor in self.graph.inputs:
             self._quantize_after(tensor)
         for node in list(self.model.graph.node):
@@ -101,31 +121,45 @@ class Writer:
                 self._layer(node, self.layers[node.name])
                 if self._apart(node, self.layers[node.name]):
                     self._separate(written[0])
+            elif node.op_type == "Gather" and node.input[0] in self.tables:
+                table = node.input[0]
+                write_rows(self.builder, table, self.stored[table], node, self._kind(table))
             else:
                 self._append(node)
                 if node.name in self.layers and node.input[0] in self.dequantized.values():
                     self._separate(written[0])
-            for name in written:
+            for name in filter(None, written):
                 self._quantize_after(name)
 
     def _finish(self) -> onnx.ModelProto:
         proto = self.model.graph
         del proto.node[:]
         proto.node.extend(self.builder.nodes)
-        used = {name for node in proto.node for name in node.input} | self.outputs
-        kept = [
+        read = {name for node in proto.node for name in node.input} | self.outputs
+        kept = {name: values for name, values in self.floats.items() if name in read and name not in self.stored}
+        first = _first_of_equal(kept, self.outputs)
+        for node in proto.node:
+            for i, name in enumerate(node.input):
+                node.input[i] = first.get(name, name)
+        constants = [
             self.builder.tensor(self.floats[t.name], t.name) if t.name in self.floats else t
             for t in proto.initializer
-            if t.name in used
+            if t.name in read and t.name not in first and t.name not in self.stored
         ]
         del proto.initializer[:]
-        proto.initializer.extend(kept)
+        proto.initializer.extend(constants)
         proto.initializer.extend(self.builder.constants)
-        del proto.value_info[:]  # onnxruntime infers them again; stale ones would be refused
+        written = {name for node in proto.node for name in node.output}
+        del proto.value_info[:]  # the user's own; onnxruntime infers the rest
+        proto.value_info.extend(value for value in self.graph.value_info if value.name in written)
         bits = {layer.name: shifts(layer, self.plan[layer.weight]) for layer in self.planned.layers}
         if table := {name: "".join(f"{n:x}" for n in values) for name, values in bits.items() if values is not None}:
             self.model.metadata_props.add(key="onnxq.shifts", value=json.dumps(table))  # a hexadecimal digit per channel
         return self.model
+
+    def _kind(self, name: str) -> int:
+        """The type of a constant."""
+        return int(np_dtype_to_tensor_dtype(self.graph.constant(name).dtype))
 
     # ---- activations ---------------------------------------------------------------------------------------------------
 
@@ -145,11 +179,14 @@ class Writer:
         scale = build.constant(f"{key}_scale", np.asarray(spec.scale, np.float32))
         zero = build.constant(f"{key}_zero_point", np.asarray(spec.zero_point).astype(_code_type(spec)))
         codes = build.fresh(f"{name}_quantized")
-        values = name if renamed else build.fresh(f"{name}_dequantized")
+        apart = renamed and name in self.captured
+        values = build.fresh(f"{name}_dequantized") if apart or not renamed else name
         if spec.bits < 8:  # codes are uint8, which would go on beyond the grid
             source = self._clipped(name, source, spec)
         build.add("QuantizeLinear", [source, scale, zero], [codes])
         build.add("DequantizeLinear", [codes, scale, zero], [values])
+        if apart:  # onnxruntime 1.32 aborts the process where control flow reads the output of a DequantizeLinear
+            build.add("Sum", [values], [name], name=build.fresh(f"{name}_apart"))
         self.dequantized[name] = values
 
     def _renamed(self, name: str) -> str:
@@ -186,7 +223,7 @@ class Writer:
         """Write an operator of the float model, on the dequantized form of the inputs that it reads in codes."""
         for i, name in enumerate(node.input):
             node.input[i] = self._input(node.name, name)
-        self.builder.nodes.append(node)
+        self.builder.nodes += expand(node, opset_of(self.model), self.builder.constant)
 
     def reads_codes(self, node: str, name: str) -> bool:
         """True if an operator reads the quantized form of a tensor, where that has one."""
@@ -195,7 +232,7 @@ class Writer:
     def _rule(self, layer: Layer) -> tuple[Rule, str]:
         """The rule by which a planned layer is written, and the planned activation it reads, "" for float."""
         key = self.planned.source(layer.input) if layer.name in self.integer else ""
-        rule = self.target.rule(layer, self.plan[layer.weight], self.plan[key].bits if key else 0)
+        rule = self.planned.rule_for(layer, self.plan[layer.weight], self.plan[key].bits if key else 0)
         if rule is None:
             raise OnnxqError(
                 f"layer '{layer.name}': its weight is planned, but its output '{layer.result}' is not; plan "
@@ -244,7 +281,7 @@ class Writer:
             weight = write_decoded(self.builder, layer, spec)
             bias = self._float_bias(layer, spec)
         else:
-            weight = write_quantized(self.builder, layer, spec, rule, self.graph.opset)
+            weight = write_quantized(self.builder, layer, spec, rule)
             bias = self._bias(layer, spec, self.plan[key], factor)
         self._append(node)
         node.input[1] = weight
@@ -304,17 +341,33 @@ class Writer:
             build.add("MatMul", [x, weight], [output], name=node.name)
 
 
+def _by_row(spec: QuantSpec) -> bool:
+    """True if a table has int8 codes and one scale per row."""
+    return spec.bits > 4 and spec.block is not None and spec.block[0] == 1 and not any(spec.block[1:])
+
+
 def _code_type(spec: QuantSpec) -> Any:
     """The integer type of an activation's codes."""
     return (np.int8 if spec.symmetric else np.uint8) if spec.bits <= 8 else (np.int16 if spec.symmetric else np.uint16)
 
 
-def subgraph_reads(nodes: Sequence[onnx.NodeProto]) -> set[str]:
-    """Names that control-flow bodies read from outside."""
-    names: set[str] = set()
-    for node in nodes:
-        for attribute in node.attribute:
-            for body in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
-                names |= {name for inner in body.node for name in inner.input} | {o.name for o in body.output}
-                names |= subgraph_reads(body.node)
-    return names
+def _first_of_equal(floats: Mapping[str, Array], fixed: Collection[str]) -> dict[str, str]:
+    """Float constant -> an equal one that is kept in its place: layers that share a weight have copies of it.
+
+    fixed   names that stay
+    """
+    first: dict[tuple[tuple[int, ...], bytes], str] = {}
+    same = {}
+    for name, values in floats.items():
+        kept = first.setdefault((values.shape, hashlib.sha256(np.ascontiguousarray(values).data).digest()), name)
+        if kept != name and name not in fixed:
+            same[name] = kept
+    return same
+
+
+def needs_narrow(plan: Plan) -> bool:
+    """True if a plan asks for codes of 4 or 16 bits or for scales per block, which came with `NARROW_OPSET`."""
+    return any(
+        spec.bits <= 4 or spec.bits > 8 or (spec.block is not None and len(spec.block) == 2 and max(spec.block) > 1)
+        for spec in plan.values()
+    )

@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 from onnx import TensorProto
 
 from onnxq_plugins.export.builder import Builder
@@ -139,14 +140,14 @@ def stored_bits(layer: Layer, spec: QuantSpec, rule: Rule) -> float:
 # ---- operators that decode a weight ---------------------------------------------------------------------------------------
 
 
-def write_quantized(builder: Builder, layer: Layer, spec: QuantSpec, rule: Rule, opset: int) -> str:
+def write_quantized(builder: Builder, layer: Layer, spec: QuantSpec, rule: Rule) -> str:
     """INT8 -> DequantizeLinear, or a chain from INT4 to DequantizeLinear, which the runtime folds at load. Returns the name
     of the weight, as do the other two."""
     assert spec.codes is not None and spec.scale is not None
     name = layer.weight
     if rule.storage == "int4":
         codes = _int4_codes(builder, layer, spec)
-    elif opset >= 21 and (narrow := narrow_channels(layer, spec, rule)) is not None:
+    elif (narrow := narrow_channels(layer, spec, rule)) is not None:
         codes = _mixed_codes(builder, layer, spec, narrow)
     else:
         codes = builder.constant(f"{name}_codes", int8_codes(layer, spec))
@@ -172,12 +173,45 @@ def write_decoded(builder: Builder, layer: Layer, spec: QuantSpec) -> str:
     codes: Array = spec.codes.astype(codes_type(spec))
     scale = np.asarray(spec.scale, np.float32)
     if spec.multiplier is None:
-        return _product(builder, layer, codes, scale, spec.block, TensorProto.FLOAT)
+        return _product(builder, layer.weight, codes, scale, spec.block, TensorProto.FLOAT)
     factors = spec.multiplier.astype(multiplier_type(spec.multiplier))
-    fine = _product(builder, layer, codes, factors, spec.sub_block, TensorProto.FLOAT)
+    fine = _product(builder, layer.weight, codes, factors, spec.sub_block, TensorProto.FLOAT)
     weight, coarse = builder.fresh(f"{layer.weight}_decoded"), builder.constant(f"{layer.weight}_scale", scale)
     builder.add("Mul", [fine, coarse], [weight])  # one scale per tensor or channel: it broadcasts as it is
     return weight
+
+
+def write_constant(builder: Builder, name: str, spec: QuantSpec, kind: int) -> None:
+    """A constant outside layers, decoded once at load: codes -> Cast -> Mul(scale), under its own name, by which
+    bodies of control flow may read it.
+
+    kind   its type, FLOAT or DOUBLE
+    """
+    assert spec.codes is not None
+    codes: Array = spec.codes.astype(codes_type(spec))
+    product = _product(builder, name, codes, np.asarray(spec.scale, np.float32), spec.block, kind)
+    last = next(node for node in reversed(builder.nodes) if product in node.output)
+    last.output[0] = name
+
+
+def write_rows(builder: Builder, name: str, spec: QuantSpec, node: onnx.NodeProto, kind: int) -> None:
+    """A Gather on the first axis of a table [rows, ...] that has a scale per row: it reads codes and scales, so that no
+    float table is in memory, Gather(codes) -> Cast -> Mul(Gather(scale)).
+
+    node   the Gather, which is written anew
+    """
+    assert spec.codes is not None
+    codes = builder.constant(f"{name}_codes", spec.codes.astype(np.int8))
+    scale = builder.constant(f"{name}_scale", np.asarray(spec.scale, np.float32))
+    output = node.output[0]
+    rows, wide, scales, factors = (builder.fresh(f"{output}_{part}") for part in ("codes", "wide", "scale", "factor"))
+    builder.add("Gather", [codes, node.input[1]], [rows], name=node.name)
+    builder.add("Cast", [rows], [wide], to=kind)
+    builder.add("Gather", [scale, node.input[1]], [scales])
+    if kind != TensorProto.FLOAT:
+        builder.add("Cast", [scales], [factors], to=kind)
+        scales = factors
+    builder.add("Mul", [wide, scales], [output])
 
 
 def write_blocked(builder: Builder, layer: Layer, spec: QuantSpec) -> str:
@@ -206,7 +240,7 @@ def _int4_codes(builder: Builder, layer: Layer, spec: QuantSpec) -> str:
         return codes
     factors = spec.multiplier.astype(multiplier_type(spec.multiplier))
     narrow = spec.codes.astype(ml_dtypes.int4)
-    product = _product(builder, layer, narrow, factors, spec.sub_block, TensorProto.INT32)
+    product = _product(builder, name, narrow, factors, spec.sub_block, TensorProto.INT32)
     builder.add("Cast", [product], [codes], to=TensorProto.INT8)
     return codes
 
@@ -233,10 +267,10 @@ def _mixed_codes(builder: Builder, layer: Layer, spec: QuantSpec, narrow: Array)
     return ordered
 
 
-def _product(builder: Builder, layer: Layer, codes: Array, factors: Array, block: Block | None, kind: int) -> str:
+def _product(builder: Builder, name: str, codes: Array, factors: Array, block: Block | None, kind: int) -> str:
     """Codes times one factor per block, as `kind`. Each divided axis is stored as two, [blocks, size of a block] against
     [blocks, 1], so that nothing is repeated on disk; padded where the blocks do not divide it."""
-    name, shape = layer.weight, layer.shape
+    shape = codes.shape
     layout = Layout.of(shape, block)
     padded = np.zeros(layout.whole, codes.dtype)
     padded[tuple(slice(n) for n in shape)] = codes

@@ -1,6 +1,6 @@
 """Exact float rewrites done once, at import, so that every later pass and the exporter see one form.
 
-Constants are folded, each layer gets a weight of its own, BatchNorm and constant additions move into layers, and
+Each layer gets a weight of its own, BatchNorm and constant additions move into layers, and
 chains that exporters wrote out (GELU, HardSwish, LayerNormalization, MatMul + Add) become the one operator that
 runtimes know. Each function is one rewrite; `canonicalize` applies them in order.
 """
@@ -12,24 +12,18 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.flatten import flatten_matmul
 from onnxq_plugins.graph.functions import fuse_layernorm, fuse_scalar_functions, variable_and_constant
 from onnxq_plugins.graph.layer import BatchNorm
+from onnxq_plugins.graph.products import rewrite_products
 from onnxq_plugins.spec import Array
 
 
 def canonicalize(graph: Graph, flatten: bool = True) -> None:
     """Bring a freshly imported graph into canonical form, in place; `flatten` includes `flatten_matmul`."""
-    try:
-        graph._graph.fold_constants(error_ok=True, size_threshold=2**31).cleanup()
-    except Exception as error:  # graphsurgeon makes assumptions about control flow
-        raise OnnxqError(
-            f"the constants of the model cannot be folded ({' '.join(str(error).split())[:200]}); check it "
-            "with onnx.checker.check_model."
-        ) from error
     graph.tidy()
+    rewrite_products(graph)
     split_shared_weights(graph)
     normalize_gemm(graph)
     fold_batchnorm(graph)

@@ -14,8 +14,10 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph.beside import Beside, split
 from onnxq_plugins.graph.layer import LAYER_OPS, BatchNorm, Layer
 from onnxq_plugins.graph.mapped import MappedWeights
+from onnxq_plugins.graph.opsets import expand_all
 from onnxq_plugins.spec import Array
 
 __all__ = ["LAYER_OPS", "SHAPE_OPS", "BatchNorm", "Graph", "Layer"]
@@ -53,24 +55,28 @@ class Graph:
     def __init__(
         self,
         graph: gs.Graph,
-        header: onnx.ModelProto,
+        beside: Beside,
         batchnorms: dict[str, BatchNorm] | None = None,
         notes: Iterable[str] = (),
         mapped: MappedWeights | None = None,
+        versions: tuple[int, int] = (0, 0),
     ) -> None:
         self._graph = graph
-        self._header = header  # a ModelProto without nodes and weights: names, metadata, documentation
+        self._beside = beside
         self.batchnorms = dict(batchnorms or {})  # by name of the layer output that absorbed it
         self.notes = list(notes)  # what import changed or could not change, for the report
         self.touched: set[str] = set()
         self.mapped = mapped or MappedWeights()  # weights that stay in files
-        self.defaults: dict[str, Array] = {}  # values of inputs that callers may leave out
+        self.defaults = beside.defaults  # values of inputs that callers may leave out
+        self.versions = versions  # opset and IR version of the user's own model
+        self.output_opset = 0  # lowest opset of what is made of it; a pass that needs a newer one raises it
 
     # ---- queries ---------------------------------------------------------------------------------------------------
 
     @cached_property
     def _tensors(self) -> dict[str, gs.Tensor]:
-        return {**{t.name: t for t in (*self._graph.inputs, *self._graph.outputs)}, **self._graph.tensors()}
+        named = {t.name: t for t in (*self._graph.inputs, *self._graph.outputs)} | self._graph.tensors()
+        return {name: t for name, t in named.items() if name}
 
     @property
     def nodes(self) -> list[gs.Node]:
@@ -97,13 +103,13 @@ class Graph:
         return self._tensors[name]
 
     def producer(self, name: str) -> gs.Node | None:
-        """The operator that computes a tensor; None for inputs and constants."""
-        producers = self.tensor(name).inputs
+        """The operator that computes a tensor; None for inputs, constants and an optional output that is left out ("")."""
+        producers = self.tensor(name).inputs if name else []
         return producers[0] if producers else None
 
     def consumers(self, name: str) -> list[gs.Node]:
-        """The operators that read a tensor, those inside control-flow subgraphs included."""
-        return list(self.tensor(name).outputs)
+        """The operators that read a tensor, control flow whose bodies read it included."""
+        return list(self.tensor(name).outputs) if name else []
 
     def is_constant(self, name: str) -> bool:
         """True for weights and other constants."""
@@ -118,6 +124,16 @@ class Graph:
         """Shape as inferred at import (symbols or None for dynamic axes); None if the rank is unknown."""
         shape = self.tensor(name).shape
         return None if shape is None else tuple(shape)
+
+    @property
+    def unranked(self) -> list[str]:
+        """Names of the activations whose number of axes is unknown."""
+        return [t.name for n in self._graph.nodes for t in n.outputs if not t.is_empty() and t.shape is None]
+
+    def set_shape(self, name: str, shape: Sequence[int | str | None], dtype: Any) -> None:
+        """The shape of an activation that import could not infer; symbols or None for dynamic axes."""
+        tensor = self.tensor(name)
+        tensor.shape, tensor.dtype = list(shape), np.dtype(dtype)
 
     @cached_property
     def layers(self) -> list[Layer]:
@@ -172,11 +188,25 @@ class Graph:
             attrs,
         )
 
+    def decided_branches(self) -> dict[str, bool]:
+        """If operators whose condition is a constant -> that condition."""
+        conditions = {n.name: n.inputs[0] for n in self._graph.nodes if n.op == "If" and not n.domain}
+        return {name: bool(t.values.any()) for name, t in conditions.items() if isinstance(t, gs.Constant)}
+
+    def has_body(self, node: gs.Node) -> bool:
+        """True for control flow, such as If and Loop."""
+        return self._beside.has_body(node.name)
+
+    @property
+    def value_info(self) -> list[onnx.ValueInfoProto]:
+        """What the user's model says about its inner tensors."""
+        return list(self._beside.header.graph.value_info)
+
     def elided_activation(self, name: str) -> gs.Node | None:
         """The Relu, or Clip from 0, that is the only consumer of `name`. An output grid that starts at 0 does the same,
         so onnxruntime drops it from a quantized chain."""
-        tensor = self.tensor(name)
-        if len(tensor.outputs) != 1 or tensor in self._graph.outputs:
+        tensor = self._tensors.get(name)
+        if tensor is None or len(tensor.outputs) != 1 or tensor in self._graph.outputs:
             return None
         node: gs.Node = tensor.outputs[0]
         if node.op == "Relu":
@@ -213,13 +243,13 @@ class Graph:
 
     def set_constant(self, name: str, values: Array) -> None:
         """New values for a constant; shape and dtype may change with them."""
-        self.tensor(name).values = np.ascontiguousarray(values)
+        self.tensor(name).values = np.asarray(values, order="C")
         self.touched.add(name)
         self.changed()
 
     def add_constant(self, name: str, values: Array) -> gs.Constant:
         """A new constant under `name`, or under `name` with a number if that is taken."""
-        constant = gs.Constant(self.fresh(name), np.ascontiguousarray(values))
+        constant = gs.Constant(self.fresh(name), np.asarray(values, order="C"))
         self._tensors[constant.name] = constant
         return constant
 
@@ -292,11 +322,12 @@ class Graph:
 
     # ---- export ---------------------------------------------------------------------------------------------------
 
-    def model(self, weights: dict[str, Array] | None = None) -> onnx.ModelProto:
+    def model(self, weights: dict[str, Array] | None = None, expand: bool = True) -> onnx.ModelProto:
         """The float model as ONNX, with IR version, opset, metadata and documentation as imported.
 
         weights   a dict that receives the large constants; the model then has placeholders ("external data") for them and
                   no copy is made. `runtimes.session` takes both.
+        expand    write operators that the opset lacks, such as Gelu, in elementary ones
 
         Raises OnnxqError if an attribute cannot be written.
         """
@@ -331,27 +362,25 @@ class Graph:
                 tensor.values = values
         if weights is not None:
             weights.update((t.name, np.ascontiguousarray(v)) for t, v in zip(large, arrays, strict=True))
-        for key, value in self._header.ListFields():
-            if key.name in ("opset_import", "metadata_props", "functions"):
-                model.ClearField(key.name)
-                getattr(model, key.name).extend(value)
-            elif key.name != "graph":
-                setattr(model, key.name, value)
-        model.graph.name, model.graph.doc_string = self._header.graph.name, self._header.graph.doc_string
-        docs = {n.name: n.doc_string for n in self._header.graph.node}
-        for node in model.graph.node:
-            node.doc_string = docs.get(node.name, "")
+        self._beside.restore(model)
+        if expand:
+            expand_all(model)
         return model
 
     def digest(self) -> str:
         """A fingerprint of the float function: equal for equal operators and weights. Copies no weight."""
         digest = hashlib.blake2b(digest_size=16)
         _update(digest, self._graph)
+        for rest in self._beside.rest.values():
+            _update(digest, [a.SerializeToString() for a in rest.attributes])
         return digest.hexdigest()
 
     def copy(self) -> Graph:
         """An independent copy; weights are copied too."""
-        return Graph(gs.import_onnx(self.model()), self._header, copy.copy(self.batchnorms), self.notes)
+        graph, beside = split(self.model(expand=False), self._beside.header)
+        twin = Graph(graph, beside, copy.copy(self.batchnorms), self.notes, versions=self.versions)
+        twin.output_opset = self.output_opset
+        return twin
 
 
 def _update(digest: Any, value: Any) -> None:

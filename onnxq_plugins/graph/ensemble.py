@@ -85,7 +85,7 @@ def side_by_side(graph: Graph, parts: Mapping[str, Sequence[Array]]) -> tuple[li
 def unfit(graph: Graph, names: Sequence[str]) -> str:
     """Why a network with parts of these layers cannot be a sum of networks: the first operator that prevents it; "" if it
     can."""
-    bodies = next((node for node in graph.nodes if any(isinstance(a, gs.Graph) for a in node.attrs.values())), None)
+    bodies = next((node for node in graph.nodes if graph.has_body(node)), None)
     if bodies is not None:
         return f"{bodies.op} '{bodies.name}' has a body of its own"
     cut, layers = _cut(graph, names), {y.name for y in graph.layers}

@@ -31,10 +31,10 @@ _NUMPY: dict[str, Callable[..., Array]] = {
     "Clip": lambda x, lo=-np.inf, hi=np.inf: np.clip(x, lo, hi),
 }
 _ANCHORS = ("Tanh", "Erf", "HardSigmoid", "Clip")
-_KNOWN: tuple[tuple[str, dict[str, str], int, Callable[[Array], Array]], ...] = (
-    ("Gelu", {"approximate": "tanh"}, 20, lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))),
-    ("Gelu", {"approximate": "none"}, 20, lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2)))),
-    ("HardSwish", {}, 14, lambda x: x * np.clip(x / 6 + 0.5, 0, 1)),
+_KNOWN: tuple[tuple[str, dict[str, str], Callable[[Array], Array]], ...] = (
+    ("Gelu", {"approximate": "tanh"}, lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))),
+    ("Gelu", {"approximate": "none"}, lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2)))),
+    ("HardSwish", {}, lambda x: x * np.clip(x / 6 + 0.5, 0, 1)),
 )
 
 
@@ -49,7 +49,7 @@ def fuse_scalar_functions(graph: Graph) -> None:
         if anchor.op not in _ANCHORS or not anchor.outputs:
             continue
         for x, end in _regions(graph, anchor):
-            match = next((k for k in _KNOWN if k[2] <= graph.opset and _matches(end, x, grid, k[3])), None)
+            match = next((k for k in _KNOWN if _matches(end, x, grid, k[2])), None)
             if match is not None:
                 op, attrs = match[:2]
                 output = end.outputs[0]
@@ -126,7 +126,7 @@ def _matches(end: gs.Node, start: gs.Tensor, grid: Array, function: Callable[[Ar
 def fuse_layernorm(graph: Graph) -> None:
     """(x - mean) / sqrt(var + eps) * gamma + beta over the last axis becomes LayerNormalization."""
     for root in graph.nodes:
-        if root.op != "Sqrt" or graph.opset < 17:
+        if root.op != "Sqrt":
             continue
         plus = _producer(root.inputs[0], "Add")
         variance, epsilon = variable_and_constant(plus) if plus else (None, None)

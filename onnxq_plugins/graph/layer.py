@@ -104,3 +104,16 @@ class Layer:
             return kernel, strides, dilations, pads
         flat = (self.attrs.get("pads") or [0] * 2 * rank) if auto == "NOTSET" else [0] * 2 * rank
         return kernel, strides, dilations, list(zip(flat[:rank], flat[rank:], strict=True))
+
+    def coverage(self, sizes: Sequence[int]) -> Array:
+        """The part of a Conv's outputs (0..1) for which each tap of its kernel [taps] lies inside an input of these spatial
+        sizes; elsewhere it reads padding."""
+        parts = []
+        for n, k, s, d, (before, after) in zip(sizes, *self.geometry(sizes), strict=True):
+            outputs = max((n + before + after - d * (k - 1) - 1) // s + 1, 1)
+            at = np.arange(outputs) * s - before + d * np.arange(k)[:, None]
+            parts.append(((at >= 0) & (at < n)).mean(axis=1))
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = np.multiply.outer(whole, part)
+        return np.asarray(whole.reshape(-1))

@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer
+from onnxq_plugins.layers.recurrent import recurrent_codes
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_values
 from onnxq_plugins.spec import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 def complete(job: Job) -> None:
     """Law L4: solve whatever the passes left open."""
     complete_ranges(job)
+    complete_constants(job)
     solved = {}
     mapped = job.graph.mapped
     for layer in Planned.of(job).layers:
@@ -40,6 +42,23 @@ def complete(job: Job) -> None:
                 spec = replace(spec, codes=mapped.keep(spec.codes))
         solved[layer.weight] = spec
     job.plan |= solved
+
+
+def complete_constants(job: Job) -> None:
+    """Solve the constants outside layers: the smallest scales without clipping, and the nearest codes; those of recurrent
+    operators by what these read."""
+    mapped, graph = job.graph.mapped, job.graph
+    specs = {name: spec for name, spec in Planned.of(job).constants.items() if spec.codes is None}
+    for name, spec in specs.items():
+        if not spec.solved:
+            with mapped.reading():
+                specs[name] = solve_minmax(graph.constant(name), spec)
+    solved = recurrent_codes(job, specs)
+    for name, spec in specs.items():
+        with mapped.reading():
+            codes = solved[name] if name in solved else weight_codes(graph.constant(name), spec)
+            specs[name] = replace(spec, codes=mapped.keep(codes) if name in mapped.arrays else codes)
+    job.plan |= specs
 
 
 def complete_ranges(job: Job) -> None:

@@ -162,13 +162,17 @@ class Problem:
         return replace(spec, scale=np.maximum(np.asarray(spec.scale), self.floor).astype(np.float32))
 
 
-def bias_shift(graph: Graph, layer: Layer, spec: QuantSpec, mean: Array) -> Array:
+def bias_shift(graph: Graph, layer: Layer, spec: QuantSpec, mean: Array, sizes: Sequence[int] = ()) -> Array:
     """(W - Wq) E[x], the mean error of a layer's outputs [outputs] that its codes cause, from the mean of its input per
-    channel [inputs]. Padding is ignored."""
+    channel [inputs].
+
+    sizes   of the input of a Conv along its spatial axes, as padding has a mean of 0; () if unknown, which ignores padding
+    """
     weight = graph.constant(layer.weight).astype(np.float64)
     error = layer.matrix(weight - weight_values(layer, spec))
     taps = int(np.prod(layer.shape[2:])) if layer.op == "Conv" else 1
-    summed = error.reshape(*error.shape[:2], -1, taps).sum(axis=3)  # [groups, outputs, inputs]
+    inside = layer.coverage(sizes) if sizes else np.ones(taps)
+    summed = error.reshape(*error.shape[:2], -1, taps) @ inside  # [groups, outputs, inputs]
     shift: Array = np.einsum("goi,gi->go", summed, mean.reshape(layer.groups, -1)).reshape(-1)
     return shift
 

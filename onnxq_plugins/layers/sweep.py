@@ -20,8 +20,10 @@ from onnx import TensorProto, helper
 from onnxq_plugins import runtimes
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.export.qdq import Writer, subgraph_reads
+from onnxq_plugins.export.qdq import Writer
 from onnxq_plugins.graph import Layer
+from onnxq_plugins.graph.bodies import outer_reads
+from onnxq_plugins.graph.opsets import NARROW_OPSET, raise_opset
 from onnxq_plugins.graph.patches import gram, output_columns, patches, split
 from onnxq_plugins.job import Job
 from onnxq_plugins.parallel import map_threads
@@ -81,7 +83,7 @@ class _Network:
             [helper.make_empty_tensor_value_info(name) for name in outputs],
             [small[name] for name in needed if name in small],
         )
-        model = helper.make_model(graph, opset_imports=self.proto.opset_import, functions=list(self.proto.functions))
+        model = helper.make_model(graph, opset_imports=self.proto.opset_import)
         model.ir_version = self.proto.ir_version
         weights = {name: self.floats[name] for name in needed if name in self.floats}
         session = runtimes.session(model, weights=weights, lean=True, arena=False)
@@ -141,6 +143,7 @@ def sweep(
     inputs = {name: [feed[name] for feed in feeds] for name in job.graph.inputs}
     exact = _Network(proto, floats, {name: list(values) for name, values in inputs.items()}, len(feeds))
     writer = Writer(job.graph, job.plan, job.target)
+    raise_opset(writer.model, NARROW_OPSET)  # a step of it is a model of its own, whatever it holds
     rounded = _Network(writer.model, writer.floats, inputs, len(feeds))
     start, written = 0, 0
     for layer in writer.layer_by_layer():
@@ -253,7 +256,7 @@ def _select(job: Job, data: Data, limit: int) -> list[dict[str, Array]]:
 
 def reads(node: onnx.NodeProto) -> list[str]:
     """Names an operator reads, those of control-flow bodies included."""
-    return [name for name in (*node.input, *subgraph_reads([node])) if name]
+    return [name for name in (*node.input, *outer_reads(node)) if name]
 
 
 def _pending(nodes: list[onnx.NodeProto], start: int) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins.calibration.propagation import propagate
+from onnxq_plugins.calibration.shapes import spatial_sizes
 from onnxq_plugins.job import Job, Pass, Service, Stage
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.layers.problem import bias_shift
@@ -23,6 +24,8 @@ class BiasCorrect(Pass):
     method   ``empirical``: means over the calibration data. ``analytic``: from the statistics of the BatchNormalizations
              that were folded into the layers before (for a model exported without folding them), as means of clipped normal
              distributions; needs no data
+
+    Taps of a kernel that read padding for a part of the outputs count by the other part.
 
         b <- b + (W - Wq) E[x];    E[max(x, 0)] = mu Phi(mu / sigma) + sigma phi(mu / sigma)   (``analytic``)
 
@@ -54,8 +57,9 @@ class BiasCorrect(Pass):
             job.note("bias-correct was skipped: without --data there are no means to correct by")
             return {"layers": 0}
         else:
-            by_input = job.calibration.means([layer.input for layer in layers])
-            means = {layer.name: by_input[layer.input] for layer in layers}
+            known = [layer for layer in layers if graph.shape(layer.input) is not None]
+            by_input = job.calibration.means([layer.input for layer in known])
+            means = {layer.name: by_input[layer.input] for layer in known}
         complete(job)
         left = [layer.name for layer in layers if layer.name not in means]
         if left:
@@ -64,10 +68,12 @@ class BiasCorrect(Pass):
                 f"mean of their inputs ({', '.join(left[:4])}{' ...' if len(left) > 4 else ''}); "
                 'method = "empirical" needs only data'
             )
-        largest = 0.0
+        sample = None if job.calibration.data is None else next(iter(job.calibration.data))
+        largest, sizes = 0.0, spatial_sizes(graph, layers, sample)
         for layer in layers:
             if layer.name in means:
-                shift = bias_shift(graph, layer, job.plan[layer.weight], means[layer.name])
+                inside = sizes.get(layer.name, ())
+                shift = bias_shift(graph, layer, job.plan[layer.weight], means[layer.name], inside)
                 bias = graph.constant(layer.bias) if layer.bias is not None else np.zeros(1)
                 largest = max(largest, float(np.abs(shift).max() / max(float(np.abs(bias).max()), 1e-30)))
                 job.plan |= {layer.weight: replace(job.plan[layer.weight], shift=shift.astype(np.float32))}

@@ -17,6 +17,7 @@ from onnxq_plugins.job import Job, Metric, Pass, Service
 from onnxq_plugins.measure.metrics import chance, metric, metric_name, top1, worst_sqnr
 from onnxq_plugins.measure.networks import Measure
 from onnxq_plugins.measure.samples import RANDOM, Samples
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.runtimes.machine import machine_name
 from onnxq_plugins.search import latency
 from onnxq_plugins.search.quantizers import FLOAT_BITS, Width, parse_widths
@@ -282,7 +283,7 @@ class _Search:
 
     def whole(self, choice: Choice) -> Plan:
         """The plan of a choice, every group quantized."""
-        return self.widths.plan(dict(enumerate(choice)))
+        return self.widths.plan(dict(enumerate(choice))) | Planned.of(self.job).constants
 
 
 def _apply(step: MixedPrecision, widths: Widths, choice: Choice) -> None:
@@ -290,7 +291,7 @@ def _apply(step: MixedPrecision, widths: Widths, choice: Choice) -> None:
     job, numbered = widths.job, dict(enumerate(choice))
     assert job.calibration.data is not None
     widths.round(step.method, job.calibration.data, numbered)
-    job.plan = widths.plan(numbered)
+    job.plan = widths.plan(numbered) | Planned.of(job).constants
     job.report.floats.update(
         {
             name: Reason("search", "mixed-precision chose float")

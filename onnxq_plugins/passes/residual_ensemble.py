@@ -109,6 +109,8 @@ class ResidualEnsemble(Pass):
         bits = job.target.code_bits if planned.input(layer) else 8
         if spec.solved:
             return "its scales are solved"
+        if job.target.only_stores(layer.op):
+            return f"target '{job.target.name}' runs it in float"
         if not spec.symmetric or spec.pow2 or spec.sub_block is not None:
             return f"orders are not defined for {spec.describe()}{' of powers of two' * spec.pow2}"
         if not np.isfinite(job.graph.constant(layer.weight)).all():

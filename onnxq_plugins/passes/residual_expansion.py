@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxq_plugins.calibration import channel_axis
 from onnxq_plugins.graph import Layer, channel_groups, replace_with_sum, split_outputs
+from onnxq_plugins.graph.opsets import NARROW_OPSET
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.layers.input_orders import expand_inputs
@@ -128,6 +129,7 @@ class ResidualExpansion(Pass):
             raise ValueError("share and budget both set how many channels get more orders; set one of them")
 
     def apply(self, job: Job) -> dict[str, Any]:
+        job.graph.output_opset = max(job.graph.output_opset, NARROW_OPSET)  # channels of one order are stored in 4 bits
         left: dict[str, str] = {}
         expansions: list[_Expansion] = []
         for one in self._depths(job, self._candidates(job, left)):
@@ -176,6 +178,8 @@ class ResidualExpansion(Pass):
             undefined = next((one for one in requests if not one.symmetric or one.pow2 or one.sub_block is not None), None)
             if spec.solved:
                 left[layer.name] = "its scales are solved"
+            elif job.target.only_stores(layer.op):
+                left[layer.name] = f"target '{job.target.name}' runs it in float"
             elif undefined is not None:
                 left[layer.name] = f"orders are not defined for {undefined.describe()}{' of powers of two' * undefined.pow2}"
             elif not np.isfinite(job.graph.constant(layer.weight)).all():

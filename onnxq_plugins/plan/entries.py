@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxq_plugins.graph import Graph
+from onnxq_plugins.graph import Graph, constants
 from onnxq_plugins.spec import QuantSpec, block_shape
 
 
@@ -13,16 +13,16 @@ def entry_problem(graph: Graph, tensor: str, spec: QuantSpec) -> str:
     if tensor not in graph:
         return "names no tensor of the graph; take names from job.graph.layers"
     layer = next((layer for layer in graph.layers if layer.weight == tensor), None)
-    if layer is None and graph.is_constant(tensor):
-        return "is about a constant that is not a layer's weight; plan weights and activations, biases follow from them"
+    constant = graph.is_constant(tensor)
+    if layer is None and constant and not any(tensor == other.name for other in constants(graph)):
+        return (
+            "is about a constant that is not a weight of 1 kB or more; plan weights and activations, biases follow from them"
+        )
     if not spec.solved:
         return ""
-    if layer is None:
-        shape: tuple[int, ...] = ()
-        if spec.block is not None:
-            return f"has block {spec.block}; activations have one scale, block = None"
-    else:
-        shape = layer.shape
+    if not constant and spec.block is not None:
+        return f"has block {spec.block}; activations have one scale, block = None"
+    shape = graph.constant(tensor).shape if constant else ()
     scale = np.asarray(spec.scale)
     if scale.shape != block_shape(shape, spec.block):
         return f"has scales of shape {scale.shape}, its block needs {block_shape(shape, spec.block)}; see QuantSpec"

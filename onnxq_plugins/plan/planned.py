@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.flow import activation_inputs, maker_of, result_of
+from onnxq_plugins.graph.opsets import NARROW_OPSET
 from onnxq_plugins.job import Job
 from onnxq_plugins.plan.values import bias_values
 from onnxq_plugins.spec import Array, Plan, QuantSpec
@@ -30,6 +31,12 @@ class Planned:
     def layers(self) -> list[Layer]:
         """Layers whose weight is planned."""
         return [layer for layer in self.graph.layers if layer.weight in self.plan]
+
+    @cached_property
+    def constants(self) -> Plan:
+        """Entries of constants that are no layer's weight."""
+        weights = {layer.weight for layer in self.graph.layers}
+        return Plan({n: s for n, s in self.plan.items() if self.graph.is_constant(n) and n not in weights})
 
     @cached_property
     def activations(self) -> list[str]:
@@ -68,7 +75,13 @@ class Planned:
         weight   in place of the weight's planned entry
         """
         weight = self.plan.get(layer.weight) if weight is None else weight
-        return None if weight is None else self.target.rule(layer, weight, self.bits(layer))
+        return None if weight is None else self.rule_for(layer, weight, self.bits(layer))
+
+    def rule_for(self, layer: Layer, weight: QuantSpec, activations: int) -> Rule | None:
+        """`Target.rule`. Mixed widths in one weight are an offer, for which the opset of a user's model does not rise."""
+        rule = self.target.rule(layer, weight, activations)
+        opset = max(self.graph.opset, self.graph.output_opset)
+        return rule if rule is None or opset >= NARROW_OPSET else replace(rule, narrow=False)
 
     def bias(self, layer: Layer) -> Array | None:
         """The bias of a planned layer with the shift that its weight's entry adds, float64; None if there is neither."""

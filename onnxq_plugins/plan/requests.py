@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,10 @@ import numpy as np
 from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.flow import activation_inputs, readers, result_of, source_of
-from onnxq_plugins.job import FLOAT, BlockRequest, LayerRule, Recipe, TensorRequest
+from onnxq_plugins.job import FLOAT, BlockRequest, Recipe, TensorRequest
+from onnxq_plugins.plan.constants import ConstantRequest, constant_requests
 from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.plan.rules import matches, settings
 from onnxq_plugins.spec import Block, Plan, QuantSpec, block_shape
 from onnxq_plugins.targets import Target, channel_block, channel_multipliers
 
@@ -29,13 +30,15 @@ from onnxq_plugins.targets import Target, channel_block, channel_multipliers
 class Request:
     """A plan of requests (nothing solved), with the reasons for what stays float and for changes.
 
-    inputs   planned layers by name -> the planned activation they are to read, "" for weight-only
+    inputs     planned layers by name -> the planned activation they are to read, "" for weight-only
+    constants  those outside layers, each with its entry or why it stays float
     """
 
     plan: Plan
     inputs: dict[str, str]
     floats: dict[str, Reason]
     notes: tuple[str, ...]
+    constants: tuple[ConstantRequest, ...] = ()
 
 
 def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
@@ -49,12 +52,15 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
     unmatched = set(range(len(recipe.layers)))
     ops = {rule.op for rule in target.rules}
     for i, layer in enumerate(graph.layers):
-        weights, activations, quantize = _settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, i), unmatched)
+        weights, activations, quantize = settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, i), unmatched)
         if quantize is False or weights.bits == FLOAT:
             floats[layer.name] = Reason("recipe", "the recipe leaves it float")
             continue
         if layer.op not in ops:
             floats[layer.name] = Reason("unsupported", f"target '{target.name}' has no quantized {layer.op}")
+            continue
+        if target.only_stores(layer.op):
+            plan[layer.weight] = _stored(graph, layer, recipe, weights)
             continue
         weight_only = activations.bits == FLOAT
         if weight_only and not any(r.op == layer.op and not r.activations for r in target.rules):
@@ -67,10 +73,11 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
             integer[layer.name] = activations
     for node in graph.nodes:
         if node.op == "MatMul" and not node.domain and not any(graph.is_constant(t.name) for t in node.inputs):
-            _, activations, quantize = _settings(recipe, node.name, "Attention", "", {}, unmatched)
+            _, activations, quantize = settings(recipe, node.name, "Attention", "", {}, unmatched)
             size = _multiply_adds(graph, node)
             if quantize or (quantize is None and "MatMul" in ops and 0 < target.attention <= size):
                 integer[node.name] = activations
+    outside = constant_requests(graph, recipe, target, unmatched)
     for n in sorted(unmatched):
         rule = recipe.layers[n]
         if rule.match != "*":
@@ -82,13 +89,14 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
             f"{narrowed} layers have {target.code_bits}-bit weight codes, since target '{target.name}' "
             f"allows |code| <= {target.max_code}"
         )
+    stored = {each.constant.name: each.spec for each in outside if each.spec is not None}
     if graph.layers and not plan:
         notes.append("no layer is quantized")
     activation_request = {**integer, **dict.fromkeys(_chain(graph, target, set(integer)), recipe.activations)}
-    whole = Plan(plan) | _activations(graph, target, activation_request)
+    whole = Plan(plan) | stored | _activations(graph, target, activation_request)
     view = Planned(graph, whole, target)
     inputs = {layer.name: view.source(layer.input) if layer.name in integer else "" for layer in view.layers}
-    return Request(whole, inputs, floats, tuple(notes))
+    return Request(whole, inputs, floats, tuple(notes), tuple(outside))
 
 
 def pinned(graph: Graph, recipe: Recipe) -> set[str]:
@@ -100,7 +108,7 @@ def rule_keys(graph: Graph, recipe: Recipe) -> dict[str, frozenset[str]]:
     """Layer -> the keys that [[layer]] rules about it set, such as ``quantize`` or ``weights.bits``."""
     keys: dict[str, frozenset[str]] = {}
     for i, layer in enumerate(graph.layers):
-        rules = [r for r in recipe.layers if _matches(r, layer.name, layer.op, layer.kind, _ends(graph, i))]
+        rules = [r for r in recipe.layers if matches(r, layer.name, layer.op, layer.kind, _ends(graph, i))]
         keys[layer.name] = frozenset(
             [
                 *(f"{table}.{key}" for r in rules for table in ("weights", "activations") for key in getattr(r, table)),
@@ -115,13 +123,18 @@ def weight_request(graph: Graph, recipe: Recipe, target: Target, layer: Layer, b
     granularity and multipliers as far as this width leaves room for them, and no wider than the target's codes may be.
     Whether the target runs it is up to `Target.rule`. Raises OnnxqError if a block does not fit the layer."""
     place = [other.name for other in graph.layers].index(layer.name)
-    weights, activations, _ = _settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, place), set())
+    weights, activations, _ = settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, place), set())
     problems: list[str] = []
     spec = _weight(
         layer, replace(weights, bits=bits if activations.bits == FLOAT else _narrowed(bits, target)), target, problems
     )
     OnnxqError.check(problems)
     return spec
+
+
+def _stored(graph: Graph, layer: Layer, recipe: Recipe, weights: TensorRequest) -> QuantSpec:
+    """The request of a weight that the target only stores: 8 bits per channel, or the bits that a rule sets."""
+    return QuantSpec(weights.bits if layer.name in pinned(graph, recipe) else 8, True, channel_block(layer))
 
 
 def _narrowed(bits: int, target: Target) -> int:
@@ -132,35 +145,6 @@ def _narrowed(bits: int, target: Target) -> int:
 def _ends(graph: Graph, place: int) -> dict[str, bool]:
     """Whether the layer at a place is the first, or the last, of the network."""
     return {"first": place == 0, "last": place == len(graph.layers) - 1}
-
-
-def _settings(
-    recipe: Recipe, name: str, op: str, kind: str, ends: Mapping[str, bool], unmatched: set[int]
-) -> tuple[TensorRequest, TensorRequest, bool | None]:
-    """Requests of weights and activations, and `quantize`, after all rules that match; these leave `unmatched`."""
-    weights, activations, quantize = recipe.weights, recipe.activations, None
-    for n, rule in enumerate(recipe.layers):
-        if _matches(rule, name, op, kind, ends):
-            unmatched.discard(n)
-            weights = replace(weights, **_tuples(rule.weights))
-            activations = replace(activations, **_tuples(rule.activations))
-            quantize = rule.quantize if rule.quantize is not None else quantize
-    return weights, activations, quantize
-
-
-def _matches(rule: LayerRule, name: str, op: str, kind: str, ends: Mapping[str, bool]) -> bool:
-    if op == "Attention" and rule.op != "Attention" and rule.match == "*":
-        return False  # rules for all layers mean layers with weights
-    return (
-        fnmatchcase(name, rule.match)
-        and rule.op in ("", op)
-        and rule.kind in ("", kind)
-        and (not rule.position or ends.get(rule.position, False))
-    )
-
-
-def _tuples(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
 
 
 def _weight(layer: Layer, request: TensorRequest, target: Target, problems: list[str]) -> QuantSpec:

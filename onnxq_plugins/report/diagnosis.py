@@ -10,7 +10,7 @@ from typing import Any
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import Calibration, channels
-from onnxq_plugins.data import Data, Source, graph_inputs, open_data
+from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer, channel_groups
 from onnxq_plugins.graph.flow import maker_of
@@ -248,7 +248,7 @@ def samples_of(result: Outcome, data: Source | Data | None) -> Data:
     if isinstance(data, Data):
         return data
     if data is not None:
-        return open_data(data, graph_inputs(result.graph))
+        return runtimes.open_samples(data, result.graph, DataOptions(state=result.recipe.data.state))
     if result.data is None:
         raise OnnxqError("a diagnosis measures networks on sample inputs, and there are none; give some (--data PATH).")
     return result.data

@@ -184,6 +184,16 @@ def _context(result: Outcome, comparison: Comparison, diagnosis: Diagnosis, name
             }
             for y in diagnosis.floats
         ],
+        "constants": [
+            {
+                "name": row["name"],
+                "op": row["op"],
+                "size": f"{row['float_bytes'] / 1e3:.1f}",
+                "stored": row.get("weights", "float"),
+                "why": row.get("why_float", ""),
+            }
+            for row in result.report.constants
+        ],
         "plots": plots(diagnosis, names, _bits(result, diagnosis)) if names else [],
         "columns": _columns(diagnosis),
         "rows": _rows(diagnosis, result.report, numbers),

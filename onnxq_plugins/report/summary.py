@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +15,43 @@ import onnx
 from onnxq_plugins import files
 from onnxq_plugins.export.provenance import version_of
 from onnxq_plugins.export.weights import stored_bits
-from onnxq_plugins.graph import Graph
-from onnxq_plugins.graph.importer import bytes_on_disk
+from onnxq_plugins.graph import Graph, constants
+from onnxq_plugins.graph.reading import bytes_on_disk
 from onnxq_plugins.job import Job
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.runtimes.audit import Audit
+from onnxq_plugins.runtimes.constants import describe_held
 from onnxq_plugins.runtimes.onnxruntime import audit_model
 from onnxq_plugins.search.quantizers import share_of_work
 from onnxq_plugins.spec import Array
 
 
-def describe(job: Job, model: onnx.ModelProto, data: files.DataFile | None, before: int) -> None:
+def describe(
+    job: Job, model: onnx.ModelProto, data: files.DataFile | None, before: int, inner: Sequence[dict[str, Any]] = ()
+) -> None:
     """Complete the report of a job with what follows from its model.
 
     data     large constants of the model that are written beside it; None if there are none
     before   bytes of the user's own model
+    inner    rows of layers inside control flow
     """
     report, planned = job.report, Planned.of(job)
     if data is not None:
         data.flush()
     with job.graph.mapped.reading():
         audit = audit_model(model, folder=data.path.parent if data is not None else None)
+    audit = replace(audit, total=before)
     products = audit.products()
     if products and planned.activations:
         job.note(_products_note(job.graph, products))
     after = files.size_of(model) + (data.size if data is not None else 0)
-    rows, bits = _rows(job, planned, audit)
+    rows = _rows(job, planned, audit)
+    outside = _constants(job)
     report |= {
         "recipe_name": job.recipe.name,
         "recipe": job.recipe.to_dict(),
-        "layers": rows,
+        "layers": [*rows, *inner],
+        "constants": outside,
         "bytes": {"float": before, "quantized": after},
         "kernels": audit.counts(),
         "float_products": products,
@@ -51,7 +60,7 @@ def describe(job: Job, model: onnx.ModelProto, data: files.DataFile | None, befo
             "onnxruntime": version_of("onnxruntime"),
             "onnx": onnx.__version__,
         },
-        "bits_per_weight": round(bits, 3),
+        "bits_per_weight": round(_bits_per_weight([*rows, *outside]), 3),
     }
     kernels = _kernels(job, planned, audit)
     size = f"{before / 1e6:.2f} -> {after / 1e6:.2f} MB"
@@ -77,10 +86,41 @@ def _products_note(graph: Graph, products: list[str]) -> str:
     )
 
 
-def _rows(job: Job, planned: Planned, audit: Audit) -> tuple[list[dict[str, Any]], float]:
-    """A row for each layer (see `Report.layers`), and bits per weight on disk over all of them."""
+def _bits_per_weight(rows: list[dict[str, Any]]) -> float:
+    """Bits on disk of a weight, over all layers and constants outside them."""
+    stored = sum(
+        row["parameters"] * row.get("bits_per_weight", 8 * row.get("float_bytes", 4 * row["parameters"]) / row["parameters"])
+        for row in rows
+    )
+    return float(stored / max(sum(row["parameters"] for row in rows), 1))
+
+
+def _constants(job: Job) -> list[dict[str, Any]]:
+    """A row for each constant outside layers (see `Report.constants`)."""
+    rows = []
+    for constant in constants(job.graph):
+        spec = job.plan.get(constant.name)
+        row: dict[str, Any] = {
+            "name": constant.name,
+            "op": constant.op,
+            "readers": [name for name, _ in constant.readers],
+            "parameters": constant.size,
+            "float_bytes": constant.bytes,
+        }
+        if spec is not None:
+            bits = (4 if spec.bits <= 4 else 8) + 32 * np.asarray(spec.scale).size / constant.size
+            row |= {"weights": spec.describe(), "bits_per_weight": round(bits, 3)}
+        else:
+            reason = next((r for name in row["readers"] if (r := job.report.floats.get(name)) is not None), None)
+            row |= {"why_float": str(reason), "why_float_kind": reason.kind} if reason is not None else {}
+        rows.append(row)
+    return rows
+
+
+def _rows(job: Job, planned: Planned, audit: Audit) -> list[dict[str, Any]]:
+    """A row for each layer (see `Report.layers`)."""
     kernels = {entry.name: entry for entry in audit.layers}
-    rows, stored = [], 0.0
+    rows = []
     for layer in job.graph.layers:
         spec, rule, entry = job.plan.get(layer.weight), planned.rule(layer), kernels.get(layer.name)
         row: dict[str, Any] = {
@@ -89,15 +129,14 @@ def _rows(job: Job, planned: Planned, audit: Audit) -> tuple[list[dict[str, Any]
             "kernel": entry.kernel if entry else "removed",
             "parameters": int(np.prod(layer.shape)),
         }
-        bits = stored_bits(layer, spec, rule) if spec is not None and rule is not None else 32.0
-        stored += row["parameters"] * bits
         if spec is not None:
+            bits = stored_bits(layer, spec, rule) if rule is not None else 32.0
             row |= {"weights": spec.describe((layer.out_axis, layer.in_axis)), "bits_per_weight": round(bits, 3)}
         reason = job.report.floats.get(layer.name) or (entry.reason if entry is not None else None)
         if reason is not None:
             row |= {"why_float": str(reason), "why_float_kind": reason.kind}
         rows.append(row)
-    return rows, stored / max(sum(row["parameters"] for row in rows), 1)
+    return rows
 
 
 def _kernels(job: Job, planned: Planned, audit: Audit) -> str:
@@ -107,8 +146,10 @@ def _kernels(job: Job, planned: Planned, audit: Audit) -> str:
     rules = {y.name: planned.rule(y) for y in planned.layers}
     wide = sum(rule is not None and rule.activations > 8 and not quantized.get(name, True) for name, rule in rules.items())
     decoded = sum(rule is not None and rule.storage == "float" for rule in rules.values())
-    if decoded:
-        kernels = f"{decoded}/{count} layers decoded at load, run in float"
+    if decoded and not job.target.integer:
+        names = {layer.name for layer in job.graph.layers}
+        outside = describe_held([held for held in audit.constants if held.name not in names], audit.total)
+        kernels = "; ".join([f"{decoded}/{count} layers decoded at load, run in float", *outside])
     else:
         kernels = audit.summary() if job.target.here else _elsewhere(job, planned, audit, wide)
     return kernels + (f"; {wide}/{count} layers with 16-bit activations run in float there" if wide else "")
@@ -125,4 +166,4 @@ def _elsewhere(job: Job, planned: Planned, audit: Audit, wide: int) -> str:
         return f"{audit.summary()} in onnxruntime"
     every, quantized = Counter(y.op for y in job.graph.layers), Counter(ops.values())
     counts = "; ".join(f"{quantized[op]}/{n} {op}" for op, n in every.items())
-    return f"{counts} quantized for {job.target.name}; {floats} run in float in onnxruntime"
+    return "; ".join([f"{counts} quantized for {job.target.name}; {floats} run in float in onnxruntime", *audit.outside()])

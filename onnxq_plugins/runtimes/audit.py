@@ -4,15 +4,15 @@ per runtime fills it in."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
 
 from onnxq_plugins.errors import Reason
 from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import Need
+from onnxq_plugins.runtimes.constants import Held, describe_held, held_constants
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,24 @@ class LayerAudit:
 
 @dataclass(frozen=True)
 class Audit:
-    """The layers of a model as a runtime runs them; `speedup` is float time / this model's time, if measured."""
+    """The layers of a model as a runtime runs them.
+
+    speedup        time of the float model / time of this one, if measured
+    milliseconds   of the float model, where there is one, and of this one
+    timed          the shapes that they are for, in words
+    untimed        why there are none although they were wanted: a sentence
+    constants      operators that hold weights outside integer kernels
+    total          bytes that float ones are told as a part of
+    """
 
     layers: tuple[LayerAudit, ...]
     other: dict[str, int]
     speedup: float | None = None
-    milliseconds: tuple[float, float] | None = None
+    milliseconds: tuple[float, ...] | None = None
+    timed: str = ""
+    untimed: str = ""
+    constants: tuple[Held, ...] = ()
+    total: int = 0
 
     def counts(self) -> dict[str, int]:
         """Kernel -> number of layers."""
@@ -69,10 +81,14 @@ class Audit:
                 names = ", ".join(f"{n} {k}" if len(kernels) > 1 else k for k, n in kernels.most_common())
                 count = sum(layer.quantized for layer in rows)
                 parts.append(f"{count}/{len(rows)} {op}" + (f" as {names}" if names else " in integer kernels"))
-        parts = parts or ["no layer with a constant weight"]
+        parts = parts or ([] if self.constants else ["no layer with a constant weight"])
         if n := len(self.products()):
             parts.append(f"{n} product{'s' * (n > 1)} of two activations stay{'s' * (n == 1)} float")
-        return "; ".join(parts)
+        return "; ".join([*parts, *self.outside()])
+
+    def outside(self) -> list[str]:
+        """The weights outside integer kernels in clauses: how many operators store them in codes, and how many in float."""
+        return describe_held(self.constants, self.total)
 
     def accumulators(self) -> str:
         """One line: the accumulators that the quantized layers need, and how many layers need VNNI; "" if none is known."""
@@ -90,19 +106,17 @@ class Audit:
         return f"accumulators: {span} bits; on AVX2 without VNNI 16-bit pair sums {pairs}"
 
 
-def example(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """One random feed of batch 1 for timing; dynamic axes are 1, integer inputs 0."""
-    rng = np.random.default_rng(0)
-    constants = {t.name for t in model.graph.initializer}
-    feed = {}
-    for value in model.graph.input:
-        if value.name not in constants:
-            kind = value.type.tensor_type
-            shape = [d.dim_value or 1 for d in kind.shape.dim]
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-            floats = np.dtype(dtype).kind == "f"
-            feed[value.name] = rng.standard_normal(shape).astype(dtype) if floats else np.zeros(shape, dtype)
-    return feed
+def outside_kernels(graph: onnx.GraphProto, layers: Iterable[LayerAudit]) -> tuple[Held, ...]:
+    """The constants of operators that no integer kernel reads. Layers whose codes a runtime might read as integers, though
+    this one does not, tell so in their own rows."""
+    rows = {layer.name: layer for layer in layers}
+
+    def outside(entry: Held) -> bool:
+        row = rows.get(entry.name)
+        decoded = row is None or (row.reason is not None and row.reason.kind in ("decoded", "unsupported"))
+        return row is None or (not row.quantized and (decoded or bool(entry.floats)))
+
+    return tuple(entry for entry in held_constants(graph) if outside(entry))
 
 
 def audited(

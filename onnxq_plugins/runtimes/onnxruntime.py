@@ -5,18 +5,33 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.data import Input, model_inputs
+from onnxq_plugins.data import Input, Source, model_inputs, open_data
 from onnxq_plugins.errors import OnnxqError, Reason
+from onnxq_plugins.graph.bodies import with_bodies
 from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import Need, needs
-from onnxq_plugins.runtimes.audit import Audit, LayerAudit, audited, chain, constants_of, example, is_product, readers_of
+from onnxq_plugins.runtimes.audit import (
+    Audit,
+    LayerAudit,
+    audited,
+    chain,
+    constants_of,
+    is_product,
+    outside_kernels,
+    readers_of,
+)
+from onnxq_plugins.runtimes.constants import constant_bytes
+from onnxq_plugins.runtimes.examples import Shapes, examples, first_running, guesses, written
 
 QUANTIZED = {
     "QLinearConv",
@@ -39,14 +54,19 @@ def audit_model(
     against: str | Path | onnx.ModelProto | None = None,
     seconds: float = 2.0,
     folder: Path | None = None,
+    data: Source | None = None,
+    shapes: Shapes | None = None,
 ) -> Audit:
     """Audit a model in onnxruntime.
 
     model     QDQ (or any) model
     folder    of the external data of a ModelProto
-    against   the float model: the latency ratio at batch 1 is measured too, interleaved, one thread
+    against   the float model: the latency ratio is measured too, interleaved, one thread
+    data      sample inputs (see `onnxq_plugins.data.open_data`), whose first the models are timed on
+    shapes    or the shapes of inputs, to time them on random numbers; without either, `examples` has sizes for open axes
 
-    Raises OnnxqError if onnxruntime cannot load or run it.
+    Raises OnnxqError if onnxruntime cannot load the model, if the two cannot have the same inputs, and if they do not run on
+    the data or shapes. Where no example runs, `Audit.untimed` says so.
     """
     proto = onnx.load(str(model)) if isinstance(model, (str, Path)) else model
     named = proto
@@ -59,40 +79,62 @@ def audit_model(
         dump = Path(scratch) / "optimized.onnx"
         session = runtimes.session(named, dump=dump, folder=folder)
         optimized = onnx.load(str(dump), load_external_data=False)
-    layers = tuple(_layers(named.graph, optimized.graph, needs(named, folder)))
-    other = Counter(n.op_type for n in optimized.graph.node if n.op_type not in QUANTIZED)
-    if against is None:
-        return Audit(layers, dict(other))
-    reference = onnx.load(str(against)) if isinstance(against, (str, Path)) else against
-    if not _compatible(own := model_inputs(proto), theirs := model_inputs(reference)):
+    whole = with_bodies(optimized.graph)
+    layers = tuple(_layers(with_bodies(named.graph), whole, needs(named, folder)))
+    other = Counter(n.op_type for n in whole.node if n.op_type not in QUANTIZED)
+    audit = Audit(layers, dict(other), constants=outside_kernels(named.graph, layers), total=constant_bytes(named.graph))
+    if against is None and data is None and shapes is None:
+        return audit
+    models, runners = [proto], [session]
+    if against is not None:
+        models = [onnx.load(str(against)) if isinstance(against, (str, Path)) else against, proto]
+        runners = [runtimes.session(models[0]), session]
+    return replace(audit, **_timing(models, runners, seconds, data, shapes))
+
+
+def _timing(
+    models: Sequence[onnx.ModelProto],
+    runners: Sequence[runtimes.Session],
+    seconds: float,
+    data: Source | None,
+    shapes: Shapes | None,
+) -> dict[str, Any]:
+    """The fields of an Audit that are about time."""
+    inputs = [model_inputs(model) for model in models]
+    if not _compatible(inputs[0], inputs[-1]):
         raise OnnxqError(
-            f"the two models cannot be timed on the same input, one reads {_shapes(own)}, the other "
-            f"{_shapes(theirs)}; give the float model that this one was made from."
+            f"the two models cannot be timed on the same input, one reads {_shapes(inputs[1])}, the other "
+            f"{_shapes(inputs[0])}; give the float model that this one was made from."
         )
-    feed = example(proto)
+    guess = " (sizes guessed: --data or --shape sets them)" if data is None and guesses(models, shapes) else ""
+    feeds = [next(iter(open_data(data, inputs[-1])))] if data is not None else examples(models, shapes)
     try:
-        before = runtimes.session(reference)
-        slow, fast = runtimes.latency([before, session], [runtimes.wanted(before, feed), feed], seconds)
-    except Exception as error:  # onnxruntime's run() raises its own types
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise OnnxqError(
-            f"the two models cannot be timed on the same input: {reason}; give the float model that this one was made from."
-        ) from error
-    return Audit(layers, dict(other), slow / fast, (slow, fast))
+        feed = first_running(feeds, runners)
+    except OnnxqError as error:
+        if data is not None or shapes is not None:
+            raise OnnxqError(f"the model cannot be timed {error}; give other --data or --shape.") from error
+        return {"untimed": f"not timed: the model does not run {error}; give --data or --shape"}
+    times = runtimes.latency(runners, [runtimes.wanted(runner, feed) for runner in runners], seconds)
+    speed = {"speedup": times[0] / times[1]} if len(times) > 1 else {}
+    return {**speed, "milliseconds": tuple(times), "timed": written(feed) + guess}
 
 
 def _compatible(own: list[Input], theirs: list[Input]) -> bool:
     """True if one feed could serve both."""
-    others = {i.name: i.shape for i in theirs}
-    return {i.name for i in own} == set(others) and all(
-        len(i.shape) == len(others[i.name])
-        and all(n is None or m is None or n == m for n, m in zip(i.shape, others[i.name], strict=True))
-        for i in own
+    needed, others = ({i.name: i.shape for i in inputs if not i.optional} for inputs in (own, theirs))
+    return set(needed) == set(others) and all(
+        shape is None
+        or (other := others[name]) is None
+        or (
+            len(shape) == len(other)
+            and not any(isinstance(n, int) and isinstance(m, int) and n != m for n, m in zip(shape, other, strict=True))
+        )
+        for name, shape in needed.items()
     )
 
 
 def _shapes(inputs: list[Input]) -> str:
-    return ", ".join(f"'{i.name}' {[n if n is not None else 'any' for n in i.shape]}" for i in inputs)
+    return ", ".join(f"'{i.name}' {['any' if n is None else n for n in i.shape or ()]}" for i in inputs)
 
 
 def kernels(graph: onnx.GraphProto, optimized: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
@@ -154,8 +196,14 @@ def _reason(graph: onnx.GraphProto, node: onnx.NodeProto) -> Reason:
     if node.op_type == "ConvTranspose":
         return Reason("unsupported", "onnxruntime has no integer ConvTranspose")
     weight, source = producers.get(node.input[1]), producers.get(node.input[0])
+    constants = constants_of(graph)
+    if any(
+        n is not None and n.op_type != "DequantizeLinear" and n.output[0] in constants
+        for n in (weight, source if node.op_type in ("Gemm", "MatMul") else None)
+    ):
+        return Reason("decoded", "its weight is decoded to float at load")
     decoded = any(n is not None and n.op_type == "DequantizeLinear" for n in (weight, source))
-    if is_product(node, constants_of(graph)) and not decoded:
+    if is_product(node, constants) and not decoded:
         return _PRODUCT
     if source is None or source.op_type != "DequantizeLinear":
         origin = f"operator '{source.name or source.op_type}'" if source is not None else "the model's input"
@@ -168,8 +216,6 @@ def _reason(graph: onnx.GraphProto, node: onnx.NodeProto) -> Reason:
     if any(_sixteen(types, n) for n in readers if n.op_type == "QuantizeLinear"):
         return Reason("wide-codes", "its output is quantized to 16-bit codes, for which there is no integer kernel")
     if weight is None or weight.op_type != "DequantizeLinear":
-        if weight is not None and node.input[1] in constants_of(graph):
-            return Reason("decoded", "its weight is decoded to float at load")
         return Reason("float-weight", "its weight is not quantized")
     if any(a.name == "block_size" and a.i for a in weight.attribute):
         return Reason("blocked", "its weight has blocked scales; use one scale per output channel")

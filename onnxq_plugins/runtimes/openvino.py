@@ -9,7 +9,8 @@ import onnx
 from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import needs
-from onnxq_plugins.runtimes.audit import Audit, audited, chain, constants_of, readers_of
+from onnxq_plugins.runtimes.audit import Audit, audited, chain, constants_of, outside_kernels, readers_of
+from onnxq_plugins.runtimes.constants import constant_bytes
 
 
 def audit_openvino(model: str | Path) -> Audit:
@@ -45,4 +46,4 @@ def audit_openvino(model: str | Path) -> Audit:
             reason = None if integer else Reason("runtime", "OpenVINO runs it in floating point")
             kernel = f"{kind or node.op_type} {precision or 'unknown'}"
             rows.append(audited(node, constants, kernel, integer, reason, known.get(node.output[0])))
-    return Audit(tuple(rows), {})
+    return Audit(tuple(rows), {}, constants=outside_kernels(proto.graph, rows), total=constant_bytes(proto.graph))

@@ -18,6 +18,7 @@ import onnxruntime as ort
 
 from onnxq_plugins import files
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.runtimes.custom_ops import add_custom_ops, unknown_operator
 from onnxq_plugins.spec import Array
 
 Feed = Mapping[str, Array]
@@ -49,9 +50,7 @@ class Session(ort.InferenceSession):  # type: ignore[misc]
 
 def _failed(error: Exception) -> OnnxqError:
     text = " ".join(str(error).split())[:300].rstrip(".")
-    return OnnxqError(
-        f"onnxruntime {ort.__version__} cannot run the model on this input ({text}); check that the float model runs on it."
-    )
+    return OnnxqError(f"onnxruntime {ort.__version__} cannot run the model on this input ({text}).")
 
 
 def session(
@@ -97,6 +96,7 @@ def session(
         options.optimized_model_filepath = str(dump)
         if folder is not None:
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+    add_custom_ops(options)
     try:
         if isinstance(model, onnx.ModelProto) and files.size_of(model) > files.LARGEST_MESSAGE:
             with tempfile.TemporaryDirectory() as scratch:
@@ -108,6 +108,8 @@ def session(
         source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
         return Session(str(source) if isinstance(source, Path) else source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen types
+        if (unknown := unknown_operator(error)) is not None:
+            raise unknown from error
         text = " ".join(str(error).split())
         raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300].rstrip('.')}.") from error
 
@@ -168,10 +170,10 @@ def trim() -> None:
 
 def run(runner: ort.InferenceSession, feed: Feed) -> list[Array]:
     """All outputs for one feed. Large ones stay where onnxruntime wrote them, as a copy costs more than some operators; for
-    small ones the copy is cheaper."""
-    if sum(x.nbytes for x in feed.values()) < 2**18:
+    small ones the copy is cheaper, and strings have no other way."""
+    if sum(x.nbytes for x in feed.values()) < 2**18 or any(x.dtype.kind == "O" for x in feed.values()):
         return list(runner.run(None, dict(feed)))
-    values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in feed.items()}
+    values = {name: ort.OrtValue.ortvalue_from_numpy(np.asarray(x, order="C")) for name, x in feed.items()}
     return [value.numpy() for value in runner.run_with_ort_values(None, values)]
 
 
@@ -206,11 +208,8 @@ def is_random(runner: ort.InferenceSession, feed: Feed) -> bool:
 def wanted(runner: ort.InferenceSession, feed: Feed) -> Feed:
     """A feed in the types of a session's inputs: a user's own model may be in half precision."""
     types = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(double)": np.float64}
-    return {
-        i.name: feed[i.name].astype(types.get(i.type, feed[i.name].dtype), copy=False)
-        for i in runner.get_inputs()
-        if i.name in feed
-    }
+    inputs = (*runner.get_inputs(), *(i for i in runner.get_overridable_initializers() if i.name in feed))
+    return {i.name: feed[i.name].astype(types.get(i.type, feed[i.name].dtype), copy=False) for i in inputs}
 
 
 def latency(runners: Sequence[ort.InferenceSession], feed: Feed | Sequence[Feed], seconds: float = 1.0) -> list[float]:

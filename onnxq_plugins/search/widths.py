@@ -30,7 +30,7 @@ from onnxq_plugins.layers.problem import Problem, float_inputs, solvable
 from onnxq_plugins.parallel import run_all
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import pinned, weight_request
-from onnxq_plugins.runtimes.audit import example
+from onnxq_plugins.runtimes.examples import examples, first_running
 from onnxq_plugins.search import latency
 from onnxq_plugins.search.quantizers import FLOAT_BITS, Cost, Group, Width, cost, multiply_adds, quantizer_groups
 from onnxq_plugins.solvers.allocate import allocate
@@ -366,5 +366,7 @@ def _solve(problems: Mapping[int, Problem], method: Method) -> dict[int, QuantSp
 
 def sample(job: Job) -> Mapping[str, Array]:
     """One sample to count multiply-adds on: from the data, or random."""
-    data = job.calibration.data
-    return next(iter(data)) if data is not None else example(job.graph.model())
+    if job.calibration.data is not None:
+        return next(iter(job.calibration.data))
+    model = job.graph.model()
+    return first_running(examples([model]), [runtimes.session(model)])

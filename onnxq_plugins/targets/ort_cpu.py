@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from onnxq_plugins.targets.target import CHAIN, Rule, Target, dense_rules
+from onnxq_plugins.targets.target import CHAIN, DECODED, Rule, Target, dense_rules
 
 _BLOCKED = tuple(
     Rule(op, "MatMulNBits", 0, (bits,), ("block",), "blocked", (16, 32, 64, 128, 256))
@@ -15,9 +15,16 @@ _BLOCKED = tuple(
 ORT_CPU = Target(
     "ort-cpu",
     "onnxruntime on x86-64 with VNNI, or on arm64",
-    (*dense_rules("Conv", "QLinearConv"), *dense_rules("Gemm", "QGemm"), *dense_rules("MatMul", "QLinearMatMul"), *_BLOCKED),
+    (
+        *dense_rules("Conv", "QLinearConv"),
+        *dense_rules("Gemm", "QGemm"),
+        *dense_rules("MatMul", "QLinearMatMul"),
+        *_BLOCKED,
+        DECODED,
+    ),
     CHAIN,
     attention=1_000_000,
+    decodes=True,
     here=True,
 )
 ORT_CPU_AVX2 = replace(

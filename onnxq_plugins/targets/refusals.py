@@ -37,7 +37,6 @@ def problems(target: Target, graph: Graph, plan: Plan, inputs: Mapping[str, str]
         *(text.format(_names(names)) for text, names in refused.items()),
         *sentences,
         *_activation_problems(target, activations),
-        *_opset_problems(target, graph.opset, plan, activations),
     ]
 
 
@@ -93,16 +92,6 @@ def _activation_problems(target: Target, activations: Mapping[str, QuantSpec]) -
                 f"target '{target.name}' cannot run activation '{name}' as {spec.describe()}; it runs "
                 f"{', or '.join([*runs, 'float (activations.bits = 32)'])}."
             )
-
-
-def _opset_problems(target: Target, opset: int, plan: Plan, activations: Mapping[str, QuantSpec]) -> Iterator[str]:
-    kinds = {
-        "4-bit tensors": any(spec.bits <= 4 for spec in plan.values()),
-        "16-bit activations": any(spec.bits > 8 for spec in activations.values()),
-    }
-    for kind, planned in kinds.items():
-        if planned and opset < target.opset:
-            yield f"{kind} need opset {target.opset}, the model has {opset}; export it again."
 
 
 def _advice(target: Target, layer: Layer, weight: QuantSpec, activations: int) -> str:

@@ -17,5 +17,6 @@ STORAGE = Target(
         for activations in (8, 0)
     ),
     CHAIN,
+    decodes=True,
     flatten=False,
 )

@@ -54,7 +54,9 @@ class Target:
                   (`python -m benchmarks.kernels` times some)
     flatten       MatMul + Add(bias) on tokens runs faster as a two-dimensional Gemm (onnxruntime has an integer Gemm
                   with bias); OpenVINO 2026.4 fails to load the Reshapes that this needs behind a LayerNormalization
-    opset         lowest opset of the exported model
+    decodes       constants outside layers may be codes that are decoded at load, or rows of a table as they are read:
+                  codes -> Cast -> Mul(scale)
+    plain         operators whose constants it only takes as they are, all the same
     here          its models run in onnxruntime on this CPU as they will in use
     """
 
@@ -66,7 +68,8 @@ class Target:
     max_code: int = 127
     attention: int = 0
     flatten: bool = True
-    opset: int = 21
+    decodes: bool = False
+    plain: frozenset[str] = frozenset()
     here: bool = False
 
     @property
@@ -83,6 +86,12 @@ class Target:
     def integer(self) -> bool:
         """True if it runs some layer in integers."""
         return any(rule.storage != "float" for rule in self.rules)
+
+    def only_stores(self, op: str) -> bool:
+        """True if it runs layers of an operator in float alone, though others as integer: their weights are stored in 8 bits
+        whatever the recipe says of layers, unless it names them."""
+        rules = [rule for rule in self.rules if rule.op == op]
+        return self.integer and bool(rules) and all(r.storage == "float" and not r.activations for r in rules)
 
     def granularities(self, op: str) -> set[Granularity]:
         """The granularities of weights that it supports for an operator."""
@@ -114,13 +123,15 @@ def granularity_of(layer: Layer, spec: QuantSpec) -> Granularity:
         return "tensor"
     rest = [b for axis, b in enumerate(spec.block) if axis not in (layer.out_axis, layer.in_axis)]
     outputs, inputs = spec.block[layer.out_axis], spec.block[layer.in_axis]
-    if outputs == 1 and inputs == 0 and not any(rest):
+    if spec.block == channel_block(layer):
         return "channel"
     return "block" if outputs == 1 and inputs > 1 and not rest else "tile"
 
 
 def channel_block(layer: Layer) -> Block:
-    """The block of one scale per output channel."""
+    """The block of one scale per output channel; in a grouped ConvTranspose [IC, OC / groups, ...] of each group."""
+    if layer.op == "ConvTranspose" and layer.groups > 1:
+        return (layer.shape[0] // layer.groups, 1, *(0,) * (len(layer.shape) - 2))
     return tuple(1 if axis == layer.out_axis else 0 for axis in range(len(layer.shape)))
 
 
@@ -132,6 +143,10 @@ def channel_multipliers(layer: Layer, spec: QuantSpec) -> bool:
 
 # What several runtimes have in common: operators that keep a chain integer, and layers with codes of 2 to 8 bits.
 CHAIN = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Where"})
+
+
+# A transposed convolution has no integer kernel anywhere: its weight is stored, and decoded at load.
+DECODED = Rule("ConvTranspose", "ConvTranspose", 0, tuple(range(2, 9)), ("channel",), "float")
 
 
 def dense_rules(op: str, kernel: str, activations: int = 8) -> tuple[Rule, ...]:

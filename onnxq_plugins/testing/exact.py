@@ -11,6 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnxq_plugins import runtimes
+from onnxq_plugins.graph.bodies import bodies
 from onnxq_plugins.runtimes.accumulators import CodeSource
 from onnxq_plugins.runtimes.machine import has_vnni
 from onnxq_plugins.spec import Array
@@ -37,6 +38,8 @@ def saturates() -> bool:
 def unsigned_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy whose int8 weights beside quantized inputs are uint8, codes and zero points 128 higher; the model itself if it
     has none."""
+    if any(bodies(node) for node in model.graph.node):
+        model = _with_exact_bodies(model)
     source = CodeSource(model, None)
     dequantizers = {n.output[0]: n for n in model.graph.node if n.op_type == "DequantizeLinear"}
     weights: dict[str, Array] = {}  # output of a weight's DequantizeLinear -> its codes
@@ -61,4 +64,14 @@ def unsigned_weights(model: onnx.ModelProto) -> onnx.ModelProto:
             del node.input[2:]
             node.input[0] = new[0].name
             node.input.append(new[1].name)
+    return copy
+
+
+def _with_exact_bodies(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy with `unsigned_weights` in the bodies of control flow."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for body in (body for node in copy.graph.node for body in bodies(node)):
+        part = onnx.helper.make_model(body, opset_imports=model.opset_import, ir_version=model.ir_version)
+        body.CopyFrom(unsigned_weights(part).graph)
     return copy

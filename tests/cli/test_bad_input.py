@@ -43,13 +43,13 @@ bad_data("nan", "sample 2", "'x' has NaN", x=images_with(np.nan))
 bad_data("inf", "sample 2", "'x' has Inf", x=images_with(np.inf))
 bad_data("minus_inf", "'x' has Inf", x=images_with(-np.inf))
 bad_data("wrong_input_name", "no array for the model's input 'x'", "'image', 'label'", image=images(), label=np.zeros(4))
-bad_data("wrong_size", "wants shape ['any', 3, 12, 12]", "has [1, 3, 8, 8]", x=images(side=8))
-bad_data("wrong_layout", "wants shape ['any', 3, 12, 12]", "has [1, 12, 12, 3]", x=images().transpose(0, 2, 3, 1))
+bad_data("wrong_size", "wants shape [N, 3, 12, 12]", "has [1, 3, 8, 8]", x=images(side=8))
+bad_data("wrong_layout", "wants shape [N, 3, 12, 12]", "has [1, 12, 12, 3]", x=images().transpose(0, 2, 3, 1))
 bad_data("wrong_rank", "wants shape", x=images().reshape(4, -1))
 bad_data("uint8", "wants float32, the data is uint8", "normalize", x=images().astype(np.uint8))
 bad_data("strings", "wants float32", x=np.array(["a", "b"]))
 bad_data("no_samples", "is empty", x=images()[:0])
-bad_data("scalar", "is empty", x=np.float32(1))
+bad_data("scalar", "wants shape [N, 3, 12, 12], the data has []", x=np.float32(1))
 
 
 @bad("needs sample inputs", "--data")
@@ -104,13 +104,17 @@ def bad_images(name: str, *phrases: str, options: tuple[str, ...] = (), size: tu
     bad(*phrases, name=name)(prepare)
 
 
-bad_images("image_size", "wants shape ['any', 3, 12, 12]", "--resize", size=(20, 16))
+bad_images("image_size", "wants shape [N, 3, 12, 12]", "--resize", size=(20, 16))
 bad_images("image_layout", "layout 'chwn' is unknown", "nchw", options=("--layout", "chwn"))
 bad_images("image_mean", "--mean has 2 values", options=("--mean", "0.5,0.5"))
 bad_images("image_mean_text", "mean", "a list of numbers", options=("--mean", "a,b"))
 bad_images("image_std", "--std has a zero", options=("--std", "1,0,1"))
 bad_images("image_crop", "pictures/a.png", "crop", "12", options=("--crop", "12"), size=(10, 20))
 bad_images("image_crop_negative", "crop", "-12", options=("--crop", "-12"))
+bad_images("image_size_text", "--size '12by9'", "such as 320x240", options=("--size", "12by9"))
+bad_images("image_size_and_crop", "leave resize and crop out", options=("--size", "12x12", "--crop", "9"))
+bad_images("image_range", "range = 128", "1 or 255", options=("--range", "128"))
+bad_images("image_range_mean", "are of RGB in 0..1", "give --mean 123.7", options=("--range", "255", "--mean", "0.485"))
 bad_images("image_resize_negative", "resize", "-12", options=("--resize", "-12"))
 bad_images("samples_negative", "samples", "-1", options=("--samples", "-1"))
 
@@ -135,7 +139,7 @@ bad_callable("raises", "raise RuntimeError('disk\\non fire')", "'data_raises:mak
 bad_callable("missing", "pass", "failed", "AttributeError", attribute="nothing")
 bad_callable("none", "return None", "NoneType", "is not supported")
 bad_callable("empty", "return iter(())", "has no sample")
-bad_callable("list", "return [[1, 2]]", "expected a mapping from input name to array, got list")
+bad_callable("list", "return [[1, 2]]", "wants float32, the data is int64")
 bad_callable("feeds", "return [{'y': 1}]", "no array for the model's input 'x'", "'y'")
 
 
@@ -222,7 +226,7 @@ def invalid_model():
     return []
 
 
-@bad("cannot load the model", "vendor")
+@bad("'Swish' of domain 'vendor'", "--custom-ops")
 def unknown_operator():
     net = Net(["N", 3, 12, 12])
     model = net.model(net.op("Relu", net.conv("x", 3, 4)))

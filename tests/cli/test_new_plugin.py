@@ -61,7 +61,10 @@ class Environment:
         return process
 
 
-@pytest.mark.parametrize("tests", ["not odd_graphs and not targets", *slowly("")])  # the two that take longest
+SHORT = "not (odd_graphs or targets or twice or not_harmful or float_function or repeatable)"
+
+
+@pytest.mark.parametrize("tests", [SHORT, *slowly("")])
 def test_packages_install_pass_their_tests_run_from_a_recipe_and_appear_in_a_trace(tests, tmp_path):
     """A new plugin and the samples of the documentation, in one environment."""
     new = new_plugin("acme-shrink", tmp_path)

@@ -15,7 +15,10 @@ from typer.testing import CliRunner
 import onnxq_plugins
 from onnxq_plugins import cli, quantize
 from onnxq_plugins.cli.options import OptionGroup, flatten
+from onnxq_plugins.export.provenance import recipe_of
 from tests.data.pictures import write_png
+
+IMAGES = ("resize", "crop", "size", "letterbox", "padding", "bgr", "range", "mean", "std", "state", "layout")
 
 
 def test_options_reach_the_engine(ready, monkeypatch):
@@ -97,6 +100,17 @@ def test_a_folder_of_images_as_data(ready):
     assert ran.code == 0, ran.err
 
 
+def test_images_as_detectors_want_them(ready):
+    Path("pictures").mkdir()
+    for n in range(8):
+        write_png(f"pictures/{n}.png", 20, 16, seed=n)
+    size = ("--size", "12x12", "--letterbox", "--padding", 0, "--bgr", "--range", 255)
+    ran = ready("quantize", "model.onnx", "--data", "pictures", *size, "-o", "q.onnx")
+    assert ran.code == 0 and "RGB/255" not in ran.err, ran.err
+    data = recipe_of("q.onnx")[0]["data"]
+    assert data == {"size": [12, 12], "letterbox": True, "padding": 0, "bgr": True, "range": 255.0}
+
+
 def test_version(onnxq):
     assert onnxq("--version").out == f"onnxq-plugins {onnxq_plugins.__version__}\n"
 
@@ -120,11 +134,11 @@ def test_options_of_quantize_are_in_panels(onnxq):
     assert panels == {
         "Arguments": [],
         "Options": ["--help"],
-        "Data": ["--data", "--samples", "--labels", "--resize", "--crop", "--mean", "--std", "--layout"],
+        "Data": [f"--{name}" for name in ("data", "samples", "labels", *IMAGES)],
         "Recipe": ["--recipe", "--set", "--target", "--seed", "--float32"],
         "Output": ["--output", "--report", "--test", "--overrides"],
         "Search": ["--curve", "--metric", "--class-axis", "--plan"],
-        "Work": ["--workers", "--cache", "--dask", "--processes", "--verify", "--trace"],
+        "Work": ["--workers", "--cache", "--custom-ops", "--dask", "--processes", "--verify", "--trace"],
     }
 
 

@@ -45,7 +45,6 @@ class Rewinding(Reader):
         pytest.param(lambda: [{"x": row[None]} for row in VALUES], id="list of feeds"),
         pytest.param(lambda: [row[None] for row in VALUES], id="list of arrays"),
         pytest.param(lambda: ({"x": row[None]} for row in VALUES), id="generator"),
-        pytest.param(lambda: [{"x": VALUES[:4]}, {"x": VALUES[4:]}], id="batches"),
         pytest.param(lambda: [{"x": row[None], "label": 1} for row in VALUES], id="more than needed"),
         pytest.param(Reader, id="reader"),
         pytest.param(Rewinding, id="rewinding reader"),
@@ -70,14 +69,6 @@ def test_samples_are_spread_evenly(count, numbers):
     data = open_data(VALUES, [X], DataOptions(samples=count))
     np.testing.assert_array_equal(rows(data), VALUES[list(numbers)])
     assert data.size == len(numbers)
-
-
-@pytest.mark.parametrize("source", [VALUES, [{"x": row[None]} for row in VALUES]])
-def test_a_fixed_batch_is_filled_up(source):
-    fixed = Input("x", np.dtype(np.float32), (4, 3))
-    batches = [feed["x"] for feed in open_data(source, [fixed])]
-    assert [batch.shape for batch in batches] == [(4, 3)] * 2
-    np.testing.assert_array_equal(np.concatenate(batches), VALUES[[0, 1, 2, 3, 4, 5, 4, 5]])
 
 
 def test_several_inputs():

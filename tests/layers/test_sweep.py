@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -14,11 +16,19 @@ from onnxq_plugins.layers import problem as layerwise
 from onnxq_plugins.layers.complete import complete, complete_ranges
 from onnxq_plugins.layers.sweep import sweep
 from tests.jobs import LAYERED, fetch, make_job
-from tests.zoo import ZOO, feeds, mlp, mobilenet
+from tests.zoo import ZOO, feeds, mlp, mobilenet, some
+
+CODES, BLOCKS = {"bits": 4}, {"bits": 4, "block": 16}
 
 
-@pytest.mark.parametrize("weights", [{"bits": 4}, {"bits": 4, "block": 16}])
-@pytest.mark.parametrize("name", LAYERED)
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    some(
+        itertools.product(LAYERED, [CODES, BLOCKS]),
+        *((name, CODES) for name in ("mobilenet", "inception", "grouped", "mlp", "transformer", "shared_weights")),
+        *((name, BLOCKS) for name in ("mlp", "transformer", "written_out", "control_flow")),
+    ),
+)
 def test_a_layer_sees_what_the_exported_model_gives_it(name, weights):
     weight_only = "block" in weights
     recipe = {"weights": weights, **({"activations": {"bits": 32}} if weight_only else {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -18,10 +19,11 @@ from onnxq_plugins.graph import load
 from onnxq_plugins.measure import sqnr
 from onnxq_plugins.passes.data_free import DataFree
 from onnxq_plugins.solvers.fractals import fractals
-from tests.zoo import ZOO, Net, cnn, feeds, mlp, mobilenet, run
+from tests.zoo import ZOO, Net, cnn, feeds, kinds, mlp, mobilenet, run, slowly, some
 
 RECIPE = "int8-data-free"
 IMAGES = [name for name, make in ZOO.items() if len(make().graph.input[0].type.tensor_type.shape.dim) == 4]
+SCALES = [((0.485, 0.456, 0.406), 0.226), ((0.5, 0.5, 0.5), 0.5), ((0, 0, 0), 1 / 255)]
 OTHERS = [name for name in ZOO if name not in IMAGES]
 
 
@@ -85,7 +87,7 @@ def tokens(rows=20, through=(), mask=False, length=6):
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", kinds(IMAGES))
 def test_networks_on_images_need_nothing(name):
     model = ZOO[name]()
     result = free(model, verify=True)
@@ -107,7 +109,7 @@ def test_other_networks_need_a_range(name):
 
 
 @pytest.mark.parametrize("source", ["auto", "fractals", "noise", "statistics"])
-@pytest.mark.parametrize("name", ["cnn", "mobilenet"])
+@pytest.mark.parametrize("name", ["mobilenet", *slowly("cnn")])
 def test_every_source_quantizes_every_network(name, source):
     model = ZOO[name]()
     result = free(model, f"data-free.source={source}", "data-free.inputs={x=[-3, 3]}", verify=True)
@@ -148,8 +150,13 @@ def test_more_deviations_are_wider_ranges():
 # ---- images ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4, 5])
-@pytest.mark.parametrize("size", [(12, 12), ("H", "W"), (9, 14)])
+@pytest.mark.parametrize(
+    ("size", "channels"),
+    some(
+        itertools.product([(12, 12), ("H", "W"), (9, 14)], [1, 3, 4, 5]),
+        *[((12, 12), 1), (("H", "W"), 3), ((9, 14), 4), ((9, 14), 5)],
+    ),
+)
 def test_images_of_any_form(channels, size):
     model = image_net(channels, size)
     samples, _ = make(model, size=24)
@@ -260,8 +267,13 @@ def test_told_moments_are_those_of_the_samples(name):
     assert (moments.low <= x.min(axis=(0, 2, 3)) + 1e-4).all() and (moments.high >= x.max(axis=(0, 2, 3)) - 1e-4).all()
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("mean, std", [((0.485, 0.456, 0.406), 0.226), ((0.5, 0.5, 0.5), 0.5), ((0, 0, 0), 1 / 255)])
+@pytest.mark.parametrize(
+    ("mean", "std", "last"),
+    some(
+        ((mean, std, last) for mean, std in SCALES for last in (False, True)),
+        *((mean, std, std == 0.5) for mean, std in SCALES),
+    ),
+)
 def test_the_scale_is_read_off_the_statistics_of_the_first_layer(mean, std, last):
     """A BatchNormalization that saw (images - mean) / std tells the mean and the deviation of what it saw."""
     rng = np.random.default_rng(11)
@@ -521,7 +533,12 @@ def test_int8_without_data_names_this_recipe():
 
 @pytest.mark.parametrize(
     "model, settings",
-    [(cnn, []), (mobilenet, []), (tokens, []), (cnn, ["data-free.source=noise"]), (mlp, ["data-free.inputs={x=[-1, 1]}"])],
+    [
+        (mobilenet, []),
+        (tokens, []),
+        (mlp, ["data-free.inputs={x=[-1, 1]}"]),
+        *slowly((cnn, []), (cnn, ["data-free.source=noise"])),
+    ],
 )
 def test_a_seed_decides_the_model(model, settings):
     first, again, other = (free(model(), *settings, seed=seed).model.SerializeToString() for seed in (3, 3, 4))

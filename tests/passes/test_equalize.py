@@ -17,7 +17,7 @@ from onnxq_plugins.passes.equalize import _place, _reduced
 from onnxq_plugins.search.preview import Preview
 from onnxq_plugins.solvers.equalize import Place, balance, equalize, noise
 from tests.jobs import make_job
-from tests.zoo import ZOO, Net, examples, feeds, mlp, mobilenet, run, transformer
+from tests.zoo import ZOO, Net, examples, feeds, kinds, mlp, mobilenet, run, slowly, transformer
 
 TENSOR = {"weights": {"block": "tensor"}}
 
@@ -255,7 +255,9 @@ def test_groups_of_a_grouped_convolution_share_its_scale():
 
 
 @pytest.mark.parametrize("by", ["weights", "activations"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name", kinds(NETS, "resnet20", "no_layer", "dead_channels", "uneven", "prenorm", "partly_clipped", "residual_1d")
+)
 def test_the_float_function_stays(name, by):
     """And the exported network is a sound one."""
     model = NETS[name]()
@@ -308,7 +310,7 @@ def test_twice_is_once(name):
     assert Equalize().apply(job)["equalized"] == 0
 
 
-@pytest.mark.parametrize("name", [n for n in ZOO if n != "no_layer"])
+@pytest.mark.parametrize("name", kinds([n for n in ZOO if n != "no_layer"], "dead_channels"))
 def test_powers_of_two_change_no_bit(name):
     model = ZOO[name]()
     job, found = passed(model, Equalize(gain=1.0, pow2=True))
@@ -367,7 +369,7 @@ def test_grouped_joined_and_shared(name):
 
 
 @pytest.mark.parametrize("by", ["weights", "activations"])
-@pytest.mark.parametrize("make", [partly_clipped, mobilenet, stream, lambda: uneven(True)])
+@pytest.mark.parametrize("make", [partly_clipped, stream, lambda: uneven(True), *slowly(mobilenet)])
 def test_clips_stay_idle(make, by):
     """Channels that reach the maximum keep their values; others stay below it. Nothing becomes of the Clip, and so all stay
     integer."""
@@ -487,7 +489,7 @@ def test_channels_of_attention_heads():
 # ---- the trial ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cnn", "mobilenet", "mlp", "transformer", "resnet20", "conv1d", "conv_transpose"])
+@pytest.mark.parametrize("name", ["cnn", "mobilenet", "transformer", "conv_transpose", *slowly("mlp", "resnet20", "conv1d")])
 def test_the_trial_measures_what_ships(name):
     model = ZOO[name]()
     data = feeds(model, 6)

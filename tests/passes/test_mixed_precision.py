@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from itertools import pairwise
 
@@ -22,7 +23,7 @@ from onnxq_plugins.search.quantizers import Width, multiply_adds, parse_widths
 from onnxq_plugins.search.widths import ALONE, Widths
 from tests.jobs import make_job
 from tests.search.searches import SMALL, make_widths, recipe_of, search
-from tests.zoo import ZOO, Net, cnn, feeds, mlp, mobilenet
+from tests.zoo import ZOO, Net, cnn, feeds, mlp, mobilenet, slowly, some
 
 FLOAT = Width(32, 32)
 
@@ -52,8 +53,13 @@ def way_down(points, key):
     return all(a[key] >= b[key] for a, b in pairwise(points))
 
 
-@pytest.mark.parametrize("budget", ["size", "bops"])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    some(
+        itertools.product(SMALL, ("size", "bops")),
+        *[("mobilenet", "size"), ("mlp", "size"), ("transformer", "bops"), ("inception", "bops")],
+    ),
+)
 def test_budgets_on_cost_hold_for_the_plan(name, budget):
     job = make_job(ZOO[name](), {"target": "npu"})
     limit = 0.7
@@ -67,7 +73,7 @@ def test_budgets_on_cost_hold_for_the_plan(name, budget):
     json.dumps(told)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["mobilenet", "mlp", "transformer", *slowly("cnn", "inception", "resnet20")])
 def test_budgets_on_accuracy_hold_on_the_measured_samples(name):
     job = make_job(ZOO[name](), {"target": "npu"})
     told = search(job, candidates=("W3A8", "W8A8", "W8A16"), budget="sqnr", limit=38.0)
@@ -131,7 +137,7 @@ def test_one_candidate_is_a_homogeneous_plan():
     assert report["sensitivities"] == [] and len(report["curve"]) == 1
 
 
-@pytest.mark.parametrize("method", ["gptq", "attention"])
+@pytest.mark.parametrize("method", ["gptq", *slowly("attention")])
 def test_one_seed_one_plan(method):
     recipe = recipe_of("npu", candidates=["W3A8", "W8A8", "W8A16"], budget="sqnr", limit=35.0, method=method)
     one, two = (quantize(mlp(), recipe, feeds(mlp(), 20), workers=n, seed=3) for n in (1, 2))
@@ -139,7 +145,7 @@ def test_one_seed_one_plan(method):
     assert one.report["steps"][0]["result"] == two.report["steps"][0]["result"]
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["mobilenet", "mlp", "transformer", *slowly("cnn", "inception", "resnet20")])
 def test_the_whole_way_on_an_npu(name):
     model = ZOO[name]()
     result = quantize(
@@ -191,7 +197,7 @@ def test_without_data_is_one_sentence():
         quantize(mlp(), {"activations": {"bits": 32}, "weights": {"bits": 4, "block": 16}, **recipe_of()})
 
 
-@pytest.mark.parametrize("source", ["fractals", "statistics", "noise"])
+@pytest.mark.parametrize("source", ["fractals", *slowly("statistics", "noise")])
 def test_behind_data_free(source):
     recipe = recipe_of(limit=0.75)
     recipe["pass"].insert(0, {"use": "data-free", "source": source, "samples": 8})
@@ -269,7 +275,7 @@ def test_widened_scales_are_counted_once():
     assert told[0] == told[1] != {}
 
 
-@pytest.mark.parametrize("name", ["cnn", "mobilenet", "mlp", "transformer", "resnet20"])
+@pytest.mark.parametrize("name", ["mobilenet", "mlp", "transformer", *slowly("cnn", "resnet20")])
 def test_float_is_taken_where_kernels_allow_it(name):
     model = ZOO[name]()
     job = make_job(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from functools import lru_cache
 
@@ -15,10 +16,12 @@ from onnxq_plugins.measure import drift
 from onnxq_plugins.passes import Reorder
 from onnxq_plugins.passes.reorder import _tile, _view
 from tests.jobs import distance, make_job
-from tests.zoo import ZOO, Net, cnn, feeds, mlp, mobilenet, resnet20, run
+from tests.zoo import ZOO, Net, cnn, feeds, kinds, mlp, mobilenet, resnet20, run, slowly, some
 
 TWO_LEVEL = {"weights": {"bits": 4, "block": "tensor", "sub_block": [4, 4]}}
 MOVING = ["mobilenet", "resnet20", "grouped", "inception", "cnn", "transformer", "conv1d", "odd_channels", "mlp"]
+TILES = {"target": "storage", "weights": {"bits": 4, "block": [4, 4]}}
+SUB = [{"use": "sub-layer"}]
 ORDERED = {**TWO_LEVEL, "pass": [{"use": "reorder"}]}
 
 
@@ -73,7 +76,7 @@ def reordered(name):
     return model, quantize(model, {**ORDERED, "pass": [{"use": "reorder"}]}, feeds(model, 3), workers=1, verify=True)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", kinds(ZOO, "resnet20", "no_layer"))
 def test_the_engine_finds_no_drift(name):
     _, result = reordered(name)
     entry = result.report["steps"][0]
@@ -84,7 +87,7 @@ def test_the_engine_finds_no_drift(name):
         assert 0 < report["cost_of_tiles"] <= 1
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", kinds(ZOO, "odd_channels", "resnet20", "no_layer"))
 def test_the_float_function_stays_for_any_seed(name):
     model = ZOO[name]()
     feed = feeds(model, 1, seed=5)[0]
@@ -193,8 +196,10 @@ def spread_out(seed, spread):
     return net.model(x)
 
 
-@pytest.mark.parametrize("solver", [[], [{"use": "sub-layer"}]])
-@pytest.mark.parametrize("form", [{"target": "storage", "weights": {"bits": 4, "block": [4, 4]}}, TWO_LEVEL])
+@pytest.mark.parametrize(
+    ("form", "solver"),
+    some(itertools.product([TILES, TWO_LEVEL], [[], SUB]), (TILES, []), (TWO_LEVEL, SUB)),
+)
 def test_reordering_gains_where_ranges_are_wide(form, solver):
     gains = []
     for seed in range(4):
@@ -216,7 +221,7 @@ def test_what_was_solved_for_weights_before_is_told(before, noted):
     assert any("put it before those passes" in note for note in result.report["notes"]) == noted
 
 
-@pytest.mark.parametrize("name", ["cnn", "mobilenet", "resnet20", "transformer"])
+@pytest.mark.parametrize("name", ["cnn", "transformer", *slowly("mobilenet", "resnet20")])
 def test_ranges_chosen_before_stay(name):
     """A range per tensor does not depend on the order of its channels."""
     model, steps = ZOO[name](), [{"use": "ranges", "method": "percentile", "percentile": 90.0}, {"use": "reorder"}]

@@ -17,7 +17,21 @@ from onnxq_plugins.passes import ResidualExpansion
 from onnxq_plugins.solvers import expansion as solver
 from onnxq_plugins.spec import QuantSpec, encode, fake, from_range
 from onnxq_plugins.targets.npu import NPU4
-from tests.zoo import ZOO, Net, cnn, conv_transpose, examples, feeds, mlp, mobilenet, resnet20, run, slowly, transformer
+from tests.zoo import (
+    ZOO,
+    Net,
+    cnn,
+    conv_transpose,
+    examples,
+    feeds,
+    mlp,
+    mobilenet,
+    resnet20,
+    run,
+    slowly,
+    some,
+    transformer,
+)
 
 
 def weights(seed, size=1.0, outputs=5):
@@ -48,17 +62,18 @@ STEPS = (
     {"share": 0.3},
     {"form": "sparse", "orders": 3, "budget": 0.4, "data": False},
 )
-KNOWN = ("mobilenet", "mlp", "transformer")
-OTHERS = ("grouped", "inception", "conv1d", "dead_channels", "odd_channels", "shared_weights", "control_flow", "resnet20")
+NETWORKS = ("mobilenet", "mlp", "transformer", "inception", "dead_channels", "shared_weights", "grouped", "resnet20")
+OTHERS = ("conv1d", "odd_channels", "control_flow")
+FORMS = ({}, {"form": "branches"}, {"form": "branches", "orders": 3, "bits": [4, 4, 3]}, {"form": "sparse", "share": 0.3})
 
 
 @pytest.mark.parametrize(
     ("name", "step"),
-    [
-        *itertools.product(KNOWN, STEPS),
-        *((name, STEPS[i % 4]) for i, name in enumerate(OTHERS)),
-        *slowly(*((name, step) for i, name in enumerate(OTHERS) for step in STEPS if step is not STEPS[i % 4])),
-    ],
+    some(
+        itertools.product((*NETWORKS, *OTHERS), STEPS),
+        *(("mobilenet", step) for step in STEPS),
+        *((name, STEPS[i % 4]) for i, name in enumerate(NETWORKS[1:])),
+    ),
 )
 def test_function_stays_and_bounds_are_told(name, step):
     model = ZOO[name]()
@@ -74,10 +89,19 @@ def test_function_stays_and_bounds_are_told(name, step):
     assert all(np.isfinite(y).all() for f in samples for y in run(result.model, f))
 
 
-@pytest.mark.parametrize("name", ["mobilenet", "resnet20", "mlp", "transformer", "grouped"])
 @pytest.mark.parametrize(
-    "step",
-    [{}, {"form": "branches"}, {"form": "branches", "orders": 3, "bits": [4, 4, 3]}, {"form": "sparse", "share": 0.3}],
+    ("name", "step"),
+    some(
+        itertools.product(["mobilenet", "resnet20", "mlp", "transformer", "grouped"], FORMS),
+        *(("mobilenet", form) for form in FORMS),
+        *[
+            ("transformer", FORMS[1]),
+            ("transformer", FORMS[3]),
+            ("mlp", FORMS[2]),
+            ("resnet20", FORMS[3]),
+            ("grouped", FORMS[0]),
+        ],
+    ),
 )
 def test_every_layer_stays_integer(name, step):
     model = ZOO[name]()
@@ -89,7 +113,7 @@ def test_every_layer_stays_integer(name, step):
     assert measure.drift(run(result.model, feed), run(result.model, feed, optimize=False)) < 0.05
 
 
-@pytest.mark.parametrize("make", [mobilenet, resnet20, mlp])
+@pytest.mark.parametrize("make", [resnet20, mlp, *slowly(mobilenet)])
 def test_no_share_is_order_one_and_the_whole_share_is_dense(make):
     model, samples = make(), feeds(make(), 3)
     outputs = {
@@ -317,7 +341,7 @@ def test_two_orders_of_an_activation_are_the_halves_of_a_code(low, span, bits, s
     assert np.mean(codes == encode(x, whole)) > 0.99 and np.abs(codes - encode(x, whole)).max() <= 1  # ties may differ
 
 
-@pytest.mark.parametrize("shift", [0.5, 0.03])
+@pytest.mark.parametrize("shift", [0.5, *slowly(0.03)])
 @pytest.mark.parametrize(
     "name", ["mobilenet", "grouped", "mlp", "transformer", "conv_transpose", "shared_weights", "control_flow"]
 )
@@ -358,7 +382,7 @@ def narrow(bits=4, activations=1, target="npu4", ranges="minmax", **more):
     }
 
 
-@pytest.mark.parametrize("name", ["mobilenet", "mlp", "transformer", *slowly("conv1d", "cnn", "resnet20")])
+@pytest.mark.parametrize("name", ["conv1d", "transformer", *slowly("mlp", "mobilenet", "cnn", "resnet20")])
 def test_two_orders_of_four_bit_activations_are_eight_bits(name):
     model, samples = ZOO[name](), feeds(ZOO[name](), 6)
     made = {

@@ -27,7 +27,7 @@ from onnxq_plugins.solvers.gaussian import clipped_moments
 from onnxq_plugins.solvers.gram import nearest
 from onnxq_plugins.targets.refusals import problems
 from tests.jobs import LAYERED, distance, fetch, make_job
-from tests.zoo import ZOO, Net, conv_transpose, feeds, mlp, mobilenet, no_bias, slowly, transformer
+from tests.zoo import ZOO, Net, conv_transpose, feeds, mlp, mobilenet, no_bias, slowly, some, transformer
 
 
 def rounding(**parameters) -> dict:
@@ -37,16 +37,17 @@ def rounding(**parameters) -> dict:
 # ---- the pass ---------------------------------------------------------------------------------------------------------
 
 
-ALONE = ("mobilenet", "transformer", "shared_weights", "control_flow")
+TOGETHER = ("mobilenet", "inception", "grouped", "mlp", "transformer", "dead_channels", "shared_weights")
+ALONE = ("grouped", "transformer", "shared_weights", "control_flow")
 
 
 @pytest.mark.parametrize(
     ("name", "sequential"),
-    [
-        *((name, True) for name in LAYERED),
+    some(
+        itertools.product(LAYERED, [True, False]),
+        *((name, True) for name in TOGETHER),
         *((name, False) for name in ALONE),
-        *slowly(*((name, False) for name in LAYERED if name not in ALONE)),
-    ],
+    ),
 )
 def test_round_keeps_float_function_and_kernels(name, sequential):
     model = ZOO[name]()

@@ -20,7 +20,7 @@ from onnxq_plugins.passes import SplitWeights
 from onnxq_plugins.passes.split_weights import error, split
 from onnxq_plugins.runtimes.openvino import audit_openvino
 from onnxq_plugins.spec import QuantSpec, decode, solve_minmax
-from tests.zoo import Net, conv_transpose, examples, feeds, mlp, mobilenet, run
+from tests.zoo import Net, conv_transpose, examples, feeds, mlp, mobilenet, run, some
 
 # Convolutions, each with what it must keep: rank, channels in and out, kernel, attributes.
 KINDS = {
@@ -37,6 +37,8 @@ KINDS = {
     "same, strided": (2, 4, 6, (3, 5), {"auto_pad": "SAME_LOWER", "strides": [2, 2]}),
 }
 BEHIND = ("relu", "none", "residual", "output", "both", "no bias")
+TARGETS = ("ort-cpu", "ort-cpu-avx2", "openvino")
+ONCE = tuple(dict.fromkeys([*((kind, "relu") for kind in KINDS), *(("plain", behind) for behind in BEHIND)]))
 
 
 def outlier(net, cin, cout, kernel, groups=1, times=20.0):
@@ -132,8 +134,10 @@ def test_split_only_where_the_error_falls(bits, block, times, gain, seed):
 # ---- the rewrite ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("behind", BEHIND)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "behind"),
+    some(itertools.product(KINDS, BEHIND), *ONCE),
+)
 def test_function_stays(kind, behind):
     model = model_of(kind, behind)
     graph = load(model)
@@ -202,8 +206,14 @@ def test_statistics_stay_with_the_sum():
 # ---- the pass -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["ort-cpu", "ort-cpu-avx2", "openvino"])
-@pytest.mark.parametrize("kind, behind", [*itertools.product(KINDS, ["relu"]), *itertools.product(["plain"], BEHIND)])
+@pytest.mark.parametrize(
+    ("kind", "behind", "target"),
+    some(
+        ((*pair, target) for pair in ONCE for target in TARGETS),
+        *((*pair, "ort-cpu") for pair in ONCE),
+        *((kind, "relu", target) for kind in ("plain", "depthwise") for target in TARGETS[1:]),
+    ),
+)
 def test_everything_stays_integer(kind, behind, target):
     model = model_of(kind, behind)
     result = quantize(model, recipe(target=target), feeds(model, 3), verify=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from itertools import pairwise, product
 
@@ -20,7 +21,7 @@ from onnxq_plugins.solvers.gram import narrow, row_loss
 from onnxq_plugins.solvers.scales import search_scales
 from onnxq_plugins.spec import QuantSpec, fake, solve_minmax
 from tests.jobs import distance, make_job
-from tests.zoo import ZOO, Net, cnn, dead_channels, feeds, grouped, mobilenet, run
+from tests.zoo import ZOO, Net, cnn, dead_channels, feeds, grouped, mobilenet, run, slowly, some
 
 TILES = {"target": "storage", "weights": {"bits": 4, "block": [4, 4]}}
 TWO_LEVEL = {"weights": {"bits": 4, "block": "tensor", "sub_block": [4, 4]}}
@@ -229,8 +230,14 @@ def losses_of(job, plans):
     return np.array(found).T
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    some(
+        itertools.product(NAMES, FORMS),
+        *itertools.product(("mlp", "odd_channels"), FORMS),
+        *[("mobilenet", "tiles"), ("grouped", "two-level"), ("transformer", "vectors"), ("dead_channels", "tiles")],
+    ),
+)
 def test_no_layer_loses_against_the_default_solver(name, form):
     job = make_job(ZOO[name](), FORMS[form])
     complete_ranges(job)
@@ -332,7 +339,7 @@ def test_finer_vectors_have_less_error():
     assert all(b < a for a, b in pairwise(errors))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["two-level", *slowly("tiles", "vectors")])
 def test_results_do_not_depend_on_workers(form):
     model = mobilenet()
     plans = [quantize(model, {**FORMS[form], "pass": [SUB]}, feeds(model, 6), workers=n).plan for n in (1, 2)]
@@ -426,8 +433,14 @@ def test_widened_scales_are_not_widened_again(pow2):
     assert not job.report.get("widened")
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["cnn", "grouped", "mlp", "transformer", "odd_channels"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    some(
+        itertools.product(["cnn", "grouped", "mlp", "transformer", "odd_channels"], FORMS),
+        *(("odd_channels", form) for form in FORMS),
+        *[("grouped", "two-level"), ("mlp", "tiles"), ("transformer", "vectors")],
+    ),
+)
 def test_exported_weights_are_those_of_the_plan_and_run_the_same_optimized(name, form):
     model = ZOO[name]()
     steps = [{"use": "vector-scale"}] if form == "vectors" else [SUB]

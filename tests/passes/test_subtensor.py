@@ -12,7 +12,20 @@ from onnxq_plugins.graph import load
 from onnxq_plugins.measure import drift, sqnr
 from onnxq_plugins.passes import Subtensor
 from onnxq_plugins.plan.values import weight_values
-from tests.zoo import ZOO, Net, cnn, conv_transpose, dead_channels, feeds, grouped, mlp, mobilenet, run
+from tests.zoo import (
+    ZOO,
+    Net,
+    cnn,
+    conv_transpose,
+    dead_channels,
+    feeds,
+    grouped,
+    kinds,
+    mlp,
+    mobilenet,
+    run,
+    slowly,
+)
 
 
 def recipe(step=None, block="tensor", **more):
@@ -55,7 +68,7 @@ def test_few_scales_gain_much(kind):
         assert db[0] == pytest.approx(plain) and db[1] > plain + 2 and db[2] > plain + 6 and db[3] > plain + 20, db
 
 
-@pytest.mark.parametrize("name", [n for n in ZOO if n not in ("no_layer", "conv_transpose")])
+@pytest.mark.parametrize("name", kinds([n for n in ZOO if n not in ("no_layer", "conv_transpose")], "dead_channels"))
 def test_both_realisations_compute_the_same(name):
     """Bit for bit up to the order of float sums, and in integer kernels."""
     model = ZOO[name]()
@@ -114,7 +127,7 @@ def test_open_ranges_are_solved_later(split):
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("name", ["cnn", "mobilenet", "mlp", "transformer"])
+@pytest.mark.parametrize("name", ["cnn", "transformer", *slowly("mobilenet", "mlp")])
 def test_one_cluster_is_one_scale(name, split):
     model = ZOO[name]()
     data = feeds(model, 2)

@@ -26,7 +26,7 @@ from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
 from onnxq_plugins.report.curve import Curve, check_folder
 from onnxq_plugins.search.widths import Widths
-from tests.zoo import ZOO, feeds, mlp, mobilenet, rows
+from tests.zoo import ZOO, feeds, mlp, mobilenet, rows, slowly
 
 
 def recipe_of(target: str = "ort-cpu", front=(), behind=(), **parameters) -> dict:
@@ -67,10 +67,11 @@ def onnxq(onnxq):
     [
         ("mlp", {}),
         ("mobilenet", {"method": "gptq", "front": [{"use": "scale-inputs"}, {"use": "ranges"}]}),
-        ("mobilenet", {"behind": [{"use": "bias-correct"}], "budget": "sqnr", "limit": 25.0}),
+        *slowly(("mobilenet", {"behind": [{"use": "bias-correct"}], "budget": "sqnr", "limit": 25.0})),
         ("transformer", {"budget": "bops"}),
         ("resnet20", {"candidates": ["float", "W4A8", "W8A8"], "budget": "sqnr", "limit": 20.0}),
-        ("cnn", {"target": "npu", "candidates": ["W4A8", "W8A8", "W8A16"], "budget": "bops"}),
+        ("cnn", {"target": "npu", "behind": [{"use": "bias-correct"}], "candidates": ["W4A8", "W8A16"], "budget": "bops"}),
+        *slowly(("cnn", {"target": "npu", "candidates": ["W4A8", "W8A8", "W8A16"], "budget": "bops"})),
     ],
 )
 def test_a_point_made_again_is_the_network_that_the_search_gave(name, settings, monkeypatch):

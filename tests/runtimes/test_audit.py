@@ -62,7 +62,7 @@ def test_an_audit_against_another_model_is_refused(onnxq):
     code, _, err = onnxq("audit", "m.onnx", "--against", "other.onnx")
     assert code == 2 and "give the float model that this one was made from" in err and "check that" not in err
     code, _, err = onnxq("audit", "m.onnx", "--runtime", "openvino", "--against", "m.onnx")
-    assert code == 2 and "leave it out beside --runtime openvino" in err
+    assert code == 2 and "leave them out beside --runtime openvino" in err
 
 
 def test_shifts_for_other_targets_are_not_blamed(onnxq):

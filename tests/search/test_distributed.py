@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 from onnxq_plugins import quantize
 from onnxq_plugins.measure import networks
 from onnxq_plugins.measure.metrics import percent_agreement
-from tests.zoo import feeds, mlp, mobilenet
+from tests.zoo import feeds, mlp, mobilenet, slowly
 
 RECIPE = {"pass": [{"use": "mixed-precision", "candidates": ["W3A8", "W4A8", "W6A8", "W8A8"], "curve": 4}]}
 
@@ -34,17 +33,11 @@ def here(own_kernels):
     return quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), workers=2)
 
 
-@contextlib.contextmanager
-def local_cluster():
-    """A scheduler and two workers, processes of their own."""
-    distributed = pytest.importorskip("distributed", reason="needs the extra dask")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
-        yield cluster
-
-
 @pytest.fixture(scope="module")
 def cluster():
-    with local_cluster() as shared:
+    """A scheduler and two workers, processes of their own."""
+    distributed = pytest.importorskip("distributed", reason="needs the extra dask")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as shared:
         yield shared
 
 
@@ -72,8 +65,9 @@ def test_a_cluster_finds_what_threads_find(here, cluster):
     assert (report["metric"], report["float"]) == ("half", 50.0)
 
 
-def test_a_worker_that_dies_takes_nothing_along(here, tmp_path):
-    """One of two workers is killed when some networks have been measured; what was there before is not asked for again."""
+def test_a_worker_that_dies_takes_nothing_along(here, cluster, tmp_path):
+    """One of two workers is killed when some networks have been measured; what was there before is not asked for again.
+    The cluster starts another."""
     import distributed
 
     done, victims = [], []
@@ -88,18 +82,14 @@ def test_a_worker_that_dies_takes_nothing_along(here, tmp_path):
                     os.kill(victims[0], signal.SIGKILL)
             yield item
 
-    with (
-        local_cluster() as cluster,
-        distributed.Client(cluster) as client,
-        joblib.parallel_config(backend="dask"),
-    ):
+    with distributed.Client(cluster) as client, joblib.parallel_config(backend="dask"):
         there = quantize(mobilenet(), RECIPE, feeds(mobilenet(), 20), cache=tmp_path, track=track)
     assert victims and same(here, there)
     assert all(files >= n for n, files in enumerate(done, 1))  # kept as soon as they came, whatever happened then
     assert len(list(tmp_path.glob("*-scores.npz"))) == there.report["steps"][0]["result"]["networks_measured"]
 
 
-@pytest.mark.parametrize("stage", ["rounding", "sensitivities", "measuring the curve"])
+@pytest.mark.parametrize("stage", ["sensitivities", *slowly("rounding", "measuring the curve")])
 def test_an_interrupted_search_goes_on_where_it_was(here, stage, tmp_path, monkeypatch):
     class Stop(BaseException):
         pass
@@ -158,9 +148,11 @@ def test_the_command_line_takes_a_cluster(cluster, tmp_path):
     (tmp_path / "m.onnx").write_bytes(mlp().SerializeToString())
     command = [sys.executable, *["-m", "onnxq_plugins.cli", "quantize", "m.onnx", "-r", "mixed", "--data", "x.npy"]]
     command += ["--set", "mixed-precision.curve=2", "-o"]
-    for more in (["a.onnx", "--dask", cluster.scheduler_address], ["b.onnx", "--processes"], ["c.onnx"]):
+    for more in (["a.onnx", "--dask", cluster.scheduler_address], ["b.onnx", "--processes"]):
         found = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
         assert found.returncode == 0, found.stderr
+    settings = ["mixed-precision.curve=2"]
+    quantize(tmp_path / "m.onnx", "mixed", tmp_path / "x.npy", settings=settings, output=tmp_path / "c.onnx")
     made = {(tmp_path / name).read_bytes() for name in ("a.onnx", "b.onnx", "c.onnx")}
     assert len(made) == 1
 

@@ -23,7 +23,7 @@ from onnxq_plugins.search.widths import ALONE
 from onnxq_plugins.spec import Plan, from_range
 from tests.jobs import make_job
 from tests.search.searches import make_widths, recipe_of, search
-from tests.zoo import ZOO, Net, cnn, examples, feeds, mlp, mobilenet, transformer
+from tests.zoo import ZOO, Net, cnn, examples, feeds, kinds, mlp, mobilenet, transformer
 
 FLOAT = Width(32, 32)
 
@@ -85,7 +85,7 @@ def ties(model, recipe=None):
     "recipe",
     [{}, {"target": "npu"}, {"target": "storage"}, {"target": "npu", "layer": [{"op": "Attention", "quantize": True}]}],
 )
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", kinds(ZOO, "resnet20", "prelu", "control_flow", "no_layer"))
 def test_groups_hold_each_quantizer_once_with_all_that_it_meets(name, recipe):
     graph, plan, target, groups = ties(ZOO[name](), recipe)
     planned = [a for g in groups for a in g.activations]
@@ -253,7 +253,7 @@ def test_pinned_layers_keep_their_bits_and_are_counted_with_them():
 # ---- one group alone ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in ZOO if n != "no_layer"])
+@pytest.mark.parametrize("name", kinds([n for n in ZOO if n != "no_layer"], "resnet20"))
 def test_a_group_alone_leaves_all_others_float(name):
     model = ZOO[name]()
     recipe = {"target": "npu", "layer": [{"op": "Attention", "quantize": True}]}

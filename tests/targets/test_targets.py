@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -10,13 +11,20 @@ import pytest
 
 from benchmarks import targets
 from onnxq_plugins.targets import BUILTIN
+from tests.zoo import slowly
 
 PAGE = Path(__file__).parents[2] / "docs" / "targets.md"
 ALIKE = {"MatMulIntegerToFloat": "QLinearMatMul"}  # where what follows is float
 
 
+@pytest.mark.parametrize("ends", ["narrowest", *slowly("both")])
 @pytest.mark.parametrize("target", BUILTIN, ids=lambda target: target.name)
-def test_every_form_takes_the_kernel_of_its_rule_and_the_page_tells_it(target):
+def test_every_form_takes_the_kernel_of_its_rule_and_the_page_tells_it(target, ends, monkeypatch):
+    """At its narrowest weights in every run, which take the kernels that the widest take too."""
+    settings = targets.settings
+    if ends == "narrowest":
+        monkeypatch.setattr(targets, "settings", lambda *form: itertools.islice(settings(*form), 1))
+    targets.rows.cache_clear()
     for row in targets.rows(target):
         assert row.onnxruntime and "unknown" not in row.onnxruntime, row
         ran = {ALIKE.get(kernel, kernel) for kernel in row.onnxruntime}
@@ -24,7 +32,7 @@ def test_every_form_takes_the_kernel_of_its_rule_and_the_page_tells_it(target):
             assert ran == {row.rule.kernel}, row
         if row.rule.activations == 16 or row.rule.storage == "float":
             assert all("Q" not in kernel and "Integer" not in kernel for kernel in ran), row
-        if row.openvino is not None:
+        if row.openvino is not None and row.rule.storage != "float":
             assert all(kernel.endswith((" u8", " i8")) for kernel in row.openvino), row
     text = PAGE.read_text("utf-8")
     (made_with,) = re.findall(r"^Made with onnxruntime (\S+) ", text, re.MULTILINE)

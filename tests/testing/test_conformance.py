@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from onnxq_plugins.passes import (
@@ -27,6 +29,7 @@ from onnxq_plugins.passes import (
     VectorScale,
 )
 from onnxq_plugins.testing import CHECKS, cases
+from tests.zoo import LONG_CHECKS
 
 TILES = {"weights": {"bits": 4, "sub_block": [1, 16]}}
 TENSOR = {"weights": {"block": "tensor"}}
@@ -47,7 +50,7 @@ CASES = [
     ),
     cases(Equalize(), recipe=TENSOR),
     cases(Equalize(by="activations", samples=4), recipe=TENSOR),
-    cases(MixedPrecision(samples=4, strategy="binary", curve=2), expected_failures=NARROWER),
+    cases(MixedPrecision(samples=4, strategy="binary", curve=0, method="nearest"), expected_failures=NARROWER),
     cases(Orthogonality(samples=8), expected_failures=NARROWER),
     cases(Ranges(method="mse")),
     cases(Reorder(sweeps=1), recipe=TILES),
@@ -71,7 +74,31 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("step", "check"), [case for several in CASES for case in several])
+VARIANTS = (
+    BiasCorrect(method="analytic"),
+    Equalize(by="activations", samples=4),
+    ResidualExpansion(form="branches", share=0.5),
+    Subtensor(split=True),
+)
+
+
+# They change the float network, or choose widths, in the same way for every target.
+SAME_FOR_EVERY_TARGET = (
+    *(AbsorbBias, BiasCorrect, CodingLength, DataFree, Equalize, Orthogonality, ResidualEnsemble, ScaleInputs, SplitWeights),
+)
+
+
+def parameters() -> Iterator[object]:
+    """The cases. Of the long ones, those run with the slow tests where another variant of the pass is here, or where targets
+    do not matter to it."""
+    for several in CASES:
+        for name, case in zip(CHECKS, several, strict=True):
+            slow = name in LONG_CHECKS and case.values[0] in VARIANTS
+            slow |= name == "check_targets" and isinstance(case.values[0], SAME_FOR_EVERY_TARGET)
+            yield pytest.param(*case.values, id=case.id, marks=[*case.marks, *[pytest.mark.slow] * slow])
+
+
+@pytest.mark.parametrize(("step", "check"), parameters())
 def test_builtin(step, check):
     check(step)
 

@@ -14,6 +14,7 @@ from onnxq_plugins.passes import Ranges
 from onnxq_plugins.spec import solve_minmax
 from onnxq_plugins.testing import CHECKS, cases, checks, parametrize_with_checks
 from onnxq_plugins.testing.bench import Bench
+from tests.zoo import LONG_CHECKS, some
 
 GLOBAL: Any = np.random  # the generator that no pass may touch
 MEMORY: Any = itertools.count()
@@ -205,7 +206,7 @@ def test_runs_apart_with_and_without_optimization_are_found(monkeypatch):
         CHECKS["check_targets"](bad(), Bench())
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", some(CHECKS, *(name for name in CHECKS if name not in LONG_CHECKS)))
 def test_a_pass_that_does_nothing_conforms(name):
     CHECKS[name](bad(), Bench())
 

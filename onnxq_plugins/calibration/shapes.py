@@ -1,0 +1,90 @@
+"""Axes of tensors that shape inference does not know, from a run of the float model.
+
+onnx infers nothing behind operators of other domains, sequences or branches of unlike rank; a run shows how many axes a
+tensor has. Sizes are taken from the layers that read it, since those of one sample may be its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.spec import Array
+
+
+def complete_shapes(graph: Graph, feed: Mapping[str, Array]) -> None:
+    """Give tensors of unknown rank a shape, in place. Where the model does not run on the feed, they stay unknown."""
+    for _ in range(2):  # the second round is about what the first made computable
+        unknown = [name for name in graph.unranked if name not in graph.inputs]
+        if not unknown:
+            return
+        weights: dict[str, Array] = {}
+        model = graph.model(weights)
+        outputs = {o.name for o in model.graph.output}
+        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in unknown if name not in outputs)
+        try:
+            values = runtimes.session(model, weights=weights, lean=True).run(unknown, dict(feed))
+        except OnnxqError:
+            return
+        ranks = {n: v for n, v in zip(unknown, values, strict=True) if isinstance(v, np.ndarray)}
+        for name, value in ranks.items():
+            graph.set_shape(name, _sizes(graph, name, value.ndim), value.dtype)
+        _infer(graph)
+        if len(ranks) < len(unknown):
+            return
+
+
+def _sizes(graph: Graph, name: str, rank: int) -> list[int | None]:
+    """The shape of a tensor: the channels that layers read from it, None elsewhere."""
+    sizes: list[int | None] = [None] * rank
+    for layer in graph.layers:
+        if layer.input == name and rank:
+            inputs = layer.shape[layer.in_axis] * (layer.groups if layer.op == "Conv" else 1)
+            sizes[1 if layer.op.startswith("Conv") and rank > 1 else -1] = inputs
+    return sizes
+
+
+def _infer(graph: Graph) -> None:
+    """Infer shapes of what lies behind tensors that have one now."""
+    model = graph.model({})
+    shell = onnx.ModelProto()
+    shell.CopyFrom(model)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(shell)
+    except Exception:  # onnx raises several types; then the next run has to show them
+        return
+    for value in inferred.graph.value_info:
+        kind = value.type.tensor_type
+        if value.name in graph and graph.shape(value.name) is None and kind.HasField("shape"):
+            shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
+            graph.set_shape(value.name, shape, helper.tensor_dtype_to_np_dtype(kind.elem_type))
+
+
+def spatial_sizes(graph: Graph, layers: Sequence[Layer], feed: Mapping[str, Array] | None) -> dict[str, tuple[int, ...]]:
+    """Conv layers by name -> the sizes of their inputs along the spatial axes, from the shapes that are known, else from a
+    run on one sample; a layer whose sizes stay unknown is left out."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    unknown = []
+    for layer in layers:
+        if layer.op == "Conv":
+            shape = (graph.shape(layer.input) or ())[2:]
+            if shape and all(isinstance(n, int) for n in shape):
+                sizes[layer.name] = tuple(int(n) for n in shape if isinstance(n, int))
+            else:
+                unknown.append(layer)
+    if unknown and feed is not None:
+        weights: dict[str, Array] = {}
+        model = graph.model(weights)
+        del model.graph.output[:]
+        for layer in unknown:
+            name = f"{layer.name}|sizes"
+            model.graph.node.append(helper.make_node("Shape", [layer.input], [name], name))
+            model.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
+        values = runtimes.session(model, weights=weights, lean=True).run(None, dict(feed))
+        sizes |= {layer.name: tuple(int(n) for n in v[2:]) for layer, v in zip(unknown, values, strict=True)}
+    return sizes
