@@ -26,9 +26,9 @@ from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.graph.opsets import NARROW_OPSET, opset_of
 from onnxq_plugins.job import Job, Metric, Outcome, Recipe, Report
-from onnxq_plugins.laws import run_pass
+from onnxq_plugins.laws import is_random, run_pass
 from onnxq_plugins.layers.complete import complete, complete_constants
-from onnxq_plugins.measure.metrics import check_labels, find_metric, metric_name, top1
+from onnxq_plugins.measure.metrics import check_graph_labels, find_metric, metric_name, top1
 from onnxq_plugins.parallel import Track, cores, silent
 from onnxq_plugins.plan.constants import float_constants
 from onnxq_plugins.plan.planned import Planned
@@ -37,7 +37,8 @@ from onnxq_plugins.plugins import Plugins, Trace, find_plugins
 from onnxq_plugins.recipe import Settings
 from onnxq_plugins.report.page import write_report
 from onnxq_plugins.report.summary import describe, original_size
-from onnxq_plugins.spec import Array
+from onnxq_plugins.spec import Array, Plan
+from onnxq_plugins.targets import Target
 from onnxq_plugins.targets.refusals import problems
 
 
@@ -90,6 +91,7 @@ def quantize(
     labels: str | Path | Array | None = None,
     state: Mapping[str, str] | None = None,
     metric: str | Metric | None = None,
+    class_axis: int | None = None,
     track: Track = silent,
     trace: Trace | None = None,
 ) -> Result:
@@ -108,10 +110,10 @@ def quantize(
     float32    convert half-precision models first
     settings   changes to the recipe: one or several such as ``ranges.method=mse``, or a mapping from key to value
     plugins    further plugin objects beside the installed ones
-    labels     of the samples, for metrics that need them: an array [samples, ...], an .npy file or a text file
+    labels     of the samples: an array [samples, ...], an .npy file or a text file
     state      output -> the input that it is at the next step, of a model of streams: see `DataOptions.state`
-    metric     how searching passes judge a network: a name, ``package.module:function`` (which is imported), or a function
-               of (float outputs, quantized outputs, labels), larger is better; see `onnxq_plugins.measure`
+    metric     how searching passes judge a network: a name, ``package.module:function`` (imported), or a `job.Metric`
+    class_axis of outputs that are classes, such as 1 for segmentation [N, C, H, W]; None finds it
     track      shows progress, see `Job.track`
     trace      receives a line of text for each hook call of a plugin
     """
@@ -123,15 +125,19 @@ def quantize(
     loaded = _read_recipe(installed, recipe, settings, target, samples, state)
     graph, source, size = _read_model(model, float32, installed.target(loaded.target).flatten, path)
     calibration = _calibration(graph, loaded, data, labels, cache, workers, track)
-    job = _prepare(installed, loaded, calibration, seed, judge)
+    job = _prepare(installed, loaded, calibration, seed, judge, class_axis)
     _run(job, installed, verify)
     inner = partial(quantize, seed=seed, workers=workers, plugins=plugins)
     exported = _export(job, installed, seed, size, path, inner)
     job.report["seconds"] = round(time.perf_counter() - start, 3)
     installed.manager.hook.onnxq_exported(job=job, model=exported, path=path)
-    options: dict[str, Any] = {"seed": seed, "workers": workers, "cache": cache, "float32": float32, "plugins": plugins}
-    again = partial(quantize, model, data=calibration.data, **options)
-    return Result(exported, job.plan, job.report, job.graph, job.target, job.calibration.data, source, loaded, again)
+    again = partial(inner, model, data=calibration.data, cache=cache, float32=float32, class_axis=class_axis)
+    return Result(exported, *_left(job), source, loaded, again, class_axis)
+
+
+def _left(job: Job) -> tuple[Plan, Report, Graph, Target, Data | None]:
+    """What a job leaves, as the fields of `Outcome` after the model."""
+    return job.plan, job.report, job.graph, job.target, job.calibration.data
 
 
 def _check_not_negative(**numbers: int) -> None:
@@ -187,11 +193,13 @@ def _calibration(
     return Calibration(graph, samples, cache=Path(cache) if cache else None, workers=workers or cores(), track=track)
 
 
-def _prepare(plugins: Plugins, recipe: Recipe, calibration: Calibration, seed: int, metric: Metric | None) -> Job:
+def _prepare(
+    plugins: Plugins, recipe: Recipe, calibration: Calibration, seed: int, metric: Metric | None, class_axis: int | None
+) -> Job:
     """A job whose plan holds requests. Raises OnnxqError for labels that do not fit, and for what the target cannot run."""
     graph, data, target = calibration.graph, calibration.data, plugins.target(recipe.target)
     if data is not None and metric in (None, top1):
-        check_labels(data.labels, graph.shape(graph.outputs[0]), graph.outputs[0])
+        check_graph_labels(data.labels, graph, class_axis)
     first = request(graph, recipe, target)
     OnnxqError.check(problems(target, graph, first.plan, first.inputs))
     if calibration.cache:
@@ -208,6 +216,7 @@ def _prepare(plugins: Plugins, recipe: Recipe, calibration: Calibration, seed: i
         Report(floats={**float_constants(first.constants), **first.floats}, notes=notes),
         calibration.track,
         metric,
+        class_axis,
     )
     complete_constants(job)  # passes measure the network with them as they will be
     return job
@@ -215,10 +224,16 @@ def _prepare(plugins: Plugins, recipe: Recipe, calibration: Calibration, seed: i
 
 def _run(job: Job, plugins: Plugins, verify: bool) -> None:
     """Run the passes of the recipe, each under the laws."""
-    steps = [run_pass(job, step, plugins, verify) for step in job.recipe.passes]
+    random = verify and is_random(job.graph, job.calibration.data)
+    steps = [run_pass(job, step, plugins, verify and not random) for step in job.recipe.passes]
     if job.metric is not None and not any(hasattr(step, "metric") for step in job.recipe.passes):
         job.note(f"metric '{metric_name(job.metric)}': no pass of the recipe searches, so none asked for it")
-    if verify:
+    if random:
+        job.note(
+            "the float model is random: the same input gives other outputs when it runs again, so that --verify could check "
+            "nothing, and SQNR will say nothing either"
+        )
+    elif verify:
         drift = max((step["drift"] for step in steps if "drift" in step), default=0.0)
         job.note(f"verified after each exact pass: the float function moved by {drift:.0e} at most")
     job.report["steps"] = steps

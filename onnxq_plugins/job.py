@@ -20,8 +20,9 @@ from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.targets import Target
 
 # (outputs of the float network, of the quantized one, labels or None) -> larger is better. Outputs: one array [samples, ...]
-# each; labels: [samples, ...]
-Metric = Callable[[Sequence[Array], Sequence[Array], Array | None], float]
+# each, concatenated over the feeds along the first axis; where that is impossible (shapes that vary, sequences, maps,
+# optionals), a list with one value per feed, as onnxruntime returns it. labels: [samples, ...]
+Metric = Callable[[Sequence[Any], Sequence[Any], Array | None], float]
 
 Stage = Literal["rewrite", "solve", "finish"]
 Service = Literal["data", "ranges", "codes", "bias", "curve"]
@@ -252,6 +253,7 @@ class Job:
     rng           the only source of randomness, seeded by the user
     workers       how many things may run at once (joblib's n_jobs)
     metric        how the user wants networks judged, None if no metric was given; a search asks it
+    class_axis    of the classes in the outputs, None to find it
     report        what the user should know, by topic; see `note`
     track         wrap a long loop in it to show progress: track(items, what, total)
     """
@@ -266,6 +268,7 @@ class Job:
     report: Report = field(default_factory=Report)
     track: Track = silent
     metric: Metric | None = None
+    class_axis: int | None = None
 
     def note(self, text: str) -> None:
         """Put what the user should know into the report."""
@@ -296,6 +299,7 @@ class Outcome:
     source   the user's own model: its path, or what was passed; None for a Graph
     recipe   the recipe that was run
     again    quantizes the same model on the same data by another recipe: again(recipe, settings=())
+    class_axis   of the classes in the outputs, as the user gave it
     """
 
     model: onnx.ModelProto
@@ -307,6 +311,7 @@ class Outcome:
     source: Path | onnx.ModelProto | None = None
     recipe: Recipe = Recipe()
     again: Callable[..., Outcome] | None = None
+    class_axis: int | None = None
 
     @property
     def float_model(self) -> onnx.ModelProto:

@@ -63,7 +63,7 @@ def run_pass(job: Job, step: Pass, plugins: Plugins, verify: bool) -> dict[str, 
     return entry
 
 
-def _drift(step: Pass, before: list[Array], after: list[Array]) -> float:
+def _drift(step: Pass, before: list[Any], after: list[Any]) -> float:
     """By how much an exact pass moved the float function. Raises LawBroken beyond the limit."""
     drift = measure.drift(before, after)
     if drift > DRIFT:
@@ -118,26 +118,32 @@ def _weights(graph: Graph) -> dict[str, int]:
     return {name: id(array) if id(array) in files else hash(array.tobytes()) for name, array in arrays.items()}
 
 
-def _probe(graph: Graph, data: Data | None) -> list[Array]:
-    """Outputs of the float model on a few samples, or on noise where there are none (whole numbers: 1, so that they are rows
-    of a table, and nothing is masked; images of dynamic size: 128)."""
-    feeds: list[dict[str, Array]]
-    if data is not None:
-        feeds = list(islice(data, 4))
-    else:
-        rng = np.random.default_rng(0)
-        shapes = {
-            i.name: [n if isinstance(n, int) else 128 if len(shape) == 4 and a > 1 else 1 for a, n in enumerate(shape)]
-            for i in graph_inputs(graph)
-            for shape in [i.shape or ()]
-        }
-        feeds = [
-            {
-                i.name: (rng.standard_normal(shapes[i.name]) if i.dtype.kind == "f" else np.ones(shapes[i.name])).astype(
-                    i.dtype
-                )
-                for i in graph_inputs(graph)
-            }
-        ]
+def is_random(graph: Graph, data: Data | None) -> bool:
+    """True if the float model gives other outputs for the same input, so that nothing can be said about its function."""
     weights: dict[str, Array] = {}
-    return runtimes.outputs(runtimes.session(graph.model(weights), weights=weights), feeds)
+    return runtimes.is_random(runtimes.session(graph.model(weights), weights=weights), _feeds(graph, data)[0])
+
+
+def _probe(graph: Graph, data: Data | None) -> list[Any]:
+    """Outputs of the float model on some feeds."""
+    weights: dict[str, Array] = {}
+    return runtimes.per_feed(runtimes.session(graph.model(weights), weights=weights), _feeds(graph, data))
+
+
+def _feeds(graph: Graph, data: Data | None) -> list[dict[str, Array]]:
+    """A few samples, or noise where there are none (whole numbers: 1, so that they are rows
+    of a table, and nothing is masked; images of dynamic size: 128)."""
+    if data is not None:
+        return list(islice(data, 4))
+    rng = np.random.default_rng(0)
+    shapes = {
+        i.name: [n if isinstance(n, int) else 128 if len(shape) == 4 and a > 1 else 1 for a, n in enumerate(shape)]
+        for i in graph_inputs(graph)
+        for shape in [i.shape or ()]
+    }
+    return [
+        {
+            i.name: (rng.standard_normal(shapes[i.name]) if i.dtype.kind == "f" else np.ones(shapes[i.name])).astype(i.dtype)
+            for i in graph_inputs(graph)
+        }
+    ]

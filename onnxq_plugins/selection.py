@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
@@ -17,15 +16,17 @@ from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.job import Metric
+from onnxq_plugins.measure.classes import labelled
 from onnxq_plugins.measure.metrics import (
     chance,
-    check_labels,
+    check_graph_labels,
     find_metric,
-    mean_sqnr,
     metric_name,
     percent_agreement,
     top1,
+    worst_sqnr,
 )
+from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
 from onnxq_plugins.parallel import Track, silent
 from onnxq_plugins.spec import Array
 
@@ -39,6 +40,7 @@ RECIPES: dict[Prefer, tuple[str, ...]] = {
 _APART = 16  # samples from which models are made and judged on different ones
 _MOST = 512  # samples to judge on
 _FINE = 0.2  # points below which the weight of one sample affects no decision
+_DESTROYED = 5.0  # dB below which an output is lost, whatever the classes say
 _SECONDS = 1.0  # of latency measurement for each model
 
 
@@ -46,21 +48,26 @@ _SECONDS = 1.0  # of latency measurement for each model
 class Candidate:
     """The model that a recipe makes, and what it is worth.
 
-    drop            of the metric, in its own units, below the float model; on samples not used to make the model
-    sqnr            of the outputs, dB
+    drop            of the metric, in its own units, below the float model; on samples not used to make the model. Judged by
+                    SQNR: the dB that are missing, 0 if there are enough
+    sqnr            of the worst output, dB
+    met             True if it is good enough
     size            bytes of the model
     speed           times float, measured in turn with it in onnxruntime
     seconds         to make it
     why             why there is no model, if there is none
+    outputs         how near each output is to the float model's
     """
 
     recipe: str
     drop: float = float("inf")
     sqnr: float = 0.0
+    met: bool = False
     size: int = 0
     speed: float = 0.0
     seconds: float = 0.0
     why: str = ""
+    outputs: tuple[OutputScore, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +76,10 @@ class AutoResult:
 
     trials      the candidates in the order in which they were made
     metric      its name
-    reference   the float model's own value of the metric
+    reference   the float model's own value of the metric; infinite for SQNR
     best        the candidate that was kept
     result      its model
-    met         True if it is within the allowed drop
+    met         True if it is within the allowed drop, or has the least SQNR
     notes       what the user should know
     """
 
@@ -90,11 +97,13 @@ def auto(
     data: Source,
     *,
     max_drop: float = 1.0,
+    min_sqnr: float = 20.0,
     prefer: Prefer = "speed",
     test: Source | None = None,
     labels: str | Path | Array | None = None,
     state: Mapping[str, str] | None = None,
     metric: str | Metric | None = None,
+    class_axis: int | None = None,
     recipes: Sequence[str] = (),
     target: str | None = None,
     seed: int = 0,
@@ -105,58 +114,54 @@ def auto(
     track: Track = silent,
     tell: Callable[[Candidate], None] = lambda _: None,
 ) -> AutoResult:
-    """Try recipes in their order and keep the best within a drop.
+    """Try recipes in their order and keep the best that is good enough.
 
     model      as for `quantize`
     data       samples; without `test`, every second one is kept apart to judge on, if there are 16 or more
     test       samples to judge on; `labels` are of these then
     max_drop   how far the metric may fall below the float model's, in its own units: percent of samples
+    min_sqnr   what the worst output must have where SQNR is the metric, dB
     prefer     ``speed``: the first recipe within the drop, as all run integer kernels. ``size``: all are tried, the smallest
                file wins
-    state      as for `quantize`, of both
-    metric     as for `quantize`; top1 if there are labels, else agreement
+    metric     as for `quantize`, as are state and class_axis. None: top1 if there are labels of classes; else agreement if
+               outputs are classes (no output may be below 5 dB then); else SQNR
     recipes    names or files, in place of the built-in choice
     tell       called with each candidate as soon as it was measured
 
-    If no recipe stays within the drop, the one that drops least is kept, and `AutoResult.met` is False. Raises OnnxqError
-    for inputs that cannot be used, and if no recipe makes a model.
+    If none is good enough, the one that drops least is kept. Raises OnnxqError if no recipe makes a model.
     """
-    _check_options(prefer, max_drop, metric)
+    _check_options(prefer, max_drop, min_sqnr)
     model = as_model(model)
     graph = load(model, float32=float32)
     options = options if state is None else replace(options or DataOptions(), state=dict(state))
-    calibration, judging, notes = _samples(graph, data, test, labels, metric, options)
-    judge = _Judge.of(graph, model, judging, metric)
-    make = partial(quantize, model, data=calibration, target=target, seed=seed, workers=workers, cache=cache)
+    calibration, judging, notes = _samples(graph, data, test, labels, options, metric, class_axis)
+    judge = _Judge.of(graph, model, judging, metric, class_axis, _Bar(max_drop, min_sqnr))
+    settings: dict[str, Any] = {"target": target, "seed": seed, "workers": workers, "cache": cache, "class_axis": class_axis}
     candidates: list[Candidate] = []
     results: dict[str, Result] = {}
     for recipe in recipes or RECIPES[prefer]:
         try:
-            results[recipe] = make(recipe=recipe, float32=float32, track=track)
+            results[recipe] = quantize(model, recipe, calibration, float32=float32, track=track, **settings)
         except OnnxqError as error:
             candidates.append(Candidate(recipe, why=str(error)))
         else:
             candidates.append(judge.candidate(recipe, results[recipe]))
         tell(candidates[-1])
-        if prefer == "speed" and candidates[-1].drop <= max_drop:
+        if prefer == "speed" and candidates[-1].met:
             break
-    best = _best(candidates, prefer, max_drop)
-    notes = (*notes, *judge.notes(max_drop))
-    name = metric_name(judge.metric)
-    return AutoResult(tuple(candidates), name, judge.reference, best, results[best.recipe], best.drop <= max_drop, notes)
+    best = _best(candidates, prefer)
+    found = (metric_name(judge.metric), judge.reference, best, results[best.recipe], best.met)
+    return AutoResult(tuple(candidates), *found, (*notes, *judge.notes(best.outputs)))
 
 
-def _check_options(prefer: Prefer, max_drop: float, metric: str | Metric | None) -> None:
+def _check_options(prefer: Prefer, max_drop: float, min_sqnr: float) -> None:
     """Raise OnnxqError for options that make no sense."""
     if prefer not in RECIPES:
         raise OnnxqError(f"prefer = '{prefer}' is unknown; known: {', '.join(get_args(Prefer))}.")
     if not max_drop >= 0:
         raise OnnxqError(f"max_drop = {max_drop} must be 0 or more.")
-    if metric in ("sqnr", mean_sqnr):
-        raise OnnxqError(
-            "metric 'sqnr' has no drop: the float model's own has no bound; give another metric, such as "
-            "agreement, and read the dB off the table."
-        )
+    if not np.isfinite(min_sqnr):
+        raise OnnxqError(f"min_sqnr = {min_sqnr} must be a number of decibels, such as 20.")
 
 
 def _samples(
@@ -164,14 +169,15 @@ def _samples(
     data: Source,
     test: Source | None,
     labels: str | Path | Array | None,
-    metric: str | Metric | None,
     options: DataOptions | None,
+    metric: str | Metric | None,
+    class_axis: int | None,
 ) -> tuple[Data, Data, tuple[str, ...]]:
     """Samples to make models with, samples to judge them on, and what the user should know about that."""
     samples = runtimes.open_samples(data, graph, options, None if test is not None else labels)
     others = None if test is None else runtimes.open_samples(test, graph, options, labels)
     if metric in (None, "top1", top1):
-        check_labels((samples if others is None else others).labels, graph.shape(graph.outputs[0]), graph.outputs[0])
+        check_graph_labels((samples if others is None else others).labels, graph, class_axis)
     if others is None:
         return _halves(samples)
     same = data is test or (isinstance(data, (str, Path)) and isinstance(test, (str, Path)) and Path(data) == Path(test))
@@ -189,71 +195,107 @@ def _halves(data: Data) -> tuple[Data, Data, tuple[str, ...]]:
             f"{_APART} samples or more"
         )
         return data, data, (note,)
+    halves[0].labels = None  # which only the judge asks
     return *halves, (f"made with {sizes[0]} samples, judged on the other {sizes[1]}",)
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """What is good enough: the most that a metric may drop, and the least SQNR in dB."""
+
+    drop: float
+    sqnr: float
 
 
 @dataclass(frozen=True, eq=False)
 class _Judge:
     """What models are judged by.
 
-    outputs     of the float model for the feeds
-    labels      of the feeds, or None
     reference   the float model's own value of the metric
+    least       dB that the worst output must have
     original    the user's own model, which may be slower than its canonical form
     """
 
     metric: Metric
-    feeds: Sequence[Mapping[str, Array]]
-    outputs: Sequence[Array]
-    labels: Array | None
+    samples: Samples
     reference: float
+    bar: _Bar
+    least: float
     original: runtimes.Session
 
     @classmethod
-    def of(cls, graph: Graph, model: Path | onnx.ModelProto | Graph, data: Data, metric: str | Metric | None) -> _Judge:
-        """A judge by a metric: by labels if none is named, by agreement if there are no labels either."""
+    def of(
+        cls,
+        graph: Graph,
+        model: Path | onnx.ModelProto | Graph,
+        data: Data,
+        metric: str | Metric | None,
+        class_axis: int | None,
+        bar: _Bar,
+    ) -> _Judge:
+        """A judge by a metric. If none is named, by labels of classes, by agreement of classes, or by SQNR."""
         feeds, portions = data.spread(_MOST), data.spread_labels(_MOST)
         labels = None if portions is None else np.concatenate(portions)
-        by = find_metric(metric) if metric is not None else percent_agreement if labels is None else top1
-        outputs = runtimes.outputs(runtimes.session(graph.model()), feeds)
+        samples = Samples.of(graph.model(), feeds, labels, class_axis)
+        if metric is not None:
+            by = find_metric(metric)
+        elif labels is not None and labelled(samples.reference, labels, samples.axes) is not None:
+            by = top1
+        else:
+            by = percent_agreement if samples.telling else worst_sqnr
         own = graph.model() if isinstance(model, Graph) else model
-        return cls(by, feeds, outputs, labels, by(outputs, outputs, labels), runtimes.session(own))
+        least = bar.sqnr if by is worst_sqnr else _DESTROYED if metric is None and by is percent_agreement else -np.inf
+        reference = np.inf if by is worst_sqnr else samples.score(by)
+        return cls(by, samples, reference, bar, least, runtimes.session(own))
 
     def candidate(self, recipe: str, result: Result) -> Candidate:
         """What a recipe's model is worth."""
         quantized = runtimes.session(result.model)
-        outputs = runtimes.outputs(quantized, self.feeds)
-        feeds = [runtimes.wanted(self.original, self.feeds[0]), self.feeds[0]]
-        before, after = runtimes.latency([self.original, quantized], feeds, _SECONDS)
+        outputs = self.samples.outputs(quantized)
+        feed = self.samples.feeds[0]
+        before, after = runtimes.latency([self.original, quantized], [runtimes.wanted(self.original, feed), feed], _SECONDS)
+        sqnr = self.samples.score(worst_sqnr, outputs)
+        if self.metric is worst_sqnr:
+            drop = max(self.least - sqnr, 0.0)
+            met = drop == 0
+        else:
+            drop = self.reference - self.samples.score(self.metric, outputs)
+            met = drop <= self.bar.drop and sqnr >= self.least
         return Candidate(
             recipe,
-            self.reference - self.metric(self.outputs, outputs, self.labels),
-            mean_sqnr(self.outputs, outputs),
+            drop,
+            sqnr,
+            met,
             result.report.size("quantized"),
             before / after,
             float(result.report["seconds"]),
+            outputs=tuple(self.samples.table(outputs)),
         )
 
-    def notes(self, max_drop: float) -> list[str]:
-        """What limits the judgement: too few samples for the drop, a float model that guesses."""
-        notes = []
-        answers = int(np.argmax(self.outputs[0], axis=-1).size)
-        if self.metric in (top1, percent_agreement) and 100 / answers > max(max_drop, _FINE):
+    def notes(self, outputs: Sequence[OutputScore]) -> list[str]:
+        """What limits the judgement: too few samples for the drop, a float model that guesses or is random, outputs that
+        cannot be compared."""
+        notes, samples = [RANDOM] if self.samples.random else [], self.samples
+        if self.metric is worst_sqnr and samples.labels is not None:
+            notes.append("the labels are not classes of any output, so that models are judged by SQNR")
+        answers = samples.labels.size if self.metric is top1 and samples.labels is not None else samples.answers
+        if self.metric in (top1, percent_agreement) and 100 / max(answers, 1) > max(self.bar.drop, _FINE):
             notes.append(
-                f"one of {answers} samples is {100 / answers:.1f} points, more than the drop of {max_drop:g} to decide on: "
-                "give more --test samples for a decision this fine"
+                f"one of {answers} samples is {100 / max(answers, 1):.1f} points, more than the drop of {self.bar.drop:g} "
+                "to decide on: give more --test samples for a decision this fine"
             )
-        if self.metric is top1:
-            notes.append(chance(self.reference, self.outputs[0].shape[-1], len(self.outputs[0])))
+        if self.metric is top1 and samples.labels is not None:
+            notes.append(chance(self.reference, samples.reference, samples.labels, samples.axes))
+        notes += [f"output '{output.name}': {output.note}" for output in outputs if output.note]
         return [note for note in notes if note]
 
 
-def _best(candidates: Sequence[Candidate], prefer: Prefer, max_drop: float) -> Candidate:
+def _best(candidates: Sequence[Candidate], prefer: Prefer) -> Candidate:
     """The candidate to keep. Raises OnnxqError if no recipe made a model."""
     usable = [candidate for candidate in candidates if not candidate.why]
     if not usable:
         raise OnnxqError(*dict.fromkeys(f"recipe '{candidate.recipe}': {candidate.why}" for candidate in candidates))
-    within = [candidate for candidate in usable if candidate.drop <= max_drop]
-    if not within:
-        return min(usable, key=lambda candidate: candidate.drop)
-    return min(within, key=lambda candidate: candidate.size if prefer == "size" else -candidate.speed)
+    good = [candidate for candidate in usable if candidate.met]
+    if not good:
+        return min(usable, key=lambda candidate: (candidate.drop, -candidate.sqnr))
+    return min(good, key=lambda candidate: candidate.size if prefer == "size" else -candidate.speed)

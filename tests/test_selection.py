@@ -26,7 +26,7 @@ def recipes_of(outcome: AutoResult) -> list[str]:
 
 def test_speed_keeps_the_first_recipe_that_is_accurate_enough():
     model = mobilenet()
-    outcome = choose(model, feeds(model, 20), max_drop=100)
+    outcome = choose(model, feeds(model, 20), max_drop=100, metric="agreement")
     assert recipes_of(outcome) == ["int8"] and outcome.met and outcome.best.recipe == "int8"
     assert outcome.metric == "agreement" and outcome.reference == 100
 

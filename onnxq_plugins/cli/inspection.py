@@ -12,16 +12,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from onnxq_plugins import measure, runtimes
+from onnxq_plugins import runtimes
 from onnxq_plugins.cli.console import echo, notify, out, show, track
 from onnxq_plugins.cli.options import (
+    ClassAxis,
     CustomOps,
     DataPath,
     ImageOptions,
     Labels,
     Model,
     RecipeOptions,
-    Samples,
+    SampleCount,
     ShapeList,
     WorkOptions,
     data_option,
@@ -34,7 +35,10 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import recipe_of
 from onnxq_plugins.graph.reading import bytes_on_disk, read
 from onnxq_plugins.measure import IDENTICAL
-from onnxq_plugins.measure.metrics import chance, check_labels, find_metric, metric_name, top1
+from onnxq_plugins.measure.arrays import leaves
+from onnxq_plugins.measure.classes import labelled
+from onnxq_plugins.measure.metrics import chance, find_metric, metric_name, top1
+from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.runtimes.audit import Audit
@@ -105,7 +109,7 @@ def diagnose_command(
     model: Model,
     *,
     data: DataPath,
-    samples: Samples = 0,
+    samples: SampleCount = 0,
     measured: Annotated[int, data_option(help="measure errors on so many samples")] = 8,
     images: ImageOptions,
     recipe: RecipeOptions,
@@ -260,7 +264,7 @@ def compare_command(
     b: Annotated[Path, typer.Argument(help="the model to judge", show_default=False)],
     *,
     data: DataPath,
-    samples: Samples = 0,
+    samples: SampleCount = 0,
     labels: Labels = None,
     images: ImageOptions,
     metric: Annotated[
@@ -270,6 +274,7 @@ def compare_command(
             help="also measure: sqnr, agreement, top1 (needs labels), or package.module:function",
         ),
     ] = "",
+    class_axis: ClassAxis = None,
     custom_ops: CustomOps = None,
 ) -> None:
     """Compare two models on the same data: error, agreement, size, latency; with labels also how many each gets right."""
@@ -277,26 +282,31 @@ def compare_command(
     paths = (a, b)
     inputs = _shared_inputs(paths)
     sessions = [runtimes.session(path) for path in paths]
-    feeds = runtimes.rolled(open_data(data, inputs[0], images.data_options(samples), labels), lambda: sessions[0])
-    runs, first = _run_both(sessions, inputs, feeds)
-    milliseconds = runtimes.latency(sessions, [_cast(first, wanted) for wanted in inputs], 2.0)
-    names = [output.name for output in sessions[0].get_outputs()]
-    truth = _truth(feeds)
-    judge = judge or (top1 if truth is not None else None)
-    if judge is top1:
-        check_labels(truth, (len(runs[0]), *np.shape(runs[0][0][0])[1:]), names[0])
-    outputs = [[np.concatenate([np.atleast_1d(run[i]) for run in each]) for i in range(len(names))] for each in runs]
-    table = _output_table(paths, names, outputs)
-    scores = [judge(outputs[0], each, truth) for each in outputs] if judge is not None else []
-    show(table)
+    source = runtimes.rolled(open_data(data, inputs[0], images.data_options(samples), labels), lambda: sessions[0])
+    feeds, truth = list(track(source, "reading", source.size)), _truth(source)
+    known = Samples.of(a, feeds, truth, class_axis, sessions[0])
+    if judge in (None, top1):
+        known.check_labels()
+    outputs = _in_order(known.names, sessions[1], known.outputs(sessions[1]), paths)
+    milliseconds = runtimes.latency(sessions, [runtimes.wanted(session, feeds[0]) for session in sessions], 2.0)
+    _check_ranks(known, outputs, paths)
+    show(_output_table(known.table(outputs), known.axes))
+    if judge is None and truth is not None:
+        if labelled(known.reference, truth, known.axes) is None:
+            notify("note: the labels are not classes of any output; give --class-axis, or a --metric of your own")
+        else:
+            judge = top1
     if judge is not None:
-        echo(f"{metric_name(judge)}: {scores[0]:.2f} -> {scores[1]:.2f}")
-    if judge is top1 and (note := chance(scores[0], outputs[0][0].shape[-1], len(outputs[0][0]))):
-        notify("note: " + note.replace("the float model", f"'{a}'"))
+        score = known.score(judge)
+        echo(f"{metric_name(judge)}: {score:.2f} -> {known.score(judge, outputs):.2f}")
+        if judge is top1 and truth is not None and (note := chance(score, known.reference, truth, known.axes)):
+            notify("note: " + note.replace("the float model", f"'{a}'"))
+    if known.random:
+        notify("note: " + RANDOM.replace("the float model", f"'{a}'"))
     sizes = [bytes_on_disk(path) / 1e6 for path in paths]
     echo(
-        f"{len(runs[0])} samples | {sizes[0]:.2f} -> {sizes[1]:.2f} MB | {milliseconds[0]:.3f} -> {milliseconds[1]:.3f} ms "
-        f"({milliseconds[0] / milliseconds[1]:.2f}x, batch {len(next(iter(first.values())))}, 1 thread)"
+        f"{len(feeds)} samples | {sizes[0]:.2f} -> {sizes[1]:.2f} MB | {milliseconds[0]:.3f} -> {milliseconds[1]:.3f} ms "
+        f"({milliseconds[0] / milliseconds[1]:.2f}x, one sample a run, 1 thread)"
     )
 
 
@@ -311,23 +321,31 @@ def _shared_inputs(paths: Sequence[Path]) -> list[list[Input]]:
     return inputs
 
 
-def _cast(feed: Mapping[str, Array], wanted: Sequence[Input]) -> dict[str, Array]:
-    """The feed in the dtypes of one model: the other may be in half precision."""
-    return {value.name: feed[value.name].astype(value.dtype) for value in wanted if value.name in feed}
+def _check_ranks(known: Samples, outputs: Sequence[Any], paths: Sequence[Path]) -> None:
+    """Raise OnnxqError for an output that has another number of axes in the second model."""
+    for name, one, other in zip(known.names, known.reference, outputs, strict=True):
+        shapes = [[leaf.shape for leaf in leaves(values[0])] for values in (one, other)]
+        if [len(shape) for shape in shapes[0]] != [len(shape) for shape in shapes[1]]:
+            raise OnnxqError(
+                f"output '{name}' has shape {shapes[0]} in '{paths[0]}' and {shapes[1]} in '{paths[1]}'; compare two forms "
+                "of the same model."
+            )
 
 
-def _run_both(
-    sessions: Sequence[Any], inputs: Sequence[Sequence[Input]], feeds: Data
-) -> tuple[list[list[list[Array]]], Mapping[str, Array]]:
-    """Outputs of each model for each feed, and the first feed."""
-    runs: list[list[list[Array]]] = [[] for _ in sessions]
-    first = None
-    for feed in track(feeds, "comparing", feeds.size):
-        first = first or feed
-        for rows, session, wanted in zip(runs, sessions, inputs, strict=True):
-            rows.append(session.run(None, _cast(feed, wanted)))
-    assert first is not None
-    return runs, first
+def _in_order(
+    names: Sequence[str], runner: runtimes.Session, outputs: Sequence[Any], paths: Sequence[Path]
+) -> Sequence[Any]:
+    """The second model's outputs in the order of the first's. Raises OnnxqError where they are others; as many of other
+    names are taken to be the same."""
+    others = [output.name for output in runner.get_outputs()]
+    if set(names) <= set(others):
+        return [outputs[others.index(name)] for name in names]
+    if len(names) != len(others):
+        raise OnnxqError(
+            f"'{paths[0]}' and '{paths[1]}' have different outputs: {', '.join(names)} and {', '.join(others)}; compare two "
+            "forms of the same model."
+        )
+    return outputs
 
 
 def _truth(feeds: Data) -> Array | None:
@@ -336,12 +354,12 @@ def _truth(feeds: Data) -> Array | None:
     return None if labels is None else np.concatenate(labels)
 
 
-def _output_table(paths: Sequence[Path], names: Sequence[str], outputs: Sequence[Sequence[Array]]) -> Table:
-    """How near each output of the second model is to the first's. Raises OnnxqError where shapes differ."""
-    table = Table("output", "SQNR dB", "same argmax", box=None, header_style="bold")
-    for name, x, y in zip(names, *outputs, strict=True):
-        if x.shape != y.shape:
-            raise OnnxqError(f"output '{name}' has shape {x.shape} in '{paths[0]}' and {y.shape} in '{paths[1]}'.")
-        agreement = f"{100 * measure.agreement(x, y):.2f}%" if x.ndim > 1 else "-"
-        table.add_row(name, f"{measure.sqnr(x, y):.2f}", agreement)
+def _output_table(scores: Sequence[OutputScore], axes: Sequence[int | None]) -> Table:
+    """How near each output of the second model is to the first's."""
+    table = Table("output", "SQNR dB", "worst 5 %", "same", "", box=None, header_style="bold")
+    for score, axis in zip(scores, axes, strict=True):
+        kind = "" if score.same is None else "values" if axis is None else f"class (axis {axis})"
+        sqnr, worst = ("-" if value is None else f"{value:.2f}" for value in (score.sqnr, score.worst))
+        same = "-" if score.same is None else f"{score.same:.2f}%"
+        table.add_row(escape(score.name), sqnr, worst, same, escape("; ".join(part for part in (kind, score.note) if part)))
     return table

@@ -38,7 +38,7 @@ DataPath = Annotated[
         "package.module:callable",
     ),
 ]
-Samples = Annotated[int, data_option(help="use this many, spread evenly; 0 for all")]
+SampleCount = Annotated[int, data_option(help="use this many, spread evenly; 0 for all")]
 Labels = Annotated[
     Path | None,
     data_option(
@@ -72,6 +72,14 @@ MetricName = Annotated[
         "--metric",
         show_default=False,
         help="how a search judges a network: sqnr, agreement, top1 (needs labels), or package.module:function",
+    ),
+]
+ClassAxis = Annotated[
+    int | None,
+    search_option(
+        "--class-axis",
+        show_default=False,
+        help="axis of the outputs' classes, such as 1 for segmentation [N, C, H, W]; found by default",
     ),
 ]
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from onnxq_plugins import runtimes
 from onnxq_plugins.cli.console import echo, err, fail, float_lines, notify, show, track
 from onnxq_plugins.cli.options import (
+    ClassAxis,
     ClusterOptions,
     DataPath,
     Float32,
@@ -24,7 +25,7 @@ from onnxq_plugins.cli.options import (
     Model,
     OptionGroup,
     RecipeOptions,
-    Samples,
+    SampleCount,
     Seed,
     TargetName,
     WorkOptions,
@@ -112,13 +113,14 @@ def quantize_command(
     model: Model,
     *,
     data: DataPath = "",
-    samples: Samples = 0,
+    samples: SampleCount = 0,
     labels: Labels = None,
     images: ImageOptions,
     recipe: RecipeOptions,
     float32: Float32 = False,
     outputs: OutputOptions,
     metric: MetricName = "",
+    class_axis: ClassAxis = None,
     point: Point = None,
     work: WorkOptions,
     cluster: ClusterOptions,
@@ -147,6 +149,7 @@ def quantize_command(
             settings=settings,
             labels=labels,
             metric=metric or None,
+            class_axis=class_axis,
             track=track,
             trace=notify if trace else None,
         )
@@ -293,8 +296,10 @@ def auto_command(
         Path | None, output_option("-o", "--output", show_default=False, help="the model; ./MODEL.auto.onnx by default")
     ] = None,
     max_drop: Annotated[float, search_option(help="how far the metric may fall, mostly in percent of samples")] = 1.0,
+    min_sqnr: Annotated[float, search_option(help="dB of the worst output where no output is classes")] = 20.0,
     prefer: Annotated[str, search_option(help="speed or size")] = "speed",
     metric: MetricName = "",
+    class_axis: ClassAxis = None,
     test: Annotated[
         str,
         search_option(metavar="PATH", show_default=False, help="samples to judge by; every second one of --data by default"),
@@ -311,10 +316,12 @@ def auto_command(
         model,
         data,
         max_drop=max_drop,
+        min_sqnr=min_sqnr,
         prefer=prefer,
         test=test or None,
         labels=labels,
         metric=metric or None,
+        class_axis=class_axis,
         recipes=recipes or (),
         target=target or None,
         seed=seed or 0,
@@ -329,8 +336,25 @@ def auto_command(
     _show_trials(outcome)
     echo(f"{path}: {outcome.result.summary}")
     if not outcome.met:
-        problem = f"no recipe stays within a drop of {max_drop:g}; the most accurate one was written."
-        fail(OnnxqError(f"{problem} Raise --max-drop, or look at onnxq diagnose."), 1)
+        fail(OnnxqError(_miss(outcome, max_drop, min_sqnr)), 1)
+
+
+def _miss(outcome: AutoResult, max_drop: float, min_sqnr: float) -> str:
+    """A sentence on why no model is good enough."""
+    if outcome.metric == "sqnr":
+        return (
+            f"no recipe stays at {min_sqnr:g} dB or more; the best, with {outcome.best.sqnr:.1f} dB at the worst output, "
+            "was written: lower --min-sqnr, or look at onnxq diagnose."
+        )
+    if outcome.best.drop <= max_drop:
+        return (
+            f"no recipe stays within a drop of {max_drop:g} and keeps each output; the best, with {outcome.best.sqnr:.1f} "
+            "dB at the worst output, was written: name a --metric if that output does not matter, or look at onnxq diagnose."
+        )
+    return (
+        f"no recipe stays within a drop of {max_drop:g}; the most accurate one was written. Raise --max-drop, or look at "
+        "onnxq diagnose."
+    )
 
 
 def _show_progress(trial: Candidate, width: int) -> None:
@@ -351,10 +375,9 @@ def _show_trials(outcome: AutoResult) -> None:
         table.add_row(trial.recipe, *cells, "kept" if best else "", style="bold" if best else None)
     show(table)
     better = " (below 0: better than float on these samples)" if any(trial.drop < 0 for trial in outcome.trials) else ""
-    echo(
-        f"drop{better} is of {outcome.metric} (float: {outcome.reference:.2f}); x float is the speed in onnxruntime, batch "
-        "1, 1 thread"
-    )
+    judged = f"drop{better} is of {outcome.metric} (float: {outcome.reference:.2f})"
+    judged = "SQNR, of the worst output, is what counts, and drop what is missing" if outcome.metric == "sqnr" else judged
+    echo(f"{judged}; x float is the speed in onnxruntime, batch 1, 1 thread")
     for note in outcome.notes:
         notify(f"note: {note}")
     for trial in outcome.trials:

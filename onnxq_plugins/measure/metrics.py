@@ -11,56 +11,140 @@ from typing import Any
 
 import numpy as np
 
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, raised
+from onnxq_plugins.graph import Graph
 from onnxq_plugins.job import Metric
-from onnxq_plugins.measure.arrays import agreement, sqnr
+from onnxq_plugins.measure.arrays import IDENTICAL, agreement, is_float, leaves, sqnr, values_of
+from onnxq_plugins.measure.classes import label_axis, labelled, probability_axis
+from onnxq_plugins.runtimes import joined
 from onnxq_plugins.spec import Array
 
-
-def mean_sqnr(reference: Sequence[Array], quantized: Sequence[Array], labels: Array | None = None) -> float:
-    """Signal to quantization noise in dB, mean over samples and outputs."""
-    return float(np.mean([sqnr(y, z) for y, z in zip(reference, quantized, strict=True)]))
+Axes = Sequence[int | None]  # of the classes of each output, from the last; None: no classes (`classes.class_axes`)
 
 
-def percent_agreement(reference: Sequence[Array], quantized: Sequence[Array], labels: Array | None = None) -> float:
-    """Percent of samples whose largest value of the first output is the same class."""
-    return 100 * agreement(reference[0], quantized[0])
+def score(by: Metric, reference: Sequence[Any], quantized: Sequence[Any], labels: Array | None, axes: Axes) -> float:
+    """A metric of a network.
+
+    reference, quantized   values of each output per feed, as `runtimes.per_feed` returns them
+    axes                   for built-in metrics; those of users take what `job.Metric` says
+
+    Raises OnnxqError for whatever a user's metric raises, and for what is no number.
+    """
+    if by in BUILTIN.values():
+        return float(by(reference, quantized, labels, axes))  # type: ignore[call-arg]
+    exact = [joined(values) for values in reference]
+    rounded = exact if quantized is reference else [joined(values) for values in quantized]
+    try:
+        value = float(by(exact, rounded, labels))
+    except OnnxqError:
+        raise
+    except Exception as error:  # the user's own code: any error is theirs
+        raise OnnxqError(
+            f"metric '{metric_name(by)}' fails with {raised(error)}; it gets (float outputs, quantized outputs, labels), "
+            "each output an array over the samples, or a list with one value per feed if shapes vary, and returns a number."
+        ) from error
+    if not np.isfinite(value):
+        raise OnnxqError(f"metric '{metric_name(by)}' returns {value}; it must return a finite number, larger for better.")
+    return value
 
 
-def top1(reference: Sequence[Array], quantized: Sequence[Array], labels: Array | None = None) -> float:
-    """Percent of samples whose largest value of the first output is at their label. Raises OnnxqError without labels, or
-    if they do not fit the output."""
+def worst_sqnr(
+    reference: Sequence[Any], quantized: Sequence[Any], labels: Array | None = None, axes: Axes | None = None
+) -> float:
+    """Signal to quantization noise in dB, of the worst output, pooled over all samples.
+
+    A network without an output of floats is judged by the elements that differ, each as noise as large as the signal:
+    99 % of the same are 20 dB.
+    """
+    outputs = list(zip(reference, quantized, strict=True))
+    noises = [sqnr(y, z) for y, z in outputs if is_float(y)]
+    if not noises:
+        differ = [1 - agreement(y, z, None) for y, z in outputs]
+        noises = [float(-10 * np.log10(max(share, 10 ** (-IDENTICAL / 10)))) for share in differ]
+    return min(noises, default=IDENTICAL)
+
+
+def percent_agreement(
+    reference: Sequence[Any], quantized: Sequence[Any], labels: Array | None = None, axes: Axes | None = None
+) -> float:
+    """Percent of samples (pixels, symbols) with the same class, of the worst output that is classes; if none is, of elements
+    of integers, booleans and strings that are equal. Raises OnnxqError if there are neither."""
+    axes = likely_axes(reference) if axes is None else axes
+    outputs = list(zip(reference, quantized, axes, strict=True))
+    shares = [agreement(y, z, axis) for y, z, axis in outputs if axis is not None]
+    shares = shares or [agreement(y, z, None) for y, z, _ in outputs if not is_float(y)]
+    likely = zip(
+        reference, quantized, likely_axes(reference), strict=True
+    )  # whoever wants agreement says that there are classes
+    shares = shares or [agreement(y, z, axis) for y, z, axis in likely if axis is not None]
+    if not shares:
+        raise OnnxqError(
+            "metric 'agreement': no output is classes, as far as the model shows; give their axis (--class-axis), or metric "
+            "sqnr."
+        )
+    return 100 * min(shares)
+
+
+def top1(reference: Sequence[Any], quantized: Sequence[Any], labels: Array | None = None, axes: Axes | None = None) -> float:
+    """Percent of labels that are the class of the largest value; of pixels or symbols, if each has a label: those of 255, or
+    below 0, are void then. Raises OnnxqError without labels, or if they fit no output."""
     if labels is None:
         raise OnnxqError("metric 'top1' needs labels; give --labels FILE, or an array named 'labels' in the .npz.")
-    check_labels(labels, quantized[0].shape)
-    classes = np.argmax(quantized[0], axis=-1)
-    if classes.shape != labels.shape:
+    axes = likely_axes(reference) if axes is None else axes
+    if (number := labelled(reference, labels, axes)) is None:
+        first = next((list(np.shape(leaf)) for y in reference for value in values_of(y) for leaf in leaves(value)), [])
         raise OnnxqError(
-            f"metric 'top1': the labels have shape {list(labels.shape)}, the outputs' classes "
-            f"{list(classes.shape)}; give one label for each."
+            f"metric 'top1': the labels have shape {list(labels.shape)}, which no output's classes have (the first output "
+            f"has shape {first} for the first feed); give one label for each, and --class-axis where classes are not found."
         )
-    return 100 * float(np.mean(classes == labels))
+    axis = axes[number]
+    arrays = [leaf for value in values_of(quantized[number]) for leaf in leaves(value)]
+    answers = np.concatenate([(a if axis is None else np.argmax(a, axis=axis)).ravel() for a in arrays])
+    truth = labels.ravel()
+    if answers.shape != truth.shape:
+        raise OnnxqError(
+            f"metric 'top1': there are {truth.size} labels and {answers.size} answers of the model; give one label for each."
+        )
+    kept = ~_void(labels).ravel()
+    return 100 * float(np.mean(answers[kept] == truth[kept])) if kept.any() else 100.0
 
 
-def check_labels(labels: Array | None, shape: Sequence[Any] | None, name: str = "") -> None:
+def likely_axes(reference: Sequence[Any]) -> list[int | None]:
+    """The axes of classes as far as arrays alone tell: probabilities, else the last one of [N, C]."""
+    axes = []
+    for output in reference:
+        ranks = {leaf.ndim for value in values_of(output) for leaf in leaves(value) if leaf.shape[-1:] != (1,)}
+        axes.append(probability_axis(output) or (-1 if ranks == {2} and is_float(output) else None))
+    return axes
+
+
+def _void(labels: Array) -> Array:
+    """Where labels of pixels or symbols mean none: 255 or negative, as data sets have them. [samples, ...] of bool"""
+    return (labels == 255) | (labels < 0) if labels.ndim > 1 and labels.dtype.kind in "iuf" else np.zeros(labels.shape, bool)
+
+
+def check_labels(labels: Array | None, shape: Sequence[Any] | None, name: str = "", axis: int | None = None) -> None:
     """Raise OnnxqError for labels that are not classes of an output.
 
     labels   [samples, ...] or None
-    shape    of the output, classes last; unknown sizes are not int
+    shape    of the output, samples first; unknown sizes are not int
     name     of the output
+    axis     of its classes, from the last; found by the labels' shape if not known
     """
-    if labels is None or not shape or len(shape) < 2 or not isinstance(classes := shape[-1], int) or classes < 2:
+    if labels is None or not shape or len(shape) < 2:
         return
-    output = f"output '{name}'" if name else "the first output"
     values = np.asarray(labels)
-    if values.shape[1:] == (classes,) and values.ndim == len(shape) and ((values != 0).sum(axis=-1) == 1).all():
+    output = f"output '{name}'" if name else "the output"
+    last = shape[-1]
+    if values.shape[1:] == (last,) and values.ndim == len(shape) and ((values != 0).sum(axis=-1) == 1).all() and last > 1:
         raise OnnxqError(
-            f"the labels have shape {list(values.shape)}, one-hot it seems, and {output} has {classes} "
+            f"the labels have shape {list(values.shape)}, one-hot it seems, and {output} has {last} "
             "classes; give the number of the class, such as labels.argmax(-1)."
         )
-    if values.ndim != len(shape) - 1 or values.dtype.kind not in "iuf":
+    axis = label_axis(values, shape) if axis is None else axis
+    if axis is None or not isinstance(classes := shape[axis], int) or values.dtype.kind not in "iuf":
         return
-    wrong = (values < 0) | (values >= classes) | (values != np.round(values))
+    wrong = ((values < 0) | (values >= classes) | (values != np.round(values))) & ~_void(values)
     if wrong.any():
         at = tuple(int(n) for n in np.argwhere(wrong)[0])
         from_one = wrong[values != classes].sum() == 0 and values.min() >= 1
@@ -70,13 +154,31 @@ def check_labels(labels: Array | None, shape: Sequence[Any] | None, name: str = 
         )
 
 
-def chance(score: float, classes: int, samples: int) -> str:
+def check_graph_labels(labels: Array | None, graph: Graph, axis: int | None = None) -> None:
+    """`check_labels` for a model that has not run yet: labels are of its first output, unless that is not of floats.
+
+    axis   of its classes, as the user gave it
+    """
+    name = graph.outputs[0]
+    shape, dtype = graph.shape(name), graph.tensor(name).dtype
+    if shape is not None and (dtype is None or np.dtype(dtype).kind == "f"):
+        known = None if axis is None or not -len(shape) <= axis < len(shape) else axis % len(shape) - len(shape)
+        check_labels(labels, shape, name, known)
+
+
+def chance(score: float, reference: Sequence[Any], labels: Array, axes: Axes) -> str:
     """A warning if the float network gets no more labels right than guessing would; "" otherwise, and for fewer than 30
     samples.
 
-    score   percent of samples
+    score   `top1` of the float network, percent
+    others  as for `top1`
     """
-    if samples < 30 or classes < 2 or score > 150 / classes:
+    number, samples = labelled(reference, labels, axes), labels.size
+    axis = None if number is None else axes[number]
+    if number is None or axis is None:
+        return ""
+    classes = next(leaf.shape[axis] for value in values_of(reference[number]) for leaf in leaves(value))
+    if samples < 30 or score > 150 / classes:
         return ""
     return (
         f"the float model gets {score:.1f}% of {samples} labels right, no more than guessing among {classes} classes: "
@@ -85,7 +187,7 @@ def chance(score: float, classes: int, samples: int) -> str:
     )
 
 
-BUILTIN: dict[str, Metric] = {"sqnr": mean_sqnr, "agreement": percent_agreement, "top1": top1}
+BUILTIN: dict[str, Metric] = {"sqnr": worst_sqnr, "agreement": percent_agreement, "top1": top1}
 
 
 def metric(name: str) -> Metric:

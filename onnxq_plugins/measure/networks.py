@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
 from onnxq_plugins import runtimes
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export import qdq
 from onnxq_plugins.files import digest, load_arrays, save_arrays
 from onnxq_plugins.graph import Graph
 from onnxq_plugins.job import Metric
-from onnxq_plugins.measure.metrics import BUILTIN, mean_sqnr, metric_name
+from onnxq_plugins.measure.metrics import BUILTIN, metric_name, worst_sqnr
+from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.parallel import run_all
 from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.targets import Target
 
 
-class Samples:
-    """What networks are measured on: feeds, the float network's outputs for them, labels [samples, ...] or None."""
-
-    def __init__(self, feeds: Sequence[Mapping[str, Array]], reference: Sequence[Array], labels: Array | None) -> None:
-        self.feeds, self.reference, self.labels = list(feeds), list(reference), labels
-
-    @property
-    def arrays(self) -> list[Array]:
-        """All of it."""
-        rows = [array for feed in self.feeds for _, array in sorted(feed.items())]
-        return [*rows, *self.reference, *([self.labels] if self.labels is not None else [])]
-
-    def __sizeof__(self) -> int:
-        """With all arrays: from this size joblib knows to send them to each Dask worker once, not with each task."""
-        return sum(array.nbytes for array in self.arrays)
-
-
 class Measure:
     """Scores plans on samples; the float outputs are computed once.
 
+    samples   what they are judged on; feeds make it
     coded     as for `qdq.export`
-    labels    of the samples, [samples, ...]
     cache     folder that keeps scores between runs, of built-in metrics only: the code of others may change
     scored    how many networks were run
     """
@@ -50,26 +37,23 @@ class Measure:
         self,
         graph: Graph,
         target: Target,
-        feeds: Sequence[Mapping[str, Array]],
-        reference: Sequence[Array] | None = None,
+        samples: Samples | Sequence[Mapping[str, Array]],
         coded: Collection[str] = (),
-        labels: Array | None = None,
         cache: Path | None = None,
     ) -> None:
         self.graph, self.target, self.coded, self.cache = graph, target, coded, cache
-        reference = reference or runtimes.outputs(runtimes.session(graph.model()), feeds)
-        self.samples = Samples(feeds, reference, labels)
+        self.samples = samples if isinstance(samples, Samples) else Samples.of(graph.model(), samples)
         self.scored = 0
         self._lock = Lock()  # export borrows the graph's constants
 
-    def outputs(self, plan: Plan) -> list[Array]:
-        """Outputs of the exported network over all samples, one array each. Safe to call from several threads."""
-        return runtimes.outputs(runtimes.session(self._export(plan)), self.samples.feeds)
+    def outputs(self, plan: Plan) -> list[list[Any]]:
+        """Outputs of the exported network, a list per output with one value per feed. Safe to call from several threads."""
+        return self.samples.outputs(runtimes.session(self._export(plan)))
 
-    def score(self, plan: Plan, by: Metric = mean_sqnr) -> float:
+    def score(self, plan: Plan, by: Metric = worst_sqnr) -> float:
         """A metric of a plan."""
         self.scored += 1
-        return by(self.samples.reference, self.outputs(plan), self.samples.labels)
+        return self.samples.score(by, self.outputs(plan))
 
     def scores(self, plans: Iterable[Plan], by: Sequence[Metric], workers: int = 1) -> Iterator[dict[str, float]]:
         """Metrics by name of each plan, in their order.
@@ -98,7 +82,13 @@ class Measure:
             if (file := files[number]) is not None:
                 save_arrays(file, {name: np.array(value) for name, value in scores.items()})
 
-        return run_all(calls(), workers, keep)
+        try:
+            yield from run_all(calls(), workers, keep)
+        except BrokenExecutor as error:  # a process was killed, mostly for its memory
+            raise OnnxqError(
+                "a worker process ended in the middle of a search, mostly for lack of memory; use fewer --workers, or leave "
+                "--processes out."
+            ) from error
 
     def _export(self, plan: Plan) -> bytes:
         with self._lock:
@@ -112,7 +102,7 @@ class Measure:
 
     @cached_property
     def _digest(self) -> str:
-        return digest(*self.samples.arrays)
+        return digest(*self.samples.arrays, self.samples.axes)
 
 
 def score_model(model: Array, samples: Samples, by: Sequence[Metric]) -> dict[str, float]:
@@ -120,5 +110,5 @@ def score_model(model: Array, samples: Samples, by: Sequence[Metric]) -> dict[st
 
     model   its bytes, uint8
     """
-    outputs = runtimes.outputs(runtimes.session(model.tobytes()), samples.feeds)
-    return {metric_name(one): float(one(samples.reference, outputs, samples.labels)) for one in by}
+    outputs = samples.outputs(runtimes.session(model.tobytes()))
+    return {metric_name(one): samples.score(one, outputs) for one in by}

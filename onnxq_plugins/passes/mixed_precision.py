@@ -14,8 +14,9 @@ import numpy as np
 from onnxq_plugins.data import open_data
 from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.job import Job, Metric, Pass, Service
-from onnxq_plugins.measure.metrics import chance, mean_sqnr, metric, metric_name, top1
+from onnxq_plugins.measure.metrics import chance, metric, metric_name, top1, worst_sqnr
 from onnxq_plugins.measure.networks import Measure
+from onnxq_plugins.measure.samples import RANDOM, Samples
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.runtimes.machine import machine_name
 from onnxq_plugins.search import latency
@@ -46,7 +47,7 @@ class MixedPrecision(Pass):
                 activations everywhere. ``latency``: the same for milliseconds, measured in onnxruntime on this machine.
                 ``sqnr``: at least `limit` dB. ``metric``: at most `limit` below the float network's
     limit       see budget
-    metric      ``sqnr``, ``agreement`` (percent of samples with the same argmax) or ``top1`` (percent correct; needs
+    metric      ``sqnr``, ``agreement`` (percent of samples with the same class) or ``top1`` (percent correct; needs
                 labels), shown with the curve; a function given to `quantize(metric=)` or ``--metric`` replaces it
     cost        what to reduce where the budget is on accuracy: ``bops``, ``size`` or ``latency``
     order       of changes on the path: ``noise``, least added noise per saved cost first; ``sqnr``, the paper's list: the
@@ -104,7 +105,7 @@ class MixedPrecision(Pass):
         if self.widths:
             return self._reproduce(job)
         by = job.metric or metric(self.metric)
-        if self.budget == "metric" and by is mean_sqnr:
+        if self.budget == "metric" and by is worst_sqnr:
             raise OnnxqError(
                 "mixed-precision: budget = 'metric' limits the drop of a metric such as 'agreement', and the "
                 "float network's sqnr has no bound; set metric, or budget = 'sqnr' and limit to the least "
@@ -131,18 +132,15 @@ class _Search:
         apart = len(feeds) >= _APART
         self.rounded_on, measured_on = (feeds[::2], feeds[1::2]) if apart else (feeds, feeds)
         self.widths = Widths(job, parse_widths(step.candidates), feeds[0])
-        self.measure = Measure(
-            job.graph,
-            job.target,
-            measured_on,
-            cache=job.calibration.cache,
-            labels=None if labels is None else np.concatenate(labels[1::2] if apart else labels),
-        )
-        self.by = [mean_sqnr] if by is mean_sqnr else [mean_sqnr, by]
-        samples = self.measure.samples
-        self.best = 0.0 if by is mean_sqnr else by(samples.reference, samples.reference, samples.labels)
-        if by is top1 and (remark := chance(self.best, samples.reference[0].shape[-1], len(samples.reference[0]))):
+        truth = None if labels is None else np.concatenate(labels[1::2] if apart else labels)
+        samples = Samples.of(job.graph.model(), measured_on, truth, job.class_axis)
+        self.measure = Measure(job.graph, job.target, samples, cache=job.calibration.cache)
+        self.by = [worst_sqnr] if by is worst_sqnr else [worst_sqnr, by]
+        self.best = 0.0 if by is worst_sqnr else samples.score(by)
+        if by is top1 and truth is not None and (remark := chance(self.best, samples.reference, truth, samples.axes)):
             job.note(remark)
+        if samples.random:
+            job.note(f"mixed-precision: {RANDOM}; nor about widths")
         self.feed = feeds[0]
         self.points: dict[Choice, dict[str, Any]] = {}
         self.scores: dict[Choice, float] = {}  # by which a budget on accuracy decides, not rounded for the report
@@ -170,7 +168,7 @@ class _Search:
                 "candidates W4A8 and W8A8"
             )
         groups = self.widths.groups
-        best = {} if self.metric is mean_sqnr else {"float": round(self.best, 3)}  # of the float network
+        best = {} if self.metric is worst_sqnr else {"float": round(self.best, 3)}  # of the float network
         return {
             "groups": len(groups),
             "metric": metric_name(self.metric),
@@ -191,9 +189,9 @@ class _Search:
     def sensitivities(self) -> list[Entry]:
         """(SQNR, group, candidate) with that group alone quantized, from the least sensitive to the most."""
         samples, cache = self.measure.samples, self.measure.cache
-        alone = Measure(self.job.graph, ALONE, samples.feeds, samples.reference, self.widths.coded, cache=cache)
+        alone = Measure(self.job.graph, ALONE, samples, self.widths.coded, cache=cache)
         tasks = [(i, w) for i, options in enumerate(self.widths.options) for w in options if len(options) > 1]
-        scores = alone.scores((self.widths.plan({i: w}) for i, w in tasks), [mean_sqnr], self.job.workers)
+        scores = alone.scores((self.widths.plan({i: w}) for i, w in tasks), [worst_sqnr], self.job.workers)
         tracked = self.job.track(scores, "sensitivities", len(tasks))
         entries = [(score["sqnr"], i, w) for score, (i, w) in zip(tracked, tasks, strict=True)]
         self.measure.scored += alone.scored

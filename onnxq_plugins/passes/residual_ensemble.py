@@ -15,7 +15,8 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.ensemble import side_by_side, unfit
 from onnxq_plugins.job import Job, Pass, Stage
-from onnxq_plugins.measure.metrics import mean_sqnr, percent_agreement
+from onnxq_plugins.measure.metrics import percent_agreement, worst_sqnr
+from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.solvers import expansion as solver
 from onnxq_plugins.spec import Array, Plan, QuantSpec, decode
@@ -82,22 +83,25 @@ class ResidualEnsemble(Pass):
         layers = {layer.name: layer for layer in graph.layers}
         data = job.calibration.data
         feeds = list(data.spread(self.samples) if self.samples else data) if data is not None else []
-        before = runtimes.outputs(runtimes.session(graph.model()), feeds)
+        before = Samples.of(graph.model(), feeds, class_axis=job.class_axis) if feeds else None
         maps, firsts = side_by_side(
             graph, {name: _parts(graph.constant(layers[name].weight), specs) for name, specs in expanded.items()}
         )
         self._plan(job, {layers[name].weight: specs for name, specs in expanded.items()}, maps, firsts)
         result: dict[str, Any] = {"networks": len(self.groups), "layers": len(expanded), "left_alone": left}
-        if not feeds:
+        if before is None:
             job.note("residual-ensemble: its own error could not be measured without data")
             return result
-        after = runtimes.outputs(runtimes.session(graph.model()), feeds)
-        decibel, same = mean_sqnr(before, after), percent_agreement(before, after)
-        job.note(
-            f"residual-ensemble: the ensemble itself, before any rounding, reaches {decibel:.1f} dB, "
-            f"and its largest output is the network's in {same:.1f} % of {len(feeds)} samples"
-        )
-        return result | {"ensemble_db": round(decibel, 2), "ensemble_agreement": round(same, 2), "samples": len(feeds)}
+        after = before.outputs(runtimes.session(graph.model()))
+        decibel = before.score(worst_sqnr, after)
+        note = f"residual-ensemble: the ensemble itself, before any rounding, reaches {decibel:.1f} dB"
+        result |= {"ensemble_db": round(decibel, 2), "samples": len(feeds)}
+        if before.classes:
+            same = before.score(percent_agreement, after)
+            note += f", and its answer is the network's in {same:.1f} % of {len(feeds)} samples"
+            result["ensemble_agreement"] = round(same, 2)
+        job.note(note)
+        return result
 
     def _unfit(self, job: Job, layer: Layer) -> str:
         """Why a layer has the same weight in every network; "" if it is expanded."""

@@ -9,7 +9,7 @@ from typing import Any
 from onnxq_plugins import runtimes
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Outcome
-from onnxq_plugins.measure.metrics import mean_sqnr
+from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.parallel import Track
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.spec import Array
@@ -71,6 +71,6 @@ def try_remedies(
             attempts.append(Attempt(layer, remedy, None, str(error)))
             continue
         models = changed.float_model, changed.model
-        reference, quantized = (runtimes.outputs(runtimes.session(model), feeds) for model in models)
-        attempts.append(Attempt(layer, remedy, mean_sqnr(reference, quantized)))
+        reference, quantized = (runtimes.per_feed(runtimes.session(model), feeds) for model in models)
+        attempts.append(Attempt(layer, remedy, worst_sqnr(reference, quantized)))
     return tuple(attempts)

@@ -11,8 +11,9 @@ import numpy as np
 from onnxq_plugins import runtimes
 from onnxq_plugins.data import Data
 from onnxq_plugins.job import Outcome
-from onnxq_plugins.measure import agreement
-from onnxq_plugins.measure.metrics import mean_sqnr, top1
+from onnxq_plugins.measure.classes import labelled
+from onnxq_plugins.measure.metrics import percent_agreement, top1, worst_sqnr
+from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
 
 _CALIBRATION, _OTHER = 32, 512  # samples at most: of those it was calibrated with, of others
 _SECONDS = 0.6  # of interleaved runs for the latencies
@@ -40,10 +41,12 @@ class Comparison:
     available      samples in the data, None if unknown
     where          the data in words
     calibration    True if the network was calibrated with these samples
-    sqnr           dB, mean over samples and outputs
-    agreement      percent of samples with the same argmax; None if the outputs have no classes
-    top1           percent of samples classified correctly; None without labels
+    sqnr           dB of the worst output, pooled over the samples
+    agreement      percent of samples with the same class; None if the outputs are no classes, or always the same one
+    top1           percent of samples classified correctly; None without labels of classes
     milliseconds   latency, batch 1, one thread
+    outputs        each output's numbers
+    random         True if the float model gives other outputs for the same input
     """
 
     samples: int
@@ -54,6 +57,8 @@ class Comparison:
     milliseconds: Pair
     agreement: float | None = None
     top1: Pair | None = None
+    outputs: tuple[OutputScore, ...] = ()
+    random: bool = False
 
     @property
     def speed(self) -> float:
@@ -95,6 +100,9 @@ class Comparison:
             facts.append("as fast as the float model")
         else:
             facts.append(f"{self.speed:.2f} times the speed of the float model")
+        facts += [f"output '{output.name}': {output.note}" for output in self.outputs if output.note]
+        if self.random:
+            facts.append(RANDOM)
         return f"{_GRADES[self.grade]}: {'; '.join(facts)}; on {self.kind}."
 
     @property
@@ -131,6 +139,8 @@ class Comparison:
             "sqnr": self.sqnr,
             **answers,
             **({} if self.top1 is None else {"top1": self.top1.to_dict()}),
+            **({"outputs": [output.to_dict() for output in self.outputs]} if self.outputs else {}),
+            **({"random": True} if self.random else {}),
             "milliseconds": {**self.milliseconds.to_dict(), "machine": platform.machine()},
         }
 
@@ -141,16 +151,26 @@ def compare(result: Outcome, data: Data) -> Comparison:
     most = _CALIBRATION if calibration else _OTHER
     feeds, labels = data.spread(most), data.spread_labels(most)
     runners = [runtimes.session(result.original), runtimes.session(result.model)]
-    exact, quantized = (runtimes.outputs(runner, (runtimes.wanted(runner, feed) for feed in feeds)) for runner in runners)
-    same = round(100 * agreement(exact[0], quantized[0]), 2) if exact[0].ndim > 1 and exact[0].shape[-1] > 1 else None
+    truth = None if labels is None else np.concatenate(labels)
+    known = Samples.of(result.original, feeds, truth, result.class_axis, runners[0])
+    quantized = known.outputs(runners[1])
+    same = round(known.score(percent_agreement, quantized), 2) if known.telling else None
     correct = None
-    if labels is not None:
-        truth = np.concatenate(labels)
-        correct = Pair(round(top1(exact, exact, truth), 2), round(top1(exact, quantized, truth), 2))
+    if truth is not None and labelled(known.reference, truth, known.axes) is not None:
+        correct = Pair(round(known.score(top1), 2), round(known.score(top1, quantized), 2))
     times = runtimes.latency(runners, [runtimes.wanted(runner, feeds[0]) for runner in runners], _SECONDS)
-    sqnr = round(mean_sqnr(exact, quantized), 2)
-    milliseconds = Pair(*(round(time, 4) for time in times))
-    return Comparison(len(feeds), data.size, data.where, calibration, sqnr, milliseconds, same, correct)
+    return Comparison(
+        len(feeds),
+        data.size,
+        data.where,
+        calibration,
+        round(known.score(worst_sqnr, quantized), 2),
+        Pair(*(round(time, 4) for time in times)),
+        same,
+        correct,
+        tuple(known.table(quantized)),
+        known.random,
+    )
 
 
 def _grade(value: float, good: float, fair: float) -> str:

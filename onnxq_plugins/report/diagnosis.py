@@ -16,8 +16,9 @@ from onnxq_plugins.graph import Layer, channel_groups
 from onnxq_plugins.graph.flow import maker_of
 from onnxq_plugins.job import Outcome
 from onnxq_plugins.measure import IDENTICAL
-from onnxq_plugins.measure.metrics import mean_sqnr
+from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.measure.networks import Measure
+from onnxq_plugins.measure.samples import RANDOM, Samples
 from onnxq_plugins.parallel import Track, cores, silent
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.report.attempts import Attempt, try_remedies
@@ -90,13 +91,14 @@ class LayerError:
 class Diagnosis:
     """What `diagnose` measured and concluded.
 
-    sqnr         dB of the network's outputs
+    sqnr         dB of the network's worst output, pooled over the samples
     layers       all of them, the worst first
     floats       layers in float kernels, those with the most work first
     activations  planned activations by name
     saturating   layers that can saturate on AVX2 without VNNI
     samples      number of samples measured on
     tried        remedies that were tried; all others are suggestions
+    random       True if the float model gives other outputs for the same input
     """
 
     sqnr: float
@@ -107,6 +109,7 @@ class Diagnosis:
     samples: int
     seconds: float
     tried: tuple[Attempt, ...] = ()
+    random: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values that JSON can hold."""
@@ -129,7 +132,9 @@ class Diagnosis:
             "error than it adds: trust the order, not the percentages."
         )
         remedies = "only those under 'tried' were tried." if self.tried else "none was tried."
-        return [*([] if self.adds_up else [compensation]), f"Remedies are suggestions by rules of thumb; {remedies}"]
+        random = f"{RANDOM[0].upper()}{RANDOM[1:]}."
+        notes = [*([random] if self.random else []), *([] if self.adds_up else [compensation])]
+        return [*notes, f"Remedies are suggestions by rules of thumb; {remedies}"]
 
     @property
     def adds_up(self) -> bool:
@@ -222,8 +227,8 @@ def diagnose(
     data = samples_of(result, data)
     feeds = data.spread(samples)
     few = feeds[:: -(-len(feeds) // _ALONE)]
-    reference = runtimes.outputs(runtimes.session(result.graph.model()), feeds)
-    sqnr = mean_sqnr(reference, runtimes.outputs(runtimes.session(result.model), feeds))
+    known = Samples.of(result.graph.model(), feeds)
+    sqnr = known.score(worst_sqnr, known.outputs(runtimes.session(result.model)))
     measure = Measure(result.graph, ALONE, few, coded=planned.coded)
     activations = _activations(planned, Data(data.inputs, lambda: iter(feeds), data.where, len(feeds)), workers)
     layers = _with_alone(result, measure, _layers(result, planned, feeds, activations), alone, workers, track)
@@ -235,7 +240,7 @@ def diagnose(
     tried = try_remedies(result, _promising(layers)[:attempts], feeds, track)
     floats = float_layers(result, feeds[0])
     seconds = time.perf_counter() - start
-    return Diagnosis(sqnr, tuple(layers), floats, activations, saturating, len(feeds), seconds, tried)
+    return Diagnosis(sqnr, tuple(layers), floats, activations, saturating, len(feeds), seconds, tried, known.random)
 
 
 def samples_of(result: Outcome, data: Source | Data | None) -> Data:
@@ -256,10 +261,10 @@ def _with_alone(
 
     count   for how many of the largest own error; None: all
     """
-    noise = mean_sqnr(measure.samples.reference, runtimes.outputs(runtimes.session(result.model), measure.samples.feeds))
+    noise = measure.samples.score(worst_sqnr, measure.samples.outputs(runtimes.session(result.model)))
     worst = sorted((y for y in layers if y.own is not None), key=lambda y: y.badness)[:count]
     plans = [_alone(result, y) for y in worst]
-    scores = track(measure.scores(plans, [mean_sqnr], workers), "layers alone", len(plans))
+    scores = track(measure.scores(plans, [worst_sqnr], workers), "layers alone", len(plans))
     alone = {y.name: score["sqnr"] for y, score in zip(worst, scores, strict=True)}
     return [
         replace(y, alone=alone[y.name], share=float(10 ** ((noise - alone[y.name]) / 10))) if y.name in alone else y

@@ -1,6 +1,7 @@
 """Where a quantized network's error comes from: what has accumulated at each layer, and what each layer adds by itself.
 
-Two measurements, one sample at a time, so that no more than one sample's activations are held in memory:
+Two measurements, one sample at a time, so that no more than one sample's activations are held in memory; signal and noise
+are added up over the samples:
 
 accumulated   the float and the quantized network run side by side; signal to noise in dB at each layer's output
 own           the float network alone; beside each layer, copies of it with rounded weight, with rounded input, and with
@@ -22,7 +23,7 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import channel_axis
 from onnxq_plugins.calibration.statistics import add_reduction
 from onnxq_plugins.graph import Graph, Layer
-from onnxq_plugins.measure import IDENTICAL
+from onnxq_plugins.measure.arrays import decibels, energies
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_values, weight_values
 from onnxq_plugins.spec import Array
@@ -53,7 +54,7 @@ def accumulated_errors(graph: Graph, model: onnx.ModelProto, names: Sequence[str
 
     model   the quantized form of the graph: tensors keep their names in it (`qdq.export`)
     """
-    ratios: dict[str, list[float]] = {name: [] for name in names}
+    energy = {name: np.zeros(2) for name in names}
     for portion in _portions(graph, names):
         exact, weights = _fetching(graph, portion)
         reads = {name: _Read(model, name) for name in portion}
@@ -65,9 +66,8 @@ def accumulated_errors(graph: Graph, model: onnx.ModelProto, names: Sequence[str
             ys = runners[0].run(portion, dict(feed))
             zs = runners[1].run([reads[name].fetched for name in portion], dict(feed))
             for name, y, z in zip(portion, ys, zs, strict=True):
-                noise = np.square(reads[name].values(z) - y, dtype=np.float64).sum()
-                ratios[name].append(_ratio(float(np.square(y, dtype=np.float64).sum()), float(noise)))
-    return {name: float(np.mean(values)) for name, values in ratios.items()}
+                energy[name] += energies(y, reads[name].values(z))[0]
+    return {name: decibels(sums) for name, sums in energy.items()}
 
 
 def _portions(graph: Graph, names: Sequence[str]) -> Iterator[list[str]]:
@@ -178,23 +178,23 @@ class _Copies:
         """The errors over all samples."""
         runner = runtimes.session(self.model, weights=self.weights, lean=True)
         names = dict.fromkeys(name for name, _ in self.fields)
-        ratios: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+        energy: dict[str, dict[str, Array]] = {name: {} for name in names}
         means: dict[str, list[Array]] = {name: [] for name in names}
         squares: dict[str, list[float]] = {name: [] for name in names}
         for feed in feeds:
             values = dict(zip(self.fields, runner.run(None, dict(feed)), strict=True))
             for (name, what), value in values.items():
                 if what in ("weight", "input", "both"):
-                    ratios[name].setdefault(what, []).append(_ratio(float(values[name, "signal"]), float(value)))
+                    sums = np.array([values[name, "signal"], value], np.float64)
+                    if np.isfinite(sums).all():  # where the float network overflows there is nothing to compare
+                        energy[name][what] = energy[name].get(what, np.zeros(2)) + sums
                 elif what == "means":
                     means[name].append(np.asarray(value, np.float64))
                 elif what == "square":
                     squares[name].append(float(value))
         errors = {}
         for name in names:
-            weight, inner, both = (
-                float(np.mean(ratios[name].get(what, [IDENTICAL]))) for what in ("weight", "input", "both")
-            )
+            weight, inner, both = (decibels(energy[name].get(what, np.zeros(2))) for what in ("weight", "input", "both"))
             square = float(np.mean(squares[name])) if squares[name] else 0.0
             constant = float(np.mean(np.square(np.mean(means[name], axis=0)))) if means[name] else 0.0
             errors[name] = Own(weight, inner, both, min(constant / square, 1.0) if square > 0 else 0.0)
@@ -274,8 +274,3 @@ class _Copies:
         self.model.graph.initializer.append(stub)
         self.weights[name] = values
         return name
-
-
-def _ratio(signal: float, noise: float) -> float:
-    """Signal to noise in dB, at most `IDENTICAL`. A tensor that is 0 has no signal to lose."""
-    return 10 * float(np.log10(signal / max(noise, signal * 10 ** (-IDENTICAL / 10)))) if signal > 0 else IDENTICAL

@@ -216,7 +216,7 @@ def _cards(result: Outcome, comparison: Comparison) -> list[dict[str, str]]:
         kernels += f"; {n} product{'s' * (n > 1)} of two activations run{'s' * (n == 1)} in float"
     cards = [("SQNR of the outputs", f"{comparison.sqnr:.1f}", "dB", comparison.kind)]
     if comparison.agreement is not None:
-        cards.append(("Same argmax as float", f"{comparison.agreement:.1f}", "%", comparison.kind))
+        cards.append(("Same class as float", f"{comparison.agreement:.1f}", "%", comparison.kind))
     if (top1 := comparison.top1) is not None:
         cards.append(("Accuracy (top-1)", f"{top1.quantized:.1f}", "%", f"float {top1.reference:.1f} %; {comparison.kind}"))
     before, after = report.size("float") / 1e6, report.size("quantized") / 1e6

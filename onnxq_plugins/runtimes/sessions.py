@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import pickle
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -176,10 +177,32 @@ def run(runner: ort.InferenceSession, feed: Feed) -> list[Array]:
     return [value.numpy() for value in runner.run_with_ort_values(None, values)]
 
 
-def outputs(runner: ort.InferenceSession, feeds: Iterable[Feed]) -> list[Array]:
-    """Every output of the model, concatenated over the feeds along the first axis."""
+def per_feed(runner: ort.InferenceSession, feeds: Iterable[Feed]) -> list[list[Any]]:
+    """Every output of the model: its value for each feed. A value is an array, or a list for a sequence, a dict for a map, a
+    list of dicts for a sequence of maps, None for an optional without a value. Nothing says that values of unlike feeds have
+    the same shape."""
     rows = [runner.run(None, dict(feed)) for feed in feeds]
-    return [np.concatenate([np.atleast_1d(r[i]) for r in rows]) for i in range(len(rows[0]))] if rows else []
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def joined(values: Sequence[Any]) -> Any:
+    """The values of one output as one array, concatenated along the first axis (scalars make an axis); as a list, one value
+    per feed, where they are no arrays or shapes differ elsewhere."""
+    arrays = [np.atleast_1d(value) if isinstance(value, np.ndarray | np.generic) else None for value in values]
+    alike = {None if array is None else (array.dtype, array.shape[1:]) for array in arrays}
+    return list(values) if len(alike) != 1 or None in alike else np.concatenate(arrays)  # type: ignore[arg-type]
+
+
+def outputs(runner: ort.InferenceSession, feeds: Iterable[Feed]) -> list[Any]:
+    """Every output of the model over the feeds, `joined`: one array each, or a list where that is impossible."""
+    return [joined(values) for values in per_feed(runner, feeds)]
+
+
+def is_random(runner: ort.InferenceSession, feed: Feed) -> bool:
+    """True if a model gives other outputs for the same feed when it runs again. Onnxruntime on one thread repeats its sums
+    in the same order, so that any difference comes from operators such as RandomNormalLike."""
+    first, second = (pickle.dumps(runner.run(None, dict(feed))) for _ in range(2))
+    return first != second
 
 
 def wanted(runner: ort.InferenceSession, feed: Feed) -> Feed:

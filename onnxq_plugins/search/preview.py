@@ -77,7 +77,7 @@ class Preview:
         )
 
     def sqnr(self) -> float:
-        """Signal to noise ratio of the outputs in dB, averaged over samples and outputs."""
+        """Signal to noise ratio of the worst output in dB, pooled over the samples."""
         ranges = {n: (float(low.min()), float(high.max())) for n, (low, high) in self.ranges.items()}
         plan = self.job.plan | {n: spec.request() for n, spec in self.job.plan.items() if n in self.stale}
         plan |= {n: activation_spec(ranges[n], plan[n]) for n in ranges if not plan[n].solved}

@@ -23,7 +23,7 @@ from onnxq_plugins.engine import Result
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Pass, Recipe, default_of
 from onnxq_plugins.laws import DRIFT
-from onnxq_plugins.measure.metrics import mean_sqnr
+from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.passes import BUILTIN
 from onnxq_plugins.passes.ranges import Ranges
 from onnxq_plugins.passes.round import Round
@@ -265,7 +265,7 @@ def check_not_harmful(step: Pass, bench: Bench) -> None:
     gains = []
     for name in PLAIN:
         samples, reference = feeds(make(name), 16, seed=1), reference_outputs(name, 16, seed=1)
-        before, after = (mean_sqnr(reference, outputs(bench.must(steps, name).model, samples)) for steps in ((), (step,)))
+        before, after = (worst_sqnr(reference, outputs(bench.must(steps, name).model, samples)) for steps in ((), (step,)))
         gains.append(after - before)
     each = ", ".join(f"{name} {gain:+.1f}" for name, gain in zip(PLAIN, gains, strict=True))
     assert np.mean(gains) >= -HARM, (
@@ -355,7 +355,7 @@ def _agreement(result: Result, name: str, step: Pass, how: str) -> float:
             f"after pass '{step.name}'{how}, model '{name}' returns outputs of another shape, or NaN or Inf; compare "
             "result.float_model with the original."
         )
-    return mean_sqnr(runs[0], runs[1])
+    return worst_sqnr(runs[0], runs[1])
 
 
 def _sentences(step: Pass, name: str, error: OnnxqError) -> None:

@@ -103,7 +103,7 @@ def test_compare(ready):
     assert ran.code == 0
     assert "3 samples" in ran.out
     assert "100.00%" in ran.out
-    rows = [line.split() for line in ran.out.splitlines() if "%" in line]
+    rows = [line.split() for line in ran.out.splitlines() if "%" in line and "SQNR" not in line]
     assert float(rows[0][1]) > 30
     same = ready("compare", "model.onnx", "model.onnx", "--data", "data.npz").out
     assert "200.00" in same
@@ -291,7 +291,7 @@ def test_mobilenet_from_file_to_file(ready):
         (["compare", "model.onnx", "other.onnx", "--data", "data.npz"], "different inputs: x and y"),
         (
             ["compare", "model.onnx", "wide.onnx", "--data", "data.npz"],
-            "has shape (8, 10) in 'model.onnx' and (8, 4, 12, 12)",
+            "has shape [(1, 10)] in 'model.onnx' and [(1, 4, 12, 12)] in",
         ),
         (["compare", "model.onnx", "model.onnx", "--data", "nowhere.npz"], "does not exist"),
         (["plugins", "nope"], "'nope' is neither a pass nor a target"),

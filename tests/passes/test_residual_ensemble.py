@@ -63,7 +63,7 @@ def test_networks_run_as_integer_and_their_weights_are_orders(name, groups):
 def test_its_own_error_is_told():
     model, samples = resnet20(), feeds(resnet20(), 6)
     result = quantize(model, recipe((1, 1)), samples)
-    own = np.mean([measure.sqnr(run(model, f)[0], run(result.float_model, f)[0]) for f in samples])
+    own = measure.sqnr([run(model, f)[0] for f in samples], [run(result.float_model, f)[0] for f in samples])
     assert told(result)["ensemble_db"] == pytest.approx(own, abs=0.01) and told(result)["samples"] == 6
     (note,) = [n for n in result.report["notes"] if "residual-ensemble" in n]
     assert f"reaches {own:.1f} dB" in note and result.report["steps"][0]["exact"] is False

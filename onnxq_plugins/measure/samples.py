@@ -1,0 +1,188 @@
+"""What networks are judged on, and how each of their outputs is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.job import Metric
+from onnxq_plugins.measure.arrays import (
+    agreement,
+    alike,
+    decibels,
+    energies,
+    is_float,
+    leaves,
+    pairs,
+    worst_decibels,
+)
+from onnxq_plugins.measure.classes import class_axes, labelled
+from onnxq_plugins.measure.metrics import check_labels, likely_axes, score
+from onnxq_plugins.spec import Array
+
+RANDOM = (
+    "the float model itself is random: the same input gives other outputs when it runs again, so that SQNR and agreement "
+    "say nothing about quantization"
+)
+
+
+@dataclass(frozen=True)
+class OutputScore:
+    """How near an output of a network is to the float one's.
+
+    sqnr    dB over all samples, pooled; None if it is not of floats
+    worst   dB of the worst 5 % of samples
+    same    percent of positions with the same class, if it is classes; of equal elements, if it is not of floats; else None
+    note    what limits these numbers, "" for nothing
+    """
+
+    name: str
+    sqnr: float | None
+    worst: float | None
+    same: float | None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, rounded."""
+        numbers = {"sqnr": self.sqnr, "worst_samples": self.worst, "same": self.same}
+        return {
+            "name": self.name,
+            **{key: round(value, 2) for key, value in numbers.items() if value is not None},
+            **({"note": self.note} if self.note else {}),
+        }
+
+
+class Samples:
+    """What networks are judged on.
+
+    feeds       for both networks
+    names       of the outputs
+    reference   values of the float network's outputs, a list per output with one value per feed (`runtimes.per_feed`)
+    labels      [samples, ...] or None
+    axes        of the outputs' classes, as `classes.class_axes` finds them
+    random      True if the float network gives other outputs for the same feed
+    """
+
+    def __init__(
+        self,
+        feeds: Sequence[Mapping[str, Array]],
+        names: Sequence[str],
+        reference: Sequence[Sequence[Any]],
+        labels: Array | None,
+        axes: Sequence[int | None],
+        random: bool = False,
+    ) -> None:
+        self.feeds, self.names, self.reference = list(feeds), list(names), [list(values) for values in reference]
+        self.labels, self.axes, self.random = labels, list(axes), random
+
+    @classmethod
+    def of(
+        cls,
+        model: onnx.ModelProto | str | Path,
+        feeds: Sequence[Mapping[str, Array]],
+        labels: Array | None = None,
+        class_axis: int | None = None,
+        runner: runtimes.Session | None = None,
+    ) -> Samples:
+        """Samples with what a float model gives for them.
+
+        class_axis   of its outputs, as for `classes.class_axes`
+        runner       a session of the model, if there is one already
+        """
+        runner = runner or runtimes.session(model)
+        proto = model if isinstance(model, onnx.ModelProto) else onnx.load(str(model), load_external_data=False)
+        reference = runtimes.per_feed(runner, (runtimes.wanted(runner, feed) for feed in feeds))
+        names = [output.name for output in proto.graph.output]
+        axes = class_axes(proto, reference, feeds[0], labels, class_axis)
+        return cls(feeds, names, reference, labels, axes, runtimes.is_random(runner, runtimes.wanted(runner, feeds[0])))
+
+    def check_labels(self) -> None:
+        """Raise OnnxqError for labels that are not classes of the output they are of, or of the first one of floats."""
+        if self.labels is None:
+            return
+        floats = [k for k, values in enumerate(self.reference) if is_float(values)]
+        number = labelled(self.reference, self.labels, self.axes)
+        for k in floats[:1] if number is None else {number} & {*floats}:
+            shape = (None, *leaves(self.reference[k][0])[0].shape[1:])
+            check_labels(self.labels, shape, self.names[k], self.axes[k])
+
+    def outputs(self, runner: runtimes.Session) -> list[list[Any]]:
+        """The outputs of another network for the feeds."""
+        return runtimes.per_feed(runner, (runtimes.wanted(runner, feed) for feed in self.feeds))
+
+    def score(self, by: Metric, outputs: Sequence[Sequence[Any]] | None = None) -> float:
+        """A metric of another network's outputs; of the float network's own for None."""
+        return score(by, self.reference, self.reference if outputs is None else outputs, self.labels, self.axes)
+
+    def table(self, outputs: Sequence[Sequence[Any]]) -> list[OutputScore]:
+        """How near each output of another network is."""
+        columns = zip(self.names, self.reference, outputs, self.axes, strict=True)
+        return [output_score(name, y, z, axis) for name, y, z, axis in columns]
+
+    @property
+    def classes(self) -> bool:
+        """True if an output is classes, or none is of floats: agreement with the float network means something."""
+        return any(axis is not None for axis in self.axes) or not any(is_float(values) for values in self.reference)
+
+    @property
+    def telling(self) -> bool:
+        """True if agreement with the float network is worth judging by: of outputs that are `classes`, whose answers are not
+        all the same. A network that always gives the same one keeps it, whatever becomes of its values."""
+        columns = [(values, axis) for values, axis in zip(self.reference, self.axes, strict=True) if axis is not None]
+        firsts = [
+            {int(n) for value in values for leaf in leaves(value) for n in np.unique(np.argmax(leaf, axis=axis))}
+            for values, axis in columns
+        ]
+        return self.classes and (not columns or any(len(answers) > 1 for answers in firsts))
+
+    @property
+    def answers(self) -> int:
+        """How many positions agreement counts, of the output with the fewest."""
+        sizes = [
+            sum(leaf.size // (1 if axis is None else max(leaf.shape[axis], 1)) for value in values for leaf in leaves(value))
+            for values, axis in zip(self.reference, self.axes if self.classes else likely_axes(self.reference), strict=True)
+            if axis is not None or not is_float(values)
+        ]
+        return min(sizes, default=0)
+
+    @property
+    def arrays(self) -> list[Array]:
+        """All of it."""
+        rows = [array for feed in self.feeds for _, array in sorted(feed.items())]
+        rows += [_plain(leaf) for values in self.reference for value in values for leaf in leaves(value)]
+        return [*rows, *([self.labels] if self.labels is not None else [])]
+
+    def __sizeof__(self) -> int:
+        """With all arrays: from this size joblib knows to send them to each Dask worker once, not with each task."""
+        return sum(array.nbytes for array in self.arrays)
+
+
+def output_score(name: str, reference: Sequence[Any], other: Sequence[Any], axis: int | None) -> OutputScore:
+    """How near an output is to the float one's, with values per feed."""
+    reference, other = list(reference), list(other)
+    notes, floats = [], is_float(reference)
+    feeds = list(pairs(reference, other))
+    if shapes := sum(not alike(y, z) for y, z in zip(reference, other, strict=True)):
+        notes.append(f"another shape for {shapes} of {len(feeds)} samples, which count as lost")
+    if not floats:
+        return OutputScore(name, None, None, 100 * agreement(reference, other, None), "; ".join(notes))
+    energy = energies(reference, other)
+    if lost := int(np.isinf(energy[:, 1]).sum()):
+        notes.append(f"destroyed: NaN or Inf for {lost} of {len(feeds)} samples where the reference has none")
+    if masked := sum(any(not np.isfinite(y).all() for y, _ in feed) for feed in feeds):
+        notes.append(f"NaN or Inf in the reference for {masked} of {len(feeds)} samples, left out there")
+    if not energy[:, 0].any():
+        notes.append("the reference is 0 everywhere" + (", the other is not" if energy[:, 1].any() else ""))
+    same = None if axis is None else 100 * agreement(reference, other, axis)
+    return OutputScore(name, decibels(energy), worst_decibels(energy), same, "; ".join(notes))
+
+
+def _plain(leaf: Array) -> Array:
+    """An array whose bytes are its values: strings have a width."""
+    return leaf.astype(str) if leaf.dtype.kind == "O" else leaf
