@@ -12,6 +12,7 @@ from onnxq_plugins.job import Recipe
 from onnxq_plugins.measure import sqnr
 from onnxq_plugins.plan.requests import request
 from onnxq_plugins.plugins import find_plugins
+from onnxq_plugins.recipe import builtin_recipes
 from tests.networks import feed_of, network, weight
 
 F, D, INT = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64
@@ -190,3 +191,14 @@ def test_the_check_says_it_before_any_work(tmp_path):
     graph, target = load(recurrent("LSTM", 4)), find_plugins().target("ort-cpu")
     rows = {each.constant.name: each.spec for each in request(graph, Recipe(), target).constants}
     assert set(rows) == {"w", "r"} and all(spec.bits == 8 and spec.block == (1, 1, 0) for spec in rows.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted(set(builtin_recipes()) - {"int8-data-free"}))
+@pytest.mark.parametrize("name", ["LSTM", "table", "transposed"])
+def test_every_recipe_takes_them(name, recipe):
+    model = MODELS[name][0]()
+    result, feed = quantized(model, recipe), feed_of(model, 9)
+    assert sqnr(ran(model, feed), ran(result.model, feed, optimize=False)) > 12
+    stored = find_plugins().target(result.report.recipe["target"]).decodes
+    assert ("8 bits" in result.summary) == stored and ("float" in result.summary or name == "table")
