@@ -109,6 +109,20 @@ def test_a_shared_table_is_stored_once_and_never_float():
     assert held == [64 * 32]
 
 
+def test_a_head_that_shares_the_table_has_its_codes_too():
+    nodes = [
+        ("Gather", ["t", "x"], ["e"], {}),
+        ("Relu", ["e"], ["h"], {}),
+        ("Transpose", ["t"], ["head"], {"perm": [1, 0]}),
+        HEAD,
+    ]
+    model = network(nodes, ["n", 3], {"t": (64, 48)}, INT)
+    result, feed = quantized(model), feed_of(model, 9)
+    assert [size for size in sizes(result.model).values() if size > 256] == [64 * 48]
+    assert "1/1 MatMul as MatMulIntegerToFloat" in result.summary
+    assert sqnr(ran(model, feed), ran(result.model, feed, optimize=False)) > 30
+
+
 def test_rules_of_the_recipe_reach_them():
     model, feed = recurrent("LSTM", 4), feed_of(recurrent("LSTM", 4), 9)
     float_, narrow = (
