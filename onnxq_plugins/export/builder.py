@@ -44,11 +44,23 @@ class Builder:
     def constant(self, name: str, values: Array) -> str:
         """The name of a constant with these values: `name`, numbered if that is taken, or that of an equal one."""
         values = np.ascontiguousarray(values) if values.ndim else values
-        content = (str(values.dtype), values.shape, hashlib.sha256(values.tobytes()).digest())
+        content = _content(values)
         if content not in self._known:
             self._known[content] = self.fresh(name)
             self.constants.append(self.tensor(values, self._known[content]))
         return self._known[content]
+
+    def matrix(self, name: str, values: Array) -> str:
+        """`constant`; or the transpose of a constant that is there: the head of a language model has its table's codes."""
+        alike = (str(values.dtype), values.shape[::-1])
+        if values.ndim != 2 or not any(content[:2] == alike for content in self._known) or _content(values) in self._known:
+            return self.constant(name, values)
+        turned = self._known.get(_content(np.ascontiguousarray(values.T)))
+        if turned is None:
+            return self.constant(name, values)
+        output = self.fresh(name)
+        self.add("Transpose", [turned], [output], perm=[1, 0])
+        return output
 
     def tensor(self, values: Array, name: str) -> TensorProto:
         """An initializer; the data of a large one go to the data file."""
@@ -65,3 +77,8 @@ class Builder:
             candidate, i = f"{name}_{i}", i + 1
         self._names.add(candidate)
         return candidate
+
+
+def _content(values: Array) -> tuple[Any, ...]:
+    """What constants must have in common to be one."""
+    return str(values.dtype), values.shape, hashlib.sha256(np.ascontiguousarray(values).tobytes()).digest()

@@ -150,7 +150,7 @@ def write_quantized(builder: Builder, layer: Layer, spec: QuantSpec, rule: Rule)
     elif (narrow := narrow_channels(layer, spec, rule)) is not None:
         codes = _mixed_codes(builder, layer, spec, narrow)
     else:
-        codes = builder.constant(f"{name}_codes", int8_codes(layer, spec))
+        codes = builder.matrix(f"{name}_codes", int8_codes(layer, spec))
     scales = np.asarray(spec.scale, np.float32)
     attrs: dict[str, Any] = {}
     if granularity_of(layer, spec) == "channel":

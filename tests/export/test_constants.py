@@ -12,6 +12,7 @@ from onnxq_plugins.job import Recipe
 from onnxq_plugins.measure import sqnr
 from onnxq_plugins.plan.requests import request
 from onnxq_plugins.plugins import find_plugins
+from onnxq_plugins.recipe import builtin_recipes
 from tests.networks import feed_of, network, weight
 
 F, D, INT = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.INT64
@@ -108,6 +109,20 @@ def test_a_shared_table_is_stored_once_and_never_float():
     assert held == [64 * 32]
 
 
+def test_a_head_that_shares_the_table_has_its_codes_too():
+    nodes = [
+        ("Gather", ["t", "x"], ["e"], {}),
+        ("Relu", ["e"], ["h"], {}),
+        ("Transpose", ["t"], ["head"], {"perm": [1, 0]}),
+        HEAD,
+    ]
+    model = network(nodes, ["n", 3], {"t": (64, 48)}, INT)
+    result, feed = quantized(model), feed_of(model, 9)
+    assert [size for size in sizes(result.model).values() if size > 256] == [64 * 48]
+    assert "1/1 MatMul as MatMulIntegerToFloat" in result.summary
+    assert sqnr(ran(model, feed), ran(result.model, feed, optimize=False)) > 30
+
+
 def test_rules_of_the_recipe_reach_them():
     model, feed = recurrent("LSTM", 4), feed_of(recurrent("LSTM", 4), 9)
     float_, narrow = (
@@ -190,3 +205,14 @@ def test_the_check_says_it_before_any_work(tmp_path):
     graph, target = load(recurrent("LSTM", 4)), find_plugins().target("ort-cpu")
     rows = {each.constant.name: each.spec for each in request(graph, Recipe(), target).constants}
     assert set(rows) == {"w", "r"} and all(spec.bits == 8 and spec.block == (1, 1, 0) for spec in rows.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted(set(builtin_recipes()) - {"int8-data-free"}))
+@pytest.mark.parametrize("name", ["LSTM", "table", "transposed"])
+def test_every_recipe_takes_them(name, recipe):
+    model = MODELS[name][0]()
+    result, feed = quantized(model, recipe), feed_of(model, 9)
+    assert sqnr(ran(model, feed), ran(result.model, feed, optimize=False)) > 12
+    stored = find_plugins().target(result.report.recipe["target"]).decodes
+    assert ("8 bits" in result.summary) == stored and ("float" in result.summary or name == "table")
