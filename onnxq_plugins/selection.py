@@ -236,7 +236,7 @@ class _Judge:
         """A judge by a metric. If none is named, by labels of classes, by agreement of classes, or by SQNR."""
         feeds, portions = data.spread(_MOST), data.spread_labels(_MOST)
         labels = None if portions is None else np.concatenate(portions)
-        samples = Samples.of(graph.model(), feeds, labels, class_axis)
+        samples = Samples.of(graph.model(), feeds, labels, class_axis, state=data.state)
         if metric is not None:
             by = find_metric(metric)
         elif labels is not None and labelled(samples.reference, labels, samples.axes) is not None:

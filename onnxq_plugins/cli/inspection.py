@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -284,13 +285,17 @@ def compare_command(
     sessions = [runtimes.session(path) for path in paths]
     source = runtimes.rolled(open_data(data, inputs[0], images.data_options(samples), labels), lambda: sessions[0])
     feeds, truth = list(track(source, "reading", source.size)), _truth(source)
-    known = Samples.of(a, feeds, truth, class_axis, sessions[0])
+    known = Samples.of(a, feeds, truth, class_axis, sessions[0], source.state)
     if judge in (None, top1):
         known.check_labels()
     outputs = _in_order(known.names, sessions[1], known.outputs(sessions[1]), paths)
     milliseconds = runtimes.latency(sessions, [runtimes.wanted(session, feeds[0]) for session in sessions], 2.0)
     _check_ranks(known, outputs, paths)
-    show(_output_table(known.table(outputs), known.axes))
+    scores = known.table(outputs)
+    show(_output_table(scores, known.axes))
+    if any(score.steps for score in scores):
+        forced = _in_order(known.names, sessions[1], known.outputs(sessions[1], own=False), paths)
+        show(_steps_table(scores, known.table(forced)))
     if judge is None and truth is not None:
         if labelled(known.reference, truth, known.axes) is None:
             notify("note: the labels are not classes of any output; give --class-axis, or a --metric of your own")
@@ -308,6 +313,26 @@ def compare_command(
         f"{len(feeds)} samples | {sizes[0]:.2f} -> {sizes[1]:.2f} MB | {milliseconds[0]:.3f} -> {milliseconds[1]:.3f} ms "
         f"({milliseconds[0] / milliseconds[1]:.2f}x, one sample a run, 1 thread)"
     )
+
+
+def _steps_table(scores: Sequence[OutputScore], forced: Sequence[OutputScore]) -> Table:
+    """How noise grows with the steps on the network's own states: the median of some steps together, longer and longer.
+
+    forced   the same on the float network's states
+    """
+    count = max(len(score.steps) for score in scores)
+    starts = [0, *itertools.takewhile(lambda n: n < count, (4**k for k in range(20)))]
+    parts = list(zip(starts, [*starts[1:], count], strict=True))
+    names = [f"step {first + 1}" if last == first + 1 else f"..{last}" for first, last in parts]
+    table = Table("dB, own states", *names, "float's states", box=None, header_style="bold")
+    for own, other in zip(scores, forced, strict=True):
+        if own.steps and other.sqnr is not None:
+            table.add_row(
+                escape(own.name),
+                *(f"{float(np.median(own.steps[first:last])):.1f}" for first, last in parts),
+                f"{other.sqnr:.1f}",
+            )
+    return table
 
 
 def _shared_inputs(paths: Sequence[Path]) -> list[list[Input]]:

@@ -102,7 +102,7 @@ class Measure:
 
     @cached_property
     def _digest(self) -> str:
-        return digest(*self.samples.arrays, self.samples.axes)
+        return digest(*self.samples.arrays, self.samples.axes, self.samples.state)
 
 
 def score_model(model: Array, samples: Samples, by: Sequence[Metric]) -> dict[str, float]:

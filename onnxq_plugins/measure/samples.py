@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from onnxq_plugins.measure.classes import class_axes, labelled
 from onnxq_plugins.measure.metrics import check_labels, likely_axes, score
 from onnxq_plugins.spec import Array
 
+_QUARTER = 4  # steps at least in a quarter of a stream
 RANDOM = (
     "the float model itself is random: the same input gives other outputs when it runs again, so that SQNR and agreement "
     "say nothing about quantization"
@@ -40,6 +42,7 @@ class OutputScore:
     worst   dB of the worst 5 % of samples
     same    percent of positions with the same class, if it is classes; of equal elements, if it is not of floats; else None
     note    what limits these numbers, "" for nothing
+    steps   dB at each step of the streams, pooled over them; () without states
     """
 
     name: str
@@ -47,6 +50,14 @@ class OutputScore:
     worst: float | None
     same: float | None
     note: str = ""
+    steps: tuple[float, ...] = ()
+
+    @property
+    def decline(self) -> float:
+        """How much noise grows on a network's own states: dB by which the last quarter of the steps is below the first; 0
+        for less than 16 steps."""
+        part = len(self.steps) // 4
+        return 0.0 if part < _QUARTER else float(np.median(self.steps[:part]) - np.median(self.steps[-part:]))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, rounded."""
@@ -55,6 +66,7 @@ class OutputScore:
             "name": self.name,
             **{key: round(value, 2) for key, value in numbers.items() if value is not None},
             **({"note": self.note} if self.note else {}),
+            **({"steps": [round(step, 2) for step in self.steps]} if self.steps else {}),
         }
 
 
@@ -67,6 +79,8 @@ class Samples:
     labels      [samples, ...] or None
     axes        of the outputs' classes, as `classes.class_axes` finds them
     random      True if the float network gives other outputs for the same feed
+    state       output -> the input that it is at the next step: feeds that go on from the one before are run on the states
+                of the network that is judged, so that it shows how its errors feed back
     """
 
     def __init__(
@@ -77,9 +91,10 @@ class Samples:
         labels: Array | None,
         axes: Sequence[int | None],
         random: bool = False,
+        state: Mapping[str, str] | None = None,
     ) -> None:
         self.feeds, self.names, self.reference = list(feeds), list(names), [list(values) for values in reference]
-        self.labels, self.axes, self.random = labels, list(axes), random
+        self.labels, self.axes, self.random, self.state = labels, list(axes), random, dict(state or {})
 
     @classmethod
     def of(
@@ -89,6 +104,7 @@ class Samples:
         labels: Array | None = None,
         class_axis: int | None = None,
         runner: runtimes.Session | None = None,
+        state: Mapping[str, str] | None = None,
     ) -> Samples:
         """Samples with what a float model gives for them.
 
@@ -100,7 +116,8 @@ class Samples:
         reference = runtimes.per_feed(runner, (runtimes.wanted(runner, feed) for feed in feeds))
         names = [output.name for output in proto.graph.output]
         axes = class_axes(proto, reference, feeds[0], labels, class_axis)
-        return cls(feeds, names, reference, labels, axes, runtimes.is_random(runner, runtimes.wanted(runner, feeds[0])))
+        random = runtimes.is_random(runner, runtimes.wanted(runner, feeds[0]))
+        return cls(feeds, names, reference, labels, axes, random, state)
 
     def check_labels(self) -> None:
         """Raise OnnxqError for labels that are not classes of the output they are of, or of the first one of floats."""
@@ -112,8 +129,31 @@ class Samples:
             shape = (None, *leaves(self.reference[k][0])[0].shape[1:])
             check_labels(self.labels, shape, self.names[k], self.axes[k])
 
-    def outputs(self, runner: runtimes.Session) -> list[list[Any]]:
-        """The outputs of another network for the feeds."""
+    @cached_property
+    def places(self) -> list[int]:
+        """Which step of its stream each feed is, counted from 0: a feed goes on from the one before if its states are what
+        the float network gave there."""
+        places: list[int] = []
+        outputs = {name: values for name, values in zip(self.names, self.reference, strict=True) if name in self.state}
+        for n, feed in enumerate(self.feeds):
+            goes_on = n > 0 and len(outputs) == len(self.state) > 0
+            goes_on = goes_on and all(_near(values[n - 1], feed[self.state[name]]) for name, values in outputs.items())
+            places.append(places[-1] + 1 if goes_on else 0)
+        return places
+
+    def outputs(self, runner: runtimes.Session, own: bool = True) -> list[list[Any]]:
+        """The outputs of another network for the feeds.
+
+        own   with its own states, where there are streams, rather than with the float network's
+        """
+        if own and any(self.places):
+            states = set(self.state.values())
+            steps = (
+                {name: x for name, x in feed.items() if not place or name not in states}
+                for feed, place in zip(self.feeds, self.places, strict=True)
+            )
+            rows = [values for _, values in runtimes.roll(runner, steps, self.state)]
+            return [list(column) for column in zip(*rows, strict=True)]
         return runtimes.per_feed(runner, (runtimes.wanted(runner, feed) for feed in self.feeds))
 
     def score(self, by: Metric, outputs: Sequence[Sequence[Any]] | None = None) -> float:
@@ -123,7 +163,8 @@ class Samples:
     def table(self, outputs: Sequence[Sequence[Any]]) -> list[OutputScore]:
         """How near each output of another network is."""
         columns = zip(self.names, self.reference, outputs, self.axes, strict=True)
-        return [output_score(name, y, z, axis) for name, y, z, axis in columns]
+        places = np.array(self.places) if any(self.places) else None
+        return [output_score(name, y, z, axis, places) for name, y, z, axis in columns]
 
     @property
     def classes(self) -> bool:
@@ -163,8 +204,13 @@ class Samples:
         return sum(array.nbytes for array in self.arrays)
 
 
-def output_score(name: str, reference: Sequence[Any], other: Sequence[Any], axis: int | None) -> OutputScore:
-    """How near an output is to the float one's, with values per feed."""
+def output_score(
+    name: str, reference: Sequence[Any], other: Sequence[Any], axis: int | None, places: Array | None = None
+) -> OutputScore:
+    """How near an output is to the float one's, with values per feed.
+
+    places   which step of its stream each feed is
+    """
     reference, other = list(reference), list(other)
     notes, floats = [], is_float(reference)
     feeds = list(pairs(reference, other))
@@ -180,7 +226,16 @@ def output_score(name: str, reference: Sequence[Any], other: Sequence[Any], axis
     if not energy[:, 0].any():
         notes.append("the reference is 0 everywhere" + (", the other is not" if energy[:, 1].any() else ""))
     same = None if axis is None else 100 * agreement(reference, other, axis)
-    return OutputScore(name, decibels(energy), worst_decibels(energy), same, "; ".join(notes))
+    steps = () if places is None else tuple(decibels(energy[places == n]) for n in range(int(places.max()) + 1))
+    return OutputScore(name, decibels(energy), worst_decibels(energy), same, "; ".join(notes), steps)
+
+
+def _near(one: Any, other: Any) -> bool:
+    """True if two states are the same, up to the order of sums and half precision."""
+    if np.shape(one) != np.shape(other) or np.asarray(one).dtype.kind not in "fiub":
+        return False
+    y, z = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    return bool(np.abs(y - z).max(initial=0) <= 1e-2 * np.abs(y).max(initial=0))
 
 
 def _plain(leaf: Array) -> Array:

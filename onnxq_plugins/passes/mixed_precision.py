@@ -130,10 +130,10 @@ class _Search:
         assert data is not None
         feeds, labels = data.spread(step.samples), data.spread_labels(step.samples)
         apart = len(feeds) >= _APART
-        self.rounded_on, measured_on = (feeds[::2], feeds[1::2]) if apart else (feeds, feeds)
+        self.rounded_on, measured_on = data.apart(feeds) if apart else (feeds, feeds)
         self.widths = Widths(job, parse_widths(step.candidates), feeds[0])
-        truth = None if labels is None else np.concatenate(labels[1::2] if apart else labels)
-        samples = Samples.of(job.graph.model(), measured_on, truth, job.class_axis)
+        truth = None if labels is None else np.concatenate(data.apart(labels)[1] if apart else labels)
+        samples = Samples.of(job.graph.model(), measured_on, truth, job.class_axis, state=data.state)
         self.measure = Measure(job.graph, job.target, samples, cache=job.calibration.cache)
         self.by = [worst_sqnr] if by is worst_sqnr else [worst_sqnr, by]
         self.best = 0.0 if by is worst_sqnr else samples.score(by)
@@ -148,7 +148,7 @@ class _Search:
     def run(self) -> dict[str, Any]:
         step, data = self.step, self.job.calibration.data
         assert data is not None
-        half = open_data(self.rounded_on, data.inputs)  # sample by sample: a model may insist on its own batch size
+        half = open_data(self.rounded_on, data.inputs)
         self.widths.round(step.method, half)
         if self.objective == "latency":
             self.widths.time(self.feed)

@@ -16,6 +16,7 @@ from onnxq_plugins.measure.metrics import percent_agreement, top1, worst_sqnr
 from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
 
 _CALIBRATION, _OTHER = 32, 512  # samples at most: of those it was calibrated with, of others
+_DECLINE = 3.0  # dB of growing noise that are worth a word
 _SECONDS = 0.6  # of interleaved runs for the latencies
 _SYNTHETIC = "the synthetic data"  # `Data.where` of samples that a pass made
 _GRADES = {"good": "Good", "fair": "Usable, with care", "poor": "Poor"}
@@ -100,6 +101,11 @@ class Comparison:
             facts.append("as fast as the float model")
         else:
             facts.append(f"{self.speed:.2f} times the speed of the float model")
+        facts += [
+            f"'{output.name}' falls by {output.decline:.0f} dB over {len(output.steps)} steps on its own states"
+            for output in self.outputs
+            if output.decline >= _DECLINE
+        ]
         facts += [f"output '{output.name}': {output.note}" for output in self.outputs if output.note]
         if self.random:
             facts.append(RANDOM)
@@ -122,6 +128,8 @@ class Comparison:
             source = f"{count}{where} that the network was calibrated with, which flatters it. "
         else:
             source = f"{count} of {self.where}, given for this report. "
+        if any(output.steps for output in self.outputs):
+            source += "Each model ran on its own states. "
         hint = "Pass --test PATH to measure on others. " if self.calibration else ""
         return (
             f"Accuracy was measured on {source}{hint}Latency: onnxruntime, batch 1, one thread, median of runs that "
@@ -148,11 +156,11 @@ class Comparison:
 def compare(result: Outcome, data: Data) -> Comparison:
     """Measure the quantized network and the user's own model on some samples."""
     calibration = data is result.data
-    most = _CALIBRATION if calibration else _OTHER
+    most = _CALIBRATION if calibration and not data.state else _OTHER  # errors take many steps to feed back
     feeds, labels = data.spread(most), data.spread_labels(most)
     runners = [runtimes.session(result.original), runtimes.session(result.model)]
     truth = None if labels is None else np.concatenate(labels)
-    known = Samples.of(result.original, feeds, truth, result.class_axis, runners[0])
+    known = Samples.of(result.original, feeds, truth, result.class_axis, runners[0], data.state)
     quantized = known.outputs(runners[1])
     same = round(known.score(percent_agreement, quantized), 2) if known.telling else None
     correct = None

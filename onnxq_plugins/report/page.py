@@ -22,7 +22,7 @@ from onnxq_plugins.recipe import to_toml
 from onnxq_plugins.report.comparison import Comparison, compare
 from onnxq_plugins.report.curve import COLORS, Curve
 from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose, samples_of
-from onnxq_plugins.report.plots import drawing, plots
+from onnxq_plugins.report.plots import drawing, over_steps, plots
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.runtimes.machine import machine_name
 
@@ -194,7 +194,10 @@ def _context(result: Outcome, comparison: Comparison, diagnosis: Diagnosis, name
             }
             for row in result.report.constants
         ],
-        "plots": plots(diagnosis, names, _bits(result, diagnosis)) if names else [],
+        "plots": [
+            *over_steps(comparison.outputs),
+            *(plots(diagnosis, names, _bits(result, diagnosis)) if names else ()),
+        ],
         "columns": _columns(diagnosis),
         "rows": _rows(diagnosis, result.report, numbers),
         "curve": _curve(result, name),

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from onnxq_plugins.measure import IDENTICAL
+from onnxq_plugins.measure.samples import OutputScore
 from onnxq_plugins.report.diagnosis import Diagnosis
 
 # Placeholders that matplotlib does not use by itself -> names of the page's colours.
 _INK, _FAINT, _BLUE, _ORANGE, _GREY = "#010203", "#010204", "#010205", "#010206", "#010207"
 _VARIABLES = {_INK: "--ink", _FAINT: "--rule", _BLUE: "--blue", _ORANGE: "--orange", _GREY: "--grey"}
+_LINES = 6  # that can be told apart
 _WIDE = 9.2  # inches of 72 points: the full width of the page
 
 
@@ -47,7 +49,7 @@ def plots(diagnosis: Diagnosis, order: Sequence[str], bits: Sequence[tuple[float
 
 
 def _sqnr(diagnosis: Diagnosis, order: Sequence[str]) -> Plot:
-    figure, axes = _axes(2.8, legend=True)
+    figure, axes = _axes(2.8, legend=1)
     by_name = {y.name: y for y in diagnosis.layers}
     x = np.arange(1, len(order) + 1)
     rows = [by_name[name] for name in order]
@@ -153,7 +155,7 @@ def _ranges(diagnosis: Diagnosis) -> Plot:
 
 
 def _bits(order: Sequence[str], bits: Sequence[tuple[float, float]]) -> Plot:
-    figure, axes = _axes(1.75, legend=True)
+    figure, axes = _axes(1.75, legend=1)
     x = np.arange(1, len(order) + 1)
     for n, (name, (weight, inner)) in enumerate(zip(order, bits, strict=True), 1):
         for at, value, color in ((n - 0.2, weight, _ORANGE), (n + 0.2, inner, _BLUE)):
@@ -171,6 +173,28 @@ def _bits(order: Sequence[str], bits: Sequence[tuple[float, float]]) -> Plot:
     )
 
 
+def over_steps(outputs: Sequence[OutputScore]) -> list[Plot]:
+    """The plot of the noise over the steps of streams, of the outputs with the most of it; none without streams."""
+    streams = sorted((output for output in outputs if output.steps), key=lambda output: output.sqnr or 0.0)[:_LINES]
+    if not streams:
+        return []
+    rows = -(-len(streams) // 3)
+    figure, axes = _axes(2.2 + 0.2 * rows, legend=rows)
+    for n, output in enumerate(streams):
+        steps = np.array(output.steps)
+        color, dashes = (_INK, _BLUE, _ORANGE, _GREY)[n % 4], ("-", "--", ":")[n // 4 % 3]
+        x = np.arange(1, len(steps) + 1)
+        axes.plot(x, np.where(steps >= IDENTICAL, np.nan, steps), dashes, color=color, linewidth=1.4, label=output.name)
+    axes.set_ylabel("SQNR, dB")
+    _depth(axes, max(len(output.steps) for output in streams), "step")
+    _legend(axes, 1)
+    text = (
+        "Signal to noise of each output at each step, with both networks on their own states. A line that falls is an error "
+        "that feeds back: what a step gets wrong, the next ones start from."
+    )
+    return [Plot("Error over the steps", _svg(figure, "steps"), text)]
+
+
 def drawing(figure: Any, prefix: str, colors: dict[str, str]) -> str:
     """A figure of another module as inline SVG.
 
@@ -182,11 +206,12 @@ def drawing(figure: Any, prefix: str, colors: dict[str, str]) -> str:
 # ---- helpers --------------------------------------------------------------------------------------------------------------
 
 
-def _axes(height: float, legend: bool = False) -> tuple[Any, Any]:
+def _axes(height: float, legend: int = 0) -> tuple[Any, Any]:
+    """A figure with room for some rows of a legend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDE, height))  # fixed margins: matplotlib's layout engines draw everything twice
-    left, low, top = 0.62, 0.43, 0.28 if legend else 0.08
+    left, low, top = 0.62, 0.43, 0.08 + 0.2 * legend
     axes = figure.add_axes((left / _WIDE, low / height, 1 - (left + 0.04) / _WIDE, 1 - (low + top) / height))
     axes.yaxis.set_label_coords(-0.42 / (_WIDE - left), 0.5)
     axes.grid(axis="y", color=_FAINT, linewidth=0.7)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -92,13 +95,16 @@ def test_streams_on_the_command_line(onnxq):
     np.savez("d.npz", x=np.concatenate([feed["x"] for feed in feeds]))
     state = ("--data", "d.npz", "--state", "h_out=h")
     for command in (
-        ["quantize", "m.onnx", "-o", "q.onnx"],
+        ["quantize", "m.onnx", "-o", "q.onnx", "--report", "r.html"],
         ["compare", "m.onnx", "q.onnx"],
         ["audit", "q.onnx", "--against", "m.onnx"],
         ["diagnose", "m.onnx"],
     ):
-        code, _, err = onnxq(*command, *state)
+        code, out, err = onnxq(*command, *state)
         assert code == 0, err
+        assert ("own states" in out and "..24" in out) == (command[0] == "compare")
+    outputs = json.loads(Path("r.json").read_text())["measured"]["outputs"]
+    assert [len(output["steps"]) for output in outputs] == [24, 24] and "Error over the steps" in Path("r.html").read_text()
     for options, phrase in (
         (["--state", "h"], "must be OUTPUT=INPUT"),
         (["--state", "h_out=g"], "no input 'g'"),
