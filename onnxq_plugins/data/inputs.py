@@ -61,6 +61,7 @@ def to_array(value: Any, where: str) -> Array:
     it cannot be one."""
     if hasattr(value, "detach") and hasattr(value, "cpu"):  # a tensor that requires gradients, or is on another device
         value = value.detach().cpu()
+        value = value.float() if str(getattr(value, "dtype", "")) == "torch.bfloat16" else value  # which numpy lacks
     try:
         return np.asarray(value)
     except Exception as error:  # lists of unlike lengths; tensors of types that numpy lacks
