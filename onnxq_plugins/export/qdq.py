@@ -366,8 +366,12 @@ def _first_of_equal(floats: Mapping[str, Array], fixed: Collection[str]) -> dict
 
 
 def needs_narrow(plan: Plan) -> bool:
-    """True if a plan asks for codes of 4 or 16 bits or for scales per block, which came with `NARROW_OPSET`."""
+    """True if a plan asks for codes of 4 or 16 bits, for multipliers, which have 4 bits where they fit, or for scales per
+    block: these came with `NARROW_OPSET`."""
     return any(
-        spec.bits <= 4 or spec.bits > 8 or (spec.block is not None and len(spec.block) == 2 and max(spec.block) > 1)
+        spec.bits <= 4
+        or spec.bits > 8
+        or max(spec.sub_block or (0,)) > 1
+        or (spec.block is not None and len(spec.block) == 2 and max(spec.block) > 1)
         for spec in plan.values()
     )

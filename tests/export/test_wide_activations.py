@@ -252,11 +252,9 @@ def test_widths_between_are_refused_with_the_choices():
     assert any("int16" in text for text in problems(NPU, graph, plan, {}))
 
 
-def test_a_low_opset_is_refused():
-    net = Net(["N", 4])
-    model = net.model(net.gemm("x", 4, 4))
-    graph = load(model)
-    old = replace(NPU, opset=graph.opset + 1)
-    found = problems(old, graph, Plan({"x": QuantSpec(16, symmetric=False)}), {})
-    assert found == [f"16-bit activations need opset {old.opset}, the model has {graph.opset}; export it again."]
-    assert not problems(old, graph, Plan({"x": QuantSpec(8, symmetric=False)}), {})
+def test_the_opset_rises_only_for_what_needs_it():
+    model = mobilenet()
+    for settings, opset, ir in (([], 17, 8), (["activations.bits=16"], 21, 10)):
+        result = quantize(model, "int8", feeds(model, 8), target="npu", settings=settings, workers=1)
+        assert (result.model.opset_import[0].version, result.model.ir_version) == (opset, ir)
+        assert any(f"opset 17 became {opset}" in note for note in result.report["notes"]) == (opset > 17)
