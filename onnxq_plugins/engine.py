@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from onnxq_plugins import files, runtimes
-from onnxq_plugins.calibration import Calibration
+from onnxq_plugins.calibration import Calibration, NotFinite
 from onnxq_plugins.calibration.branches import BranchFeeds, branches, put_back
 from onnxq_plugins.calibration.shapes import complete_shapes
 from onnxq_plugins.data import Data, DataOptions, Source
@@ -118,21 +118,47 @@ def quantize(
     trace      receives a line of text for each hook call of a plugin
     """
     start = time.perf_counter()
+    data = list(data) if isinstance(data, Iterator) else data  # it may be read more than once
     _check_not_negative(seed=seed, workers=workers or 0)
     path = None if output is None else Path(output)
     judge = None if metric is None else find_metric(metric)
     installed = find_plugins(plugins := list(plugins), trace)
     loaded = _read_recipe(installed, recipe, settings, target, samples, state)
-    graph, source, size = _read_model(model, float32, installed.target(loaded.target).flatten, path)
-    calibration = _calibration(graph, loaded, data, labels, cache, workers, track)
-    job = _prepare(installed, loaded, calibration, seed, judge, class_axis)
-    _run(job, installed, verify)
+
+    def attempt(unfit: Sequence[str]) -> tuple[Job, Path | onnx.ModelProto | None, int]:
+        graph, source, size = _read_model(model, float32, installed.target(loaded.target).flatten, path)
+        calibration = _calibration(graph, loaded, data, labels, cache, workers, track)
+        return _prepare(installed, loaded, calibration, seed, judge, class_axis, unfit), source, size
+
+    job, source, size = _solved(attempt, installed, verify)
     inner = partial(quantize, seed=seed, workers=workers, plugins=plugins)
     exported = _export(job, installed, seed, size, path, inner)
     job.report["seconds"] = round(time.perf_counter() - start, 3)
     installed.manager.hook.onnxq_exported(job=job, model=exported, path=path)
-    again = partial(inner, model, data=calibration.data, cache=cache, float32=float32, class_axis=class_axis)
+    again = partial(inner, model, data=job.calibration.data, cache=cache, float32=float32, class_axis=class_axis)
     return Result(exported, *_left(job), source, loaded, again, class_axis)
+
+
+def _solved(
+    attempt: Callable[[Sequence[str]], tuple[Job, Path | onnx.ModelProto | None, int]], plugins: Plugins, verify: bool
+) -> tuple[Job, Path | onnx.ModelProto | None, int]:
+    """The job with a complete plan, and the rest of what `attempt` makes. Activations that turn out to be NaN or infinite
+    stay float: the job starts again without them, as passes have changed the graph by then.
+
+    attempt   makes a job, given the names of such activations
+    """
+    unfit: tuple[str, ...] = ()
+    while True:
+        job, source, size = attempt(unfit)
+        try:
+            _run(job, plugins, verify)
+            complete(job)
+        except NotFinite as error:
+            if set(error.names) <= set(unfit):
+                raise
+            unfit += error.names
+        else:
+            return job, source, size
 
 
 def _left(job: Job) -> tuple[Plan, Report, Graph, Target, Data | None]:
@@ -194,17 +220,32 @@ def _calibration(
 
 
 def _prepare(
-    plugins: Plugins, recipe: Recipe, calibration: Calibration, seed: int, metric: Metric | None, class_axis: int | None
+    plugins: Plugins,
+    recipe: Recipe,
+    calibration: Calibration,
+    seed: int,
+    metric: Metric | None,
+    class_axis: int | None,
+    unfit: Sequence[str],
 ) -> Job:
-    """A job whose plan holds requests. Raises OnnxqError for labels that do not fit, and for what the target cannot run."""
+    """A job whose plan holds requests. Raises OnnxqError for labels that do not fit, and for what the target cannot run.
+
+    unfit   activations that are NaN or infinite
+    """
     graph, data, target = calibration.graph, calibration.data, plugins.target(recipe.target)
     if data is not None and metric in (None, top1):
         check_graph_labels(data.labels, graph, class_axis)
-    first = request(graph, recipe, target)
+    first = request(graph, recipe, target, unfit)
     OnnxqError.check(problems(target, graph, first.plan, first.inputs))
     if calibration.cache:
         files.clear_leftovers(calibration.cache)
     notes = [*graph.notes, *first.notes, *(data.remarks() if data else ())]
+    if unfit:
+        names = ", ".join(f"'{name}'" for name in unfit[:4]) + (" ..." if len(unfit) > 4 else "")
+        notes.append(
+            f"{len(unfit)} activation{'s' * (len(unfit) > 1)} of the float model itself {'are' if len(unfit) > 1 else 'is'} "
+            f"NaN or infinite on these samples ({names}): what reads or writes them stays float"
+        )
     job = Job(
         graph,
         first.plan,
@@ -249,13 +290,12 @@ def _open_shapes(data: Data | None) -> dict[str, list[int]]:
 def _export(
     job: Job, plugins: Plugins, seed: int, before: int, path: Path | None, inner: Callable[..., Result]
 ) -> onnx.ModelProto:
-    """Complete the plan, make the model of it and write that to `path`; the report is complete then.
+    """Make the model of a complete plan and write that to `path`; the report is complete then.
 
     before   bytes of the user's own model
     inner    `quantize` for the branches of control flow
     """
     start = time.perf_counter()
-    complete(job)
     planned = Planned.of(job)
     inputs = {layer.name: planned.input(layer) for layer in planned.layers}
     OnnxqError.check(problems(job.target, job.graph, job.plan, inputs))

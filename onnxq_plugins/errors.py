@@ -13,6 +13,7 @@ Kind = Literal[
     "search",  # a search chose it
     "unsupported",  # no quantized kernel for this operator
     "weight-only",  # no kernel for a quantized weight beside float activations
+    "not-finite",  # values that are NaN or infinite in the float model
     "constant",  # of an operator that is no layer
     "product",  # of two activations, at a size where integer kernels do not pay
     "float-input",  # only the input is float

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,6 +58,18 @@ class Histogram:
         """Middle of each bin [bins]."""
         width = (self.high - self.low) / len(self.counts)
         return self.low + (np.arange(len(self.counts)) + 0.5) * width
+
+
+class NotFinite(OnnxqError):
+    """Activations are NaN or infinite on the data: the float model's own, such as a mask of -inf."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        more = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        super().__init__(
+            f"activation '{names[0]}'{more} is not finite (NaN or Inf) on the given data: the float model itself overflows, "
+            "so check its weights and the data's normalization."
+        )
+        self.names = tuple(names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,16 +182,18 @@ class Calibration:
         """Ranges and channel means together: the reductions cost a fraction of the run, and the means of layer inputs are
         mostly needed right after the ranges of activations."""
         inputs = [y.input for y in self.graph.layers] if len(names) > 1 else []
-        return self._reduced(
-            "ranges",
-            [*names, *inputs],
-            [("low", "ReduceMin", False), ("high", "ReduceMax", False), ("sum", "ReduceSum", True)],
-        )
+        fields = [("low", "ReduceMin", False), ("high", "ReduceMax", False), ("sum", "ReduceSum", True)]
+        return self._reduced("ranges", names, fields, inputs)
 
     # ---- the fold -------------------------------------------------------------------------------------------------------
 
-    def _reduced(self, statistic: str, names: Sequence[str], fields: list[tuple[str, str, bool]]) -> State:
-        """Statistics that onnxruntime reduces inside the graph: one small output per (tensor, field)."""
+    def _reduced(
+        self, statistic: str, names: Sequence[str], fields: list[tuple[str, str, bool]], others: Sequence[str] = ()
+    ) -> State:
+        """Statistics that onnxruntime reduces inside the graph: one small output per (tensor, field).
+
+        others   tensors whose statistics are computed along, which may be NaN or infinite
+        """
         labels = {label for label, _, _ in fields}
 
         def outputs(missing: Sequence[str]) -> Run:
@@ -204,12 +218,13 @@ class Calibration:
                     if "sum" in labels:
                         positions = int(next(at)) / max(state[f"{name}|sum"].size, 1)
                         state[f"{name}|sum_positions"] = np.array(positions)
-                _finite(state)
                 return state
 
             return model, weights, read
 
-        return self._fold(statistic, names, outputs)
+        state = self._fold(statistic, [*names, *others], outputs)
+        _check_finite(name for name in names for label in sorted(labels) if not _finite(state[f"{name}|{label}"]))
+        return state
 
     def _fetched(
         self,
@@ -246,7 +261,7 @@ class Calibration:
 
             def read(values: list[Array], sample: int) -> State:
                 by_tensor = dict(zip(fetched, values, strict=True))
-                _finite({name: v for name, v in by_tensor.items() if v.dtype.kind == "f"})
+                _check_finite(name for name, v in by_tensor.items() if v.dtype.kind == "f" and not _finite(v))
                 return {k: v for n in missing for k, v in reduce(n, by_tensor[tensor_of[n]], sample).items()}
 
             return model, weights, read
@@ -372,10 +387,11 @@ def _add_slice(model: onnx.ModelProto, name: str, output: str, step: int) -> Non
     )
 
 
-def _finite(state: State) -> None:
-    for key, value in state.items():
-        if not np.isfinite(value).all():
-            raise OnnxqError(
-                f"activation '{key.partition('|')[0]}' is not finite (NaN or Inf) on the given data: the "
-                "float model itself overflows, so check its weights and the data's normalization."
-            )
+def _check_finite(names: Iterable[str]) -> None:
+    """Raise NotFinite if there are names."""
+    if names := sorted(set(names)):
+        raise NotFinite(names)
+
+
+def _finite(values: Array) -> bool:
+    return bool(np.isfinite(values).all())

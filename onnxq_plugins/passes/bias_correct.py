@@ -19,6 +19,7 @@ from onnxq_plugins.plan.planned import Planned
 
 _JUDGED = 2e9  # multiply-adds over all samples up to which the whole network is judged
 _SAMPLES = 32
+_TIE = 0.1  # dB that decide nothing
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class BiasCorrect(Pass):
             measure = Measure(graph, job.target, data.spread(_SAMPLES))
             before, after = (round(measure.score(plan), 2) for plan in (plain, job.plan))
             result |= {"sqnr": {"plain": before, "corrected": after}}
-            if after < before:
+            if after < before - _TIE:
                 job.plan = plain
                 job.note(
                     f"bias-correct lowers the outputs from {before:.1f} to {after:.1f} dB on the samples, and was undone"

@@ -9,7 +9,7 @@ output Q would cost time and accuracy. Convolutions need one."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,8 +41,12 @@ class Request:
     constants: tuple[ConstantRequest, ...] = ()
 
 
-def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
-    """The first plan. Raises OnnxqError, all problems at once, if a rule matches nothing or a block does not fit."""
+def request(graph: Graph, recipe: Recipe, target: Target, unfit: Collection[str] = ()) -> Request:
+    """The first plan. Raises OnnxqError, all problems at once, if a rule matches nothing or a block does not fit.
+
+    unfit   activations that are NaN or infinite: they, and the operators that read or write them, stay float
+    """
+    unfit = {graph.root(name) for name in unfit if name in graph} | set(unfit)
     problems: list[str] = []
     floats: dict[str, Reason] = {}
     notes: list[str] = []
@@ -53,19 +57,14 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
     ops = {rule.op for rule in target.rules}
     for i, layer in enumerate(graph.layers):
         weights, activations, quantize = settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, i), unmatched)
-        if quantize is False or weights.bits == FLOAT:
-            floats[layer.name] = Reason("recipe", "the recipe leaves it float")
-            continue
-        if layer.op not in ops:
-            floats[layer.name] = Reason("unsupported", f"target '{target.name}' has no quantized {layer.op}")
+        reason = _why_float(graph, layer, weights, activations, quantize, target, unfit)
+        if reason is not None:
+            floats[layer.name] = reason
             continue
         if target.only_stores(layer.op):
             plan[layer.weight] = _stored(graph, layer, recipe, weights)
             continue
         weight_only = activations.bits == FLOAT
-        if weight_only and not any(r.op == layer.op and not r.activations for r in target.rules):
-            floats[layer.name] = Reason("weight-only", f"target '{target.name}' has no weight-only {layer.op}")
-            continue
         bits = weights.bits if weight_only else _narrowed(weights.bits, target)
         narrowed += bits != weights.bits
         plan[layer.weight] = _weight(layer, replace(weights, bits=bits), target, problems)
@@ -75,6 +74,8 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
         if node.op == "MatMul" and not node.domain and not any(graph.is_constant(t.name) for t in node.inputs):
             _, activations, quantize = settings(recipe, node.name, "Attention", "", {}, unmatched)
             size = _multiply_adds(graph, node)
+            if not unfit.isdisjoint(graph.root(name) for name in activation_inputs(graph, node)):
+                continue
             if quantize or (quantize is None and "MatMul" in ops and 0 < target.attention <= size):
                 integer[node.name] = activations
     outside = constant_requests(graph, recipe, target, unmatched)
@@ -92,11 +93,33 @@ def request(graph: Graph, recipe: Recipe, target: Target) -> Request:
     stored = {each.constant.name: each.spec for each in outside if each.spec is not None}
     if graph.layers and not plan:
         notes.append("no layer is quantized")
-    activation_request = {**integer, **dict.fromkeys(_chain(graph, target, set(integer)), recipe.activations)}
+    activation_request = {**integer, **dict.fromkeys(_chain(graph, target, set(integer), unfit), recipe.activations)}
     whole = Plan(plan) | stored | _activations(graph, target, activation_request)
     view = Planned(graph, whole, target)
     inputs = {layer.name: view.source(layer.input) if layer.name in integer else "" for layer in view.layers}
     return Request(whole, inputs, floats, tuple(notes), tuple(outside))
+
+
+def _why_float(
+    graph: Graph,
+    layer: Layer,
+    weights: TensorRequest,
+    activations: TensorRequest,
+    quantize: bool | None,
+    target: Target,
+    unfit: Collection[str],
+) -> Reason | None:
+    """Why a layer stays float; None if it does not."""
+    rules = [rule for rule in target.rules if rule.op == layer.op]
+    if quantize is False or weights.bits == FLOAT:
+        return Reason("recipe", "the recipe leaves it float")
+    if not rules:
+        return Reason("unsupported", f"target '{target.name}' has no quantized {layer.op}")
+    if not set(unfit).isdisjoint((graph.root(layer.input), layer.input, layer.output, layer.result)):
+        return Reason("not-finite", "it reads or writes values that are NaN or infinite in the float model")
+    if activations.bits == FLOAT and all(rule.activations for rule in rules) and not target.only_stores(layer.op):
+        return Reason("weight-only", f"target '{target.name}' has no weight-only {layer.op}")
+    return None
 
 
 def pinned(graph: Graph, recipe: Recipe) -> set[str]:
@@ -198,7 +221,7 @@ def _multiply_adds(graph: Graph, node: Any) -> int:
     return int(np.prod([n for n in sizes if isinstance(n, int)])) if sizes and all(isinstance(n, int) for n in sizes) else 0
 
 
-def _chain(graph: Graph, target: Target, layers: set[str]) -> set[str]:
+def _chain(graph: Graph, target: Target, layers: set[str], unfit: Collection[str]) -> set[str]:
     """Operators other than layers that stay integer: every input comes from an integer operator and at least one
     reader is integer. The largest such set."""
     nodes = {
@@ -208,7 +231,8 @@ def _chain(graph: Graph, target: Target, layers: set[str]) -> set[str]:
         and not node.domain
         and len(node.outputs) == 1
         and len(activation_inputs(graph, node)) == len(node.inputs)
-        and all(t.dtype == np.float32 for t in node.inputs)
+        and all(t.dtype == np.float32 and graph.root(t.name) not in unfit for t in node.inputs)
+        and result_of(graph, node) not in unfit
     }
     chain = set(nodes) - layers
     while True:
