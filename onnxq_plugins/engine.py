@@ -199,7 +199,7 @@ def _prepare(
     """A job whose plan holds requests. Raises OnnxqError for labels that do not fit, and for what the target cannot run."""
     graph, data, target = calibration.graph, calibration.data, plugins.target(recipe.target)
     if data is not None and metric in (None, top1):
-        check_graph_labels(data.labels, graph, class_axis)
+        check_graph_labels(data, graph, class_axis)
     first = request(graph, recipe, target)
     OnnxqError.check(problems(target, graph, first.plan, first.inputs))
     if calibration.cache:
