@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -118,24 +118,25 @@ def quantize(
     trace      receives a line of text for each hook call of a plugin
     """
     start = time.perf_counter()
-    data = list(data) if isinstance(data, Iterator) else data  # it may be read more than once
     _check_not_negative(seed=seed, workers=workers or 0)
-    path = None if output is None else Path(output)
-    judge = None if metric is None else find_metric(metric)
+    path, judge = Path(output) if output is not None else None, find_metric(metric) if metric is not None else None
     installed = find_plugins(plugins := list(plugins), trace)
     loaded = _read_recipe(installed, recipe, settings, target, samples, state)
 
     def attempt(unfit: Sequence[str]) -> tuple[Job, Path | onnx.ModelProto | None, int]:
+        nonlocal data
         graph, source, size = _read_model(model, float32, installed.target(loaded.target).flatten, path)
         calibration = _calibration(graph, loaded, data, labels, cache, workers, track)
+        data = calibration.data  # a reader is read only once
         return _prepare(installed, loaded, calibration, seed, judge, class_axis, unfit), source, size
 
     job, source, size = _solved(attempt, installed, verify)
-    inner = partial(quantize, seed=seed, workers=workers, plugins=plugins)
-    exported = _export(job, installed, seed, size, path, inner)
+    exported = _export(
+        job, installed, seed, size, path, inner := partial(quantize, seed=seed, workers=workers, plugins=plugins)
+    )
     job.report["seconds"] = round(time.perf_counter() - start, 3)
     installed.manager.hook.onnxq_exported(job=job, model=exported, path=path)
-    again = partial(inner, model, data=job.calibration.data, cache=cache, float32=float32, class_axis=class_axis)
+    again = partial(inner, model, data=data, cache=cache, float32=float32, class_axis=class_axis)
     return Result(exported, *_left(job), source, loaded, again, class_axis)
 
 
@@ -234,7 +235,7 @@ def _prepare(
     """
     graph, data, target = calibration.graph, calibration.data, plugins.target(recipe.target)
     if data is not None and metric in (None, top1):
-        check_graph_labels(data.labels, graph, class_axis)
+        check_graph_labels(data, graph, class_axis)
     first = request(graph, recipe, target, unfit)
     OnnxqError.check(problems(target, graph, first.plan, first.inputs))
     if calibration.cache:

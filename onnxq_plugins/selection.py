@@ -177,7 +177,7 @@ def _samples(
     samples = runtimes.open_samples(data, graph, options, None if test is not None else labels)
     others = None if test is None else runtimes.open_samples(test, graph, options, labels)
     if metric in (None, "top1", top1):
-        check_graph_labels((samples if others is None else others).labels, graph, class_axis)
+        check_graph_labels(samples if others is None else others, graph, class_axis)
     if others is None:
         return _halves(samples)
     same = data is test or (isinstance(data, (str, Path)) and isinstance(test, (str, Path)) and Path(data) == Path(test))

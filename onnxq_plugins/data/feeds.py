@@ -38,6 +38,7 @@ def open_feeds(source: Iterable[Any], inputs: Sequence[Input], options: DataOpti
     into memory, and so are batches whose labels are used."""
     items: Iterable[Any] = list(source) if iter(source) is source else source
     notes: tuple[str, ...] = ()
+    implied = labels is None
     if labels is None and _has_labels(next(iter(items), None), inputs):
         items, labels = _with_labels(items, inputs, options.samples)
         if labels is None:
@@ -48,7 +49,7 @@ def open_feeds(source: Iterable[Any], inputs: Sequence[Input], options: DataOpti
 
     size = sum(1 for _ in samples()) if isinstance(items, (list, tuple)) else None
     data = Data(inputs, samples, "the data", size, labels)
-    data.notes = notes
+    data.notes, data.implied = notes, implied
     if labels is not None and size is not None and labels.ndim and len(labels) > size:
         rows = [data.rows(feed) for feed in data]
         every = sum(1 for item in items for _ in _named(item, inputs))

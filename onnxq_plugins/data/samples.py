@@ -46,6 +46,7 @@ class Data:
         self.inputs, self._samples, self.where, self.size, self.labels = list(inputs), samples, where, size, labels
         self.batch = batch
         self.notes: tuple[str, ...] = ()  # about how the source was read, for the user
+        self.implied = False  # True if nobody gave the labels: they came with the inputs
         self.state: Mapping[str, str] = {}
         self.complete = False  # states are in the feeds, see `runtimes.rolled`
         self._digest = ""
@@ -129,7 +130,7 @@ class Data:
                 np.concatenate(labels[n]) if labels[n] else None,
                 self.batch,
             )
-            one.state, one.complete = self.state, self.complete
+            one.notes, one.implied, one.state, one.complete = self.notes, self.implied, self.state, self.complete
             return one
 
         return half(0), half(1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError, raised
 from onnxq_plugins.graph import Graph
 from onnxq_plugins.job import Metric
@@ -154,8 +155,9 @@ def check_labels(labels: Array | None, shape: Sequence[Any] | None, name: str = 
         )
 
 
-def check_graph_labels(labels: Array | None, graph: Graph, axis: int | None = None) -> None:
-    """`check_labels` for a model that has not run yet: labels are of its first output, unless that is not of floats.
+def check_graph_labels(data: Data, graph: Graph, axis: int | None = None) -> None:
+    """`check_labels` for a model that has not run yet: labels are of its first output, unless that is not of floats. Labels
+    that nobody gave, but that came with the inputs, are dropped with a note.
 
     axis   of its classes, as the user gave it
     """
@@ -163,7 +165,13 @@ def check_graph_labels(labels: Array | None, graph: Graph, axis: int | None = No
     shape, dtype = graph.shape(name), graph.tensor(name).dtype
     if shape is not None and (dtype is None or np.dtype(dtype).kind == "f"):
         known = None if axis is None or not -len(shape) <= axis < len(shape) else axis % len(shape) - len(shape)
-        check_labels(labels, shape, name, known)
+        try:
+            check_labels(data.labels, shape, name, known)
+        except OnnxqError as error:
+            if not data.implied:
+                raise
+            data.labels = None
+            data.notes += (f"what the batches hold besides inputs was ignored: {str(error).rstrip('.')}",)
 
 
 def chance(score: float, reference: Sequence[Any], labels: Array, axes: Axes) -> str:

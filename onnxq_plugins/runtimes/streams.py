@@ -115,5 +115,5 @@ def rolled(data: Data, start: Callable[[], Session]) -> Data:
             kept[:] = fresh
 
     whole = Data(data.inputs, samples, data.where, data.size, data.labels, data.batch)
-    whole.notes, whole.state, whole.complete = data.notes, data.state, True
+    whole.notes, whole.implied, whole.state, whole.complete = data.notes, data.implied, data.state, True
     return whole

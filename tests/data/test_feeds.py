@@ -219,6 +219,17 @@ def test_targets_that_are_no_classes_are_ignored_aloud(targets):
     assert "give labels" in data.notes[0]
 
 
+def test_classes_that_the_model_does_not_have_are_ignored_unless_given():
+    net = Net(["N", 3])
+    model = net.model(net.gemm("x", 3, 5))
+    batches = [(X[:4], np.arange(4) + 9), (X[4:], np.arange(4))]
+    result = quantize(model, "int8", batches, workers=1)
+    assert any("ignored: label 9 of sample 0" in note for note in result.report["notes"]) and result.data.labels is None
+    with pytest.raises(OnnxqError, match="label 9 of sample 0"):
+        quantize(model, "int8", batches, labels=np.arange(8) + 9, workers=1)
+    assert quantize(model, "int8", batches[1:], workers=1).data.labels.tolist() == [0, 1, 2, 3]
+
+
 def test_as_many_arrays_as_inputs_are_no_labels():
     inputs = [*OPEN, Input("n", np.dtype(np.int64), ("N",))]
     (feed,) = open_data([(X, np.arange(8))], inputs)
