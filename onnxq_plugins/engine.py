@@ -119,45 +119,43 @@ def quantize(
     """
     start = time.perf_counter()
     _check_not_negative(seed=seed, workers=workers or 0)
-    path, judge = Path(output) if output is not None else None, find_metric(metric) if metric is not None else None
+    path = None if output is None else Path(output)
     installed = find_plugins(plugins := list(plugins), trace)
     loaded = _read_recipe(installed, recipe, settings, target, samples, state)
-
-    def attempt(unfit: Sequence[str]) -> tuple[Job, Path | onnx.ModelProto | None, int]:
-        nonlocal data
-        graph, source, size = _read_model(model, float32, installed.target(loaded.target).flatten, path)
-        calibration = _calibration(graph, loaded, data, labels, cache, workers, track)
-        data = calibration.data  # a reader is read only once
-        return _prepare(installed, loaded, calibration, seed, judge, class_axis, unfit), source, size
-
-    job, source, size = _solved(attempt, installed, verify)
-    exported = _export(
-        job, installed, seed, size, path, inner := partial(quantize, seed=seed, workers=workers, plugins=plugins)
-    )
+    read = partial(_read_model, model, float32, installed.target(loaded.target).flatten, path)
+    opened = partial(_calibration, data=data, recipe=loaded, labels=labels, cache=cache, workers=workers, track=track)
+    prepare = partial(_prepare, installed, loaded, seed, metric, class_axis)
+    job, source, size = _solved(read, opened, prepare, partial(_run, plugins=installed, verify=verify))
+    inner = partial(quantize, seed=seed, workers=workers, plugins=plugins)
+    exported = _export(job, installed, seed, size, path, inner)
     job.report["seconds"] = round(time.perf_counter() - start, 3)
     installed.manager.hook.onnxq_exported(job=job, model=exported, path=path)
-    again = partial(inner, model, data=data, cache=cache, float32=float32, class_axis=class_axis)
+    again = partial(inner, model, data=job.calibration.data, cache=cache, float32=float32, class_axis=class_axis)
     return Result(exported, *_left(job), source, loaded, again, class_axis)
 
 
 def _solved(
-    attempt: Callable[[Sequence[str]], tuple[Job, Path | onnx.ModelProto | None, int]], plugins: Plugins, verify: bool
+    read: Callable[[], tuple[Graph, Path | onnx.ModelProto | None, int]],
+    calibrate: Callable[[Graph], Calibration],
+    prepare: Callable[[Calibration, Sequence[str]], Job],
+    run: Callable[[Job], None],
 ) -> tuple[Job, Path | onnx.ModelProto | None, int]:
-    """The job with a complete plan, and the rest of what `attempt` makes. Activations that turn out to be NaN or infinite
-    stay float: the job starts again without them, as passes have changed the graph by then.
-
-    attempt   makes a job, given the names of such activations
-    """
+    """A job with a complete plan, with the user's own model and its bytes. Activations that turn out to be NaN or infinite
+    stay float: the job starts again without them, as passes have changed the graph by then."""
     unfit: tuple[str, ...] = ()
+    graph, source, size = read()
+    calibration = calibrate(graph)
     while True:
-        job, source, size = attempt(unfit)
         try:
-            _run(job, plugins, verify)
+            job = prepare(calibration, unfit)
+            run(job)
             complete(job)
         except NotFinite as error:
             if set(error.names) <= set(unfit):
                 raise
             unfit += error.names
+            calibration = calibration.of(graph := read()[0])
+            _complete_shapes(graph, calibration.data)
         else:
             return job, source, size
 
@@ -215,26 +213,31 @@ def _calibration(
     """Statistics over the samples. A recipe may come from a stranger: its path is only ever a file, never code to import."""
     source = data if data is not None else Path(recipe.data.path) if recipe.data.path else None
     samples = None if source is None else runtimes.open_samples(source, graph, recipe.data, labels)
-    if samples is not None and graph.unranked:
-        complete_shapes(graph, next(iter(samples)))
+    _complete_shapes(graph, samples)
     return Calibration(graph, samples, cache=Path(cache) if cache else None, workers=workers or cores(), track=track)
+
+
+def _complete_shapes(graph: Graph, data: Data | None) -> None:
+    if data is not None and graph.unranked:
+        complete_shapes(graph, next(iter(data)))
 
 
 def _prepare(
     plugins: Plugins,
     recipe: Recipe,
-    calibration: Calibration,
     seed: int,
-    metric: Metric | None,
+    metric: str | Metric | None,
     class_axis: int | None,
+    calibration: Calibration,
     unfit: Sequence[str],
 ) -> Job:
     """A job whose plan holds requests. Raises OnnxqError for labels that do not fit, and for what the target cannot run.
 
     unfit   activations that are NaN or infinite
     """
+    judge = None if metric is None else find_metric(metric)
     graph, data, target = calibration.graph, calibration.data, plugins.target(recipe.target)
-    if data is not None and metric in (None, top1):
+    if data is not None and judge in (None, top1):
         check_graph_labels(data, graph, class_axis)
     first = request(graph, recipe, target, unfit)
     OnnxqError.check(problems(target, graph, first.plan, first.inputs))
@@ -257,7 +260,7 @@ def _prepare(
         calibration.workers,
         Report(floats={**float_constants(first.constants), **first.floats}, notes=notes),
         calibration.track,
-        metric,
+        judge,
         class_axis,
     )
     complete_constants(job)  # passes measure the network with them as they will be

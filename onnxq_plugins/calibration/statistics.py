@@ -100,6 +100,10 @@ class Calibration:
         self.graph, self.data, self.cache, self.workers, self.track = graph, data, cache, workers, track
         self._known: dict[tuple[str, str], State] = {}  # (graph digest, statistic) -> state
 
+    def of(self, graph: Graph) -> Calibration:
+        """Statistics of another graph over the same data."""
+        return Calibration(graph, self.data, cache=self.cache, workers=self.workers, track=self.track)
+
     @property
     def ready(self) -> bool:
         """True if there are samples, so that statistics can be computed."""

@@ -312,3 +312,18 @@ def test_inputs_without_a_batch_axis(recipe):
     result = quantize(model, recipe, feeds(model, 24), workers=1)
     feed = feeds(model, 1, seed=3)[0]
     assert drift(run(model, feed), exact_session(result.model).run(None, feed)) < 0.25
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-rounded"])
+def test_values_that_are_infinite_in_the_float_model_stay_float(recipe):
+    """A mask of -inf in front of a Softmax, which another layer reads as well."""
+    net = Net(["N", 6, 16])
+    scores = net.linear("x", 16, 16)
+    masked = net.op("Where", net.op("Greater", scores, net.constant(0.0)), scores, net.constant(-np.inf))
+    outputs = net.linear(net.op("Softmax", masked, axis=-1), 16, 8), net.op("MatMul", masked, net.weight(16, 4))
+    model = net.model(*outputs)
+    result = quantize(model, recipe, feeds(model, 16), workers=1)
+    assert [row.get("why_float_kind") for row in result.report.layers] == [None, None, "not-finite"]
+    assert any("NaN or infinite on these samples" in note for note in result.report["notes"])
+    feed = feeds(model, 1, seed=2)[0]
+    assert drift(run(model, feed)[:1], exact_session(result.model).run(None, feed)[:1]) < 0.2
