@@ -323,7 +323,8 @@ def test_values_that_are_infinite_in_the_float_model_stay_float(recipe):
     outputs = net.linear(net.op("Softmax", masked, axis=-1), 16, 8), net.op("MatMul", masked, net.weight(16, 4))
     model = net.model(*outputs)
     result = quantize(model, recipe, feeds(model, 16), workers=1)
-    assert [row.get("why_float_kind") for row in result.report.layers] == [None, None, "not-finite"]
+    kinds = [row.get("why_float_kind") for row in result.report.layers]
+    assert kinds.count("not-finite") == 1 and kinds.count(None) == 2
     assert any("NaN or infinite on these samples" in note for note in result.report["notes"])
     feed = feeds(model, 1, seed=2)[0]
     assert drift(run(model, feed)[:1], exact_session(result.model).run(None, feed)[:1]) < 0.2
