@@ -41,6 +41,8 @@ from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.targets import Target
 from onnxq_plugins.targets.refusals import problems
 
+_WILD = 8.0  # times the magnitude that any other sample has
+
 
 @dataclass(frozen=True, eq=False)
 class Result(Outcome):
@@ -303,6 +305,8 @@ def _export(
     planned = Planned.of(job)
     inputs = {layer.name: planned.input(layer) for layer in planned.layers}
     OnnxqError.check(problems(job.target, job.graph, job.plan, inputs))
+    if text := _outlier(job, planned.activations):
+        job.note(text)
     if widened := job.report.pop("widened", {}):
         channels, layers = (
             f"{n} {what}{'s' * (n > 1)}"
@@ -356,3 +360,14 @@ def _quantize_branches(job: Job, model: onnx.ModelProto, inner: Callable[..., Re
         put_back(model, branch, result.model)
         rows += [{**row, "inside": branch.words} for row in result.report.layers]
     return rows
+
+
+def _outlier(job: Job, names: Sequence[str]) -> str:
+    """A note if one sample is far beyond all others in one of these tensors; "" if not."""
+    furthest = job.calibration.outlier(names) if job.calibration.ready and names else None
+    if furthest is None or furthest[2] < _WILD:
+        return ""
+    return (
+        f"sample {furthest[1]} reaches {furthest[2]:.0f} times as far as any other in '{furthest[0]}': ranges that follow "
+        "this outlier leave few codes for the rest; remove it, or use --set ranges.method=percentile"
+    )

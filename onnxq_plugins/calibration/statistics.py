@@ -32,7 +32,21 @@ from onnxq_plugins.spec import Array
 Reader = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
 Run = tuple[onnx.ModelProto, dict[str, Array], Reader]  # model, its large weights, how its outputs become a state
 State = dict[str, Array]  # "tensor|field" -> array; the field's first letters say how two states merge
-_MERGE: dict[str, Callable[[Array, Array], Array]] = {"low": np.minimum, "high": np.maximum, "sum": np.add, "gram": add_gram}
+
+
+def _largest(a: Array, b: Array) -> Array:
+    """The two rows with the largest first column."""
+    rows = np.concatenate([a, b])
+    return np.asarray(rows[np.argsort(-rows[:, 0], kind="stable")[:2]])
+
+
+_MERGE: dict[str, Callable[[Array, Array], Array]] = {
+    "low": np.minimum,
+    "high": np.maximum,
+    "sum": np.add,
+    "gram": add_gram,
+    "peak": _largest,
+}
 T = TypeVar("T")
 
 
@@ -112,6 +126,17 @@ class Calibration:
     def ranges(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """Exact (minimum, maximum) of each tensor."""
         return self._extremes(names)
+
+    def outlier(self, names: Sequence[str]) -> tuple[str, int, float] | None:
+        """The tensor that one sample drives furthest beyond all others: its name, the number of the sample, and the largest
+        magnitude there relative to that of any other sample; None if there are less than two samples or no names."""
+        state = self._summary(names)
+        peaks = {n: state[f"{n}|peak"] for n in names if len(state.get(f"{n}|peak", ())) > 1}
+        ratios = {n: float(p[0, 0] / max(p[1, 0], 1e-30)) for n, p in peaks.items() if p[0, 0] > 0}
+        if not ratios:
+            return None
+        name = max(ratios, key=lambda n: ratios[n])
+        return name, int(peaks[name][0, 1]), ratios[name]
 
     def channel_ranges(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
         """Exact (minimum [C], maximum [C]) per channel of each tensor."""
@@ -213,7 +238,7 @@ class Calibration:
                     model.graph.node.append(helper.make_node("Size", [name], [f"{name}|size"]))
                     model.graph.output.append(helper.make_tensor_value_info(f"{name}|size", onnx.TensorProto.INT64, []))
 
-            def read(values: list[Array], _: int) -> State:
+            def read(values: list[Array], sample: int) -> State:
                 state: State = {}
                 at = iter(values)
                 for name in missing:
@@ -222,6 +247,9 @@ class Calibration:
                     if "sum" in labels:
                         positions = int(next(at)) / max(state[f"{name}|sum"].size, 1)
                         state[f"{name}|sum_positions"] = np.array(positions)
+                    if {"low", "sum"} <= labels:
+                        peak = max(-float(state[f"{name}|low"]), float(state[f"{name}|high"]))
+                        state[f"{name}|peak"] = np.array([[peak, sample]])
                 return state
 
             return model, weights, read

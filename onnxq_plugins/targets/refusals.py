@@ -18,13 +18,14 @@ def problems(target: Target, graph: Graph, plan: Plan, inputs: Mapping[str, str]
     inputs   planned layers by name -> the planned activation they read, "" for float (`Planned.input`)
     """
     sentences = []
-    refused: dict[str, list[str]] = {}  # refusal -> names of the layers it is about
+    refused: dict[str, dict[str, list[str]]] = {}  # refusal -> names of the layers it is about, by operator
     for layer in (layer for layer in graph.layers if layer.weight in plan):
         weight, key = plan[layer.weight], inputs[layer.name]
         bits = plan[key].bits if key else 0
         rule = target.rule(layer, weight, bits)
         if rule is None:
-            refused.setdefault(refusal(target, layer, weight, bits), []).append(layer.name)
+            by_op = refused.setdefault(refusal(target, layer, weight, bits), {})
+            by_op.setdefault(layer.op, []).append(layer.name)
         elif text := _too_wide(target, rule, layer, weight):
             sentences.append(text)
         if weight.shift is not None and not layer.takes_bias:
@@ -34,18 +35,21 @@ def problems(target: Target, graph: Graph, plan: Plan, inputs: Mapping[str, str]
             )
     activations = {name: spec for name, spec in plan.items() if not graph.is_constant(name)}
     return [
-        *(text.format(_names(names)) for text, names in refused.items()),
+        *(
+            text.format(" and ".join(f"{op} {_names(names)}" for op, names in by_op.items()))
+            for text, by_op in refused.items()
+        ),
         *sentences,
         *_activation_problems(target, activations),
     ]
 
 
 def refusal(target: Target, layer: Layer, weight: QuantSpec, activations: int) -> str:
-    """Why a layer cannot run as requested, and how it can; with a placeholder {} for names of layers."""
+    """Why a layer cannot run as requested, and how it can; with a placeholder {} for operators and names."""
     beside = f"{activations}-bit activations" if activations else "float activations (weight-only)"
     form = weight.describe((layer.out_axis, layer.in_axis))
     return (
-        f"target '{target.name}' cannot run {layer.op} {{}} with {form} weights and {beside}; it "
+        f"target '{target.name}' cannot run {{}} with {form} weights and {beside}; it "
         f"runs {choices(target, layer.op) or 'no quantized ' + layer.op}." + _advice(target, layer, weight, activations)
     )
 
@@ -86,12 +90,16 @@ def _activation_problems(target: Target, activations: Mapping[str, QuantSpec]) -
     widths = target.activation_bits
     types, bits = " or ".join(f"uint{n}" for n in widths), " or ".join(map(str, widths))
     runs = [f"{types} per tensor (activations.bits = {bits})"] if widths else []
+    refused: dict[str, list[str]] = {}
     for name, spec in activations.items():
         if spec.bits not in widths or spec.symmetric or spec.block is not None:
-            yield (
-                f"target '{target.name}' cannot run activation '{name}' as {spec.describe()}; it runs "
-                f"{', or '.join([*runs, 'float (activations.bits = 32)'])}."
-            )
+            refused.setdefault(spec.describe(), []).append(name)
+    for form, names in refused.items():
+        hint = ": set activations.symmetric = false" if all(activations[name].symmetric for name in names) and runs else ""
+        yield (
+            f"target '{target.name}' cannot run activation{'s' * (len(names) > 1)} {_names(names)} as {form}; it runs "
+            f"{', or '.join([*runs, 'float (activations.bits = 32)'])}{hint}."
+        )
 
 
 def _advice(target: Target, layer: Layer, weight: QuantSpec, activations: int) -> str:
