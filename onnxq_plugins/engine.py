@@ -153,6 +153,8 @@ def _solved(
             run(job)
             complete(job)
         except NotFinite as error:
+            broken = (y for y in calibration.graph.layers if not np.isfinite(calibration.graph.constant(y.weight)).all())
+            OnnxqError.check(f"layer '{y.name}': its weight has NaN or Inf; the float model is broken." for y in broken)
             if set(error.names) <= set(unfit):
                 raise
             unfit += error.names

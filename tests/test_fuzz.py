@@ -78,7 +78,7 @@ def test_runtimes_write_nothing_on_standard_error(tmp_path: Path) -> None:
         cwd=Path(__file__).parent.parent,
     )
     for one in map(json.loads, done.stdout.splitlines()[1::2]):
-        assert one["code"] == 2
+        assert one["code"] in (0, 2)
         assert all(line.startswith(LINES) for line in one["stderr"].splitlines() if line), one
 
 

@@ -191,7 +191,8 @@ class Graph:
     def decided_branches(self) -> dict[str, bool]:
         """If operators whose condition is a constant -> that condition."""
         conditions = {n.name: n.inputs[0] for n in self._graph.nodes if n.op == "If" and not n.domain}
-        return {name: bool(t.values.any()) for name, t in conditions.items() if isinstance(t, gs.Constant)}
+        known = {name: t.values for name, t in conditions.items() if isinstance(t, gs.Constant)}
+        return {name: bool(values.item()) for name, values in known.items() if values.size == 1}
 
     def has_body(self, node: gs.Node) -> bool:
         """True for control flow, such as If and Loop."""

@@ -14,7 +14,7 @@ from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.solvers import clusters as solver
-from onnxq_plugins.spec import Array, QuantSpec, from_range, reduce_blocks
+from onnxq_plugins.spec import Array, QuantSpec, block_shape, from_range, reduce_blocks
 from onnxq_plugins.targets import channel_block
 
 
@@ -157,7 +157,7 @@ def _clustered(layer: Layer, spec: QuantSpec, top: Array, labels: Array) -> Quan
     largest = np.zeros(labels.max() + 1, top.dtype)
     np.maximum.at(largest, labels, top)
     spec = replace(spec, block=channel_block(layer))
-    each = largest[labels].reshape([n if b else 1 for n, b in zip(layer.shape, spec.block or (), strict=True)])
+    each = largest[labels].reshape(block_shape(layer.shape, spec.block))
     return from_range(-each, each, spec)
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnxq_plugins.calibration import channel_axis, channels
+from onnxq_plugins.calibration.shapes import spatial_sizes
 from onnxq_plugins.graph import ChannelGroup, Layer
 from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.complete import activation_spec, complete_weight
@@ -38,7 +39,9 @@ class Preview:
         whole = job.calibration.ranges([n for n in planned.activations if n not in self.ranges])
         self.ranges |= {n: (np.array(low), np.array(high)) for n, (low, high) in whole.items()}
         corrects = job.recipe.provides("bias")
-        inputs = [layer.input for layer in planned.layers if corrects and layer.op in ("Conv", "Gemm")]
+        corrected = [layer for layer in planned.layers if corrects and layer.op in ("Conv", "Gemm")]
+        inputs = [layer.input for layer in corrected]
+        self.sizes = spatial_sizes(graph, corrected, next(iter(job.calibration.data)))
         self.means = dict(job.calibration.means([n for n in inputs if channels(graph, n)]))
         self.stale: set[str] = set()  # tensors whose solution in the plan is no longer valid
         self.weights: Plan = Plan({})
@@ -94,4 +97,5 @@ class Preview:
         spec = complete_weight(job, layer, spec)
         if layer.op not in ("Conv", "Gemm") or layer.input not in self.means or not Planned.of(job).input(layer):
             return spec
-        return replace(spec, shift=bias_shift(job.graph, layer, spec, self.means[layer.input]))
+        sizes = self.sizes.get(layer.name, ())
+        return replace(spec, shift=bias_shift(job.graph, layer, spec, self.means[layer.input], sizes))

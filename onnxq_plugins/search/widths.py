@@ -24,6 +24,7 @@ from onnxq_plugins.files import digest, load_arrays, save_arrays
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.flow import maker_of
 from onnxq_plugins.graph.layer import LAYER_OPS
+from onnxq_plugins.graph.opsets import NARROW_OPSET
 from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.complete import complete_ranges, complete_weight, scale_floor
 from onnxq_plugins.layers.problem import Problem, float_inputs, solvable
@@ -200,7 +201,9 @@ class Widths:
                 key = name, self._bits(name, width)
                 if key not in self.solved:
                     self.solved[key] = complete_weight(trial, self.layers[name], self._request(self.layers[name], key[1]))
+        before, job.graph.output_opset = job.graph.output_opset, NARROW_OPSET  # in which equal kernels are alike
         networks = [(choice, self.exported(choice)) for choice in choices]
+        job.graph.output_opset = before
         self.times = latency.measured(self.groups, networks, feed, self.coded, job.calibration.cache)
         self.costs.clear()
         return self.times

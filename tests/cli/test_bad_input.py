@@ -242,7 +242,7 @@ def quantized_model():
     return []
 
 
-@bad("NaN or Inf", "check its weights")
+@bad("NaN or Inf", "its weight")
 def nan_in_a_weight():
     model = cnn()
     name = next(n for n in model.graph.node if n.name == "conv3").input[1]

@@ -308,7 +308,7 @@ def test_gemm_either_way_round(trans_b):
 # ---- both forms of export -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", kinds(FORMS, "mlp", "dead_channels"))
+@pytest.mark.parametrize("name", kinds([n for n in FORMS if n != "conv_transpose"], "mlp", "dead_channels"))
 def test_both_forms_compute_the_same(name):
     """A vector of scales, and one scale per weight with a Mul by powers of two behind the layer."""
     model = ZOO[name]()

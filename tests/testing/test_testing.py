@@ -149,7 +149,7 @@ WRONG = [
     ("float_function", function(scale_a_weight), "though it"),
     ("plan", function(assign_a_dict), "a dict in job.plan"),
     ("plan", plans(lambda job, layer: {"nothing": QuantSpec()}), "names no tensor"),
-    ("plan", plans(lambda job, layer: {layer.bias or "t": QuantSpec()}), "not a layer's weight"),
+    ("plan", plans(lambda job, layer: {layer.bias or "t": QuantSpec()}), "a constant that is not a weight"),
     ("plan", plans(lambda job, layer: {layer.output: QuantSpec(block=(1,), scale=np.ones(1))}), "activations have one"),
     ("plan", entry(scale=np.array(0, np.float32)), "not positive"),
     ("plan", entry(scale=np.array(np.nan, np.float32)), "not positive"),
