@@ -29,7 +29,8 @@ from onnxq_plugins.targets.per_tensor import PER_TENSOR
 
 NAMES = ("mobilenet_v1_0.75_224", "resnet20_cifar10", "kwt1_speechcommands12")
 BEFORE, BEHIND = {"use": "scale-inputs"}, {"use": "ranges"}
-EQUALIZE, SHIFT, CORRECT, ABSORB = ({"use": name} for name in ("equalize", "shift-equalize", "bias-correct", "absorb-bias"))
+EQUALIZE, SHIFT, CORRECT = ({"use": name} for name in ("equalize", "shift-equalize", "bias-correct"))
+ABSORB = {"use": "absorb-bias", "margin": 0.0}
 WORTH = {**SHIFT, "gain": 2.0}  # as in recipe int8-per-tensor
 ROWS: dict[str, list[dict[str, Any]]] = {
     "plainly": [BEHIND],
@@ -37,7 +38,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "equalize": [EQUALIZE, BEHIND],
     "equalize, bias-correct": [EQUALIZE, BEHIND, CORRECT],
     "equalize by powers of two, bias-correct": [{**EQUALIZE, "pow2": True}, BEHIND, CORRECT],
-    "equalize, absorb-bias, bias-correct": [EQUALIZE, ABSORB, BEHIND, CORRECT],
+    "equalize, absorb-bias (margin 0), bias-correct": [EQUALIZE, ABSORB, BEHIND, CORRECT],
     "shift-equalize": [BEHIND, SHIFT],
     "shift-equalize, bias-correct": [BEHIND, SHIFT, CORRECT],
     "equalize, shift-equalize": [EQUALIZE, BEHIND, SHIFT],

@@ -25,7 +25,8 @@ class AbsorbBias(Pass):
     c is the channel's lowest value over the calibration data (less `margin`) or, with the statistics of `data-free`, its
     mean minus a number of deviations. The function changes for samples that fall below c, hence `exact` is False.
 
-    margin   how far a channel may fall below its calibrated range, as a fraction of that range
+    margin   how far a channel may fall below its calibrated range, as a fraction of that range: samples that fall further
+             lose what is below
 
     Only layers whose readers are all convolutions without padding, or Gemm, take part: a padded border would have to be c.
     In front of a Clip only channels that stay below its maximum take part.
@@ -37,7 +38,7 @@ class AbsorbBias(Pass):
     name: ClassVar[str] = "absorb-bias"
     exact: ClassVar[bool] = False
     stage: ClassVar[Stage] = "rewrite"
-    margin: float = 0.0
+    margin: float = 0.5
 
     def __post_init__(self) -> None:
         if self.margin < 0:

@@ -51,12 +51,12 @@ def high(kind, top=None, seed=0):
 
 
 def absorbed(model, n=8, data=None, **parameters):
-    """The graph after the pass, and what it told."""
+    """The graph after the pass, without a margin unless one is given, and what it told."""
     job = make_job(model, {}, n)
     job.report["notes"] = []
     if data is False:
         job.calibration.data = None
-    told = AbsorbBias(**parameters).apply(job)
+    told = AbsorbBias(**{"margin": 0.0, **parameters}).apply(job)
     return job, told
 
 

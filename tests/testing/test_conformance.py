@@ -40,13 +40,11 @@ CASES = [
     cases(BiasCorrect()),
     cases(
         BiasCorrect(method="analytic"),
-        expected_failures={"check_not_harmful": "the BatchNorm statistics of random models are not those of their data"},
     ),
     cases(BoundAccumulator(), expected_failures={"check_not_harmful": "codes that fit 16-bit accumulators lose accuracy"}),
     cases(CodingLength(), expected_failures=NARROWER),
     cases(
         DataFree(samples=8, inputs={"x": [-4.0, 4.0]}),
-        expected_failures={"check_not_harmful": "its images are not the random numbers that count as data here"},
     ),
     cases(Equalize(), recipe=TENSOR),
     cases(Equalize(by="activations", samples=4), recipe=TENSOR),
