@@ -8,14 +8,18 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.propagation import propagate
 from onnxq_plugins.calibration.shapes import spatial_sizes
+from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass, Service, Stage
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.layers.problem import bias_shift
-from onnxq_plugins.measure.networks import Measure
+from onnxq_plugins.measure.metrics import worst_sqnr
+from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.spec import Plan
 
 _JUDGED = 2e9  # multiply-adds over all samples up to which the whole network is judged
 _SAMPLES = 32
@@ -87,13 +91,13 @@ class BiasCorrect(Pass):
             if layer.name in means:
                 inside = sizes.get(layer.name, ())
                 shift = bias_shift(graph, layer, job.plan[layer.weight], means[layer.name], inside)
-                bias = graph.constant(layer.bias) if layer.bias is not None else np.zeros(1)
-                largest = max(largest, float(np.abs(shift).max() / max(float(np.abs(bias).max()), 1e-30)))
+                bias = np.abs(graph.constant(layer.bias)).max() if layer.bias is not None else 0.0
+                largest = max(largest, float(np.abs(shift).max() / bias) if bias else 0.0)
                 job.plan |= {layer.weight: replace(job.plan[layer.weight], shift=shift.astype(np.float32))}
         result: dict[str, Any] = {"largest_shift_relative_to_bias": round(largest, 6)} | ({"left_out": left} if left else {})
         if means and data is not None and self._work(job, layers) <= _JUDGED:
-            measure = Measure(graph, job.target, data.spread(_SAMPLES))
-            before, after = (round(measure.score(plan), 2) for plan in (plain, job.plan))
+            samples = Samples.of(graph.model(), data.spread(_SAMPLES))
+            before, after = (round(_sqnr(job, plan, samples), 2) for plan in (plain, job.plan))
             result |= {"sqnr": {"plain": before, "corrected": after}}
             if after < before - _TIE:
                 job.plan = plain
@@ -109,3 +113,9 @@ class BiasCorrect(Pass):
         positions = job.calibration.positions([layer.input for layer in known])
         strides = {layer.name: np.prod(layer.attrs.get("strides") or [1]) for layer in known}
         return float(sum(positions[y.input] * np.prod(y.shape) / strides[y.name] for y in known))
+
+
+def _sqnr(job: Job, plan: Plan, samples: Samples) -> float:
+    """SQNR of the worst output in dB, of the model as it is written: the same on every machine."""
+    session = runtimes.session(export(job.graph, plan, job.target), optimize=False)
+    return samples.score(worst_sqnr, samples.outputs(session))
