@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from onnxq_plugins.graph import Layer, split_outputs
-from onnxq_plugins.graph.flow import readers
+from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.solvers.grids import group_sqnr, runs, split_channels
@@ -19,9 +19,9 @@ class SplitHeads(Pass):
     """Give output channels that only float operators read grids of their own.
 
     The head of a detector is often one convolution whose channels hold unlike things, such as boxes in pixels around 300
-    and logits of scores around -2: on the one 8-bit grid of its output the scores are lost. Where the output goes to float
-    operators or out of the model, directly or through operators that only move values, the layer is split by output
-    channels into parts, each an integer kernel with a grid of its own, and a float Concat joins them.
+    and logits of scores around -2: on the one 8-bit grid of its output the scores are lost. Where no integer operator
+    follows in the network, the layer is split by output channels into parts, each an integer kernel with a grid of its
+    own, and a float Concat joins them.
 
     gain    a part is split off if its SQNR gains at least so many dB
     below   and is below so many dB on the shared grid
@@ -33,14 +33,14 @@ class SplitHeads(Pass):
     deviations; the SQNR of a part is that of the mean of lost_c over its channels. A mean carries no information and does
     not count, nor do channels that hardly vary (by less than 1e-4 of the range of the tensor). The cut with the least sum of
     lost_c is made, then perhaps another: between neighbouring channels if that is nearly as good as between channels sorted
-    by range. The latter's parts may need a Gather, which is only added where no integer operator follows in the network.
+    by range, whose parts may need a Gather behind the Concat.
 
-    Left alone are layers that an integer operator reads, that write float anyway (Gemm and MatMul on most targets), grouped
-    ones, and those that a rule of the recipe matches by name, which would not match its parts.
+    Layers that write float anyway (Gemm and MatMul on most targets), ConvTranspose, grouped convolutions, and layers that a
+    rule of the recipe matches by name, which would not match their parts, stay whole.
 
     Source: our own; the usual remedy by hand is a head for each kind of output.
-    Cost: none where no convolution ends in float; otherwise the run over the data that `ranges` needs, which it repeats if a
-    layer was split. At run time the same multiply-adds in two or three operators, and a Concat in float.
+    Cost: none where no convolution ends the network; otherwise the run over the data that `ranges` needs, which it repeats
+    if a layer was split. At run time the same multiply-adds in two or three operators, and a Concat in float.
     """
 
     name: ClassVar[str] = "split-heads"
@@ -56,23 +56,17 @@ class SplitHeads(Pass):
             raise ValueError(f"parts = {self.parts} must be at least 2")
 
     def apply(self, job: Job) -> dict[str, Any]:
-        rows: dict[str, list[dict[str, Any]]] = {}
-        left: dict[str, str] = {}
         heads = _heads(job)
         if not heads:
-            return {"layers": rows, "left_alone": left}
+            return {"layers": {}}
         # what `ranges` asks for: one run over the data serves both
         job.calibration.ranges([name for name in Planned.of(job).activations if not job.plan[name].solved])
-        ranges, free = job.calibration.channel_ranges([layer.result for layer in heads]), _free_behind(job)
+        ranges = job.calibration.channel_ranges([layer.result for layer in heads])
+        rows: dict[str, list[dict[str, Any]]] = {}
         for layer in heads:
             spec, ends = job.plan[layer.result], ranges[layer.result]
             parts = split_channels(*ends, spec, self.gain, self.below, self.parts)
-            neighbours = runs(parts)
-            if len(neighbours) <= self.parts:
-                parts = neighbours
-            elif layer.name not in free:
-                left[layer.name] = "its parts would need a Gather between integer operators"
-                continue
+            parts = neighbours if len(neighbours := runs(parts)) <= self.parts else parts
             if len(parts) > 1:
                 both = (group_sqnr(*ends, spec, part) for part in parts)
                 rows[layer.name] = [
@@ -80,37 +74,35 @@ class SplitHeads(Pass):
                     for part, (before, after) in zip(parts, both, strict=True)
                 ]
                 _split(job, layer, parts)
-        return {"layers": rows, "left_alone": left}
+        return {"layers": rows}
 
 
 def _heads(job: Job) -> list[Layer]:
-    """Layers whose integer kernel has to write codes though only float operators read them."""
+    """Layers whose integer kernel has to write codes though no integer operator follows."""
     view = Planned.of(job)
     names = [rule.match for rule in job.recipe.layers if rule.match != "*"]
+    before = _before_integer(job)
     return [
         layer
         for layer in view.layers
         if layer.op in job.target.output_scale
-        and layer.op != "ConvTranspose"
-        and layer.kind == "dense"
+        and splittable(layer)
         and layer.channels > 1
         and view.input(layer)
-        and layer.result in job.plan
+        and layer.name not in before
         and not (job.plan[layer.result].solved or job.plan[layer.weight].solved)
-        and not readers(job.graph, layer.result) & view.integer
         and not any(fnmatchcase(layer.name, name) for name in names)
     ]
 
 
-def _free_behind(job: Job) -> set[str]:
-    """Names of the operators behind which none runs as integer."""
-    integer = Planned.of(job).integer
-    before: set[str] = set()
+def _before_integer(job: Job) -> set[str]:
+    """Names of the operators that some integer operator follows in the network."""
+    integer, before = Planned.of(job).integer, set[str]()
     for node in reversed(job.graph.nodes):
         behind = {reader.name for output in node.outputs for reader in output.outputs}
         if behind & (integer | before):
             before.add(node.name)
-    return {node.name for node in job.graph.nodes} - before
+    return before
 
 
 def _split(job: Job, layer: Layer, parts: list[Array]) -> None:

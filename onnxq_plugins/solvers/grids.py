@@ -17,6 +17,9 @@ import numpy as np
 from onnxq_plugins.spec import Array, QuantSpec, from_range
 
 DEAD = 1e-4  # a channel that spans less of the whole range counts as constant
+LEAST = (
+    0.02  # a cut saves at least the variance of so many channels: not one channel out of hundreds that is a little coarse
+)
 MOVE = 1.25  # what a cut in the order of channels, which moves none of them, may lose more than another
 
 
@@ -48,7 +51,7 @@ def split_channels(low: Array, high: Array, spec: QuantSpec, gain: float, below:
             cut = _cut(low, high, alive, group[np.argsort(reach[group], kind="stable")], spec, gain, below)
             if ordered is not None and (cut is None or ordered.after <= MOVE * cut.after):
                 cut = ordered
-            if cut is not None:
+            if cut is not None and cut.before - cut.after >= LEAST:
                 cuts[k] = cut
         if not cuts:
             break
