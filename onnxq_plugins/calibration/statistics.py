@@ -47,7 +47,16 @@ _MERGE: dict[str, Callable[[Array, Array], Array]] = {
     "gram": add_gram,
     "peak": _largest,
 }
+_EXTREMES = {"low": "ReduceMin", "high": "ReduceMax", "sum": "ReduceSum"}
+_POOLED = {"low": np.min, "high": np.max, "sum": np.mean}
 T = TypeVar("T")
+
+
+def _alike(field: str, a: Array, b: Array) -> tuple[Array, Array]:
+    """Two values of a field; pooled where samples differ in length along what counts as channels, such as [batch, time]."""
+    if field not in _POOLED or a.shape == b.shape:
+        return a, b
+    return np.asarray(_POOLED[field](a)), np.asarray(_POOLED[field](b))
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +149,7 @@ class Calibration:
 
     def channel_ranges(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
         """Exact (minimum [C], maximum [C]) per channel of each tensor."""
-        state = self._reduced("channel-ranges", names, [("low", "ReduceMin", True), ("high", "ReduceMax", True)])
+        state = self._reduced("extremes", names, _EXTREMES)
         return {n: (state[f"{n}|low"], state[f"{n}|high"]) for n in names}
 
     def means(self, names: Sequence[str]) -> dict[str, Array]:
@@ -157,7 +166,7 @@ class Calibration:
 
     def moments(self, names: Sequence[str]) -> dict[str, Moments]:
         """Mean and mean square per channel of each tensor."""
-        state = self._reduced("moments", names, [("sum", "ReduceSum", True), ("sum2", "ReduceSumSquare", True)])
+        state = self._reduced("moments", names, {"sum": "ReduceSum", "sum2": "ReduceSumSquare"})
         return {n: Moments(*(state[f"{n}|{key}"] / state[f"{n}|sum_positions"] for key in ("sum", "sum2"))) for n in names}
 
     def histograms(self, names: Sequence[str], bins: int = 2048) -> dict[str, Histogram]:
@@ -205,25 +214,22 @@ class Calibration:
     def _extremes(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """`ranges` of the samples, also where a subclass knows other ranges: histograms count samples."""
         state = self._summary(names)
-        return {n: (float(state[f"{n}|low"]), float(state[f"{n}|high"])) for n in names}
+        return {n: (float(state[f"{n}|low"].min()), float(state[f"{n}|high"].max())) for n in names}
 
     def _summary(self, names: Sequence[str]) -> State:
-        """Ranges and channel means together: the reductions cost a fraction of the run, and the means of layer inputs are
-        mostly needed right after the ranges of activations."""
+        """Ranges and means per channel together: the reductions cost a fraction of the run, and the means of layer inputs
+        are mostly needed right after the ranges of activations."""
         inputs = [y.input for y in self.graph.layers] if len(names) > 1 else []
-        fields = [("low", "ReduceMin", False), ("high", "ReduceMax", False), ("sum", "ReduceSum", True)]
-        return self._reduced("ranges", names, fields, inputs)
+        return self._reduced("extremes", names, _EXTREMES, inputs)
 
     # ---- the fold -------------------------------------------------------------------------------------------------------
 
-    def _reduced(
-        self, statistic: str, names: Sequence[str], fields: list[tuple[str, str, bool]], others: Sequence[str] = ()
-    ) -> State:
-        """Statistics that onnxruntime reduces inside the graph: one small output per (tensor, field).
+    def _reduced(self, statistic: str, names: Sequence[str], fields: Mapping[str, str], others: Sequence[str] = ()) -> State:
+        """Statistics that onnxruntime reduces inside the graph: one small output per (tensor, field), and positions.
 
+        fields   label -> the operator that reduces a tensor to one value per channel (to one in all if its rank is unknown)
         others   tensors whose statistics are computed along, which may be NaN or infinite
         """
-        labels = {label for label, _, _ in fields}
 
         def outputs(missing: Sequence[str]) -> Run:
             weights: dict[str, Array] = {}
@@ -231,31 +237,29 @@ class Calibration:
             del model.graph.output[:]
             for name in missing:
                 shape = self.graph.shape(name)
-                for label, op, per_channel in fields:
-                    axes = _other_axes(self.graph, name, statistic) if per_channel and shape is not None else None
+                for label, op in fields.items():
+                    axes = None if shape is None else _other_axes(self.graph, name, statistic)
                     add_reduction(model, op, name, f"{name}|{label}", axes, self.graph.opset)
-                if "sum" in labels:
-                    model.graph.node.append(helper.make_node("Size", [name], [f"{name}|size"]))
-                    model.graph.output.append(helper.make_tensor_value_info(f"{name}|size", onnx.TensorProto.INT64, []))
+                model.graph.node.append(helper.make_node("Size", [name], [f"{name}|size"]))
+                model.graph.output.append(helper.make_tensor_value_info(f"{name}|size", onnx.TensorProto.INT64, []))
 
             def read(values: list[Array], sample: int) -> State:
                 state: State = {}
                 at = iter(values)
                 for name in missing:
-                    for label, *_rest in fields:
+                    for label in fields:
                         state[f"{name}|{label}"] = np.asarray(next(at), np.float64)
-                    if "sum" in labels:
-                        positions = int(next(at)) / max(state[f"{name}|sum"].size, 1)
-                        state[f"{name}|sum_positions"] = np.array(positions)
-                    if {"low", "sum"} <= labels:
-                        peak = max(-float(state[f"{name}|low"]), float(state[f"{name}|high"]))
+                    positions = int(next(at)) / max(state[f"{name}|sum"].size, 1)
+                    state[f"{name}|sum_positions"] = np.array(positions)
+                    if "low" in fields:
+                        peak = max(-float(state[f"{name}|low"].min()), float(state[f"{name}|high"].max()))
                         state[f"{name}|peak"] = np.array([[peak, sample]])
                 return state
 
             return model, weights, read
 
         state = self._fold(statistic, [*names, *others], outputs)
-        _check_finite(name for name in names for label in sorted(labels) if not _finite(state[f"{name}|{label}"]))
+        _check_finite(name for name in names for label in sorted(fields) if not _finite(state[f"{name}|{label}"]))
         return state
 
     def _fetched(
@@ -356,7 +360,7 @@ class Calibration:
                         if field != "gram":
                             continue
                     merge = next(m for prefix, m in _MERGE.items() if field.startswith(prefix))
-                    state[key] = merge(state[key], value)
+                    state[key] = merge(*_alike(field, state[key], value))
                 if checkpoint is not None and n % self.checkpoint == 0:
                     save_arrays(checkpoint, {**state, "next": np.array(n)})
         if checkpoint is not None and checkpoint.is_file():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from onnxq_plugins import runtimes
+from onnxq_plugins import quantize, runtimes
 from onnxq_plugins.calibration import Calibration
-from onnxq_plugins.data import Data, graph_inputs
+from onnxq_plugins.data import Data, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import load
 from tests.zoo import ZOO, Net, cnn, conv1d, feeds, mlp, resnet20, run, transformer
@@ -396,3 +396,15 @@ def test_no_data(statistic):
     graph = load(cnn())
     with pytest.raises(OnnxqError, match="no sample"):
         compute(Calibration(graph, Data(graph_inputs(graph), lambda: iter(()))), statistic)
+
+
+def test_lengths_that_differ_from_sample_to_sample():
+    """A waveform [batch, time] has its time where others have channels."""
+    net = Net(["N", "T"])
+    x = net.op("Unsqueeze", "x", net.constant([1], np.int64))
+    model = net.model(net.op("Relu", net.conv(x, 1, 8, 9, rank=1)))
+    rng = np.random.default_rng(0)
+    samples = [{"x": rng.normal(size=(1, 40 + 7 * n)).astype(np.float32)} for n in range(8)]
+    result = quantize(model, "int8", samples, workers=1)
+    low, high = Calibration(result.graph, open_data(samples, graph_inputs(result.graph))).ranges(["x"])["x"]
+    assert low == min(s["x"].min() for s in samples) and high == max(s["x"].max() for s in samples)

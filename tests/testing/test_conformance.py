@@ -23,6 +23,7 @@ from onnxq_plugins.passes import (
     Round,
     ScaleInputs,
     ShiftEqualize,
+    SplitHeads,
     SplitWeights,
     SubLayer,
     Subtensor,
@@ -64,6 +65,7 @@ CASES = [
     cases(Round(method="gptq", samples=8)),
     cases(ScaleInputs()),
     cases(ShiftEqualize(), recipe=TENSOR),
+    cases(SplitHeads(gain=0.1, below=100.0)),
     cases(SplitWeights(gain=1.0, below=200.0)),
     cases(SubLayer(rounds=1), recipe=TILES),
     cases(Subtensor(), recipe=TENSOR),
@@ -82,7 +84,8 @@ VARIANTS = (
 
 # They change the float network, or choose widths, in the same way for every target.
 SAME_FOR_EVERY_TARGET = (
-    *(AbsorbBias, BiasCorrect, CodingLength, DataFree, Equalize, Orthogonality, ResidualEnsemble, ScaleInputs, SplitWeights),
+    *(AbsorbBias, BiasCorrect, CodingLength, DataFree, Equalize, Orthogonality, ResidualEnsemble, ScaleInputs),
+    *(SplitHeads, SplitWeights),
 )
 
 
