@@ -27,7 +27,7 @@ from onnxq_plugins.graph import Graph, Layer, channel_axis
 from onnxq_plugins.graph.bodies import prune
 from onnxq_plugins.graph.patches import add_gram, gram_shape, patches, split
 from onnxq_plugins.parallel import Track, map_threads, silent
-from onnxq_plugins.spec import Array
+from onnxq_plugins.spec import Array, QuantSpec, fake, solve_minmax
 
 Reader = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
 Run = tuple[onnx.ModelProto, dict[str, Array], Reader]  # model, its large weights, how its outputs become a state
@@ -176,6 +176,27 @@ class Calibration:
             )
             for n in by_name
         }
+
+    def input_rounding(self, layers: Sequence[Layer], block: int, positions: int = 32) -> dict[str, tuple[Array, float]]:
+        """What MatMul or Gemm layers read, and what it would cost to round that to int8 by the largest of every `block`
+        values of a row, by layer name: the sum of squares of each input [K], and of all errors of the outputs, both over the
+        same rows.
+
+        positions   rows per sample at most
+        """
+        by_name = {layer.name: layer for layer in layers}
+
+        def reduce(name: str, x: Array, sample: int) -> State:
+            layer = by_name[name]
+            rows = patches(layer, x, positions, sample)[0].T.astype(np.float32)
+            spec = solve_minmax(rows, QuantSpec(8, block=(1, block)))
+            errors = (rows - fake(rows, spec)) @ layer.matrix(self.graph.constant(layer.weight))[0].T
+            power, noise = (np.square(values, dtype=np.float64) for values in (rows, errors))
+            return {f"{name}|sum_power": power.sum(axis=0), f"{name}|sum_noise": noise.sum()}
+
+        tensors = {n: y.input for n, y in by_name.items()}
+        state = self._fetched(f"input-rounding-{block}-{positions}", list(by_name), reduce, tensors)
+        return {n: (state[f"{n}|sum_power"], float(state[f"{n}|sum_noise"])) for n in by_name}
 
     def _extremes(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """`ranges` of the samples, also where a subclass knows other ranges: histograms count samples."""

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from onnxq_plugins import files
+from onnxq_plugins.errors import Reason
 from onnxq_plugins.export.provenance import version_of
 from onnxq_plugins.export.weights import stored_bits
 from onnxq_plugins.graph import Graph, constants
@@ -44,6 +45,8 @@ def describe(
     products = audit.products()
     if products and planned.activations:
         job.note(_products_note(job.graph, products))
+    if text := _inputs_note(job, planned):
+        job.note(text)
     after = files.size_of(model) + (data.size if data is not None else 0)
     rows = _rows(job, planned, audit)
     outside = _constants(job)
@@ -84,6 +87,26 @@ def _products_note(graph: Graph, products: list[str]) -> str:
         f"products of two activations that run in float: {len(products)}{work}; at their size integer kernels rarely "
         'pay; [[layer]] op = "Attention" quantize = true quantizes them anyway'
     )
+
+
+def _inputs_note(job: Job, planned: Planned) -> str:
+    """What becomes of the float inputs of weight-only layers (`layers.float_inputs`); "" if there is nothing to say."""
+    decoded = [layer.name for layer in planned.layers if job.plan[layer.weight].decoded]
+    rules = [rule for layer in planned.layers if (rule := planned.rule(layer)) is not None and rule.storage == "blocked"]
+    if decoded:
+        names = ", ".join(f"'{name}'" for name in decoded[:4]) + (" ..." if len(decoded) > 4 else "")
+        return (
+            f"{len(decoded)} weight-only layer{'s' * (len(decoded) > 1)} ({names}) compute{'s' * (len(decoded) == 1)} in "
+            "float, weights decoded at load: onnxruntime's MatMulNBits would round inputs to 8 bits per block, which costs "
+            "more than rounded weights do"
+        )
+    if rules and not job.calibration.ready:
+        return (
+            f"{len(rules)} layer{'s' * (len(rules) > 1)} run{'s' * (len(rules) == 1)} as MatMulNBits, in which onnxruntime "
+            "rounds inputs to 8 bits per block, and without data it is not known what that costs; give data, or set the "
+            "session option session.qdq_matmulnbits_accuracy_level to 1"
+        )
+    return ""
 
 
 def _bits_per_weight(rows: list[dict[str, Any]]) -> float:
@@ -133,6 +156,9 @@ def _rows(job: Job, planned: Planned, audit: Audit) -> list[dict[str, Any]]:
             bits = stored_bits(layer, spec, rule) if rule is not None else 32.0
             row |= {"weights": spec.describe((layer.out_axis, layer.in_axis)), "bits_per_weight": round(bits, 3)}
         reason = job.report.floats.get(layer.name) or (entry.reason if entry is not None else None)
+        if spec is not None and spec.decoded:
+            text = "MatMulNBits would round its inputs to 8 bits per block; its weight is decoded to float at load"
+            reason = Reason("float-inputs", text)
         if reason is not None:
             row |= {"why_float": str(reason), "why_float_kind": reason.kind}
         rows.append(row)
