@@ -83,6 +83,16 @@ class Gram:
     count: int
 
 
+@dataclass(frozen=True, eq=False)
+class InputRounding:
+    """Sums of squares over rows of a layer's input: of each input [K], of the outputs without a bias, and of the errors that
+    rounded inputs cause in these."""
+
+    power: Array
+    signal: float
+    noise: float
+
+
 class Calibration:
     """Statistics of the current float graph over the data.
 
@@ -177,10 +187,9 @@ class Calibration:
             for n in by_name
         }
 
-    def input_rounding(self, layers: Sequence[Layer], block: int, positions: int = 32) -> dict[str, tuple[Array, float]]:
-        """What MatMul or Gemm layers read, and what it would cost to round that to int8 by the largest of every `block`
-        values of a row, by layer name: the sum of squares of each input [K], and of all errors of the outputs, both over the
-        same rows.
+    def input_rounding(self, layers: Sequence[Layer], block: int, positions: int = 32) -> dict[str, InputRounding]:
+        """What MatMul or Gemm layers would lose if each row of their input were rounded to int8, by the largest of every
+        `block` values, by layer name.
 
         positions   rows per sample at most
         """
@@ -190,13 +199,17 @@ class Calibration:
             layer = by_name[name]
             rows = patches(layer, x, positions, sample)[0].T.astype(np.float32)
             spec = solve_minmax(rows, QuantSpec(8, block=(1, block)))
-            errors = (rows - fake(rows, spec)) @ layer.matrix(self.graph.constant(layer.weight))[0].T
-            power, noise = (np.square(values, dtype=np.float64) for values in (rows, errors))
-            return {f"{name}|sum_power": power.sum(axis=0), f"{name}|sum_noise": noise.sum()}
+            matrix = layer.matrix(self.graph.constant(layer.weight))[0].T
+            values = {"power": rows, "signal": rows @ matrix, "noise": (rows - fake(rows, spec)) @ matrix}
+            sums = {field: np.square(v, dtype=np.float64).sum(axis=0) for field, v in values.items()}
+            return {f"{name}|sum_{field}": v if field == "power" else v.sum() for field, v in sums.items()}
 
         tensors = {n: y.input for n, y in by_name.items()}
         state = self._fetched(f"input-rounding-{block}-{positions}", list(by_name), reduce, tensors)
-        return {n: (state[f"{n}|sum_power"], float(state[f"{n}|sum_noise"])) for n in by_name}
+        return {
+            n: InputRounding(state[f"{n}|sum_power"], float(state[f"{n}|sum_signal"]), float(state[f"{n}|sum_noise"]))
+            for n in by_name
+        }
 
     def _extremes(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """`ranges` of the samples, also where a subclass knows other ranges: histograms count samples."""

@@ -18,14 +18,15 @@ from dataclasses import replace
 
 import numpy as np
 
+from onnxq_plugins.calibration import InputRounding
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Array, Plan, QuantSpec, fake, solve_minmax
 
-# By bits of the weights: noise of rounded inputs that is tolerated, relative to that of the rounded weights. In MiniLM it is
-# 0.01 beside 4-bit weights, and 1 to 3 beside 8-bit ones, which differ as little from float as the inputs do.
-_TOLERANCE = {4: 1.0, 8: 4.0}
+# Noise of rounded inputs that is tolerated whatever the weight, relative to the outputs: -37 dB. In MiniLM's layers it is at
+# most -41 dB, much like that of weights rounded to 8 bits.
+_TOLERANCE = 10**-3.7
 
 
 def keep_inputs_float(job: Job, specs: Mapping[str, QuantSpec]) -> dict[str, QuantSpec]:
@@ -46,14 +47,15 @@ def keep_inputs_float(job: Job, specs: Mapping[str, QuantSpec]) -> dict[str, Qua
         for layer in layers:
             spec = specs[layer.weight]
             with job.graph.mapped.reading():
-                decoded = _hurts(layer, job.graph.constant(layer.weight), spec, *rounding[layer.name])
+                decoded = _hurts(layer, job.graph.constant(layer.weight), spec, rounding[layer.name])
             if decoded != spec.decoded:
                 marked[layer.weight] = replace(spec, decoded=decoded)
     return marked
 
 
-def _hurts(layer: Layer, weight: Array, spec: QuantSpec, power: Array, noise: float) -> bool:
-    """True if errors of a layer's outputs by rounded inputs (`Calibration.input_rounding`) are too large beside those by
-    its weight, rounded to the nearest."""
+def _hurts(layer: Layer, weight: Array, spec: QuantSpec, rounding: InputRounding) -> bool:
+    """True if errors of a layer's outputs by rounded inputs are large, and larger than those by its weight, rounded to the
+    nearest."""
     errors = np.square(weight - fake(weight, solve_minmax(weight, spec)), dtype=np.float64)
-    return noise > _TOLERANCE.get(spec.bits, 1.0) * float(power @ errors.sum(axis=layer.out_axis))
+    least = max(_TOLERANCE * rounding.signal, float(rounding.power @ errors.sum(axis=layer.out_axis)))
+    return rounding.noise > least
