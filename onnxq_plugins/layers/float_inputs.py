@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnxq_plugins.calibration import InputRounding
+from onnxq_plugins.calibration import InputRounding, NotFinite
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job
 from onnxq_plugins.plan.planned import Planned
@@ -43,19 +43,28 @@ def keep_inputs_float(job: Job, specs: Mapping[str, QuantSpec]) -> dict[str, Qua
             groups[spec.block[layer.in_axis]].append(layer)
     marked = dict(specs)
     for block, layers in groups.items():
-        rounding = job.calibration.input_rounding(layers, block)
+        rounding = _input_rounding(job, layers, block)
         for layer in layers:
             spec = specs[layer.weight]
             with job.graph.mapped.reading():
-                decoded = _hurts(layer, job.graph.constant(layer.weight), spec, rounding[layer.name])
+                weight, known = job.graph.constant(layer.weight), rounding.get(layer.name)
+                decoded = known is not None and _hurts(layer, weight, spec, known)
             if decoded != spec.decoded:
                 marked[layer.weight] = replace(spec, decoded=decoded)
     return marked
 
 
+def _input_rounding(job: Job, layers: list[Layer], block: int) -> dict[str, InputRounding]:
+    """`Calibration.input_rounding` of the layers whose inputs are finite: of the others nothing can be said."""
+    try:
+        return job.calibration.input_rounding(layers, block)
+    except NotFinite as error:
+        return _input_rounding(job, [layer for layer in layers if layer.input not in error.names], block)
+
+
 def _hurts(layer: Layer, weight: Array, spec: QuantSpec, rounding: InputRounding) -> bool:
     """True if errors of a layer's outputs by rounded inputs are large, and larger than those by its weight, rounded to the
     nearest."""
-    errors = np.square(weight - fake(weight, solve_minmax(weight, spec)), dtype=np.float64)
-    least = max(_TOLERANCE * rounding.signal, float(rounding.power @ errors.sum(axis=layer.out_axis)))
-    return rounding.noise > least
+    errors = weight - fake(weight, solve_minmax(weight, spec))
+    noise = float(rounding.power @ np.square(errors, out=errors).sum(axis=layer.out_axis, dtype=np.float64))
+    return rounding.noise > max(noise, _TOLERANCE * rounding.signal)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def describe(
     products = audit.products()
     if products and planned.activations:
         job.note(_products_note(job.graph, products))
-    if text := _inputs_note(job, planned):
+    for text in _inputs_notes(job, planned):
         job.note(text)
     after = files.size_of(model) + (data.size if data is not None else 0)
     rows = _rows(job, planned, audit)
@@ -89,24 +89,25 @@ def _products_note(graph: Graph, products: list[str]) -> str:
     )
 
 
-def _inputs_note(job: Job, planned: Planned) -> str:
-    """What becomes of the float inputs of weight-only layers (`layers.float_inputs`); "" if there is nothing to say."""
+def _inputs_notes(job: Job, planned: Planned) -> Iterator[str]:
+    """What becomes of the float inputs of weight-only layers (`layers.float_inputs`)."""
     decoded = [layer.name for layer in planned.layers if job.plan[layer.weight].decoded]
-    rules = [rule for layer in planned.layers if (rule := planned.rule(layer)) is not None and rule.storage == "blocked"]
-    if decoded:
-        names = ", ".join(f"'{name}'" for name in decoded[:4]) + (" ..." if len(decoded) > 4 else "")
-        return (
-            f"{len(decoded)} weight-only layer{'s' * (len(decoded) > 1)} ({names}) compute{'s' * (len(decoded) == 1)} in "
-            "float, weights decoded at load: onnxruntime's MatMulNBits would round inputs to 8 bits per block, which costs "
-            "more than rounded weights do"
+    if count := len(decoded):
+        names = ", ".join(f"'{name}'" for name in decoded[:4]) + (" ..." if count > 4 else "")
+        yield (
+            f"{count} weight-only layer{'s' * (count > 1)} ({names}) compute{'s' * (count == 1)} in float, weights decoded at "
+            "load: onnxruntime's MatMulNBits would round inputs to 8 bits per block, which costs more than rounded weights do"
         )
-    if rules and not job.calibration.ready:
-        return (
-            f"{len(rules)} layer{'s' * (len(rules) > 1)} run{'s' * (len(rules) == 1)} as MatMulNBits, in which onnxruntime "
-            "rounds inputs to 8 bits per block, and without data it is not known what that costs; give data, or set the "
-            "session option session.qdq_matmulnbits_accuracy_level to 1"
+    rules = {layer.weight: planned.rule(layer) for layer in planned.layers}
+    rounding = [job.plan[name].bits for name, rule in rules.items() if rule is not None and rule.storage == "blocked"]
+    if rounding and (max(rounding) > 4 or not job.calibration.ready):  # beside 4-bit weights it is next to nothing
+        many = len(rounding) > 1
+        cost = "about as much as weights in 8 bits do" if job.calibration.ready else "without data nobody knows how much"
+        yield (
+            f"{len(rounding)} weight-only layer{'s' * many} run{'s' * (not many)} as MatMulNBits, in which onnxruntime rounds "
+            f"inputs to 8 bits per block; that costs accuracy, {cost}; session option "
+            "session.qdq_matmulnbits_accuracy_level = 1 keeps them float, more slowly"
         )
-    return ""
 
 
 def _bits_per_weight(rows: list[dict[str, Any]]) -> float:
