@@ -91,22 +91,24 @@ def _products_note(graph: Graph, products: list[str]) -> str:
 
 def _inputs_notes(job: Job, planned: Planned) -> Iterator[str]:
     """What becomes of the float inputs of weight-only layers (`layers.float_inputs`)."""
+
+    def several(count: int, names: str, verb: str) -> str:
+        return f"{count} weight-only layer{'s' * (count > 1)}{names} {verb}{'s' * (count == 1)}"
+
     decoded = [layer.name for layer in planned.layers if job.plan[layer.weight].decoded]
-    if count := len(decoded):
-        names = ", ".join(f"'{name}'" for name in decoded[:4]) + (" ..." if count > 4 else "")
+    if decoded:
+        names = ", ".join(f"'{name}'" for name in decoded[:4]) + (" ..." if len(decoded) > 4 else "")
         yield (
-            f"{count} weight-only layer{'s' * (count > 1)} ({names}) compute{'s' * (count == 1)} in float, weights decoded at "
-            "load: onnxruntime's MatMulNBits would round inputs to 8 bits per block, which costs more than rounded weights do"
+            f"{several(len(decoded), f' ({names})', 'compute')} in float, weights decoded at load: onnxruntime's MatMulNBits "
+            "would round inputs to 8 bits per block, which costs more than rounded weights do"
         )
     rules = {layer.weight: planned.rule(layer) for layer in planned.layers}
-    rounding = [job.plan[name].bits for name, rule in rules.items() if rule is not None and rule.storage == "blocked"]
-    if rounding and (max(rounding) > 4 or not job.calibration.ready):  # beside 4-bit weights it is next to nothing
-        many = len(rounding) > 1
+    bits = [job.plan[name].bits for name, rule in rules.items() if rule is not None and rule.storage == "blocked"]
+    if bits and (max(bits) > 4 or not job.calibration.ready):  # beside 4-bit weights it is next to nothing
         cost = "about as much as weights in 8 bits do" if job.calibration.ready else "without data nobody knows how much"
         yield (
-            f"{len(rounding)} weight-only layer{'s' * many} run{'s' * (not many)} as MatMulNBits, in which onnxruntime rounds "
-            f"inputs to 8 bits per block; that costs accuracy, {cost}; session option "
-            "session.qdq_matmulnbits_accuracy_level = 1 keeps them float, more slowly"
+            f"{several(len(bits), '', 'run')} as MatMulNBits, in which onnxruntime rounds inputs to 8 bits per block; that "
+            f"costs accuracy, {cost}; session option session.qdq_matmulnbits_accuracy_level = 1 keeps them float, more slowly"
         )
 
 
