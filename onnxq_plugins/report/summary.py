@@ -99,8 +99,8 @@ def _inputs_notes(job: Job, planned: Planned) -> Iterator[str]:
     if decoded:
         names = ", ".join(f"'{name}'" for name in decoded[:4]) + (" ..." if len(decoded) > 4 else "")
         yield (
-            f"{several(len(decoded), f' ({names})', 'compute')} in float, weights decoded at load: onnxruntime's MatMulNBits "
-            "would round inputs to 8 bits per block, which costs more than rounded weights do"
+            f"{several(len(decoded), f' ({names})', 'compute')} in float, weights decoded at load: MatMulNBits of "
+            "onnxruntime would round inputs to 8 bits per block, which costs more than rounded weights do"
         )
     rules = {layer.weight: planned.rule(layer) for layer in planned.layers}
     bits = [job.plan[name].bits for name, rule in rules.items() if rule is not None and rule.storage == "blocked"]
@@ -108,7 +108,8 @@ def _inputs_notes(job: Job, planned: Planned) -> Iterator[str]:
         cost = "about as much as weights in 8 bits do" if job.calibration.ready else "without data nobody knows how much"
         yield (
             f"{several(len(bits), '', 'run')} as MatMulNBits, in which onnxruntime rounds inputs to 8 bits per block; that "
-            f"costs accuracy, {cost}; session option session.qdq_matmulnbits_accuracy_level = 1 keeps them float, more slowly"
+            f"costs accuracy, {cost}; session option session.qdq_matmulnbits_accuracy_level = 1 keeps them float, but slows "
+            "it down"
         )
 
 
