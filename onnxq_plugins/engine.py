@@ -28,6 +28,7 @@ from onnxq_plugins.graph.opsets import NARROW_OPSET, opset_of
 from onnxq_plugins.job import Job, Metric, Outcome, Recipe, Report
 from onnxq_plugins.laws import is_random, run_pass
 from onnxq_plugins.layers.complete import complete, complete_constants
+from onnxq_plugins.layers.float_inputs import keep_inputs_float
 from onnxq_plugins.measure.metrics import check_graph_labels, find_metric, metric_name, top1
 from onnxq_plugins.parallel import Track, cores, silent
 from onnxq_plugins.plan.constants import float_constants
@@ -267,7 +268,8 @@ def _prepare(
         judge,
         class_axis,
     )
-    complete_constants(job)  # passes measure the network with them as they will be
+    complete_constants(job)  # passes measure the network with them as they will be,
+    job.plan |= keep_inputs_float(job, job.plan)  # and with the kernels that will run
     return job
 
 

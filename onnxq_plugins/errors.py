@@ -22,6 +22,7 @@ Kind = Literal[
     "float-output",
     "wide-codes",  # codes of 16 bits
     "decoded",  # the weight is decoded to float at load
+    "float-inputs",  # so it is, since the kernel for its codes would round its inputs
     "blocked",  # scales per block
     "undecoded",  # 4-bit codes where the kernel wants 8-bit ones
     "shifted",  # channels are shifted by a Mul behind the layer

@@ -35,7 +35,7 @@ Block = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class QuantSpec:
-    """The record of one tensor: what is asked for (first six fields) and, once found, the solution (the rest).
+    """The record of one tensor: what is asked for (first seven fields) and, once found, the solution (the rest).
 
     bits        width of a code, 2..16
     symmetric   signed codes with zero point 0, in [-n, n] with n = 2^(bits-1) - 1; otherwise unsigned codes in
@@ -44,6 +44,8 @@ class QuantSpec:
     sub_block   granularity of the integer `multiplier`, finer than `block`: the two-level scale
     pow2        multipliers (or scales, if there is no sub_block) are powers of two
     max_multiplier   largest multiplier asked for: 15 packs into 4 bits, 2^M - 1 into M
+    decoded     a weight beside float inputs is decoded to float at load, where the kernel for its codes would round these
+                (`layers.float_inputs`)
     scale, zero_point, multiplier
                 arrays with one entry per block, shaped as `block_shape` tells
     codes       integer codes in the tensor's own shape (weights only)
@@ -56,6 +58,7 @@ class QuantSpec:
     sub_block: Block | None = None
     pow2: bool = False
     max_multiplier: int = 15
+    decoded: bool = False
     scale: Array | None = None
     zero_point: Array | None = None
     multiplier: Array | None = None
@@ -112,7 +115,7 @@ class QuantSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The request as plain values, defaults left out (for reports and metadata)."""
-        request = ("bits", "symmetric", "block", "sub_block", "pow2", "max_multiplier")
+        request = ("bits", "symmetric", "block", "sub_block", "pow2", "max_multiplier", "decoded")
         return {
             f.name: getattr(self, f.name) for f in fields(self) if f.name in request and getattr(self, f.name) != f.default
         }

@@ -27,7 +27,7 @@ from onnxq_plugins.graph import Graph, Layer, channel_axis
 from onnxq_plugins.graph.bodies import prune
 from onnxq_plugins.graph.patches import add_gram, gram_shape, patches, split
 from onnxq_plugins.parallel import Track, map_threads, silent
-from onnxq_plugins.spec import Array
+from onnxq_plugins.spec import Array, QuantSpec, fake, solve_minmax
 
 Reader = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
 Run = tuple[onnx.ModelProto, dict[str, Array], Reader]  # model, its large weights, how its outputs become a state
@@ -104,6 +104,16 @@ class Gram:
     h: Array
     mean: Array
     count: int
+
+
+@dataclass(frozen=True, eq=False)
+class InputRounding:
+    """Sums of squares over rows of a layer's input: of each input [K], of the outputs without a bias, and of the errors that
+    rounded inputs cause in these."""
+
+    power: Array
+    signal: float
+    noise: float
 
 
 class Calibration:
@@ -208,6 +218,30 @@ class Calibration:
             n: Gram(
                 state[f"{n}|gram"] / state[f"{n}|sum_n"], state[f"{n}|sum_x"] / state[f"{n}|sum_n"], int(state[f"{n}|sum_n"])
             )
+            for n in by_name
+        }
+
+    def input_rounding(self, layers: Sequence[Layer], block: int, positions: int = 32) -> dict[str, InputRounding]:
+        """What MatMul or Gemm layers would lose if each row of their input were rounded to int8, by the largest of every
+        `block` values, by layer name.
+
+        positions   rows per sample at most
+        """
+        by_name = {layer.name: layer for layer in layers}
+
+        def reduce(name: str, x: Array, sample: int) -> State:
+            layer = by_name[name]
+            rows = patches(layer, x, positions, sample)[0].T.astype(np.float32)
+            spec = solve_minmax(rows, QuantSpec(8, block=(1, block)))
+            matrix = layer.matrix(self.graph.constant(layer.weight))[0].T
+            values = {"power": rows, "signal": rows @ matrix, "noise": (rows - fake(rows, spec)) @ matrix}
+            sums = {field: np.square(v, dtype=np.float64).sum(axis=0) for field, v in values.items()}
+            return {f"{name}|sum_{field}": v if field == "power" else v.sum() for field, v in sums.items()}
+
+        tensors = {n: y.input for n, y in by_name.items()}
+        state = self._fetched(f"input-rounding-{block}-{positions}", list(by_name), reduce, tensors)
+        return {
+            n: InputRounding(state[f"{n}|sum_power"], float(state[f"{n}|sum_signal"]), float(state[f"{n}|sum_noise"]))
             for n in by_name
         }
 

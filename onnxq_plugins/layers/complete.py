@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer
+from onnxq_plugins.layers.float_inputs import keep_inputs_float
 from onnxq_plugins.layers.recurrent import recurrent_codes
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_values
@@ -33,6 +34,7 @@ def complete(job: Job) -> None:
     """Law L4: solve whatever the passes left open."""
     complete_ranges(job)
     complete_constants(job)
+    job.plan |= keep_inputs_float(job, job.plan)
     solved = {}
     mapped = job.graph.mapped
     for layer in Planned.of(job).layers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from onnxq_plugins import files
+from onnxq_plugins.errors import Reason
 from onnxq_plugins.export.provenance import version_of
 from onnxq_plugins.export.weights import stored_bits
 from onnxq_plugins.graph import Graph, constants
@@ -44,6 +45,8 @@ def describe(
     products = audit.products()
     if products and planned.activations:
         job.note(_products_note(job.graph, products))
+    for text in _inputs_notes(job, planned):
+        job.note(text)
     after = files.size_of(model) + (data.size if data is not None else 0)
     rows = _rows(job, planned, audit)
     outside = _constants(job)
@@ -84,6 +87,30 @@ def _products_note(graph: Graph, products: list[str]) -> str:
         f"products of two activations that run in float: {len(products)}{work}; at their size integer kernels rarely "
         'pay; [[layer]] op = "Attention" quantize = true quantizes them anyway'
     )
+
+
+def _inputs_notes(job: Job, planned: Planned) -> Iterator[str]:
+    """What becomes of the float inputs of weight-only layers (`layers.float_inputs`)."""
+
+    def several(count: int, names: str, verb: str) -> str:
+        return f"{count} weight-only layer{'s' * (count > 1)}{names} {verb}{'s' * (count == 1)}"
+
+    decoded = [layer.name for layer in planned.layers if job.plan[layer.weight].decoded]
+    if decoded:
+        names = ", ".join(f"'{name}'" for name in decoded[:4]) + (" ..." if len(decoded) > 4 else "")
+        yield (
+            f"{several(len(decoded), f' ({names})', 'compute')} in float, weights decoded at load: MatMulNBits of "
+            "onnxruntime would round inputs to 8 bits per block, which costs more than rounded weights do"
+        )
+    rules = {layer.weight: planned.rule(layer) for layer in planned.layers}
+    bits = [job.plan[name].bits for name, rule in rules.items() if rule is not None and rule.storage == "blocked"]
+    if bits and (max(bits) > 4 or not job.calibration.ready):  # beside 4-bit weights it is next to nothing
+        cost = "about as much as weights in 8 bits do" if job.calibration.ready else "without data nobody knows how much"
+        yield (
+            f"{several(len(bits), '', 'run')} as MatMulNBits, in which onnxruntime rounds inputs to 8 bits per block; that "
+            f"costs accuracy, {cost}; session option session.qdq_matmulnbits_accuracy_level = 1 keeps them float, but slows "
+            "it down"
+        )
 
 
 def _bits_per_weight(rows: list[dict[str, Any]]) -> float:
@@ -133,6 +160,9 @@ def _rows(job: Job, planned: Planned, audit: Audit) -> list[dict[str, Any]]:
             bits = stored_bits(layer, spec, rule) if rule is not None else 32.0
             row |= {"weights": spec.describe((layer.out_axis, layer.in_axis)), "bits_per_weight": round(bits, 3)}
         reason = job.report.floats.get(layer.name) or (entry.reason if entry is not None else None)
+        if spec is not None and spec.decoded:
+            text = "MatMulNBits would round its inputs to 8 bits per block; its weight is decoded to float at load"
+            reason = Reason("float-inputs", text)
         if reason is not None:
             row |= {"why_float": str(reason), "why_float_kind": reason.kind}
         rows.append(row)

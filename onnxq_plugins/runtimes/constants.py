@@ -16,7 +16,7 @@ _FLOATS: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.DOUBLE: 8, TensorPr
 _CODES: dict[int, int] = {TensorProto.INT8: 8, TensorProto.UINT8: 8, TensorProto.INT4: 4, TensorProto.UINT4: 4}
 _BIASED = {"Conv", "ConvTranspose", "Gemm"}
 _WEIGHTED = {*_BIASED, "MatMul", "LSTM", "GRU", "RNN", "Einsum", "Gather"}
-_DECODED = "weights in {} bits, decoded to float at load: there is no integer kernel for them"
+_DECODED = "weights in {} bits, decoded to float at load, and computed with in float"
 OPERANDS = 'which may need every digit; [[layer]] match = "its name" quantize = true stores them in 8 bits'
 
 

@@ -27,6 +27,7 @@ from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.graph.opsets import NARROW_OPSET
 from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.complete import complete_ranges, complete_weight, scale_floor
+from onnxq_plugins.layers.float_inputs import keep_inputs_float
 from onnxq_plugins.layers.problem import Problem, float_inputs, solvable
 from onnxq_plugins.parallel import run_all
 from onnxq_plugins.plan.planned import Planned
@@ -69,6 +70,7 @@ class Widths:
 
     def __init__(self, job: Job, candidates: Sequence[Width] | Mapping[str, Width], feed: Mapping[str, Array]) -> None:
         self.job, self.layers = job, {layer.name: layer for layer in job.graph.layers}
+        self.forms: dict[tuple[str, int], QuantSpec] = {}  # (layer, bits of its weight) -> its request
         self.fixed = pinned(job.graph, job.recipe)
         self.groups = quantizer_groups(job.graph, job.plan, job.target)
         self.coded = Planned.of(job).coded
@@ -305,10 +307,13 @@ class Widths:
     def _request(self, layer: Layer, bits: int) -> QuantSpec:
         """The request of a layer's weight at a width: as in the recipe, or in the form that an earlier pass gave it, such as
         the shifts of `shift-equalize`."""
-        job, planned = self.job, self.job.plan[layer.weight].request()
-        original = weight_request(job.graph, job.recipe, job.target, layer, planned.bits)
-        spec = weight_request(job.graph, job.recipe, job.target, layer, bits)
-        return spec if original.to_dict() == planned.to_dict() else replace(planned, bits=spec.bits)
+        if (layer.name, bits) not in self.forms:
+            job, planned = self.job, replace(self.job.plan[layer.weight].request(), decoded=False)
+            original = weight_request(job.graph, job.recipe, job.target, layer, planned.bits)
+            spec = weight_request(job.graph, job.recipe, job.target, layer, bits)
+            spec = spec if original.to_dict() == planned.to_dict() else replace(planned, bits=spec.bits)
+            self.forms[layer.name, bits] = keep_inputs_float(job, {layer.weight: spec})[layer.weight]
+        return self.forms[layer.name, bits]
 
     def _activation(self, name: str, bits: int) -> QuantSpec:
         """An activation's entry at another width, over the same range."""

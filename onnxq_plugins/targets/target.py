@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from onnxq_plugins.graph import Layer
@@ -98,7 +98,8 @@ class Target:
         return {g for rule in self.rules if rule.op == op for g in rule.granularity}
 
     def rule(self, layer: Layer, weight: QuantSpec, activations: int) -> Rule | None:
-        """The rule a layer falls under, or None if the target has no quantized kernel for it."""
+        """The rule a layer falls under, or None if the target has no quantized kernel for it. A weight that is to be decoded
+        is stored as float tiles are, where a kernel would read its blocks."""
         shape = granularity_of(layer, weight)
         for rule in self.rules:
             fits = (
@@ -113,7 +114,8 @@ class Target:
             if fits and shape == "block" and weight.block is not None and rule.blocks:
                 fits = weight.block[layer.in_axis] in rule.blocks
             if fits:
-                return rule
+                decoded = weight.decoded and rule.storage == "blocked"
+                return replace(rule, kernel=rule.op, storage="float") if decoded else rule
         return None
 
 
