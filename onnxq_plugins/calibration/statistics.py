@@ -48,7 +48,7 @@ _MERGE: dict[str, Callable[[Array, Array], Array]] = {
     "peak": _largest,
 }
 _EXTREMES = {"low": "ReduceMin", "high": "ReduceMax", "sum": "ReduceSum"}
-_POOLED = {"low": np.min, "high": np.max, "sum": np.mean}
+_POOLED: dict[str, Callable[[Array], Any]] = {"low": np.min, "high": np.max, "sum": np.mean}
 T = TypeVar("T")
 
 
