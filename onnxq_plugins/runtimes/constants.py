@@ -145,7 +145,8 @@ def describe_held(entries: Iterable[Held], total: int) -> list[str]:
         ops = Counter(f"{entry.op} biases" if entry.coded else entry.op for entry in floats)
         size = sum(entry.floats for entry in floats)
         unit, factor = ("MB", 1e6) if total >= 1e6 else ("kB", 1e3)
-        shares = f"{size / factor:.2f} of {total / factor:.2f} {unit}"
+        part = f"{size / factor:.2f}" if size >= factor / 10 else f"{size / 1e3:.1f} kB"
+        shares = f"{part} of {total / factor:.2f} {unit}"
         clauses.append(f"{_ops(ops)}, {shares}, stay{'s' * (ops.total() == 1)} float")
     return clauses
 
