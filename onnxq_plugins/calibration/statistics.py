@@ -221,7 +221,7 @@ class Calibration:
             for n in by_name
         }
 
-    def input_rounding(self, layers: Sequence[Layer], block: int, positions: int = 32) -> dict[str, InputRounding]:
+    def input_rounding(self, layers: Sequence[Layer], block: int, positions: int = 16) -> dict[str, InputRounding]:
         """What MatMul or Gemm layers would lose if each row of their input were rounded to int8, by the largest of every
         `block` values, by layer name.
 
@@ -234,7 +234,8 @@ class Calibration:
             rows = patches(layer, x, positions, sample)[0].T.astype(np.float32)
             spec = solve_minmax(rows, QuantSpec(8, block=(1, block)))
             matrix = layer.matrix(self.graph.constant(layer.weight))[0].T
-            values = {"power": rows, "signal": rows @ matrix, "noise": (rows - fake(rows, spec)) @ matrix}
+            signal, noise = np.split(np.concatenate([rows, rows - fake(rows, spec)]) @ matrix, 2)  # one product
+            values = {"power": rows, "signal": signal, "noise": noise}
             sums = {field: np.square(v, dtype=np.float64).sum(axis=0) for field, v in values.items()}
             return {f"{name}|sum_{field}": v if field == "power" else v.sum() for field, v in sums.items()}
 

@@ -31,7 +31,7 @@ _TOLERANCE = 10**-3.7
 
 def keep_inputs_float(job: Job, specs: Mapping[str, QuantSpec]) -> dict[str, QuantSpec]:
     """Entries of a plan, with those of weights marked as decoded, or no longer so, by what the job's data show. Without data
-    they stay as they are."""
+    they stay as they are. Width, block and graph decide, not whether a pass has solved the entry: a search gets what ships."""
     if job.calibration.data is None:
         return dict(specs)
     planned = Planned(job.graph, job.plan | Plan(specs), job.target)
@@ -65,6 +65,8 @@ def _input_rounding(job: Job, layers: list[Layer], block: int) -> dict[str, Inpu
 def _hurts(layer: Layer, weight: Array, spec: QuantSpec, rounding: InputRounding) -> bool:
     """True if errors of a layer's outputs by rounded inputs are large, and larger than those by its weight, rounded to the
     nearest."""
+    if rounding.noise <= _TOLERANCE * rounding.signal:
+        return False
     errors = weight - fake(weight, solve_minmax(weight, spec))
     noise = float(rounding.power @ np.square(errors, out=errors).sum(axis=layer.out_axis, dtype=np.float64))
-    return rounding.noise > max(noise, _TOLERANCE * rounding.signal)
+    return rounding.noise > noise
