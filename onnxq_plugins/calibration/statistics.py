@@ -221,21 +221,22 @@ class Calibration:
             for n in by_name
         }
 
-    def input_rounding(self, layers: Sequence[Layer], block: int, positions: int = 16) -> dict[str, InputRounding]:
+    def input_rounding(self, layers: Sequence[Layer], block: int, rows: int = 256) -> dict[str, InputRounding]:
         """What MatMul or Gemm layers would lose if each row of their input were rounded to int8, by the largest of every
         `block` values, by layer name.
 
-        positions   rows per sample at most
+        rows   over all samples, roughly
         """
         by_name = {layer.name: layer for layer in layers}
+        positions = -(-rows // ((self.data.size if self.data is not None else None) or 32))
 
         def reduce(name: str, x: Array, sample: int) -> State:
             layer = by_name[name]
-            rows = patches(layer, x, positions, sample)[0].T.astype(np.float32)
-            spec = solve_minmax(rows, QuantSpec(8, block=(1, block)))
+            own = patches(layer, x, positions, sample)[0].T.astype(np.float32)
+            spec = solve_minmax(own, QuantSpec(8, block=(1, block)))
             matrix = layer.matrix(self.graph.constant(layer.weight))[0].T
-            signal, noise = np.split(np.concatenate([rows, rows - fake(rows, spec)]) @ matrix, 2)  # one product
-            values = {"power": rows, "signal": signal, "noise": noise}
+            signal, noise = np.split(np.concatenate([own, own - fake(own, spec)]) @ matrix, 2)  # one product
+            values = {"power": own, "signal": signal, "noise": noise}
             sums = {field: np.square(v, dtype=np.float64).sum(axis=0) for field, v in values.items()}
             return {f"{name}|sum_{field}": v if field == "power" else v.sum() for field, v in sums.items()}
 

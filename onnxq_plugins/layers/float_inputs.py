@@ -31,7 +31,7 @@ _TOLERANCE = 10**-3.7
 
 def keep_inputs_float(job: Job, specs: Mapping[str, QuantSpec]) -> dict[str, QuantSpec]:
     """Entries of a plan, with those of weights marked as decoded, or no longer so, by what the job's data show. Without data
-    they stay as they are. Width, block and graph decide, not whether a pass has solved the entry: a search gets what ships."""
+    they stay as they are. An entry's solution does not matter, so that a search gets what ships."""
     if job.calibration.data is None:
         return dict(specs)
     planned = Planned(job.graph, job.plan | Plan(specs), job.target)
