@@ -20,6 +20,7 @@ import onnx
 from onnx import helper
 
 from onnxq_plugins import runtimes
+from onnxq_plugins.calibration.reductions import add_reduction, add_slice
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import load_arrays, save_arrays
@@ -325,7 +326,7 @@ class Calibration:
                 step = _stride(int(np.prod([n for n in shape if isinstance(n, int)]))) if thin else 1
                 if step > 1 and self.graph.opset >= 10:  # dynamic axes count as 1; `reduce` thins the rest
                     source = f"{name}|thin"
-                    _add_slice(model, name, source, step)
+                    add_slice(model, name, source, step)
                 elif name in inputs:  # a model input cannot be an output at the same time
                     source = f"{name}|copy"
                     model.graph.node.append(helper.make_node("Identity", [name], [source]))
@@ -424,39 +425,9 @@ def _other_axes(graph: Graph, name: str, statistic: str) -> tuple[int, ...]:
     return tuple(a for a in range(len(shape)) if a != keep)
 
 
-def add_reduction(model: onnx.ModelProto, op: str, name: str, output: str, axes: tuple[int, ...] | None, opset: int) -> None:
-    """Add an operator that reduces tensor `name` over `axes` (None: all) to a new float model output, without these axes."""
-    inputs: list[str] = [name]
-    attrs: dict[str, Any] = {"keepdims": 0}
-    if axes == ():  # a vector of channels: to onnx no axes are all of them
-        op, inputs, attrs = ("Mul", [name, name], {}) if op == "ReduceSumSquare" else ("Identity", [name], {})
-    elif axes is not None and opset >= (13 if op == "ReduceSum" else 18):
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, np.int64), f"{output}|axes"))
-        inputs.append(f"{output}|axes")
-    elif axes is not None:
-        attrs["axes"] = list(axes)
-    model.graph.node.append(helper.make_node(op, inputs, [output], **attrs))
-    model.graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
-
-
 def _stride(size: int, limit: int = 16384) -> int:
     """Step of a subsample of at most `limit` values; odd, so that it is not in step with channels or rows."""
     return 1 if size <= limit else -(-size // limit) | 1
-
-
-def _add_slice(model: onnx.ModelProto, name: str, output: str, step: int) -> None:
-    """output = name.reshape(-1)[::step]"""
-    for label, value in (("flat", -1), ("start", 0), ("end", 2**62), ("axis", 0), ("step", step)):
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), f"{output}|{label}"))
-    model.graph.node.append(helper.make_node("Reshape", [name, f"{output}|flat"], [f"{output}|all"], f"{output}|reshape"))
-    model.graph.node.append(
-        helper.make_node(
-            "Slice",
-            [f"{output}|all", *(f"{output}|{part}" for part in ("start", "end", "axis", "step"))],
-            [output],
-            f"{output}|slice",
-        )
-    )
 
 
 def _check_finite(names: Iterable[str]) -> None:

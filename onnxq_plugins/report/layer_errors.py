@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import channel_axis
-from onnxq_plugins.calibration.statistics import add_reduction
+from onnxq_plugins.calibration.reductions import add_reduction
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.measure.arrays import decibels, energies
 from onnxq_plugins.plan.planned import Planned
