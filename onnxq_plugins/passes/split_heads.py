@@ -65,6 +65,8 @@ class SplitHeads(Pass):
         rows: dict[str, list[dict[str, Any]]] = {}
         for layer in heads:
             spec, ends = job.plan[layer.result], ranges[layer.result]
+            if ends[0].size != layer.channels:
+                continue  # of unknown rank
             parts = split_channels(*ends, spec, self.gain, self.below, self.parts)
             parts = neighbours if len(neighbours := runs(parts)) <= self.parts else parts
             if len(parts) > 1:

@@ -148,7 +148,7 @@ def test_operators_of_two_branches_stay_integer(ops, op, kernel):
 )
 def test_operators_between_layers_stay_integer(ops, op, kernel, attrs):
     model = image_net(lambda net: net.conv(net.op(op, net.conv("x", 3, 8), **attrs), 8, 4, 1))
-    found = ops(quantized(model, {"pass": [{"use": "ranges"}]}).model)
+    found = ops(quantized(model, {}).model)  # without passes: split-heads may give the last convolution two parts
     assert found[kernel] == 1
     assert found[op] == 0
     assert found["QuantizeLinear"] == found["DequantizeLinear"] == 1  # at the model's input and output
