@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every number here")
     parser.add_argument("--commands", action="store_true", help="run every command instead")
     parser.add_argument("--step", nargs=3, metavar=("STEP", "MODEL", "TOOL"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.step:
         step, path, tool = args.step
         print("\n" + json.dumps((make if step == "make" else measure)(args.folder, Path(path), tool)))
