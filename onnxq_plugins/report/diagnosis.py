@@ -317,8 +317,9 @@ def _layers(
     for name in others:
         maker = maker_of(graph, name)
         op = maker.op if maker is not None else "input"
-        known = causes_of(None, name, own[name])
-        layers.append(LayerError(f"tensor {name}", op, name, name, sqnr[name], own[name], causes=known))
+        error = own[f"tensor {name}"]
+        known = causes_of(None, name, error)
+        layers.append(LayerError(f"tensor {name}", op, name, name, sqnr[name], error, causes=known))
     return layers
 
 

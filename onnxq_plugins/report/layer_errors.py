@@ -122,7 +122,8 @@ def _add_outputs(model: onnx.ModelProto, names: Iterable[str]) -> None:
 
 
 def own_errors(planned: Planned, feeds: Feeds, tensors: Sequence[str] = ()) -> dict[str, Own]:
-    """Planned layers by name, and planned tensors by name -> the error that they add by themselves.
+    """Planned layers by name, and planned tensors as "tensor NAME", since a tensor may be called like a layer -> the error
+    that they add by themselves.
 
     tensors   planned activations that no layer reads: for these only the effect of rounding them is measured
     """
@@ -171,8 +172,8 @@ class _Copies:
 
     def add_tensor(self, name: str) -> None:
         """Add the error that rounding a tensor makes in itself."""
-        self._sum(name, "signal", name)
-        self._difference(name, "both", self._fake(name, name), name)
+        self._sum(f"tensor {name}", "signal", name)
+        self._difference(f"tensor {name}", "both", self._fake(name, name), name)
 
     def run(self, feeds: Feeds) -> dict[str, Own]:
         """The errors over all samples."""

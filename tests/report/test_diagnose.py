@@ -556,3 +556,16 @@ def test_a_model_brings_its_recipe(monkeypatch, tmp_path, capsys):
     ):
         code, out, err = run(*bad)
         assert code == 2 and told in err and err.count("\n") == 1
+
+
+def test_operators_may_have_the_names_of_their_outputs():
+    """As in models from TensorFlow: a layer, and a tensor beside it that is rounded too, have one name."""
+    net = Net(["N", 3, 8, 8])
+    x = net.conv("x", 3, 8)
+    pooled = net.op("Add", x, net.op("Sigmoid", x))
+    model = net.model(net.conv(pooled, 8, 8), net.head(net.op("Relu", net.conv(pooled, 8, 8)), 8))
+    for node in model.graph.node:
+        node.name = node.output[0]
+    result = onnxq.quantize(model, "int8", feeds(model, 8), workers=1)
+    diagnosis = diagnose(result)
+    assert {layer.name for layer in result.graph.layers} <= {entry.name for entry in diagnosis.layers}
