@@ -12,6 +12,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,8 @@ State = dict[str, Array]  # "tensor|field" -> array; the field's first letters s
 
 def _largest(a: Array, b: Array) -> Array:
     """The two rows with the largest first column."""
+    if len(a) > 1 and (b[:, 0] <= a[1, 0]).all():
+        return a
     rows = np.concatenate([a, b])
     return np.asarray(rows[np.argsort(-rows[:, 0], kind="stable")[:2]])
 
@@ -49,6 +52,13 @@ _MERGE: dict[str, Callable[[Array, Array], Array]] = {
     "peak": _largest,
 }
 _EXTREMES = {"low": "ReduceMin", "high": "ReduceMax", "sum": "ReduceSum"}
+
+
+@cache
+def _merge_of(field: str) -> Callable[[Array, Array], Array]:
+    return next(merge for prefix, merge in _MERGE.items() if field.startswith(prefix))
+
+
 _POOLED: dict[str, Callable[[Array], Any]] = {"low": np.min, "high": np.max, "sum": np.mean}
 T = TypeVar("T")
 
@@ -396,8 +406,10 @@ class Calibration:
                         state[key] = np.zeros(gram_shape(value)) if field == "gram" else value
                         if field != "gram":
                             continue
-                    merge = next(m for prefix, m in _MERGE.items() if field.startswith(prefix))
-                    state[key] = merge(*_alike(field, state[key], value))
+                    known = state[key]
+                    if known.shape != value.shape:
+                        known, value = _alike(field, known, value)
+                    state[key] = _merge_of(field)(known, value)
                 if checkpoint is not None and n % self.checkpoint == 0:
                     save_arrays(checkpoint, {**state, "next": np.array(n)})
         if checkpoint is not None and checkpoint.is_file():
