@@ -624,3 +624,19 @@ def test_a_weight_only_layer_beside_an_integer_one_keeps_its_scales():
         for beside in (False, True)
     ]
     np.testing.assert_array_equal(*scales)
+
+
+@pytest.mark.parametrize("wild", [1.0, 1e3])
+def test_a_sample_unlike_all_others_is_named(wild):
+    model = cnn()
+    samples = feeds(model, 16)
+    samples[5]["x"][0, 0, 0, 0] *= wild * 5
+    notes = quantize(model, "int8", samples, workers=1).report["notes"]
+    assert any("sample 5 reaches" in note for note in notes) == (wild > 1)
+
+
+def test_symmetric_activations_are_refused_once_not_tensor_by_tensor():
+    for target in ("ort-cpu", "openvino", "npu"):
+        with pytest.raises(OnnxqError) as caught:
+            quantize(mobilenet(), {"target": target, "activations": {"symmetric": True}}, feeds(mobilenet(), 4))
+        assert len(caught.value.problems) == 1 and "activations.symmetric = false" in str(caught.value)

@@ -59,6 +59,7 @@ def _merge_of(field: str) -> Callable[[Array, Array], Array]:
     return next(merge for prefix, merge in _MERGE.items() if field.startswith(prefix))
 
 
+_WATCHED = 8  # tensors at the start of a network, in which a sample unlike all others shows
 _POOLED: dict[str, Callable[[Array], Any]] = {"low": np.min, "high": np.max, "sum": np.mean}
 T = TypeVar("T")
 
@@ -158,8 +159,8 @@ class Calibration:
         return self._extremes(names)
 
     def outlier(self, names: Sequence[str]) -> tuple[str, int, float] | None:
-        """The tensor that one sample drives furthest beyond all others: its name, the number of the sample, and the largest
-        magnitude there relative to that of any other sample; None if there are less than two samples or no names."""
+        """The tensor, of the first few, that one sample drives furthest beyond all others: its name, the number of the
+        sample, and the largest magnitude there relative to that of any other sample; None with less than two samples."""
         state = self._summary(names)
         peaks = {n: state[f"{n}|peak"] for n in names if len(state.get(f"{n}|peak", ())) > 1}
         ratios = {n: float(p[0, 0] / max(p[1, 0], 1e-30)) for n, p in peaks.items() if p[0, 0] > 0}
@@ -290,6 +291,8 @@ class Calibration:
                 model.graph.node.append(helper.make_node("Size", [name], [f"{name}|size"]))
                 model.graph.output.append(helper.make_tensor_value_info(f"{name}|size", onnx.TensorProto.INT64, []))
 
+            watched = set(missing[:_WATCHED])
+
             def read(values: list[Array], sample: int) -> State:
                 state: State = {}
                 at = iter(values)
@@ -298,7 +301,7 @@ class Calibration:
                         state[f"{name}|{label}"] = np.asarray(next(at), np.float64)
                     positions = int(next(at)) / max(state[f"{name}|sum"].size, 1)
                     state[f"{name}|sum_positions"] = np.array(positions)
-                    if "low" in fields:
+                    if "low" in fields and name in watched:
                         peak = max(-float(state[f"{name}|low"].min()), float(state[f"{name}|high"].max()))
                         state[f"{name}|peak"] = np.array([[peak, sample]])
                 return state
