@@ -1,12 +1,18 @@
-"""Operators that reduce or thin a tensor inside a model, so that no whole activation leaves it."""
+"""Operators that reduce or thin a tensor inside a model, so that no whole activation leaves it; and how what samples give is
+merged."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper
+
+from onnxq_plugins.graph.patches import add_gram
+from onnxq_plugins.spec import Array
 
 
 def add_reduction(model: onnx.ModelProto, op: str, name: str, output: str, axes: tuple[int, ...] | None, opset: int) -> None:
@@ -37,3 +43,39 @@ def add_slice(model: onnx.ModelProto, name: str, output: str, step: int) -> None
             f"{output}|slice",
         )
     )
+
+
+# ---- merging what samples give -----------------------------------------------------------------------------------------
+
+
+def _largest(a: Array, b: Array) -> Array:
+    """The two rows with the largest first column."""
+    if len(a) > 1 and (b[:, 0] <= a[1, 0]).all():
+        return a
+    rows = np.concatenate([a, b])
+    return np.asarray(rows[np.argsort(-rows[:, 0], kind="stable")[:2]])
+
+
+_MERGE: dict[str, Callable[[Array, Array], Array]] = {
+    "low": np.minimum,
+    "high": np.maximum,
+    "sum": np.add,
+    "gram": add_gram,
+    "peak": _largest,
+}
+
+
+@cache
+def merge_of(field: str) -> Callable[[Array, Array], Array]:
+    """How two values of a field become one."""
+    return next(merge for prefix, merge in _MERGE.items() if field.startswith(prefix))
+
+
+_POOLED: dict[str, Callable[[Array], Any]] = {"low": np.min, "high": np.max, "sum": np.mean}
+
+
+def alike(field: str, a: Array, b: Array) -> tuple[Array, Array]:
+    """Two values of a field; pooled where samples differ in length along what counts as channels, such as [batch, time]."""
+    if field not in _POOLED or a.shape == b.shape:
+        return a, b
+    return np.asarray(_POOLED[field](a)), np.asarray(_POOLED[field](b))

@@ -12,63 +12,30 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import onnx
 from onnx import helper
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.calibration.reductions import add_reduction, add_slice
+from onnxq_plugins.calibration.reductions import add_reduction, add_slice, alike, merge_of
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import load_arrays, save_arrays
 from onnxq_plugins.graph import Graph, Layer, channel_axis
 from onnxq_plugins.graph.bodies import prune
-from onnxq_plugins.graph.patches import add_gram, gram_shape, patches, split
+from onnxq_plugins.graph.patches import gram_shape, patches, split
 from onnxq_plugins.parallel import Track, map_threads, silent
 from onnxq_plugins.spec import Array, QuantSpec, fake, solve_minmax
 
 Reader = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
 Run = tuple[onnx.ModelProto, dict[str, Array], Reader]  # model, its large weights, how its outputs become a state
 State = dict[str, Array]  # "tensor|field" -> array; the field's first letters say how two states merge
-
-
-def _largest(a: Array, b: Array) -> Array:
-    """The two rows with the largest first column."""
-    if len(a) > 1 and (b[:, 0] <= a[1, 0]).all():
-        return a
-    rows = np.concatenate([a, b])
-    return np.asarray(rows[np.argsort(-rows[:, 0], kind="stable")[:2]])
-
-
-_MERGE: dict[str, Callable[[Array, Array], Array]] = {
-    "low": np.minimum,
-    "high": np.maximum,
-    "sum": np.add,
-    "gram": add_gram,
-    "peak": _largest,
-}
 _EXTREMES = {"low": "ReduceMin", "high": "ReduceMax", "sum": "ReduceSum"}
-
-
-@cache
-def _merge_of(field: str) -> Callable[[Array, Array], Array]:
-    return next(merge for prefix, merge in _MERGE.items() if field.startswith(prefix))
-
-
 _WATCHED = 8  # tensors at the start of a network, in which a sample unlike all others shows
-_POOLED: dict[str, Callable[[Array], Any]] = {"low": np.min, "high": np.max, "sum": np.mean}
 T = TypeVar("T")
-
-
-def _alike(field: str, a: Array, b: Array) -> tuple[Array, Array]:
-    """Two values of a field; pooled where samples differ in length along what counts as channels, such as [batch, time]."""
-    if field not in _POOLED or a.shape == b.shape:
-        return a, b
-    return np.asarray(_POOLED[field](a)), np.asarray(_POOLED[field](b))
 
 
 @dataclass(frozen=True, eq=False)
@@ -411,8 +378,8 @@ class Calibration:
                             continue
                     known = state[key]
                     if known.shape != value.shape:
-                        known, value = _alike(field, known, value)
-                    state[key] = _merge_of(field)(known, value)
+                        known, value = alike(field, known, value)
+                    state[key] = merge_of(field)(known, value)
                 if checkpoint is not None and n % self.checkpoint == 0:
                     save_arrays(checkpoint, {**state, "next": np.array(n)})
         if checkpoint is not None and checkpoint.is_file():
