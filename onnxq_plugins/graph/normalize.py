@@ -15,7 +15,7 @@ import onnx
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph.bodies import all_graphs, bodies, outer_reads, rename_outer_reads
+from onnxq_plugins.graph.bodies import all_graphs, bodies, outer_reads, rename_outer_reads, set_nodes
 from onnxq_plugins.graph.layer import LAYER_OPS
 
 _LARGE = 1024  # bytes of a constant in a body from which on it is moved out
@@ -100,9 +100,7 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> None:
         else:
             graph.initializer.append(tensor)
     if len(nodes) < len(graph.node):
-        copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-        del graph.node[:]
-        graph.node.extend(copies)
+        set_nodes(graph, nodes)
 
 
 def _constant_tensor(node: onnx.NodeProto) -> TensorProto | None:
@@ -219,9 +217,7 @@ def _sort(graph: onnx.GraphProto, where: str) -> None:
     except CycleError as error:
         name = graph.node[error.args[1][0]].name
         raise OnnxqError(f"{where}: operator '{name}' depends on its own output; export the model again.") from error
-    copies = [onnx.NodeProto.FromString(graph.node[i].SerializeToString()) for i in order]
-    del graph.node[:]
-    graph.node.extend(copies)
+    set_nodes(graph, [graph.node[i] for i in order])
 
 
 # ---- branches -------------------------------------------------------------------------------------------------------------
@@ -242,9 +238,7 @@ def inline_branches(proto: onnx.ModelProto, decided: Mapping[str, bool]) -> None
             nodes += _branch(graph, node, body, names)
         else:
             nodes.append(node)
-    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
+    set_nodes(graph, nodes)
     name_nodes(graph)
 
 

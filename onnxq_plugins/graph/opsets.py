@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from onnxq_plugins.graph.bodies import all_graphs
+from onnxq_plugins.graph.bodies import all_graphs, set_nodes
 from onnxq_plugins.spec import Array
 
 # Oldest and newest that are read; QDQ with a scale per channel needs 13; int4 and int16 codes and blocks need 21.
@@ -47,9 +47,7 @@ def raise_opset(model: onnx.ModelProto, version: int) -> None:
         for node in graph.node:
             nodes += _raised(graph, names, node, before, version)
         if len(nodes) != len(graph.node):
-            copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-            del graph.node[:]
-            graph.node.extend(copies)
+            set_nodes(graph, nodes)
     for entry in model.opset_import:
         if not entry.domain:
             entry.version = version
@@ -192,7 +190,5 @@ def expand_all(model: onnx.ModelProto) -> None:
         return name
 
     nodes = [new for node in model.graph.node for new in expand(node, opset, constant)]
-    nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    set_nodes(model.graph, nodes)
     model.graph.initializer.extend(added.values())

@@ -7,7 +7,7 @@ import numpy as np
 from onnxq_plugins import quantize
 from onnxq_plugins.passes import bias_correct
 from onnxq_plugins.plan.values import weight_values
-from tests.zoo import Net, batch, feeds, mobilenet, run
+from tests.zoo import Net, batch, feeds, mobilenet
 
 RECIPE = {"weights": {"bits": 4}, "pass": [{"use": "ranges"}, {"use": "bias-correct"}]}
 
@@ -21,12 +21,11 @@ def test_taps_that_read_padding_count_less(monkeypatch):
     result = quantize(model, RECIPE, samples, workers=1)
     layer = result.graph.layers[1]
     error = result.graph.constant(layer.weight) - weight_values(layer, result.plan[layer.weight])
-    x = np.maximum(run(result.graph, batch(samples))[0] * 0, 0)  # only its shape: the input is computed below
     first = result.graph.layers[0]
     inputs = np.einsum("oi,nit->not", result.graph.constant(first.weight)[:, :, 0], batch(samples)["x"])
     inputs = np.maximum(inputs + result.graph.constant(first.bias)[:, None], 0)
     padded = np.pad(inputs, ((0, 0), (0, 0), (2, 2)))
-    errors = np.stack([np.einsum("oik,nik->no", error, padded[:, :, t : t + 5]) for t in range(x.shape[-1])])
+    errors = np.stack([np.einsum("oik,nik->no", error, padded[:, :, t : t + 5]) for t in range(3)])
     np.testing.assert_allclose(result.plan[layer.weight].shift, errors.mean(axis=(0, 1)), rtol=0.2, atol=0.02)
 
 
