@@ -64,6 +64,7 @@ def session(
     arena: bool = True,
     profile: str | Path | None = None,
     folder: Path | None = None,
+    written: bool = False,
 ) -> Session:
     """An onnxruntime session on the CPU.
 
@@ -74,6 +75,8 @@ def session(
     lean       do not plan memory in advance: needs less of it, runs a little slower
     arena      keep freed memory for the next run; without it every tensor is allocated on its own
     folder     of the model's external data, unless the model is a path; the data are mapped, not read, and not repacked
+    written    compute what the model says, rounding by rounding: operators between Q/DQ pairs stay float ones, which no machine
+               saturates, and everything else is optimized
     profile    time every kernel, at some microseconds each; `end_profiling` writes a file with this prefix
 
     Raises OnnxqError if onnxruntime refuses the model; so do its runs if they fail.
@@ -89,6 +92,8 @@ def session(
     if folder is not None:
         options.add_session_config_entry(_FOLDER, str(folder.resolve()))
         options.add_session_config_entry(_NO_PREPACKING, "1")
+    if written:
+        options.add_session_config_entry(_AS_WRITTEN, "1")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
@@ -114,6 +119,7 @@ def session(
         raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300].rstrip('.')}.") from error
 
 
+_AS_WRITTEN = "session.disable_quant_qdq"
 _FOLDER, _NO_PREPACKING = "session.model_external_initializers_file_folder_path", "session.disable_prepacking"
 
 
