@@ -75,25 +75,16 @@ def session(
     lean       do not plan memory in advance: needs less of it, runs a little slower
     arena      keep freed memory for the next run; without it every tensor is allocated on its own
     folder     of the model's external data, unless the model is a path; the data are mapped, not read, and not repacked
-    written    compute what the model says, rounding by rounding: operators between Q/DQ pairs stay float ones, which no machine
-               saturates, and everything else is optimized
+    written    round where the model says so: layers between Q/DQ pairs are float ones, which no machine saturates, and all
+               other optimizations remain
     profile    time every kernel, at some microseconds each; `end_profiling` writes a file with this prefix
 
     Raises OnnxqError if onnxruntime refuses the model; so do its runs if they fail.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    options.enable_mem_pattern = not lean
-    options.enable_cpu_mem_arena = arena
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options = _options(threads, optimize, lean, arena, written)
     if folder is not None:
         options.add_session_config_entry(_FOLDER, str(folder.resolve()))
         options.add_session_config_entry(_NO_PREPACKING, "1")
-    if written:
-        options.add_session_config_entry(_AS_WRITTEN, "1")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
@@ -117,6 +108,20 @@ def session(
             raise unknown from error
         text = " ".join(str(error).split())
         raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300].rstrip('.')}.") from error
+
+
+def _options(threads: int, optimize: bool, lean: bool, arena: bool, written: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.enable_mem_pattern = not lean
+    options.enable_cpu_mem_arena = arena
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if written:
+        options.add_session_config_entry(_AS_WRITTEN, "1")
+    return options
 
 
 _AS_WRITTEN = "session.disable_quant_qdq"
