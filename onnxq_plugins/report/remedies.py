@@ -3,7 +3,6 @@ about what was measured; nothing here has been tried. None undoes what the recip
 
 from __future__ import annotations
 
-import glob
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from onnxq_plugins.errors import Reason
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import LayerRule, Pass, Recipe, Stage, changed, parameters
 from onnxq_plugins.passes import Equalize, Ranges, Round
+from onnxq_plugins.plan.floats import layer_rule
 from onnxq_plugins.recipe import to_block
 from onnxq_plugins.targets import Target
 
@@ -93,11 +93,6 @@ class Scene:
     def use(self, step: Pass, text: str) -> list[Remedy]:
         """The remedy that inserts a pass; none if the recipe has one of that name."""
         return [] if any(step.name == other.name for other in self.recipe.passes) else [Remedy(text, passes=(step,))]
-
-
-def layer_rule(name: str, **settings: Any) -> LayerRule:
-    """A rule for one layer, whatever characters its name has."""
-    return LayerRule(match=glob.escape(name), **settings)
 
 
 def layer_remedy(layer: str, text: str, **settings: Any) -> Remedy:
