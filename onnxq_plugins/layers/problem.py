@@ -16,12 +16,13 @@ Why it is posed this way:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from onnxq_plugins.calibration import Gram
+from onnxq_plugins.calibration.shapes import spatial_sizes
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.patches import blocks
@@ -175,6 +176,24 @@ def bias_shift(graph: Graph, layer: Layer, spec: QuantSpec, mean: Array, sizes: 
     summed = error.reshape(*error.shape[:2], -1, taps) @ inside  # [groups, outputs, inputs]
     shift: Array = np.einsum("goi,gi->go", summed, mean.reshape(layer.groups, -1)).reshape(-1)
     return shift
+
+
+def correct_biases(job: Job, layers: Sequence[Layer], means: Mapping[str, Array] | None = None) -> None:
+    """Plan for each solved Conv and Gemm the shift of its bias that takes back the mean error of its codes.
+
+    means   of the inputs per channel, by layer name, of those that are to be corrected; None: over the calibration data
+    """
+    layers = [y for y in layers if y.op in ("Conv", "Gemm") and (y.name in means if means is not None else True)]
+    if means is None:
+        layers = [y for y in layers if job.graph.shape(y.input) is not None]
+        by_input = job.calibration.means([y.input for y in layers]) if layers else {}
+        means = {y.name: by_input[y.input] for y in layers}
+    data = job.calibration.data
+    sizes = spatial_sizes(job.graph, layers, None if data is None else next(iter(data)))
+    for layer in layers:
+        spec = job.plan[layer.weight]
+        shift = bias_shift(job.graph, layer, spec, means[layer.name], sizes.get(layer.name, ()))
+        job.plan |= {layer.weight: replace(spec, shift=shift.astype(np.float32))}
 
 
 def white_inputs(layer: Layer, limit: int) -> Gram:

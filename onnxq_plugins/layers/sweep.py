@@ -86,7 +86,7 @@ class _Network:
         model = helper.make_model(graph, opset_imports=self.proto.opset_import)
         model.ir_version = self.proto.ir_version
         weights = {name: self.floats[name] for name in needed if name in self.floats}
-        session = runtimes.session(model, weights=weights, lean=True, arena=False)
+        session = runtimes.session(model, weights=weights, lean=True, arena=False, written=True)
         self.live |= {name: [_GONE] * self.samples for name in outputs}
         return _Step(self, keep, session, inputs, outputs)
 
