@@ -16,31 +16,36 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import Calibration, Histogram
 from onnxq_plugins.data import open_data
-from onnxq_plugins.errors import OnnxqError, Reason
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.job import Job
 from onnxq_plugins.layers.complete import complete
+from onnxq_plugins.measure.arrays import decibels as energy_decibels
+from onnxq_plugins.measure.arrays import is_float
 from onnxq_plugins.measure.samples import Samples
+from onnxq_plugins.measure.unlike import part_energies, part_name, parts
 from onnxq_plugins.parallel import run_all
 from onnxq_plugins.plan.floats import FloatSets
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.search.quantizers import Group, multiply_adds, quantizer_groups
 from onnxq_plugins.search.widths import ALONE
-from onnxq_plugins.spec import Array, Plan, QuantSpec, from_range, solve_minmax, weight_codes
+from onnxq_plugins.spec import Array, Plan, QuantSpec, decode, from_range, solve_minmax, weight_codes
 from onnxq_plugins.targets.refusals import problems
 
 _MOST = 8  # layers that one tensor may need in float
-_EVALUATIONS = 200  # of parts alone
-_ROUNDS = 12  # of measuring the network
-_ALONE = 2  # samples for parts alone
+_ROUNDS = 8  # of measuring the network for one level
+_NEARLY = 0.2  # of the noise of the worst quantizer: one that has it may come first
+_CHEAP = 0.01  # share of the multiply-adds below which layers are equally cheap
+_ALONE = 4e8  # multiply-adds over the samples for one part alone; at least one sample, at most four
+_WORK = 6e10  # multiply-adds for all parts alone
+_EVALUATIONS = (32, 200)  # of parts alone, at least and at most
 WIDE = 16  # bits of what is kept wide
 
 
@@ -51,6 +56,7 @@ class Fallback:
     plan     with the culprits in float or in 16 bits
     floats   operators that became float, in the order of the network
     wide     activations that became 16 bits wide
+    constants  outside layers that became float
     sqnr     dB of each output of floats
     work     share of the network's multiply-adds in `floats`
     """
@@ -58,6 +64,7 @@ class Fallback:
     plan: Plan
     floats: tuple[str, ...]
     wide: tuple[str, ...]
+    constants: tuple[str, ...]
     sqnr: Array
     work: float
 
@@ -74,50 +81,58 @@ class Search:
     """A search on a job whose plan is solved.
 
     samples   the network is judged on
+    brief     look for few culprits only
     """
 
-    def __init__(self, job: Job, samples: Samples) -> None:
+    def __init__(self, job: Job, samples: Samples, brief: bool = False) -> None:
         self.job, self.samples = job, samples
-        few = samples.feeds[:_ALONE]
-        self.few = Samples(few, samples.names, [v[:_ALONE] for v in samples.reference], None, samples.axes)
+        self.work = multiply_adds(job.graph, samples.feeds[0])
+        total = max(float(sum(self.work.values())), 1.0)
+        count = int(min(max(_ALONE / total, 1), 4))
+        few = samples.feeds[:count]
+        self.few = Samples(few, samples.names, [v[:count] for v in samples.reference], None, samples.axes)
+        least, most = _EVALUATIONS
+        self.left = least if brief else int(min(max(_WORK / total / count, least), most))  # evaluations
         self.sets = FloatSets(job.graph, job.recipe, job.target, _MOST)
         self.base = self.sets.plan(())
         self._inputs = job.calibration.data.inputs if job.calibration.data is not None else []
-        self.work = multiply_adds(job.graph, samples.feeds[0])
-        self.evaluated = 0
         planned = Planned.of(job)
         self.read_by: dict[str, list[str]] = defaultdict(list)  # activation -> weights of the layers that read its codes
         for layer in planned.layers:
             self.read_by[planned.input(layer)].append(layer.weight)
         self.coded = planned.coded | {name for name in planned.activations if name not in self.read_by}
+        self.constants = set(planned.constants)
         self._wide: dict[str, QuantSpec] = {}
 
     def measured(self, plan: Plan) -> Array:
         """dB of each output of floats, of the network as it is written: the same on every machine."""
-        session = runtimes.session(export(self.job.graph, plan, self.job.target), optimize=False)
-        return _decibels(self.samples, session)
+        return decibels(self.job, self.samples, plan)
 
-    def run(self, least: float, most: float) -> list[Fallback]:
-        """The networks that were measured on the way to `least` dB at each output, the last of which reaches it, if one can
-        within the allowed work.
+    def run(self, levels: Sequence[float], most: float) -> Fallback | None:
+        """The network that reaches the highest of some levels, dB of each output; if none reaches the lowest, the best that
+        was measured; None if there is nothing that can be kept from 8 bits.
 
-        most   share of the multiply-adds that may become float
+        levels  ascending
+        most    share of the multiply-adds that may be float for more than the lowest level
         """
-        found: list[Fallback] = []
-        target, now = least, Fallback(self.job.plan, (), (), self.measured(self.job.plan), 0.0)
+        now = Fallback(self.job.plan, (), (), (), self.measured(self.job.plan), 0.0)
+        best: Fallback | None = None
         parts = [_Part(names, np.empty(0)) for names in self._runs() if names]
         self._evaluate(parts)
-        for _ in range(_ROUNDS):
-            allowed = 10 ** (-target / 10)
-            after = self._reduced(now, parts, allowed, most)
-            if after is None:
-                break
-            now = replace(after, sqnr=self.measured(after.plan))
-            found.append(now)
-            if now.sqnr.min() >= least:
-                break
-            target = target + max(min(least - float(now.sqnr.min()), 3.0), 0.5)
-        return found
+        for n, level in enumerate(levels):
+            target = level
+            for _ in range(_ROUNDS):
+                if now.sqnr.min() >= level:
+                    break
+                measured, alone = 10 ** (-now.sqnr / 10), sum((part.noise for part in parts), np.zeros(1))
+                allowed = alone / measured * 10 ** (-target / 10)  # what the parts alone may add up to
+                after = self._reduced(now, parts, allowed, most if n else 1.0)
+                if after is None:
+                    return best
+                now = replace(after, sqnr=self.measured(after.plan))
+                best = now if best is None or now.sqnr.min() > best.sqnr.min() else best
+                target += max(min(level - float(now.sqnr.min()), 3.0), 0.5)
+        return best
 
     def _runs(self) -> list[tuple[str, ...]]:
         """The quantizers by what they lose where they are, the worst first, in runs that grow: the culprits are mostly among
@@ -128,8 +143,9 @@ class Search:
         lost = {name: _lost(histograms[name], self.job.plan[name]) for name in planned.activations}
         for layer in planned.layers:
             weight = graph.constant(layer.weight)
-            error = weight - weight_values(layer, self.job.plan[layer.weight]).reshape(weight.shape)
-            lost[layer.weight] = float(np.square(error).sum() / max(float(np.square(weight).sum()), 1e-30))
+            lost[layer.weight] = _relative(weight, weight_values(layer, self.job.plan[layer.weight]))
+        for name, spec in planned.constants.items():
+            lost[name] = _relative(graph.constant(name), decode(spec.codes, spec)) if spec.codes is not None else 0.0
         names = sorted(lost, key=lambda name: -lost[name])
         runs, at = [], 0
         while at < len(names):
@@ -147,7 +163,7 @@ class Search:
             exact = {name: self._exact(name) for key in part.names for name in self.read_by.get(key, ()) if name not in own}
             model = export(self.job.graph, Plan({**exact, **own}), ALONE, self.coded).SerializeToString()
             calls.append(partial(_noise, np.frombuffer(model, np.uint8), self.few))
-        self.evaluated += len(parts)
+        self.left -= len(parts)
         for part, noise in zip(parts, run_all(calls, self.job.workers), strict=True):
             part.noise = noise
 
@@ -160,15 +176,15 @@ class Search:
             self._wide[weight] = replace(spec, codes=weight_codes(values, spec))
         return self._wide[weight]
 
-    def _reduced(self, now: Fallback, parts: list[_Part], allowed: float, most: float) -> Fallback | None:
+    def _reduced(self, now: Fallback, parts: list[_Part], allowed: Array, most: float) -> Fallback | None:
         """The plan after culprits were taken out, until the noise of the rest adds up to what is allowed; None if nothing
-        was, or can be."""
+        was, or can be, or if that is too much work in float."""
         before = now
-        while self.evaluated < _EVALUATIONS:
+        while self.left > 0:
             total = sum((part.noise for part in parts), np.zeros(1))
             if not parts or (total <= allowed).all():
                 break
-            worst = max(parts, key=lambda part: float(np.where(total > allowed, part.noise, 0).max()))
+            worst = self._worst(parts, total > allowed)
             parts.remove(worst)
             left = tuple(name for name in worst.names if name in now.plan and now.plan[name].bits < WIDE)
             if len(left) < len(worst.names):
@@ -181,25 +197,42 @@ class Search:
                 self._evaluate(halves)
                 parts += halves
                 continue
-            now = self._without(now, left[0], most) or now
+            now = self._without(now, left[0]) or now
+            if now.work > most:
+                return None
         return None if now is before else now
 
-    def _without(self, now: Fallback, name: str, most: float) -> Fallback | None:
-        """The plan with one more quantizer in 16 bits or in float; None if that is impossible, or too much work."""
+    def _worst(self, parts: Sequence[_Part], open_outputs: Array) -> _Part:
+        """The noisiest part at the outputs that are not good enough; of single quantizers nearly as noisy the one whose
+        layers are the least work."""
+        noise = [float(np.where(open_outputs, part.noise, 0).max()) for part in parts]
+        top = int(np.argmax(noise))
+        if len(parts[top].names) > 1:
+            return parts[top]
+        near = [n for n, part in enumerate(parts) if len(part.names) == 1 and noise[n] >= _NEARLY * noise[top]]
+        whole = max(float(sum(self.work.values())), 1.0)
+
+        def price(n: int) -> float:
+            return _CHEAP + sum(self.work.get(name, 0) for name in self.sets.names(parts[n].names[0])) / whole
+
+        return parts[max(near, key=lambda n: noise[n] / price(n))]
+
+    def _without(self, now: Fallback, name: str) -> Fallback | None:
+        """The plan with one more quantizer in 16 bits or in float; None if that is impossible."""
         if wide := self._widened(now.plan, name):
             return replace(now, plan=now.plan | wide, wide=(*now.wide, *wide))
+        if name in self.constants:
+            return replace(now, plan=now.plan.without(name), constants=(*now.constants, name))
         names = self.sets.names(name)
         floats = tuple(sorted({*now.floats, *names}, key=lambda n: self.sets.order[n]))
         if not names or floats == now.floats:
             return None
         work = sum(self.work.get(n, 0) for n in floats) / max(sum(self.work.values()), 1)
-        if work > most:
-            return None
         try:
             wanted = self.sets.plan(floats)
         except OnnxqError:
             return None
-        kept = Plan({n: spec for n, spec in now.plan.items() if n in wanted or n not in self.base})
+        kept = Plan({n: s for n, s in now.plan.items() if n in wanted or n not in self.base or n in self.constants})
         fresh = Plan({n: spec for n, spec in wanted.items() if n not in self.base and n not in kept})
         trial = replace(self.job, plan=kept | fresh)
         planned = Planned.of(trial)
@@ -217,12 +250,17 @@ class Search:
         rules = (self.job.target.rule(layers[n], plan[layers[n].weight], WIDE) for n in group.layers)
         if any(rule is None for rule in rules):
             return Plan({})
-        return Plan(
-            {n: from_range(*plan[n].value_range, replace(plan[n].request(), bits=WIDE)) for n in group.activations}
-        )
+        return Plan({n: from_range(*plan[n].value_range, replace(plan[n].request(), bits=WIDE)) for n in group.activations})
 
     def _groups(self, plan: Plan) -> Sequence[Group]:
         return quantizer_groups(self.job.graph, plan, self.job.target)
+
+
+def _relative(exact: Array, rounded: Array) -> float:
+    """The square of an error relative to that of the values."""
+    return float(
+        np.square(exact - rounded).sum(dtype=np.float64) / max(float(np.square(exact).sum(dtype=np.float64)), 1e-30)
+    )
 
 
 def _lost(histogram: Histogram, spec: QuantSpec) -> float:
@@ -234,9 +272,22 @@ def _lost(histogram: Histogram, spec: QuantSpec) -> float:
     return float((float(np.asarray(spec.scale)) ** 2 / 12 + over) / max(spread, 1e-30))
 
 
+def decibels(job: Job, samples: Samples, plan: Plan) -> Array:
+    """dB of each output of floats of a quantized network as it is written, the same on every machine; of each part of an
+    output that holds two things (`measure.unlike`)."""
+    return _decibels(samples, runtimes.session(export(job.graph, plan, job.target), written=True, lean=True))
+
+
+def judged(samples: Samples) -> list[str]:
+    """What `decibels` has a value of: outputs and parts of outputs, by name."""
+    columns = zip(samples.names, samples.reference, strict=True)
+    return [part_name(name, part) for name, values in columns if is_float(values) for part in parts(values)]
+
+
 def _decibels(samples: Samples, session: runtimes.Session) -> Array:
-    """dB of each output of floats."""
-    return np.array([row.sqnr for row in samples.table(samples.outputs(session)) if row.sqnr is not None])
+    columns = list(zip(samples.reference, samples.outputs(session), strict=True))
+    rows = [part_energies(y, z, part) for y, z in columns if is_float(y) for part in parts(y)]
+    return np.array([energy_decibels(row) for row in rows])
 
 
 def _noise(model: Array, samples: Samples) -> Array:
