@@ -20,16 +20,18 @@ from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.measure.networks import Measure
 from onnxq_plugins.measure.samples import RANDOM, Samples
 from onnxq_plugins.parallel import Track, cores, silent
+from onnxq_plugins.plan.floats import FloatSets
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.report.attempts import Attempt, try_remedies
 from onnxq_plugins.report.causes import Activation, Cause, causes
-from onnxq_plugins.report.float_layers import FloatLayer, LayersToFloat, float_layers
+from onnxq_plugins.report.float_layers import FloatLayer, float_layers
 from onnxq_plugins.report.layer_errors import Own, accumulated_errors, own_errors
 from onnxq_plugins.report.remedies import Remedy, Scene
 from onnxq_plugins.runtimes.accumulators import needs
 from onnxq_plugins.search.widths import ALONE
 from onnxq_plugins.spec import Array, Plan
 
+_MOST = 4  # layers that a remedy may make float
 _TOP = 3  # remedies of a layer that are shown and tried
 _ALONE = 4  # samples for networks with one layer quantized: enough to rank layers
 
@@ -301,7 +303,8 @@ def _layers(
     own = own_errors(planned, feeds, others)
     sqnr = accumulated_errors(graph, result.model, [*(y.result for y in graph.layers), *others], feeds)
     equalizable = {m.tensor for g in channel_groups(graph, "rescale", clips=True) for m in g.members if not m.constant}
-    scene = Scene(result.target, result.recipe, frozenset(equalizable), LayersToFloat(result).names)
+    floating = FloatSets(graph, result.recipe, result.target, _MOST).names
+    scene = Scene(result.target, result.recipe, frozenset(equalizable), floating)
 
     def causes_of(layer: Layer | None, key: str, error: Own) -> tuple[Cause, ...]:
         spec = plan[layer.weight] if layer is not None else None
