@@ -22,6 +22,7 @@ from onnxq_plugins.passes.split_weights import SplitWeights as SplitWeights
 from onnxq_plugins.passes.sub_layer import SubLayer as SubLayer
 from onnxq_plugins.passes.subtensor import Subtensor as Subtensor
 from onnxq_plugins.passes.vector_scale import VectorScale as VectorScale
+from onnxq_plugins.passes.widen import Widen as Widen
 
 BUILTIN: tuple[type[Pass], ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, type) and issubclass(value, Pass) and value is not Pass
