@@ -121,6 +121,17 @@ class Calibration:
         """True if there are samples, so that statistics can be computed."""
         return self.data is not None
 
+    def carry(self, before: str) -> None:
+        """Keep what is known, where the graph was rewritten so that the tensors that kept their names kept their values.
+
+        before   `Graph.digest` of the graph as it was
+        """
+        after = self.graph.digest()
+        for (digest, statistic), state in list(self._known.items()):
+            if digest == before:
+                kept = {key: values for key, values in state.items() if key.rpartition("|")[0] in self.graph}
+                self._known[after, statistic] = kept
+
     def ranges(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """Exact (minimum, maximum) of each tensor."""
         return self._extremes(names)
@@ -243,7 +254,7 @@ class Calibration:
         """Statistics that onnxruntime reduces inside the graph: one small output per (tensor, field), and positions.
 
         fields   label -> the operator that reduces a tensor to one value per channel (to one in all if its rank is unknown)
-        others   tensors whose statistics are computed along, which may be NaN or infinite
+        others   tensors whose statistics are computed along with those of others, which may be NaN or infinite
         """
 
         def outputs(missing: Sequence[str]) -> Run:
@@ -275,7 +286,7 @@ class Calibration:
 
             return model, weights, read
 
-        state = self._fold(statistic, [*names, *others], outputs)
+        state = self._fold(statistic, names, outputs, others)
         _check_finite(name for name in names for label in sorted(fields) if not _finite(state[f"{name}|{label}"]))
         return state
 
@@ -321,7 +332,10 @@ class Calibration:
 
         return self._fold(statistic, names, outputs)
 
-    def _fold(self, statistic: str, names: Sequence[str], outputs: Callable[[Sequence[str]], Run]) -> State:
+    def _fold(
+        self, statistic: str, names: Sequence[str], outputs: Callable[[Sequence[str]], Run], others: Sequence[str] = ()
+    ) -> State:
+        """The state of a statistic with all `names`, and with `others` where there is a run."""
         if not names:
             return {}
         if self.data is None:
@@ -338,6 +352,7 @@ class Calibration:
         available = {key.partition("|")[0] for key in known}
         missing = [n for n in dict.fromkeys(names) if n not in available]
         if missing:
+            missing = [n for n in dict.fromkeys([*names, *others]) if n not in available]
             state = self._run(statistic, missing, outputs(missing), file)
             known.update(state)
             if file is not None:

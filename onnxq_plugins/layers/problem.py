@@ -16,12 +16,15 @@ Why it is posed this way:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from onnxq_plugins.calibration import Gram
+from onnxq_plugins.calibration.shapes import spatial_sizes
+from onnxq_plugins.data.samples import spread
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.patches import blocks
@@ -33,7 +36,7 @@ from onnxq_plugins.layers.sweep import LayerStatistics
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.solvers.accumulator import bounded, within
-from onnxq_plugins.solvers.gram import narrow, nearest, regress, ridge, row_loss, widen
+from onnxq_plugins.solvers.gram import narrow, nearest, refit, ridge, row_loss, share_of, widen
 from onnxq_plugins.solvers.rounding import Effort, Method, solve
 from onnxq_plugins.spec import Array, QuantSpec, solve_minmax
 
@@ -42,7 +45,18 @@ from onnxq_plugins.spec import Array, QuantSpec, solve_minmax
 SHRINK_ROUNDING, SHRINK_REGRESSION = 1.0, 20.0
 DESCENT = 2  # rounds of coordinate descent over tiles
 _AT_ONCE = 2**22  # numbers per array that a solver is called with: wide layers are solved block by block
+_SINGLE = 512  # inputs from which on solvers get float32
+_ROWS = 256  # of a layer on which solutions are compared
 _GRAMS = 2**29  # bytes of Gram matrices in memory at once
+
+
+class Solution(NamedTuple):
+    """The solved entry of a layer's weight; its loss on all patches relative to that of the nearest codes with the same
+    scale; and the share of the way from W to the weights that fit the quantized inputs best."""
+
+    spec: QuantSpec
+    loss: float
+    share: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,25 +86,71 @@ class Problem:
         spec = replace(job.plan[layer.weight], codes=None, shift=None)
         return Problem(layer, weight, spec, scale_floor(job, layer, spec), statistics, shift and layer.takes_bias)
 
-    def solve(self, method: Method, effort: Effort, search: bool = True) -> tuple[QuantSpec, float]:
-        """The entry with scale (searched if it was open and `search` is set), codes and shift, and its loss relative to that
-        of rounding to the nearest with the same scale."""
+    def solve(self, method: Method, effort: Effort, search: bool = True) -> Solution:
+        """The entry with scale (searched if it was open and `search` is set), codes and shift. Where patches are held out,
+        they say how far the weights go towards those that fit the quantized inputs, and whether plain codes are better."""
+        share, learned = self._trial(method, effort)
+        if not learned:
+            return Solution(self._plain(), 1.0, 0.0)
         spec, loss, base = self.spec, 0.0, 0.0
-        w, h = self._target()
+        w, h = self._target(share)
         if not spec.solved:
             rounds = DESCENT if method == "nearest" else 0
             spec = self.scaled(w, h, rounds) if search else self._widened(solve_minmax(self.weight, spec))
         size = narrow(row_steps(self.layer, spec), h, 1.0)
         exact = narrow(self.layer.matrix(self.weight), h)
-        codes = np.empty(w.shape, np.int8 if spec.bits <= 8 else np.int32)
+        codes = np.empty(w.shape, _code_type(spec))
         for part in _parts(w, h):
             one = size[part] if len(size) > 1 else size
-            target = w[part].astype(np.float64)
-            start = nearest(exact[part].astype(np.float64), one, spec.grid)
-            codes[part] = solve(method, target, h[part], one, spec.grid, effort, start)
-            loss += float(row_loss(target - one * codes[part], h[part]).sum())
-            base += float(row_loss(target - one * start, h[part]).sum())
-        return self._entry(spec, widen(codes, self.layer.matrix_shape)), loss / base if base > 0 else 1.0
+            target = w[part].astype(h.dtype)
+            found = solve(method, target, h[part], one, spec.grid, effort, nearest(exact[part], one, spec.grid))
+            codes[part] = found.codes
+            loss, base = loss + float(found.loss.sum()), base + float(found.base.sum())
+        return Solution(self._entry(spec, widen(codes, self.layer.matrix_shape)), loss / base if base > 0 else 1.0, share)
+
+    def _trial(self, method: Method, effort: Effort) -> tuple[float, bool]:
+        """What a solution on the other patches is worth on those that are held out: the share a in [0, 1] of the way from W
+        to the weights that fit the quantized inputs with the least error there, and whether the codes of W + a (W' - W) have
+        less error there than plain ones, at the scale of the latter and on some of the rows."""
+        statistics = self.statistics
+        held = statistics.judged if isinstance(statistics, LayerStatistics) else None
+        if held is None or not isinstance(statistics, LayerStatistics):
+            return 1.0, True
+        seen, slope, curve = statistics.others(), 0.0, 0.0
+        w = narrow(self.layer.matrix(self.weight), seen.h)
+        amount = seen.h.shape[1] / max(seen.count, 1)
+        parts = []
+        for part in _parts(w, seen.h):
+            (h, left), (judged, there) = (self._moments(one, w, part, seen) for one in (seen, held))
+            move = None if left is None else refit(h, left, SHRINK_REGRESSION * amount)
+            if move is not None and there is not None:
+                up, down = share_of(move, judged, there)
+                slope, curve = slope + up, curve + down
+            parts.append((part, ridge(h, SHRINK_ROUNDING * amount), judged, there, move))
+        share = min(max(slope / curve, 0.0), 1.0) if curve > 0 else 0.0
+        spec = self._spec_without_search()
+        size = narrow(row_steps(self.layer, spec), seen.h, 1.0)
+        method = method if method in ("nearest", "gpfq", "descent") else "gptq"
+        gain = 0.0
+        for part, h, judged, there, move in parts:
+            rows = np.asarray(spread(w.shape[1], _ROWS))
+            exact, one = w[part][:, rows].astype(h.dtype), (size[part] if len(size) > 1 else size)[:, rows]
+            target = exact if move is None else exact + share * move[:, rows]
+            start = nearest(exact, one, spec.grid)
+            for codes, sign in ((start, 1), (solve(method, target, h, one, spec.grid, effort, start).codes, -1)):
+                error = one * codes - exact
+                gain += sign * float(np.vdot(error @ judged, error))
+                gain -= sign * 2 * float(np.vdot(error, there[:, rows])) if there is not None else 0.0
+        return share, gain > 0
+
+    def _plain(self) -> QuantSpec:
+        """The entry with the nearest codes, at the scale it has or one that clips nothing, and a corrected bias."""
+        spec = self._spec_without_search()
+        exact = self.layer.matrix(self.weight).astype(np.float64)
+        return self._entry(spec, nearest(exact, row_steps(self.layer, spec), spec.grid).astype(_code_type(spec)))
+
+    def _spec_without_search(self) -> QuantSpec:
+        return self.spec if self.spec.solved else self._widened(solve_minmax(self.weight, self.spec))
 
     def bound(self, codes: Array, limit: int) -> tuple[QuantSpec, float, int]:
         """The entry with codes whose positive and whose negative sum stay within `limit` in every row
@@ -131,21 +191,39 @@ class Problem:
             w, h = self._target()
         return self._widened(search_scales(self.layer, solve_minmax(self.weight, self.spec), w, h, rounds))
 
-    def _target(self) -> tuple[Array, Array]:
+    def _target(self, share: float = 1.0) -> tuple[Array, Array]:
         """Weights to round (float32) and Gram matrix, in its groups: centred if the bias takes mean errors, with a ridge.
-        The weights are fitted to the inputs of the quantized network where the whole Gram matrix is known: with diagonal
-        blocks alone each block would compensate for the same error."""
-        statistics, h = self.statistics, self.statistics.h.copy()
-        w = narrow(self.layer.matrix(self.weight), h).copy()
-        share = h.shape[1] / max(statistics.count, 1)
-        for part in _parts(w, h):
-            mean = statistics.mean[part, None, :] if self.shift else 0.0
-            h[part] -= statistics.mean[part, :, None] * mean
-            if isinstance(statistics, LayerStatistics) and len(h) == self.layer.groups:
-                cross = statistics.cross[part] - statistics.output[part, :, None] * mean
-                w[part] = regress(w[part].astype(np.float64), h[part], cross, SHRINK_REGRESSION * share)
-            h[part] = ridge(h[part], SHRINK_ROUNDING * share)
-        return w, h
+        The weights are fitted to the inputs of the quantized network, to a share, where the whole Gram matrix is known: with
+        diagonal blocks alone each block would compensate for the same error."""
+        statistics = self.statistics
+        w = narrow(self.layer.matrix(self.weight), statistics.h).copy()
+        amount = statistics.h.shape[1] / max(statistics.count, 1)
+        gram = np.empty(statistics.h.shape, _precision(statistics.h))
+        for part in _parts(w, statistics.h):
+            h, left = self._moments(statistics, w, part, statistics)
+            if left is not None and share:
+                w[part] += share * refit(h, left, SHRINK_REGRESSION * amount)
+            gram[part] = ridge(h, SHRINK_ROUNDING * amount)
+        return w, gram
+
+    def _moments(
+        self, of: LayerStatistics | Gram, w: Array, part: slice, about: LayerStatistics | Gram
+    ) -> tuple[Array, Array | None]:
+        """Of some groups: E[x x^T], and E[(y - W x) x^T] where the float outputs y and the whole Gram matrix are known. If
+        the bias takes mean errors, they are moments about the means of the patches `about`."""
+        h, mean, middle = of.h[part].astype(_precision(of.h)), of.mean[part], about.mean[part]
+        left = None
+        if isinstance(of, LayerStatistics) and len(of.h) == self.layer.groups:
+            left = (of.cross[part] - w[part] @ h).astype(h.dtype)
+        if not self.shift:
+            return h, left
+        h -= (mean[:, :, None] * middle[:, None]).astype(h.dtype)
+        if of is not about:
+            h -= (middle[:, :, None] * (mean - middle)[:, None]).astype(h.dtype)
+        if left is not None and isinstance(of, LayerStatistics) and isinstance(about, LayerStatistics):
+            off, usual = (one.output[part] - np.einsum("god,gd->go", w[part], one.mean[part]) for one in (of, about))
+            left -= (off[:, :, None] * middle[:, None] + usual[:, :, None] * (mean - middle)[:, None]).astype(h.dtype)
+        return h, left
 
     def _mean(self) -> Array:
         """E[x] [groups, D] in the layer's own groups."""
@@ -175,6 +253,24 @@ def bias_shift(graph: Graph, layer: Layer, spec: QuantSpec, mean: Array, sizes: 
     summed = error.reshape(*error.shape[:2], -1, taps) @ inside  # [groups, outputs, inputs]
     shift: Array = np.einsum("goi,gi->go", summed, mean.reshape(layer.groups, -1)).reshape(-1)
     return shift
+
+
+def correct_biases(job: Job, layers: Sequence[Layer], means: Mapping[str, Array] | None = None) -> None:
+    """Plan for each solved Conv and Gemm the shift of its bias that takes back the mean error of its codes.
+
+    means   of the inputs per channel, by layer name, of those that are to be corrected; None: over the calibration data
+    """
+    layers = [y for y in layers if y.op in ("Conv", "Gemm") and (y.name in means if means is not None else True)]
+    if means is None:
+        layers = [y for y in layers if job.graph.shape(y.input) is not None]
+        by_input = job.calibration.means([y.input for y in layers]) if layers else {}
+        means = {y.name: by_input[y.input] for y in layers}
+    data = job.calibration.data
+    sizes = spatial_sizes(job.graph, layers, None if data is None else next(iter(data)))
+    for layer in layers:
+        spec = job.plan[layer.weight]
+        shift = bias_shift(job.graph, layer, spec, means[layer.name], sizes.get(layer.name, ()))
+        job.plan |= {layer.weight: replace(spec, shift=shift.astype(np.float32))}
 
 
 def white_inputs(layer: Layer, limit: int) -> Gram:
@@ -212,6 +308,15 @@ def float_inputs(job: Job, layers: Sequence[Layer], positions: int, limit: int) 
         if layer is not None:
             batch.append(layer)
             size += more
+
+
+def _code_type(spec: QuantSpec) -> type[np.signedinteger[Any]]:
+    return np.int8 if spec.bits <= 8 else np.int32
+
+
+def _precision(h: Array) -> type[np.floating[Any]]:
+    """Of the products with a Gram matrix: single where they cost most, and a ridge keeps them well conditioned."""
+    return np.float32 if h.shape[1] >= _SINGLE else np.float64
 
 
 def _parts(w: Array, h: Array) -> list[slice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,12 +13,13 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass, Service
 from onnxq_plugins.layers.complete import complete_ranges, complete_weight
-from onnxq_plugins.layers.problem import Problem, float_inputs, solvable
+from onnxq_plugins.layers.problem import Problem, Solution, float_inputs, solvable
 from onnxq_plugins.layers.sweep import sweep
 from onnxq_plugins.parallel import run_all
 from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.search.judge import Judge
 from onnxq_plugins.solvers.rounding import Effort, Method
-from onnxq_plugins.spec import QuantSpec
+from onnxq_plugins.spec import Plan
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,13 @@ class Round(Pass):
         # what the sweep runs through must be solved
         job.plan |= {layer.weight: complete_weight(job, layer, job.plan[layer.weight]) for layer in others}
         efforts = self._efforts(job, layers)
-        losses: dict[str, float] = {}
+        judge, plain = Judge.of(job), job.plan
+        plain |= {y.weight: replace(plain[y.weight], codes=None, shift=None) for y in layers}
+        solutions: dict[str, Solution] = {}
 
-        def keep(layer: Layer, solution: tuple[QuantSpec, float]) -> None:
-            spec, loss = solution
-            job.plan |= {layer.weight: spec}
-            losses[layer.name] = round(loss, 4)
+        def keep(layer: Layer, solution: Solution) -> None:
+            job.plan |= {layer.weight: solution.spec}
+            solutions[layer.name] = solution
 
         if self.sequential:
             swept = sweep(job, layers, self.positions, self.limit, self.samples)
@@ -92,7 +94,7 @@ class Round(Pass):
                     keep(layer, problem.solve(self.method, efforts[layer.name], self.search))
         else:
             for batch in float_inputs(job, layers, self.positions, self.limit):
-                solutions = run_all(
+                solved = run_all(
                     (
                         partial(
                             Problem.of(job, layer, gram, self.shift).solve, self.method, efforts[layer.name], self.search
@@ -102,9 +104,28 @@ class Round(Pass):
                     job.workers,
                 )
                 with runtimes.blas(1):
-                    for (layer, _), solution in zip(batch, job.track(solutions, "rounding", len(batch)), strict=True):
+                    for (layer, _), solution in zip(batch, job.track(solved, "rounding", len(batch)), strict=True):
                         keep(layer, solution)
-        return {"method": self.method, "loss_relative_to_nearest": losses}
+        result: dict[str, Any] = {
+            "method": self.method,
+            "loss_relative_to_nearest": {name: round(one.loss, 4) for name, one in solutions.items()},
+            "share_of_refit": {name: round(one.share, 2) for name, one in solutions.items()},
+        }
+        return result | self._judged(job, judge, plain)
+
+    def _judged(self, job: Job, judge: Judge | None, plain: Plan) -> dict[str, Any]:
+        """Keep the better of the learned plan and of the plain codes with corrected biases; what the report says of it."""
+        if judge is None:
+            return {}
+        verdict = judge.best({"learned": job.plan, "plain": plain})
+        if verdict.name == "plain":
+            job.plan = judge.completed(plain)
+            before, after = verdict.sqnr["plain"], verdict.sqnr["learned"]
+            job.note(
+                f"round lowers the outputs from {before:.1f} to {after:.1f} dB on samples kept apart, and was undone: the "
+                "codes are the nearest ones, the biases corrected"
+            )
+        return {"sqnr": verdict.sqnr, "taken": verdict.name}
 
     def _efforts(self, job: Job, layers: list[Layer]) -> dict[str, Effort]:
         """The effort for each layer."""

@@ -21,10 +21,11 @@ from onnxq_plugins.measure import IDENTICAL
 from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.measure.samples import RANDOM, Samples
 from onnxq_plugins.parallel import Track, cores, silent
+from onnxq_plugins.plan.floats import FloatSets
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.report.attempts import Attempt, try_remedies
 from onnxq_plugins.report.causes import Activation, Cause, causes, constant_causes, tensor_causes
-from onnxq_plugins.report.float_layers import FloatLayer, LayersToFloat, float_layers
+from onnxq_plugins.report.float_layers import FloatLayer, float_layers
 from onnxq_plugins.report.layer_errors import Own, accumulated_errors, own_errors
 from onnxq_plugins.report.remedies import Remedy, Scene, listed
 from onnxq_plugins.report.shares import Player, Run, players, shares
@@ -33,8 +34,10 @@ from onnxq_plugins.search.quantizers import multiply_adds
 from onnxq_plugins.search.subsets import Subsets
 from onnxq_plugins.spec import Array, decode
 
+_MOST = 4  # layers that a remedy may make float
 _TOP = 3  # remedies of a layer that are shown and tried
 _FEW = 4  # samples for networks that are quantized in part: enough to rank layers
+_SATURATED = 1.0  # dB that a machine may take off unnoticed
 _LITTLE = 0.03  # part of the noise that is not worth words
 _WORK, _FEWEST = 7.5e10, 40  # multiply-adds for all of these networks, some ten seconds; and how many there are at least
 _NETWORK, _LOADED = 5e8, 50  # what making a network costs, and each of its weights, in multiply-adds
@@ -121,8 +124,9 @@ class Diagnosis:
     samples      number of samples measured on
     tried        remedies that were tried; all others are suggestions
     random       True if the float model gives other outputs for the same input
-    output       name of the output whose noise is shared out: the worst one
+    output       name of the output whose noise is shared out: the worst one, or the part of one that is lost
     runs         the shares in the order of the network, also of quantizers that were measured together
+    written      `sqnr` of the network as it is written: without sums that saturate in the kernels of this machine
     """
 
     sqnr: float
@@ -136,11 +140,13 @@ class Diagnosis:
     random: bool = False
     output: str = ""
     runs: tuple[Run, ...] = ()
+    written: float = IDENTICAL
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values that JSON can hold."""
         return {
             "sqnr": round(self.sqnr, 2),
+            "sqnr_as_written": round(self.written, 2),
             "output": self.output,
             "samples": self.samples,
             "seconds": round(self.seconds, 3),
@@ -157,7 +163,7 @@ class Diagnosis:
         """What to know when reading it."""
         random = [f"{RANDOM[0].upper()}{RANDOM[1:]}."] if self.random else []
         remedies = "only those under 'tried' were tried." if self.tried else "none was tried."
-        return [*random, *self.sharing, f"Remedies are suggestions by rules of thumb; {remedies}"]
+        return [*random, *self.sharing, *self._saturated, f"Remedies are suggestions by rules of thumb; {remedies}"]
 
     @property
     def sharing(self) -> list[str]:
@@ -176,6 +182,16 @@ class Diagnosis:
         if total < 0.9:
             return f"Each alone, they make {total:.0%} of the noise; {1 - total:.0%} arises only together."
         return f"Each alone, they make {total:.0%} of the noise: errors hardly amplify or cancel each other."
+
+    @property
+    def _saturated(self) -> list[str]:
+        """A note if the kernels of this machine add much to the noise of rounding."""
+        if self.written - self.sqnr < _SATURATED:
+            return []
+        return [
+            f"As written the network has {self.written:.1f} dB, of which the kernels of this machine leave {self.sqnr:.1f}: "
+            "their sums of 16 bits saturate, which target ort-cpu-avx2 avoids. Shares are those of the noise of rounding."
+        ]
 
     @property
     def _together(self) -> list[Run]:
@@ -293,7 +309,9 @@ def diagnose(
     data = samples_of(result, data)
     feeds = data.spread(samples)
     known = Samples.of(result.graph.model(), feeds)
-    sqnr = known.score(worst_sqnr, known.outputs(runtimes.session(result.model)))
+    sqnr, written = (
+        known.score(worst_sqnr, known.outputs(runtimes.session(result.model, written=exact))) for exact in (False, True)
+    )
     parts = players(planned)
     subsets = Subsets(planned, _few(known), workers)
     runs = shares(subsets, parts, _networks(planned, subsets.samples, every), alone, track)
@@ -306,9 +324,8 @@ def diagnose(
     tried = try_remedies(result, _promising(layers)[:attempts], feeds, track)
     floats = float_layers(result, feeds[0])
     seconds = time.perf_counter() - start
-    output = known.names[subsets.output]
-    found = (sqnr, tuple(layers), floats, activations, saturating, len(feeds), seconds, tried, known.random, output)
-    return Diagnosis(*found, tuple(runs))
+    found = (sqnr, tuple(layers), floats, activations, saturating, len(feeds), seconds, tried, known.random)
+    return Diagnosis(*found, subsets.output, tuple(runs), written)
 
 
 def samples_of(result: Outcome, data: Source | Data | None) -> Data:
@@ -383,12 +400,12 @@ def _layers(
     """Every layer, and every other quantizer with a share of its own, with its errors and causes."""
     graph, plan = planned.graph, planned.plan
     layers = {y.name: y for y in graph.layers}
-    tensors = {p.name: p for p in parts if p.kind == "tensor"}
-    shared = {p.entries[0] for p in tensors.values()}
-    own = own_errors(planned, feeds, list(shared))
+    shared = [p.entries[0] for p in parts if p.kind == "tensor"]
+    own = own_errors(planned, feeds, shared)
     sqnr = accumulated_errors(graph, result.model, [*(y.result for y in graph.layers), *shared], feeds)
     equalizable = {m.tensor for g in channel_groups(graph, "rescale", clips=True) for m in g.members if not m.constant}
-    scene = Scene(result.target, result.recipe, frozenset(equalizable), LayersToFloat(result).names)
+    floating = FloatSets(graph, result.recipe, result.target, _MOST).names
+    scene = Scene(result.target, result.recipe, frozenset(equalizable), floating)
     position = {node.name: n for n, node in enumerate(graph.nodes)}
 
     def of_layer(y: Layer) -> LayerError:

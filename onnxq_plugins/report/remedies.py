@@ -3,7 +3,6 @@ about what was measured; nothing here has been tried. None undoes what the recip
 
 from __future__ import annotations
 
-import glob
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from onnxq_plugins.errors import Reason
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import LayerRule, Pass, Recipe, Stage, changed, parameters
 from onnxq_plugins.passes import Equalize, Ranges, Round
+from onnxq_plugins.plan.floats import layer_rule
 from onnxq_plugins.recipe import to_block
 from onnxq_plugins.targets import Target
 
@@ -95,11 +95,6 @@ class Scene:
         return [] if any(step.name == other.name for other in self.recipe.passes) else [Remedy(text, passes=(step,))]
 
 
-def layer_rule(name: str, **settings: Any) -> LayerRule:
-    """A rule for one layer, whatever characters its name has."""
-    return LayerRule(match=glob.escape(name), **settings)
-
-
 def layer_remedy(layer: str, text: str, **settings: Any) -> Remedy:
     """Other settings for one layer."""
     return for_layers([layer], text, **settings)
@@ -162,7 +157,8 @@ def float_remedies(name: str, op: str, reason: Reason, target: Target, set_by_ru
     set_by_rules   keys that [[layer]] rules of the recipe set for this layer, such as ``activations.bits``
     """
     kind = reason.kind
-    if kind in ("wide-codes", "recipe", "search") or set_by_rules & {"quantize", "activations.bits"}:
+    chosen = ("wide-codes", "recipe", "search", "quality", "outliers")
+    if kind in chosen or set_by_rules & {"quantize", "activations.bits"}:
         return ()
     if op != "ConvTranspose" and (kind == "decoded" or not target.integer):
         return (Remedy("a target with integer kernels", (f"target={Recipe.target}",)),)

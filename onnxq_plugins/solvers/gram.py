@@ -17,6 +17,7 @@ import numpy as np
 from onnxq_plugins.spec import Array
 
 Grid = tuple[int, int]
+_LARGE = 256  # inputs from which on a Cholesky factorization of its own for each group pays
 
 
 def row_loss(error: Array, h: Array) -> Array:
@@ -58,8 +59,37 @@ def regress(w: Array, h: Array, cross: Array, amount: float) -> Array:
     Every Gram solver handles this asymmetric objective (float target, quantized input) by rounding the result in place of
     w, since L(Wq) = (Wq - W') h (Wq - W')^T + const.
     """
-    solved: Array = np.linalg.solve(ridge(h, amount), (cross - w @ h).swapaxes(1, 2))
-    return w + solved.swapaxes(1, 2)
+    return w + refit(h, cross - w @ h, amount)
+
+
+def refit(h: Array, left: Array, amount: float) -> Array:
+    """W' - W of `regress` [g, O, D], from what W leaves of the outputs: left = E[(y - W x) x^T] [g, O, D]."""
+    solved: Array = _solve(ridge(h, amount), left.swapaxes(1, 2))
+    return solved.swapaxes(1, 2)
+
+
+def share_of(move: Array, h: Array, left: Array) -> tuple[float, float]:
+    """Slope and curvature of the error along W + a move, E|y - (W + a move) x|^2 = const - 2 a slope + a^2 curvature, over
+    patches with these moments (as for `refit`): a = slope / curvature is best there.
+
+    Source: the damping of QEP (arXiv 2504.09629), with a chosen by patches that were not fitted.
+    """
+    return float(np.vdot(move, left)), float(np.vdot(move @ h, move))
+
+
+def _solve(h: Array, right: Array) -> Array:
+    """h^-1 right for positive definite h [g, D, D] and right [g, D, n]."""
+    if h.shape[1] < _LARGE:
+        return np.asarray(np.linalg.solve(h, right))
+    from scipy.linalg import LinAlgError, cho_factor, cho_solve  # late: slow to import, and only large layers need it
+
+    solved = np.empty(right.shape, right.dtype)
+    for one, matrix, columns in zip(solved, h, right, strict=True):
+        try:
+            one[...] = cho_solve(cho_factor(matrix, lower=True, check_finite=False), columns, check_finite=False)
+        except LinAlgError:  # rounding errors of float32 made it indefinite
+            one[...] = np.linalg.solve(matrix.astype(np.float64), columns)
+    return solved
 
 
 def narrow(a: Array, like: Array, fill: float = 0.0) -> Array:
