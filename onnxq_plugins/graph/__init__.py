@@ -13,6 +13,7 @@ from onnxq_plugins.graph.importer import load
 from onnxq_plugins.graph.layer import LAYER_OPS, BatchNorm, Layer
 from onnxq_plugins.graph.models import Model, as_model
 from onnxq_plugins.graph.rewrites import permute, replace_with_sum, rescale, split_input, split_outputs, split_values
+from onnxq_plugins.graph.shifts import Shifts, shift, shifts
 
 __all__ = [
     "LAYER_OPS",
@@ -23,6 +24,7 @@ __all__ = [
     "Layer",
     "Member",
     "Model",
+    "Shifts",
     "add_bias",
     "as_model",
     "channel_axis",
@@ -34,6 +36,8 @@ __all__ = [
     "permute",
     "replace_with_sum",
     "rescale",
+    "shift",
+    "shifts",
     "split_input",
     "split_outputs",
     "split_values",
