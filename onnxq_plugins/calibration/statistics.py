@@ -229,29 +229,26 @@ class Calibration:
         }
 
     def moved(self, before: str, changes: Mapping[str, tuple[int, Array | float, Array | float]]) -> None:
-        """Keep extremes and means that are known, after a rewrite that leaves all activations but these as they were.
+        """Keep ranges, means and moments that are known, after a rewrite that changed no activation but these.
 
         before    `digest` of the graph that they are known for
         changes   tensor -> (axis of the channels, factor > 0, offset) of x' = factor * x - offset, [channels] or numbers
         """
-        known = self._known.get((before, "summary"), {})
-        after: State = {}
+        known, after = self._known.get((before, "summary"), {}), State()
         for key, value in known.items():
             name, _, field = key.rpartition("|")
-            if name not in changes:
-                after[key] = value
+            axis, factor, offset = changes.get(name, (None, 1.0, 0.0))
+            if axis is not None and axis != channel_axis(self.graph, name):
                 continue
-            axis, factor, offset = changes[name]
-            if axis == channel_axis(self.graph, name):
+            if axis is not None and field in _SUMMARY:
+                count, once = known[f"{name}|sum_positions"], known[f"{name}|sum"] * factor
                 if field in ("low", "high"):
-                    after[key] = value * factor - offset
+                    value = value * factor - offset
                 elif field == "sum":
-                    after[key] = value * factor - offset * known[f"{name}|sum_positions"]
-                elif field == "sum2":
-                    once, count = known[f"{name}|sum"] * factor, known[f"{name}|sum_positions"]
-                    after[key] = value * factor**2 - 2 * offset * once + offset**2 * count
+                    value = once - offset * count
                 else:
-                    after[key] = value
+                    value = value * factor**2 - 2 * offset * once + offset**2 * count
+            after[key] = value
         self._known[self.graph.digest(), "summary"] = after
 
     def _extremes(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -260,8 +257,8 @@ class Calibration:
         return {n: (float(state[f"{n}|low"].min()), float(state[f"{n}|high"].max())) for n in names}
 
     def _summary(self, names: Sequence[str]) -> State:
-        """Ranges, means and squares per channel together: the reductions cost a fraction of the run, and the means of layer inputs
-        are mostly needed right after the ranges of activations."""
+        """Ranges, means and squares per channel together: the reductions cost a fraction of the run, and the means of layer
+        inputs are mostly needed right after the ranges of activations."""
         inputs = [y.input for y in self.graph.layers] if len(names) > 1 else []
         return self._reduced("summary", names, _SUMMARY, inputs)
 

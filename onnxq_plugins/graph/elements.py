@@ -137,7 +137,7 @@ class Elements:
         from scipy.sparse import coo_array  # late: slow to import, and only passes on channel groups need it
         from scipy.sparse.csgraph import connected_components
 
-        a, b = (np.concatenate([np.arange(0), *side]) for side in zip(*self.links, strict=True)) if self.links else [[], []]
+        a, b = (np.concatenate([np.arange(0), *(pair[end] for pair in self.links)]) for end in (0, 1))
         matrix = coo_array((np.ones(len(a), bool), (a, b)), shape=(self.total, self.total))
         return np.asarray(connected_components(matrix, directed=False)[1])
 

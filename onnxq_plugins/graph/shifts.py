@@ -91,7 +91,10 @@ def shift(graph: Graph, allowed: Shifts, values: Array) -> dict[Place, Array]:
     for layer in graph.layers:
         _absorb(graph, layer, taken)
     for node in graph.nodes:
-        if node.op == "LayerNormalization" and (off := taken.get((node.outputs[0].name, _last(node.outputs[0])))) is not None:
+        if (
+            node.op == "LayerNormalization"
+            and (off := taken.get((node.outputs[0].name, _last(node.outputs[0])))) is not None
+        ):
             _lower(graph, node, 2, off)
     changed: dict[Place, Array] = {}
     for (name, axis), off in taken.items():
@@ -228,7 +231,9 @@ def _takes_shift(graph: Graph, layer: Layer) -> bool:
     if layer.op == "MatMul":
         return _bias_behind(graph, layer) is not None
     pads, auto = layer.attrs.get("pads") or [], layer.attrs.get("auto_pad", "NOTSET")
-    unpadded = not any(pads) and (auto in ("NOTSET", "VALID") or set(layer.shape[2:]) <= {1} == set(layer.attrs.get("strides") or [1]))
+    unpadded = not any(pads) and (
+        auto in ("NOTSET", "VALID") or set(layer.shape[2:]) <= {1} == set(layer.attrs.get("strides") or [1])
+    )
     return layer.op == "Gemm" or (layer.op == "Conv" and unpadded)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from onnxq_plugins.calibration import channel_axis
 from onnxq_plugins.graph import shift, shifts
 from onnxq_plugins.job import Job, Pass, Stage
@@ -19,18 +17,18 @@ from onnxq_plugins.spec import Array
 class Centre(Pass):
     """Bring channels of linear tensors to the middle of their grid.
 
-    One 8-bit grid must span from the lowest to the highest channel of an activation. Where nothing but linear operators write
-    and read it, a constant c per channel can be taken off, and made up for in the biases behind: residual streams of linear
-    bottlenecks, LayerNormalization in front of MatMul, a convolution behind a convolution without padding, chains of Gemm. No
-    operator is added.
+    One 8-bit grid must span from the lowest to the highest channel of an activation. Where nothing but linear operators
+    write and read it, a constant c per channel can be taken off, and made up for in the biases behind: residual streams of
+    linear bottlenecks, LayerNormalization in front of MatMul, a convolution in front of one without padding, chains of Gemm.
+    No operator is added.
 
         x' = x - c,   b_1' = b_1 - c,   b_2' = b_2 + W_2 c,   c = (max x + min x) / 2 over the calibration data
 
     The middle of a channel's range, not its mean, lets the grid shrink: every channel then spans from -r_c to r_c, and the
-    grid the largest r_c. Of a sum z = x + y the shift is that of x plus that of y. What the branches of a residual stream and
-    their sums want differs in general, and the least squares solution is taken. Activation functions, products, padded
-    convolutions (their border would have to be c), inputs and outputs of the model keep c at 0. Sums of branches that would
-    span more in the end keep theirs.
+    grid the largest r_c. The shift of a sum z = x + y is that of x plus that of y; what branches of a residual stream and
+    their sums want differs in general, and those shifts are taken for which the squared widths of all these grids add up to
+    least. Activation functions, products, padded convolutions (their border would have to be c), inputs and outputs of the
+    model keep c at 0.
 
     Without data nothing is known of the channels, and the pass is skipped with a note; behind `data-free` it takes the spans
     that BatchNormalizations tell.

@@ -84,7 +84,7 @@ class Equalize(Pass):
         if self.by == "activations" and not job.calibration.ready:
             job.note("equalize by activations was skipped: without data there are no ranges to even out")
             return {"groups": 0}
-        groups = channel_groups(job.graph, "rescale", clips=job.calibration.ready)
+        groups = channel_groups(job.graph, "rescale", clips=job.calibration.ready and self.by == "weights")
         bounds = self._bounds(job, groups)
         held = sum(int((low == high).sum()) for low, high in bounds)
         result: dict[str, Any] = {"groups": len(groups), "channels_held_by_clips": held}
@@ -115,12 +115,12 @@ class Equalize(Pass):
         ranges = job.calibration.channel_ranges(names)
         inputs = [y.input for y in graph.layers if channels(graph, y.input)]
         moments = job.calibration.moments(list(dict.fromkeys([*names, *inputs])))
-        gains = Gains(graph, moments)
+        gains, counts = Gains(graph, moments), job.calibration.positions(names)
         kept: dict[str, Any] = {}
         changed: dict[str, tuple[int, Array, float]] = {}
         before, used = graph.digest(), []
         for group, bound in zip(groups, bounds, strict=True):
-            reads = _reads(job, group, ranges, gains)
+            reads = _reads(job, group, ranges, counts, gains)
             if not reads:
                 continue
             factors, exponent, ratio = spread(reads, _readers(job, group, moments, gains), self.exponents, *bound)
@@ -131,10 +131,11 @@ class Equalize(Pass):
         for group, factors in used:
             rescale(graph, group, factors)
             for m in group.members:
-                if not m.constant and (size := (graph.shape(m.tensor) or ())[m.axis]):
-                    known = changed.get(m.tensor, (m.axis, np.ones(size), 0.0))
-                    known[1][m.index.ravel()] = np.repeat(factors, m.index.shape[1])
-                    changed[m.tensor] = known
+                if not m.constant and (graph.shape(m.tensor) or ()):
+                    count = channels(graph, m.tensor) if m.axis == channel_axis(graph, m.tensor) else None
+                    known = changed.setdefault(m.tensor, (m.axis, np.ones(count or 0), 0.0))
+                    if count:
+                        known[1][m.index.ravel()] = np.repeat(factors, m.index.shape[1])
         job.calibration.moved(before, changed)
         return {"equalized": len(kept), "exponents": kept}
 
@@ -177,7 +178,9 @@ class Equalize(Pass):
         return bounds
 
 
-def _reads(job: Job, group: ChannelGroup, ranges: dict[str, tuple[Array, Array]], gains: Gains) -> list[Read]:
+def _reads(
+    job: Job, group: ChannelGroup, ranges: dict[str, tuple[Array, Array]], counts: dict[str, int], gains: Gains
+) -> list[Read]:
     """The planned activations of a group whose statistics are along its axis; none if there are others."""
     reads = []
     for m in group.members:
@@ -187,7 +190,11 @@ def _reads(job: Job, group: ChannelGroup, ranges: dict[str, tuple[Array, Array]]
             low, high = ranges[m.tensor]
             gain = gains.tensors.get(m.tensor, np.zeros(len(low)))
             levels = 2 ** job.plan[m.tensor].bits - 1
-            reads.append(Read(low[m.index].min(axis=1), high[m.index].max(axis=1), gain[m.index].sum(axis=1), levels))
+            reads.append(
+                Read(
+                    low[m.index].min(axis=1), high[m.index].max(axis=1), gain[m.index].sum(axis=1), levels, counts[m.tensor]
+                )
+            )
     return reads
 
 
@@ -196,18 +203,30 @@ def _readers(job: Job, group: ChannelGroup, moments: dict[str, Moments], gains: 
     readers, layers = [], {y.weight: y for y in job.graph.layers}
     for m in group.weights:
         layer = layers.get(m.tensor)
-        if m.role != "input" or layer is None or m.tensor not in job.plan or layer.kind == "depthwise" or layer.input not in moments:
+        if (
+            m.role != "input"
+            or layer is None
+            or m.tensor not in job.plan
+            or layer.kind == "depthwise"
+            or layer.input not in moments
+        ):
             continue
         moment = moments[layer.input]
         power = moment.square - (moment.mean**2 if job.recipe.provides("bias") else 0)
         with job.graph.mapped.reading():
-            weight = np.abs(np.moveaxis(job.graph.constant(m.tensor), layer.out_axis, 0)) if not m.rows else np.abs(job.graph.constant(m.tensor)[slice(*m.rows)])
+            weight = (
+                np.abs(np.moveaxis(job.graph.constant(m.tensor), layer.out_axis, 0))
+                if not m.rows
+                else np.abs(job.graph.constant(m.tensor)[slice(*m.rows)])
+            )
         weight = weight.reshape(*weight.shape[:2], -1)
         peak = weight.max(axis=2)[:, m.index].max(axis=2)
         rows = gains.rows[layer.name][slice(*m.rows)] if m.rows else gains.rows[layer.name]
         at = m.index + (m.rows[0] // (layer.shape[0] // layer.groups) * layer.shape[1] if m.rows else 0)
         spec = job.plan[m.tensor]
-        readers.append(Reader(peak, np.maximum(power, 0)[at].sum(axis=1) * weight.shape[2], rows, spec.grid[1], spec.block is None))
+        readers.append(
+            Reader(peak, np.maximum(power, 0)[at].sum(axis=1) * weight.shape[2], rows, spec.grid[1], spec.block is None)
+        )
     return readers
 
 

@@ -1,7 +1,7 @@
 """How much the noise of an activation matters: predicted from weights and second moments, nothing is exported or run.
 
-Noise of variance v_c on the channels of x is noise of variance sum_c W_oc^2 v_c on the outputs of a layer that reads it. Each
-layer counts by that noise relative to its signal. Through additions, activations and whatever keeps channels apart the
+Noise of variance v_c on the channels of x is noise of variance sum_c W_oc^2 v_c on the outputs of a layer that reads it.
+Each layer counts by that noise relative to its signal. Through additions, activations and whatever keeps channels apart the
 outputs' own readers decide which of these channels matter, so that the result does not depend on how channels are scaled."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Gains:
     """
 
     def __init__(self, graph: Graph, moments: Mapping[str, Moments]) -> None:
-        self.graph = graph
+        self.graph, self.moments = graph, moments
         self.power = {n: np.maximum(m.square - m.mean**2, 0.0) for n, m in moments.items()}
         self.tensors: dict[str, Array] = {}
         self.rows: dict[str, Array] = {}
@@ -44,7 +44,8 @@ class Gains:
 
     def _layer(self, layer: Layer) -> None:
         if layer.op == "ConvTranspose":
-            return self._end(layer.input)
+            self._end(layer.input)
+            return
         with self.graph.mapped.reading():
             weight = layer.matrix(self.graph.constant(layer.weight))
             squares = np.square(weight.reshape(*weight.shape[:2], -1, max(int(np.prod(layer.shape[2:])), 1))).sum(axis=3)
@@ -58,37 +59,35 @@ class Gains:
         total = float(gain @ signal)
         self.rows[layer.name] = gain / total if total > 0 else np.zeros(len(gain))
         each = np.einsum("goi,go->gi", squares, self.rows[layer.name].reshape(layer.groups, -1)).reshape(-1)
-        self._add(x, each if own else np.full(1, each.mean()))
-        return None
+        self._add(x, each if own else each.mean(keepdims=True))
 
     def _node(self, node: Any) -> None:
         graph, names = self.graph, activation_inputs(self.graph, node)
-        if node.op in _ENDS or graph.has_body(node) or not node.outputs:
+        outputs = [t.name for t in node.outputs if not t.is_empty()]
+        gains = [self.tensors[n] for n in outputs if n in self.tensors]
+        if node.op in _ENDS or graph.has_body(node):
             for name in names:
                 self._end(name)
-            return
-        outputs = [t.name for t in node.outputs if not t.is_empty()]
-        gains = [self.tensors.get(n) for n in outputs]
-        if node.op == "Concat" and len(known := gains[0] if gains[0] is not None else ()) == sum(channels(graph, n) or 0 for n in names):
-            for name, part in zip(names, np.split(known, np.cumsum([channels(graph, n) for n in names])[:-1]), strict=True):
+        elif node.op == "Concat" and gains and sum(sizes := [channels(graph, n) or 0 for n in names]) == len(gains[0]):
+            for name, part in zip(names, np.split(gains[0], np.cumsum(sizes)[:-1]), strict=True):
                 self._add(name, part)
-            return
-        if node.op == "Split" and all(g is not None for g in gains) and len(names) == 1:
-            return self._add(names[0], np.concatenate(gains))  # type: ignore[arg-type]
-        for name in names:
-            for gain in gains:
-                if gain is not None:
-                    others = [self._size(t.name, len(gain)) for t in node.inputs if t.name != name] if node.op == "Mul" else []
-                    self._add(name, gain * np.prod(others, axis=0) if others else gain)
-        return None
+        elif node.op == "Split" and len(gains) == len(outputs):
+            self._add(names[0], np.concatenate(gains))
+        else:
+            for name in names:
+                others = [t.name for t in node.inputs if t.name != name] if node.op == "Mul" else []
+                for gain in gains:
+                    for other in others:
+                        gain = gain * self._square(other, len(gain))
+                    self._add(name, gain)
 
-    def _size(self, name: str, count: int) -> Array | float:
+    def _square(self, name: str, count: int) -> Array:
         """Mean square of a factor, per channel where it is known."""
         if self.graph.is_constant(name):
-            values = np.square(self.graph.constant(name).astype(np.float64))
-            return values.reshape(-1) if values.size == count else float(values.mean())
-        power = self.power.get(name)
-        return 1.0 if power is None else power if len(power) == count else float(power.mean())
+            square = np.square(self.graph.constant(name).astype(np.float64)).reshape(-1)
+        else:
+            square = self.moments[name].square if name in self.moments else np.ones(1)
+        return square if len(square) == count else square.mean(keepdims=True)
 
     def _end(self, name: str) -> None:
         """A reader that is not a layer: noise relative to the tensor itself."""

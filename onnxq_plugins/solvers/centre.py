@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,17 +19,17 @@ _STEPS = 8
 
 
 def centre(count: int, sums: Sequence[Sum], tensors: Sequence[Span]) -> Array:
-    """Shifts s [count] that make sum_t R_t^2 small while the shifts of sums add up, R_t the width of a grid with 0 on it that
-    holds all channels of tensor t:
+    """Shifts s [count] that make sum_t R_t^2 small while the shifts of sums add up, with R_t the width of a grid with 0 on
+    it that holds all channels of tensor t:
 
         R_t = max(max_c (high_tc - s_c), 0) - min(min_c (low_tc - s_c), 0)
 
     sums      numbers of variables, -1 for one that is 0
     tensors   numbers of -1 have no shift
 
-    A tensor alone gets the middle of each channel. A branch and the sum that it closes want different shifts in general; least
-    squares split the difference, and Newton steps on the 8-norm over channels then spare those that set a width, at the cost
-    of those with room to spare. Tensors that are tied by sums keep 0 where nothing better is found.
+    A tensor alone gets the middle of each channel. A branch and the sum that it closes want different shifts in general;
+    least squares split the difference, and Newton steps on the 8-norm over channels then spare those that set a width, at
+    the cost of those with room to spare. Tensors that are tied by sums keep 0 where nothing better is found.
 
     Cost: at most 9 sparse systems that fall apart by channels, linear in `count`.
     """
@@ -67,7 +68,7 @@ def _cost(values: Array, tensors: Sequence[Span], tied: Array) -> Array:
     return cost
 
 
-def _matrix(count: int, sums: Sequence[Sum]) -> Array:
+def _matrix(count: int, sums: Sequence[Sum]) -> Any:
     """One row of coefficients per sum of single channels, sparse [sums, count]: z - x - sign * y."""
     from scipy.sparse import csr_array  # late: slow to import
 
@@ -93,11 +94,11 @@ def _clusters(count: int, sums: Sequence[Sum], tensors: Sequence[Span]) -> Array
             both = (a >= 0) & (b >= 0)
             pairs.append((a[both], b[both]))
     a, b = (np.concatenate([np.arange(0), *side]) for side in zip(*pairs, strict=True)) if pairs else (np.arange(0),) * 2
-    size = count + len(tensors)
-    return np.asarray(connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(size, size)), directed=False)[1])
+    links = coo_array((np.ones(len(a)), (a, b)), shape=(count + len(tensors), count + len(tensors)))
+    return np.asarray(connected_components(links, directed=False)[1])
 
 
-def _solve(joined: Array, wanted: Sequence[tuple[Array, Array, Array]], count: int) -> Array:
+def _solve(joined: Any, wanted: Sequence[tuple[Array, Array, Array]], count: int) -> Array:
     """Least squares: values near what tensors want of them, by weights, on the plane of the sums."""
     from scipy.sparse import block_array, diags_array
     from scipy.sparse.linalg import splu
