@@ -33,7 +33,7 @@ from onnxq_plugins.spec import Array, QuantSpec, fake, solve_minmax
 Reader = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
 Run = tuple[onnx.ModelProto, dict[str, Array], Reader]  # model, its large weights, how its outputs become a state
 State = dict[str, Array]  # "tensor|field" -> array; the field's first letters say how two states merge
-_EXTREMES = {"low": "ReduceMin", "high": "ReduceMax", "sum": "ReduceSum"}
+_SUMMARY = {"low": "ReduceMin", "high": "ReduceMax", "sum": "ReduceSum", "sum2": "ReduceSumSquare"}
 _WATCHED = 8  # tensors at the start of a network, in which a sample unlike all others shows
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ class Calibration:
 
     def channel_ranges(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
         """Exact (minimum [C], maximum [C]) per channel of each tensor."""
-        state = self._reduced("extremes", names, _EXTREMES)
+        state = self._reduced("summary", names, _SUMMARY)
         return {n: (state[f"{n}|low"], state[f"{n}|high"]) for n in names}
 
     def means(self, names: Sequence[str]) -> dict[str, Array]:
@@ -166,7 +166,9 @@ class Calibration:
 
     def moments(self, names: Sequence[str]) -> dict[str, Moments]:
         """Mean and mean square per channel of each tensor."""
-        state = self._reduced("moments", names, {"sum": "ReduceSum", "sum2": "ReduceSumSquare"})
+        for name in names:
+            _other_axes(self.graph, name, "moments")
+        state = self._summary(names)
         return {n: Moments(*(state[f"{n}|{key}"] / state[f"{n}|sum_positions"] for key in ("sum", "sum2"))) for n in names}
 
     def histograms(self, names: Sequence[str], bins: int = 2048) -> dict[str, Histogram]:
@@ -237,16 +239,39 @@ class Calibration:
             for n in by_name
         }
 
+    def moved(self, before: str, changes: Mapping[str, tuple[int, Array | float, Array | float]]) -> None:
+        """Keep ranges, means and moments that are known, after a rewrite that changed no activation but these.
+
+        before    `digest` of the graph that they are known for
+        changes   tensor -> (axis of the channels, factor > 0, offset) of x' = factor * x - offset, [channels] or numbers
+        """
+        known, after = self._known.get((before, "summary"), {}), State()
+        for key, value in known.items():
+            name, _, field = key.rpartition("|")
+            axis, factor, offset = changes.get(name, (None, 1.0, 0.0))
+            if axis is not None and axis != channel_axis(self.graph, name):
+                continue
+            if axis is not None and field in _SUMMARY:
+                count, once = known[f"{name}|sum_positions"], known[f"{name}|sum"] * factor
+                if field in ("low", "high"):
+                    value = value * factor - offset
+                elif field == "sum":
+                    value = once - offset * count
+                else:
+                    value = value * factor**2 - 2 * offset * once + offset**2 * count
+            after[key] = value
+        self._known[self.graph.digest(), "summary"] = after
+
     def _extremes(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """`ranges` of the samples, also where a subclass knows other ranges: histograms count samples."""
         state = self._summary(names)
         return {n: (float(state[f"{n}|low"].min()), float(state[f"{n}|high"].max())) for n in names}
 
     def _summary(self, names: Sequence[str]) -> State:
-        """Ranges and means per channel together: the reductions cost a fraction of the run, and the means of layer inputs
-        are mostly needed right after the ranges of activations."""
+        """Ranges, means and squares per channel together: the reductions cost a fraction of the run, and the means of layer
+        inputs are mostly needed right after the ranges of activations."""
         inputs = [y.input for y in self.graph.layers] if len(names) > 1 else []
-        return self._reduced("extremes", names, _EXTREMES, inputs)
+        return self._reduced("summary", names, _SUMMARY, inputs)
 
     # ---- the fold -------------------------------------------------------------------------------------------------------
 
@@ -287,7 +312,8 @@ class Calibration:
             return model, weights, read
 
         state = self._fold(statistic, names, outputs, others)
-        _check_finite(name for name in names for label in sorted(fields) if not _finite(state[f"{name}|{label}"]))
+        finite = sorted(set(fields) - {"sum2"})  # a square may overflow though the value does not
+        _check_finite(name for name in names for label in finite if not _finite(state[f"{name}|{label}"]))
         return state
 
     def _fetched(
