@@ -20,6 +20,7 @@ from onnxq_plugins.calibration import Calibration, NotFinite
 from onnxq_plugins.calibration.branches import BranchFeeds, branches, put_back
 from onnxq_plugins.calibration.shapes import complete_shapes
 from onnxq_plugins.data import Data, DataOptions, Source
+from onnxq_plugins.data.outliers import usual
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
@@ -231,6 +232,8 @@ def _calibration(
     """Statistics over the samples. A recipe may come from a stranger: its path is only ever a file, never code to import."""
     source = data if data is not None else Path(recipe.data.path) if recipe.data.path else None
     samples = None if source is None else runtimes.open_samples(source, graph, recipe.data, labels)
+    if samples is not None and not recipe.data.outliers:
+        samples = usual(samples)
     _complete_shapes(graph, samples)
     return Calibration(graph, samples, cache=Path(cache) if cache else None, workers=workers or cores(), track=track)
 

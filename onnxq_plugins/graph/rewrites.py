@@ -229,8 +229,8 @@ def split_input(graph: Graph, layer: Layer, parts: Sequence[str]) -> list[Layer]
 
 
 def split_off_inputs(graph: Graph, layers: Sequence[Layer], channels: Array) -> list[Layer]:
-    """Layers W x + b that read the same tensor become W' x + b + V x[channels], W' with 0 where V takes over; returns the new
-    layers, with the weights V, one for each.
+    """Layers W x + b that read the same tensor become W' x + b + V x[channels], W' with 0 where V takes over; returns the
+    new layers, with the weights V, one for each.
 
     channels   numbers of the input channels that the new layers read, through one Gather
 

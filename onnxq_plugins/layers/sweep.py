@@ -35,7 +35,7 @@ from onnxq_plugins.spec import Array
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
     """What one layer reads in the quantized network, over `count` patches x, and what it should answer, y (the float layer's
-    output without its bias). float64.
+    output without its bias). float64. Each patch counts as much as `trust` says.
 
     h       E[x x^T] [groups, D, D]; block-diagonal, as more groups, where D is above the limit (see `Gram`)
     mean    E[x] [groups, D]
@@ -209,6 +209,7 @@ class _Sums:
         self.spec = job.plan[key] if key else None  # of the input
         self.source = _source(writer, layer.name, layer.input, network.dequantizers)
         self.bias = job.graph.constant(layer.bias).reshape(layer.groups, -1, 1) if layer.bias is not None else None
+        self.weight = layer.matrix(job.graph.constant(layer.weight)).astype(np.float32)
         self.sums: list[list[Array]] = [[], []]
 
     def parts(self, samples: int) -> list[list[int]]:
@@ -236,15 +237,19 @@ class _Sums:
         if not columns:
             return []
         x, y = (np.concatenate(part, axis=2) for part in zip(*columns, strict=True))
-        if not x.shape[2]:
+        count = x.shape[2]
+        if not count:
             return []
-        pieces = split(x, self.limit)
+        weight = trust(y - self.weight @ x)
+        mean, output = (one @ weight.swapaxes(1, 2) for one in (x, y))
+        root = np.sqrt(weight)
+        x, y = x * root, y * root
         return [
-            gram(pieces),
-            pieces.sum(axis=2, dtype=np.float64),
+            gram(split(x, self.limit)),
+            split(mean, self.limit)[:, :, 0],
             y @ x.swapaxes(1, 2),
-            y.sum(axis=2, dtype=np.float64),
-            np.array(float(x.shape[2])),
+            output[:, :, 0],
+            np.array(float(count)),
         ]
 
     def _columns(self, sample: int, exact: Mapping[str, list[Array]]) -> tuple[Array, Array]:
@@ -286,6 +291,21 @@ class _Sums:
                 "given data: the float model itself overflows there."
             )
         return LayerStatistics(h, mean, cross, output, int(count))
+
+
+def trust(left: Array) -> Array:
+    """How much each patch counts [g, 1, P], 1 on the average: m / (m + e), with e the squared error that the quantized input
+    leaves in the outputs, left = y - W x [g, O, P], and m its median.
+
+    The errors of patches with clipped inputs are many times those of others, and weights fitted to them extrapolate: in a
+    sentence encoder the few tokens with outlier channels made all others worse.
+
+    Source: the weights of Cauchy's M-estimator.
+    """
+    error = np.einsum("gop,gop->gp", left, left)[:, None]
+    middle = np.median(error, axis=2, keepdims=True)
+    weight = np.divide(middle, middle + error, out=np.ones_like(error), where=middle > 0)
+    return np.asarray(weight / weight.mean(axis=2, keepdims=True))
 
 
 def _select(job: Job, data: Data, limit: int) -> tuple[list[dict[str, Array]], set[int]]:

@@ -4,6 +4,7 @@ from onnxq_plugins.job import Pass as Pass
 from onnxq_plugins.passes.absorb_bias import AbsorbBias as AbsorbBias
 from onnxq_plugins.passes.bias_correct import BiasCorrect as BiasCorrect
 from onnxq_plugins.passes.bound_accumulator import BoundAccumulator as BoundAccumulator
+from onnxq_plugins.passes.centre import Centre as Centre
 from onnxq_plugins.passes.coding_length import CodingLength as CodingLength
 from onnxq_plugins.passes.data_free import DataFree as DataFree
 from onnxq_plugins.passes.equalize import Equalize as Equalize

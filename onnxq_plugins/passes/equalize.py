@@ -6,22 +6,22 @@ the free channels against the held ones is the one with the least rounding noise
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from onnxq_plugins.calibration import channel_axis
+from onnxq_plugins.calibration import Moments, channel_axis, channels
 from onnxq_plugins.graph import ChannelGroup, Graph, Member, channel_groups, clip_maximum, rescale
 from onnxq_plugins.job import Job, Pass, Stage
-from onnxq_plugins.search.preview import Preview
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.search.gains import Gains
 from onnxq_plugins.solvers.equalize import Place, equalize
+from onnxq_plugins.solvers.spread import Read, Reader, spread
 from onnxq_plugins.spec import Array
 
 _FACTOR = 2.0**12  # factors beyond this, or its inverse, only make biases too large for int32 and weights vanish
-_LEAST = 0.1  # dB by which an exponent must lower the measured error: the resolution of a few samples
+_GAIN = 0.9  # ratio of predicted noise after to before that is worth a change
 _BIAS = 64.0  # a factor may enlarge a bias to so many times the layer's largest one
 
 Bounds = tuple[Array, Array]  # least and largest factor per channel
@@ -84,7 +84,7 @@ class Equalize(Pass):
         if self.by == "activations" and not job.calibration.ready:
             job.note("equalize by activations was skipped: without data there are no ranges to even out")
             return {"groups": 0}
-        groups = channel_groups(job.graph, "rescale", clips=job.calibration.ready)
+        groups = channel_groups(job.graph, "rescale", clips=job.calibration.ready and self.by == "weights")
         bounds = self._bounds(job, groups)
         held = sum(int((low == high).sum()) for low, high in bounds)
         result: dict[str, Any] = {"groups": len(groups), "channels_held_by_clips": held}
@@ -108,29 +108,36 @@ class Equalize(Pass):
         return {"equalized": used, "largest_ratio_of_factors": round(largest, 1)}
 
     def _by_activations(self, job: Job, groups: list[ChannelGroup], bounds: list[Bounds]) -> dict[str, Any]:
-        """Try the exponents group by group, those with the most uneven channels first, and keep what lowers the error."""
-        preview = Preview(job, self.samples)
-        spreads = {
-            i: spread
-            for i, group in enumerate(groups)
-            if (bounds[i][0] < bounds[i][1]).any() and (spread := _spread(preview, group)) is not None
-        }
-        before = best = preview.sqnr()
-        kept = {}
-        for i in job.track(sorted(spreads, key=lambda i: float(np.median(spreads[i]))), "equalizing", len(spreads)):
-            group, winner = groups[i], None
-            for e in self.exponents:
-                factors = self._rounded(np.clip(spreads[i] ** -e, *bounds[i]), bounds[i])
-                attempt = preview.fork()
-                with _rescaled(job.graph, group, factors):
-                    attempt.rescaled(group, factors)
-                    score = attempt.sqnr()
-                if score > best + _LEAST:
-                    best, winner = score, (e, factors, attempt)
-            if winner is not None:
-                kept[group.tensors[0]], factors, preview = winner
-                rescale(job.graph, group, factors)
-        return {"equalized": len(kept), "exponents": kept, "sqnr_before_and_after": [round(before, 2), round(best, 2)]}
+        """Choose the exponent of each group by predicted noise."""
+        graph, planned = job.graph, Planned.of(job)
+        names = [n for n in planned.activations if channels(graph, n)]
+        job.calibration.ranges([n for n in planned.activations if not job.plan[n].solved])
+        ranges = job.calibration.channel_ranges(names)
+        inputs = [y.input for y in graph.layers if channels(graph, y.input)]
+        moments = job.calibration.moments(list(dict.fromkeys([*names, *inputs])))
+        gains, counts = Gains(graph, moments), job.calibration.positions(names)
+        kept: dict[str, Any] = {}
+        changed: dict[str, tuple[int, Array, float]] = {}
+        before, used = graph.digest(), []
+        for group, bound in zip(groups, bounds, strict=True):
+            reads = _reads(job, group, ranges, counts, gains)
+            if not reads:
+                continue
+            factors, exponent, ratio = spread(reads, _readers(job, group, moments, gains), self.exponents, *bound)
+            factors = self._rounded(factors, bound)
+            if exponent and ratio < _GAIN:
+                kept[group.tensors[0]] = (exponent, round(ratio, 3))
+                used.append((group, factors))
+        for group, factors in used:
+            rescale(graph, group, factors)
+            for m in group.members:
+                if not m.constant and (graph.shape(m.tensor) or ()):
+                    count = channels(graph, m.tensor) if m.axis == channel_axis(graph, m.tensor) else None
+                    known = changed.setdefault(m.tensor, (m.axis, np.ones(count or 0), 0.0))
+                    if count:
+                        known[1][m.index.ravel()] = np.repeat(factors, m.index.shape[1])
+        job.calibration.moved(before, changed)
+        return {"equalized": len(kept), "exponents": kept}
 
     def _rounded(self, factors: Array, bounds: Bounds) -> Array:
         """The factors, or with `pow2` the nearest powers of two within the bounds."""
@@ -171,34 +178,56 @@ class Equalize(Pass):
         return bounds
 
 
-@contextmanager
-def _rescaled(graph: Graph, group: ChannelGroup, factors: Array) -> Iterator[None]:
-    """The graph with a group rescaled; restored when the block ends."""
-    values = {m.tensor: graph.constant(m.tensor) for m in group.weights}
-    batchnorms, touched = dict(graph.batchnorms), set(graph.touched)
-    rescale(graph, group, factors)
-    yield
-    for name, before in values.items():
-        graph.set_constant(name, before)
-    graph.batchnorms, graph.touched = batchnorms, touched
+def _reads(
+    job: Job, group: ChannelGroup, ranges: dict[str, tuple[Array, Array]], counts: dict[str, int], gains: Gains
+) -> list[Read]:
+    """The planned activations of a group whose statistics are along its axis; none if there are others."""
+    reads = []
+    for m in group.members:
+        if not m.constant and m.tensor in ranges:
+            if m.axis != channel_axis(job.graph, m.tensor):
+                return []
+            low, high = ranges[m.tensor]
+            gain = gains.tensors.get(m.tensor, np.zeros(len(low)))
+            levels = 2 ** job.plan[m.tensor].bits - 1
+            reads.append(
+                Read(
+                    low[m.index].min(axis=1), high[m.index].max(axis=1), gain[m.index].sum(axis=1), levels, counts[m.tensor]
+                )
+            )
+    return reads
 
 
-def _spread(preview: Preview, group: ChannelGroup) -> Array | None:
-    """Largest |value| of each channel relative to the largest of all, over the group's planned activations [channels]; None
-    where there is nothing to gain, or the gain cannot be measured."""
-    if not preview.follows(group):
-        return None
-    sizes = []
-    for member in group.members:
-        if not member.constant and member.tensor in preview.ranges:
-            low, high = preview.ranges[member.tensor]
-            size = np.maximum(np.abs(low), np.abs(high))[member.index].max(axis=1)
-            sizes.append(size / max(float(size.max()), 1e-30))
-    if not sizes:
-        return None
-    spread = np.max(sizes, axis=0)
-    spread = np.maximum(spread, 1 / _FACTOR)
-    return spread if np.median(spread) < 0.9 else None
+def _readers(job: Job, group: ChannelGroup, moments: dict[str, Moments], gains: Gains) -> list[Reader]:
+    """The planned weights that read a group, depthwise ones apart: their scales follow the factors."""
+    readers, layers = [], {y.weight: y for y in job.graph.layers}
+    for m in group.weights:
+        layer = layers.get(m.tensor)
+        if (
+            m.role != "input"
+            or layer is None
+            or m.tensor not in job.plan
+            or layer.kind == "depthwise"
+            or layer.input not in moments
+        ):
+            continue
+        moment = moments[layer.input]
+        power = moment.square - (moment.mean**2 if job.recipe.provides("bias") else 0)
+        with job.graph.mapped.reading():
+            weight = (
+                np.abs(np.moveaxis(job.graph.constant(m.tensor), layer.out_axis, 0))
+                if not m.rows
+                else np.abs(job.graph.constant(m.tensor)[slice(*m.rows)])
+            )
+        weight = weight.reshape(*weight.shape[:2], -1)
+        peak = weight.max(axis=2)[:, m.index].max(axis=2)
+        rows = gains.rows[layer.name][slice(*m.rows)] if m.rows else gains.rows[layer.name]
+        at = m.index + (m.rows[0] // (layer.shape[0] // layer.groups) * layer.shape[1] if m.rows else 0)
+        spec = job.plan[m.tensor]
+        readers.append(
+            Reader(peak, np.maximum(power, 0)[at].sum(axis=1) * weight.shape[2], rows, spec.grid[1], spec.block is None)
+        )
+    return readers
 
 
 def _reduced(graph: Graph) -> dict[str, Array]:

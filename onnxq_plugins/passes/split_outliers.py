@@ -57,9 +57,9 @@ class SplitOutliers(Pass):
     """
 
     name: ClassVar[str] = "split-outliers"
-    channels: int = 8
+    channels: int = 16
     gain: float = 4.0
-    worth: float = 0.5
+    worth: float = 0.8
 
     def __post_init__(self) -> None:
         if self.channels < 1:
