@@ -9,8 +9,8 @@ from onnxq_plugins import quantize
 from onnxq_plugins.data import DataOptions, Input, open_data
 from onnxq_plugins.data.outliers import usual
 from onnxq_plugins.measure.samples import Samples
-from onnxq_plugins.testing.exact import exact_session
 from onnxq_plugins.testing import models
+from onnxq_plugins.testing.exact import exact_session
 
 X = Input("x", np.dtype(np.float32), (1, 6))
 
