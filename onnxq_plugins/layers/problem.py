@@ -51,6 +51,7 @@ SHRINK_ROUNDING, SHRINK_REGRESSION = 1.0, 20.0
 DESCENT = 2  # rounds of coordinate descent over tiles
 _AT_ONCE = 2**22  # numbers per array that a solver is called with: wide layers are solved block by block
 _SINGLE = 512  # inputs from which on solvers get float32
+_MANY = 4  # patches an input from which on those that are held out may be solved on in the end
 _ROWS = 256  # of a layer on which solutions are compared
 _TRIED = 2048  # inputs up to which they are: one more Cholesky factorization
 _GRAMS = 2**29  # bytes of Gram matrices in memory at once
@@ -106,10 +107,18 @@ class Problem:
         """The entry with scale (searched if it was open and `search` is set), codes and shift, on all patches. Those that
         are held out say how far the weights go towards a fit of the quantized inputs, and whether plain codes do better."""
         share, learned = self._trial(method, effort)
+        last = self._last()
         if learned:
-            return self._solved(method, effort, search, share)
-        nearest_ones, plain = self._solved("nearest", effort, search, 0.0), self._plain()
+            return last._solved(method, effort, search, share)
+        nearest_ones, plain = last._solved("nearest", effort, search, 0.0), last._plain()
         return nearest_ones if self._judged(nearest_ones.spec) < self._judged(plain) else Solution(plain, 1.0, 0.0)
+
+    def _last(self) -> Problem:
+        """The problem on all patches, where they are many for the number of inputs; else on those that are not held out: few
+        can be fitted so well that the network could not be judged on them."""
+        if not isinstance(self.statistics, LayerStatistics) or self.statistics.count >= _MANY * self.statistics.h.shape[1]:
+            return self
+        return replace(self, statistics=self.statistics.others())
 
     def _solved(self, method: Method, effort: Effort, search: bool, share: float) -> Solution:
         """The solution on all patches, of weights that went a share of the way towards a fit."""

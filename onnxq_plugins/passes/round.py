@@ -138,9 +138,10 @@ class Round(Pass):
         """Keep the better of the learned plan and of the plain codes with corrected biases; what the report says of it."""
         if judge is None:
             return {}
-        verdict = judge.best({"learned": job.plan, "plain": plain})
+        plans = {"learned": job.plan, "plain": judge.completed(plain)}
+        verdict = judge.best(plans)
         if verdict.name == "plain":
-            job.plan = judge.completed(plain)
+            job.plan = plans["plain"]
             before, after = verdict.sqnr["plain"], verdict.sqnr["learned"]
             job.note(
                 f"round lowers the outputs from {before:.1f} to {after:.1f} dB on samples kept apart, and was undone: the "
