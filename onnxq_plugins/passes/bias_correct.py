@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.propagation import propagate
 from onnxq_plugins.calibration.shapes import spatial_sizes
-from onnxq_plugins.export.qdq import export
-from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass, Service, Stage
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.layers.problem import bias_shift
-from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.spec import Plan
+from onnxq_plugins.search.preview import multiply_adds, sqnr
 
 _JUDGED = 2e9  # multiply-adds over all samples up to which the whole network is judged
 _SAMPLES = 32
@@ -95,9 +90,9 @@ class BiasCorrect(Pass):
                 largest = max(largest, float(np.abs(shift).max() / bias) if bias else 0.0)
                 job.plan |= {layer.weight: replace(job.plan[layer.weight], shift=shift.astype(np.float32))}
         result: dict[str, Any] = {"largest_shift_relative_to_bias": round(largest, 6)} | ({"left_out": left} if left else {})
-        if means and data is not None and self._work(job, layers) <= _JUDGED:
+        if means and data is not None and multiply_adds(job, layers) <= _JUDGED:
             samples = Samples.of(graph.model(), data.spread(_SAMPLES))
-            before, after = (round(_sqnr(job, plan, samples), 2) for plan in (plain, job.plan))
+            before, after = (round(sqnr(job, plan, samples), 2) for plan in (plain, job.plan))
             result |= {"sqnr": {"plain": before, "corrected": after}}
             if after < before - _TIE:
                 job.plan = plain
@@ -106,16 +101,3 @@ class BiasCorrect(Pass):
                 )
                 return {"layers": 0, **result}
         return {"layers": len(means), **result}
-
-    def _work(self, job: Job, layers: Sequence[Layer]) -> float:
-        """Multiply-adds of the layers over all samples."""
-        known = [layer for layer in layers if job.graph.shape(layer.input) is not None]
-        positions = job.calibration.positions([layer.input for layer in known])
-        strides = {layer.name: np.prod(layer.attrs.get("strides") or [1]) for layer in known}
-        return float(sum(positions[y.input] * np.prod(y.shape) / strides[y.name] for y in known))
-
-
-def _sqnr(job: Job, plan: Plan, samples: Samples) -> float:
-    """SQNR of the worst output in dB, of the model as it is written: the same on every machine."""
-    session = runtimes.session(export(job.graph, plan, job.target), optimize=False)
-    return samples.score(worst_sqnr, samples.outputs(session))
