@@ -37,7 +37,7 @@ def usual(data: Data) -> Data:
     name, times = found[first]
     more = f", and so do {len(found) - 1} others" if len(found) > 1 else ""
     rest.notes += (
-        f"sample {first} reaches {times:.0f} times as far as any usual one in input '{name}'{more}: left out; if it is as "
+        f"sample {first} reaches {times:.3g} times as far as any usual one in input '{name}'{more}: left out; if it is as "
         "it should be, keep it by --set data.outliers=true",
     )
     return rest

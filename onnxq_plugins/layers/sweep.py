@@ -39,14 +39,14 @@ class LayerStatistics:
 
     h       E[x x^T] [groups, D, D]; block-diagonal, as more groups, where D is above the limit (see `Gram`)
     mean    E[x] [groups, D]
-    cross   E[y x^T] [layer's groups, O, D]
+    left    E[(y - W x) x^T] [layer's groups, O, D], what the weights leave of the outputs
     output  E[y] [layer's groups, O]
     judged  the same over those of the patches that solutions are judged by (float32); None where there are none
     """
 
     h: Array
     mean: Array
-    cross: Array
+    left: Array
     output: Array
     count: int
     judged: LayerStatistics | None = None
@@ -57,11 +57,11 @@ class LayerStatistics:
         if own is None:
             return self
         share = own.count / self.count
-        h, mean, cross, output = (
-            (whole - share * part) / (1 - share)
-            for whole, part in ((self.h, own.h), (self.mean, own.mean), (self.cross, own.cross), (self.output, own.output))
+        h, mean, left, output = (
+            (whole.astype(part.dtype) - share * part) / (1 - share)
+            for whole, part in ((self.h, own.h), (self.mean, own.mean), (self.left, own.left), (self.output, own.output))
         )
-        return LayerStatistics(h, mean, cross, output, self.count - own.count)
+        return LayerStatistics(h, mean, left, output, self.count - own.count)
 
 
 @dataclass
@@ -220,8 +220,8 @@ class _Sums:
         return [numbers[first : first + step] for numbers in kinds for first in range(0, len(numbers), step)]
 
     def products(self, numbers: Sequence[int], exact: Mapping[str, list[Array]]) -> list[list[Array]]:
-        """Sums over the patches of some samples, those that are not judged by and those that are: x x^T, x, y x^T, y, and
-        their number; [] without patches."""
+        """Sums over the patches of some samples, those that are not judged by and those that are: x x^T, x,
+        (y - W x) x^T, y, and their number; [] without patches."""
         columns = [self._columns(n, exact) for n in numbers]
         if self.held:
             kinds = [[], columns] if numbers[0] in self.held else [columns, []]
@@ -240,14 +240,16 @@ class _Sums:
         count = x.shape[2]
         if not count:
             return []
-        weight = trust(y - self.weight @ x)
+        left = y - self.weight @ x
+        weight = trust(left, y)
         mean, output = (one @ weight.swapaxes(1, 2) for one in (x, y))
         root = np.sqrt(weight)
-        x, y = x * root, y * root
+        x *= root
+        left *= root
         return [
             gram(split(x, self.limit)),
             split(mean, self.limit)[:, :, 0],
-            y @ x.swapaxes(1, 2),
+            left @ x.swapaxes(1, 2),
             output[:, :, 0],
             np.array(float(count)),
         ]
@@ -282,20 +284,20 @@ class _Sums:
     def _means(self, sums: list[Array]) -> LayerStatistics | None:
         if not sums:
             return None
-        h, mean, cross, output, count = sums
-        for part in (h, mean, cross, output):
+        h, mean, left, output, count = sums
+        for part in (h, mean, left, output):
             part /= max(float(count), 1.0)
         if not all(np.isfinite(part).all() for part in (mean, output)):
             raise OnnxqError(
                 f"layer '{self.layer.name}' reads or writes values that are not finite (NaN or Inf) on the "
                 "given data: the float model itself overflows there."
             )
-        return LayerStatistics(h, mean, cross, output, int(count))
+        return LayerStatistics(h, mean, left, output, int(count))
 
 
-def trust(left: Array) -> Array:
+def trust(left: Array, y: Array) -> Array:
     """How much each patch counts [g, 1, P], 1 on the average: m / (m + e), with e the squared error that the quantized input
-    leaves in the outputs, left = y - W x [g, O, P], and m its median.
+    leaves in the outputs y, left = y - W x [g, O, P], and m its median, or 50 dB below the outputs if that is more.
 
     The errors of patches with clipped inputs are many times those of others, and weights fitted to them extrapolate: in a
     sentence encoder the few tokens with outlier channels made all others worse.
@@ -303,7 +305,8 @@ def trust(left: Array) -> Array:
     Source: the weights of Cauchy's M-estimator.
     """
     error = np.einsum("gop,gop->gp", left, left)[:, None]
-    middle = np.median(error, axis=2, keepdims=True)
+    power = np.einsum("gop,gop->g", y, y)[:, None, None] / y.shape[2]
+    middle = np.maximum(np.median(error, axis=2, keepdims=True), 1e-5 * power)
     weight = np.divide(middle, middle + error, out=np.ones_like(error), where=middle > 0)
     return np.asarray(weight / weight.mean(axis=2, keepdims=True))
 

@@ -6,22 +6,26 @@ the free channels against the held ones is the one with the least rounding noise
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from onnxq_plugins.calibration import Moments, channel_axis, channels
+from onnxq_plugins.calibration import channel_axis, channels
 from onnxq_plugins.graph import ChannelGroup, Graph, Member, channel_groups, clip_maximum, rescale
 from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.search.gains import Gains
+from onnxq_plugins.search.gains import seen_by
+from onnxq_plugins.search.preview import Preview, multiply_adds
 from onnxq_plugins.solvers.equalize import Place, equalize
-from onnxq_plugins.solvers.spread import Read, Reader, spread
+from onnxq_plugins.solvers.spread import noise, spread
 from onnxq_plugins.spec import Array
 
 _FACTOR = 2.0**12  # factors beyond this, or its inverse, only make biases too large for int32 and weights vanish
-_GAIN = 0.9  # ratio of predicted noise after to before that is worth a change
+_WORTH = 0.9  # predicted noise after a change relative to that before, above which it is not made
+_TRIED = 2e9  # multiply-adds over all samples up to which the whole network is tried
 _BIAS = 64.0  # a factor may enlarge a bias to so many times the layer's largest one
 
 Bounds = tuple[Array, Array]  # least and largest factor per channel
@@ -37,16 +41,17 @@ class Equalize(Pass):
     by         ``weights``: a channel's range in the weights that compute it becomes equal to its range in those that read
                it, which suits scales per tensor. ``activations``: channel c is divided by (r_c / max r)^e, with r_c its
                largest |value| over the activations of the group, relative to each one's largest; e is chosen per group by
-               the measured error of the quantized network's outputs. This suits the scale that an activation has for all its
-               channels
+               the noise that rounding is predicted to cause at the layers that read it. This suits the scale that an
+               activation has for all its channels
     gain       ``weights``: least ratio of a group's predicted rounding noise before and after for which it is equalized
     pow2       factors are powers of two: the float model stays the same to the last bit
     exponents  values of e to try
-    samples    number of samples that errors are measured on (``activations``)
+    samples    number of samples that the network is run on with and without the factors, to keep the better
+               (``activations``; 0: none); only networks of few multiply-adds are
     margin     how far a channel may exceed its calibrated range, as a fraction of it, before a Clip counts as active
 
         W1 <- F W1,  b1 <- F b1,  W2 <- W2 F^-1;   f_c = sqrt(r2_c / r1_c) makes both ranges equal   (``weights``)
-                                                   f_c = (r_c / max r)^-e                            (``activations``)
+                                                   f_c = (r_c / max r)^-e w_c^d, d = 0 or 1 - e      (``activations``)
 
     Groups are sets of channels that must be scaled together: layer to layer, through a depthwise layer (whose rows absorb a
     factor on either side), a whole residual stream, LayerNormalization to MatMul (the case of SmoothQuant).
@@ -55,12 +60,18 @@ class Equalize(Pass):
     kernel absorbs. Hence a channel that reaches the maximum keeps factor 1, and one that stays below gets no factor that
     would take it there; the data show which is which. Without data such groups are left unchanged and reported. Where
     statistics belong to another axis (positions of a 1-D convolution after an Add, attention heads), Clips hold all
-    channels, and ``activations`` leaves the group unchanged.
+    channels. ``activations`` stops at Clips, since samples that were not seen may reach a maximum that calibration did not,
+    and leaves groups with statistics along another axis unchanged.
+
+    The prediction adds up what the grid of each activation costs through the weights that read it, what wider weights cost
+    their own grid through the variance of their inputs, and what samples other than those of calibration may lose beyond the
+    grid (`solvers/spread.py`); layers count relative to their signal.
 
     Source: ``weights``: Data-Free Quantization (arXiv 1906.04721), section 4.1. ``activations``: SmoothQuant (arXiv
-    2211.10438), without its weight term, on any group. The treatment of Clip is ours.
-    Cost: ``weights``: a fraction of a second; one run over the data where there are Clips. ``activations``: one run, and for
-    each group and exponent an export and `samples` runs of the quantized network.
+    2211.10438) on any group, with its exponent by prediction, which is ours, as is the treatment of Clip.
+    Cost: ``weights``: a fraction of a second; one run over the data where there are Clips. ``activations``: the run over the
+    data that `ranges` needs, which it does not repeat, and a few passes over the weights; small networks two exports and
+    runs over `samples` more.
     """
 
     name: ClassVar[str] = "equalize"
@@ -73,8 +84,8 @@ class Equalize(Pass):
     margin: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples = {self.samples} must be at least 1")
+        if self.samples < 0:
+            raise ValueError(f"samples = {self.samples} must not be negative")
         if self.margin < 0:
             raise ValueError(f"margin = {self.margin} must not be negative")
         if not self.exponents or not all(0 < e <= 1 for e in self.exponents):
@@ -108,36 +119,36 @@ class Equalize(Pass):
         return {"equalized": used, "largest_ratio_of_factors": round(largest, 1)}
 
     def _by_activations(self, job: Job, groups: list[ChannelGroup], bounds: list[Bounds]) -> dict[str, Any]:
-        """Choose the exponent of each group by predicted noise."""
-        graph, planned = job.graph, Planned.of(job)
-        names = [n for n in planned.activations if channels(graph, n)]
-        job.calibration.ranges([n for n in planned.activations if not job.plan[n].solved])
-        ranges = job.calibration.channel_ranges(names)
-        inputs = [y.input for y in graph.layers if channels(graph, y.input)]
-        moments = job.calibration.moments(list(dict.fromkeys([*names, *inputs])))
-        gains, counts = Gains(graph, moments), job.calibration.positions(names)
-        kept: dict[str, Any] = {}
-        changed: dict[str, tuple[int, Array, float]] = {}
-        before, used = graph.digest(), []
-        for group, bound in zip(groups, bounds, strict=True):
-            reads = _reads(job, group, ranges, counts, gains)
+        """Choose the exponent of each group by predicted noise, and try all together where that is cheap."""
+        chosen: list[tuple[ChannelGroup, Array]] = []
+        told: dict[str, Any] = {}
+        for group, (reads, readers), bound in zip(groups, seen_by(job, groups), bounds, strict=True):
             if not reads:
                 continue
-            factors, exponent, ratio = spread(reads, _readers(job, group, moments, gains), self.exponents, *bound)
+            factors, exponent, _ = spread(reads, readers, self.exponents, *bound)
             factors = self._rounded(factors, bound)
-            if exponent and ratio < _GAIN:
-                kept[group.tensors[0]] = (exponent, round(ratio, 3))
-                used.append((group, factors))
-        for group, factors in used:
-            rescale(graph, group, factors)
-            for m in group.members:
-                if not m.constant and (graph.shape(m.tensor) or ()):
-                    count = channels(graph, m.tensor) if m.axis == channel_axis(graph, m.tensor) else None
-                    known = changed.setdefault(m.tensor, (m.axis, np.ones(count or 0), 0.0))
-                    if count:
-                        known[1][m.index.ravel()] = np.repeat(factors, m.index.shape[1])
-        job.calibration.moved(before, changed)
-        return {"equalized": len(kept), "exponents": kept}
+            ratio = noise(factors, reads, readers) / max(noise(np.ones(group.size), reads, readers), 1e-300)
+            if exponent and ratio < _WORTH:
+                chosen.append((group, factors))
+                told[group.tensors[0]] = {"exponent": exponent, "noise": round(ratio, 4)}
+        result: dict[str, Any] = {"equalized": len(chosen), "exponents": told}
+        if not chosen:
+            return result
+        layers = Planned.of(job).layers
+        trial = Preview(job, self.samples) if self.samples and multiply_adds(job, layers) <= _TRIED else None
+        before = trial.sqnr() if trial else 0.0
+        with _undoable(job, [group for group, _ in chosen]) as undo:
+            _rescale(job, chosen)
+            if trial:
+                after = trial.sqnr()
+                result["sqnr_before_and_after"] = [round(before, 2), round(after, 2)]
+                if after < before:
+                    undo()
+                    job.note(
+                        f"equalize lowers the outputs from {before:.1f} to {after:.1f} dB on the samples, and was undone"
+                    )
+                    result |= {"equalized": 0}
+        return result
 
     def _rounded(self, factors: Array, bounds: Bounds) -> Array:
         """The factors, or with `pow2` the nearest powers of two within the bounds."""
@@ -178,56 +189,34 @@ class Equalize(Pass):
         return bounds
 
 
-def _reads(
-    job: Job, group: ChannelGroup, ranges: dict[str, tuple[Array, Array]], counts: dict[str, int], gains: Gains
-) -> list[Read]:
-    """The planned activations of a group whose statistics are along its axis; none if there are others."""
-    reads = []
-    for m in group.members:
-        if not m.constant and m.tensor in ranges:
-            if m.axis != channel_axis(job.graph, m.tensor):
-                return []
-            low, high = ranges[m.tensor]
-            gain = gains.tensors.get(m.tensor, np.zeros(len(low)))
-            levels = 2 ** job.plan[m.tensor].bits - 1
-            reads.append(
-                Read(
-                    low[m.index].min(axis=1), high[m.index].max(axis=1), gain[m.index].sum(axis=1), levels, counts[m.tensor]
-                )
-            )
-    return reads
+def _rescale(job: Job, chosen: list[tuple[ChannelGroup, Array]]) -> None:
+    """Rescale groups by factors; what calibration knows of their activations follows."""
+    graph, before = job.graph, job.graph.digest()
+    changes: dict[str, tuple[int, Array, float]] = {}
+    for group, factors in chosen:
+        rescale(graph, group, factors)
+        for m in group.members:
+            if not m.constant:
+                count = channels(graph, m.tensor) if m.axis == channel_axis(graph, m.tensor) else None
+                spread = changes.setdefault(m.tensor, (m.axis, np.ones(count or 0), 0.0))[1]
+                if count:
+                    spread[m.index.ravel()] = np.repeat(factors, m.index.shape[1])
+    job.calibration.moved(before, changes)
 
 
-def _readers(job: Job, group: ChannelGroup, moments: dict[str, Moments], gains: Gains) -> list[Reader]:
-    """The planned weights that read a group, depthwise ones apart: their scales follow the factors."""
-    readers, layers = [], {y.weight: y for y in job.graph.layers}
-    for m in group.weights:
-        layer = layers.get(m.tensor)
-        if (
-            m.role != "input"
-            or layer is None
-            or m.tensor not in job.plan
-            or layer.kind == "depthwise"
-            or layer.input not in moments
-        ):
-            continue
-        moment = moments[layer.input]
-        power = moment.square - (moment.mean**2 if job.recipe.provides("bias") else 0)
-        with job.graph.mapped.reading():
-            weight = (
-                np.abs(np.moveaxis(job.graph.constant(m.tensor), layer.out_axis, 0))
-                if not m.rows
-                else np.abs(job.graph.constant(m.tensor)[slice(*m.rows)])
-            )
-        weight = weight.reshape(*weight.shape[:2], -1)
-        peak = weight.max(axis=2)[:, m.index].max(axis=2)
-        rows = gains.rows[layer.name][slice(*m.rows)] if m.rows else gains.rows[layer.name]
-        at = m.index + (m.rows[0] // (layer.shape[0] // layer.groups) * layer.shape[1] if m.rows else 0)
-        spec = job.plan[m.tensor]
-        readers.append(
-            Reader(peak, np.maximum(power, 0)[at].sum(axis=1) * weight.shape[2], rows, spec.grid[1], spec.block is None)
-        )
-    return readers
+@contextmanager
+def _undoable(job: Job, groups: list[ChannelGroup]) -> Iterator[Callable[[], None]]:
+    """A function that takes back what happens to groups within the block."""
+    graph = job.graph
+    values = {m.tensor: graph.constant(m.tensor) for group in groups for m in group.weights}
+    batchnorms, touched = dict(graph.batchnorms), set(graph.touched)
+
+    def undo() -> None:
+        for name, before in values.items():
+            graph.set_constant(name, before)
+        graph.batchnorms, graph.touched = batchnorms, touched
+
+    yield undo
 
 
 def _reduced(graph: Graph) -> dict[str, Array]:

@@ -6,14 +6,17 @@ outputs' own readers decide which of these channels matter, so that the result d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from onnxq_plugins.calibration import Moments, channel_axis, channels
-from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.graph import ChannelGroup, Graph, Layer, Member
 from onnxq_plugins.graph.flow import activation_inputs
+from onnxq_plugins.job import Job
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.solvers.spread import Read, Reader
 from onnxq_plugins.spec import Array
 
 _ENDS = {"MatMul", "Softmax", "LayerNormalization", "LSTM", "GRU", "RNN"}  # noise is mixed, or measured, in other terms
@@ -102,3 +105,59 @@ class Gains:
         part = gain if len(gain) == count else np.full(count, gain.mean())
         known = self.tensors.get(name)
         self.tensors[name] = part if known is None else known + part
+
+
+def seen_by(job: Job, groups: Sequence[ChannelGroup]) -> Iterator[tuple[list[Read], list[Reader]]]:
+    """The planned activations of each group, and the planned weights that read it, as `solvers.spread` takes them; no
+    activation where statistics of one belong to another axis. One run over the data, the one that `ranges` needs."""
+    graph, planned, calibration = job.graph, Planned.of(job), job.calibration
+    calibration.ranges([n for n in planned.activations if not job.plan[n].solved])
+    names = [n for n in planned.activations if channels(graph, n)]
+    ranges, counts = calibration.channel_ranges(names), calibration.positions(names)
+    inputs = [y.input for y in graph.layers if channels(graph, y.input)]
+    moments = calibration.moments(list(dict.fromkeys([*names, *inputs])))
+    gains, layers = Gains(graph, moments), {y.weight: y for y in planned.layers if planned.input(y)}
+    for group in groups:
+        here = [m for m in group.members if m.tensor in ranges]
+        if not here or any(m.axis != channel_axis(graph, m.tensor) for m in here):
+            yield [], []
+            continue
+        reads = []
+        for m in here:
+            low, high = ranges[m.tensor]
+            gain = gains.tensors.get(m.tensor, np.zeros(len(low)))[m.index].sum(axis=1)
+            levels = 2 ** job.plan[m.tensor].bits - 1
+            reads.append(Read(low[m.index].min(axis=1), high[m.index].max(axis=1), gain, levels, counts[m.tensor]))
+        readers = [
+            _reader(job, layers[m.tensor], m, moments[layers[m.tensor].input], gains.rows[layers[m.tensor].name])
+            for m in group.weights
+            if m.role == "input"
+            and m.tensor in layers
+            and layers[m.tensor].kind != "depthwise"  # the scales of its rows follow the factors
+            and layers[m.tensor].input in moments
+            and layers[m.tensor].name in gains.rows
+        ]
+        yield reads, readers
+
+
+def _reader(job: Job, layer: Layer, member: Member, moments: Moments, gain: Array) -> Reader:
+    """A weight that reads a group, or the rows of a grouped convolution that do."""
+    spec, power = job.plan[layer.weight], moments.square
+    if job.recipe.provides("bias"):
+        power = moments.square - moments.mean**2
+    with job.graph.mapped.reading():
+        weight = job.graph.constant(layer.weight)
+        weight = weight[slice(*member.rows)] if member.rows else np.moveaxis(weight, layer.out_axis, 0)
+        peak = np.abs(weight.reshape(*weight.shape[:2], -1)).max(axis=2)
+    first = 0
+    if member.rows:
+        gain = gain[slice(*member.rows)]
+        first = member.rows[0] // (layer.shape[0] // layer.groups) * layer.shape[1]
+    taps = int(np.prod(layer.shape[2:]))
+    return Reader(
+        peak[:, member.index].max(axis=2),
+        taps * np.maximum(power, 0.0)[member.index + first].sum(axis=1),
+        gain,
+        spec.grid[1],
+        spec.block is None,
+    )

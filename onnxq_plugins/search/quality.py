@@ -5,6 +5,9 @@ from __future__ import annotations
 from onnxq_plugins.calibration.shapes import multiply_adds
 from onnxq_plugins.errors import Reason
 from onnxq_plugins.job import Job
+from onnxq_plugins.layers.clipping import least_squares
+from onnxq_plugins.layers.complete import activation_spec
+from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.search.fallback import WIDE, Fallback, Search, decibels, judged
 from onnxq_plugins.search.judge import Judge
@@ -14,6 +17,7 @@ _CHECK = 1e9  # multiply-adds over the samples that a network is checked on; at 
 _FEWEST = 4
 _MOST = 0.25  # of the multiply-adds in float, where destroyed outputs are already saved
 _WORTH = 3.0  # dB that a fallback must gain that was not asked for
+_BETTER = 1.0  # dB that other ranges must gain
 _LOST = 10.0  # dB under which that may cost any number of layers
 
 
@@ -34,15 +38,17 @@ def keep_quality(job: Job) -> None:
     names = [] if judge is None else judged(judge.samples)
     if judge is None or not names:
         return
-    before = decibels(job, judge.samples, job.plan)
-    found = None
+    before = now = decibels(job, judge.samples, job.plan)
     if before.min() < quality.least:
+        now = _clipped(job, judge.samples, before)
+    found = None
+    if now.min() < quality.least:
         levels = [quality.sqnr] if quality.asked else [quality.least, (quality.least + quality.sqnr) / 2, quality.sqnr]
-        search = Search(job, judge.samples, brief=not quality.asked and bool(before.min() >= _LOST))
+        search = Search(job, judge.samples, brief=not quality.asked and bool(now.min() >= _LOST))
         found = search.run(levels, _MOST)
         if found is not None and not quality.asked and not _worth(found, before):
             found = None
-    after = before if found is None else found.sqnr
+    after = now if found is None else found.sqnr
     job.report["quality"] = {
         "asked": quality.sqnr,
         "met": bool(after.min() >= (quality.sqnr if quality.asked else quality.least)),
@@ -53,12 +59,28 @@ def keep_quality(job: Job) -> None:
     }
     if found is not None:
         _apply(job, found, before)
-    elif before.min() < quality.least:
-        worst = names[int(before.argmin())]
+    elif now.min() < quality.least:
+        worst = names[int(now.argmin())]
         job.note(
-            f"output '{worst}' has {before.min():.1f} dB on the samples, and no few layers in float make it much better: "
+            f"output '{worst}' has {now.min():.1f} dB on the samples, and no few layers in float make it much better: "
             "onnxq diagnose tells where it is lost"
         )
+
+
+def _clipped(job: Job, samples: Samples, before: Array) -> Array:
+    """dB of the outputs with the ranges of least squared error, if these are better; the job's plan has them then."""
+    activations = Planned.of(job).activations
+    ranges = least_squares(job, activations)
+    plan = job.plan | {n: activation_spec(ends, job.plan[n]) for n, ends in ranges.items()}
+    after = decibels(job, samples, plan)
+    if after.min() < before.min() + _BETTER:
+        return before
+    job.plan = plan
+    job.note(
+        f"ranges of least squared error in place of the recipe's raise the outputs from {before.min():.1f} to "
+        f"{after.min():.1f} dB"
+    )
+    return after
 
 
 def _worth(found: Fallback, before: Array) -> bool:

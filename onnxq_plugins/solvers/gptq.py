@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxq_plugins.solvers.gram import Grid
+from onnxq_plugins.solvers.gram import Grid, cholesky
 from onnxq_plugins.spec import Array
 
 BLOCK = 32  # columns between two updates of the rest of the matrix: the rest then is one BLAS call
@@ -84,14 +84,3 @@ def damp(h: Array, damping: float) -> Array:
     damped = h.copy()
     np.einsum("gdd->gd", damped)[...] += np.where(diagonal > 0, damping * mean, 1.0)
     return damped
-
-
-def cholesky(h: Array) -> Array:
-    """Lower triangular L [g, D, D] with L L^T = h, in the precision of h; in double precision where rounding errors make it
-    indefinite."""
-    try:
-        return np.asarray(np.linalg.cholesky(h))
-    except np.linalg.LinAlgError:
-        if h.dtype == np.float64:
-            raise
-        return np.linalg.cholesky(h.astype(np.float64)).astype(h.dtype)

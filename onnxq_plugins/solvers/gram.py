@@ -77,19 +77,31 @@ def share_of(move: Array, h: Array, left: Array) -> tuple[float, float]:
     return float(np.vdot(move, left)), float(np.vdot(move @ h, move))
 
 
+def cholesky(h: Array) -> Array:
+    """Lower triangular L [g, D, D] with L L^T = h, in the precision of h; computed in double precision where rounding errors
+    of single precision make it indefinite."""
+    if h.shape[1] < _LARGE:
+        return np.asarray(np.linalg.cholesky(h.astype(np.float64, copy=False)).astype(h.dtype, copy=False))
+    from scipy.linalg import LinAlgError  # late: slow to import, and only large layers need it
+    from scipy.linalg import cholesky as factor  # several times faster than numpy's, which copies
+
+    lower = np.empty_like(h)
+    for one, matrix in zip(lower, h, strict=True):
+        try:
+            one[...] = factor(matrix.T, check_finite=False).T  # in the order of memory that LAPACK wants
+        except LinAlgError:
+            one[...] = factor(matrix.astype(np.float64), lower=True, check_finite=False)
+    return lower
+
+
 def _solve(h: Array, right: Array) -> Array:
     """h^-1 right for positive definite h [g, D, D] and right [g, D, n]."""
     if h.shape[1] < _LARGE:
         return np.asarray(np.linalg.solve(h, right))
-    from scipy.linalg import LinAlgError, cho_factor, cho_solve  # late: slow to import, and only large layers need it
+    from scipy.linalg import cho_solve
 
-    solved = np.empty(right.shape, right.dtype)
-    for one, matrix, columns in zip(solved, h, right, strict=True):
-        try:
-            one[...] = cho_solve(cho_factor(matrix, lower=True, check_finite=False), columns, check_finite=False)
-        except LinAlgError:  # rounding errors of float32 made it indefinite
-            one[...] = np.linalg.solve(matrix.astype(np.float64), columns)
-    return solved
+    factors = ((lower, True) for lower in cholesky(h))
+    return np.stack([cho_solve(one, columns, check_finite=False) for one, columns in zip(factors, right, strict=True)])
 
 
 def narrow(a: Array, like: Array, fill: float = 0.0) -> Array:

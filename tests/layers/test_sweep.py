@@ -31,7 +31,7 @@ CODES, BLOCKS = {"bits": 4}, {"bits": 4, "block": 16}
     ),
 )
 def test_a_layer_sees_what_the_exported_model_gives_it(name, weights, monkeypatch):
-    monkeypatch.setattr(sweeping, "trust", lambda left: np.ones_like(left[:, :1]))
+    monkeypatch.setattr(sweeping, "trust", lambda left, y: np.ones_like(y[:, :1]))
     weight_only = "block" in weights
     recipe = {"weights": weights, **({"activations": {"bits": 32}} if weight_only else {})}
     model = ZOO[name]()
@@ -63,17 +63,20 @@ def test_a_layer_sees_what_the_exported_model_gives_it(name, weights, monkeypatc
         np.testing.assert_allclose(found.h, gram(x) / count, atol=near * size)
         np.testing.assert_allclose(found.mean, x.mean(axis=2), atol=near * np.sqrt(size))
         np.testing.assert_allclose(found.output, y.mean(axis=2), atol=1e-4 * np.abs(y).max())
-        np.testing.assert_allclose(found.cross, y @ x.swapaxes(1, 2) / count, atol=10 * near * np.abs(y).max() * size**0.5)
+        left = y - layer.matrix(job.graph.constant(layer.weight)) @ x
+        np.testing.assert_allclose(found.left, left @ x.swapaxes(1, 2) / count, atol=10 * near * np.abs(y).max() * size**0.5)
 
 
 def test_patches_with_outlying_errors_count_little():
     left = np.random.default_rng(0).normal(size=(2, 5, 40)).astype(np.float32)
     left[0, :, 3] *= 100
-    weight = trust(left)
+    y = np.full_like(left, 10)
+    weight = trust(left, y)
     assert weight.shape == (2, 1, 40) and np.allclose(weight.mean(axis=2), 1)
     assert weight[0, 0, 3] < 1e-3 and weight[1].min() > 0.3
-    assert np.allclose(trust(1000 * left), weight)  # whatever the unit
-    assert (trust(np.zeros((2, 5, 40))) == 1).all()
+    assert np.allclose(trust(1000 * left, 1000 * y), weight)  # whatever the unit
+    assert np.allclose(trust(1e-3 * left[1:], y[1:]), 1, atol=1e-2)  # errors of sums in another order say nothing
+    assert (trust(np.zeros((2, 5, 40)), np.zeros((2, 5, 40))) == 1).all()
 
 
 @pytest.mark.parametrize("n", [6, 16])

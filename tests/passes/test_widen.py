@@ -45,7 +45,7 @@ def test_layers_that_few_bits_do_not_make_smaller_are_widened():
 def test_wider_codes_lower_the_error():
     errors = []
     for loss in (0.0, 100.0):
-        found, result = bits(True, loss=loss)
+        _, result = bits(True, loss=loss)
         layer = result.graph.layers[2]
         spec = result.plan[layer.weight]
         size = np.asarray(spec.scale) * (1 if spec.multiplier is None else np.repeat(spec.multiplier, 16, axis=-1)[:, :4])
