@@ -199,17 +199,17 @@ def heads(scene: Scene) -> list[Remedy]:
     return scene.use(SplitHeads(), "grids of their own for unlike channels of the network's last layers")
 
 
-def quality(sqnr: float, recipe: Recipe) -> list[Remedy]:
-    """The smallest part of the network in float that reaches the next better quality; none if that is asked for, or if the
-    outputs are good.
+def quality(sqnr: float, recipe: Recipe, goal: float | None = None) -> list[Remedy]:
+    """The smallest part of the network in float that reaches a quality; none if that is asked for, or the outputs are good.
 
     sqnr   dB that they have
+    goal   dB that they must have; None: the next better quality
     """
-    goal = next((goal for goal in _GOALS if goal >= sqnr + 2), None)
+    goal = next((goal for goal in _GOALS if goal >= sqnr + 2), None) if goal is None else goal
     if goal is None or (recipe.quality.asked and (recipe.quality.sqnr or 0) >= goal):
         return []
-    text = f"the smallest part of the network in 16 bits or float with which each output has {goal} dB; may be slower"
-    return [Remedy(text, (f"quality.sqnr={goal}", f"quality.below={goal}"))]
+    text = f"the smallest part of the network in 16 bits or float with which each output has {goal:g} dB; may be slower"
+    return [Remedy(text, (f"quality.sqnr={goal:g}", f"quality.below={goal:g}"))]
 
 
 def float_remedies(name: str, op: str, reason: Reason, target: Target, set_by_rules: frozenset[str]) -> tuple[Remedy, ...]:
