@@ -80,7 +80,7 @@ class Equalize(Pass):
     gain: float = 2.0
     pow2: bool = False
     exponents: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    samples: int = 32
+    samples: int = 8
     margin: float = 0.25
 
     def __post_init__(self) -> None:

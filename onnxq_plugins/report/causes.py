@@ -327,7 +327,7 @@ def _energies(layer: Layer | None, weight: Array | None, count: int) -> Array:
 def _equalized(x: Activation, scene: Scene) -> list[Remedy]:
     if x.is_input:
         return scene.use(ScaleInputs(), "a factor per input channel, undone in the first weights")
-    return even_channels(scene, "factors between layers, chosen by measured error") if x.name in scene.equalizable else []
+    return even_channels(scene, "factors between layers, chosen by predicted noise") if x.name in scene.equalizable else []
 
 
 # ---- neither --------------------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def codes_by_error(scene: Scene, text: str) -> list[Remedy]:
 
 
 def even_channels(scene: Scene, text: str) -> list[Remedy]:
-    """Equalize channels by factors chosen by measured error; none if a pass does so."""
+    """Equalize channels by factors chosen by predicted noise; none if a pass does so."""
     step = Equalize(by="activations")
     chosen = any(isinstance(other, Equalize) and other.by == step.by for other in scene.recipe.passes)
     return [] if chosen else [Remedy(text, passes=(step,))]

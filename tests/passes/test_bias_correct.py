@@ -33,7 +33,7 @@ def test_a_small_network_that_loses_by_it_keeps_its_biases(monkeypatch):
     model = mobilenet()
     for values, kept in (((30.0, 20.0), False), ((20.0, 30.0), True)):
         answers = iter(values)
-        monkeypatch.setattr(bias_correct, "_sqnr", lambda job, plan, samples, answers=answers: next(answers))
+        monkeypatch.setattr(bias_correct, "sqnr", lambda job, plan, samples, answers=answers: next(answers))
         result = quantize(model, RECIPE, feeds(model, 8), workers=1)
         shifts = [result.plan[layer.weight].shift for layer in result.graph.layers]
         assert all((shift is not None) == kept for shift in shifts)
