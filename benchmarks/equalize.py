@@ -102,7 +102,9 @@ def main() -> None:
         sqnrs = []
         for steps in VARIANTS:
             result = quantize(model, {"pass": [CORRECTED[0], *steps, *CORRECTED[1:]]}, calibration, verify=True)
-            sqnrs.append(measure.sqnr(reference[0], runtimes.outputs(runtimes.session(result.model, optimize=False), test)[0]))
+            sqnrs.append(
+                measure.sqnr(reference[0], runtimes.outputs(runtimes.session(result.model, optimize=False), test)[0])
+            )
         drift = max(step.get("drift") or 0.0 for step in result.report["steps"])
         cells = " | ".join(f"{value:.2f}" for value in sqnrs)
         print(f"| {name} | {cells} | {sqnrs[3] - sqnrs[0]:+.2f} | {drift:.0e} |", flush=True)

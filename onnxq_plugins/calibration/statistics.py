@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +20,7 @@ from onnx import helper
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.reductions import add_reduction, add_slice, alike, merge_of
+from onnxq_plugins.calibration.values import Gram, Histogram, InputRounding, Moments, NotFinite
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import load_arrays, save_arrays
@@ -36,63 +36,6 @@ State = dict[str, Array]  # "tensor|field" -> array; the field's first letters s
 _SUMMARY = {"low": "ReduceMin", "high": "ReduceMax", "sum": "ReduceSum", "sum2": "ReduceSumSquare"}
 _WATCHED = 8  # tensors at the start of a network, in which a sample unlike all others shows
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """Per channel: mean [C] and mean of squares [C] over samples and positions."""
-
-    mean: Array
-    square: Array
-
-
-@dataclass(frozen=True, eq=False)
-class Histogram:
-    """counts [bins] between the exact extremes low and high of a tensor. Counted on an even subsample of at most
-    16384 values per sample, so that a shifted grid is scored on what the tensor looks like, at any size."""
-
-    counts: Array
-    low: float
-    high: float
-
-    @property
-    def centers(self) -> Array:
-        """Middle of each bin [bins]."""
-        width = (self.high - self.low) / len(self.counts)
-        return self.low + (np.arange(len(self.counts)) + 0.5) * width
-
-
-class NotFinite(OnnxqError):
-    """Activations are NaN or infinite on the data: the float model's own, such as a mask of -inf."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        more = f" and {len(names) - 1} others" if len(names) > 1 else ""
-        super().__init__(
-            f"activation '{names[0]}'{more} is not finite (NaN or Inf) on the given data: the float model itself overflows, "
-            "so check its weights and the data's normalization."
-        )
-        self.names = tuple(names)
-
-
-@dataclass(frozen=True, eq=False)
-class Gram:
-    """Second moments of a layer's input patches x over `count` of them, float64: h = E[x x^T] [groups, D, D] and mean
-    E[x] [groups, D], with D = inputs per group * kernel taps. A layer with D above `limit` (see `Calibration.grams`) counts
-    as several groups of equal width, the last one padded with zeros: the blocks on the diagonal of h."""
-
-    h: Array
-    mean: Array
-    count: int
-
-
-@dataclass(frozen=True, eq=False)
-class InputRounding:
-    """Sums of squares over rows of a layer's input: of each input [K], of the outputs without a bias, and of the errors that
-    rounded inputs cause in these."""
-
-    power: Array
-    signal: float
-    noise: float
 
 
 class Calibration:
@@ -120,6 +63,17 @@ class Calibration:
     def ready(self) -> bool:
         """True if there are samples, so that statistics can be computed."""
         return self.data is not None
+
+    def carry(self, before: str) -> None:
+        """Keep what is known, where the graph was rewritten so that the tensors that kept their names kept their values.
+
+        before   `Graph.digest` of the graph as it was
+        """
+        after = self.graph.digest()
+        for (digest, statistic), state in list(self._known.items()):
+            if digest == before:
+                kept = {key: values for key, values in state.items() if key.rpartition("|")[0] in self.graph}
+                self._known[after, statistic] = kept
 
     def ranges(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """Exact (minimum, maximum) of each tensor."""
@@ -268,7 +222,7 @@ class Calibration:
         """Statistics that onnxruntime reduces inside the graph: one small output per (tensor, field), and positions.
 
         fields   label -> the operator that reduces a tensor to one value per channel (to one in all if its rank is unknown)
-        others   tensors whose statistics are computed along, which may be NaN or infinite
+        others   tensors whose statistics are computed along with those of others, which may be NaN or infinite
         """
 
         def outputs(missing: Sequence[str]) -> Run:
@@ -300,7 +254,7 @@ class Calibration:
 
             return model, weights, read
 
-        state = self._fold(statistic, [*names, *others], outputs)
+        state = self._fold(statistic, names, outputs, others)
         finite = sorted(set(fields) - {"sum2"})  # a square may overflow though the value does not
         _check_finite(name for name in names for label in finite if not _finite(state[f"{name}|{label}"]))
         return state
@@ -347,7 +301,10 @@ class Calibration:
 
         return self._fold(statistic, names, outputs)
 
-    def _fold(self, statistic: str, names: Sequence[str], outputs: Callable[[Sequence[str]], Run]) -> State:
+    def _fold(
+        self, statistic: str, names: Sequence[str], outputs: Callable[[Sequence[str]], Run], others: Sequence[str] = ()
+    ) -> State:
+        """The state of a statistic with all `names`, and with `others` where there is a run."""
         if not names:
             return {}
         if self.data is None:
@@ -364,6 +321,7 @@ class Calibration:
         available = {key.partition("|")[0] for key in known}
         missing = [n for n in dict.fromkeys(names) if n not in available]
         if missing:
+            missing = [n for n in dict.fromkeys([*names, *others]) if n not in available]
             state = self._run(statistic, missing, outputs(missing), file)
             known.update(state)
             if file is not None:

@@ -12,7 +12,15 @@ from onnxq_plugins.graph.groups import channel_groups, clip_maximum
 from onnxq_plugins.graph.importer import load
 from onnxq_plugins.graph.layer import LAYER_OPS, BatchNorm, Layer
 from onnxq_plugins.graph.models import Model, as_model
-from onnxq_plugins.graph.rewrites import permute, replace_with_sum, rescale, split_input, split_outputs, split_values
+from onnxq_plugins.graph.rewrites import (
+    permute,
+    replace_with_sum,
+    rescale,
+    split_input,
+    split_off_inputs,
+    split_outputs,
+    split_values,
+)
 from onnxq_plugins.graph.shifts import Shifts, shift, shifts
 
 __all__ = [
@@ -39,6 +47,7 @@ __all__ = [
     "shift",
     "shifts",
     "split_input",
+    "split_off_inputs",
     "split_outputs",
     "split_values",
 ]

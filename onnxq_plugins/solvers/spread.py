@@ -72,8 +72,8 @@ def noise(factors: Array, reads: Sequence[Read], readers: Sequence[Reader]) -> f
 def spread(
     reads: Sequence[Read], readers: Sequence[Reader], exponents: Sequence[float], low: Array, high: Array
 ) -> tuple[Array, float, float]:
-    """The factors of least `noise` among f_c = r_c^-e w_c^d with d = 0, (1 - e) / 2 or 1 - e, its exponent e (0: none is better than 1),
-    and the ratio of the noise with them to that without.
+    """The factors of least `noise` among f_c = r_c^-e w_c^d with d = 0, (1 - e) / 2 or 1 - e; their exponent e (0: none is
+    better than 1), and the ratio of the noise with them to that without.
 
     r_c is the largest range of channel c relative to the largest of all channels, over the activations; w_c the largest
     weight that reads it relative to that of its row. low, high: bounds of the factors [channels].
