@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -50,6 +50,7 @@ class Data:
         self.implied = False  # True if nobody gave the labels: they came with the inputs
         self.state: Mapping[str, str] = {}
         self.complete = False  # states are in the feeds, see `runtimes.rolled`
+        self.bounded = False  # True if no value can be far beyond the others: pictures
         self._digest = ""
 
     def __iter__(self) -> Iterator[dict[str, Array]]:
@@ -135,6 +136,21 @@ class Data:
             return one
 
         return half(0), half(1)
+
+    def without(self, numbers: Collection[int]) -> Data:
+        """The same samples without some, by number."""
+        kept = [n for n in range(self._feeds()) if n not in numbers]
+        labels = self.labels
+        if labels is not None:
+            every = self.spread_labels(0) or []
+            labels = np.concatenate([every[n] for n in kept]) if every else None
+
+        def samples() -> Iterator[Mapping[str, Array]]:
+            return (feed for n, feed in enumerate(self._samples()) if n not in numbers)
+
+        rest = Data(self.inputs, samples, self.where, len(kept), labels, self.batch)
+        rest.notes, rest.implied, rest.state, rest.complete = self.notes, self.implied, self.state, self.complete
+        return rest
 
     def numbers(self, apart: bool = False) -> list[int]:
         """The numbers of all samples, or of those that are held out from solutions (see `held_out`)."""
