@@ -10,11 +10,8 @@ def test_a_long_loop_without_a_terminal_says_how_long_it_will_take(monkeypatch):
     monkeypatch.setattr(console, "notify", told.append)
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     assert list(console.track(range(8), "rounding", 8)) == list(range(8))
-    assert told == [
-        "rounding: 1 of 8 after 12 s, about 84 s more",
-        "rounding: 3 of 8 after 24 s, about 40 s more",
-        *told[2:],
-    ]
+    assert told[0] == "rounding: 1 of 8 after 12 s, about 84 s more"
+    assert told[1] == "rounding: 3 of 8 after 24 s, about 40 s more"
     assert len(told) == 3
 
 
