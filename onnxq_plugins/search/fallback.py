@@ -89,8 +89,7 @@ class Search:
         self.work = multiply_adds(job.graph, samples.feeds[0])
         total = max(float(sum(self.work.values())), 1.0)
         count = int(min(max(_ALONE / total, 1), 4))
-        few = samples.feeds[:count]
-        self.few = Samples(few, samples.names, [v[:count] for v in samples.reference], None, samples.axes)
+        self.few = samples.few(count)
         least, most = _EVALUATIONS
         self.left = least if brief else int(min(max(_WORK / total / count, least), most))  # evaluations
         self.sets = FloatSets(job.graph, job.recipe, job.target, _MOST)
