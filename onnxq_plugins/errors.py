@@ -12,6 +12,7 @@ Kind = Literal[
     "recipe",  # the recipe says so
     "search",  # a search chose it
     "quality",  # in 8 bits it would cost the outputs too much
+    "outliers",  # it reads a few channels that would widen a grid
     "unsupported",  # no quantized kernel for this operator
     "weight-only",  # no kernel for a quantized weight beside float activations
     "not-finite",  # values that are NaN or infinite in the float model

@@ -77,6 +77,7 @@ class TensorRequest:
     sub_block   granularity of integer multipliers below that, written like `block`; "none" for none
     pow2        scales (or multipliers) are powers of two
     max_multiplier   largest multiplier: 15 packs into 4 bits; up to 127, or 32768 for multipliers per channel of one scale
+    full             of fewer than 8 bits, with the code -2^(bits-1), which mirrors no other: -8..7 in place of -7..7
     """
 
     bits: int = 8
@@ -85,6 +86,7 @@ class TensorRequest:
     sub_block: SubBlockRequest = "none"
     pow2: bool = False
     max_multiplier: int = 15
+    full: bool = False
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ Prefer = Literal["speed", "size"]
 # From cheap to costly. For speed, recipes that run in the same integer kernels: the first that is accurate enough is as fast
 # as any. For size all are tried, since only the file shows it.
 RECIPES: dict[Prefer, tuple[str, ...]] = {
-    "speed": ("int8", "int8-rounded", "int8-equalized"),
+    "speed": ("int8", "int8-rounded"),
     "size": ("int8", "mixed-coding-length", "mixed", "int4-rounded", "int4-storage"),
 }
 _APART = 16  # samples from which models are made and judged on different ones

@@ -12,7 +12,16 @@ from onnxq_plugins.graph.groups import channel_groups, clip_maximum
 from onnxq_plugins.graph.importer import load
 from onnxq_plugins.graph.layer import LAYER_OPS, BatchNorm, Layer
 from onnxq_plugins.graph.models import Model, as_model
-from onnxq_plugins.graph.rewrites import permute, replace_with_sum, rescale, split_input, split_outputs, split_values
+from onnxq_plugins.graph.rewrites import (
+    permute,
+    replace_with_sum,
+    rescale,
+    split_input,
+    split_off_inputs,
+    split_outputs,
+    split_values,
+)
+from onnxq_plugins.graph.shifts import Shifts, shift, shifts
 
 __all__ = [
     "LAYER_OPS",
@@ -23,6 +32,7 @@ __all__ = [
     "Layer",
     "Member",
     "Model",
+    "Shifts",
     "add_bias",
     "as_model",
     "channel_axis",
@@ -34,7 +44,10 @@ __all__ = [
     "permute",
     "replace_with_sum",
     "rescale",
+    "shift",
+    "shifts",
     "split_input",
+    "split_off_inputs",
     "split_outputs",
     "split_values",
 ]

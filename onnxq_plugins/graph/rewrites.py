@@ -228,6 +228,55 @@ def split_input(graph: Graph, layer: Layer, parts: Sequence[str]) -> list[Layer]
     return [graph.layer(name) for name in names]
 
 
+def split_off_inputs(graph: Graph, layers: Sequence[Layer], channels: Array) -> list[Layer]:
+    """Layers W x + b that read the same tensor become W' x + b + V x[channels], W' with 0 where V takes over; returns the
+    new layers, with the weights V, one for each.
+
+    channels   numbers of the input channels that the new layers read, through one Gather
+
+    The old layers keep their names, weights and biases, and write tensors of their own; their outputs have the names of the
+    sums, which are made behind the constant that is added to a MatMul, if that is its only reader. ValueError for grouped
+    layers, a ConvTranspose, or layers of several inputs.
+    """
+    channels = np.sort(np.asarray(channels))
+    if any(layer.groups > 1 or layer.op == "ConvTranspose" for layer in layers) or len({y.input for y in layers}) > 1:
+        raise ValueError("only dense layers that read the same tensor can be split by its channels")
+    x, names = graph.tensor(layers[0].input), []
+    axis = 1 if layers[0].op == "Conv" else -1 if x.shape is None else len(x.shape) - 1
+    part = graph.add_variable(f"{x.name}_outliers", like=x, shape=_resized(x.shape, axis, len(channels)))
+    numbers = graph.add_constant(f"{part.name}_channels", channels.astype(np.int64))
+    readers = {layer.name for layer in layers}
+    first = next(node for node in graph.nodes if node.name in readers)
+    graph.add_node("Gather", part.name, [x, numbers], [part], before=first, axis=axis)
+    for layer in layers:
+        weight, node = graph.constant(layer.weight), graph.producer(layer.output)
+        assert node is not None
+        mine, rest = np.take(weight, channels, axis=layer.in_axis), weight.copy()
+        np.moveaxis(rest, layer.in_axis, 0)[channels] = 0.0
+        graph.set_constant(layer.weight, rest)
+        name, output = f"{layer.name}_outliers", _behind_bias(graph, layer)
+        y, others = graph.add_variable(f"{name}_out", like=output), graph.add_variable(f"{output.name}_others", like=output)
+        inputs = [part, graph.add_constant(f"{layer.weight}_outliers", mine)]
+        graph.add_node(layer.op, name, inputs, [y], before=node, **dict(node.attrs))
+        end, nodes = output.inputs[0], iter(graph.nodes)
+        end.outputs[0] = others
+        behind = next((next(nodes, None) for n in nodes if n is end), None)
+        graph.add_node("Add", f"{name}_sum", [others, y], [output], before=behind)
+        names.append(name)
+        graph.touched.add(output.name)
+    return [graph.layer(name) for name in names]
+
+
+def _behind_bias(graph: Graph, layer: Layer) -> gs.Tensor:
+    """The output of a layer, or of the Add of a constant vector that alone reads it where a MatMul has no bias."""
+    output = graph.tensor(layer.output)
+    if layer.op != "MatMul" or len(output.outputs) != 1 or layer.output in graph.outputs or output.outputs[0].op != "Add":
+        return output
+    add = output.outputs[0]
+    other = next((t for t in add.inputs if t is not output), output)
+    return add.outputs[0] if isinstance(other, gs.Constant) and other.shape == (layer.channels,) else output
+
+
 def split_outputs(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list[Layer]:
     """Layer becomes one layer for each part of its output channels, joined by a Concat; returns the new layers.
 

@@ -39,8 +39,8 @@ class SplitHeads(Pass):
     rule of the recipe matches by name, which would not match their parts, stay whole.
 
     Source: our own; the usual remedy by hand is a head for each kind of output.
-    Cost: none where no convolution ends the network; otherwise the run over the data that `ranges` needs, which it repeats
-    if a layer was split. At run time the same multiply-adds in two or three operators, and a Concat in float.
+    Cost: none where no convolution ends the network; otherwise the run over the data that `ranges` needs, and one for the
+    parts if a layer was split. At run time the same multiply-adds in two or three operators, and a Concat in float.
     """
 
     name: ClassVar[str] = "split-heads"
@@ -63,6 +63,7 @@ class SplitHeads(Pass):
         job.calibration.ranges([name for name in Planned.of(job).activations if not job.plan[name].solved])
         ranges = job.calibration.channel_ranges([layer.result for layer in heads])
         rows: dict[str, list[dict[str, Any]]] = {}
+        digest = job.graph.digest()
         for layer in heads:
             spec, ends = job.plan[layer.result], ranges[layer.result]
             if ends[0].size != layer.channels:
@@ -76,6 +77,7 @@ class SplitHeads(Pass):
                     for part, (before, after) in zip(parts, both, strict=True)
                 ]
                 _split(job, layer, parts)
+        job.calibration.carry(digest)
         return {"layers": rows}
 
 

@@ -8,6 +8,7 @@ output Q would cost time and accuracy. Convolutions need one."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -174,11 +175,11 @@ def _weight(layer: Layer, request: TensorRequest, target: Target, problems: list
     """The request of one weight. Multipliers are left out where they could only be 1 (8-bit codes leave no room in an int8)
     or are not finer than the scale (depthwise layers have one input per output)."""
     block = _block(layer, request.block, problems)
-    spec = QuantSpec(request.bits, request.symmetric, block, None, request.pow2, request.max_multiplier)
+    spec = QuantSpec(request.bits, request.symmetric, block, None, request.pow2, request.max_multiplier, full=request.full)
     if request.sub_block == "none":
         return spec
     sub_block = _block(layer, request.sub_block, problems)
-    top = min(request.max_multiplier, target.max_code // spec.grid[1])
+    top = min(request.max_multiplier, target.max_code // spec.top)
     if sub_block is not None and channel_multipliers(layer, replace(spec, sub_block=sub_block)):
         top = request.max_multiplier
     if top <= 1 or sub_block is None or not _finer(layer, sub_block, block):
@@ -264,9 +265,28 @@ def _activations(graph: Graph, target: Target, integer: Mapping[str, TensorReque
             if node.op in target.output_scale or (node.name not in layers and node.op != "MatMul"):
                 specs[result_of(graph, node)] = spec(integer[node.name])
     for root, pairs in reads.items():
-        names = {name for name, _ in pairs}
-        widest = max((request for _, request in pairs), key=lambda request: request.bits)
-        # a float producer may be followed by one slice or reshape that all read: quantize that one, it can be smaller
-        alone = len(names) == 1 and source_of(graph, root) not in integer
-        specs[names.pop() if alone else root] = spec(widest)
+        parts: dict[str, list[TensorRequest]] = defaultdict(list)
+        alone = len({name for name, _ in pairs}) == 1
+        for name, request in pairs:
+            parts[name if alone else _part(graph, name)].append(request)
+        # behind a float operator parts that are read get grids of their own, where they are smaller than the whole
+        apart = source_of(graph, root) not in integer and (alone or _smaller(graph, parts, root))
+        for name, requests in parts.items() if apart else [(root, [request for _, request in pairs])]:
+            specs[name] = spec(max(requests, key=lambda request: request.bits))
     return Plan(specs)
+
+
+def _part(graph: Graph, name: str) -> str:
+    """The tensor that holds the same values as `name`, moved about: followed upwards to where they are a part of another."""
+    while (node := graph.producer(name)) is not None and graph.is_shape_only(node):
+        if node.op in ("Slice", "Gather") or len(node.outputs) > 1:
+            break
+        name = node.inputs[0].name
+    return name
+
+
+def _smaller(graph: Graph, parts: Collection[str], whole: str) -> bool:
+    """True if some tensors of known rank have fewer values in all than another; axes of unknown size count as 1."""
+    shapes = [graph.shape(name) for name in (*parts, whole)]
+    sizes = [math.prod(n for n in shape if isinstance(n, int)) for shape in shapes if shape is not None]
+    return len(sizes) == len(shapes) and sum(sizes[:-1]) < sizes[-1]
