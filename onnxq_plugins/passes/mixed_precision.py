@@ -72,8 +72,8 @@ class MixedPrecision(Pass):
 
     Source: Practical Mixed Precision (Pandey et al., arXiv 2302.05397). Budgets on cost by dynamic programming and the order
     by noise are our own.
-    Cost: groups x candidates, each an export and eight runs; points, each an export and half of `samples` runs; rounding once
-    per width.
+    Cost: groups x candidates, each an export and eight runs; points, each an export and half of `samples` runs; rounding
+    once per width.
     """
 
     name: ClassVar[str] = "mixed-precision"
@@ -266,8 +266,8 @@ class _Search:
             self.nearest = score(0) < least - step.limit
             kept = "which was kept" if self.nearest else "and were used all the same"
             self.job.note(
-                f"mixed-precision: the widest candidates have {score(0):.2f} dB, not {step.limit:g} more than rounding to the "
-                f"nearest ({least - step.limit:.2f} dB), {kept}"
+                f"mixed-precision: the widest candidates have {score(0):.2f} dB, not {step.limit:g} more than rounding to "
+                f"the nearest ({least - step.limit:.2f} dB), {kept}"
             )
         elif last < 0:
             self.job.note(
