@@ -45,7 +45,7 @@ _NEARLY = 0.2  # of the noise of the worst quantizer: one that has it may come f
 _CHEAP = 0.01  # share of the multiply-adds below which layers are equally cheap
 _ALONE = 4e8  # multiply-adds over the samples for one part alone; at least one sample, at most four
 _WORK = 6e10  # multiply-adds for all parts alone
-_EVALUATIONS = (32, 200)  # of parts alone, at least and at most
+_EVALUATIONS = (48, 200)  # of parts alone, at least and at most
 WIDE = 16  # bits of what is kept wide
 
 
