@@ -165,11 +165,11 @@ class _Search:
         choice = self.least_noise(ranked) if step.budget == self.objective else self.farthest(path)
         shown = [path[round(k)] for k in np.linspace(0, len(path) - 1, step.curve)] if step.curve else []
         self.evaluate([choice, *shown])
+        timed = {"latency": self.latency(choice)} if self.widths.times is not None else {}
         if self.nearest:
             self.job.plan = self.plans[max(self.plain, key=lambda name: self.plain[name])]
-            return {"groups": len(self.widths.groups), "networks_measured": self.measure.scored, "nearest": self.plain}
-        timed = {"latency": self.latency(choice)} if self.widths.times is not None else {}
-        _apply(step, self.widths, choice)
+        else:
+            _apply(step, self.widths, choice)
         self.points[choice]["chosen"] = True
         size, stored = self.points[choice]["size"], self.points[choice]["stored"]
         if self.objective == "size" and stored > size + 0.005:
@@ -179,6 +179,7 @@ class _Search:
                 "candidates W4A8 and W8A8"
             )
         groups = self.widths.groups
+        nearest = {"nearest": {key: round(v, 2) for key, v in self.plain.items()}} if step.budget == "int8" else {}
         best = {} if self.metric is worst_sqnr else {"float": round(self.best, 3)}  # of the float network
         return {
             "groups": len(groups),
@@ -189,6 +190,7 @@ class _Search:
             "sensitivities": [{"group": groups[i].name, "width": str(w), "sqnr": round(s, 2)} for s, i, w in ranked],
             "curve": sorted(self.points.values(), key=lambda p: -p[self.objective]),
             **timed,
+            **nearest,
         }
 
     @property
