@@ -9,9 +9,10 @@ them; split is "calib" or "test"), or NAME.onnx beside NAME_calib.npz and NAME_t
 front.
 
 ort-static: quantize_static, per channel, QDQ, u8/s8, after quant_pre_process; ort-dynamic: quantize_dynamic with int8
-weights, or uint8 ones where onnxruntime does not load those (Conv). Models older than opset 13 are converted to it for these
-two, and quant_pre_process runs without its symbolic shape inference where that fails. Each tool quantizes in a process of
-its own, on the same feeds; each result is measured in another, so that nothing ends the run.
+weights, or uint8 ones where onnxruntime does not load those (Conv). With --tools also ort-rtn, ort-k-quant and ort-hqq:
+MatMulNBitsQuantizer, 4 bits in blocks of 32 (needs onnx-ir; the last one torch). Models older than opset 13 are converted to
+it for the first two, and quant_pre_process runs without its symbolic shape inference where that fails. Each tool quantizes
+in a process of its own, on the same feeds; each result is measured in another, so that nothing ends the run.
 
 `dB` is pooled SQNR on the test feeds: 10 log10 of all signal over all noise of an output, where the float model's values are
 finite; integers, booleans and strings in percent that agree. `on/off` is the same between onnxruntime with and without graph
@@ -133,7 +134,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("models", nargs="*")
     parser.add_argument("--recipes", default="int8,int8-rounded", help="ours, with commas between them")
-    parser.add_argument("--tools", default=",".join(ORT_TOOLS), help="the others; empty for none")
+    parser.add_argument(
+        "--tools", default=",".join(ORT_TOOLS), help="the others, also ort-rtn, ort-k-quant, ort-hqq; empty for none"
+    )
     parser.add_argument("--samples", type=int, default=0, help="feeds of each split, spread evenly; 0 for all")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds that one step may take")
     parser.add_argument("--json", type=Path, help="write every number here")

@@ -20,6 +20,7 @@ from onnxq_plugins.graph.reading import bytes_on_disk
 from onnxq_plugins.testing.exact import exact_model, saturates
 
 ORT_TOOLS = ("ort-static", "ort-dynamic")
+ORT_WEIGHT_ONLY = ("ort-rtn", "ort-k-quant", "ort-hqq")  # 4 bits in blocks of 32
 _MOST = 200.0  # dB that stand for equality
 _SECONDS = 1.0  # of latency measurement
 
@@ -34,11 +35,14 @@ def make(scratch: Path, path: Path, tool: str) -> dict[str, Any]:
     feeds = pickle.loads((scratch / "calib.pickle").read_bytes())
     out = made_by(scratch, tool)
     before, start, result = peak_memory(), time.perf_counter(), {}
-    if tool in ORT_TOOLS:
+    if tool in (*ORT_TOOLS, *ORT_WEIGHT_ONLY):
         import onnxruntime.quantization  # noqa: F401  not counted as work
 
         start = time.perf_counter()
-        (_static if tool == "ort-static" else _dynamic)(path, out, feeds)
+        if tool in ORT_WEIGHT_ONLY:
+            _weight_only(path, out, tool)
+        else:
+            (_static if tool == "ort-static" else _dynamic)(path, out, feeds)
     else:
         quantized = onnxq_plugins.quantize(path, tool.removeprefix("onnxq "), feeds, output=out)
         result = {"summary": quantized.summary.split(" | ")[0], "notes": quantized.report.notes}
@@ -95,6 +99,21 @@ def _dynamic(path: Path, out: Path, feeds: list[dict[str, np.ndarray]]) -> None:
         runtimes.session(out)
     except OnnxqError:
         quantize_dynamic(str(prepared), str(out), weight_type=QuantType.QUInt8)
+
+
+def _weight_only(path: Path, out: Path, tool: str) -> None:
+    from onnxruntime.quantization import matmul_nbits_quantizer as tools
+
+    configs = {
+        "ort-rtn": lambda: tools.DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=False, accuracy_level=4),
+        "ort-k-quant": tools.KQuantWeightOnlyQuantConfig,
+        "ort-hqq": lambda: tools.HQQWeightOnlyQuantConfig(block_size=32, bits=4),
+    }
+    quantizer = tools.MatMulNBitsQuantizer(
+        onnx.load(str(path)), block_size=32, accuracy_level=4, algo_config=configs[tool]()
+    )
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(out))
 
 
 def measure(scratch: Path, path: Path, tool: str) -> dict[str, Any]:

@@ -20,12 +20,13 @@ from onnxq_plugins.calibration import Calibration, NotFinite
 from onnxq_plugins.calibration.branches import BranchFeeds, branches, put_back
 from onnxq_plugins.calibration.shapes import complete_shapes
 from onnxq_plugins.data import Data, DataOptions, Source
+from onnxq_plugins.data.outliers import usual
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.graph.opsets import NARROW_OPSET, opset_of
-from onnxq_plugins.job import Job, Metric, Outcome, Recipe, Report
+from onnxq_plugins.job import Job, Metric, Outcome, Quality, Recipe, Report
 from onnxq_plugins.laws import is_random, run_pass
 from onnxq_plugins.layers.complete import complete, complete_constants
 from onnxq_plugins.layers.float_inputs import keep_inputs_float
@@ -38,6 +39,7 @@ from onnxq_plugins.plugins import Plugins, Trace, find_plugins
 from onnxq_plugins.recipe import Settings
 from onnxq_plugins.report.page import write_report
 from onnxq_plugins.report.summary import describe, original_size
+from onnxq_plugins.search.quality import keep_quality
 from onnxq_plugins.spec import Array, Plan
 from onnxq_plugins.targets import Target
 from onnxq_plugins.targets.refusals import problems
@@ -94,6 +96,7 @@ def quantize(
     labels: str | Path | Array | None = None,
     state: Mapping[str, str] | None = None,
     metric: str | Metric | None = None,
+    min_sqnr: float | None = None,
     class_axis: int | None = None,
     track: Track = silent,
     trace: Trace | None = None,
@@ -116,15 +119,15 @@ def quantize(
     labels     of the samples: an array [samples, ...], an .npy file or a text file
     state      output -> the input that it is at the next step, of a model of streams: see `DataOptions.state`
     metric     how searching passes judge a network: a name, ``package.module:function`` (imported), or a `job.Metric`
+    min_sqnr   dB that each output must have, in place of the recipe's quality (`job.Quality`)
     class_axis of outputs that are classes, such as 1 for segmentation [N, C, H, W]; None finds it
     track      shows progress, see `Job.track`
     trace      receives a line of text for each hook call of a plugin
     """
-    start = time.perf_counter()
+    start, path = time.perf_counter(), None if output is None else Path(output)
     _check_not_negative(seed=seed, workers=workers or 0)
-    path = None if output is None else Path(output)
     installed = find_plugins(plugins := list(plugins), trace)
-    loaded = _read_recipe(installed, recipe, settings, target, samples, state)
+    loaded = _read_recipe(installed, recipe, settings, target, samples, state, min_sqnr)
     read = partial(_read_model, model, float32, installed.target(loaded.target).flatten, path)
     opened = partial(_calibration, data=data, recipe=loaded, labels=labels, cache=cache, workers=workers, track=track)
     prepare = partial(_prepare, installed, loaded, seed, metric, class_axis)
@@ -153,6 +156,7 @@ def _solved(
             job = prepare(calibration, unfit)
             run(job)
             complete(job)
+            keep_quality(job)
         except NotFinite as error:
             broken = (y for y in calibration.graph.layers if not np.isfinite(calibration.graph.constant(y.weight)).all())
             OnnxqError.check(f"layer '{y.name}': its weight has NaN or Inf; the float model is broken." for y in broken)
@@ -170,6 +174,13 @@ def _left(job: Job) -> tuple[Plan, Report, Graph, Target, Data | None]:
     return job.plan, job.report, job.graph, job.target, job.calibration.data
 
 
+def check_min_sqnr(value: float) -> float:
+    """Raise OnnxqError for what is no number of decibels."""
+    if not np.isfinite(value):
+        raise OnnxqError(f"min_sqnr = {value} must be a number of decibels, such as 20.")
+    return value
+
+
 def _check_not_negative(**numbers: int) -> None:
     OnnxqError.check(f"{name} = {number} must not be negative." for name, number in numbers.items() if number < 0)
 
@@ -181,10 +192,13 @@ def _read_recipe(
     target: str | None,
     samples: int,
     state: Mapping[str, str] | None,
+    min_sqnr: float | None,
 ) -> Recipe:
     """The recipe with what overrides it, so that it makes the same model again."""
     loaded = plugins.recipe(recipe, settings)
     loaded = replace(loaded, target=target) if target else loaded
+    if min_sqnr is not None:
+        loaded = replace(loaded, quality=Quality(check_min_sqnr(min_sqnr)))
     own = loaded.data
     own = replace(own, samples=samples or own.samples, state=own.state if state is None else dict(state))
     return replace(loaded, data=own)
@@ -218,6 +232,8 @@ def _calibration(
     """Statistics over the samples. A recipe may come from a stranger: its path is only ever a file, never code to import."""
     source = data if data is not None else Path(recipe.data.path) if recipe.data.path else None
     samples = None if source is None else runtimes.open_samples(source, graph, recipe.data, labels)
+    if samples is not None and not recipe.data.outliers:
+        samples = usual(samples)
     _complete_shapes(graph, samples)
     return Calibration(graph, samples, cache=Path(cache) if cache else None, workers=workers or cores(), track=track)
 

@@ -77,6 +77,7 @@ class TensorRequest:
     sub_block   granularity of integer multipliers below that, written like `block`; "none" for none
     pow2        scales (or multipliers) are powers of two
     max_multiplier   largest multiplier: 15 packs into 4 bits; up to 127, or 32768 for multipliers per channel of one scale
+    full             of fewer than 8 bits, with the code -2^(bits-1), which mirrors no other: -8..7 in place of -7..7
     """
 
     bits: int = 8
@@ -85,6 +86,7 @@ class TensorRequest:
     sub_block: SubBlockRequest = "none"
     pow2: bool = False
     max_multiplier: int = 15
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,33 @@ class LayerRule:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """What the outputs must be worth; the ``[quality]`` table. Where they are not, what costs them most is kept in 16 bits
+    or in float (`onnxq_plugins.search.fallback`).
+
+    sqnr    dB that each output must have on samples, pooled; None: nothing is checked
+    below   act only where an output has less than this, dB, so that the network is destroyed; None: `sqnr`
+    """
+
+    sqnr: float | None = None
+    below: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.below is not None and (self.sqnr is None or self.below > self.sqnr):
+            raise ValueError(f"below = {self.below:g} must not be above sqnr, which is what an output then has to reach")
+
+    @property
+    def asked(self) -> bool:
+        """True if every output must have `sqnr`, not only those that would be destroyed."""
+        return self.sqnr is not None and self.least == self.sqnr
+
+    @property
+    def least(self) -> float:
+        """dB under which something is done."""
+        return float(-np.inf if self.sqnr is None else self.sqnr if self.below is None else self.below)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A validated recipe. `onnxq_plugins.recipe` reads and writes its text."""
 
@@ -119,6 +148,7 @@ class Recipe:
     passes: tuple[Pass, ...] = ()
     layers: tuple[LayerRule, ...] = ()
     data: DataOptions = DataOptions()
+    quality: Quality = Quality()
     name: str = ""
 
     def provides(self, *services: Service) -> bool:
@@ -128,7 +158,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, defaults left out: `recipe.parse` makes the same recipe of them."""
         table: dict[str, Any] = {"recipe": 1, "target": self.target}
-        for key in ("weights", "activations", "data"):
+        for key in ("weights", "activations", "data", "quality"):
             if changes := changed(getattr(self, key), getattr(Recipe, key)):
                 table[key] = changes
         if self.passes:
@@ -205,6 +235,14 @@ class Report(dict[str, Any]):
         ``float_bytes``; ``weights`` and ``bits_per_weight`` where it is stored as codes, else ``why_float`` and
         ``why_float_kind``."""
         return list(self.get("constants", []))
+
+    @property
+    def quality(self) -> dict[str, Any]:
+        """What the outputs are worth, where the recipe asks for a quality: ``asked`` dB, whether that, or what the recipe
+        insists on, is ``met``, and the ``sqnr`` of each output on ``samples`` samples. Where something was kept from 8 bits:
+        the dB ``before``, the names that are now ``float`` and ``wide`` (16 bits), and their share of the ``work``. {} if
+        nothing was checked."""
+        return dict(self.get("quality", {}))
 
     @property
     def recipe(self) -> dict[str, Any]:

@@ -2,22 +2,26 @@
 long loops show their progress.
 
 Calls carry plain values (a layer's problem, a network's bytes), so that threads, processes and Dask workers are the same
-code. joblib sends large equal arguments to each worker once; they are lost with the worker, and Dask cannot make them
-again, hence the retries."""
+code."""
 
 from __future__ import annotations
 
 import os
+import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
+from uuid import uuid4
 
 T = TypeVar("T")
 R = TypeVar("R")
 Track = Callable[[Iterable[Any], str, int | None], Iterable[Any]]  # (items, what, how many) -> the same items
-_TRIES = 3  # times in a row that workers may be lost before any call completes
+_LARGE = 1000  # bytes from which an argument is sent to a cluster apart from its call, once for all calls
+_AHEAD = 2  # calls per worker of a cluster that have been sent to it
 
 
 def silent(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
@@ -49,7 +53,7 @@ def run_all(
     workers     threads; a configured backend has its own number
     on_result   called with number and result as soon as a result arrives, in any order
 
-    When a cluster loses a worker, and with it calls or data that were sent there, the calls without a result run again.
+    When a cluster loses a worker, the calls and data that were there go to others.
     """
     results: dict[int, R] = {}
     following = 0
@@ -65,35 +69,65 @@ def run_all(
 def _completed(calls: Iterable[Callable[[], R]], workers: int) -> Iterator[tuple[int, R]]:
     """Number and result of each call, in order of completion."""
     from joblib import Parallel, delayed
+    from joblib.parallel import get_active_backend
 
-    fresh = enumerate(calls)
-    pending: dict[int, Callable[[], R]] = {}
+    backend, _ = get_active_backend()
+    if (client := getattr(backend, "client", None)) is not None:  # Dask's
+        return _on_cluster(client, calls)
+    parallel = Parallel(n_jobs=workers, prefer="threads", return_as="generator_unordered")
+    # arguments are passed one by one, so that joblib recognises large ones that calls share
+    pieces = ((number, *_parts(call)) for number, call in enumerate(calls))
+    completed: Iterator[tuple[int, R]] = parallel(
+        delayed(_numbered)(tuple(_setup), number, call, *args, **more) for number, call, args, more in pieces
+    )
+    return completed
 
-    def tasks(unfinished: list[tuple[int, Callable[[], R]]]) -> Iterator[object]:
-        for number, call in unfinished:
-            yield _task(number, call)
-        for number, call in fresh:
-            pending[number] = call
-            yield _task(number, call)
 
-    def _task(number: int, call: Callable[[], R]) -> object:
-        if isinstance(call, partial):  # passed one by one, so that joblib recognises large arguments that calls share
-            return delayed(_numbered)(tuple(_setup), number, call.func, *call.args, **call.keywords)
-        return delayed(_numbered)(tuple(_setup), number, call)
+def _on_cluster(client: Any, calls: Iterable[Callable[[], R]]) -> Iterator[tuple[int, R]]:
+    """Number and result of each call, in order of completion, by the workers of a Dask cluster.
 
-    tries = 0
-    while True:
-        try:
-            parallel = Parallel(n_jobs=workers, prefer="threads", return_as="generator_unordered")
-            for number, result in parallel(tasks(list(pending.items()))):
-                del pending[number]
-                tries = 0
-                yield number, result
-            return
-        except CancelledError:
-            tries += 1
-            if tries >= _TRIES:
-                raise
+    joblib's own backend for Dask would do, but for workers that die: it waits for ever where data were on their way to one.
+    Here large arguments are results of tasks, so that the scheduler can make them again."""
+    from dask.sizeof import sizeof
+    from distributed import as_completed
+
+    shared: dict[int, tuple[weakref.ref[Any], Any]] = {}  # id of a large argument -> the argument, its future
+
+    def sent(value: Any) -> Any:
+        key = id(value)
+        if sizeof(value) < _LARGE:
+            return value
+        if key not in shared:
+            try:
+                gone = weakref.ref(value, lambda _: shared.pop(key, None))
+            except TypeError:  # a plain value
+                return value
+            shared[key] = gone, client.submit(_same, value, key=f"onnxq-data-{uuid4().hex}")
+        return shared[key][1]
+
+    def task(number: int, call: Callable[[], R]) -> Any:
+        function, args, more = _parts(call)
+        values = [sent(value) for value in args], {key: sent(value) for key, value in more.items()}
+        key = f"onnxq-{uuid4().hex}"
+        return client.submit(_numbered, tuple(_setup), number, function, *values[0], **values[1], key=key)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sending large graph", UserWarning)
+        fresh = (task(number, call) for number, call in enumerate(calls))
+        ahead = _AHEAD * max(1, sum(client.ncores().values()))
+        tasks: Any = as_completed(islice(fresh, ahead))  # type: ignore[no-untyped-call]
+        for future in tasks:
+            yield future.result()
+            tasks.update(islice(fresh, 1))
+
+
+def _parts(call: Callable[[], R]) -> tuple[Callable[..., R], tuple[Any, ...], dict[str, Any]]:
+    """A call as a function and its arguments."""
+    return (call.func, call.args, call.keywords) if isinstance(call, partial) else (call, (), {})
+
+
+def _same(value: T) -> T:
+    return value
 
 
 def _numbered(

@@ -65,12 +65,12 @@ def parse(
 ) -> Recipe:
     """The tables of a recipe as a Recipe. Raises OnnxqError with all problems at once."""
     problems = [] if problems is None else problems
-    _unknown(table, ("recipe", "target", "weights", "activations", "data", "pass", "layer"), where, problems)
+    _unknown(table, ("recipe", "target", "weights", "activations", "data", "quality", "pass", "layer"), where, problems)
     if table.get("recipe", 1) != 1:
         problems.append(f"{where}: recipe = {table['recipe']!r} is a version this release does not know; use 1.")
     steps, rules = _passes(table, passes, where, problems), _rules(table, where, problems)
     requests: dict[str, Any] = {}
-    for key in ("weights", "activations", "data"):
+    for key in ("weights", "activations", "data", "quality"):
         values = table.get(key, {})
         if isinstance(values, Mapping):
             requests[key] = _build(getattr(Recipe, key), values, f"{where}, [{key}]", problems)
@@ -195,7 +195,7 @@ def apply_setting(table: dict[str, Any], setting: str, problems: list[str]) -> N
         value = right.strip()
     if not dot:
         table[key] = value
-    elif name in ("weights", "activations", "data"):
+    elif name in ("weights", "activations", "data", "quality"):
         table[name] = {**table.get(name, {}), key: value}
     else:
         steps = table.get("pass", [])

@@ -12,7 +12,7 @@ import onnx
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.data import Data, DataOptions, Source
-from onnxq_plugins.engine import Result, quantize
+from onnxq_plugins.engine import Result, check_min_sqnr, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.job import Metric
@@ -34,7 +34,7 @@ Prefer = Literal["speed", "size"]
 # From cheap to costly. For speed, recipes that run in the same integer kernels: the first that is accurate enough is as fast
 # as any. For size all are tried, since only the file shows it.
 RECIPES: dict[Prefer, tuple[str, ...]] = {
-    "speed": ("int8", "int8-rounded", "int8-equalized"),
+    "speed": ("int8", "int8-rounded"),
     "size": ("int8", "mixed-coding-length", "mixed", "int4-rounded", "int4-storage"),
 }
 _APART = 16  # samples from which models are made and judged on different ones
@@ -160,8 +160,7 @@ def _check_options(prefer: Prefer, max_drop: float, min_sqnr: float) -> None:
         raise OnnxqError(f"prefer = '{prefer}' is unknown; known: {', '.join(get_args(Prefer))}.")
     if not max_drop >= 0:
         raise OnnxqError(f"max_drop = {max_drop} must be 0 or more.")
-    if not np.isfinite(min_sqnr):
-        raise OnnxqError(f"min_sqnr = {min_sqnr} must be a number of decibels, such as 20.")
+    check_min_sqnr(min_sqnr)
 
 
 def _samples(

@@ -35,7 +35,7 @@ Block = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class QuantSpec:
-    """The record of one tensor: what is asked for (first seven fields) and, once found, the solution (the rest).
+    """The record of one tensor: what is asked for (first eight fields) and, once found, the solution (the rest).
 
     bits        width of a code, 2..16
     symmetric   signed codes with zero point 0, in [-n, n] with n = 2^(bits-1) - 1; otherwise unsigned codes in
@@ -46,6 +46,8 @@ class QuantSpec:
     max_multiplier   largest multiplier asked for: 15 packs into 4 bits, 2^M - 1 into M
     decoded     a weight beside float inputs is decoded to float at load, where the kernel for its codes would round these
                 (`layers.float_inputs`)
+    full        symmetric codes below 8 bits go down to -2^(bits-1): one more code, of 15 with 4 bits. With 8 bits it would
+                gain nothing, and kernels that add products in 16 bits saturate sooner
     scale, zero_point, multiplier
                 arrays with one entry per block, shaped as `block_shape` tells
     codes       integer codes in the tensor's own shape (weights only)
@@ -59,6 +61,7 @@ class QuantSpec:
     pow2: bool = False
     max_multiplier: int = 15
     decoded: bool = False
+    full: bool = False
     scale: Array | None = None
     zero_point: Array | None = None
     multiplier: Array | None = None
@@ -67,9 +70,15 @@ class QuantSpec:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Smallest and largest code. The symmetric grid is narrow (no -2^(bits-1)), so that -x is x's mirror."""
+        """Smallest and largest code. The symmetric grid is narrow (no -2^(bits-1)) unless it is `full`, so that -x is x's
+        mirror."""
         top = 2 ** (self.bits - 1) - 1
-        return (-top, top) if self.symmetric else (0, 2**self.bits - 1)
+        return (-top - (self.full and self.bits < 8), top) if self.symmetric else (0, 2**self.bits - 1)
+
+    @property
+    def top(self) -> int:
+        """Largest |code|."""
+        return max(-self.grid[0], self.grid[1])
 
     @property
     def value_range(self) -> tuple[float, float]:
@@ -83,7 +92,7 @@ class QuantSpec:
         """The values a multiplier may take, from 1 on, ascending: at most `max_multiplier`; and code * multiplier stays
         within [-127, 127], unless there is one multiplier a channel."""
         whole = self.sub_block is not None and [b for b in self.sub_block if b] == [1]
-        top = self.max_multiplier if whole else max(1, min(self.max_multiplier, 127 // self.grid[1]))
+        top = self.max_multiplier if whole else max(1, min(self.max_multiplier, 127 // self.top))
         return 2 ** np.arange(top.bit_length()) if self.pow2 else np.arange(1, top + 1)
 
     @property
@@ -115,7 +124,7 @@ class QuantSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The request as plain values, defaults left out (for reports and metadata)."""
-        request = ("bits", "symmetric", "block", "sub_block", "pow2", "max_multiplier", "decoded")
+        request = ("bits", "symmetric", "block", "sub_block", "pow2", "max_multiplier", "decoded", "full")
         return {
             f.name: getattr(self, f.name) for f in fields(self) if f.name in request and getattr(self, f.name) != f.default
         }
@@ -199,18 +208,23 @@ def solve_minmax(x: Array, spec: QuantSpec) -> QuantSpec:
     if spec.sub_block is not None:
         values, scale = (
             spec.multipliers,
-            from_range(0.0, reduce_blocks(np.abs(x), spec.block, np.maximum), replace(spec, symmetric=True)).scale,
+            from_range(0.0, reduce_blocks(_reach(x, spec), spec.block, np.maximum), replace(spec, symmetric=True)).scale,
         )
         scale = np.asarray(scale / values[-1], np.float32)
-        need = reduce_blocks(np.abs(x) / expand(scale, x.shape, spec.block), spec.sub_block, np.maximum) / spec.grid[1]
+        need = reduce_blocks(_reach(x, spec) / expand(scale, x.shape, spec.block), spec.sub_block, np.maximum) / spec.grid[1]
         at = np.searchsorted(values, need * (1 - 1e-6))  # float32 scales: hardly above a multiplier is not above
         return replace(
             spec, scale=scale, zero_point=np.zeros(scale.shape, np.int64), multiplier=values[np.minimum(at, len(values) - 1)]
         )
     if spec.symmetric:
-        top = reduce_blocks(np.abs(x), spec.block, np.maximum)
-        return from_range(-top, top, spec)
+        return from_range(0.0, reduce_blocks(_reach(x, spec), spec.block, np.maximum), spec)
     return from_range(reduce_blocks(x, spec.block, np.minimum), reduce_blocks(x, spec.block, np.maximum), spec)
+
+
+def _reach(x: Array, spec: QuantSpec) -> Array:
+    """|x| in units of the positive end of a symmetric grid: the negative end of a full one reaches further."""
+    first, last = spec.grid
+    return np.abs(x) if -first == last else np.maximum(x, x * (last / first))
 
 
 def from_range(low: Array | float, high: Array | float, spec: QuantSpec) -> QuantSpec:
@@ -221,7 +235,7 @@ def from_range(low: Array | float, high: Array | float, spec: QuantSpec) -> Quan
     """
     lo, hi = np.minimum(low, 0.0), np.maximum(high, 0.0)
     first, last = spec.grid
-    span = np.maximum(-lo, hi) / last if spec.symmetric else (hi - lo) / last
+    span = np.maximum(lo / first, hi / last) if spec.symmetric else (hi - lo) / last
     tiny = float(np.finfo(np.float32).tiny)
     scale = np.where(span > tiny, span, 1.0)
     if spec.pow2 and spec.sub_block is None:

@@ -78,11 +78,11 @@ def test_block_shapes_of_the_documentation(block, shape):
 
 
 @few
-@given(shapes_and_blocks(), seeds, st.integers(2, 9), st.booleans(), st.booleans())
-def test_minmax_grid_covers_all_values(case, seed, bits, symmetric, pow2):
+@given(shapes_and_blocks(), seeds, st.integers(2, 9), st.booleans(), st.booleans(), st.booleans())
+def test_minmax_grid_covers_all_values(case, seed, bits, symmetric, pow2, full):
     shape, block = case
     x = values(seed, shape)
-    spec = solve_minmax(x, QuantSpec(bits, symmetric, block, pow2=pow2))
+    spec = solve_minmax(x, QuantSpec(bits, symmetric, block, pow2=pow2, full=full))
     assert spec.scale.shape == spec.zero_point.shape == block_shape(shape, block)
     assert spec.scale.dtype == np.float32
     codes, size = encode(x, spec), step(spec, shape)
@@ -102,6 +102,16 @@ def test_refining_a_block_never_increases_the_bound(case, seed, data):
     x[x == 0] = 1e-3  # a block of zeros gets scale 1
     coarse, fine = (step(solve_minmax(x, QuantSpec(4, block=b)), shape) for b in (block, finer))
     assert np.all(fine <= coarse)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+def test_a_full_grid_has_one_more_code(bits):
+    narrow, full = (QuantSpec(bits, full=full) for full in (False, True))
+    assert full.grid == (narrow.grid[0] - 1, narrow.grid[1]) and full.top == narrow.top + 1
+    x = np.array([-full.top, narrow.top], np.float32)
+    assert np.array_equal(encode(x, solve_minmax(x, full)), x)  # both ends are codes
+    assert solve_minmax(-x, full).scale == full.top / narrow.top  # the positive end reaches less far
+    assert QuantSpec(8, full=True).grid == QuantSpec(8).grid == (-127, 127)
 
 
 def test_per_channel_and_per_tensor_by_hand():

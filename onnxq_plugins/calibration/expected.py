@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onnxq_plugins.calibration.propagation import Distribution, Distributions, propagate
-from onnxq_plugins.calibration.statistics import Calibration, Moments
+from onnxq_plugins.calibration.statistics import Calibration
+from onnxq_plugins.calibration.values import Moments
 from onnxq_plugins.data import Data
 from onnxq_plugins.graph import Graph, channels
 from onnxq_plugins.spec import Array

@@ -71,7 +71,7 @@ def merge_of(field: str) -> Callable[[Array, Array], Array]:
     return next(merge for prefix, merge in _MERGE.items() if field.startswith(prefix))
 
 
-_POOLED: dict[str, Callable[[Array], Any]] = {"low": np.min, "high": np.max, "sum": np.mean}
+_POOLED: dict[str, Callable[[Array], Any]] = {"low": np.min, "high": np.max, "sum": np.mean, "sum2": np.mean}
 
 
 def alike(field: str, a: Array, b: Array) -> tuple[Array, Array]:

@@ -88,3 +88,25 @@ def spatial_sizes(graph: Graph, layers: Sequence[Layer], feed: Mapping[str, Arra
         values = runtimes.session(model, weights=weights, lean=True).run(None, dict(feed))
         sizes |= {layer.name: tuple(int(n) for n in v[2:]) for layer, v in zip(unknown, values, strict=True)}
     return sizes
+
+
+def multiply_adds(graph: Graph, layers: Sequence[Layer], feed: Mapping[str, Array]) -> float:
+    """Multiply-adds of some layers for one sample: outputs times weights per output (ConvTranspose: inputs times weights per
+    input). Sizes come from the shapes that are known, open batches counted as 1, else from a run on the sample."""
+    tensors = {y.name: y.input if y.op == "ConvTranspose" else y.output for y in layers}
+    shapes = {name: graph.shape(tensor) for name, tensor in tensors.items()}
+    inner = {n: [k for k in shape[1:] if isinstance(k, int)] for n, shape in shapes.items() if shape}
+    # of two axes the first may be rows of any number, such as tokens
+    sizes = {n: int(np.prod(known)) for n, known in inner.items() if 2 <= len(known) == len(shapes[n] or ()) - 1}
+    unknown = [name for name in tensors if name not in sizes]
+    if unknown:
+        weights: dict[str, Array] = {}
+        model = graph.model(weights)
+        del model.graph.output[:]
+        for name in unknown:
+            model.graph.node.append(helper.make_node("Size", [tensors[name]], [f"{name}|size"], f"{name}|size"))
+            model.graph.output.append(helper.make_tensor_value_info(f"{name}|size", onnx.TensorProto.INT64, []))
+        values = runtimes.session(model, weights=weights, lean=True).run(None, dict(feed))
+        sizes |= {name: int(value) for name, value in zip(unknown, values, strict=True)}
+    each = {y.name: y.shape[0] if y.op == "ConvTranspose" else y.channels for y in layers}
+    return float(sum(sizes[y.name] * np.prod(y.shape) / each[y.name] for y in layers))

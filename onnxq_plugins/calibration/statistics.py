@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +20,7 @@ from onnx import helper
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.reductions import add_reduction, add_slice, alike, merge_of
+from onnxq_plugins.calibration.values import Gram, Histogram, InputRounding, Moments, NotFinite
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import load_arrays, save_arrays
@@ -33,66 +33,9 @@ from onnxq_plugins.spec import Array, QuantSpec, fake, solve_minmax
 Reader = Callable[[list[Array], int], "State"]  # (outputs of one sample, its number) -> state
 Run = tuple[onnx.ModelProto, dict[str, Array], Reader]  # model, its large weights, how its outputs become a state
 State = dict[str, Array]  # "tensor|field" -> array; the field's first letters say how two states merge
-_EXTREMES = {"low": "ReduceMin", "high": "ReduceMax", "sum": "ReduceSum"}
+_SUMMARY = {"low": "ReduceMin", "high": "ReduceMax", "sum": "ReduceSum", "sum2": "ReduceSumSquare"}
 _WATCHED = 8  # tensors at the start of a network, in which a sample unlike all others shows
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """Per channel: mean [C] and mean of squares [C] over samples and positions."""
-
-    mean: Array
-    square: Array
-
-
-@dataclass(frozen=True, eq=False)
-class Histogram:
-    """counts [bins] between the exact extremes low and high of a tensor. Counted on an even subsample of at most
-    16384 values per sample, so that a shifted grid is scored on what the tensor looks like, at any size."""
-
-    counts: Array
-    low: float
-    high: float
-
-    @property
-    def centers(self) -> Array:
-        """Middle of each bin [bins]."""
-        width = (self.high - self.low) / len(self.counts)
-        return self.low + (np.arange(len(self.counts)) + 0.5) * width
-
-
-class NotFinite(OnnxqError):
-    """Activations are NaN or infinite on the data: the float model's own, such as a mask of -inf."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        more = f" and {len(names) - 1} others" if len(names) > 1 else ""
-        super().__init__(
-            f"activation '{names[0]}'{more} is not finite (NaN or Inf) on the given data: the float model itself overflows, "
-            "so check its weights and the data's normalization."
-        )
-        self.names = tuple(names)
-
-
-@dataclass(frozen=True, eq=False)
-class Gram:
-    """Second moments of a layer's input patches x over `count` of them, float64: h = E[x x^T] [groups, D, D] and mean
-    E[x] [groups, D], with D = inputs per group * kernel taps. A layer with D above `limit` (see `Calibration.grams`) counts
-    as several groups of equal width, the last one padded with zeros: the blocks on the diagonal of h."""
-
-    h: Array
-    mean: Array
-    count: int
-
-
-@dataclass(frozen=True, eq=False)
-class InputRounding:
-    """Sums of squares over rows of a layer's input: of each input [K], of the outputs without a bias, and of the errors that
-    rounded inputs cause in these."""
-
-    power: Array
-    signal: float
-    noise: float
 
 
 class Calibration:
@@ -149,7 +92,7 @@ class Calibration:
 
     def channel_ranges(self, names: Sequence[str]) -> dict[str, tuple[Array, Array]]:
         """Exact (minimum [C], maximum [C]) per channel of each tensor."""
-        state = self._reduced("extremes", names, _EXTREMES)
+        state = self._reduced("summary", names, _SUMMARY)
         return {n: (state[f"{n}|low"], state[f"{n}|high"]) for n in names}
 
     def means(self, names: Sequence[str]) -> dict[str, Array]:
@@ -166,7 +109,9 @@ class Calibration:
 
     def moments(self, names: Sequence[str]) -> dict[str, Moments]:
         """Mean and mean square per channel of each tensor."""
-        state = self._reduced("moments", names, {"sum": "ReduceSum", "sum2": "ReduceSumSquare"})
+        for name in names:
+            _other_axes(self.graph, name, "moments")
+        state = self._summary(names)
         return {n: Moments(*(state[f"{n}|{key}"] / state[f"{n}|sum_positions"] for key in ("sum", "sum2"))) for n in names}
 
     def histograms(self, names: Sequence[str], bins: int = 2048) -> dict[str, Histogram]:
@@ -237,16 +182,39 @@ class Calibration:
             for n in by_name
         }
 
+    def moved(self, before: str, changes: Mapping[str, tuple[int, Array | float, Array | float]]) -> None:
+        """Keep ranges, means and moments that are known, after a rewrite that changed no activation but these.
+
+        before    `digest` of the graph that they are known for
+        changes   tensor -> (axis of the channels, factor > 0, offset) of x' = factor * x - offset, [channels] or numbers
+        """
+        known, after = self._known.get((before, "summary"), {}), State()
+        for key, value in known.items():
+            name, _, field = key.rpartition("|")
+            axis, factor, offset = changes.get(name, (None, 1.0, 0.0))
+            if axis is not None and axis != channel_axis(self.graph, name):
+                continue
+            if axis is not None and field in _SUMMARY:
+                count, once = known[f"{name}|sum_positions"], known[f"{name}|sum"] * factor
+                if field in ("low", "high"):
+                    value = value * factor - offset
+                elif field == "sum":
+                    value = once - offset * count
+                else:
+                    value = value * factor**2 - 2 * offset * once + offset**2 * count
+            after[key] = value
+        self._known[self.graph.digest(), "summary"] = after
+
     def _extremes(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """`ranges` of the samples, also where a subclass knows other ranges: histograms count samples."""
         state = self._summary(names)
         return {n: (float(state[f"{n}|low"].min()), float(state[f"{n}|high"].max())) for n in names}
 
     def _summary(self, names: Sequence[str]) -> State:
-        """Ranges and means per channel together: the reductions cost a fraction of the run, and the means of layer inputs
-        are mostly needed right after the ranges of activations."""
+        """Ranges, means and squares per channel together: the reductions cost a fraction of the run, and the means of layer
+        inputs are mostly needed right after the ranges of activations."""
         inputs = [y.input for y in self.graph.layers] if len(names) > 1 else []
-        return self._reduced("extremes", names, _EXTREMES, inputs)
+        return self._reduced("summary", names, _SUMMARY, inputs)
 
     # ---- the fold -------------------------------------------------------------------------------------------------------
 
@@ -287,7 +255,8 @@ class Calibration:
             return model, weights, read
 
         state = self._fold(statistic, names, outputs, others)
-        _check_finite(name for name in names for label in sorted(fields) if not _finite(state[f"{name}|{label}"]))
+        finite = sorted(set(fields) - {"sum2"})  # a square may overflow though the value does not
+        _check_finite(name for name in names for label in finite if not _finite(state[f"{name}|{label}"]))
         return state
 
     def _fetched(

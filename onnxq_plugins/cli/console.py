@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -86,10 +87,25 @@ def float_lines(floats: Mapping[str, str]) -> list[str]:
 
 
 def track(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
-    """A progress bar on standard error, if that is a terminal."""
+    """A progress bar on standard error, if that is a terminal; else a line there when the loop has taken 10 seconds, 20, 40
+    and so on, which says how long it will take."""
     if not err.is_terminal:
-        yield from items
+        yield from _told(items, what, total)
         return
     layout = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*layout, console=err, transient=True) as progress:
         yield from progress.track(items, total=total, description=what)
+
+
+def _told(items: Iterable[Any], what: str, total: int | None) -> Iterable[Any]:
+    start, due = time.monotonic(), _FIRST
+    for done, item in enumerate(items):
+        seconds = time.monotonic() - start
+        if seconds >= due and done:
+            rest = f", about {seconds / done * (total - done):.0f} s more" if total else ""
+            notify(f"{what}: {done}{f' of {total}' if total else ''} after {seconds:.0f} s{rest}")
+            due = 2 * seconds
+        yield item
+
+
+_FIRST = 10.0  # seconds

@@ -40,7 +40,7 @@ from onnxq_plugins.measure.arrays import leaves
 from onnxq_plugins.measure.classes import labelled
 from onnxq_plugins.measure.metrics import chance, find_metric, metric_name, top1
 from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
-from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose
+from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose, percent
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.runtimes.audit import Audit
 from onnxq_plugins.runtimes.machine import has_vnni
@@ -127,7 +127,9 @@ def diagnose_command(
         int,
         typer.Option("--try", help="try so many remedies, the worst layer's first; each quantizes anew"),
     ] = 0,
-    all_layers: Annotated[bool, typer.Option("--all", help="show all layers, not only the ten worst")] = False,
+    all_layers: Annotated[
+        bool, typer.Option("--all", help="show all layers, not only the ten worst, and measure each by itself")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Quantize MODEL and show which layers hold its error, why, and what to try; writes no model."""
@@ -152,7 +154,9 @@ def diagnose_command(
         notify(
             f"note: '{quantized}' is not what its recipe makes of '{model}' on these samples; the diagnosis is of the latter"
         )
-    diagnosis = diagnose(result, samples=measured, attempts=attempts, workers=work.workers or None, track=track)
+    diagnosis = diagnose(
+        result, samples=measured, attempts=attempts, every=all_layers, workers=work.workers or None, track=track
+    )
     if as_json:
         echo(json.dumps(diagnosis.to_dict(), indent=2))
     else:
@@ -167,15 +171,14 @@ _REMEDIES = 3  # of each layer
 def _show_diagnosis(diagnosis: Diagnosis, summary: str, all_layers: bool) -> None:
     """Print the worst layers as a table, then causes and remedies of the five worst."""
     layers = diagnosis.layers if all_layers else diagnosis.layers[:_WORST]
-    for line in fit(error_columns(diagnosis, layers), out.width):
+    for line in fit(error_columns(layers), out.width):
         echo(line)
     if len(layers) < len(diagnosis.layers):
         echo(f"... and {len(diagnosis.layers) - len(layers)} more with less error: --all shows them")
     echo(
-        f"\nalone: SQNR of the outputs with only this layer quantized; {diagnosis.part_of}: "
-        + ("its part of the noise of the outputs" if diagnosis.adds_up else "its noise there, the worst layer's being 100")
-        + "; own: SQNR at the layer's output with only its weight and its input rounded; accumulated: SQNR there in the "
-        "quantized network\n"
+        f"\nnoise %: part of the noise of output '{diagnosis.output}', negative for what takes back errors of others; "
+        "alone: SQNR there with only this layer quantized; own: SQNR at the layer's output with only its weight and its "
+        "input rounded; accumulated: SQNR there in the quantized network\n"
     )
     _show_explained(diagnosis)
     if diagnosis.saturating:
@@ -221,18 +224,18 @@ def _show_remedies(remedies: Sequence[Remedy]) -> Sequence[Remedy]:
 _SPARE = ("accumulated dB", "input dB", "weight dB", "own dB", "op", "alone dB")
 
 
-def error_columns(diagnosis: Diagnosis, layers: Sequence[LayerError]) -> dict[str, list[str]]:
+def error_columns(layers: Sequence[LayerError]) -> dict[str, list[str]]:
     """Cells of each column, one per layer."""
 
     def decibels(values: Iterable[float | None]) -> list[str]:
         return ["" if value is None or value >= IDENTICAL else f"{value:.1f}" for value in values]
 
-    parts, own = [diagnosis.part(layer) for layer in layers], [layer.own for layer in layers]
+    own = [layer.own for layer in layers]
     return {
         "#": [f"{n}" for n in range(1, len(layers) + 1)],
         "layer": [layer.name for layer in layers],
-        "op": [layer.op if layer.at != layer.input else "" for layer in layers],
-        diagnosis.part_of: ["" if part is None else f"{part:.1f}" for part in parts],
+        "op": [layer.op if layer.is_layer else "" for layer in layers],
+        "noise %": [percent(layer.share) for layer in layers],
         "alone dB": decibels(layer.alone for layer in layers),
         "own dB": decibels(error.both if error else None for error in own),
         "weight dB": decibels(error.weight if error else None for error in own),

@@ -74,6 +74,14 @@ MetricName = Annotated[
         help="how a search judges a network: sqnr, agreement, top1 (needs labels), or package.module:function",
     ),
 ]
+MinSqnr = Annotated[
+    float | None,
+    search_option(
+        "--min-sqnr",
+        show_default=False,
+        help="dB that each output must have: what costs it most is kept in 16 bits or in float; the recipe's by default",
+    ),
+]
 ClassAxis = Annotated[
     int | None,
     search_option(

@@ -22,6 +22,7 @@ from onnxq_plugins.cli.options import (
     ImageOptions,
     Labels,
     MetricName,
+    MinSqnr,
     Model,
     OptionGroup,
     RecipeOptions,
@@ -120,6 +121,7 @@ def quantize_command(
     float32: Float32 = False,
     outputs: OutputOptions,
     metric: MetricName = "",
+    min_sqnr: MinSqnr = None,
     class_axis: ClassAxis = None,
     point: Point = None,
     work: WorkOptions,
@@ -149,6 +151,7 @@ def quantize_command(
             settings=settings,
             labels=labels,
             metric=metric or None,
+            min_sqnr=min_sqnr,
             class_axis=class_axis,
             track=track,
             trace=notify if trace else None,
@@ -161,6 +164,22 @@ def quantize_command(
     echo(f"{path}: {result.summary} | {result.report['seconds']:.1f} s")
     for line in lines:
         echo(line)
+    if min_sqnr is not None and (text := _missed(result)):
+        fail(OnnxqError(text), 1)
+
+
+def _missed(result: Result) -> str:
+    """A sentence on a quality that was asked for and not reached, or not checked; "" if it was reached."""
+    quality = result.report.quality
+    if not quality:
+        return "--min-sqnr was not checked: it needs samples of outputs of floats (--data), and a model that is not random."
+    if quality["met"]:
+        return ""
+    name, reached = min(quality["sqnr"].items(), key=lambda item: item[1])
+    return (
+        f"output '{name}' reaches {reached:.1f} dB, not {quality['asked']:g}, with all in float that was found to matter; "
+        "that model was written: lower --min-sqnr, or look at onnxq diagnose."
+    )
 
 
 def _source(options: RecipeOptions, point: Path | None, curve: Path | None) -> tuple[str | dict[str, Any], int]:

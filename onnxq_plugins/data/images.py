@@ -53,6 +53,7 @@ def open_images(folder: Path, inputs: Sequence[Input], options: DataOptions, lab
 
     labels = None if labels is None else labels[[numbers[n] for chunk in at for n in chunk]]
     data = Data(inputs, samples, f"folder '{folder}'", len(at), labels, batch)
+    data.bounded = True
     if form.white == 1 and (options.mean, options.std) == (DataOptions.mean, DataOptions.std):
         data.notes = (
             "images were read as RGB/255 in 0..1; if the model expects other values, give --mean and --std, or --range 255",

@@ -29,6 +29,7 @@ class DataOptions:
                may contain them itself, under the name ``labels``
     state      output -> input of the next step: the samples are steps of streams, in their order, and feeds may leave these
                inputs out. `samples` takes the first steps then
+    outliers   keep samples in which an input reaches far beyond all usual ones (`data.outliers`)
     """
 
     path: str = ""
@@ -45,6 +46,7 @@ class DataOptions:
     layout: str = ""
     labels: str = ""
     state: dict[str, str] = field(default_factory=dict, hash=False)
+    outliers: bool = False
 
     def __post_init__(self) -> None:
         for name in ("samples", "resize", "crop"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from onnxq_plugins.spec import Array
 
 Item = TypeVar("Item")
 _FEW = 8  # fewer samples than this are worth a warning
+_APART = 8  # samples from which on some are kept apart to judge by
 
 
 class Data:
@@ -49,6 +50,7 @@ class Data:
         self.implied = False  # True if nobody gave the labels: they came with the inputs
         self.state: Mapping[str, str] = {}
         self.complete = False  # states are in the feeds, see `runtimes.rolled`
+        self.bounded = False  # True if no value can be far beyond the others: pictures
         self._digest = ""
 
     def __iter__(self) -> Iterator[dict[str, Array]]:
@@ -135,6 +137,25 @@ class Data:
 
         return half(0), half(1)
 
+    def without(self, numbers: Collection[int]) -> Data:
+        """The same samples without some, by number."""
+        kept = [n for n in range(self._feeds()) if n not in numbers]
+        labels = self.labels
+        if labels is not None:
+            every = self.spread_labels(0) or []
+            labels = np.concatenate([every[n] for n in kept]) if every else None
+
+        def samples() -> Iterator[Mapping[str, Array]]:
+            return (feed for n, feed in enumerate(self._samples()) if n not in numbers)
+
+        rest = Data(self.inputs, samples, self.where, len(kept), labels, self.batch)
+        rest.notes, rest.implied, rest.state, rest.complete = self.notes, self.implied, self.state, self.complete
+        return rest
+
+    def numbers(self, apart: bool = False) -> list[int]:
+        """The numbers of all samples, or of those that are held out from solutions (see `held_out`)."""
+        return held_out(self._feeds(), self.state) if apart else list(range(self._feeds()))
+
     def rows(self, feed: Mapping[str, Array]) -> int:
         """Size of a feed's first axis, of the input where it is most likely the batch: the first one where it is open."""
         sizes = [(i, len(feed[i.name])) for i in self.inputs if i.name in feed and np.ndim(feed[i.name])]
@@ -200,6 +221,14 @@ def spread(total: int, count: int) -> list[int]:
 def chosen(total: int, count: int, state: Mapping[str, str]) -> list[int]:
     """`count` numbers of range(total): spread evenly, or the first ones where samples are steps of a stream."""
     return list(range(total))[: count or None] if state else spread(total, count)
+
+
+def held_out(total: int, state: Mapping[str, str]) -> list[int]:
+    """The numbers of the samples that solutions leave out, so that they can be judged on them: every fourth one, or the last
+    quarter where samples are steps of a stream; all of fewer than `_APART`, of which none can be spared."""
+    if total < _APART:
+        return list(range(total))
+    return list(range(total - total // 4, total)) if state else list(range(3, total, 4))
 
 
 def batches(total: int, size: int) -> list[Array]:

@@ -51,7 +51,7 @@ class Layout:
 
 def codes_type(spec: QuantSpec) -> Any:
     """The integer type that holds a weight's codes."""
-    return ml_dtypes.int4 if spec.bits <= 4 else np.int8
+    return ml_dtypes.int4 if spec.bits <= 4 else np.int8 if spec.bits <= 8 else np.int16
 
 
 def multiplier_type(values: Array) -> Any:

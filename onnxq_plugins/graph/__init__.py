@@ -21,6 +21,7 @@ from onnxq_plugins.graph.rewrites import (
     split_outputs,
     split_values,
 )
+from onnxq_plugins.graph.shifts import Shifts, shift, shifts
 
 __all__ = [
     "LAYER_OPS",
@@ -31,6 +32,7 @@ __all__ = [
     "Layer",
     "Member",
     "Model",
+    "Shifts",
     "add_bias",
     "as_model",
     "channel_axis",
@@ -42,6 +44,8 @@ __all__ = [
     "permute",
     "replace_with_sum",
     "rescale",
+    "shift",
+    "shifts",
     "split_input",
     "split_off_inputs",
     "split_outputs",

@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.spec import Array
 
-Kind = Literal["permute", "rescale"]
+Kind = Literal["permute", "rescale", "shift"]
 Role = Literal["output", "input", "fixed"]
 Key = tuple[str, int, Role, tuple[int, int] | None]
 
@@ -107,14 +107,10 @@ class Elements:
 
     def cut(self) -> list[ChannelGroup]:
         """The groups of at least two components, none of them pinned, with a constant among their places."""
-        from scipy.sparse import coo_array  # late: slow to import, and only passes on channel groups need it
-        from scipy.sparse.csgraph import connected_components
-
         if not self.links:
             return []
         a, b = (np.concatenate(side) for side in zip(*self.links, strict=True))
-        matrix = coo_array((np.ones(len(a), bool), (a, b)), shape=(self.total, self.total))
-        _, component = connected_components(matrix, directed=False)
+        component = self.components()
         pinned = set(component[np.concatenate(self.pinned)].tolist()) if self.pinned else set()
         keys = list(self.start)
         place = np.repeat(np.arange(len(keys)), [self.count[key] for key in keys])
@@ -135,6 +131,15 @@ class Elements:
             if len(components) > 1 and any(m.constant for m in members):
                 groups.append(ChannelGroup(len(components), self.kind, members))
         return groups
+
+    def components(self) -> Array:
+        """The number of the component of each element [elements]."""
+        from scipy.sparse import coo_array  # late: slow to import, and only passes on channel groups need it
+        from scipy.sparse.csgraph import connected_components
+
+        a, b = (np.concatenate([np.arange(0), *(pair[end] for pair in self.links)]) for end in (0, 1))
+        matrix = coo_array((np.ones(len(a), bool), (a, b)), shape=(self.total, self.total))
+        return np.asarray(connected_components(matrix, directed=False)[1])
 
     def _slice(self, key: Key) -> slice:
         return slice(self.start[key], self.start[key] + self.count[key])

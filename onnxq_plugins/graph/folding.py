@@ -39,7 +39,7 @@ def fold_constants(graph: Graph) -> None:
     for _ in range(_ROUNDS):
         waiting: set[str] = set()
         try:
-            with _hidden_bodies(graph):
+            with _hidden_bodies(graph), _quiet_sessions():
                 excluded = partial(_excluded, waiting)
                 graph._graph.fold_constants(error_ok=True, size_threshold=2**31, should_exclude_node=excluded)
         except Exception as error:  # graphsurgeon makes assumptions
@@ -50,6 +50,27 @@ def fold_constants(graph: Graph) -> None:
         graph.tidy()
         if not any(node.name in waiting and all(_constant(t) for t in node.inputs) for node in graph.nodes):
             return
+
+
+@contextlib.contextmanager
+def _quiet_sessions() -> Iterator[None]:
+    """A context in which sessions without options, such as graphsurgeon's, do not log: their complaints are raised."""
+    import onnxruntime as ort
+
+    usual = ort.InferenceSession
+
+    class Quiet(usual):  # type: ignore[misc, valid-type]
+        def __init__(self, model: bytes, sess_options: ort.SessionOptions | None = None, **more: object) -> None:
+            if sess_options is None:
+                sess_options = ort.SessionOptions()
+                sess_options.log_severity_level = 4
+            super().__init__(model, sess_options, **more)
+
+    ort.InferenceSession = Quiet
+    try:
+        yield
+    finally:
+        ort.InferenceSession = usual
 
 
 @contextlib.contextmanager

@@ -53,20 +53,23 @@ def channel_groups(graph: Graph, kind: Kind, clips: bool = False) -> list[Channe
     clips   for ``rescale``: continue through a Clip from 0 to a maximum. Rescaling such a group keeps the function only
             where factor * value stays below the maximum, or where the factor is 1
     """
-    return _Walk(graph, kind, clips).groups()
+    walk = Walk(graph, kind, clips)
+    walk.traverse()
+    return walk.cut()
 
 
-class _Walk(Elements):
+class Walk(Elements):
     """One traversal of the graph, starting at its layers."""
 
-    def __init__(self, graph: Graph, kind: Kind, clips: bool) -> None:
+    def __init__(self, graph: Graph, kind: Kind, clips: bool = False) -> None:
         super().__init__(graph, kind)
         self.clips = clips
         self.coarse: list[tuple[gs.Tensor, int, gs.Tensor, list[int]]] = []  # (tensor, merged axis, finer tensor, axes)
         self.layers = {layer.name: layer for layer in graph.layers}
         self.main = {id(node) for node in graph.nodes}
 
-    def groups(self) -> list[ChannelGroup]:
+    def traverse(self) -> None:
+        """Collect the elements and their links."""
         for layer in self.layers.values():
             x, y = self.graph.tensor(layer.input), self.graph.tensor(layer.output)
             for tensor in (x, y):
@@ -83,7 +86,6 @@ class _Walk(Elements):
                     self.pin(tensor, axis)
                 else:
                     self.visit(node, tensor, axis)
-        return self.cut()
 
     def adopt(self) -> bool:
         """Settle the Reshapes whose finer side has not been reached: follow its innermost axis, or pin; True if any."""
@@ -140,7 +142,7 @@ class _Walk(Elements):
             at = axis if tensor is node.inputs[0] else axis - shift
             if at >= 0 and node.inputs[0].shape[at] == node.outputs[0].shape[at + shift]:
                 self.link(self.ids(node.inputs[0], at), self.ids(node.outputs[0], at + shift))
-            elif tensor is node.inputs[0] or self.kind == "rescale":
+            elif tensor is node.inputs[0] or self.kind != "permute":
                 self.pin(tensor, axis)
         elif op == "Softmax" and axis != node.attrs.get("axis", -1) % len(tensor.shape):
             self.same(node, tensor, axis, homogeneous=False)
@@ -160,7 +162,7 @@ class _Walk(Elements):
     def follow(self, parameters: Sequence[gs.Tensor], tensor: gs.Tensor, axis: int, channels: bool) -> None:
         """Parameters that move with the channels but do not scale with them: vectors over axis 1 (`channels`), or
         arrays that broadcast against the tensor."""
-        if self.kind == "rescale" or (channels and axis != 1):
+        if self.kind != "permute" or (channels and axis != 1):
             return
         for p in parameters:
             at = 0 if channels else axis - len(tensor.shape) + len(p.shape or ())

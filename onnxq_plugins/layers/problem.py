@@ -4,11 +4,16 @@ The bridge between graph and solvers. A `Problem` holds plain values, so that it
 
 Why it is posed this way:
 
-- The target is regressed, the data are not kept. With y the float layer's output and x the quantized input, E[y x^T] and
-  E[x x^T] turn "float target, quantized input" into an ordinary rounding problem for W' = W + E[(y - W x) x^T] H^-1. Its
+- The target is regressed, the data are not kept. With y the float layer's output and x the quantized input, E[(y - W x) x^T]
+  and E[x x^T] turn "float target, quantized input" into an ordinary rounding problem for W' = W + E[(y - W x) x^T] H^-1. Its
   ridge is 20 D / patches of the diagonal, that of the rounding 1 D / patches: relative to the power of each input, so that
   units do not matter, and in proportion to how little the patches say. Both were chosen on held-out calibration samples of
-  three networks.
+  three networks. Inputs that never vary get nothing.
+- What fits the patches must fit others. A part of them is held out: W' is solved on the rest, and the target becomes
+  W + a (W' - W) with the a in [0, 1] of least error on the part, in closed form (QEP's damping, arXiv 2504.09629; to first
+  order the same as a Gram matrix mixed of float and quantized inputs, as in QDrop, arXiv 2203.05740, with a share a of the
+  latter). One a a layer: one a row fits the part. If rounding the target has more error there than plain codes, the layer
+  gets these. What was chosen is then solved on all patches: with a quarter left out, it lost half a dB.
 - Where there is a bias, the problem is centred: the bias absorbs the mean of any error, so the codes need not.
 - Above a limit the Gram matrix keeps blocks on its diagonal, which to every solver is a grouped layer: W [g, O, D] becomes
   [g n, O, D / n].
@@ -16,12 +21,15 @@ Why it is posed this way:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from onnxq_plugins.calibration import Gram
+from onnxq_plugins.calibration.shapes import spatial_sizes
+from onnxq_plugins.data.samples import spread
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.patches import blocks
@@ -33,7 +41,7 @@ from onnxq_plugins.layers.sweep import LayerStatistics
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.solvers.accumulator import bounded, within
-from onnxq_plugins.solvers.gram import narrow, nearest, regress, ridge, row_loss, widen
+from onnxq_plugins.solvers.gram import narrow, nearest, refit, ridge, row_loss, share_of, widen
 from onnxq_plugins.solvers.rounding import Effort, Method, solve
 from onnxq_plugins.spec import Array, QuantSpec, solve_minmax
 
@@ -42,7 +50,30 @@ from onnxq_plugins.spec import Array, QuantSpec, solve_minmax
 SHRINK_ROUNDING, SHRINK_REGRESSION = 1.0, 20.0
 DESCENT = 2  # rounds of coordinate descent over tiles
 _AT_ONCE = 2**22  # numbers per array that a solver is called with: wide layers are solved block by block
+_SINGLE = 512  # inputs from which on solvers get float32
+_MANY = 4  # patches an input from which on those that are held out may be solved on in the end
+_ROWS = 256  # of a layer on which solutions are compared
+_TRIED = 2048  # inputs up to which they are: one more Cholesky factorization
 _GRAMS = 2**29  # bytes of Gram matrices in memory at once
+
+
+class Solution(NamedTuple):
+    """The solved entry of a layer's weight; its loss on all patches relative to that of the nearest codes with the same
+    scale; and the share of the way from W to the weights that fit the quantized inputs best."""
+
+    spec: QuantSpec
+    loss: float
+    share: float
+
+
+class _Sides(NamedTuple):
+    """Some groups of a layer, on the patches that are seen and on those that are held out."""
+
+    part: slice
+    h: Array  # seen, with a ridge
+    move: Array | None  # of the weights towards a fit of what is seen
+    judged: Array  # E[x x^T] there
+    left: Array | None  # E[(y - W x) x^T] there
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,25 +103,101 @@ class Problem:
         spec = replace(job.plan[layer.weight], codes=None, shift=None)
         return Problem(layer, weight, spec, scale_floor(job, layer, spec), statistics, shift and layer.takes_bias)
 
-    def solve(self, method: Method, effort: Effort, search: bool = True) -> tuple[QuantSpec, float]:
-        """The entry with scale (searched if it was open and `search` is set), codes and shift, and its loss relative to that
-        of rounding to the nearest with the same scale."""
+    def solve(self, method: Method, effort: Effort, search: bool = True) -> Solution:
+        """The entry with scale (searched if it was open and `search` is set), codes and shift, on all patches. Those that
+        are held out say how far the weights go towards a fit of the quantized inputs, and whether plain codes do better."""
+        share, learned = self._trial(method, effort)
+        last = self._last()
+        if learned:
+            return last._solved(method, effort, search, share)
+        nearest_ones, plain = last._solved("nearest", effort, search, 0.0), last._plain()
+        return nearest_ones if self._judged(nearest_ones.spec) < self._judged(plain) else Solution(plain, 1.0, 0.0)
+
+    def _last(self) -> Problem:
+        """The problem on all patches, where they are many for the number of inputs; else on those that are not held out: few
+        can be fitted so well that the network could not be judged on them."""
+        if not isinstance(self.statistics, LayerStatistics) or self.statistics.count >= _MANY * self.statistics.h.shape[1]:
+            return self
+        return replace(self, statistics=self.statistics.others())
+
+    def _solved(self, method: Method, effort: Effort, search: bool, share: float) -> Solution:
+        """The solution on all patches, of weights that went a share of the way towards a fit."""
         spec, loss, base = self.spec, 0.0, 0.0
-        w, h = self._target()
+        w, h = self._target(share)
         if not spec.solved:
             rounds = DESCENT if method == "nearest" else 0
-            spec = self.scaled(w, h, rounds) if search else self._widened(solve_minmax(self.weight, spec))
-        size = narrow(row_steps(self.layer, spec), h, 1.0)
+            spec = self.scaled(w, h, rounds) if search else self._unsearched()
+        size = narrow(row_steps(self.layer, spec), h, 1.0).astype(h.dtype)
         exact = narrow(self.layer.matrix(self.weight), h)
-        codes = np.empty(w.shape, np.int8 if spec.bits <= 8 else np.int32)
+        codes = np.empty(w.shape, _code_type(spec))
         for part in _parts(w, h):
             one = size[part] if len(size) > 1 else size
-            target = w[part].astype(np.float64)
-            start = nearest(exact[part].astype(np.float64), one, spec.grid)
-            codes[part] = solve(method, target, h[part], one, spec.grid, effort, start)
-            loss += float(row_loss(target - one * codes[part], h[part]).sum())
-            base += float(row_loss(target - one * start, h[part]).sum())
-        return self._entry(spec, widen(codes, self.layer.matrix_shape)), loss / base if base > 0 else 1.0
+            target = w[part].astype(h.dtype, copy=False)
+            found = solve(method, target, h[part], one, spec.grid, effort, nearest(exact[part], one, spec.grid))
+            codes[part] = found.codes
+            loss, base = loss + float(found.loss.sum()), base + float(found.base.sum())
+        return Solution(self._entry(spec, widen(codes, self.layer.matrix_shape)), loss / base if base > 0 else 1.0, share)
+
+    def _judged(self, entry: QuantSpec) -> float:
+        """The error of an entry on the patches that are held out, less that of W itself, see `_excess`."""
+        assert (
+            isinstance(self.statistics, LayerStatistics) and self.statistics.judged is not None and entry.codes is not None
+        )
+        seen, held, excess = self.statistics.others(), self.statistics.judged, 0.0
+        w = narrow(self.layer.matrix(self.weight), seen.h)
+        error = narrow(row_steps(self.layer, entry) * self.layer.matrix(entry.codes), seen.h) - w
+        for part in _parts(w, seen.h):
+            excess += _excess(error[part], *self._moments(held, w, part, seen))
+        return excess
+
+    def _trial(self, method: Method, effort: Effort) -> tuple[float, bool]:
+        """What a solution on the other patches is worth on those that are held out: the share a in [0, 1] of the way from W
+        to the weights W' that fit the quantized inputs with the least error there, and whether the codes of W + a (W' - W)
+        have less error there than plain ones."""
+        statistics = self.statistics
+        held = statistics.judged if isinstance(statistics, LayerStatistics) else None
+        if held is None or not isinstance(statistics, LayerStatistics):
+            return 1.0, True
+        seen, slope, curve = statistics.others(), 0.0, 0.0
+        w = narrow(self.layer.matrix(self.weight), seen.h)
+        amount = seen.h.shape[1] / max(seen.count, 1)
+        sides = []
+        for part in _parts(w, seen.h):
+            (h, left), (judged, there) = (self._moments(one, w, part, seen) for one in (seen, held))
+            move = None if left is None else refit(h, left, SHRINK_REGRESSION * amount)
+            if move is not None and there is not None:
+                up, down = share_of(move, judged, there)
+                slope, curve = slope + up, curve + down
+            if seen.h.shape[1] <= _TRIED:
+                sides.append(_Sides(part, ridge(h, SHRINK_ROUNDING * amount), move, judged, there))
+        share = min(max(slope / curve, 0.0), 1.0) if curve > 0 else 0.0
+        return share, not sides or self._gain(sides, w, share, method, effort) > 0
+
+    def _gain(self, sides: Sequence[_Sides], w: Array, share: float, method: Method, effort: Effort) -> float:
+        """By how much less error learned codes have than plain ones on the patches that are held out, on some of the rows
+        and at the scale of the plain ones."""
+        spec = self._unsearched()
+        size = narrow(row_steps(self.layer, spec), sides[0].h, 1.0)
+        method = method if method in ("nearest", "gpfq", "descent") else "gptq"  # what learns for longer overfits no less
+        rows, gain = np.asarray(spread(w.shape[1], _ROWS)), 0.0
+        for part, h, move, judged, left in sides:
+            exact = w[part][:, rows].astype(h.dtype)
+            one = (size[part] if len(size) > 1 else size)[:, rows].astype(h.dtype)
+            target = exact if move is None else exact + h.dtype.type(share) * move[:, rows]
+            plain = nearest(exact, one, spec.grid)
+            there = None if left is None else left[:, rows]
+            learned = solve(method, target, h, one, spec.grid, effort, plain).codes
+            gain += _excess(one * plain - exact, judged, there) - _excess(one * learned - exact, judged, there)
+        return gain
+
+    def _plain(self) -> QuantSpec:
+        """The entry with the nearest codes, at the scale it has or one that clips nothing, and a corrected bias."""
+        spec = self._unsearched()
+        exact = self.layer.matrix(self.weight).astype(np.float64)
+        return self._entry(spec, nearest(exact, row_steps(self.layer, spec), spec.grid).astype(_code_type(spec)))
+
+    def _unsearched(self) -> QuantSpec:
+        return self.spec if self.spec.solved else self._widened(solve_minmax(self.weight, self.spec))
 
     def bound(self, codes: Array, limit: int) -> tuple[QuantSpec, float, int]:
         """The entry with codes whose positive and whose negative sum stay within `limit` in every row
@@ -131,21 +238,39 @@ class Problem:
             w, h = self._target()
         return self._widened(search_scales(self.layer, solve_minmax(self.weight, self.spec), w, h, rounds))
 
-    def _target(self) -> tuple[Array, Array]:
+    def _target(self, share: float = 1.0) -> tuple[Array, Array]:
         """Weights to round (float32) and Gram matrix, in its groups: centred if the bias takes mean errors, with a ridge.
-        The weights are fitted to the inputs of the quantized network where the whole Gram matrix is known: with diagonal
-        blocks alone each block would compensate for the same error."""
-        statistics, h = self.statistics, self.statistics.h.copy()
-        w = narrow(self.layer.matrix(self.weight), h).copy()
-        share = h.shape[1] / max(statistics.count, 1)
-        for part in _parts(w, h):
-            mean = statistics.mean[part, None, :] if self.shift else 0.0
-            h[part] -= statistics.mean[part, :, None] * mean
-            if isinstance(statistics, LayerStatistics) and len(h) == self.layer.groups:
-                cross = statistics.cross[part] - statistics.output[part, :, None] * mean
-                w[part] = regress(w[part].astype(np.float64), h[part], cross, SHRINK_REGRESSION * share)
-            h[part] = ridge(h[part], SHRINK_ROUNDING * share)
-        return w, h
+        The weights are fitted to the inputs of the quantized network, to a share, where the whole Gram matrix is known: with
+        diagonal blocks alone each block would compensate for the same error."""
+        statistics = self.statistics
+        w = narrow(self.layer.matrix(self.weight), statistics.h).copy()
+        amount = statistics.h.shape[1] / max(statistics.count, 1)
+        gram = np.empty(statistics.h.shape, _precision(statistics.h))
+        for part in _parts(w, statistics.h):
+            h, left = self._moments(statistics, w, part, statistics)
+            if left is not None and share:
+                w[part] += share * refit(h, left, SHRINK_REGRESSION * amount)
+            gram[part] = ridge(h, SHRINK_ROUNDING * amount)
+        return w, gram
+
+    def _moments(
+        self, of: LayerStatistics | Gram, w: Array, part: slice, about: LayerStatistics | Gram
+    ) -> tuple[Array, Array | None]:
+        """Of some groups: E[x x^T], and E[(y - W x) x^T] where the float outputs y and the whole Gram matrix are known. If
+        the bias takes mean errors, they are moments about the means of the patches `about`."""
+        h, mean, middle = of.h[part].astype(_precision(of.h)), of.mean[part], about.mean[part]
+        left = None
+        if isinstance(of, LayerStatistics) and len(of.h) == self.layer.groups:
+            left = of.left[part].astype(h.dtype)
+        if not self.shift:
+            return h, left
+        h -= (mean[:, :, None] * middle[:, None]).astype(h.dtype)
+        if of is not about:
+            h -= (middle[:, :, None] * (mean - middle)[:, None]).astype(h.dtype)
+        if left is not None and isinstance(of, LayerStatistics) and isinstance(about, LayerStatistics):
+            off, usual = (one.output[part] - np.einsum("god,gd->go", w[part], one.mean[part]) for one in (of, about))
+            left -= (off[:, :, None] * middle[:, None] + usual[:, :, None] * (mean - middle)[:, None]).astype(h.dtype)
+        return h, left
 
     def _mean(self) -> Array:
         """E[x] [groups, D] in the layer's own groups."""
@@ -175,6 +300,24 @@ def bias_shift(graph: Graph, layer: Layer, spec: QuantSpec, mean: Array, sizes: 
     summed = error.reshape(*error.shape[:2], -1, taps) @ inside  # [groups, outputs, inputs]
     shift: Array = np.einsum("goi,gi->go", summed, mean.reshape(layer.groups, -1)).reshape(-1)
     return shift
+
+
+def correct_biases(job: Job, layers: Sequence[Layer], means: Mapping[str, Array] | None = None) -> None:
+    """Plan for each solved Conv and Gemm the shift of its bias that takes back the mean error of its codes.
+
+    means   of the inputs per channel, by layer name, of those that are to be corrected; None: over the calibration data
+    """
+    layers = [y for y in layers if y.op in ("Conv", "Gemm") and (y.name in means if means is not None else True)]
+    if means is None:
+        layers = [y for y in layers if job.graph.shape(y.input) is not None]
+        by_input = job.calibration.means([y.input for y in layers]) if layers else {}
+        means = {y.name: by_input[y.input] for y in layers}
+    data = job.calibration.data
+    sizes = spatial_sizes(job.graph, layers, None if data is None else next(iter(data)))
+    for layer in layers:
+        spec = job.plan[layer.weight]
+        shift = bias_shift(job.graph, layer, spec, means[layer.name], sizes.get(layer.name, ()))
+        job.plan |= {layer.weight: replace(spec, shift=shift.astype(np.float32))}
 
 
 def white_inputs(layer: Layer, limit: int) -> Gram:
@@ -212,6 +355,22 @@ def float_inputs(job: Job, layers: Sequence[Layer], positions: int, limit: int) 
         if layer is not None:
             batch.append(layer)
             size += more
+
+
+def _excess(error: Array, h: Array, left: Array | None) -> float:
+    """E|y - (W + d) x|^2 - E|y - W x|^2 = d H d^T - 2 d R^T with the moments H = E[x x^T] and R = E[(y - W x) x^T], for
+    errors d of weights [g, O, D]; R counts as 0 if it is unknown."""
+    excess = float(np.vdot(error @ h, error))
+    return excess if left is None else excess - 2 * float(np.vdot(error, left))
+
+
+def _code_type(spec: QuantSpec) -> type[np.signedinteger[Any]]:
+    return np.int8 if spec.bits <= 8 else np.int32
+
+
+def _precision(h: Array) -> type[np.floating[Any]]:
+    """Of the products with a Gram matrix: single where they cost most, and a ridge keeps them well conditioned."""
+    return np.float32 if h.shape[1] >= _SINGLE else np.float64
 
 
 def _parts(w: Array, h: Array) -> list[slice]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.data import Data
+from onnxq_plugins.data.samples import spread
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.qdq import Writer
 from onnxq_plugins.graph import Layer
@@ -34,19 +35,33 @@ from onnxq_plugins.spec import Array
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
     """What one layer reads in the quantized network, over `count` patches x, and what it should answer, y (the float layer's
-    output without its bias). float64.
+    output without its bias). float64. Each patch counts as much as `trust` says.
 
     h       E[x x^T] [groups, D, D]; block-diagonal, as more groups, where D is above the limit (see `Gram`)
     mean    E[x] [groups, D]
-    cross   E[y x^T] [layer's groups, O, D]
+    left    E[(y - W x) x^T] [layer's groups, O, D], what the weights leave of the outputs
     output  E[y] [layer's groups, O]
+    judged  the same over those of the patches that solutions are judged by (float32); None where there are none
     """
 
     h: Array
     mean: Array
-    cross: Array
+    left: Array
     output: Array
     count: int
+    judged: LayerStatistics | None = None
+
+    def others(self) -> LayerStatistics:
+        """Of the patches that are not judged by."""
+        own = self.judged
+        if own is None:
+            return self
+        share = own.count / self.count
+        h, mean, left, output = (
+            (whole.astype(part.dtype) - share * part) / (1 - share)
+            for whole, part in ((self.h, own.h), (self.mean, own.mean), (self.left, own.left), (self.output, own.output))
+        )
+        return LayerStatistics(h, mean, left, output, self.count - own.count)
 
 
 @dataclass
@@ -86,7 +101,7 @@ class _Network:
         model = helper.make_model(graph, opset_imports=self.proto.opset_import)
         model.ir_version = self.proto.ir_version
         weights = {name: self.floats[name] for name in needed if name in self.floats}
-        session = runtimes.session(model, weights=weights, lean=True, arena=False)
+        session = runtimes.session(model, weights=weights, lean=True, arena=False, written=True)
         self.live |= {name: [_GONE] * self.samples for name in outputs}
         return _Step(self, keep, session, inputs, outputs)
 
@@ -135,7 +150,7 @@ def sweep(
     pending = {layer.name for layer in layers}
     if job.calibration.data is None:
         raise OnnxqError("rounding by what layers see needs sample inputs, and there are none; give data (--data PATH).")
-    feeds = _select(job, job.calibration.data, samples)
+    feeds, held = _select(job, job.calibration.data, samples)
     floats: dict[str, Array] = {}
     proto = job.graph.model(floats)
     nodes = list(proto.graph.node)
@@ -158,10 +173,10 @@ def sweep(
             exact.step(nodes[start:end], (), _pending(nodes, end) | {layer.output}),
             rounded.step(new, writer.builder.constants, _sources(writer, nodes, end - 1, rounded.dequantizers)),
         )
-        sums = _Sums(job, writer, layer, rounded, positions, limit)
+        sums = _Sums(job, writer, layer, rounded, positions, limit, held)
         with runtimes.blas(1):  # the workers are threads with a product each
-            for part in map_threads(partial(_advance, steps, sums, exact), sums.parts(len(feeds)), job.workers):
-                sums.add(part)
+            for parts in map_threads(partial(_advance, steps, sums, exact), sums.parts(len(feeds)), job.workers):
+                sums.add(parts)
         for step in steps:
             step.finish()
         start, written = end, len(writer.builder.nodes)
@@ -172,7 +187,7 @@ def sweep(
             return
 
 
-def _advance(steps: Iterable[_Step], sums: _Sums, exact: _Network, numbers: range) -> list[Array]:
+def _advance(steps: Iterable[_Step], sums: _Sums, exact: _Network, numbers: Sequence[int]) -> list[list[Array]]:
     """Take some samples through the steps; the products of a layer that follow."""
     for step in steps:
         for sample in numbers:
@@ -181,34 +196,62 @@ def _advance(steps: Iterable[_Step], sums: _Sums, exact: _Network, numbers: rang
 
 
 class _Sums:
-    """Running sums of one layer's patches and outputs."""
+    """Running sums of one layer's patches and outputs: of all, and of those to judge by, which are those of the samples
+    `held`, or a quarter of the positions of every sample if none is."""
 
-    def __init__(self, job: Job, writer: Writer, layer: Layer, network: _Network, positions: int, limit: int) -> None:
-        self.layer, self.limit, self.live = layer, limit, network.live
+    def __init__(
+        self, job: Job, writer: Writer, layer: Layer, network: _Network, positions: int, limit: int, held: set[int]
+    ) -> None:
+        self.layer, self.limit, self.live, self.held = layer, limit, network.live, held
         self.inputs = int(np.prod(layer.shape)) // layer.channels
         self.positions = min(positions, max(64, self.inputs))
         key = Planned.of(job).input(layer)
         self.spec = job.plan[key] if key else None  # of the input
         self.source = _source(writer, layer.name, layer.input, network.dequantizers)
         self.bias = job.graph.constant(layer.bias).reshape(layer.groups, -1, 1) if layer.bias is not None else None
-        self.sums: list[Array] = []
+        self.weight = layer.matrix(job.graph.constant(layer.weight)).astype(np.float32)
+        self.sums: list[list[Array]] = [[], []]
 
-    def parts(self, samples: int) -> list[range]:
-        """The samples in runs of about a thousand patches, or fewer long ones: few large products rather than many small
-        ones."""
+    def parts(self, samples: int) -> list[list[int]]:
+        """The samples in lists of about a thousand patches, or fewer long ones: few large products rather than many small
+        ones. Those that are held out are apart."""
         step = max(1, min(1024, 2**22 // (self.inputs * self.layer.groups)) // self.positions)
-        return [range(first, min(first + step, samples)) for first in range(0, samples, step)]
+        kinds = ([n for n in range(samples) if n not in self.held], sorted(self.held))
+        return [numbers[first : first + step] for numbers in kinds for first in range(0, len(numbers), step)]
 
-    def products(self, numbers: range, exact: Mapping[str, list[Array]]) -> list[Array]:
-        """Sums over the patches of some samples: x x^T, x, y x^T, y, and their number."""
-        x, y = (np.concatenate(part, axis=2) for part in zip(*(self._columns(n, exact) for n in numbers), strict=True))
-        pieces = split(x, self.limit)
+    def products(self, numbers: Sequence[int], exact: Mapping[str, list[Array]]) -> list[list[Array]]:
+        """Sums over the patches of some samples, those that are not judged by and those that are: x x^T, x,
+        (y - W x) x^T, y, and their number; [] without patches."""
+        columns = [self._columns(n, exact) for n in numbers]
+        if self.held:
+            kinds = [[], columns] if numbers[0] in self.held else [columns, []]
+        else:
+            cuts = [x.shape[2] - x.shape[2] // 4 for x, _ in columns]
+            kinds = [
+                [(x[:, :, :cut], y[:, :, :cut]) for (x, y), cut in zip(columns, cuts, strict=True)],
+                [(x[:, :, cut:], y[:, :, cut:]) for (x, y), cut in zip(columns, cuts, strict=True)],
+            ]
+        return [self._products(kind) for kind in kinds]
+
+    def _products(self, columns: Sequence[tuple[Array, Array]]) -> list[Array]:
+        if not columns:
+            return []
+        x, y = (np.concatenate(part, axis=2) for part in zip(*columns, strict=True))
+        count = x.shape[2]
+        if not count:
+            return []
+        left = y - self.weight @ x
+        weight = trust(left, y)
+        mean, output = (one @ weight.swapaxes(1, 2) for one in (x, y))
+        root = np.sqrt(weight)
+        x *= root
+        left *= root
         return [
-            gram(pieces),
-            pieces.sum(axis=2, dtype=np.float64),
-            y @ x.swapaxes(1, 2),
-            y.sum(axis=2, dtype=np.float64),
-            np.array(float(x.shape[2])),
+            gram(split(x, self.limit)),
+            split(mean, self.limit)[:, :, 0],
+            left @ x.swapaxes(1, 2),
+            output[:, :, 0],
+            np.array(float(count)),
         ]
 
     def _columns(self, sample: int, exact: Mapping[str, list[Array]]) -> tuple[Array, Array]:
@@ -223,35 +266,68 @@ class _Sums:
         y = output_columns(self.layer, exact[self.layer.output][sample], self.positions, sample)
         return x, y if self.bias is None else y - self.bias
 
-    def add(self, products: list[Array]) -> None:
-        if not self.sums:
-            self.sums = [np.zeros(part.shape) for part in products]
-        for into, part in zip(self.sums, products, strict=True):
-            into += part
+    def add(self, parts: list[list[Array]]) -> None:
+        """Add the sums over some samples, as `products` returns them."""
+        for judged, products in enumerate(parts):
+            for number in range(judged + 1) if products else ():
+                if not self.sums[number]:
+                    self.sums[number] = [np.zeros(part.shape, np.float32 if number else np.float64) for part in products]
+                for into, part in zip(self.sums[number], products, strict=True):
+                    into += part
 
     def result(self) -> LayerStatistics:
-        h, mean, cross, output, count = self.sums
-        for part in (h, mean, cross, output):
+        """The statistics over all samples that were added."""
+        whole, judged = (self._means(sums) for sums in self.sums)
+        assert whole is not None
+        return replace(whole, judged=judged if judged is not None and judged.count < whole.count else None)
+
+    def _means(self, sums: list[Array]) -> LayerStatistics | None:
+        if not sums:
+            return None
+        h, mean, left, output, count = sums
+        for part in (h, mean, left, output):
             part /= max(float(count), 1.0)
         if not all(np.isfinite(part).all() for part in (mean, output)):
             raise OnnxqError(
                 f"layer '{self.layer.name}' reads or writes values that are not finite (NaN or Inf) on the "
                 "given data: the float model itself overflows there."
             )
-        return LayerStatistics(h, mean, cross, output, int(count))
+        return LayerStatistics(h, mean, left, output, int(count))
 
 
-def _select(job: Job, data: Data, limit: int) -> list[dict[str, Array]]:
-    """At most this many samples: evenly spaced where their number is known, else the first."""
-    step = 1 if data.size is None else max(1, -(-data.size // limit))
-    feeds = list(itertools.islice(data, 0, None if step > 1 else limit + 1, step))
-    used = feeds[:limit]
-    if step > 1 or len(feeds) > limit:
+def trust(left: Array, y: Array) -> Array:
+    """How much each patch counts [g, 1, P], 1 on the average: m / (m + e), with e the squared error that the quantized input
+    leaves in the outputs y, left = y - W x [g, O, P], and m its median, or 50 dB below the outputs if that is more.
+
+    The errors of patches with clipped inputs are many times those of others, and weights fitted to them extrapolate: in a
+    sentence encoder the few tokens with outlier channels made all others worse.
+
+    Source: the weights of Cauchy's M-estimator.
+    """
+    error = np.einsum("gop,gop->gp", left, left)[:, None]
+    power = np.einsum("gop,gop->g", y, y)[:, None, None] / y.shape[2]
+    middle = np.maximum(np.median(error, axis=2, keepdims=True), 1e-5 * power)
+    weight = np.divide(middle, middle + error, out=np.ones_like(error), where=middle > 0)
+    return np.asarray(weight / weight.mean(axis=2, keepdims=True))
+
+
+def _select(job: Job, data: Data, limit: int) -> tuple[list[dict[str, Array]], set[int]]:
+    """At most this many samples, evenly spaced, and which of them are held out to judge by: none of a few."""
+    apart = data.numbers(apart=True)
+    everything = data.numbers()
+    held = apart if len(apart) < len(everything) else []
+    others = sorted(set(everything) - set(held))
+    if len(everything) > limit:
+        held = [held[i] for i in spread(len(held), limit // 4)] if limit >= 4 else []
+        others = [others[i] for i in spread(len(others), limit - len(held))]
         job.note(
-            f"layers were solved on {len(used)} of {data.size or 'more'} samples, as many as round.samples allows: "
-            "their activations are held"
+            f"layers were solved on {limit} of {len(everything)} samples, as many as round.samples allows: their "
+            "activations are held"
         )
-    return used
+    used = sorted({*held, *others})
+    wanted = set(used)
+    feeds = [feed for n, feed in enumerate(itertools.islice(data, used[-1] + 1)) if n in wanted]
+    return feeds, {at for at, n in enumerate(used) if n in held}
 
 
 def reads(node: onnx.NodeProto) -> list[str]:

@@ -78,6 +78,23 @@ def energies(reference: Any, other: Any) -> Array:
     return np.array(rows, np.float64).reshape(-1, 2)
 
 
+def errors(reference: Any, other: Any) -> list[Array]:
+    """z - y of each array of an output, float64; for integers, booleans and strings 1 where they differ. What is NaN or
+    infinite in z counts as lost, as 0 in its place; so does all of an array whose shape differs. Where y is, nothing is
+    compared."""
+    found = []
+    for feed in pairs(reference, other):
+        for y, z in feed:
+            if y.dtype.kind != "f":
+                found.append(np.ones(y.shape) if z is None else (y != z).astype(np.float64))
+                continue
+            kept = np.isfinite(y)
+            exact = np.where(kept, y, 0).astype(np.float64)
+            lost = np.zeros_like(exact) if z is None else np.where(kept & np.isfinite(z), z, 0)
+            found.append(lost - exact)
+    return found
+
+
 def decibels(energy: Array) -> float:
     """10 log10(all signal / all noise) of rows of signal and noise, between -`IDENTICAL` and `IDENTICAL`; the latter without
     any signal, of which nothing can be lost."""

@@ -5,6 +5,7 @@ from onnxq_plugins.passes.absorb_bias import AbsorbBias as AbsorbBias
 from onnxq_plugins.passes.activation_ranges import ActivationRanges as ActivationRanges
 from onnxq_plugins.passes.bias_correct import BiasCorrect as BiasCorrect
 from onnxq_plugins.passes.bound_accumulator import BoundAccumulator as BoundAccumulator
+from onnxq_plugins.passes.centre import Centre as Centre
 from onnxq_plugins.passes.coding_length import CodingLength as CodingLength
 from onnxq_plugins.passes.data_free import DataFree as DataFree
 from onnxq_plugins.passes.equalize import Equalize as Equalize
@@ -24,6 +25,7 @@ from onnxq_plugins.passes.split_weights import SplitWeights as SplitWeights
 from onnxq_plugins.passes.sub_layer import SubLayer as SubLayer
 from onnxq_plugins.passes.subtensor import Subtensor as Subtensor
 from onnxq_plugins.passes.vector_scale import VectorScale as VectorScale
+from onnxq_plugins.passes.widen import Widen as Widen
 
 BUILTIN: tuple[type[Pass], ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, type) and issubclass(value, Pass) and value is not Pass

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.propagation import propagate
-from onnxq_plugins.calibration.shapes import spatial_sizes
-from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass, Service, Stage
 from onnxq_plugins.layers.complete import complete
-from onnxq_plugins.layers.problem import bias_shift
-from onnxq_plugins.measure.metrics import worst_sqnr
-from onnxq_plugins.measure.samples import Samples
+from onnxq_plugins.layers.problem import correct_biases
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.spec import Plan
+from onnxq_plugins.search.judge import Judge
 
-_JUDGED = 2e9  # multiply-adds over all samples up to which the whole network is judged
-_SAMPLES = 32
-_TIE = 0.1  # dB that decide nothing
+_WORK = 2e9  # multiply-adds over the samples up to which the whole network is judged
 
 
 @dataclass(frozen=True)
@@ -84,38 +76,26 @@ class BiasCorrect(Pass):
                 'method = "empirical" needs only data'
             )
         plain = job.plan
-        data = job.calibration.data
-        sample = None if data is None else next(iter(data))
-        largest, sizes = 0.0, spatial_sizes(graph, layers, sample)
-        for layer in layers:
-            if layer.name in means:
-                inside = sizes.get(layer.name, ())
-                shift = bias_shift(graph, layer, job.plan[layer.weight], means[layer.name], inside)
-                bias = np.abs(graph.constant(layer.bias)).max() if layer.bias is not None else 0.0
-                largest = max(largest, float(np.abs(shift).max() / bias) if bias else 0.0)
-                job.plan |= {layer.weight: replace(job.plan[layer.weight], shift=shift.astype(np.float32))}
-        result: dict[str, Any] = {"largest_shift_relative_to_bias": round(largest, 6)} | ({"left_out": left} if left else {})
-        if means and data is not None and self._work(job, layers) <= _JUDGED:
-            samples = Samples.of(graph.model(), data.spread(_SAMPLES))
-            before, after = (round(_sqnr(job, plan, samples), 2) for plan in (plain, job.plan))
-            result |= {"sqnr": {"plain": before, "corrected": after}}
-            if after < before - _TIE:
+        correct_biases(job, layers, means)
+        moved = [_moved(job, layer) for layer in layers if layer.name in means]
+        result: dict[str, Any] = {"largest_shift_relative_to_bias": round(max(moved, default=0.0), 6)}
+        result |= {"left_out": left} if left else {}
+        judge = Judge.of(job, apart=False, work=_WORK) if means else None
+        if judge is not None:
+            verdict = judge.best({"corrected": job.plan, "plain": plain})
+            result |= {"sqnr": verdict.sqnr}
+            if verdict.name == "plain":
                 job.plan = plain
+                before, after = verdict.sqnr["plain"], verdict.sqnr["corrected"]
                 job.note(
                     f"bias-correct lowers the outputs from {before:.1f} to {after:.1f} dB on the samples, and was undone"
                 )
                 return {"layers": 0, **result}
         return {"layers": len(means), **result}
 
-    def _work(self, job: Job, layers: Sequence[Layer]) -> float:
-        """Multiply-adds of the layers over all samples."""
-        known = [layer for layer in layers if job.graph.shape(layer.input) is not None]
-        positions = job.calibration.positions([layer.input for layer in known])
-        strides = {layer.name: np.prod(layer.attrs.get("strides") or [1]) for layer in known}
-        return float(sum(positions[y.input] * np.prod(y.shape) / strides[y.name] for y in known))
 
-
-def _sqnr(job: Job, plan: Plan, samples: Samples) -> float:
-    """SQNR of the worst output in dB, of the model as it is written: the same on every machine."""
-    session = runtimes.session(export(job.graph, plan, job.target), optimize=False)
-    return samples.score(worst_sqnr, samples.outputs(session))
+def _moved(job: Job, layer: Layer) -> float:
+    """The largest shift of a layer's bias relative to its largest bias; 0 where it had none."""
+    shift = job.plan[layer.weight].shift
+    bias = np.abs(job.graph.constant(layer.bias)).max() if layer.bias is not None else 0.0
+    return float(np.abs(shift).max() / bias) if bias and shift is not None else 0.0

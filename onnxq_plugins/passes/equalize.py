@@ -6,22 +6,26 @@ the free channels against the held ones is the one with the least rounding noise
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from onnxq_plugins.calibration import channel_axis
+from onnxq_plugins.calibration import channel_axis, channels
 from onnxq_plugins.graph import ChannelGroup, Graph, Member, channel_groups, clip_maximum, rescale
 from onnxq_plugins.job import Job, Pass, Stage
-from onnxq_plugins.search.preview import Preview
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.search.gains import seen_by
+from onnxq_plugins.search.preview import Preview, multiply_adds
 from onnxq_plugins.solvers.equalize import Place, equalize
+from onnxq_plugins.solvers.spread import noise, spread
 from onnxq_plugins.spec import Array
 
 _FACTOR = 2.0**12  # factors beyond this, or its inverse, only make biases too large for int32 and weights vanish
-_LEAST = 0.1  # dB by which an exponent must lower the measured error: the resolution of a few samples
+_WORTH = 0.9  # predicted noise after a change relative to that before, above which it is not made
+_TRIED = 2e9  # multiply-adds over all samples up to which the whole network is tried
 _BIAS = 64.0  # a factor may enlarge a bias to so many times the layer's largest one
 
 Bounds = tuple[Array, Array]  # least and largest factor per channel
@@ -37,16 +41,17 @@ class Equalize(Pass):
     by         ``weights``: a channel's range in the weights that compute it becomes equal to its range in those that read
                it, which suits scales per tensor. ``activations``: channel c is divided by (r_c / max r)^e, with r_c its
                largest |value| over the activations of the group, relative to each one's largest; e is chosen per group by
-               the measured error of the quantized network's outputs. This suits the scale that an activation has for all its
-               channels
+               the noise that rounding is predicted to cause at the layers that read it. This suits the scale that an
+               activation has for all its channels
     gain       ``weights``: least ratio of a group's predicted rounding noise before and after for which it is equalized
     pow2       factors are powers of two: the float model stays the same to the last bit
     exponents  values of e to try
-    samples    number of samples that errors are measured on (``activations``)
+    samples    number of samples that the network is run on with and without the factors, to keep the better
+               (``activations``; 0: none); only networks of few multiply-adds are
     margin     how far a channel may exceed its calibrated range, as a fraction of it, before a Clip counts as active
 
         W1 <- F W1,  b1 <- F b1,  W2 <- W2 F^-1;   f_c = sqrt(r2_c / r1_c) makes both ranges equal   (``weights``)
-                                                   f_c = (r_c / max r)^-e                            (``activations``)
+                                                   f_c = (r_c / max r)^-e w_c^d, d = 0 or 1 - e      (``activations``)
 
     Groups are sets of channels that must be scaled together: layer to layer, through a depthwise layer (whose rows absorb a
     factor on either side), a whole residual stream, LayerNormalization to MatMul (the case of SmoothQuant).
@@ -55,12 +60,18 @@ class Equalize(Pass):
     kernel absorbs. Hence a channel that reaches the maximum keeps factor 1, and one that stays below gets no factor that
     would take it there; the data show which is which. Without data such groups are left unchanged and reported. Where
     statistics belong to another axis (positions of a 1-D convolution after an Add, attention heads), Clips hold all
-    channels, and ``activations`` leaves the group unchanged.
+    channels. ``activations`` stops at Clips, since samples that were not seen may reach a maximum that calibration did not,
+    and leaves groups with statistics along another axis unchanged.
+
+    The prediction adds up what the grid of each activation costs through the weights that read it, what wider weights cost
+    their own grid through the variance of their inputs, and what samples other than those of calibration may lose beyond the
+    grid (`solvers/spread.py`); layers count relative to their signal.
 
     Source: ``weights``: Data-Free Quantization (arXiv 1906.04721), section 4.1. ``activations``: SmoothQuant (arXiv
-    2211.10438), without its weight term, on any group. The treatment of Clip is ours.
-    Cost: ``weights``: a fraction of a second; one run over the data where there are Clips. ``activations``: one run, and for
-    each group and exponent an export and `samples` runs of the quantized network.
+    2211.10438) on any group, with its exponent by prediction, which is ours, as is the treatment of Clip.
+    Cost: ``weights``: a fraction of a second; one run over the data where there are Clips. ``activations``: the run over the
+    data that `ranges` needs, which it does not repeat, and a few passes over the weights; small networks two exports and
+    runs over `samples` more.
     """
 
     name: ClassVar[str] = "equalize"
@@ -73,8 +84,8 @@ class Equalize(Pass):
     margin: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples = {self.samples} must be at least 1")
+        if self.samples < 0:
+            raise ValueError(f"samples = {self.samples} must not be negative")
         if self.margin < 0:
             raise ValueError(f"margin = {self.margin} must not be negative")
         if not self.exponents or not all(0 < e <= 1 for e in self.exponents):
@@ -84,7 +95,7 @@ class Equalize(Pass):
         if self.by == "activations" and not job.calibration.ready:
             job.note("equalize by activations was skipped: without data there are no ranges to even out")
             return {"groups": 0}
-        groups = channel_groups(job.graph, "rescale", clips=job.calibration.ready)
+        groups = channel_groups(job.graph, "rescale", clips=job.calibration.ready and self.by == "weights")
         bounds = self._bounds(job, groups)
         held = sum(int((low == high).sum()) for low, high in bounds)
         result: dict[str, Any] = {"groups": len(groups), "channels_held_by_clips": held}
@@ -108,29 +119,36 @@ class Equalize(Pass):
         return {"equalized": used, "largest_ratio_of_factors": round(largest, 1)}
 
     def _by_activations(self, job: Job, groups: list[ChannelGroup], bounds: list[Bounds]) -> dict[str, Any]:
-        """Try the exponents group by group, those with the most uneven channels first, and keep what lowers the error."""
-        preview = Preview(job, self.samples)
-        spreads = {
-            i: spread
-            for i, group in enumerate(groups)
-            if (bounds[i][0] < bounds[i][1]).any() and (spread := _spread(preview, group)) is not None
-        }
-        before = best = preview.sqnr()
-        kept = {}
-        for i in job.track(sorted(spreads, key=lambda i: float(np.median(spreads[i]))), "equalizing", len(spreads)):
-            group, winner = groups[i], None
-            for e in self.exponents:
-                factors = self._rounded(np.clip(spreads[i] ** -e, *bounds[i]), bounds[i])
-                attempt = preview.fork()
-                with _rescaled(job.graph, group, factors):
-                    attempt.rescaled(group, factors)
-                    score = attempt.sqnr()
-                if score > best + _LEAST:
-                    best, winner = score, (e, factors, attempt)
-            if winner is not None:
-                kept[group.tensors[0]], factors, preview = winner
-                rescale(job.graph, group, factors)
-        return {"equalized": len(kept), "exponents": kept, "sqnr_before_and_after": [round(before, 2), round(best, 2)]}
+        """Choose the exponent of each group by predicted noise, and try all together where that is cheap."""
+        chosen: list[tuple[ChannelGroup, Array]] = []
+        told: dict[str, Any] = {}
+        for group, (reads, readers), bound in zip(groups, seen_by(job, groups), bounds, strict=True):
+            if not reads:
+                continue
+            factors, exponent, _ = spread(reads, readers, self.exponents, *bound)
+            factors = self._rounded(factors, bound)
+            ratio = noise(factors, reads, readers) / max(noise(np.ones(group.size), reads, readers), 1e-300)
+            if exponent and ratio < _WORTH:
+                chosen.append((group, factors))
+                told[group.tensors[0]] = {"exponent": exponent, "noise": round(ratio, 4)}
+        result: dict[str, Any] = {"equalized": len(chosen), "exponents": told}
+        if not chosen:
+            return result
+        layers = Planned.of(job).layers
+        trial = Preview(job, self.samples) if self.samples and multiply_adds(job, layers) <= _TRIED else None
+        before = trial.sqnr() if trial else 0.0
+        with _undoable(job, [group for group, _ in chosen]) as undo:
+            _rescale(job, chosen)
+            if trial:
+                after = trial.sqnr()
+                result["sqnr_before_and_after"] = [round(before, 2), round(after, 2)]
+                if after < before:
+                    undo()
+                    job.note(
+                        f"equalize lowers the outputs from {before:.1f} to {after:.1f} dB on the samples, and was undone"
+                    )
+                    result |= {"equalized": 0}
+        return result
 
     def _rounded(self, factors: Array, bounds: Bounds) -> Array:
         """The factors, or with `pow2` the nearest powers of two within the bounds."""
@@ -171,34 +189,34 @@ class Equalize(Pass):
         return bounds
 
 
+def _rescale(job: Job, chosen: list[tuple[ChannelGroup, Array]]) -> None:
+    """Rescale groups by factors; what calibration knows of their activations follows."""
+    graph, before = job.graph, job.graph.digest()
+    changes: dict[str, tuple[int, Array, float]] = {}
+    for group, factors in chosen:
+        rescale(graph, group, factors)
+        for m in group.members:
+            if not m.constant:
+                count = channels(graph, m.tensor) if m.axis == channel_axis(graph, m.tensor) else None
+                spread = changes.setdefault(m.tensor, (m.axis, np.ones(count or 0), 0.0))[1]
+                if count:
+                    spread[m.index.ravel()] = np.repeat(factors, m.index.shape[1])
+    job.calibration.moved(before, changes)
+
+
 @contextmanager
-def _rescaled(graph: Graph, group: ChannelGroup, factors: Array) -> Iterator[None]:
-    """The graph with a group rescaled; restored when the block ends."""
-    values = {m.tensor: graph.constant(m.tensor) for m in group.weights}
+def _undoable(job: Job, groups: list[ChannelGroup]) -> Iterator[Callable[[], None]]:
+    """A function that takes back what happens to groups within the block."""
+    graph = job.graph
+    values = {m.tensor: graph.constant(m.tensor) for group in groups for m in group.weights}
     batchnorms, touched = dict(graph.batchnorms), set(graph.touched)
-    rescale(graph, group, factors)
-    yield
-    for name, before in values.items():
-        graph.set_constant(name, before)
-    graph.batchnorms, graph.touched = batchnorms, touched
 
+    def undo() -> None:
+        for name, before in values.items():
+            graph.set_constant(name, before)
+        graph.batchnorms, graph.touched = batchnorms, touched
 
-def _spread(preview: Preview, group: ChannelGroup) -> Array | None:
-    """Largest |value| of each channel relative to the largest of all, over the group's planned activations [channels]; None
-    where there is nothing to gain, or the gain cannot be measured."""
-    if not preview.follows(group):
-        return None
-    sizes = []
-    for member in group.members:
-        if not member.constant and member.tensor in preview.ranges:
-            low, high = preview.ranges[member.tensor]
-            size = np.maximum(np.abs(low), np.abs(high))[member.index].max(axis=1)
-            sizes.append(size / max(float(size.max()), 1e-30))
-    if not sizes:
-        return None
-    spread = np.max(sizes, axis=0)
-    spread = np.maximum(spread, 1 / _FACTOR)
-    return spread if np.median(spread) < 0.9 else None
+    yield undo
 
 
 def _reduced(graph: Graph) -> dict[str, Array]:

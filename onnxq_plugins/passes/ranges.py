@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from onnxq_plugins.job import Job, Pass, Service
+from onnxq_plugins.layers.clipping import Range, least_squares
 from onnxq_plugins.layers.complete import activation_spec
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.solvers.ranges import kl_range, mse_range, percentile_range
+from onnxq_plugins.search.judge import Judge
+from onnxq_plugins.solvers.ranges import kl_range, percentile_range
+from onnxq_plugins.spec import Plan
+
+_WORK = 4e9  # multiply-adds over the samples for which two choices are judged by the whole network
 
 
 @dataclass(frozen=True)
@@ -17,16 +23,23 @@ class Ranges(Pass):
 
     method       ``minmax``: the extremes; nothing is clipped.
                  ``percentile``: leave out (100 - percentile) percent of the values.
-                 ``mse``: least mean squared error of the quantized values.
+                 ``mse``: least mean squared error of the quantized values; of what a Sigmoid, Tanh, SiLU or the like
+                 reads alone, of the values behind that, as nothing is lost where it saturates.
                  ``kl``: least Kullback-Leibler divergence between the values before and after.
                  The last two keep the extremes where a grid has more codes than `bins`: clipping gains nothing there.
     percentile   for ``percentile``, in percent
     bins         of the histograms for all methods but ``minmax``
+    judged       compare the network with these ranges to that with the extremes, and keep what gives the better outputs;
+                 left out where that is too much work
 
         s = (max(high, 0) - min(low, 0)) / (2^bits - 1),   z = round(-min(low, 0) / s)
 
+    A range of least squared error for its tensor can cost the network much: clipped values all err to one side, and such
+    errors add up in the sums of the next layer, where rounding errors average out.
+
     Source: common practice; ``kl`` with the joint-non-zero metric of Coarse & Fine Weight Splitting (arXiv 2312.10588).
-    Cost: one run over the data for ``minmax``, two for the others.
+    Cost: one run over the data for ``minmax``, two for the others; `judged` two of the network and one of the float network
+    over up to 32 samples.
     """
 
     name: ClassVar[str] = "ranges"
@@ -34,6 +47,7 @@ class Ranges(Pass):
     method: Literal["minmax", "percentile", "mse", "kl"] = "minmax"
     percentile: float = 99.99
     bins: int = 2048
+    judged: bool = True
 
     def __post_init__(self) -> None:
         if not 50 < self.percentile <= 100:
@@ -44,22 +58,45 @@ class Ranges(Pass):
     def apply(self, job: Job) -> dict[str, Any]:
         names = [name for name in Planned.of(job).activations if not job.plan[name].solved]
         exact = job.calibration.ranges(names)
-        ranges = dict(exact)
-        if self.method != "minmax":
-            for name, h in job.calibration.histograms(names, self.bins).items():
-                levels = 2 ** job.plan[name].bits
-                if h.high <= h.low or (levels > self.bins and self.method != "percentile"):
-                    continue  # a histogram coarser than the grid does not show what the grid costs
-                if self.method == "percentile":
-                    ranges[name] = percentile_range(h.counts, h.low, h.high, self.percentile)
-                elif self.method == "mse":
-                    ranges[name] = mse_range(h.counts, h.low, h.high, levels)
-                else:
-                    ranges[name] = kl_range(h.counts, h.low, h.high, levels)
-        job.plan |= {name: activation_spec(ranges[name], job.plan[name]) for name in names}
+        ranges = exact | self._narrower(job, names)
+        chosen, scores = self._judged(job, {self.method: ranges, "minmax": exact})
+        job.plan |= _entries(job, chosen)
         cut = {
-            n: round((ranges[n][1] - ranges[n][0]) / (exact[n][1] - exact[n][0]), 4)
+            n: round((chosen[n][1] - chosen[n][0]) / (exact[n][1] - exact[n][0]), 4)
             for n in names
-            if exact[n][1] > exact[n][0] and ranges[n] != exact[n]
+            if exact[n][1] > exact[n][0] and chosen[n] != exact[n]
         }
-        return {"method": self.method, "activations": len(names), "kept_share_of_range": cut}
+        return {"method": self.method, "activations": len(names), "kept_share_of_range": cut} | scores
+
+    def _narrower(self, job: Job, names: list[str]) -> dict[str, Range]:
+        """The ranges that are chosen by histograms."""
+        ranges: dict[str, Range] = {}
+        if self.method in ("minmax", "mse"):
+            return least_squares(job, names, self.bins) if self.method == "mse" else ranges
+        for name, h in job.calibration.histograms(names, self.bins).items():
+            levels = 2 ** job.plan[name].bits
+            if h.high > h.low and self.method == "percentile":
+                ranges[name] = percentile_range(h.counts, h.low, h.high, self.percentile)
+            elif h.high > h.low and levels <= self.bins:  # a coarser histogram does not show what the grid costs
+                ranges[name] = kl_range(h.counts, h.low, h.high, levels)
+        return ranges
+
+    def _judged(self, job: Job, choices: Mapping[str, Mapping[str, Range]]) -> tuple[Mapping[str, Range], dict[str, Any]]:
+        """The choice whose network is better, the first one unless that is judged, and what goes into the report."""
+        first, *others = choices.values()
+        if not self.judged or all(first == other for other in others):
+            return first, {}
+        judge = Judge.of(job, apart=False, work=_WORK)  # a choice of two can hardly fit the samples
+        if judge is None:
+            return first, {}
+        verdict = judge.best({name: job.plan | _entries(job, ranges) for name, ranges in choices.items()})
+        if verdict.name != self.method:
+            job.note(
+                f"ranges by {self.method} lower the outputs from {verdict.sqnr[verdict.name]:.1f} to "
+                f"{verdict.sqnr[self.method]:.1f} dB, and were replaced by the extremes ({verdict.name})"
+            )
+        return choices[verdict.name], {"sqnr": verdict.sqnr, "kept": verdict.name}
+
+
+def _entries(job: Job, ranges: Mapping[str, Range]) -> Plan:
+    return Plan({name: activation_spec(ends, job.plan[name]) for name, ends in ranges.items()})

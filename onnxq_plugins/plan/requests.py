@@ -175,11 +175,11 @@ def _weight(layer: Layer, request: TensorRequest, target: Target, problems: list
     """The request of one weight. Multipliers are left out where they could only be 1 (8-bit codes leave no room in an int8)
     or are not finer than the scale (depthwise layers have one input per output)."""
     block = _block(layer, request.block, problems)
-    spec = QuantSpec(request.bits, request.symmetric, block, None, request.pow2, request.max_multiplier)
+    spec = QuantSpec(request.bits, request.symmetric, block, None, request.pow2, request.max_multiplier, full=request.full)
     if request.sub_block == "none":
         return spec
     sub_block = _block(layer, request.sub_block, problems)
-    top = min(request.max_multiplier, target.max_code // spec.grid[1])
+    top = min(request.max_multiplier, target.max_code // spec.top)
     if sub_block is not None and channel_multipliers(layer, replace(spec, sub_block=sub_block)):
         top = request.max_multiplier
     if top <= 1 or sub_block is None or not _finer(layer, sub_block, block):

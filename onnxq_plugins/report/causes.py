@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from onnxq_plugins.report.remedies import (
     Scene,
     codes_by_error,
     even_channels,
+    for_layers,
     in_float,
     layer_remedy,
     ranges_by,
@@ -101,9 +103,9 @@ class Activation:
 
 
 def causes(
-    layer: Layer | None,
-    weight: Array | None,
-    spec: QuantSpec | None,
+    layer: Layer,
+    weight: Array,
+    spec: QuantSpec,
     activation: Activation | None,
     shares: tuple[float, float],
     mean_share: float,
@@ -111,29 +113,51 @@ def causes(
 ) -> tuple[Cause, ...]:
     """Causes of one layer's own error, the largest first.
 
-    layer        None for an activation that no layer reads
     weight       its float values
     spec         its solved entry
-    activation   what the layer reads, if that is planned
+    activation   what it reads, if that is planned and no other layer reads it
     shares       parts of the noise that come from rounding the weight and the input
     mean_share   part of the weight's noise that is constant per channel
     """
     by_weight, by_input = (max(share, 0.0) / max(sum(shares), 1e-300) for share in shares)
     candidates: list[Cause] = []
-    if layer is not None and weight is not None and spec is not None and by_weight > 0:
+    if by_weight > 0:
         candidates += [_lowered(cause, by_weight) for cause in _weight_causes(layer, weight, spec, scene)]
     if activation is not None and by_input > 0:
-        candidates += [_lowered(cause, by_input) for cause in _input_causes(layer, weight, activation, scene)]
+        it = f"its input '{activation.name}'"
+        candidates += [_lowered(cause, by_input) for cause in _input_causes([layer], [weight], activation, it, scene)]
     solved = scene.recipe.provides("codes", "bias")  # solved together, they leave no mean error
-    if layer is not None and mean_share > 0.2 and by_weight > 0 and not solved:
+    if mean_share > 0.2 and by_weight > 0 and not solved:
         candidates.append(_lowered(_mean_error(mean_share, scene), by_weight))
-    candidates = sorted((c for c in candidates if c.gain >= 0.5), key=lambda c: -c.gain)
-    if candidates:
-        return tuple(candidates)
-    if layer is None:
-        remedies = wider(None, activation.name, activation.spec.bits, scene) if activation is not None else []
-        return (Cause("rounding", "Plain rounding: the codes are used evenly.", 0.0, tuple(remedies)),)
-    return (_plain(layer, by_weight, activation, scene),)
+    return _largest_first(candidates) or (_plain(layer, by_weight, activation, scene),)
+
+
+def tensor_causes(x: Activation, readers: Sequence[Layer], weights: Sequence[Array], scene: Scene) -> tuple[Cause, ...]:
+    """Causes of the error of an activation that several layers read, or none, the largest first.
+
+    readers   the layers
+    weights   theirs, float values
+    """
+    remedies = tuple(wider(readers, x.name, x.spec.bits, scene))
+    plain = Cause("rounding", "Plain rounding: the codes are used evenly.", 0.0, remedies)
+    return _largest_first(_input_causes(readers, weights, x, "this tensor", scene)) or (plain,)
+
+
+def constant_causes(spec: QuantSpec, readers: Sequence[str], scene: Scene) -> tuple[Cause, ...]:
+    """The cause of the error of a constant outside layers, such as the weights of an LSTM.
+
+    readers   operators that read it
+    """
+    few = spec.bits < 8
+    text = f"It has {spec.bits} bits." if few else "Plain rounding of a constant."
+    more = (for_layers(readers, "8 bits for this constant", weights={"bits": 8}),) if few else ()
+    remedies = (*more, for_layers(readers, "this constant in float, as large as it was", quantize=False))
+    return (Cause("few-bits" if few else "rounding", text, (8 - spec.bits) * _BIT if few else 0.0, remedies),)
+
+
+def _largest_first(candidates: Sequence[Cause]) -> tuple[Cause, ...]:
+    """Those that are worth mentioning."""
+    return tuple(sorted((c for c in candidates if c.gain >= 0.5), key=lambda c: -c.gain))
 
 
 def _lowered(cause: Cause, share: float) -> Cause:
@@ -238,14 +262,19 @@ def _mean_error(share: float, scene: Scene) -> Cause:
 # ---- inputs ---------------------------------------------------------------------------------------------------------------
 
 
-def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scene: Scene) -> list[Cause]:
-    it = f"its input '{x.name}'" if layer is not None else "this tensor"
-    more_bits = wider(layer, x.name, x.spec.bits, scene)
+def _input_causes(layers: Sequence[Layer], weights: Sequence[Array], x: Activation, it: str, scene: Scene) -> list[Cause]:
+    """Why rounding an activation costs so much.
+
+    layers    that read it
+    weights   theirs
+    it        the activation in words
+    """
+    more_bits = wider(layers, x.name, x.spec.bits, scene)
     causes = []
     if x.spec.bits < 8:
         text, remedies = f"{it[0].upper()}{it[1:]} has {x.spec.bits} bits.", tuple[Remedy, ...]()
-        if layer is not None:
-            remedies = (layer_remedy(layer.name, "8 bits for this layer's input", activations={"bits": 8}),)
+        if layers:
+            remedies = (for_layers([y.name for y in layers], f"8 bits for {it}", activations={"bits": 8}),)
         causes.append(Cause("few-bits", text, (8 - x.spec.bits) * _BIT, remedies))
     low, high = x.grid
     rounding, clipping = x.noise(low, high)
@@ -256,7 +285,7 @@ def _input_causes(layer: Layer | None, weight: Array | None, x: Activation, scen
             f"codes from {low:.3g} to {high:.3g}."
         )
         return [*causes, Cause("clipped", text, better, (*ranges, *more_bits))]
-    causes += _uneven_channels(layer, weight, x, it, scene, more_bits)
+    causes += _uneven_channels(_energies(layers, weights, x), x, it, scene, more_bits)
     if (spread := x.deviations) > 16:
         text = (
             f"The range of {it}, {low:.3g} to {high:.3g}, spans {spread:.0f} standard deviations: most "
@@ -280,11 +309,10 @@ def _better_ranges(x: Activation, noise: float, scene: Scene) -> tuple[float, li
     return gain, [] if current == method else ranges_by(method, scene, text)
 
 
-def _uneven_channels(
-    layer: Layer | None, weight: Array | None, x: Activation, it: str, scene: Scene, more_bits: list[Remedy]
-) -> list[Cause]:
+def _uneven_channels(energies: Array | None, x: Activation, it: str, scene: Scene, more_bits: list[Remedy]) -> list[Cause]:
     """Channels of an activation that use little of its range.
 
+    energies    how much of an error in each channel reaches the readers' outputs [C]; None: of all alike
     it          the activation in words
     more_bits   remedies that help in any case
     """
@@ -292,7 +320,7 @@ def _uneven_channels(
         return []
     reach = np.maximum(np.abs(x.channels[0]), np.abs(x.channels[1]))
     part = reach / max(float(reach.max()), 1e-30)
-    gain = float(-10 * np.log10(max(float(np.average(part**2, weights=_energies(layer, weight, len(part)))), 1e-20)))
+    gain = float(-10 * np.log10(max(float(np.average(part**2, weights=energies)), 1e-20)))
     if gain <= 8:
         return []
     remedies = (*_equalized(x, scene), *more_bits)
@@ -304,24 +332,26 @@ def _uneven_channels(
         )
         return [Cause("outlier-channels", text, gain, remedies)]
     text = (
-        f"The channels of {it} that its weights amplify most use little of the range: with a scale for each channel "
+        f"The channels of {it} that weights amplify most use little of the range: with a scale for each channel "
         f"there would be {gain:.0f} dB less error than with one scale for all."
     )
     return [Cause("uneven-channels", text, gain, remedies)]
 
 
-def _energies(layer: Layer | None, weight: Array | None, count: int) -> Array:
-    """How much of an error in each input channel [count] reaches a layer's output: squares of the weights that read it."""
-    equal = np.ones(count)
-    if layer is None or weight is None or layer.op == "ConvTranspose":
-        return equal
-    groups, outputs, _ = layer.matrix_shape
-    per_group = layer.shape[layer.in_axis]
-    if groups * per_group != count:
-        return equal
-    squares = np.square(layer.matrix(weight), dtype=np.float64).reshape(groups, outputs, per_group, -1)
-    energies: Array = squares.sum(axis=(1, 3)).reshape(-1)
-    return energies if energies.sum() > 0 else equal
+def _energies(layers: Sequence[Layer], weights: Sequence[Array], x: Activation) -> Array | None:
+    """How much of an error in each channel of an activation reaches the outputs of its readers [C]: squares of the weights
+    that read it, each layer counted alike. None if that is unknown."""
+    total, count = None, 0 if x.channels is None else len(x.channels[0])
+    for layer, weight in zip(layers, weights, strict=True):
+        groups, outputs, _ = layer.matrix_shape
+        per_group = layer.shape[layer.in_axis]
+        if layer.op == "ConvTranspose" or groups * per_group != count:
+            return None
+        squares = np.square(layer.matrix(weight), dtype=np.float64).reshape(groups, outputs, per_group, -1)
+        energies: Array = squares.sum(axis=(1, 3)).reshape(-1)
+        if energies.sum() > 0:
+            total = energies / energies.sum() + (0 if total is None else total)
+    return total
 
 
 def _equalized(x: Activation, scene: Scene) -> list[Remedy]:
@@ -340,7 +370,7 @@ def _plain(layer: Layer, by_weight: float, x: Activation | None, scene: Scene) -
         return Cause("rounding", text, 0.0, remedies)
     name = f" '{x.name}'" if x is not None else ""
     text = f"Plain rounding of its input{name} ({1 - by_weight:.0%} of its own error); no outlier, no clipping."
-    return Cause("rounding", text, 0.0, tuple(wider(layer, x.name, x.spec.bits, scene) if x is not None else ()))
+    return Cause("rounding", text, 0.0, tuple(wider([layer], x.name, x.spec.bits, scene) if x is not None else ()))
 
 
 def _percent(share: float) -> str:

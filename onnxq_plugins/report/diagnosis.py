@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
-from onnxq_plugins import runtimes
+import numpy as np
+
+from onnxq_plugins import measure, runtimes
 from onnxq_plugins.calibration import Calibration, channels
 from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.errors import OnnxqError
@@ -17,36 +19,47 @@ from onnxq_plugins.graph.flow import maker_of
 from onnxq_plugins.job import Outcome
 from onnxq_plugins.measure import IDENTICAL
 from onnxq_plugins.measure.metrics import worst_sqnr
-from onnxq_plugins.measure.networks import Measure
 from onnxq_plugins.measure.samples import RANDOM, Samples
 from onnxq_plugins.parallel import Track, cores, silent
+from onnxq_plugins.plan.floats import FloatSets
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.report.attempts import Attempt, try_remedies
-from onnxq_plugins.report.causes import Activation, Cause, causes
-from onnxq_plugins.report.float_layers import FloatLayer, LayersToFloat, float_layers
+from onnxq_plugins.report.causes import Activation, Cause, causes, constant_causes, tensor_causes
+from onnxq_plugins.report.float_layers import FloatLayer, float_layers
 from onnxq_plugins.report.layer_errors import Own, accumulated_errors, own_errors
-from onnxq_plugins.report.remedies import Remedy, Scene
+from onnxq_plugins.report.remedies import Remedy, Scene, listed
+from onnxq_plugins.report.shares import Player, Run, players, shares
 from onnxq_plugins.runtimes.accumulators import needs
-from onnxq_plugins.search.widths import ALONE
-from onnxq_plugins.spec import Array, Plan
+from onnxq_plugins.search.quantizers import multiply_adds
+from onnxq_plugins.search.subsets import Subsets
+from onnxq_plugins.spec import Array, decode
 
+_MOST = 4  # layers that a remedy may make float
 _TOP = 3  # remedies of a layer that are shown and tried
-_ALONE = 4  # samples for networks with one layer quantized: enough to rank layers
+_FEW = 4  # samples for networks that are quantized in part: enough to rank layers
+_LITTLE = 0.03  # part of the noise that is not worth words
+_WORK, _FEWEST = 7.5e10, 40  # multiply-adds for all of these networks, some ten seconds; and how many there are at least
+_NETWORK, _LOADED = 5e8, 50  # what making a network costs, and each of its weights, in multiply-adds
 
 
 @dataclass(frozen=True, eq=False)
 class LayerError:
-    """The error of one layer, or of a planned activation that no layer reads.
+    """The error of one layer; of an activation that has a share of its own, since several layers read it or none does; of a
+    constant outside layers.
 
-    name      of the layer; "tensor NAME" for an activation that no layer reads
+    name      of the layer; "tensor NAME" for an activation, "constant NAME" for a constant
     at        tensor where `sqnr` is measured: the layer's output, after its Relu or Clip
     input     the planned activation that the layer reads, "" for float
     sqnr      dB there in the quantized network, which includes the errors of all layers before it
     own       dB there by this layer's quantizers alone, its weight's and its input's; None for a layer that stays float
-    alone     dB of the network's outputs with only this layer quantized; None if not measured
-    share     noise of the outputs with only this layer quantized, as a part of all noise there: over all layers this adds up
-              to about 1
+    alone     dB of the network's worst output with only this layer quantized; None if not measured
+    share     of the noise there, negative if it takes back errors of others: over all quantizers they add up to 1. None if
+              it was measured only together with others (`Diagnosis.runs`)
     causes    of its own error, the largest first
+    lone      noise there with only this layer quantized, as a part of all noise: what the share has beyond that arises with
+              the other layers
+    readers   operators that read an activation or a constant
+    place     in the order of the network
     """
 
     name: str
@@ -58,11 +71,20 @@ class LayerError:
     alone: float | None = None
     share: float | None = None
     causes: tuple[Cause, ...] = ()
+    lone: float | None = None
+    readers: tuple[str, ...] = ()
+    place: float = 0
 
     @property
     def badness(self) -> tuple[bool, float]:
-        """Sorts the worst first: those measured alone, then by their own error."""
-        return (self.alone is None, self.alone if self.alone is not None else self.own.both if self.own else IDENTICAL)
+        """Sorts the worst first: those with the largest shares, then by their own error."""
+        own = self.own.both if self.own else IDENTICAL
+        return (self.share is None, own if self.share is None else -self.share)
+
+    @property
+    def is_layer(self) -> bool:
+        """False for an activation or a constant."""
+        return self.at != self.input and not self.readers
 
     @property
     def remedies(self) -> list[Remedy]:
@@ -74,12 +96,14 @@ class LayerError:
         own = self.own
         parts = {} if own is None else {"own_weight": own.weight, "own_input": own.input, "own": own.both}
         numbers = {"sqnr": self.sqnr, **parts, **({} if self.alone is None else {"alone": self.alone})}
+        shares = {"share": self.share, "share_alone": self.lone}
         return {
             "name": self.name,
             "op": self.op,
             "input": self.input,
+            **({"readers": list(self.readers)} if self.readers else {}),
             **{k: round(v, 2) for k, v in numbers.items()},
-            **({} if self.share is None else {"share": round(self.share, 4)}),
+            **{k: round(v, 4) for k, v in shares.items() if v is not None},
             "causes": [
                 {"kind": c.kind, "text": c.text, "gain_estimated": c.gain, "remedies": [r.to_dict() for r in c.remedies]}
                 for c in self.causes
@@ -99,6 +123,8 @@ class Diagnosis:
     samples      number of samples measured on
     tried        remedies that were tried; all others are suggestions
     random       True if the float model gives other outputs for the same input
+    output       name of the output whose noise is shared out: the worst one
+    runs         the shares in the order of the network, also of quantizers that were measured together
     """
 
     sqnr: float
@@ -110,15 +136,19 @@ class Diagnosis:
     seconds: float
     tried: tuple[Attempt, ...] = ()
     random: bool = False
+    output: str = ""
+    runs: tuple[Run, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values that JSON can hold."""
         return {
             "sqnr": round(self.sqnr, 2),
+            "output": self.output,
             "samples": self.samples,
             "seconds": round(self.seconds, 3),
             "notes": self.notes,
             "layers": [layer.to_dict() for layer in self.layers],
+            "runs": [{"names": list(run.names), "share": round(run.share, 4)} for run in self._together],
             "floats": [f.to_dict() for f in self.floats],
             "saturating_without_vnni": list(self.saturating),
             "tried": [attempt.to_dict() for attempt in self.tried],
@@ -127,32 +157,45 @@ class Diagnosis:
     @property
     def notes(self) -> list[str]:
         """What to know when reading it."""
-        compensation = (
-            "Layers here compensate for each other's errors (the pass round solves them so), so one layer alone shows more "
-            "error than it adds: trust the order, not the percentages."
-        )
+        random = [f"{RANDOM[0].upper()}{RANDOM[1:]}."] if self.random else []
         remedies = "only those under 'tried' were tried." if self.tried else "none was tried."
-        random = f"{RANDOM[0].upper()}{RANDOM[1:]}."
-        notes = [*([random] if self.random else []), *([] if self.adds_up else [compensation])]
-        return [*notes, f"Remedies are suggestions by rules of thumb; {remedies}"]
+        return [*random, *self.sharing, f"Remedies are suggestions by rules of thumb; {remedies}"]
 
     @property
-    def adds_up(self) -> bool:
-        """True if the layers' shares of the noise can be read as parts of a whole. Layers that were solved to compensate for
-        the errors before them (`round` does so) show more error alone than they add."""
-        return sum(y.share or 0.0 for y in self.layers) < 1.5
-
-    def part(self, layer: LayerError) -> float | None:
-        """A layer's noise alone in percent: of all noise at the outputs, or of the worst layer's if shares do not add up."""
-        if layer.share is None:
-            return None
-        worst = max((y.share or 0.0 for y in self.layers), default=0.0)
-        return 100 * layer.share / (1.0 if self.adds_up else max(worst, 1e-30))
+    def sharing(self) -> list[str]:
+        """What to know of the shares."""
+        return [note for note in (self.interaction, self._grouped) if note]
 
     @property
-    def part_of(self) -> str:
-        """What `part` is a percentage of, as a heading."""
-        return "noise %" if self.adds_up else "% of worst"
+    def interaction(self) -> str:
+        """How much of the noise single layers make alone, and how much arises between them; "" if that was not measured."""
+        parts = [run.alone for run in self.runs if run.alone is not None]
+        if len(parts) < len(self.runs) or len(parts) < 2:
+            return ""
+        total = sum(parts)
+        if total > 1.1:
+            return f"Each alone, they would make {total:.0%} of the noise: together they cancel a part of it."
+        if total < 0.9:
+            return f"Each alone, they make {total:.0%} of the noise; {1 - total:.0%} arises only together."
+        return f"Each alone, they make {total:.0%} of the noise: errors hardly amplify or cancel each other."
+
+    @property
+    def _together(self) -> list[Run]:
+        return [run for run in self.runs if len(run.names) > 1]
+
+    @property
+    def _grouped(self) -> str:
+        """A note about quantizers that were measured together."""
+        runs = self._together
+        count = sum(len(run.names) for run in runs)
+        return (
+            ""
+            if not runs
+            else (
+                f"{count} quantizers with little noise were measured in {len(runs)} runs, which hold "
+                f"{sum(run.share for run in runs):.0%} of it: diagnose --all takes them apart."
+            )
+        )
 
     @property
     def explained(self) -> tuple[LayerError, ...]:
@@ -169,15 +212,15 @@ class Diagnosis:
         """What a notebook shows: the worst layers with cause and remedy."""
         rows = []
         for y in self.explained:
-            part, remedies = self.part(y), y.remedies[:1]
+            remedies = y.remedies[:1]
             cells = [
                 escape(y.name),
-                "" if part is None else f"{part:.1f}",
+                percent(y.share),
                 escape(self.describe(y)),
                 "".join(f"{escape(remedy.text)}<pre>{escape(remedy.typed)}</pre>" for remedy in remedies),
             ]
             rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-        head = "".join(f"<th>{name}</th>" for name in ("layer", self.part_of, "why", "try"))
+        head = "".join(f"<th>{name}</th>" for name in ("layer", "noise %", "why", "try"))
         notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
         return (
             f"<p>{self.sqnr:.1f} dB at the outputs, on {self.samples} samples</p>"
@@ -186,11 +229,10 @@ class Diagnosis:
 
     def describe(self, layer: LayerError) -> str:
         """A layer in one paragraph: its error and its causes."""
-        sentences = []
-        if layer.share is not None and layer.alone is not None:
-            share = f", about {layer.share:.0%} of all noise" if self.adds_up and layer.share < 1 else ""
-            noun = "tensor" if layer.at == layer.input else "layer"
-            sentences.append(f"With only this {noun} quantized, the outputs have {layer.alone:.1f} dB{share}.")
+        sentences = [_noise(layer)] if layer.share is not None else []
+        if layer.readers:
+            kind = "tensor" if layer.at == layer.input else "constant"
+            sentences.append(f"This {kind} is read by {listed(layer.readers)}.")
         if layer.own is not None and layer.own.weight < IDENTICAL and layer.own.input < IDENTICAL:
             sentences.append(
                 f"At its own output, rounding its weight leaves {layer.own.weight:.1f} dB and rounding its input "
@@ -200,6 +242,29 @@ class Diagnosis:
         return " ".join(sentences)
 
 
+def _noise(layer: LayerError) -> str:
+    """A layer's share in words, and what arises only together with others."""
+    share, lone = layer.share or 0.0, layer.lone
+    alone = "" if layer.alone is None or lone is None else f" Quantized alone, it leaves {layer.alone:.1f} dB at the outputs"
+    if share < -_LITTLE:
+        return f"It takes back {-share:.0%} of the noise: it compensates for errors of other layers." + (
+            alone and f"{alone}."
+        )
+    text = f"It makes {share:.0%} of the noise of the outputs."
+    if not alone or lone is None:
+        return text
+    if lone < share / 2 and share > _LITTLE:
+        return f"{text}{alone}, {lone:.0%} of the noise: most of its share arises only together with other layers."
+    if lone > share + max(_LITTLE, share / 2):
+        return f"{text}{alone}, {lone:.0%} of the noise: other layers take back a part."
+    return f"{text}{alone}."
+
+
+def percent(share: float | None) -> str:
+    """A share as a cell of a table."""
+    return "" if share is None else f"{100 * share:.1f}"
+
+
 def diagnose(
     result: Outcome,
     data: Source | Data | None = None,
@@ -207,32 +272,35 @@ def diagnose(
     samples: int = 8,
     alone: int | None = None,
     attempts: int = 0,
+    every: bool = False,
     workers: int | None = None,
     track: Track = silent,
 ) -> Diagnosis:
-    """Find where the error of a quantized network comes from.
+    """Find where the error of a quantized network comes from (`report.shares`).
 
     data      sample inputs, as for `quantize`; those it was calibrated with if not given
     samples   how many of them, spread evenly
-    alone     measure the network with one layer quantized alone, for this many layers of the largest own error (None: all);
-              each costs an export and 4 runs
+    alone     also measure the network with one layer quantized alone, for so many layers of the largest share (None: all)
     attempts  try this many of the remedies: the first three of the worst layer, then of the next; each costs a quantization
+    every     measure each layer by itself, however long that takes; else, in a large network, those with little noise
+              together
     workers   networks measured side by side; None: one per core
 
-    Cost: the float network eight times and the quantized one twice for each sample; and `alone`.
+    Cost: the float network eight times and the quantized one twice for each sample; two networks a layer, or as many as some
+    seconds allow, on four samples.
     Raises OnnxqError if there are no samples.
     """
     start, workers = time.perf_counter(), workers or cores()
     planned = Planned(result.graph, result.plan, result.target)
     data = samples_of(result, data)
     feeds = data.spread(samples)
-    few = feeds[:: -(-len(feeds) // _ALONE)]
     known = Samples.of(result.graph.model(), feeds)
     sqnr = known.score(worst_sqnr, known.outputs(runtimes.session(result.model)))
-    measure = Measure(result.graph, ALONE, few, coded=planned.coded)
+    parts = players(planned)
+    subsets = Subsets(planned, _few(known), workers)
+    runs = shares(subsets, parts, _networks(planned, subsets.samples, every), alone, track)
     activations = _activations(planned, Data(data.inputs, lambda: iter(feeds), data.where, len(feeds)), workers)
-    layers = _with_alone(result, measure, _layers(result, planned, feeds, activations), alone, workers, track)
-    layers.sort(key=lambda y: y.badness)
+    layers = _with_shares(_layers(result, planned, feeds, activations, parts), runs, subsets.noise)
     accumulators = needs(result.model)
     saturating = tuple(
         y.name for y in result.graph.layers if (need := accumulators.get(y.output)) is not None and need.saturates
@@ -240,7 +308,9 @@ def diagnose(
     tried = try_remedies(result, _promising(layers)[:attempts], feeds, track)
     floats = float_layers(result, feeds[0])
     seconds = time.perf_counter() - start
-    return Diagnosis(sqnr, tuple(layers), floats, activations, saturating, len(feeds), seconds, tried, known.random)
+    output = known.names[subsets.output]
+    found = (sqnr, tuple(layers), floats, activations, saturating, len(feeds), seconds, tried, known.random, output)
+    return Diagnosis(*found, tuple(runs))
 
 
 def samples_of(result: Outcome, data: Source | Data | None) -> Data:
@@ -254,22 +324,36 @@ def samples_of(result: Outcome, data: Source | Data | None) -> Data:
     return result.data
 
 
-def _with_alone(
-    result: Outcome, measure: Measure, layers: Sequence[LayerError], count: int | None, workers: int, track: Track
-) -> list[LayerError]:
-    """The layers, with what each does to the outputs when quantized alone.
+def _few(known: Samples) -> Samples:
+    """A few of the samples."""
+    step = -(-len(known.feeds) // _FEW)
+    return Samples(known.feeds[::step], known.names, [values[::step] for values in known.reference], None, known.axes)
 
-    count   for how many of the largest own error; None: all
+
+def _networks(planned: Planned, samples: Samples, every: bool) -> float:
+    """How many networks to measure: counted in multiply-adds, so that the same are measured on every machine."""
+    if every:
+        return float("inf")
+    work = sum(multiply_adds(planned.graph, samples.feeds[0]).values()) * len(samples.feeds)
+    weights = sum(int(np.prod(layer.shape)) for layer in planned.graph.layers)
+    return max(_WORK / (work + _LOADED * weights + _NETWORK), _FEWEST)
+
+
+def _with_shares(layers: Sequence[LayerError], runs: Sequence[Run], noise: float) -> list[LayerError]:
+    """The layers with what is known of their shares, the worst first.
+
+    noise   of the output with all quantized, relative to its signal
     """
-    noise = measure.samples.score(worst_sqnr, measure.samples.outputs(runtimes.session(result.model)))
-    worst = sorted((y for y in layers if y.own is not None), key=lambda y: y.badness)[:count]
-    plans = [_alone(result, y) for y in worst]
-    scores = track(measure.scores(plans, [worst_sqnr], workers), "layers alone", len(plans))
-    alone = {y.name: score["sqnr"] for y, score in zip(worst, scores, strict=True)}
-    return [
-        replace(y, alone=alone[y.name], share=float(10 ** ((noise - alone[y.name]) / 10))) if y.name in alone else y
-        for y in layers
-    ]
+    known = {run.names[0]: run for run in runs if len(run.names) == 1}
+    found = []
+    for y in layers:
+        run = known.get(y.name)
+        if run is not None:
+            lone = run.alone
+            alone = None if lone is None else float(-10 * np.log10(np.clip(lone * noise, 10 ** (-IDENTICAL / 10), None)))
+            y = replace(y, share=run.share, lone=lone, alone=alone)
+        found.append(y)
+    return sorted(found, key=lambda y: y.badness)
 
 
 def _promising(layers: Sequence[LayerError]) -> list[tuple[str, Remedy]]:
@@ -292,38 +376,48 @@ def _activations(planned: Planned, data: Data, workers: int) -> dict[str, Activa
 
 
 def _layers(
-    result: Outcome, planned: Planned, feeds: Sequence[Mapping[str, Array]], activations: Mapping[str, Activation]
+    result: Outcome,
+    planned: Planned,
+    feeds: Sequence[Mapping[str, Array]],
+    activations: Mapping[str, Activation],
+    parts: Sequence[Player],
 ) -> list[LayerError]:
-    """Every layer, and every planned activation that no planned layer reads, with its errors and causes."""
+    """Every layer, and every other quantizer with a share of its own, with its errors and causes."""
     graph, plan = planned.graph, planned.plan
-    inputs = {y.name: planned.input(y) for y in graph.layers}
-    others = [name for name in activations if name not in inputs.values()]
-    own = own_errors(planned, feeds, others)
-    sqnr = accumulated_errors(graph, result.model, [*(y.result for y in graph.layers), *others], feeds)
+    layers = {y.name: y for y in graph.layers}
+    tensors = {p.name: p for p in parts if p.kind == "tensor"}
+    shared = {p.entries[0] for p in tensors.values()}
+    own = own_errors(planned, feeds, list(shared))
+    sqnr = accumulated_errors(graph, result.model, [*(y.result for y in graph.layers), *shared], feeds)
     equalizable = {m.tensor for g in channel_groups(graph, "rescale", clips=True) for m in g.members if not m.constant}
-    scene = Scene(result.target, result.recipe, frozenset(equalizable), LayersToFloat(result).names)
+    floating = FloatSets(graph, result.recipe, result.target, _MOST).names
+    scene = Scene(result.target, result.recipe, frozenset(equalizable), floating)
+    position = {node.name: n for n, node in enumerate(graph.nodes)}
 
-    def causes_of(layer: Layer | None, key: str, error: Own) -> tuple[Cause, ...]:
-        spec = plan[layer.weight] if layer is not None else None
-        weight = graph.constant(layer.weight) if layer is not None else None
-        noises = (10 ** (-error.weight / 10), 10 ** (-error.input / 10)) if layer is not None else (0.0, 1.0)
-        return causes(layer, weight, spec, activations.get(key), noises, error.mean_share, scene)
+    def of_layer(y: Layer) -> LayerError:
+        key, error = planned.input(y), own.get(y.name)
+        found = LayerError(y.name, y.op, y.result, key, sqnr[y.result], error, place=position[y.name])
+        if error is None:
+            return found
+        mine = None if key in shared else activations.get(key)  # what others read, too, has a row for itself
+        noises = (10 ** (-error.weight / 10), 10 ** (-error.input / 10) if mine is not None else 0.0)
+        weight = graph.constant(y.weight)
+        return replace(found, causes=causes(y, weight, plan[y.weight], mine, noises, error.mean_share, scene))
 
-    layers = []
-    for y in graph.layers:
-        key, error = inputs[y.name], own.get(y.name)
-        known = causes_of(y, key, error) if error is not None else ()
-        layers.append(LayerError(y.name, y.op, y.result, key, sqnr[y.result], error, causes=known))
-    for name in others:
-        maker = maker_of(graph, name)
+    def of_tensor(p: Player) -> LayerError:
+        name, maker = p.entries[0], maker_of(graph, p.entries[0])
+        reading = [layers[n] for n in p.readers if n in layers]
+        known = tensor_causes(activations[name], reading, [graph.constant(y.weight) for y in reading], scene)
         op = maker.op if maker is not None else "input"
-        error = own[f"tensor {name}"]
-        known = causes_of(None, name, error)
-        layers.append(LayerError(f"tensor {name}", op, name, name, sqnr[name], error, causes=known))
-    return layers
+        return LayerError(p.name, op, name, name, sqnr[name], own[p.name], causes=known, readers=p.readers, place=p.place)
 
+    def of_constant(p: Player) -> LayerError:
+        name, spec = p.entries[0], plan[p.entries[0]]
+        rounded = decode(spec.codes, spec) if spec.codes is not None else graph.constant(name)
+        error = measure.sqnr(graph.constant(name), rounded.astype(np.float32))
+        op = next((str(node.op) for node in graph.nodes if node.name in p.readers), "")
+        own, known = Own(error, IDENTICAL, error, 0.0), constant_causes(spec, p.readers, scene)
+        return LayerError(p.name, op, name, "", error, own, causes=known, readers=p.readers, place=p.place)
 
-def _alone(result: Outcome, layer: LayerError) -> Plan:
-    """The plan with nothing but a layer's weight and the activation it reads."""
-    weights = [y.weight for y in result.graph.layers if y.name == layer.name]
-    return Plan({name: result.plan[name] for name in [*weights, *([layer.input] if layer.input else [])]})
+    others = [(of_tensor if p.kind == "tensor" else of_constant)(p) for p in parts if p.kind != "layer"]
+    return [*(of_layer(y) for y in graph.layers), *others]

@@ -1,20 +1,17 @@
-"""Layers in float kernels: why each runs there, and which layers must be float for an activation to stay unrounded."""
+"""Layers in float kernels: why each runs there, and what may bring it into an integer one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from onnxq_plugins.errors import OnnxqError, Reason
-from onnxq_plugins.graph.flow import activation_inputs, maker_of, readers
+from onnxq_plugins.errors import Reason
 from onnxq_plugins.job import Outcome
-from onnxq_plugins.plan.requests import request, rule_keys
-from onnxq_plugins.report.remedies import Remedy, float_remedies, layer_rule
+from onnxq_plugins.plan.requests import rule_keys
+from onnxq_plugins.report.remedies import Remedy, float_remedies
 from onnxq_plugins.search.quantizers import multiply_adds
 from onnxq_plugins.spec import Array
-
-_MOST = 4  # layers that a remedy may make float
 
 
 @dataclass(frozen=True)
@@ -62,47 +59,3 @@ def float_layers(result: Outcome, feed: Mapping[str, Array]) -> tuple[FloatLayer
         remedies = float_remedies(name, op, reason, result.target, keys.get(name, frozenset()))
         layers.append(FloatLayer(name, op, row["kernel"], str(reason), work.get(name, 0) / total, remedies))
     return tuple(sorted(layers, key=lambda layer: -layer.work))
-
-
-class LayersToFloat:
-    """Which layers must be float for an activation to be float: found by planning with candidate sets, as the planner knows
-    what each operator reads and writes."""
-
-    def __init__(self, result: Outcome) -> None:
-        self.graph, self.target, self.recipe = result.graph, result.target, result.recipe
-        products = {n.name for n in self.graph.nodes if n.op == "MatMul" and not n.domain}  # of two activations, too
-        self.eligible = {y.name for y in self.graph.layers} | products
-        self.known: dict[str, tuple[str, ...]] = {}
-
-    def names(self, activation: str) -> tuple[str, ...]:
-        """Names in the order of the network, without those that are float already; empty if more than a few are needed."""
-        root = self.graph.root(activation)
-        if root not in self.known:
-            self.known[root] = self._search(root)
-        return self.known[root]
-
-    def _search(self, root: str) -> tuple[str, ...]:
-        reading = readers(self.graph, root) & self.eligible
-        makers = self._makers(root)
-        candidates = [reading, *(reading | {maker} for maker in makers), reading | set(makers)]
-        try:
-            floats = set(request(self.graph, self.recipe, self.target).floats)
-            enough = next((names for names in candidates if names and self._is_float(root, names)), set())
-        except OnnxqError:  # a rule of the recipe is about a layer that a pass replaced
-            return ()
-        names = tuple(n.name for n in self.graph.nodes if n.name in enough - floats)
-        return names if len(names) <= _MOST else ()
-
-    def _makers(self, root: str) -> list[str]:
-        """The nearest layers upstream: the one that writes the tensor, or those that feed the operator that does."""
-        node = maker_of(self.graph, root)
-        if node is None or node.name in self.eligible:
-            return [] if node is None else [str(node.name)]
-        upstream = [maker_of(self.graph, self.graph.root(name)) for name in activation_inputs(self.graph, node)]
-        return [str(n.name) for n in upstream if n is not None and n.name in self.eligible]
-
-    def _is_float(self, root: str, names: set[str]) -> bool:
-        """True if the tensor is float when these layers are."""
-        rules = tuple(layer_rule(name, quantize=False) for name in sorted(names))
-        plan = request(self.graph, replace(self.recipe, layers=self.recipe.layers + rules), self.target).plan
-        return all(self.graph.is_constant(name) or self.graph.root(name) != root for name in plan)

@@ -21,7 +21,7 @@ from onnxq_plugins.parallel import Track, silent
 from onnxq_plugins.recipe import to_toml
 from onnxq_plugins.report.comparison import Comparison, compare
 from onnxq_plugins.report.curve import COLORS, Curve
-from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose, samples_of
+from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose, percent, samples_of
 from onnxq_plugins.report.plots import drawing, over_steps, plots
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.runtimes.machine import machine_name
@@ -158,8 +158,8 @@ def _context(result: Outcome, comparison: Comparison, diagnosis: Diagnosis, name
 
     name   of the model
     """
-    names = [y.name for y in result.graph.layers]
-    numbers = {layer: number for number, layer in enumerate(names, 1)}
+    names = [y.name for y in sorted(diagnosis.layers, key=lambda y: y.place)]
+    numbers = {name: number for number, name in enumerate(names, 1)}
     properties = {p.key: p.value for p in result.model.metadata_props}
     machine = [f"{key} {value}" for key, value in result.report["machine"].items()]
     return {
@@ -173,7 +173,8 @@ def _context(result: Outcome, comparison: Comparison, diagnosis: Diagnosis, name
         "measured": comparison.method,
         "worst": [_explained(diagnosis, y, numbers) for y in diagnosis.explained],
         "tried": bool(diagnosis.tried),
-        "adds_up": diagnosis.adds_up,
+        "shares": diagnosis.sharing,
+        "output": f"output '{diagnosis.output}'" if diagnosis.output else "the outputs",
         "floats": [
             {
                 "name": y.name,
@@ -199,7 +200,7 @@ def _context(result: Outcome, comparison: Comparison, diagnosis: Diagnosis, name
             *(plots(diagnosis, names, _bits(result, diagnosis)) if names else ()),
         ],
         "columns": _columns(diagnosis),
-        "rows": _rows(diagnosis, result.report, numbers),
+        "rows": _rows(diagnosis, result, numbers),
         "curve": _curve(result, name),
         "steps": _steps(result.report),
         "notes": result.report.notes,
@@ -250,9 +251,9 @@ def _stored(result: Outcome) -> str:
 def _explained(diagnosis: Diagnosis, layer: LayerError, numbers: Mapping[str, int]) -> dict[str, Any]:
     """One of the worst layers in words."""
     return {
-        "number": f"{numbers[layer.name]}. " if layer.name in numbers else "",
+        "number": f"{numbers[layer.name]}. ",
         "name": layer.name,
-        "op": "" if layer.at == layer.input else layer.op,
+        "op": layer.op if layer.is_layer else "",
         "kinds": [c.kind.replace("-", " ") for c in layer.causes[:2]],
         "text": diagnosis.describe(layer),
         "remedies": [_remedy(diagnosis, r) for r in layer.remedies[:3]],
@@ -265,13 +266,13 @@ def _remedy(diagnosis: Diagnosis, remedy: Remedy) -> dict[str, str]:
     return {"text": remedy.text, "typed": remedy.typed, "result": result}
 
 
-def _bits(result: Outcome, diagnosis: Diagnosis) -> list[tuple[float, float]]:
+def _bits(result: Outcome, diagnosis: Diagnosis) -> dict[str, tuple[float, float]]:
     """Bits of each layer's weight and input; 32 for float."""
     plan = result.plan
-    return [
-        (float(plan[y.weight].bits) if y.weight in plan else 32.0, _input_bits(diagnosis, y.name))
+    return {
+        y.name: (float(plan[y.weight].bits) if y.weight in plan else 32.0, _input_bits(diagnosis, y.name))
         for y in result.graph.layers
-    ]
+    }
 
 
 def _input_bits(diagnosis: Diagnosis, name: str) -> float:
@@ -281,33 +282,29 @@ def _input_bits(diagnosis: Diagnosis, name: str) -> float:
 
 def _columns(diagnosis: Diagnosis) -> list[Column]:
     """Columns of the table of layers; why a layer is float only if one is."""
-    return [
-        column._replace(name=diagnosis.part_of) if column.name == "noise %" else column
-        for column in _COLUMNS
-        if diagnosis.floats or column != _WHY
-    ]
+    return [column for column in _COLUMNS if diagnosis.floats or column != _WHY]
 
 
-def _rows(diagnosis: Diagnosis, report: Report, numbers: Mapping[str, int]) -> list[dict[str, Any]]:
+def _rows(diagnosis: Diagnosis, result: Outcome, numbers: Mapping[str, int]) -> list[dict[str, Any]]:
     """Rows of the table of layers, in the order of the network."""
-    by_name = {row["name"]: row for row in report.layers}
+    by_name = {row["name"]: row for row in result.report.layers}
     worst = {y.name for y in diagnosis.explained}
     rows, columns = [], _columns(diagnosis)
-    for y in sorted(diagnosis.layers, key=lambda y: numbers.get(y.name, len(numbers) + 1)):
-        row = by_name.get(y.name, {})
-        own, part = y.own, diagnosis.part(y)
+    for y in sorted(diagnosis.layers, key=lambda y: y.place):
+        row = by_name.get(y.name, {}) if y.is_layer else {}
+        own = y.own
         cells = [
-            str(numbers.get(y.name, "")),
+            str(numbers[y.name]),
             y.name,
             y.op if row else "",
             row.get("weights", "float" if row else ""),
-            f"{_input_bits(diagnosis, y.name):g}" if row else f"{diagnosis.activations[y.input].spec.bits}",
+            f"{_input_bits(diagnosis, y.name):g}" if row else f"{result.plan[y.name.partition(' ')[2]].bits}",
             _db(y.sqnr),
             _db(own.both if own else None),
             _db(own.weight if own and row else None),
             _db(own.input if own and row else None),
             _db(y.alone),
-            "" if part is None else f"{part:.1f}",
+            percent(y.share),
             row.get("kernel", ""),
             row.get("why_float", ""),
         ]
@@ -358,5 +355,5 @@ def _short(result: Mapping[str, Any]) -> str:
 def _cost(diagnosis: Diagnosis, comparison: Comparison, seconds: float) -> str:
     return (
         f"This report took {seconds:.1f} s. The summary was measured on {comparison.samples} samples, the layers on "
-        f"{diagnosis.samples}, one layer alone on {min(diagnosis.samples, 4)} of these."
+        f"{diagnosis.samples}, their shares of the noise on {min(diagnosis.samples, 4)} of these."
     )

@@ -4,7 +4,7 @@ text stays text, in the page's font."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
@@ -33,19 +33,18 @@ class Plot:
     names: tuple[str, ...] = ()
 
 
-def plots(diagnosis: Diagnosis, order: Sequence[str], bits: Sequence[tuple[float, float]]) -> list[Plot]:
+def plots(diagnosis: Diagnosis, order: Sequence[str], bits: Mapping[str, tuple[float, float]]) -> list[Plot]:
     """The plots of a network.
 
-    order   names of the layers in the order of their numbers in the table
-    bits    of weight and input of each; 32 for float
+    order   names in the order of their numbers in the table
+    bits    of weight and input of each layer; 32 for float
     """
-    layers = {y.name: y for y in diagnosis.layers}
     drawings = [_sqnr(diagnosis, order)]
-    if any(layers[name].share is not None for name in order):
+    if diagnosis.runs:
         drawings.append(_shares(diagnosis, order))
     if diagnosis.activations:
         drawings.append(_ranges(diagnosis))
-    return [*drawings, _bits(order, bits)] if len(set(bits)) > 1 else drawings  # equal bits need no plot
+    return [*drawings, _bits(order, bits)] if len(set(bits.values())) > 1 else drawings  # equal bits need no plot
 
 
 def _sqnr(diagnosis: Diagnosis, order: Sequence[str]) -> Plot:
@@ -90,31 +89,36 @@ def _sqnr(diagnosis: Diagnosis, order: Sequence[str]) -> Plot:
 
 def _shares(diagnosis: Diagnosis, order: Sequence[str]) -> Plot:
     figure, axes = _axes(2.1)
-    by_name = {y.name: y for y in diagnosis.layers}
+    by_name, numbers = {y.name: y for y in diagnosis.layers}, {name: n for n, name in enumerate(order, 1)}
     worst = {y.name for y in diagnosis.layers[:5]}
-    unit = "% of the noise" if diagnosis.adds_up else "% of the worst"
-    values = [diagnosis.part(by_name[name]) or 0.0 for name in order]
+    parts = {name: 100 * run.share / len(run.names) for run in diagnosis.runs for name in run.names}
     labelled: list[int] = []  # the tallest first, if no neighbour has a label
-    for n in sorted(range(1, len(order) + 1), key=lambda n: -values[n - 1]):
-        if order[n - 1] in worst and values[n - 1] > 0 and all(abs(n - other) > len(order) / 40 for other in labelled):
+    for name in sorted(parts, key=lambda name: -parts[name]):
+        n = numbers[name]
+        if name in worst and parts[name] > 0 and all(abs(n - other) > len(order) / 40 for other in labelled):
             labelled.append(n)
-            axes.annotate(f"{n}", (n, values[n - 1]), (0, 2), textcoords="offset points", ha="center", color=_INK, size=9)
-    for n, (name, value) in enumerate(zip(order, values, strict=True), 1):
-        (bar,) = axes.bar(n, value, width=0.72, color=_ORANGE if name in worst else _GREY)
-        alone = by_name[name].alone
-        bar.set_gid(_tooltip(f"{n} {name}: {value:.1f} {unit}; alone {alone:.1f} dB" if alone is not None else name))
-    axes.set_ylabel(unit)
+            axes.annotate(f"{n}", (n, parts[name]), (0, 2), textcoords="offset points", ha="center", color=_INK, size=9)
+    for run in diagnosis.runs:
+        for name in run.names:
+            n, y, lone = numbers[name], by_name[name], len(run.names) == 1
+            (bar,) = axes.bar(
+                n, parts[name], width=0.72, color=_ORANGE if name in worst else _GREY, alpha=1 if lone else 0.5
+            )
+            alone = "" if y.alone is None else f"; alone {y.alone:.1f} dB"
+            text = (
+                f"{parts[name]:.1f} % of the noise{alone}" if lone else f"{len(run.names)} together {100 * run.share:.1f} %"
+            )
+            bar.set_gid(_tooltip(f"{n} {name}: {text}"))
+    axes.axhline(0, color=_INK, linewidth=0.7)
+    axes.set_ylabel("% of the noise")
     axes.margins(y=0.15)
     _depth(axes, len(order))
-    parts = (
-        "as a share of the noise of the whole quantized network."
-        if diagnosis.adds_up
-        else "relative to the worst layer's. The bars do not add up: layers here compensate for each other's errors."
-    )
+    together = " Pale bars were measured together and share what they have." if len(diagnosis.runs) < len(parts) else ""
     return Plot(
         "Which layers hold the error",
         _svg(figure, "shares"),
-        f"Noise of the outputs with one layer quantized alone (its weight and its input), {parts}",
+        "What each layer's quantizers (its weight and its input) add to the error of the worst output. The bars add up to "
+        f"100; bars below 0 take back errors of others.{together}",
     )
 
 
@@ -154,19 +158,21 @@ def _ranges(diagnosis: Diagnosis) -> Plot:
     return Plot("Ranges of activations", _svg(figure, "ranges"), text, tuple(names))
 
 
-def _bits(order: Sequence[str], bits: Sequence[tuple[float, float]]) -> Plot:
+def _bits(order: Sequence[str], bits: Mapping[str, tuple[float, float]]) -> Plot:
     figure, axes = _axes(1.75, legend=1)
-    x = np.arange(1, len(order) + 1)
-    for n, (name, (weight, inner)) in enumerate(zip(order, bits, strict=True), 1):
+    for n, name in enumerate(order, 1):
+        if name not in bits:
+            continue
+        weight, inner = bits[name]
         for at, value, color in ((n - 0.2, weight, _ORANGE), (n + 0.2, inner, _BLUE)):
             (bar,) = axes.bar(at, value, width=0.36, color=color)
             bar.set_gid(_tooltip(f"{n} {name}: weight {weight:g} bits, input {inner:g} bits"))
     axes.plot([], [], color=_ORANGE, linewidth=5, label="weight")
     axes.plot([], [], color=_BLUE, linewidth=5, label="input")
     axes.set_ylabel("bits")
-    axes.set_yticks([b for b in (4, 8, 16, 32) if b <= max([8.0, *(max(pair) for pair in bits)])])
-    axes.set_ylim(0, 1.08 * max([8.0, *(max(pair) for pair in bits)]))
-    _depth(axes, len(x))
+    axes.set_yticks([b for b in (4, 8, 16, 32) if b <= max([8.0, *(max(pair) for pair in bits.values())])])
+    axes.set_ylim(0, 1.08 * max([8.0, *(max(pair) for pair in bits.values())]))
+    _depth(axes, len(order))
     _legend(axes, 1)
     return Plot(
         "Bits", _svg(figure, "bits"), "Bits of the weight's codes and of the activation that the layer reads; 32 is float."

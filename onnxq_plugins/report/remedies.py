@@ -3,9 +3,8 @@ about what was measured; nothing here has been tried. None undoes what the recip
 
 from __future__ import annotations
 
-import glob
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from onnxq_plugins.errors import Reason
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import LayerRule, Pass, Recipe, Stage, changed, parameters
 from onnxq_plugins.passes import Equalize, Ranges, Round
+from onnxq_plugins.plan.floats import layer_rule
 from onnxq_plugins.recipe import to_block
 from onnxq_plugins.targets import Target
 
@@ -95,27 +95,32 @@ class Scene:
         return [] if any(step.name == other.name for other in self.recipe.passes) else [Remedy(text, passes=(step,))]
 
 
-def layer_rule(name: str, **settings: Any) -> LayerRule:
-    """A rule for one layer, whatever characters its name has."""
-    return LayerRule(match=glob.escape(name), **settings)
-
-
 def layer_remedy(layer: str, text: str, **settings: Any) -> Remedy:
     """Other settings for one layer."""
-    return Remedy(text, layers=(layer_rule(layer, **settings),))
+    return for_layers([layer], text, **settings)
 
 
-def wider(layer: Layer | None, activation: str, bits: int, scene: Scene) -> list[Remedy]:
-    """More than 8 bits for an activation: 16 if the target supports them for the layer that reads it, else float."""
+def for_layers(names: Sequence[str], text: str, **settings: Any) -> Remedy:
+    """Other settings for some layers, or for operators that read a constant."""
+    return Remedy(text, layers=tuple(layer_rule(name, **settings) for name in names))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as part of a sentence."""
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])
+
+
+def wider(layers: Sequence[Layer], activation: str, bits: int, scene: Scene) -> list[Remedy]:
+    """More than 8 bits for an activation: 16 if the target supports them for the layers that read it, else float."""
     if bits > 8:
         return []
     if 16 in scene.target.activation_bits:
-        text = "16-bit activations for this layer (onnxruntime runs it in float, an NPU in integers)"
-        return [] if layer is None else [layer_remedy(layer.name, text, activations={"bits": 16})]
+        which = "this layer" if len(layers) == 1 else "the layers that read it"
+        text = f"16-bit activations for {which} (onnxruntime runs it in float, an NPU in integers)"
+        return [for_layers([y.name for y in layers], text, activations={"bits": 16})] if layers else []
     # a float layer still reads what an integer layer rounded, so the latter must be float as well
     names = scene.floating(activation)
-    listed = " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])
-    text = f"{listed} in float, so that nothing rounds '{activation}'; may be slower"
+    text = f"{listed(names)} in float, so that nothing rounds '{activation}'; may be slower"
     return [Remedy(text, layers=tuple(layer_rule(name, quantize=False) for name in names))] if names else []
 
 
@@ -152,7 +157,8 @@ def float_remedies(name: str, op: str, reason: Reason, target: Target, set_by_ru
     set_by_rules   keys that [[layer]] rules of the recipe set for this layer, such as ``activations.bits``
     """
     kind = reason.kind
-    if kind in ("wide-codes", "recipe", "search", "outliers") or set_by_rules & {"quantize", "activations.bits"}:
+    chosen = ("wide-codes", "recipe", "search", "quality", "outliers")
+    if kind in chosen or set_by_rules & {"quantize", "activations.bits"}:
         return ()
     if op != "ConvTranspose" and (kind == "decoded" or not target.integer):
         return (Remedy("a target with integer kernels", (f"target={Recipe.target}",)),)

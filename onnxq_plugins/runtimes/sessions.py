@@ -64,6 +64,7 @@ def session(
     arena: bool = True,
     profile: str | Path | None = None,
     folder: Path | None = None,
+    written: bool = False,
 ) -> Session:
     """An onnxruntime session on the CPU.
 
@@ -74,18 +75,13 @@ def session(
     lean       do not plan memory in advance: needs less of it, runs a little slower
     arena      keep freed memory for the next run; without it every tensor is allocated on its own
     folder     of the model's external data, unless the model is a path; the data are mapped, not read, and not repacked
+    written    round where the model says so: layers between Q/DQ pairs are float ones, which no machine saturates, and all
+               other optimizations remain
     profile    time every kernel, at some microseconds each; `end_profiling` writes a file with this prefix
 
     Raises OnnxqError if onnxruntime refuses the model; so do its runs if they fail.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    options.enable_mem_pattern = not lean
-    options.enable_cpu_mem_arena = arena
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options = _options(threads, optimize, lean, arena, written)
     if folder is not None:
         options.add_session_config_entry(_FOLDER, str(folder.resolve()))
         options.add_session_config_entry(_NO_PREPACKING, "1")
@@ -114,6 +110,21 @@ def session(
         raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300].rstrip('.')}.") from error
 
 
+def _options(threads: int, optimize: bool, lean: bool, arena: bool, written: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.enable_mem_pattern = not lean
+    options.enable_cpu_mem_arena = arena
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if written:
+        options.add_session_config_entry(_AS_WRITTEN, "1")
+    return options
+
+
+_AS_WRITTEN = "session.disable_quant_qdq"
 _FOLDER, _NO_PREPACKING = "session.model_external_initializers_file_folder_path", "session.disable_prepacking"
 
 

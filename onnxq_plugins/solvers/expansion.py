@@ -56,6 +56,7 @@ def folded(weight: Array, requests: Sequence[QuantSpec], depth: Array, bits: int
 
     A channel with fewer orders has coarser scales and small codes.
     """
+    requests = [replace(request, full=False) for request in requests]  # sums of mirrored codes stay within mirrored codes
     if not foldable([spec.bits for spec in requests], bits):
         raise ValueError(f"orders of {[spec.bits for spec in requests]} bits do not add up to codes of {bits} bits")
     first, top = solve_minmax(weight, requests[0]), 2 ** (bits - 1) - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxq_plugins.solvers.gram import Grid
+from onnxq_plugins.solvers.gram import Grid, cholesky
 from onnxq_plugins.spec import Array
 
 BLOCK = 32  # columns between two updates of the rest of the matrix: the rest then is one BLAS call
@@ -20,38 +20,41 @@ def gptq(w: Array, h: Array, step: Array, grid: Grid, *, damping: float = 0.01, 
     damping  share of the mean diagonal that is added to the diagonal
     order    take the inputs with the largest mean square first
 
-    With U the upper Cholesky factor of the inverse of the damped Gram matrix, column i is rounded, e = (w_i - q_i) / U_ii,
-    and e U_i,: is subtracted from the columns behind it. For any rounding rule w - q = e U, so the damped loss is |e|^2.
-    Inputs that are always 0 get code 0.
+    With L the lower Cholesky factor of the damped Gram matrix, inputs in reverse order, the damped loss of a row is
+    |(w - q) L|^2. Column i is rounded to q_i = round(w_i + sum_j (w_j - q_j) L_ji / L_ii) over the columns j rounded before
+    it: term i vanishes but for the rounding, and later columns can do the same for theirs. This is GPTQ without the inverse
+    of the Gram matrix, whose upper Cholesky factor U is L^-1 in reverse order. Inputs that are always 0 get code 0.
 
-    Source: GPTQ (arXiv 2210.17323), algorithm 1, blocked.
+    Source: GPTQ (arXiv 2210.17323), algorithm 1, blocked; in the form of Babai's nearest plane (arXiv 2507.18553).
+    Cost: one Cholesky factorization, and half a product of w with h.
     """
     size = w.shape[-1]
     diagonal = np.einsum("gdd->gd", h)
-    order_of = Order(diagonal if order else np.zeros_like(diagonal))
-    work, steps = order_of.columns(np.where(diagonal[:, None, :] > 0, w, 0.0)), order_of.steps(step, w.shape)
-    upper = inverse_factor(order_of.gram(damp(h, damping)))
-    codes = np.empty_like(work)
-    for first in range(0, size, BLOCK):
-        last = min(first + BLOCK, size)
-        for i in range(first, last):
-            column = work[:, i]
-            codes[:, i] = np.clip(np.rint(column / steps[:, i]), *grid)
-            column -= codes[:, i] * steps[:, i]
-            column /= upper[:, i, i, None]  # now the error e, kept in place
-            if i + 1 < last:
-                work[:, i + 1 : last] -= upper[:, i, i + 1 : last, None] * column[:, None]
-        if last < size:
-            work[:, last:] -= upper[:, first:last, last:].swapaxes(1, 2) @ work[:, first:last]
+    order_of = Order(diagonal if order else np.zeros_like(diagonal), last=True)
+    live = np.where(diagonal[:, None, :] > 0, w, 0.0) if (diagonal <= 0).any() else w
+    work, steps = order_of.columns(live), order_of.steps(step, w.shape)
+    lower = cholesky(order_of.gram(damp(h, damping)))
+    codes, error = np.empty_like(work), np.zeros_like(work)
+    for last in range(size, 0, -BLOCK):
+        first = max(last - BLOCK, 0)
+        drift = lower[:, last:, first:last].swapaxes(1, 2) @ error[:, last:]
+        for i in range(last - 1, first - 1, -1):
+            centre = drift[:, i - first]
+            centre /= lower[:, i, i, None]
+            centre += work[:, i]
+            codes[:, i] = np.clip(np.rint(centre / steps[:, i]), *grid)
+            error[:, i] = work[:, i] - codes[:, i] * steps[:, i]
+            if i > first:
+                drift[:, : i - first] += lower[:, i, first:i, None] * error[:, i, None]
     return order_of.restore(codes)
 
 
 class Order:
-    """The inputs of each group by descending key [g, D], and weights in that order with the inputs first: [g, D, O], so that
-    the weights of one input are contiguous in memory."""
+    """The inputs of each group by descending key [g, D], or from the last to the first of these, and weights in that order
+    with the inputs first: [g, D, O], so that the weights of one input are contiguous in memory."""
 
-    def __init__(self, key: Array) -> None:
-        self.at = np.argsort(-key, axis=1, kind="stable")
+    def __init__(self, key: Array, last: bool = False) -> None:
+        self.at = np.argsort(-key, axis=1, kind="stable")[:, :: -1 if last else 1]
 
     def columns(self, w: Array) -> Array:
         """[g, O, D] -> ordered copy [g, D, O]."""
@@ -81,22 +84,3 @@ def damp(h: Array, damping: float) -> Array:
     damped = h.copy()
     np.einsum("gdd->gd", damped)[...] += np.where(diagonal > 0, damping * mean, 1.0)
     return damped
-
-
-def inverse_factor(h: Array) -> Array:
-    """Upper triangular U [g, D, D] with U^T U = h^-1, from the Cholesky factor of h in reverse order: h = R R^T with R
-    upper triangular, U = R^-1. No inverse of h is formed."""
-    return _inverse(np.linalg.cholesky(h[:, ::-1, ::-1])[:, ::-1, ::-1])
-
-
-def _inverse(upper: Array) -> Array:
-    """Inverse of upper triangular matrices [g, D, D] by halves: two inverses and two products."""
-    size = upper.shape[-1]
-    if size <= 64:
-        return np.linalg.inv(upper)
-    half = size // 2
-    inverse = np.zeros_like(upper)
-    inverse[:, :half, :half] = _inverse(upper[:, :half, :half])
-    inverse[:, half:, half:] = _inverse(upper[:, half:, half:])
-    inverse[:, :half, half:] = -inverse[:, :half, :half] @ upper[:, :half, half:] @ inverse[:, half:, half:]
-    return inverse

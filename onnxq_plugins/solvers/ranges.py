@@ -6,6 +6,8 @@ rare large values and has finer steps for all others.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from onnxq_plugins.spec import Array
@@ -25,17 +27,26 @@ def percentile_range(counts: Array, low: float, high: float, percent: float) -> 
     )
 
 
-def mse_range(counts: Array, low: float, high: float, levels: int, candidates: int = 60) -> tuple[float, float]:
+def mse_range(
+    counts: Array,
+    low: float,
+    high: float,
+    levels: int,
+    candidates: int = 60,
+    through: Callable[[Array], Array] | None = None,
+) -> tuple[float, float]:
     """The range with the least mean squared quantization error by line search: both ends together,
     then each end alone, then both again finely. The whole range is always among the candidates.
 
     levels   number of codes, 2^bits
+    through  a function whose values count, in place of the tensor's own: where it saturates, clipping costs nothing
     """
     values = _values(counts, low, high)
     ends = np.array([min(low, 0.0), max(high, 0.0)])
-    best, least = ends, _mse(counts, values, ends[None], levels)[0]
+    best, least = ends, _mse(counts, values, ends[None], levels, through)[0]
     for both, scales in (
         (True, np.linspace(0.1, 1.0, candidates)),
+        *([(False, np.geomspace(0.02, 1.0, candidates))] if through is not None else []),
         (False, np.linspace(0.5, 1.2, candidates)),
         (True, np.linspace(0.9, 1.1, candidates)),
     ):
@@ -43,7 +54,7 @@ def mse_range(counts: Array, low: float, high: float, levels: int, candidates: i
         for mask in masks:
             ranges = best * (1 + (scales[:, None] - 1) * mask)
             ranges = np.stack([np.maximum(ranges[:, 0], ends[0]), np.minimum(ranges[:, 1], ends[1])], axis=1)
-            errors = _mse(counts, values, ranges, levels)
+            errors = _mse(counts, values, ranges, levels, through)
             if errors.min() < least:
                 best, least = ranges[errors.argmin()], errors.min()
     return float(best[0]), float(best[1])
@@ -93,7 +104,7 @@ def _values(counts: Array, low: float, high: float) -> Array:
     return values
 
 
-def _mse(counts: Array, values: Array, ranges: Array, levels: int) -> Array:
+def _mse(counts: Array, values: Array, ranges: Array, levels: int, through: Callable[[Array], Array] | None = None) -> Array:
     """Mean squared error of the affine grid on each range [candidates, 2] -> [candidates]."""
     low, high = ranges[:, :1], ranges[:, 1:]
     size = np.maximum((high - low) / (levels - 1), 1e-30)
@@ -101,5 +112,7 @@ def _mse(counts: Array, values: Array, ranges: Array, levels: int) -> Array:
     used = counts > 0
     x = values[used][None]
     codes = np.clip(np.rint(x / size) + zero, 0, levels - 1)
-    error: Array = (((codes - zero) * size - x) ** 2) @ counts[used] / counts.sum()
+    rounded = (codes - zero) * size
+    difference = rounded - x if through is None else through(rounded) - through(x)
+    error: Array = difference**2 @ counts[used] / counts.sum()
     return error

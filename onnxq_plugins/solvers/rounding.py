@@ -12,7 +12,7 @@ from onnxq_plugins.solvers.attention import attention
 from onnxq_plugins.solvers.descent import descent
 from onnxq_plugins.solvers.gpfq import gpfq
 from onnxq_plugins.solvers.gptq import gptq
-from onnxq_plugins.solvers.gram import Grid, better, nearest
+from onnxq_plugins.solvers.gram import Grid, better, nearest, row_loss
 from onnxq_plugins.spec import Array
 
 Method = Literal["nearest", "gptq", "gpfq", "descent", "adaround", "attention", "auto"]
@@ -34,8 +34,17 @@ class Effort:
     seed: int = 0
 
 
-def solve(method: Method, w: Array, h: Array, step: Array, grid: Grid, effort: Effort, start: Array) -> Array:
-    """Codes [g, O, D] by a method; for each row those of `start` unless it beats them.
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """Codes [g, O, D], the loss of each row [g, O], and what it is with the codes to fall back on."""
+
+    codes: Array
+    loss: Array
+    base: Array
+
+
+def solve(method: Method, w: Array, h: Array, step: Array, grid: Grid, effort: Effort, start: Array) -> Rounded:
+    """Codes by a method; for each row those of `start` unless it beats them.
 
     w, h, step, grid   see `solvers.gram`
     start              codes to fall back on [g, O, D]
@@ -57,7 +66,8 @@ def solve(method: Method, w: Array, h: Array, step: Array, grid: Grid, effort: E
         codes = _auto(w, h, step, grid, effort)
     else:
         codes = nearest(w, step, grid)
-    return np.where(better(w, h, step, codes, start)[..., None], codes, start)
+    loss, base = (row_loss(w - step * one, h) for one in (codes, start))
+    return Rounded(np.where((loss < base)[..., None], codes, start), np.minimum(loss, base), base)
 
 
 def _auto(w: Array, h: Array, step: Array, grid: Grid, effort: Effort) -> Array:

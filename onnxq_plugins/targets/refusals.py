@@ -71,12 +71,12 @@ def _too_wide(target: Target, rule: Rule, layer: Layer, weight: QuantSpec) -> st
         return ""
     if weight.sub_block and not channel_multipliers(layer, weight):
         largest = weight.multipliers[-1] if weight.multiplier is None else np.max(weight.multiplier)
-        if largest * weight.grid[1] <= target.max_code:
+        if largest * weight.top <= target.max_code:
             return ""
         return (
             f"{layer.op} '{layer.name}': {weight.bits}-bit codes times multipliers up to {largest} "
-            f"reach {largest * weight.grid[1]}, target '{target.name}' runs codes up to {target.max_code}; "
-            f"set max_multiplier = {target.max_code // weight.grid[1]}."
+            f"reach {largest * weight.top}, target '{target.name}' runs codes up to {target.max_code}; "
+            f"set max_multiplier = {target.max_code // weight.top}."
         )
     if rule.activations == 8 and (reach := _reach(weight)) > target.max_code:
         return (
@@ -140,7 +140,7 @@ def _blocks(sizes: tuple[int, ...]) -> str:
 
 def _reach(weight: QuantSpec) -> int:
     """Largest |code| of a weight, or the largest possible while it is open."""
-    return int(np.abs(weight.codes).max(initial=0)) if weight.codes is not None else weight.grid[1]
+    return int(np.abs(weight.codes).max(initial=0)) if weight.codes is not None else weight.top
 
 
 def _widths(widths: set[int]) -> str:

@@ -324,6 +324,26 @@ def fixed_batch() -> onnx.ModelProto:
     return net.model(net.gemm(net.op("Relu", net.gemm("x", 13, 24)), 24, 7))
 
 
+def harsh(name: str) -> tuple[str, list[Feed]]:
+    """Calibration data that mislead: the name of the model they are for, and its feeds. Others are as `feeds` gives them.
+
+    few       three samples
+    clipped   a few values of one sample are 30 times as large as all others
+    padded    the second half of each sequence is the same everywhere
+    """
+    model = {"few": "mlp", "clipped": "cnn", "padded": "transformer"}[name]
+    samples = feeds(make(model), 3 if name == "few" else 16)
+    if name == "clipped":
+        samples[5]["x"][:, :, :2, :2] *= 30
+    elif name == "padded":
+        for sample in samples:
+            sample["x"][:, 3:] = 0.5
+    return model, samples
+
+
+HARSH = ("few", "clipped", "padded")
+
+
 @cache
 def make(name: str) -> onnx.ModelProto:
     """A model by its name, made once. Leave it alone."""

@@ -137,7 +137,7 @@ def test_options_of_quantize_are_in_panels(onnxq):
         "Data": [f"--{name}" for name in ("data", "samples", "labels", *IMAGES)],
         "Recipe": ["--recipe", "--set", "--target", "--seed", "--float32"],
         "Output": ["--output", "--report", "--test", "--overrides"],
-        "Search": ["--curve", "--metric", "--class-axis", "--plan"],
+        "Search": ["--curve", "--metric", "--min-sqnr", "--class-axis", "--plan"],
         "Work": ["--workers", "--cache", "--custom-ops", "--dask", "--processes", "--verify", "--trace"],
     }
 

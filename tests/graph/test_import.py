@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -322,3 +323,13 @@ def test_values_that_are_infinite_in_the_float_model_stay_float(recipe):
     assert any("NaN or infinite on these samples" in note for note in result.report["notes"])
     feed = feeds(model, 1, seed=2)[0]
     assert drift(run(model, feed)[:1], exact_session(result.model).run(None, feed)[:1]) < 0.2
+
+
+def test_folding_does_not_let_onnxruntime_log(capfd):
+    """The session that folds this Unsqueeze would warn that it cannot remove it."""
+    constants = [numpy_helper.from_array(np.ones(3, np.float32), "c"), numpy_helper.from_array(np.array([0]), "axes")]
+    nodes = [helper.make_node("Unsqueeze", ["c", "axes"], ["u"], "u"), helper.make_node("Add", ["x", "u"], ["y"], "add")]
+    graph = helper.make_graph(nodes, "g", [info("x", [2, 3])], [info("y", [2, 3])], constants)
+    usual = ort.InferenceSession
+    assert [node.op for node in load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])).nodes] == ["Add"]
+    assert capfd.readouterr().err == "" and ort.InferenceSession is usual

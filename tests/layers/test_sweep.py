@@ -13,8 +13,9 @@ from onnxq_plugins.data import graph_inputs, open_data
 from onnxq_plugins.export import qdq
 from onnxq_plugins.graph.patches import gram, output_columns, patches
 from onnxq_plugins.layers import problem as layerwise
+from onnxq_plugins.layers import sweep as sweeping
 from onnxq_plugins.layers.complete import complete, complete_ranges
-from onnxq_plugins.layers.sweep import sweep
+from onnxq_plugins.layers.sweep import sweep, trust
 from tests.jobs import LAYERED, fetch, make_job
 from tests.zoo import ZOO, feeds, mlp, mobilenet, some
 
@@ -29,7 +30,8 @@ CODES, BLOCKS = {"bits": 4}, {"bits": 4, "block": 16}
         *((name, BLOCKS) for name in ("mlp", "transformer", "written_out", "control_flow")),
     ),
 )
-def test_a_layer_sees_what_the_exported_model_gives_it(name, weights):
+def test_a_layer_sees_what_the_exported_model_gives_it(name, weights, monkeypatch):
+    monkeypatch.setattr(sweeping, "trust", lambda left, y: np.ones_like(y[:, :1]))
     weight_only = "block" in weights
     recipe = {"weights": weights, **({"activations": {"bits": 32}} if weight_only else {})}
     model = ZOO[name]()
@@ -61,7 +63,32 @@ def test_a_layer_sees_what_the_exported_model_gives_it(name, weights):
         np.testing.assert_allclose(found.h, gram(x) / count, atol=near * size)
         np.testing.assert_allclose(found.mean, x.mean(axis=2), atol=near * np.sqrt(size))
         np.testing.assert_allclose(found.output, y.mean(axis=2), atol=1e-4 * np.abs(y).max())
-        np.testing.assert_allclose(found.cross, y @ x.swapaxes(1, 2) / count, atol=10 * near * np.abs(y).max() * size**0.5)
+        left = y - layer.matrix(job.graph.constant(layer.weight)) @ x
+        np.testing.assert_allclose(found.left, left @ x.swapaxes(1, 2) / count, atol=10 * near * np.abs(y).max() * size**0.5)
+
+
+def test_patches_with_outlying_errors_count_little():
+    left = np.random.default_rng(0).normal(size=(2, 5, 40)).astype(np.float32)
+    left[0, :, 3] *= 100
+    y = np.full_like(left, 10)
+    weight = trust(left, y)
+    assert weight.shape == (2, 1, 40) and np.allclose(weight.mean(axis=2), 1)
+    assert weight[0, 0, 3] < 1e-3 and weight[1].min() > 0.3
+    assert np.allclose(trust(1000 * left, 1000 * y), weight)  # whatever the unit
+    assert np.allclose(trust(1e-3 * left[1:], y[1:]), 1, atol=1e-2)  # errors of sums in another order say nothing
+    assert (trust(np.zeros((2, 5, 40)), np.zeros((2, 5, 40))) == 1).all()
+
+
+@pytest.mark.parametrize("n", [6, 16])
+def test_some_of_what_a_layer_sees_is_held_out(n):
+    job = make_job(mobilenet(), n=n)
+    complete(job)
+    for layer, seen in sweep(job, layerwise.solvable(job)[:2]):
+        held, others = seen.judged, seen.others()
+        assert held.count + others.count == seen.count and 0.2 < held.count / seen.count < 0.3
+        share = held.count / seen.count
+        np.testing.assert_allclose((1 - share) * others.h + share * held.h, seen.h, rtol=1e-4)
+        assert not np.allclose(others.h, held.h, rtol=1e-3)
 
 
 def test_the_sweep_runs_each_operator_once_per_network(monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 from onnxq_plugins import quantize
 from onnxq_plugins.passes import bias_correct
 from onnxq_plugins.plan.values import weight_values
+from onnxq_plugins.search.judge import Judge
 from tests.zoo import Net, batch, feeds, mobilenet
 
 RECIPE = {"weights": {"bits": 4}, "pass": [{"use": "ranges"}, {"use": "bias-correct"}]}
@@ -14,7 +15,7 @@ RECIPE = {"weights": {"bits": 4}, "pass": [{"use": "ranges"}, {"use": "bias-corr
 
 def test_taps_that_read_padding_count_less(monkeypatch):
     """On three frames half of what a kernel of five reads is padding: the shift is the mean error all the same."""
-    monkeypatch.setattr(bias_correct, "_JUDGED", 0)
+    monkeypatch.setattr(bias_correct, "_WORK", 0)
     net = Net(["N", 8, 3])
     model = net.model(net.conv(net.op("Relu", net.conv("x", 8, 16, 1, rank=1)), 16, 12, 5, rank=1))
     samples = feeds(model, 32)
@@ -31,9 +32,9 @@ def test_taps_that_read_padding_count_less(monkeypatch):
 
 def test_a_small_network_that_loses_by_it_keeps_its_biases(monkeypatch):
     model = mobilenet()
-    for values, kept in (((30.0, 20.0), False), ((20.0, 30.0), True)):
+    for values, kept in (((20.0, 30.0), False), ((30.0, 20.0), True)):
         answers = iter(values)
-        monkeypatch.setattr(bias_correct, "_sqnr", lambda job, plan, samples, answers=answers: next(answers))
+        monkeypatch.setattr(Judge, "sqnr", lambda judge, plan, answers=answers: next(answers))
         result = quantize(model, RECIPE, feeds(model, 8), workers=1)
         shifts = [result.plan[layer.weight].shift for layer in result.graph.layers]
         assert all((shift is not None) == kept for shift in shifts)

@@ -15,6 +15,7 @@ from onnxq_plugins.job import Report
 from onnxq_plugins.measure import drift
 from onnxq_plugins.passes import Reorder
 from onnxq_plugins.passes.reorder import _tile, _view
+from onnxq_plugins.search.judge import Judge
 from tests.jobs import distance, make_job
 from tests.zoo import ZOO, Net, cnn, feeds, kinds, mlp, mobilenet, resnet20, run, slowly, some
 
@@ -23,6 +24,13 @@ MOVING = ["mobilenet", "resnet20", "grouped", "inception", "cnn", "transformer",
 TILES = {"target": "storage", "weights": {"bits": 4, "block": [4, 4]}}
 SUB = [{"use": "sub-layer"}]
 ORDERED = {**TWO_LEVEL, "pass": [{"use": "reorder"}]}
+
+
+@pytest.fixture(autouse=True)
+def unjudged(request, monkeypatch):
+    """Orders as they are found: whole networks decide only where a test is about that."""
+    if "judge" not in request.node.name:
+        monkeypatch.setattr(Judge, "of", lambda *args, **more: None)
 
 
 # ---- views of a graph ----------------------------------------------------------------------------------------------------
@@ -230,3 +238,16 @@ def test_ranges_chosen_before_stay(name):
         {n: s.scale.item() for n, s in made.plan.items() if s.block is None and s.codes is None} for made in (first, both)
     ]
     assert ranges[0] == ranges[1] and ranges[0]
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_the_judge_decides_whether_the_new_order_stays(better, monkeypatch):
+    model = mobilenet()
+    answers = iter([20.0, 25.0] if better else [25.0, 20.0])
+    monkeypatch.setattr(Judge, "sqnr", lambda *args: next(answers))
+    result, plain = (quantize(model, recipe, feeds(model, 6), workers=1) for recipe in (ORDERED, TWO_LEVEL))
+    moved = any(
+        not np.array_equal(result.graph.constant(y.weight), plain.graph.constant(y.weight)) for y in plain.graph.layers
+    )
+    assert moved == better == (not any("reorder lowers the outputs" in note for note in result.report.notes))
+    assert set(result.report.steps[0]["result"]["sqnr"].values()) == {20.0, 25.0}

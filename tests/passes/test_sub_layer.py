@@ -17,6 +17,7 @@ from onnxq_plugins.layers.complete import complete, complete_ranges, complete_we
 from onnxq_plugins.layers.problem import Problem, float_inputs, solvable
 from onnxq_plugins.passes import Round, SubLayer, VectorScale
 from onnxq_plugins.plan.values import weight_values
+from onnxq_plugins.search.judge import Judge
 from onnxq_plugins.solvers.gram import narrow, row_loss
 from onnxq_plugins.solvers.scales import search_scales
 from onnxq_plugins.spec import QuantSpec, fake, solve_minmax
@@ -29,6 +30,13 @@ VECTORS = {"weights": {"bits": 4, "block": "channel", "sub_block": [1, 4]}}
 FORMS = {"tiles": TILES, "two-level": TWO_LEVEL, "vectors": VECTORS}
 NAMES = ["cnn", "mobilenet", "grouped", "mlp", "transformer", "conv1d", "dead_channels", "odd_channels"]
 SUB = {"use": "sub-layer"}
+
+
+@pytest.fixture(autouse=True)
+def unjudged(request, monkeypatch):
+    """Scales as they are found: whole networks decide only where a test is about that."""
+    if "judge" not in request.node.name:
+        monkeypatch.setattr(Judge, "of", lambda *args, **more: None)
 
 
 def weights(seed, shape, spread=1.0):
@@ -494,3 +502,15 @@ def test_wide_layers_are_searched_on_their_blocks():
         found, default = losses_of(job, (job.plan, open_plan))
         gains += list(np.log(found / default))
     assert np.mean(gains) < -0.05
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_the_judge_decides_whether_the_scales_stay(better, monkeypatch):
+    model = mobilenet()
+    answers = iter([25.0, 20.0] if better else [20.0, 25.0])
+    monkeypatch.setattr(Judge, "sqnr", lambda *args: next(answers))
+    job = make_job(model, TILES)
+    result = SubLayer().apply(job)
+    assert result["sqnr"].keys() == {"searched", "covering"}
+    assert any(spec.solved for name, spec in job.plan.items() if job.graph.is_constant(name)) == better
+    assert bool(job.report.notes) != better

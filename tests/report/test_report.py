@@ -20,6 +20,8 @@ from onnxq_plugins import OnnxqError, cli, runtimes
 from onnxq_plugins.report.comparison import Comparison, Pair
 from onnxq_plugins.report.diagnosis import diagnose
 from onnxq_plugins.report.page import check_page
+from onnxq_plugins.report.plots import plots
+from onnxq_plugins.report.shares import Run
 from onnxq_plugins.search.widths import ALONE  # noqa: F401  (imported before matplotlib is hidden)
 from tests.zoo import conv_transpose, feeds, mlp, mobilenet, no_layer, transformer
 
@@ -188,21 +190,34 @@ def test_numbers_of_activations_have_names(tmp_path):
 
 def test_the_worst_bar_has_its_number(tmp_path):
     text, table = made(tmp_path, mobilenet())
-    shares = {y["name"]: y["share"] for y in table["diagnosis"]["layers"] if not y["name"].startswith("tensor")}
-    order = [row["name"] for row in table["layers"]]
-    worst = order.index(max(shares, key=lambda name: shares[name])) + 1
+    worst = max(table["diagnosis"]["layers"], key=lambda y: y["share"])["name"]
+    rows = re.findall(r"<tr[^>]*><td[^>]*>(\d+)</td><td[^>]*>(.*?)</td>", text)
+    (number,) = [n for n, name in rows if name == worst]
     drawing = next(svg for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL) if "of the noise" in svg)
-    assert len(re.findall(rf"<text[^>]*>{worst}</text>", drawing)) == 2  # above its bar, and on the axis
+    assert len(re.findall(rf"<text[^>]*>{number}</text>", drawing)) == 2  # above its bar, and on the axis
 
 
-def test_parts_that_do_not_add_up_are_beside_the_worst(tmp_path):
+def test_the_bars_add_up(tmp_path):
+    """Also where layers compensate for each other's errors."""
+    text, table = made(tmp_path, mobilenet(), "int8-rounded")
+    drawing = next(svg for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL) if "of the noise" in svg)
+    parts = [float(part) for part in re.findall(r"([-0-9.]+) % of the noise", drawing)]
+    assert len(parts) == len(table["diagnosis"]["layers"]) and sum(parts) == pytest.approx(100, abs=1)
+
+
+def test_layers_that_were_measured_together_share_their_bar(tmp_path):
     result = onnxq.quantize(mlp(), "int8", feeds(mlp(), 4), workers=1)
-    whole = diagnose(result, samples=2)
-    total = sum(y.share for y in whole.layers)
-    found, more = (replace(whole, layers=tuple(replace(y, share=k * y.share / total) for y in whole.layers)) for k in (1, 3))
-    assert found.adds_up and sum(found.part(y) for y in found.layers) == pytest.approx(100)
-    assert not more.adds_up and max(more.part(y) for y in more.layers) == pytest.approx(100)
-    assert more.part_of != found.part_of
+    found = diagnose(result, samples=2)
+    names = tuple(name for run in found.runs[:2] for name in run.names)
+    runs = (Run(names, sum(run.share for run in found.runs[:2])), *found.runs[2:])
+    layers = tuple(replace(y, share=None, alone=None) if y.name in names else y for y in found.layers)
+    found = replace(found, runs=runs, layers=layers)
+    order = [y.name for y in sorted(found.layers, key=lambda y: y.place)]
+    bits = dict.fromkeys(order, (8.0, 8.0))
+    drawing = next(plot for plot in plots(found, order, bits) if "hold the error" in plot.title)
+    assert "2 together" in drawing.svg and "Pale bars" in drawing.text
+    assert any("2 quantizers with little noise" in note for note in found.notes)
+    assert found.to_dict()["runs"] == [{"names": list(names), "share": round(runs[0].share, 4)}]
 
 
 def test_a_search_shows_its_curve(tmp_path):

@@ -1,0 +1,139 @@
+"""Which of several plans makes the better network, judged on the whole of it and on samples that no solution saw.
+
+    judge = Judge.of(job)                                   # None where there is nothing to judge by
+    if judge is not None:
+        verdict = judge.best({"mse": one, "minmax": other})   # the first wins ties: put what the recipe asks for in front
+        job.plan = plans[verdict.name]                      # and say so: verdict.sqnr has the dB of each
+
+A pass that chooses by the error of single layers, or of tensors, can lose where the network as a whole gains nothing by
+that: errors that cancelled no longer do, weights fitted to clipped inputs extrapolate. Whoever solves on samples leaves
+`held_out` ones out, and asks here in the end (law L9).
+
+The measure is the mean of decibels over the samples, half of it that of the worst output, half that of all. Few samples are
+judged, and what is pooled over few is what the loudest one says: on a face detector four of them pooled said 0.1 dB where
+sixteen others said 4.4, pooled or not, and the mean of the four 2.3.
+
+The networks run as they are written (`runtimes.session(written=True)`), so that no machine's kernels decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.calibration.shapes import multiply_adds
+from onnxq_plugins.data.samples import chosen
+from onnxq_plugins.export.qdq import export
+from onnxq_plugins.graph import Graph
+from onnxq_plugins.job import Job, Report
+from onnxq_plugins.layers.complete import complete
+from onnxq_plugins.layers.problem import correct_biases
+from onnxq_plugins.measure.arrays import is_float
+from onnxq_plugins.measure.metrics import worst_sqnr
+from onnxq_plugins.measure.samples import Samples
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.spec import Array, Plan
+
+TIE = 0.1  # dB that decide nothing
+_SAMPLES = 32  # at most
+_FEWEST = 4  # samples that must be affordable
+WORK = 2e10  # multiply-adds of one network over the samples: one to three seconds
+_RANGE = (-10.0, 60.0)  # dB
+_FOLDED = 2**24  # weights up to which a session may hold them decoded, too: it runs several times faster
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The better plan's name, and the dB of each, see `Judge.sqnr`."""
+
+    name: str
+    sqnr: dict[str, float]
+
+    @property
+    def gain(self) -> float:
+        """dB by which the best is ahead of the first."""
+        return self.sqnr[self.name] - next(iter(self.sqnr.values()))
+
+
+class Judge:
+    """Scores plans of a job's network on at most 32 samples, fewer where they are much work. The float outputs are computed
+    once."""
+
+    def __init__(self, job: Job, samples: Samples) -> None:
+        self.job, self.samples = job, samples
+
+    @classmethod
+    def of(cls, job: Job, *, apart: bool = True, work: float = WORK) -> Judge | None:
+        """The judge of a job; None without data, for a model that is random, and where even four samples are too much work.
+
+        apart   on the samples that are held out from solutions; False: on all, for choices that cannot fit the samples, such
+                as one of two methods
+        work    multiply-adds of one network over all samples, at most
+        """
+        data = job.calibration.data
+        if data is None:
+            return None
+        afford = int(work / max(multiply_adds(job.graph, job.graph.layers, next(iter(data))), 1.0))
+        numbers = data.numbers(apart)
+        if afford < min(_FEWEST, len(numbers)):
+            return None
+        kept = {numbers[i] for i in chosen(len(numbers), min(_SAMPLES, afford), data.state)}
+        feeds = [feed for n, feed in enumerate(data) if n in kept]
+        weights: dict[str, Array] = {}
+        model = job.graph.model(weights)
+        runner = runtimes.session(model, weights=weights, lean=True)
+        samples = Samples.of(model, feeds, class_axis=job.class_axis, runner=runner, state=data.state)
+        return None if samples.random else cls(job, samples)
+
+    def sqnr(self, plan: Plan, graph: Graph | None = None) -> float:
+        """How near the outputs are to the float ones, in dB: see `mean_decibels`. What the plan leaves open gets its default
+        solution: extremes as ranges, the nearest codes and, where a pass of the recipe corrects biases, corrected ones. The
+        job is not changed.
+
+        graph   that the plan is about, where it is not the job's (any more)
+        """
+        graph = self.job.graph if graph is None else graph
+        model = export(graph, self.completed(plan, graph), self.job.target)
+        small = sum(int(np.prod(y.shape)) for y in Planned(graph, plan, self.job.target).layers) <= _FOLDED
+        session = runtimes.session(model, written=small, optimize=small, lean=True)
+        return mean_decibels(self.samples.reference, self.samples.outputs(session))
+
+    def completed(self, plan: Plan, graph: Graph | None = None) -> Plan:
+        """A plan with the default solution of all that is open in it, see `sqnr`."""
+        job = self.job
+        graph = job.graph if graph is None else graph
+        calibration = job.calibration if graph is job.graph else job.calibration.of(graph)
+        trial = replace(job, graph=graph, calibration=calibration, plan=plan, report=Report())
+        uncoded = [y for y in Planned.of(trial).layers if trial.plan[y.weight].codes is None]
+        complete(trial)
+        if job.recipe.provides("bias"):
+            correct_biases(trial, uncoded)
+        return trial.plan
+
+    def best(self, plans: Mapping[str, Plan]) -> Verdict:
+        """The plan with the best outputs: the first one, unless another is ahead of it by more than `TIE`."""
+        scores = {name: round(self.sqnr(plan), 2) for name, plan in plans.items()}
+        return Verdict(ahead(scores), scores)
+
+
+def mean_decibels(reference: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]) -> float:
+    """SQNR in dB, the mean over samples, half of it that of the worst output, half the mean over outputs of floats; of the
+    elements that are equal where no output is of floats (see `worst_sqnr`).
+
+    reference, other   values of each output per sample
+
+    Beyond 60 dB nothing is better, below -10 nothing is worse.
+    """
+    outputs = list(zip(reference, other, strict=True))
+    floats = [pair for pair in outputs if is_float(pair[0])] or outputs
+    each = [np.mean([np.clip(worst_sqnr([[y]], [[z]]), *_RANGE) for y, z in zip(*pair, strict=True)]) for pair in floats]
+    return float((np.min(each) + np.mean(each)) / 2) if each else _RANGE[1]
+
+
+def ahead(scores: Mapping[str, float]) -> str:
+    """The name with the highest score: the first one, unless another is ahead of it by more than `TIE`."""
+    first, top = next(iter(scores)), max(scores, key=lambda name: scores[name])
+    return top if scores[top] > scores[first] + TIE else first

@@ -1,0 +1,123 @@
+"""What the outputs of a network must be worth (the recipe's ``[quality]`` table), and what is done where they are not."""
+
+from __future__ import annotations
+
+from onnxq_plugins.calibration.shapes import multiply_adds
+from onnxq_plugins.errors import Reason
+from onnxq_plugins.job import Job
+from onnxq_plugins.layers.clipping import least_squares
+from onnxq_plugins.layers.complete import activation_spec
+from onnxq_plugins.measure.samples import Samples
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.search.fallback import WIDE, Fallback, Search, decibels, judged
+from onnxq_plugins.search.judge import Judge
+from onnxq_plugins.spec import Array
+
+_CHECK = 1e9  # multiply-adds over the samples that a network is checked on; at least four samples, at most 32
+_FEWEST = 4
+_MOST = 0.25  # of the multiply-adds in float, where destroyed outputs are already saved
+_WORTH = 3.0  # dB that a fallback must gain that was not asked for
+_BETTER = 1.0  # dB that other ranges must gain
+_LOST = 10.0  # dB under which that may cost any number of layers
+
+
+def keep_quality(job: Job) -> None:
+    """Check the outputs of a job whose plan is solved, and keep what costs them most in 16 bits or in float, as the recipe's
+    quality asks for. The report says what was measured, and what was done, under ``quality``."""
+    quality, planned = job.recipe.quality, Planned.of(job)
+    if quality.sqnr is None or not (planned.layers or planned.activations):
+        return
+    data = job.calibration.data
+    if data is None:
+        if quality.asked:
+            job.note("the quality that is asked for was not checked: that needs samples (--data)")
+        return
+    work = multiply_adds(job.graph, job.graph.layers, next(iter(data)))
+    apart = job.recipe.provides("codes")  # only these fit samples closely
+    judge = Judge.of(job, apart=apart, work=max(_CHECK, _FEWEST * work))
+    names = [] if judge is None else judged(judge.samples)
+    if judge is None or not names:
+        return
+    before = now = decibels(job, judge.samples, job.plan)
+    if before.min() < quality.least:
+        now = _clipped(job, judge.samples, before)
+    found = None
+    if now.min() < quality.least:
+        levels = [quality.sqnr] if quality.asked else [quality.least, (quality.least + quality.sqnr) / 2, quality.sqnr]
+        search = Search(job, judge.samples, brief=not quality.asked and bool(now.min() >= _LOST))
+        found = search.run(levels, _MOST)
+        if found is not None and not quality.asked and not _worth(found, before):
+            found = None
+    after = now if found is None else found.sqnr
+    job.report["quality"] = {
+        "asked": quality.sqnr,
+        "met": bool(after.min() >= (quality.sqnr if quality.asked else quality.least)),
+        "samples": len(judge.samples.feeds),
+        "sqnr": _table(names, after),
+        **({} if found is None else {"before": _table(names, before), "work": round(found.work, 4)}),
+        **({} if found is None else {"float": [*found.floats, *found.constants], "wide": list(found.wide)}),
+    }
+    if found is not None:
+        _apply(job, found, before)
+    elif now.min() < quality.least:
+        worst = names[int(now.argmin())]
+        job.note(
+            f"output '{worst}' has {now.min():.1f} dB on the samples, and no few layers in float make it much better: "
+            "onnxq diagnose tells where it is lost"
+        )
+
+
+def _clipped(job: Job, samples: Samples, before: Array) -> Array:
+    """dB of the outputs with the ranges of least squared error, if these are better; the job's plan has them then."""
+    activations = Planned.of(job).activations
+    ranges = least_squares(job, activations)
+    plan = job.plan | {n: activation_spec(ends, job.plan[n]) for n, ends in ranges.items()}
+    after = decibels(job, samples, plan)
+    if after.min() < before.min() + _BETTER:
+        return before
+    job.plan = plan
+    job.note(
+        f"ranges of least squared error in place of the recipe's raise the outputs from {before.min():.1f} to "
+        f"{after.min():.1f} dB"
+    )
+    return after
+
+
+def _worth(found: Fallback, before: Array) -> bool:
+    """True if a fallback that was not asked for gains enough, and costs little where the outputs are not lost."""
+    gains = float(found.sqnr.min() - before.min()) >= _WORTH
+    return gains and (found.work <= _MOST or float(before.min()) < _LOST)
+
+
+def _table(names: list[str], values: Array) -> dict[str, float]:
+    return {name: round(float(value), 2) for name, value in zip(names, values, strict=True)}
+
+
+def _apply(job: Job, found: Fallback, before: Array) -> None:
+    """Make what was found the job's plan, and say what and why."""
+    job.plan = found.plan
+    gain = f"outputs have {before.min():.1f} dB with it in 8 bits, {found.sqnr.min():.1f} without"
+    readers = [reader for constant in found.constants for reader in _readers(job, constant)]
+    job.report.floats.update({name: Reason("quality", gain) for name in (*found.floats, *readers)})
+    parts = [
+        f"{len(names)} {noun}{'s' * (len(names) > 1)} {state} ({_listed(names)})"
+        for names, noun, state in (
+            (found.floats, "layer", f"in float, {100 * found.work:.1f} % of the multiply-adds"),
+            (found.constants, "constant", "in float"),
+            (found.wide, "activation", f"in {WIDE} bits"),
+        )
+        if names
+    ]
+    job.note(
+        f"8 bits leave the outputs {before.min():.1f} dB; {' and '.join(parts)} make that {found.sqnr.min():.1f} dB "
+        f"(worst output, on {job.report['quality']['samples']} samples)"
+    )
+
+
+def _readers(job: Job, name: str) -> list[str]:
+    """The operators that read a constant."""
+    return [str(node.name) for node in job.graph.consumers(name)]
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:4]) + (" ..." if len(names) > 4 else "")

@@ -1,0 +1,114 @@
+"""A network with some of its quantizers, all others in float: what one of them costs, or some together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.export.qdq import export
+from onnxq_plugins.measure.arrays import errors, is_float, leaves
+from onnxq_plugins.measure.samples import Samples
+from onnxq_plugins.parallel import Track, run_all, silent
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.search.widths import ALONE
+from onnxq_plugins.spec import Array, Plan, QuantSpec, solve_minmax, weight_codes
+
+_EXACT = 16  # bits of a weight whose noise is none
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One output of a network with some quantizers, relative to the network with all of them, pooled over the samples.
+
+    noise   squared error, relative to that with all
+    along   product of both errors, relative to the same: 1 with all, 0 for an error that has nothing to do with it
+    """
+
+    noise: float
+    along: float
+
+
+class Subsets:
+    """The network of a solved plan with any of its quantizers. Made by the exporter, in float kernels, which no machine
+    saturates.
+
+    samples   to measure on
+    output    number of the output that is worst with all quantizers: the one that is measured
+    noise     of it then, relative to its signal
+    made      how many networks were run
+    """
+
+    def __init__(self, planned: Planned, samples: Samples, workers: int = 1) -> None:
+        self.planned, self.samples, self.workers, self.made = planned, samples, workers, 0
+        self._read_by: dict[str, list[str]] = defaultdict(list)  # activation -> weights of the layers that read its codes
+        for layer in planned.layers:
+            self._read_by[planned.input(layer)].append(layer.weight)
+        codes, graph = planned.integer | planned.carriers, planned.graph
+        # what all readers read in codes in the whole network, whatever else is quantized here
+        self._coded = planned.coded | {
+            name for name in planned.activations if all(node.name in codes for node in graph.consumers(name))
+        }
+        self._exact: dict[str, QuantSpec] = {}
+        outputs = samples.outputs(runtimes.session(self._model(planned.plan)))
+        columns = list(zip(samples.reference, outputs, strict=True))
+        noises = [_energy(errors(y, z)) / max(_signal(y), 1e-30) for y, z in columns]
+        judged = [n for n, y in enumerate(samples.reference) if is_float(y)] or list(range(len(columns)))
+        self.output = max(judged, key=lambda n: noises[n])
+        self.noise = noises[self.output]
+        self._whole = errors(*columns[self.output])
+
+    def measured(self, sets: Sequence[Collection[str]], what: str = "", track: Track = silent) -> list[Measured]:
+        """The network with each of some sets of quantizers, names of entries of the plan."""
+        reference = self.samples.reference[self.output]
+        calls = (
+            partial(
+                _measured, np.frombuffer(self._model(names), np.uint8), self.samples, self.output, reference, self._whole
+            )
+            for names in sets
+        )
+        self.made += len(sets)
+        return list(track(run_all(calls, self.workers), what, len(sets))) if sets else []
+
+    def _model(self, names: Collection[str]) -> bytes:
+        plan = self.planned.plan
+        chosen = {name: plan[name] for name in names}
+        # where some readers read float, a layer reads codes only if its weight is planned, too
+        mixed = [name for name in names if name not in self._coded]
+        exact = {w: self._wide(w) for name in mixed for w in self._read_by.get(name, ()) if w not in chosen}
+        return bytes(export(self.planned.graph, Plan({**exact, **chosen}), ALONE, self._coded).SerializeToString())
+
+    def _wide(self, weight: str) -> QuantSpec:
+        if weight not in self._exact:
+            values = self.planned.graph.constant(weight)
+            spec = solve_minmax(values, QuantSpec(_EXACT, True, self.planned.plan[weight].block))
+            self._exact[weight] = replace(spec, codes=weight_codes(values, spec))
+        return self._exact[weight]
+
+
+def _measured(model: Array, samples: Samples, output: int, reference: Sequence[Any], whole: Sequence[Array]) -> Measured:
+    """Plain values in and out, so that it runs anywhere.
+
+    model   its bytes, uint8
+    whole   errors with all quantizers
+    """
+    error = errors(reference, samples.outputs(runtimes.session(model.tobytes()))[output])
+    scale = max(_energy(whole), 1e-30)
+    along = sum(float(np.vdot(e, w)) for e, w in zip(error, whole, strict=True))
+    return Measured(_energy(error) / scale, along / scale)
+
+
+def _energy(error: Sequence[Array]) -> float:
+    return sum(float(np.vdot(e, e)) for e in error)
+
+
+def _signal(reference: Sequence[Any]) -> float:
+    arrays = [leaf for value in reference for leaf in leaves(value)]
+    if not is_float(list(reference)):
+        return float(sum(a.size for a in arrays))
+    return sum(float(np.square(a[np.isfinite(a)], dtype=np.float64).sum()) for a in arrays)
