@@ -18,6 +18,7 @@ from onnxq_plugins.report.remedies import (
     codes_by_error,
     even_channels,
     for_layers,
+    grids,
     heads,
     in_float,
     layer_remedy,
@@ -343,7 +344,8 @@ def _uneven_channels(energies: Array | None, x: Activation, it: str, scene: Scen
     gain = float(-10 * np.log10(max(float(np.average(part**2, weights=energies)), 1e-20)))
     if gain <= 8:
         return []
-    remedies = (*_equalized(x, scene), *apart(x.name, scene), *more_bits)
+    split = [] if x.is_input else grids(scene)
+    remedies = (*_equalized(x, scene), *apart(x.name, scene), *split, *more_bits)
     if _few(part):
         few = int((part > 0.5).sum())
         text = (

@@ -11,7 +11,7 @@ from typing import Any
 from onnxq_plugins.errors import Reason
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import LayerRule, Pass, Recipe, Stage, changed, parameters
-from onnxq_plugins.passes import Centre, Equalize, Ranges, Round, SplitHeads, SplitOutliers
+from onnxq_plugins.passes import Centre, Equalize, Ranges, Round, SplitChannels, SplitHeads, SplitOutliers
 from onnxq_plugins.plan.floats import layer_rule
 from onnxq_plugins.recipe import to_block
 from onnxq_plugins.targets import Target
@@ -192,6 +192,11 @@ def apart(activation: str, scene: Scene) -> list[Remedy]:
         return []
     settings = (f"split-outliers.gain={_EAGER.gain:g}", f"split-outliers.worth={_EAGER.worth:g}")
     return [Remedy("more of the largest channels in float, beside the integer kernel", settings)]
+
+
+def grids(scene: Scene) -> list[Remedy]:
+    """Grids of their own for unlike channels of what a layer writes; none if a pass does so."""
+    return scene.use(SplitChannels(), "grids of their own for unlike channels, up to the next operator that mixes them")
 
 
 def heads(scene: Scene) -> list[Remedy]:
