@@ -441,10 +441,12 @@ def test_the_printed_remedy_is_the_applied_remedy():
     changed = remedy.on(recipe)
     file = parse(tomllib.loads(f"{to_toml(recipe.to_dict())}\n{remedy.typed}"), known)
     assert file.layers == changed.layers and set(map(repr, file.passes)) == set(map(repr, changed.passes))
-    first = ["scale-inputs", "split-heads", "split-channels"]
-    assert [step.name for step in changed.passes] == [*first, "equalize", "split-outliers", "ranges", "bias-correct"]
+    first, last = ["split-heads", "split-channels"], ["split-outliers", "activation-ranges", "ranges"]
+    names = [step.name for step in changed.passes]
+    assert names == ["scale-inputs", "centre", *first, "equalize", *last, "bias-correct"]
     solved = Remedy("", passes=(Round(),)).on(recipe)
-    assert [step.name for step in solved.passes] == [*first, "split-outliers", "ranges", "round", "bias-correct"]
+    names = [step.name for step in solved.passes]
+    assert names == ["scale-inputs", "centre", "equalize", *first, *last, "round", "bias-correct"]
 
 
 def test_a_rule_matches_one_layer_whatever_its_name():
