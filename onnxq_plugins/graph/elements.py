@@ -111,20 +111,23 @@ class Elements:
             return []
         a, b = (np.concatenate(side) for side in zip(*self.links, strict=True))
         component = self.components()
-        pinned = set(component[np.concatenate(self.pinned)].tolist()) if self.pinned else set()
+        free = np.ones(int(component.max()) + 1, bool)
+        free[component[np.concatenate([np.arange(0), *self.pinned])]] = False
+        moving = free[component[a]]  # long signals are pinned, mostly: nothing is asked of them
+        a, b = a[moving], b[moving]
         keys = list(self.start)
         place = np.repeat(np.arange(len(keys)), [self.count[key] for key in keys])
         rank = _ranks(component, place)
         fingerprint = _fingerprints(component, place, rank, a, b)
         visits: dict[int, list[tuple[int, int]]] = defaultdict(list)  # component -> (place, number of its elements there)
         for at, key in enumerate(keys):
-            names, counts = np.unique(component[self._slice(key)], return_counts=True)
+            here = component[self._slice(key)]
+            names, counts = np.unique(here[free[here]], return_counts=True)
             for c, n in zip(names.tolist(), counts.tolist(), strict=True):
                 visits[c].append((at, n))
         alike: dict[tuple[int, tuple[tuple[int, int], ...]], list[int]] = defaultdict(list)
         for c, places in visits.items():
-            if c not in pinned:
-                alike[int(fingerprint[c]), tuple(places)].append(c)
+            alike[int(fingerprint[c]), tuple(places)].append(c)
         groups = []
         for (_, shared), components in alike.items():
             members = tuple(self._member(keys[at], component, components, count) for at, count in shared)

@@ -16,9 +16,8 @@ import numpy as np
 from onnxq_plugins.calibration import channel_axis, channels
 from onnxq_plugins.graph import ChannelGroup, Graph, Member, channel_groups, clip_maximum, rescale
 from onnxq_plugins.job import Job, Pass, Stage
-from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.search.gains import seen_by
-from onnxq_plugins.search.preview import Preview, multiply_adds
+from onnxq_plugins.search.judge import Judge
 from onnxq_plugins.solvers.equalize import Place, equalize
 from onnxq_plugins.solvers.spread import noise, spread
 from onnxq_plugins.spec import Array
@@ -46,8 +45,6 @@ class Equalize(Pass):
     gain       ``weights``: least ratio of a group's predicted rounding noise before and after for which it is equalized
     pow2       factors are powers of two: the float model stays the same to the last bit
     exponents  values of e to try
-    samples    number of samples that the network is run on with and without the factors, to keep the better
-               (``activations``; 0: none); only networks of few multiply-adds are
     margin     how far a channel may exceed its calibrated range, as a fraction of it, before a Clip counts as active
 
         W1 <- F W1,  b1 <- F b1,  W2 <- W2 F^-1;   f_c = sqrt(r2_c / r1_c) makes both ranges equal   (``weights``)
@@ -70,8 +67,8 @@ class Equalize(Pass):
     Source: ``weights``: Data-Free Quantization (arXiv 1906.04721), section 4.1. ``activations``: SmoothQuant (arXiv
     2211.10438) on any group, with its exponent by prediction, which is ours, as is the treatment of Clip.
     Cost: ``weights``: a fraction of a second; one run over the data where there are Clips. ``activations``: the run over the
-    data that `ranges` needs, which it does not repeat, and a few passes over the weights; small networks two exports and
-    runs over `samples` more.
+    data that `ranges` needs, which it does not repeat, and a few passes over the weights. Networks of few multiply-adds are
+    run with and without the factors on up to 32 samples, and keep what gives the better outputs.
     """
 
     name: ClassVar[str] = "equalize"
@@ -80,12 +77,9 @@ class Equalize(Pass):
     gain: float = 2.0
     pow2: bool = False
     exponents: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    samples: int = 32
     margin: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.samples < 0:
-            raise ValueError(f"samples = {self.samples} must not be negative")
         if self.margin < 0:
             raise ValueError(f"margin = {self.margin} must not be negative")
         if not self.exponents or not all(0 < e <= 1 for e in self.exponents):
@@ -134,13 +128,13 @@ class Equalize(Pass):
         result: dict[str, Any] = {"equalized": len(chosen), "exponents": told}
         if not chosen:
             return result
-        layers = Planned.of(job).layers
-        trial = Preview(job, self.samples) if self.samples and multiply_adds(job, layers) <= _TRIED else None
-        before = trial.sqnr() if trial else 0.0
+        judge = Judge.of(job, apart=False, work=_TRIED)
+        before = judge.sqnr(job.plan) if judge else 0.0
         with _undoable(job, [group for group, _ in chosen]) as undo:
             _rescale(job, chosen)
-            if trial:
-                after = trial.sqnr()
+            if judge:
+                stale = {name: spec.request() for name, spec in job.plan.items() if name in job.graph.touched}
+                after = judge.sqnr(job.plan | stale)
                 result["sqnr_before_and_after"] = [round(before, 2), round(after, 2)]
                 if after < before:
                     undo()

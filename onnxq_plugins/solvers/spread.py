@@ -72,8 +72,8 @@ def noise(factors: Array, reads: Sequence[Read], readers: Sequence[Reader]) -> f
 def spread(
     reads: Sequence[Read], readers: Sequence[Reader], exponents: Sequence[float], low: Array, high: Array
 ) -> tuple[Array, float, float]:
-    """The factors of least `noise` among f_c = r_c^-e w_c^d with d = 0 or 1 - e, its exponent e (0: none is better than 1),
-    and the ratio of the noise with them to that without.
+    """The factors of least `noise` among f_c = r_c^-e w_c^d with d = 0, (1 - e) / 2 or 1 - e; their exponent e (0: none is
+    better than 1), and the ratio of the noise with them to that without.
 
     r_c is the largest range of channel c relative to the largest of all channels, over the activations; w_c the largest
     weight that reads it relative to that of its row. low, high: bounds of the factors [channels].
@@ -87,7 +87,7 @@ def spread(
     plain = noise(np.ones(len(size)), reads, readers)
     best, chosen, least = np.ones(len(size)), 0.0, plain
     for e in exponents:
-        for d in dict.fromkeys((0.0, 1 - e)):
+        for d in (0.0, (1 - e) / 2, 1 - e)[: 1 if e == 1 else 3]:
             factors = np.clip(size**-e * weight**d, low, high)
             if (found := noise(factors, reads, readers)) < least:
                 best, chosen, least = factors, e, found
