@@ -19,7 +19,7 @@ from onnxq_plugins.data import open_data
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.job import LayerRule
 from onnxq_plugins.measure.metrics import worst_sqnr
-from onnxq_plugins.passes import AbsorbBias, Round
+from onnxq_plugins.passes import AbsorbBias, Equalize, Round
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.recipe import load_recipe, parse, to_toml
 from onnxq_plugins.report.attempts import Attempt, promising
