@@ -1,10 +1,11 @@
-"""A transformer in which a few channels are far larger than all others: with and without the pass split-outliers.
+"""Networks in which a few channels are far larger than all others: with and without split-channels and split-outliers.
 
     python -m benchmarks.outliers [--recipes int8 int8-rounded] [--seconds 1]
 
-Untrained blocks of LayerNormalization, two MatMuls and a GELU; a few channels of the hidden layer are 40 times larger, and
-their weights in the second MatMul as much smaller. SQNR on samples that calibration never saw, of the models as they are
-written, and latency at batch 1, one thread, all in turn. Prints Markdown.
+Untrained. "blocks": transformer blocks of LayerNormalization, two MatMuls and a GELU; some of 1024 channels of the hidden
+layer are 40 times larger, and their weights in the second MatMul as much smaller. "stem": a convolution with 16 channels, a
+SiLU and a depthwise layer, in which it is the same, and layers behind them. SQNR on samples that calibration never saw, of
+the models as they are written, and latency at batch 1, one thread, all in turn. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.testing.models import Net, feeds
 
 WIDTH, HIDDEN, BLOCKS, FACTOR = 256, 1024, 4, 40.0
-WIDE = (0, 1, 4, 16, 256)  # large channels of a hidden layer
 
 
-def transformer(wide: int) -> onnx.ModelProto:
+def blocks(wide: int) -> onnx.ModelProto:
     """Blocks x + W2 gelu(W1 norm(x)) on tokens [1, 64, WIDTH], then a projection."""
     net = Net([1, 64, WIDTH])
     factors = np.ones(HIDDEN)
@@ -40,33 +40,53 @@ def transformer(wide: int) -> onnx.ModelProto:
     return net.model(net.linear(x, WIDTH, 64))
 
 
+def stem(wide: int) -> onnx.ModelProto:
+    """A detector's stem on pictures [1, 3, 128, 128], and two stages."""
+    net = Net([1, 3, 128, 128])
+    factors = np.where(np.arange(16) < wide, FACTOR, 1.0)[:, None, None, None]
+
+    def silu(x: str) -> str:
+        return net.op("Mul", x, net.op("Sigmoid", x))
+
+    first, second = net.rng.normal(size=(16, 3, 3, 3)) * factors / 5, net.rng.normal(size=(16, 1, 3, 3)) / factors / 3
+    x = silu(net.op("Conv", "x", net.constant(first), net.weight(16), pads=[1] * 4, strides=[2, 2]))
+    x = silu(net.op("Conv", x, net.constant(second), net.weight(16), pads=[1] * 4, strides=[2, 2], group=16))
+    x = silu(net.conv(silu(net.conv(x, 16, 64, 1)), 64, 64, strides=[2, 2]))
+    return net.model(net.conv(x, 64, 32, 1))
+
+
+NETWORKS = {
+    "blocks": (blocks, "split-outliers", (0, 1, 4, 16, 256)),
+    "stem": (stem, "split-channels", (0, 1, 4, 8)),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="*", default=["int8", "int8-rounded"])
+    parser.add_argument("--networks", nargs="*", default=[*NETWORKS], choices=[*NETWORKS])
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing per model")
     args = parser.parse_args()
-    print(f"{machine()}\n")
-    print("| large channels | recipe | dB | ms | float channels | kB |\n|---|---|---|---|---|---|")
-    for wide in WIDE:
-        model = transformer(wide)
-        samples, fresh = feeds(model, 16), feeds(model, 8, seed=1)
-        (reference,) = runtimes.outputs(runtimes.session(model), fresh)
-        runners, cells = {"float": runtimes.session(model)}, {"float": f"- | {{}} | - | {model.ByteSize() // 1000}"}
-        for recipe in args.recipes:
-            whole = find_plugins().recipe(recipe)
-            without = replace(whole, passes=tuple(step for step in whole.passes if step.name != "split-outliers"))
-            for label, variant in ((f"{recipe} without split-outliers", without), (recipe, whole)):
-                result = onnxq.quantize(model, variant, samples)
-                (output,) = runtimes.outputs(runtimes.session(result.model, optimize=False), fresh)
-                steps = (step["result"]["layers"] for step in result.report.steps if step["pass"] == "split-outliers")
-                channels = sum(len(row["channels"]) for layers in steps for row in layers.values())
-                runners[label] = runtimes.session(result.model)
-                cells[label] = (
-                    f"{measure.sqnr(reference, output):.1f} | {{}} | {channels} | {result.model.ByteSize() // 1000}"
-                )
-        times = runtimes.latency(list(runners.values()), fresh[0], args.seconds * len(runners))
-        for label, ms in zip(runners, times, strict=True):
-            print(f"| {wide} | {label} | {cells[label].format(f'{ms:.2f}')} |", flush=True)
+    print(machine())
+    for network in args.networks:
+        make, name, widths = NETWORKS[network]
+        print(f"\n| {network}: large channels | recipe | dB | ms | kB |\n|---|---|---|---|---|")
+        for wide in widths:
+            model = make(wide)
+            samples, fresh = feeds(model, 16), feeds(model, 8, seed=1)
+            (reference,) = runtimes.outputs(runtimes.session(model), fresh)
+            runners, cells = {"float": runtimes.session(model)}, {"float": f"- | {{}} | {model.ByteSize() // 1000}"}
+            for recipe in args.recipes:
+                whole = find_plugins().recipe(recipe)
+                without = replace(whole, passes=tuple(step for step in whole.passes if step.name != name))
+                for label, variant in ((f"{recipe} without {name}", without), (recipe, whole)):
+                    result = onnxq.quantize(model, variant, samples)
+                    (output,) = runtimes.outputs(runtimes.session(result.model, optimize=False), fresh)
+                    runners[label] = runtimes.session(result.model)
+                    cells[label] = f"{measure.sqnr(reference, output):.1f} | {{}} | {result.model.ByteSize() // 1000}"
+            times = runtimes.latency(list(runners.values()), fresh[0], args.seconds * len(runners))
+            for label, ms in zip(runners, times, strict=True):
+                print(f"| {wide} | {label} | {cells[label].format(f'{ms:.2f}')} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""`onnxq auto`: try built-in recipes from cheap to costly, measure each on samples it was not made with, keep the best."""
+"""`onnxq auto`: try built-in recipes from cheap to costly, measure each on samples it was not made with, keep the best.
+Where none is good enough, what a diagnosis of the best suggests is tried as well."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,6 +30,9 @@ from onnxq_plugins.measure.metrics import (
 )
 from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
 from onnxq_plugins.parallel import Track, silent
+from onnxq_plugins.report.attempts import with_remedy
+from onnxq_plugins.report.diagnosis import diagnose
+from onnxq_plugins.report.remedies import Remedy, quality
 from onnxq_plugins.spec import Array
 
 Prefer = Literal["speed", "size"]
@@ -41,6 +46,8 @@ _APART = 16  # samples from which models are made and judged on different ones
 _MOST = 512  # samples to judge on
 _FINE = 0.2  # points below which the weight of one sample affects no decision
 _DESTROYED = 5.0  # dB below which an output is lost, whatever the classes say
+_MARGIN = 1.0  # dB that other samples may take off
+_SATURATED = 1.0  # dB that the kernels of this machine must take off for others to be tried
 _SECONDS = 1.0  # of latency measurement for each model
 
 
@@ -48,6 +55,7 @@ _SECONDS = 1.0  # of latency measurement for each model
 class Candidate:
     """The model that a recipe makes, and what it is worth.
 
+    recipe          its name; with remedies that were added, such as "int8 + ranges.method=mse"
     drop            of the metric, in its own units, below the float model; on samples not used to make the model. Judged by
                     SQNR: the dB that are missing, 0 if there are enough
     sqnr            of the worst output, dB
@@ -78,7 +86,7 @@ class AutoResult:
     metric      its name
     reference   the float model's own value of the metric; infinite for SQNR
     best        the candidate that was kept
-    result      its model
+    result      its model; `result.recipe` is the recipe, whose text is `onnxq_plugins.recipe.to_toml(recipe.to_dict())`
     met         True if it is within the allowed drop, or has the least SQNR
     notes       what the user should know
     """
@@ -105,6 +113,7 @@ def auto(
     metric: str | Metric | None = None,
     class_axis: int | None = None,
     recipes: Sequence[str] = (),
+    attempts: int = 4,
     target: str | None = None,
     seed: int = 0,
     workers: int | None = None,
@@ -126,6 +135,8 @@ def auto(
     metric     as for `quantize`, as are state and class_axis. None: top1 if there are labels of classes; else agreement if
                outputs are classes (no output may be below 5 dB then); else SQNR
     recipes    names or files, in place of the built-in choice
+    attempts   remedies to try where no recipe is good enough, each on top of what helped: the most promising ones of a
+               diagnosis of the best model, at last the smallest part of the network in float
     tell       called with each candidate as soon as it was measured
 
     If none is good enough, the one that drops least is kept. Raises OnnxqError if no recipe makes a model.
@@ -137,21 +148,63 @@ def auto(
     calibration, judging, notes = _samples(graph, data, test, labels, options, metric, class_axis)
     judge = _Judge.of(graph, model, judging, metric, class_axis, _Bar(max_drop, min_sqnr))
     settings: dict[str, Any] = {"target": target, "seed": seed, "workers": workers, "cache": cache, "class_axis": class_axis}
-    candidates: list[Candidate] = []
-    results: dict[str, Result] = {}
+    trials = _Trials(judge, prefer, tell)
     for recipe in recipes or RECIPES[prefer]:
-        try:
-            results[recipe] = quantize(model, recipe, calibration, float32=float32, track=track, **settings)
-        except OnnxqError as error:
-            candidates.append(Candidate(recipe, why=str(error)))
-        else:
-            candidates.append(judge.candidate(recipe, results[recipe]))
-        tell(candidates[-1])
-        if prefer == "speed" and candidates[-1].met:
+        made = partial(quantize, model, recipe, calibration, float32=float32, track=track, **settings)
+        if trials.add(recipe, made).met and prefer == "speed":
             break
-    best = _best(candidates, prefer)
-    found = (metric_name(judge.metric), judge.reference, best, results[best.recipe], best.met)
-    return AutoResult(tuple(candidates), *found, (*notes, *judge.notes(best.outputs)))
+    best = _improved(trials, attempts, workers, track)
+    found = (metric_name(judge.metric), judge.reference, best, trials.results[best.recipe], best.met)
+    return AutoResult(tuple(trials.candidates), *found, (*notes, *judge.notes(best.outputs)))
+
+
+class _Trials:
+    """The candidates so far, and their results by name."""
+
+    def __init__(self, judge: _Judge, prefer: Prefer, tell: Callable[[Candidate], None]) -> None:
+        self.judge, self.prefer, self.tell = judge, prefer, tell
+        self.candidates: list[Candidate] = []
+        self.results: dict[str, Result] = {}
+
+    def add(self, name: str, make: Callable[[], Result]) -> Candidate:
+        """Make and judge one more."""
+        try:
+            result = make()
+        except OnnxqError as error:
+            found = Candidate(name, why=str(error))
+        else:
+            self.results[name], found = result, self.judge.candidate(name, result)
+        self.candidates.append(found)
+        self.tell(found)
+        return found
+
+    @property
+    def best(self) -> Candidate:
+        """The one to keep. Raises OnnxqError if no recipe made a model."""
+        return _best(self.candidates, self.prefer)
+
+
+def _improved(trials: _Trials, attempts: int, workers: int | None, track: Track) -> Candidate:
+    """The best candidate, after some remedies were tried if it is not good enough."""
+    best = trials.best
+    result = trials.results[best.recipe]
+    if best.met or attempts < 1 or result.data is None:
+        return best
+    found = diagnose(result, alone=0, workers=workers, track=track)
+    remedies = [remedy for _, remedy in found.promising if remedy not in found.overall][: attempts - 1]
+    if found.written - found.sqnr >= _SATURATED:
+        remedies = [Remedy("weights with which no sum saturates", ("target=ort-cpu-avx2",)), *remedies][: attempts - 1]
+    for remedy in [*remedies, *quality(found.written, result.recipe, trials.judge.goal)]:
+        base = trials.results[trials.best.recipe]
+        if trials.add(f"{trials.best.recipe} + {remedy.name}", partial(_with, base, remedy)).met:
+            break
+    return trials.best
+
+
+def _with(result: Result, remedy: Remedy) -> Result:
+    changed = with_remedy(result, remedy)
+    assert isinstance(changed, Result)
+    return changed
 
 
 def _check_options(prefer: Prefer, max_drop: float, min_sqnr: float) -> None:
@@ -246,6 +299,12 @@ class _Judge:
         least = bar.sqnr if by is worst_sqnr else _DESTROYED if metric is None and by is percent_agreement else -np.inf
         reference = np.inf if by is worst_sqnr else samples.score(by)
         return cls(by, samples, reference, bar, least, runtimes.session(own))
+
+    @property
+    def goal(self) -> float | None:
+        """dB to ask of every output, with a margin for samples that none was made with; None where they are not what
+        counts."""
+        return self.least + _MARGIN if self.metric is worst_sqnr else None
 
     def candidate(self, recipe: str, result: Result) -> Candidate:
         """What a recipe's model is worth."""

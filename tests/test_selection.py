@@ -8,7 +8,9 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxq_plugins import OnnxqError, cli, runtimes
+from onnxq_plugins import OnnxqError, cli, quantize, runtimes
+from onnxq_plugins.plugins import find_plugins
+from onnxq_plugins.recipe import load_recipe
 from onnxq_plugins.selection import AutoResult
 from onnxq_plugins.selection import auto as choose
 from tests.zoo import cnn, feeds, mlp, mobilenet
@@ -42,7 +44,8 @@ def test_size_keeps_the_smallest_model_that_is_accurate_enough():
 def test_the_most_accurate_model_is_kept_if_none_is_accurate_enough():
     model = mlp()
     drops = iter([0.0, 30.0, 20.0])  # float, then two recipes
-    outcome = choose(model, feeds(model, 20), max_drop=1, recipes=["int8", "int8-rounded"], metric=lambda *_: -next(drops))
+    names = ["int8", "int8-rounded"]
+    outcome = choose(model, feeds(model, 20), max_drop=1, recipes=names, attempts=0, metric=lambda *_: -next(drops))
     assert recipes_of(outcome) == ["int8", "int8-rounded"] and not outcome.met
     assert outcome.best.recipe == "int8-rounded" and outcome.best.drop == 20
 
@@ -78,6 +81,68 @@ def test_recipes_that_do_not_fit_are_reported_and_skipped():
     for wrong in ({"prefer": "fast"}, {"max_drop": -1}, {"max_drop": float("nan")}, {"metric": "f1"}):
         with pytest.raises(OnnxqError):
             choose(model, feeds(model, 20), **wrong)
+
+
+@pytest.fixture
+def coarse(tmp_path) -> str:
+    """A recipe that clips far too much."""
+    path = tmp_path / "coarse.toml"
+    path.write_text('[[pass]]\nuse = "ranges"\nmethod = "percentile"\npercentile = 90\njudged = false\n')
+    return str(path)
+
+
+def test_remedies_are_tried_where_no_recipe_is_good_enough(coarse):
+    model = mobilenet()
+    outcome = choose(model, feeds(model, 20), recipes=[coarse], metric="sqnr", min_sqnr=25)
+    first, *others = outcome.trials
+    assert not first.met and first.recipe == coarse and others
+    assert all(trial.recipe.startswith(f"{coarse} + ") for trial in others)
+    assert outcome.met and outcome.best is others[-1] and outcome.best.sqnr > first.sqnr + 6  # it stops where one is
+    assert outcome.result.recipe != load_recipe(coarse, find_plugins().passes)
+    again = quantize(model, outcome.result.recipe.to_dict(), outcome.result.data)
+    assert again.model.SerializeToString() == outcome.result.model.SerializeToString()
+    alone = choose(model, feeds(model, 20), recipes=[coarse], metric="sqnr", min_sqnr=25, attempts=0)
+    assert recipes_of(alone) == [coarse] and not alone.met
+
+
+def test_remedies_that_help_are_added_up(coarse):
+    """Each is tried on top of the best so far, and no more than asked for."""
+
+    def error(reference, outputs, labels):
+        return -float(np.mean(np.square(reference[0] - outputs[0])))
+
+    model = mobilenet()
+    outcome = choose(model, feeds(model, 20), recipes=[coarse], metric=error, max_drop=0, attempts=3)
+    assert not outcome.met and 2 <= len(outcome.trials) <= 4
+    assert outcome.best is min(outcome.trials, key=lambda trial: trial.drop) and outcome.best is not outcome.trials[0]
+    for n, trial in enumerate(outcome.trials[1:], 1):
+        best = min(outcome.trials[:n], key=lambda trial: trial.drop)
+        assert trial.recipe.startswith(f"{best.recipe} + ")
+
+
+def test_remedies_are_judged_on_samples_that_no_model_was_made_with(coarse):
+    model, sizes = mobilenet(), set()
+
+    def judge(reference, outputs, labels):
+        sizes.add(len(reference[0]))
+        return 0.0 if reference[0] is outputs[0] else -50.0
+
+    outcome = choose(model, feeds(model, 20), recipes=[coarse], metric=judge, attempts=2)
+    assert len(outcome.trials) > 1 and sizes == {10} and outcome.result.data.size == 10
+
+
+def test_the_kept_recipe_can_be_saved(coarse, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = mobilenet()
+    onnx.save(model, "m.onnx")
+    np.savez("data.npz", x=np.concatenate([feed["x"] for feed in feeds(model, 20)]))
+    options = ["--metric", "sqnr", "--min-sqnr", "25", "-r", coarse, "--save-recipe", "kept.toml"]
+    monkeypatch.setattr(sys, "argv", ["onnxq", "auto", "m.onnx", "--data", "data.npz", *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code and "coarse.toml + " in capsys.readouterr().out
+    kept = load_recipe("kept.toml", find_plugins().passes)
+    assert kept.to_dict()["pass"] != load_recipe(coarse, find_plugins().passes).to_dict()["pass"]
 
 
 @pytest.mark.parametrize(("limit", "code"), [(100, 0), (0.0, 1)])

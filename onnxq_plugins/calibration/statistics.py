@@ -34,6 +34,7 @@ Reader = Callable[[list[Array], int], "State"]  # (outputs of one sample, its nu
 Run = tuple[onnx.ModelProto, dict[str, Array], Reader]  # model, its large weights, how its outputs become a state
 State = dict[str, Array]  # "tensor|field" -> array; the field's first letters say how two states merge
 _SUMMARY = {"low": "ReduceMin", "high": "ReduceMax", "sum": "ReduceSum", "sum2": "ReduceSumSquare"}
+_SHARED = 12  # statistics that the samples keep for other runs, of one graph each
 _WATCHED = 8  # tensors at the start of a network, in which a sample unlike all others shows
 T = TypeVar("T")
 
@@ -318,15 +319,30 @@ class Calibration:
         file = self.cache / f"{digest}-{self.data.digest()}-{statistic}.npz" if self.cache else None
         if file is not None:
             known.update(load_arrays(file))
-        available = {key.partition("|")[0] for key in known}
-        missing = [n for n in dict.fromkeys(names) if n not in available]
+        shared = self._shared(digest, statistic)
+        missing = _missing(names, known)
         if missing:
-            missing = [n for n in dict.fromkeys([*names, *others]) if n not in available]
+            known.update({key: values for key, values in shared.items() if key not in known})
+            missing = _missing(names, known)
+        if missing:
+            missing = _missing([*names, *others], known)
             state = self._run(statistic, missing, outputs(missing), file)
             known.update(state)
+            shared.update(state)
             if file is not None:
                 save_arrays(file, {**load_arrays(file), **state})
         return known
+
+    def _shared(self, digest: str, statistic: str) -> State:
+        """What earlier runs on the same samples computed: recipes that are tried one after the other need much the same.
+        Gram matrices are too large to be kept."""
+        if self.data is None or statistic.startswith("grams"):
+            return {}
+        shared: State = self.data.known.pop((digest, statistic), {})
+        self.data.known[digest, statistic] = shared  # the last that was asked for is the last to go
+        while len(self.data.known) > _SHARED:
+            del self.data.known[next(iter(self.data.known))]
+        return shared
 
     def _run(self, statistic: str, missing: Sequence[str], run: Run, file: Path | None) -> State:
         assert self.data is not None
@@ -381,6 +397,12 @@ class Calibration:
             text = str(own).rstrip(".")
             return OnnxqError(f"{self.data.where}, sample {number}: {text}; check that the float model runs on it.")
         return error
+
+
+def _missing(names: Iterable[str], known: State) -> list[str]:
+    """Those of which nothing is known."""
+    available = {key.partition("|")[0] for key in known}
+    return [n for n in dict.fromkeys(names) if n not in available]
 
 
 def _other_axes(graph: Graph, name: str, statistic: str) -> tuple[int, ...]:

@@ -40,8 +40,9 @@ from onnxq_plugins.measure.arrays import leaves
 from onnxq_plugins.measure.classes import labelled
 from onnxq_plugins.measure.metrics import chance, find_metric, metric_name, top1
 from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
-from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose, percent
+from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
 from onnxq_plugins.report.remedies import Remedy
+from onnxq_plugins.report.rows import LayerError, percent
 from onnxq_plugins.runtimes.audit import Audit
 from onnxq_plugins.runtimes.machine import has_vnni
 from onnxq_plugins.runtimes.onnxruntime import audit_model
@@ -125,7 +126,7 @@ def diagnose_command(
     work: WorkOptions,
     attempts: Annotated[
         int,
-        typer.Option("--try", help="try so many remedies, the worst layer's first; each quantizes anew"),
+        typer.Option("--try", help="try so many remedies, the most promising first; each quantizes anew"),
     ] = 0,
     all_layers: Annotated[
         bool, typer.Option("--all", help="show all layers, not only the ten worst, and measure each by itself")
@@ -188,7 +189,7 @@ def _show_diagnosis(diagnosis: Diagnosis, summary: str, all_layers: bool) -> Non
             "that."
         )
     for attempt in diagnosis.tried:
-        echo(f"tried for {attempt.layer}, {attempt.remedy.text}: {attempt.verdict(diagnosis.sqnr)}")
+        echo(f"tried for {attempt.layer or 'all'}, {attempt.remedy.text}: {attempt.verdict(diagnosis.written)}")
     for note in diagnosis.notes:
         echo(note)
     echo(
@@ -202,8 +203,11 @@ def _show_explained(diagnosis: Diagnosis) -> None:
     remedies: list[Remedy] = []
     numbers = {layer.name: n for n, layer in enumerate(diagnosis.layers, 1)}
     for layer in diagnosis.explained:
-        echo(f"{numbers[layer.name]}. {layer.name}: {diagnosis.describe(layer)}")
+        echo(f"{numbers[layer.name]}. {layer.name}: {layer.text}")
         remedies += _show_remedies(layer.remedies[:_REMEDIES])
+    if diagnosis.overall:
+        echo("For the network as a whole:")
+        remedies += _show_remedies(diagnosis.overall)
     for slow in diagnosis.floats[:_EXPLAINED]:
         echo(f"{slow.name}: runs in float ({100 * slow.work:.1f}% of the multiply-adds): {slow.why}.")
         remedies += _show_remedies(slow.remedies)

@@ -44,9 +44,10 @@ from onnxq_plugins.files import save_model, write_file
 from onnxq_plugins.graph import load
 from onnxq_plugins.job import Recipe
 from onnxq_plugins.plugins import find_plugins
+from onnxq_plugins.recipe import to_toml
 from onnxq_plugins.report.curve import Curve, check_folder, point_recipe
 from onnxq_plugins.report.page import check_page, is_page, write_report
-from onnxq_plugins.selection import RECIPES, AutoResult, Candidate, auto
+from onnxq_plugins.selection import RECIPES, AutoResult, Candidate, Prefer, auto
 
 Point = Annotated[
     Path | None,
@@ -296,6 +297,45 @@ def _show_curve(curve: Curve) -> None:
     )
 
 
+@dataclass(frozen=True)
+class ChoiceOptions(OptionGroup):
+    """What `auto` keeps, and where it goes."""
+
+    output: Annotated[
+        Path | None, output_option("-o", "--output", show_default=False, help="the model; ./MODEL.auto.onnx by default")
+    ] = None
+    save_recipe: Annotated[
+        Path | None, output_option("--save-recipe", metavar="R.TOML", show_default=False, help="the recipe that was kept")
+    ] = None
+    max_drop: Annotated[float, search_option(help="how far the metric may fall, mostly in percent of samples")] = 1.0
+    min_sqnr: Annotated[float, search_option(help="dB of the worst output where no output is classes")] = 20.0
+    prefer: Annotated[str, search_option(help="speed or size")] = "speed"
+    attempts: Annotated[
+        int, search_option("--try", help="remedies to try where no recipe is good enough, as diagnose suggests them")
+    ] = 4
+    test: Annotated[
+        str,
+        search_option(metavar="PATH", show_default=False, help="samples to judge by; every second one of --data by default"),
+    ] = ""
+
+    def path(self, model: Path, data: str) -> Path:
+        """Of the model that is kept. Raises OnnxqError for options that make no sense."""
+        path = self.output or Path(f"{model.stem}.auto.onnx")
+        inputs = {"model": model, "data": Path(data), "test": Path(self.test) if self.test else None}
+        check_outputs({"-o": path, "--save-recipe": self.save_recipe}, inputs)
+        if self.attempts < 0:
+            raise OnnxqError("--try must not be negative.")
+        return path
+
+    @property
+    def preferred(self) -> Prefer:
+        """What --prefer says. Raises OnnxqError for what is unknown."""
+        found = next((kind for kind in RECIPES if kind == self.prefer), None)
+        if found is None:
+            raise OnnxqError(f"--prefer {self.prefer} is unknown; {known(self.prefer, RECIPES)}.")
+        return found
+
+
 def auto_command(
     model: Model,
     *,
@@ -311,37 +351,26 @@ def auto_command(
     target: TargetName = "",
     seed: Seed = None,
     float32: Float32 = False,
-    output: Annotated[
-        Path | None, output_option("-o", "--output", show_default=False, help="the model; ./MODEL.auto.onnx by default")
-    ] = None,
-    max_drop: Annotated[float, search_option(help="how far the metric may fall, mostly in percent of samples")] = 1.0,
-    min_sqnr: Annotated[float, search_option(help="dB of the worst output where no output is classes")] = 20.0,
-    prefer: Annotated[str, search_option(help="speed or size")] = "speed",
+    choice: ChoiceOptions,
     metric: MetricName = "",
     class_axis: ClassAxis = None,
-    test: Annotated[
-        str,
-        search_option(metavar="PATH", show_default=False, help="samples to judge by; every second one of --data by default"),
-    ] = "",
     work: WorkOptions,
 ) -> None:
     """Try recipes on MODEL from cheap to costly, measure each, and keep the best within a drop of accuracy."""
-    path = output or Path(f"{model.stem}.auto.onnx")
-    check_outputs({"-o": path}, {"model": model, "data": Path(data), "test": Path(test) if test else None})
-    if prefer not in RECIPES:
-        raise OnnxqError(f"--prefer {prefer} is unknown; {known(prefer, RECIPES)}.")
-    width = max(len(name) for name in recipes or RECIPES[prefer])
+    path = choice.path(model, data)
+    width = max(len(name) for name in recipes or RECIPES[choice.preferred])
     outcome = auto(
         model,
         data,
-        max_drop=max_drop,
-        min_sqnr=min_sqnr,
-        prefer=prefer,
-        test=test or None,
+        max_drop=choice.max_drop,
+        min_sqnr=choice.min_sqnr,
+        prefer=choice.preferred,
+        test=choice.test or None,
         labels=labels,
         metric=metric or None,
         class_axis=class_axis,
         recipes=recipes or (),
+        attempts=choice.attempts,
         target=target or None,
         seed=seed or 0,
         workers=work.workers or None,
@@ -352,10 +381,12 @@ def auto_command(
         tell=lambda trial: _show_progress(trial, width),
     )
     outcome.result.save(path)
+    if choice.save_recipe is not None:
+        write_file(f"{to_toml(outcome.result.recipe.to_dict())}\n".encode(), choice.save_recipe)
     _show_trials(outcome)
     echo(f"{path}: {outcome.result.summary}")
     if not outcome.met:
-        fail(OnnxqError(_miss(outcome, max_drop, min_sqnr)), 1)
+        fail(OnnxqError(_miss(outcome, choice.max_drop, choice.min_sqnr)), 1)
 
 
 def _miss(outcome: AutoResult, max_drop: float, min_sqnr: float) -> str:

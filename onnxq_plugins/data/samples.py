@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class Data:
         self.state: Mapping[str, str] = {}
         self.complete = False  # states are in the feeds, see `runtimes.rolled`
         self.bounded = False  # True if no value can be far beyond the others: pictures
+        self.known: dict[tuple[str, str], Any] = {}  # statistics of them that runs have in common, see `Calibration`
         self._digest = ""
 
     def __iter__(self) -> Iterator[dict[str, Array]]:

@@ -106,24 +106,24 @@ class Problem:
     def solve(self, method: Method, effort: Effort, search: bool = True) -> Solution:
         """The entry with scale (searched if it was open and `search` is set), codes and shift, on all patches. Those that
         are held out say how far the weights go towards a fit of the quantized inputs, and whether plain codes do better."""
-        share, learned = self._trial(method, effort)
-        last = self._last()
+        share, learned, sides = self._trial(method, effort)
+        share, method = (share, method) if learned else (0.0, "nearest")
+        seen = self.statistics
+        # few patches can be fitted so well that the network could not be judged on them: those that are held out stay apart
+        if isinstance(seen, LayerStatistics) and sides and seen.count < _MANY * seen.h.shape[1]:
+            last, target = replace(self, statistics=seen.others()), self._between(sides, share)
+        else:
+            last, target = self, self._target(share)
+        del sides  # large matrices
+        found = last._solved(method, effort, search, share, *target)
         if learned:
-            return last._solved(method, effort, search, share)
-        nearest_ones, plain = last._solved("nearest", effort, search, 0.0), last._plain()
-        return nearest_ones if self._judged(nearest_ones.spec) < self._judged(plain) else Solution(plain, 1.0, 0.0)
+            return found
+        plain = last._plain()
+        return found if self._judged(found.spec) < self._judged(plain) else Solution(plain, 1.0, 0.0)
 
-    def _last(self) -> Problem:
-        """The problem on all patches, where they are many for the number of inputs; else on those that are not held out: few
-        can be fitted so well that the network could not be judged on them."""
-        if not isinstance(self.statistics, LayerStatistics) or self.statistics.count >= _MANY * self.statistics.h.shape[1]:
-            return self
-        return replace(self, statistics=self.statistics.others())
-
-    def _solved(self, method: Method, effort: Effort, search: bool, share: float) -> Solution:
-        """The solution on all patches, of weights that went a share of the way towards a fit."""
+    def _solved(self, method: Method, effort: Effort, search: bool, share: float, w: Array, h: Array) -> Solution:
+        """The solution for weights that went a share of the way towards a fit, and a Gram matrix, as `_target` has them."""
         spec, loss, base = self.spec, 0.0, 0.0
-        w, h = self._target(share)
         if not spec.solved:
             rounds = DESCENT if method == "nearest" else 0
             spec = self.scaled(w, h, rounds) if search else self._unsearched()
@@ -150,14 +150,14 @@ class Problem:
             excess += _excess(error[part], *self._moments(held, w, part, seen))
         return excess
 
-    def _trial(self, method: Method, effort: Effort) -> tuple[float, bool]:
+    def _trial(self, method: Method, effort: Effort) -> tuple[float, bool, list[_Sides]]:
         """What a solution on the other patches is worth on those that are held out: the share a in [0, 1] of the way from W
         to the weights W' that fit the quantized inputs with the least error there, and whether the codes of W + a (W' - W)
-        have less error there than plain ones."""
+        have less error there than plain ones. With the matrices that this took."""
         statistics = self.statistics
         held = statistics.judged if isinstance(statistics, LayerStatistics) else None
         if held is None or not isinstance(statistics, LayerStatistics):
-            return 1.0, True
+            return 1.0, True, []
         seen, slope, curve = statistics.others(), 0.0, 0.0
         w = narrow(self.layer.matrix(self.weight), seen.h)
         amount = seen.h.shape[1] / max(seen.count, 1)
@@ -168,10 +168,17 @@ class Problem:
             if move is not None and there is not None:
                 up, down = share_of(move, judged, there)
                 slope, curve = slope + up, curve + down
-            if seen.h.shape[1] <= _TRIED:
-                sides.append(_Sides(part, ridge(h, SHRINK_ROUNDING * amount), move, judged, there))
+            sides.append(_Sides(part, ridge(h, SHRINK_ROUNDING * amount), move, judged, there))
         share = min(max(slope / curve, 0.0), 1.0) if curve > 0 else 0.0
-        return share, not sides or self._gain(sides, w, share, method, effort) > 0
+        learned = seen.h.shape[1] > _TRIED or self._gain(sides, w, share, method, effort) > 0
+        return share, learned, sides
+
+    def _between(self, sides: Sequence[_Sides], share: float) -> tuple[Array, Array]:
+        """`_target` on the patches that are not held out."""
+        w = narrow(self.layer.matrix(self.weight), self.statistics.h).copy()
+        for one in sides:
+            w[one.part] += 0.0 if one.move is None else share * one.move
+        return w, sides[0].h if len(sides) == 1 else np.concatenate([one.h for one in sides])
 
     def _gain(self, sides: Sequence[_Sides], w: Array, share: float, method: Method, effort: Effort) -> float:
         """By how much less error learned codes have than plain ones on the patches that are held out, on some of the rows

@@ -1,4 +1,5 @@
-"""Networks scored on samples, each against the float one."""
+"""Networks scored on samples, each against the float one. They run as they are written (`runtimes.session`), so that no
+machine's kernels decide."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ class Measure:
 
     def outputs(self, plan: Plan) -> list[list[Any]]:
         """Outputs of the exported network, a list per output with one value per feed. Safe to call from several threads."""
-        return self.samples.outputs(runtimes.session(self._export(plan)))
+        return self.samples.outputs(runtimes.session(self._export(plan), written=True))
 
     def score(self, plan: Plan, by: Metric = worst_sqnr) -> float:
         """A metric of a plan."""
@@ -110,5 +111,5 @@ def score_model(model: Array, samples: Samples, by: Sequence[Metric]) -> dict[st
 
     model   its bytes, uint8
     """
-    outputs = samples.outputs(runtimes.session(model.tobytes()))
+    outputs = samples.outputs(runtimes.session(model.tobytes(), written=True))
     return {metric_name(one): samples.score(one, outputs) for one in by}

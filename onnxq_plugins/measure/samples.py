@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from onnxq_plugins import runtimes
+from onnxq_plugins.data.samples import chosen
 from onnxq_plugins.job import Metric
 from onnxq_plugins.measure.arrays import (
     agreement,
@@ -118,6 +119,13 @@ class Samples:
         axes = class_axes(proto, reference, feeds[0], labels, class_axis)
         random = runtimes.is_random(runner, runtimes.wanted(runner, feeds[0]))
         return cls(feeds, names, reference, labels, axes, random, state)
+
+    def few(self, count: int) -> Samples:
+        """The same with at most `count` of the feeds, for what needs many runs; without labels."""
+        numbers = chosen(len(self.feeds), count, self.state)
+        reference = [[values[n] for n in numbers] for values in self.reference]
+        feeds = [self.feeds[n] for n in numbers]
+        return Samples(feeds, self.names, reference, None, self.axes, self.random, self.state)
 
     def check_labels(self) -> None:
         """Raise OnnxqError for labels that are not classes of the output they are of, or of the first one of floats."""

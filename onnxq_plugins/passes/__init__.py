@@ -2,6 +2,7 @@
 
 from onnxq_plugins.job import Pass as Pass
 from onnxq_plugins.passes.absorb_bias import AbsorbBias as AbsorbBias
+from onnxq_plugins.passes.activation_ranges import ActivationRanges as ActivationRanges
 from onnxq_plugins.passes.bias_correct import BiasCorrect as BiasCorrect
 from onnxq_plugins.passes.bound_accumulator import BoundAccumulator as BoundAccumulator
 from onnxq_plugins.passes.centre import Centre as Centre
@@ -17,6 +18,7 @@ from onnxq_plugins.passes.residual_expansion import ResidualExpansion as Residua
 from onnxq_plugins.passes.round import Round as Round
 from onnxq_plugins.passes.scale_inputs import ScaleInputs as ScaleInputs
 from onnxq_plugins.passes.shift_equalize import ShiftEqualize as ShiftEqualize
+from onnxq_plugins.passes.split_channels import SplitChannels as SplitChannels
 from onnxq_plugins.passes.split_heads import SplitHeads as SplitHeads
 from onnxq_plugins.passes.split_outliers import SplitOutliers as SplitOutliers
 from onnxq_plugins.passes.split_weights import SplitWeights as SplitWeights

@@ -6,14 +6,17 @@ MobileNetV1's last layer look harmless."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from onnxq_plugins.data import open_data
 from onnxq_plugins.errors import OnnxqError, Reason
-from onnxq_plugins.job import Job, Metric, Pass, Service
+from onnxq_plugins.job import Job, Metric, Pass, Report, Service
+from onnxq_plugins.layers.complete import complete
+from onnxq_plugins.layers.problem import correct_biases
 from onnxq_plugins.measure.metrics import chance, metric, metric_name, top1, worst_sqnr
 from onnxq_plugins.measure.networks import Measure
 from onnxq_plugins.measure.samples import RANDOM, Samples
@@ -27,6 +30,8 @@ from onnxq_plugins.solvers.rounding import Method
 from onnxq_plugins.spec import Plan
 
 Entry = tuple[float, int, Width]  # SQNR of a group alone, its number, its width
+_DECIBELS = ("sqnr", "int8")  # budgets on the SQNR of the worst output
+_ALONE = 8  # samples for each group alone: enough to rank them
 _APART = 16  # with this many samples, rounding and measuring use different ones
 
 
@@ -45,7 +50,8 @@ class MixedPrecision(Pass):
     candidates  such as W4A8, W8A8, W8A16, float; per group those that the target has kernels for
     budget      ``size`` (bits of weights), ``bops`` (bit operations): at most `limit` times those of 8-bit weights and
                 activations everywhere. ``latency``: the same for milliseconds, measured in onnxruntime on this machine.
-                ``sqnr``: at least `limit` dB. ``metric``: at most `limit` below the float network's
+                ``sqnr``: at least `limit` dB. ``int8``: at least `limit` dB more than the recipe's own widths, rounded to
+                the nearest. ``metric``: at most `limit` below the float network's
     limit       see budget
     metric      ``sqnr``, ``agreement`` (percent of samples with the same class) or ``top1`` (percent correct; needs
                 labels), shown with the curve; a function given to `quantize(metric=)` or ``--metric`` replaces it
@@ -66,13 +72,14 @@ class MixedPrecision(Pass):
 
     Source: Practical Mixed Precision (Pandey et al., arXiv 2302.05397). Budgets on cost by dynamic programming and the order
     by noise are our own.
-    Cost: groups x candidates + points, each an export and half of `samples` runs; rounding once per width.
+    Cost: groups x candidates, each an export and eight runs; points, each an export and half of `samples` runs; rounding
+    once per width.
     """
 
     name: ClassVar[str] = "mixed-precision"
     provides: ClassVar[frozenset[Service]] = frozenset({"codes", "curve"})
     candidates: tuple[str, ...] = ("W4A8", "W6A8", "W8A8")
-    budget: Literal["size", "bops", "latency", "sqnr", "metric"] = "size"
+    budget: Literal["size", "bops", "latency", "sqnr", "int8", "metric"] = "size"
     limit: float = 0.75
     cost: Budget = "bops"
     metric: Literal["sqnr", "agreement", "top1"] = "sqnr"
@@ -142,6 +149,7 @@ class _Search:
         if samples.random:
             job.note(f"mixed-precision: {RANDOM}; nor about widths")
         self.feed = feeds[0]
+        self.nearest = False  # True if no choice is as good as the nearest codes
         self.points: dict[Choice, dict[str, Any]] = {}
         self.scores: dict[Choice, float] = {}  # by which a budget on accuracy decides, not rounded for the report
 
@@ -158,7 +166,10 @@ class _Search:
         shown = [path[round(k)] for k in np.linspace(0, len(path) - 1, step.curve)] if step.curve else []
         self.evaluate([choice, *shown])
         timed = {"latency": self.latency(choice)} if self.widths.times is not None else {}
-        _apply(step, self.widths, choice)
+        if self.nearest:
+            self.job.plan = self.plans[max(self.plain, key=lambda name: self.plain[name])]
+        else:
+            _apply(step, self.widths, choice)
         self.points[choice]["chosen"] = True
         size, stored = self.points[choice]["size"], self.points[choice]["stored"]
         if self.objective == "size" and stored > size + 0.005:
@@ -168,6 +179,7 @@ class _Search:
                 "candidates W4A8 and W8A8"
             )
         groups = self.widths.groups
+        nearest = {"nearest": {key: round(v, 2) for key, v in self.plain.items()}} if step.budget == "int8" else {}
         best = {} if self.metric is worst_sqnr else {"float": round(self.best, 3)}  # of the float network
         return {
             "groups": len(groups),
@@ -178,17 +190,33 @@ class _Search:
             "sensitivities": [{"group": groups[i].name, "width": str(w), "sqnr": round(s, 2)} for s, i, w in ranked],
             "curve": sorted(self.points.values(), key=lambda p: -p[self.objective]),
             **timed,
+            **nearest,
         }
 
     @property
     def objective(self) -> Budget:
         """The cost to reduce."""
         step = self.step
-        return step.cost if step.budget == "sqnr" or step.budget == "metric" else step.budget  # noqa: PLR1714 - mypy narrows
+        budget = step.budget  # compared one by one, so that mypy narrows
+        return step.cost if budget == "sqnr" or budget == "int8" or budget == "metric" else budget  # noqa: PLR1714
+
+    @cached_property
+    def plans(self) -> dict[str, Plan]:
+        """The recipe's own widths with the nearest codes, with and without corrected biases."""
+        trial = replace(self.job, report=Report())
+        complete(trial)
+        plain = trial.plan
+        correct_biases(trial, Planned.of(trial).layers)
+        return {"plain": plain, "corrected": trial.plan}
+
+    @cached_property
+    def plain(self) -> dict[str, float]:
+        """SQNR of `plans`."""
+        return {name: self.measure.score(plan) for name, plan in self.plans.items()}
 
     def sensitivities(self) -> list[Entry]:
         """(SQNR, group, candidate) with that group alone quantized, from the least sensitive to the most."""
-        samples, cache = self.measure.samples, self.measure.cache
+        samples, cache = self.measure.samples.few(_ALONE), self.measure.cache
         alone = Measure(self.job.graph, ALONE, samples, self.widths.coded, cache=cache)
         tasks = [(i, w) for i, options in enumerate(self.widths.options) for w in options if len(options) > 1]
         scores = alone.scores((self.widths.plan({i: w}) for i, w in tasks), [worst_sqnr], self.job.workers)
@@ -227,14 +255,23 @@ class _Search:
     def farthest(self, path: list[Choice]) -> Choice:
         """The last choice on the path that is accurate enough."""
         step = self.step
-        key, least = ("sqnr", step.limit) if step.budget == "sqnr" else (metric_name(self.metric), self.best - step.limit)
+        key, least = metric_name(self.metric), self.best - step.limit
+        if step.budget in _DECIBELS:
+            key, least = "sqnr", step.limit + (max(self.plain.values()) if step.budget == "int8" else 0.0)
 
         def score(k: int) -> float:
             self.evaluate([path[k]])
             return self.scores[path[k]]
 
         last = longest(score, len(path) - 1, least, step.strategy)
-        if last < 0:
+        if last < 0 and step.budget == "int8":
+            self.nearest = score(0) < least - step.limit
+            kept = "which was kept" if self.nearest else "and were used all the same"
+            self.job.note(
+                f"mixed-precision: the widest candidates have {score(0):.2f} dB, not {step.limit:g} more than rounding to "
+                f"the nearest ({least - step.limit:.2f} dB), {kept}"
+            )
+        elif last < 0:
             self.job.note(
                 f"mixed-precision: even the widest candidates only reach {key} {score(0):.2f}, not {least:.2f}; "
                 "they were used"
@@ -246,7 +283,7 @@ class _Search:
         new = [choice for choice in dict.fromkeys(choices) if choice not in self.points]
         results = self.measure.scores(map(self.whole, new), self.by, self.job.workers)
         for choice, scores in zip(new, self.job.track(results, "measuring the curve", len(new)), strict=True):
-            self.scores[choice] = scores["sqnr" if self.step.budget == "sqnr" else metric_name(self.metric)]
+            self.scores[choice] = scores["sqnr" if self.step.budget in _DECIBELS else metric_name(self.metric)]
             shares = self.widths.shares(choice)
             self.points[choice] = {
                 **{

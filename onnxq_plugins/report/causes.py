@@ -13,9 +13,12 @@ from onnxq_plugins.passes import BiasCorrect, Equalize, Ranges, ScaleInputs, Shi
 from onnxq_plugins.report.remedies import (
     Remedy,
     Scene,
+    apart,
+    centred,
     codes_by_error,
     even_channels,
     for_layers,
+    heads,
     in_float,
     layer_remedy,
     ranges_by,
@@ -34,7 +37,7 @@ class Cause:
     """A reason for a layer's own error.
 
     kind     ``few-bits``, ``outlier-weights``, ``uneven-weights``, ``outlier-channels``, ``uneven-channels``,
-             ``heavy-tail``, ``clipped``, ``mean-error`` or ``rounding`` (none of these)
+             ``offset-channels``, ``heavy-tail``, ``clipped``, ``mean-error`` or ``rounding`` (none of these)
     text     one sentence, with the numbers it rests on
     gain     dB by which the layer's own error would fall without this cause: estimated, not measured
     """
@@ -285,7 +288,8 @@ def _input_causes(layers: Sequence[Layer], weights: Sequence[Array], x: Activati
             f"codes from {low:.3g} to {high:.3g}."
         )
         return [*causes, Cause("clipped", text, better, (*ranges, *more_bits))]
-    causes += _uneven_channels(_energies(layers, weights, x), x, it, scene, more_bits)
+    causes += _offset_channels(x, it, scene, more_bits)
+    causes += _uneven_channels(_energies(layers, weights, x), x, it, scene, [*([] if layers else heads(scene)), *more_bits])
     if (spread := x.deviations) > 16:
         text = (
             f"The range of {it}, {low:.3g} to {high:.3g}, spans {spread:.0f} standard deviations: most "
@@ -309,6 +313,22 @@ def _better_ranges(x: Activation, noise: float, scene: Scene) -> tuple[float, li
     return gain, [] if current == method else ranges_by(method, scene, text)
 
 
+def _offset_channels(x: Activation, it: str, scene: Scene, more_bits: list[Remedy]) -> list[Cause]:
+    """Channels that lie at different places, where constants can be taken off them."""
+    if x.channels is None or x.name not in scene.centrable:
+        return []
+    low, high = x.channels
+    width, widest = max(float(high.max()), 0.0) - min(float(low.min()), 0.0), float((high - low).max())
+    gain = float(20 * np.log10(max(width, 1e-30) / max(widest, 1e-30)))
+    if gain <= 2:
+        return []
+    text = (
+        f"The channels of {it} lie apart: together they span {width:.3g}, none by itself more than {widest:.3g}. The same "
+        f"codes around the middle of each would round with {gain:.0f} dB less error."
+    )
+    return [Cause("offset-channels", text, gain, (*centred(x.name, scene), *more_bits))]
+
+
 def _uneven_channels(energies: Array | None, x: Activation, it: str, scene: Scene, more_bits: list[Remedy]) -> list[Cause]:
     """Channels of an activation that use little of its range.
 
@@ -323,7 +343,7 @@ def _uneven_channels(energies: Array | None, x: Activation, it: str, scene: Scen
     gain = float(-10 * np.log10(max(float(np.average(part**2, weights=energies)), 1e-20)))
     if gain <= 8:
         return []
-    remedies = (*_equalized(x, scene), *more_bits)
+    remedies = (*_equalized(x, scene), *apart(x.name, scene), *more_bits)
     if _few(part):
         few = int((part > 0.5).sum())
         text = (
@@ -357,7 +377,7 @@ def _energies(layers: Sequence[Layer], weights: Sequence[Array], x: Activation) 
 def _equalized(x: Activation, scene: Scene) -> list[Remedy]:
     if x.is_input:
         return scene.use(ScaleInputs(), "a factor per input channel, undone in the first weights")
-    return even_channels(scene, "factors between layers, chosen by predicted noise") if x.name in scene.equalizable else []
+    return even_channels(scene) if x.name in scene.equalizable else []
 
 
 # ---- neither --------------------------------------------------------------------------------------------------------------

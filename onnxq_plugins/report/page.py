@@ -21,9 +21,10 @@ from onnxq_plugins.parallel import Track, silent
 from onnxq_plugins.recipe import to_toml
 from onnxq_plugins.report.comparison import Comparison, compare
 from onnxq_plugins.report.curve import COLORS, Curve
-from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose, percent, samples_of
+from onnxq_plugins.report.diagnosis import Diagnosis, diagnose, samples_of
 from onnxq_plugins.report.plots import drawing, over_steps, plots
 from onnxq_plugins.report.remedies import Remedy
+from onnxq_plugins.report.rows import LayerError, percent
 from onnxq_plugins.runtimes.machine import machine_name
 
 
@@ -173,6 +174,7 @@ def _context(result: Outcome, comparison: Comparison, diagnosis: Diagnosis, name
         "measured": comparison.method,
         "worst": [_explained(diagnosis, y, numbers) for y in diagnosis.explained],
         "tried": bool(diagnosis.tried),
+        "overall": [_remedy(diagnosis, r) for r in diagnosis.overall],
         "shares": diagnosis.sharing,
         "output": f"output '{diagnosis.output}'" if diagnosis.output else "the outputs",
         "floats": [
@@ -255,14 +257,14 @@ def _explained(diagnosis: Diagnosis, layer: LayerError, numbers: Mapping[str, in
         "name": layer.name,
         "op": layer.op if layer.is_layer else "",
         "kinds": [c.kind.replace("-", " ") for c in layer.causes[:2]],
-        "text": diagnosis.describe(layer),
+        "text": layer.text,
         "remedies": [_remedy(diagnosis, r) for r in layer.remedies[:3]],
     }
 
 
 def _remedy(diagnosis: Diagnosis, remedy: Remedy) -> dict[str, str]:
     attempt = next((t for t in diagnosis.tried if t.remedy.typed == remedy.typed), None)
-    result = "" if attempt is None else f"tried, {attempt.verdict(diagnosis.sqnr)}"
+    result = "" if attempt is None else f"tried, {attempt.verdict(diagnosis.written)}"
     return {"text": remedy.text, "typed": remedy.typed, "result": result}
 
 

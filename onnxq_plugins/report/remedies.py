@@ -11,11 +11,13 @@ from typing import Any
 from onnxq_plugins.errors import Reason
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import LayerRule, Pass, Recipe, Stage, changed, parameters
-from onnxq_plugins.passes import Equalize, Ranges, Round
+from onnxq_plugins.passes import Centre, Equalize, Ranges, Round, SplitHeads, SplitOutliers
 from onnxq_plugins.plan.floats import layer_rule
 from onnxq_plugins.recipe import to_block
 from onnxq_plugins.targets import Target
 
+_EAGER = SplitOutliers(gain=1.0, worth=0.2)
+_GOALS = (20, 25, 30)  # dB to ask for
 # Stages before which a pass of some stage is inserted, and that place in words.
 _LATER: dict[Stage, tuple[Stage, ...]] = {
     "rewrite": ("solve", "finish"),
@@ -66,6 +68,16 @@ class Remedy:
         lines += [to_block("layer", changed(rule, LayerRule())) for rule in self.layers]
         return "\n".join(lines)
 
+    @property
+    def name(self) -> str:
+        """It in a few words, as part of the name of a recipe."""
+        steps = [
+            " ".join([step.name, *(f"{key}={value}" for key, value in parameters(step).items())]) for step in self.passes
+        ]
+        rules = [f"{rule.match} {_rule_name(rule)}" for rule in self.layers[:2]]
+        more = [f"{len(self.layers) - 2} more"] if len(self.layers) > 2 else []
+        return ", ".join([*self.settings, *steps, *rules, *more])
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
         return {
@@ -77,17 +89,29 @@ class Remedy:
         }
 
 
+def _rule_name(rule: LayerRule) -> str:
+    """What a rule does, in a few words."""
+    if rule.quantize is False:
+        return "in float"
+    tables = {"weights": rule.weights, "activations": rule.activations}
+    return " ".join(f"{table}.{key}={value}" for table, values in tables.items() for key, value in values.items())
+
+
 @dataclass(frozen=True, eq=False)
 class Scene:
     """What a remedy must fit.
 
     equalizable   activations whose channels can be rescaled
+    centrable     activations whose channels can be shifted
+    divisible     activations that float operators write and dense layers read, so that a few channels can stay float
     floating      activation -> the layers that must be float for it to be float; none if that is not possible
     """
 
     target: Target
     recipe: Recipe
     equalizable: frozenset[str] = field(default_factory=frozenset)
+    centrable: frozenset[str] = field(default_factory=frozenset)
+    divisible: frozenset[str] = field(default_factory=frozenset)
     floating: Callable[[str], tuple[str, ...]] = lambda _: ()
 
     def use(self, step: Pass, text: str) -> list[Remedy]:
@@ -144,11 +168,48 @@ def codes_by_error(scene: Scene, text: str) -> list[Remedy]:
     return [] if scene.recipe.provides("codes") else [Remedy(text, passes=(Round(method="gptq"),))]
 
 
-def even_channels(scene: Scene, text: str) -> list[Remedy]:
-    """Equalize channels by factors chosen by predicted noise; none if a pass does so."""
+def even_channels(scene: Scene) -> list[Remedy]:
+    """Equalize channels by what activations hold; none if a pass does so."""
     step = Equalize(by="activations")
     chosen = any(isinstance(other, Equalize) and other.by == step.by for other in scene.recipe.passes)
-    return [] if chosen else [Remedy(text, passes=(step,))]
+    return [] if chosen else [Remedy("factors between layers that even out the channels of activations", passes=(step,))]
+
+
+def centred(activation: str, scene: Scene) -> list[Remedy]:
+    """Shift channels to the middle of the grid; none if a pass does so, or nothing can be shifted."""
+    text = "constants taken off the channels and made up for in biases"
+    return scene.use(Centre(), text) if activation in scene.centrable else []
+
+
+def apart(activation: str, scene: Scene) -> list[Remedy]:
+    """Compute the few largest channels in float beside the kernel; more of them than a pass of the recipe does."""
+    if activation not in scene.divisible:
+        return []
+    known = next((step for step in scene.recipe.passes if isinstance(step, SplitOutliers)), None)
+    if known is None:
+        return scene.use(SplitOutliers(), "the few largest channels in float, beside the integer kernel")
+    if known.gain <= _EAGER.gain and known.worth <= _EAGER.worth:
+        return []
+    settings = (f"split-outliers.gain={_EAGER.gain:g}", f"split-outliers.worth={_EAGER.worth:g}")
+    return [Remedy("more of the largest channels in float, beside the integer kernel", settings)]
+
+
+def heads(scene: Scene) -> list[Remedy]:
+    """Grids of their own for unlike channels of the last layers; none if a pass does so."""
+    return scene.use(SplitHeads(), "grids of their own for unlike channels of the network's last layers")
+
+
+def quality(sqnr: float, recipe: Recipe, goal: float | None = None) -> list[Remedy]:
+    """The smallest part of the network in float that reaches a quality; none if that is asked for, or the outputs are good.
+
+    sqnr   dB that they have
+    goal   dB that they must have; None: the next better quality
+    """
+    goal = next((goal for goal in _GOALS if goal >= sqnr + 2), None) if goal is None else goal
+    if goal is None or (recipe.quality.asked and (recipe.quality.sqnr or 0) >= goal):
+        return []
+    text = f"the smallest part of the network in 16 bits or float with which each output has {goal:g} dB; may be slower"
+    return [Remedy(text, (f"quality.sqnr={goal:g}", f"quality.below={goal:g}"))]
 
 
 def float_remedies(name: str, op: str, reason: Reason, target: Target, set_by_rules: frozenset[str]) -> tuple[Remedy, ...]:

@@ -45,7 +45,7 @@ _NEARLY = 0.2  # of the noise of the worst quantizer: one that has it may come f
 _CHEAP = 0.01  # share of the multiply-adds below which layers are equally cheap
 _ALONE = 4e8  # multiply-adds over the samples for one part alone; at least one sample, at most four
 _WORK = 6e10  # multiply-adds for all parts alone
-_EVALUATIONS = (32, 200)  # of parts alone, at least and at most
+_EVALUATIONS = (48, 200)  # of parts alone, at least and at most
 WIDE = 16  # bits of what is kept wide
 
 
@@ -89,8 +89,7 @@ class Search:
         self.work = multiply_adds(job.graph, samples.feeds[0])
         total = max(float(sum(self.work.values())), 1.0)
         count = int(min(max(_ALONE / total, 1), 4))
-        few = samples.feeds[:count]
-        self.few = Samples(few, samples.names, [v[:count] for v in samples.reference], None, samples.axes)
+        self.few = samples.few(count)
         least, most = _EVALUATIONS
         self.left = least if brief else int(min(max(_WORK / total / count, least), most))  # evaluations
         self.sets = FloatSets(job.graph, job.recipe, job.target, _MOST)

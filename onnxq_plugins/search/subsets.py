@@ -14,11 +14,13 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.measure.arrays import errors, is_float, leaves
 from onnxq_plugins.measure.samples import Samples
+from onnxq_plugins.measure.unlike import Part, part_name, parts
 from onnxq_plugins.parallel import Track, run_all, silent
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.search.widths import ALONE
 from onnxq_plugins.spec import Array, Plan, QuantSpec, solve_minmax, weight_codes
 
+_LOST = 0.1  # noise relative to the signal of a part of an output, from which it matters beside stronger parts
 _EXACT = 16  # bits of a weight whose noise is none
 
 
@@ -39,7 +41,8 @@ class Subsets:
     saturates.
 
     samples   to measure on
-    output    number of the output that is worst with all quantizers: the one that is measured
+    output    name of the output that is worst with all quantizers, which is measured; of a part of one (`measure.unlike`) if
+              that is nearly lost
     noise     of it then, relative to its signal
     made      how many networks were run
     """
@@ -56,20 +59,21 @@ class Subsets:
         }
         self._exact: dict[str, QuantSpec] = {}
         outputs = samples.outputs(runtimes.session(self._model(planned.plan)))
-        columns = list(zip(samples.reference, outputs, strict=True))
-        noises = [_energy(errors(y, z)) / max(_signal(y), 1e-30) for y, z in columns]
-        judged = [n for n, y in enumerate(samples.reference) if is_float(y)] or list(range(len(columns)))
-        self.output = max(judged, key=lambda n: noises[n])
-        self.noise = noises[self.output]
-        self._whole = errors(*columns[self.output])
+        floats = [n for n, values in enumerate(samples.reference) if is_float(values)] or range(len(outputs))
+        columns: list[tuple[int, Part]] = [(n, ()) for n in floats]
+        columns += [(n, part) for n in floats for part in parts(samples.reference[n]) if part]
+        found = [(column, errors(_cut(samples.reference, column), _cut(outputs, column))) for column in columns]
+        noises = [_energy(error) / max(_signal(_cut(samples.reference, column)), 1e-30) for column, error in found]
+        judged = [n for n, (_, part) in enumerate(columns) if not part or noises[n] > _LOST]
+        worst = max(judged, key=lambda n: noises[n])
+        self.noise = noises[worst]
+        self._column, self._whole = found[worst]
+        self.output = part_name(samples.names[self._column[0]], self._column[1])
 
     def measured(self, sets: Sequence[Collection[str]], what: str = "", track: Track = silent) -> list[Measured]:
         """The network with each of some sets of quantizers, names of entries of the plan."""
-        reference = self.samples.reference[self.output]
         calls = (
-            partial(
-                _measured, np.frombuffer(self._model(names), np.uint8), self.samples, self.output, reference, self._whole
-            )
+            partial(_measured, np.frombuffer(self._model(names), np.uint8), self.samples, self._column, self._whole)
             for names in sets
         )
         self.made += len(sets)
@@ -91,16 +95,24 @@ class Subsets:
         return self._exact[weight]
 
 
-def _measured(model: Array, samples: Samples, output: int, reference: Sequence[Any], whole: Sequence[Array]) -> Measured:
+def _measured(model: Array, samples: Samples, column: tuple[int, Part], whole: Sequence[Array]) -> Measured:
     """Plain values in and out, so that it runs anywhere.
 
-    model   its bytes, uint8
-    whole   errors with all quantizers
+    model    its bytes, uint8
+    column   number of the output, and the part of it
+    whole    errors with all quantizers
     """
-    error = errors(reference, samples.outputs(runtimes.session(model.tobytes()))[output])
+    outputs = samples.outputs(runtimes.session(model.tobytes()))
+    error = errors(_cut(samples.reference, column), _cut(outputs, column))
     scale = max(_energy(whole), 1e-30)
     along = sum(float(np.vdot(e, w)) for e, w in zip(error, whole, strict=True))
     return Measured(_energy(error) / scale, along / scale)
+
+
+def _cut(outputs: Sequence[Sequence[Any]], column: tuple[int, Part]) -> list[Any]:
+    """The values of an output, or of a part of it, per feed."""
+    values, part = outputs[column[0]], column[1]
+    return [np.asarray(value)[part] for value in values] if part else list(values)
 
 
 def _energy(error: Sequence[Array]) -> float:

@@ -327,12 +327,12 @@ def fixed_batch() -> onnx.ModelProto:
 def harsh(name: str) -> tuple[str, list[Feed]]:
     """Calibration data that mislead: the name of the model they are for, and its feeds. Others are as `feeds` gives them.
 
-    few       three samples
+    few       four samples
     clipped   a few values of one sample are 30 times as large as all others
     padded    the second half of each sequence is the same everywhere
     """
-    model = {"few": "mlp", "clipped": "cnn", "padded": "transformer"}[name]
-    samples = feeds(make(model), 3 if name == "few" else 16)
+    model = {"few": "mobilenet", "clipped": "cnn", "padded": "transformer"}[name]
+    samples = feeds(make(model), 4 if name == "few" else 16)
     if name == "clipped":
         samples[5]["x"][:, :, :2, :2] *= 30
     elif name == "padded":

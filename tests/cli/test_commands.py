@@ -74,7 +74,7 @@ def test_the_report_is_json(ready):
     assert ready("quantize", "model.onnx", "--data", "data.npz", "--report", "report.json", "--verify").code == 0
     report = json.loads(Path("report.json").read_text())
     assert [row["name"] for row in report["layers"]] == ["conv0", "conv3", "gemm7"]
-    passes = ["scale-inputs", "split-heads", "split-outliers", "ranges", "bias-correct"]
+    passes = ["scale-inputs", "split-heads", "split-channels", "split-outliers", "ranges", "bias-correct"]
     assert [step["pass"] for step in report["steps"]] == [*passes, "export"]
     assert report["steps"][0]["drift"] < 1e-4
 
@@ -178,7 +178,8 @@ def test_recipes(ready):
 def test_check(ready):
     ran = ready("check", "int8", "model.onnx")
     assert ran.out.splitlines() == [
-        "recipe 'int8' is valid: target ort-cpu, passes: scale-inputs, split-heads, split-outliers, ranges, bias-correct",
+        "recipe 'int8' is valid: target ort-cpu, passes: scale-inputs, split-heads, split-channels, split-outliers, "
+        "ranges, bias-correct",
         "it quantizes 3 of 3 layers of 'model.onnx'",
     ]
     Path("mine.toml").write_text("[[layer]]\nop = 'Gemm'\nquantize = false")

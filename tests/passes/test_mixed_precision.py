@@ -73,6 +73,22 @@ def test_budgets_on_cost_hold_for_the_plan(name, budget):
     json.dumps(told)
 
 
+@pytest.mark.parametrize("name", ["mobilenet", "mlp"])
+def test_the_int8_budget_is_never_below_int8(name):
+    """Smaller, or at least more accurate, than the nearest codes of 8 bits; those themselves where nothing is."""
+    job = make_job(ZOO[name](), {})
+    told = search(job, candidates=("W4A8", "W8A8"), budget="int8", limit=0.0, cost="size")
+    plain = max(told["nearest"].values())
+    (chosen,) = (p for p in told["curve"] if p.get("chosen"))
+    kept = any("which was kept" in note for note in job.report.notes)
+    assert kept or chosen["sqnr"] >= plain - 0.01
+    assert chosen["stored"] <= 1 and plan_cost(job, job.plan)[0] <= 1 + 1e-9
+    beyond = make_job(ZOO[name](), {})
+    told = search(beyond, candidates=("W4A8", "W8A8"), budget="int8", limit=60.0, cost="size")
+    (chosen,) = (p for p in told["curve"] if p.get("chosen"))
+    assert chosen["size"] == 1 and any("not 60 more" in note for note in beyond.report.notes)
+
+
 @pytest.mark.parametrize("name", ["mobilenet", "mlp", "transformer", *slowly("cnn", "inception", "resnet20")])
 def test_budgets_on_accuracy_hold_on_the_measured_samples(name):
     job = make_job(ZOO[name](), {"target": "npu"})

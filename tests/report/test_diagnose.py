@@ -22,11 +22,12 @@ from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.passes import AbsorbBias, Round
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.recipe import load_recipe, parse, to_toml
-from onnxq_plugins.report.attempts import Attempt
+from onnxq_plugins.report.attempts import Attempt, promising
 from onnxq_plugins.report.causes import Cause
-from onnxq_plugins.report.diagnosis import Diagnosis, LayerError, diagnose
+from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
 from onnxq_plugins.report.layer_errors import Own, accumulated_errors, own_errors
-from onnxq_plugins.report.remedies import Remedy
+from onnxq_plugins.report.remedies import Remedy, quality
+from onnxq_plugins.report.rows import LayerError
 from onnxq_plugins.search.widths import ALONE
 from onnxq_plugins.spec import Plan
 from tests.zoo import Net, conv_transpose, feeds, grouped, inception, mlp, mobilenet, resnet20, transformer
@@ -150,7 +151,8 @@ def test_a_clipped_activation():
         return weight, np.full_like(bias, -2.6)
 
     result = quantized(
-        changed(chain(), "conv2", sparse), {"pass": [{"use": "ranges", "method": "percentile", "percentile": 99.5}]}
+        changed(chain(), "conv2", sparse),
+        {"pass": [{"use": "ranges", "method": "percentile", "percentile": 99.5, "judged": False}]},
     )
     diagnosis = diagnose(result)
     assert first(diagnosis) == ("conv4", "clipped")  # it reads what is clipped
@@ -381,16 +383,89 @@ def test_remedies_are_tried_when_asked():
     assert found.to_dict()["tried"][0]["sqnr"] == round(tried.sqnr, 2)
 
 
-def test_different_remedies_are_tried_the_worst_layer_first():
-    model = chain()
-    result = quantized(model, {**INT8, "layer": [{"match": "conv4", "weights": {"bits": 3}}]})
+def test_the_most_promising_remedies_are_tried_first():
+    result = quantized(chain(), {**INT8, "layer": [{"match": "conv4", "weights": {"bits": 3}}]})
     diagnosis = diagnose(result, samples=2, attempts=3)
-    wanted = list(dict.fromkeys(r.typed for y in diagnosis.layers for r in y.remedies[:3]))
-    assert [t.remedy.typed for t in diagnosis.tried] == wanted[:3] and len(diagnosis.tried) == 3
-    worst = diagnosis.layers[0]
-    assert all(t.layer == worst.name for t in diagnosis.tried[: len(worst.remedies[:3])])
+    assert [t.remedy.typed for t in diagnosis.tried] == [remedy.typed for _, remedy in diagnosis.promising[:3]]
+    assert diagnosis.promising[0][0] == "conv4" and len({t.remedy.typed for t in diagnosis.tried}) == 3
     refused = diagnose(dataclasses.replace(result, again=refuse), samples=2, attempts=1).tried[0]
     assert refused.sqnr is None and refused.verdict(30) == "refused: no."
+
+
+def test_a_remedy_for_many_layers_comes_before_one_for_the_worst():
+    def layer(name, share, *causes):
+        return LayerError(name, "Conv", name, "x", 20.0, Own(20.0, 20.0, 20.0, 0.0), 20.0, share, causes)
+
+    common, own, later = (Remedy(text, settings=(text,)) for text in ("common=1", "own=1", "later=1"))
+    rows = [
+        layer("a", 0.4, Cause("rounding", "", 10.0, (own, later))),
+        layer("b", 0.35, Cause("rounding", "", 10.0, (common,))),
+        layer("c", 0.3, Cause("rounding", "", 10.0, (common,))),
+        layer("d", -0.05, Cause("rounding", "", 10.0, (Remedy("none=1", settings=("none=1",)),))),
+    ]
+    found = promising(rows)
+    assert [remedy.text for _, remedy in found] == ["common=1", "own=1", "later=1", "none=1"]
+    assert [name for name, _ in found] == ["b", "a", "a", "d"]
+    weak = layer("e", 0.5, Cause("rounding", "", 0.5, (Remedy("weak=1", settings=("weak=1",)),)))
+    assert next(remedy.text for _, remedy in promising([weak, *rows])) == "common=1"
+
+
+def test_the_smallest_part_in_float_is_asked_for_by_steps():
+    recipe = load_recipe("int8", plugins.find_plugins().passes)
+    (remedy,) = quality(12.0, recipe)
+    assert remedy.settings == ("quality.sqnr=20", "quality.below=20")
+    asked = load_recipe("int8", plugins.find_plugins().passes, remedy.settings)
+    assert asked.quality.asked and not quality(12.0, asked)
+    assert quality(21.0, asked)[0].settings[0] == "quality.sqnr=25" and not quality(45.0, asked)
+    model = chain()
+    result = quantized(model, {**INT8, "weights": {"bits": 3}})
+    found = diagnose(result, samples=4, alone=0)
+    assert found.overall == tuple(quality(found.written, result.recipe))
+    assert found.written < 25 and helped(result, found.overall[0], found) > 2
+
+
+def test_channels_that_lie_apart_are_brought_to_the_middle():
+    """Behind a linear layer whose channels have unlike means: the grid has room for all of them, and each uses a part."""
+
+    def offset(weight, bias):
+        return weight * 0.2, np.linspace(-9, 9, len(bias))
+
+    def linear(net, x):
+        return net.op("Relu", net.conv(net.conv(x, 16, 16), 16, 16, k=1))
+
+    result = quantized(changed(chain(linear), "conv4", offset), {"pass": [{"use": "ranges"}, {"use": "bias-correct"}]})
+    diagnosis = diagnose(result)
+    row = next(y for y in diagnosis.layers if y.name == "conv5")
+    (cause,) = [cause for cause in row.causes if cause.kind == "offset-channels"]
+    assert 'use = "centre"' in cause.remedies[0].typed and "lie apart" in cause.text
+    assert helped(result, cause.remedies[0], diagnosis) > 2
+    again = result.again(cause.remedies[0].on(result.recipe))
+    typed = [remedy.typed for y in diagnose(again, samples=2, alone=0).layers for remedy in y.remedies]
+    assert not any('use = "centre"' in text for text in typed)  # a recipe that has the pass is not offered it
+
+
+def test_few_large_channels_that_a_float_operator_writes_can_stay_float():
+    net = Net(["N", 32])
+    x = net.gelu_erf(net.linear("x", 32, 64))
+    scale = np.ones(64)
+    scale[[3, 40]] = 60
+    x = net.op("Mul", x, net.constant(scale))
+    model = net.model(net.linear(x, 64, 16))
+    result = quantized(model, {"pass": [{"use": "ranges"}, {"use": "bias-correct"}]})
+    diagnosis = diagnose(result)
+    remedies = [remedy for y in diagnosis.layers for remedy in y.remedies if 'use = "split-outliers"' in remedy.typed]
+    assert remedies
+    made = result.again(remedies[0].on(result.recipe))
+    typed = [r.settings for y in diagnose(made, samples=2, alone=0).layers for r in y.remedies if r.settings]
+    assert all("split-outliers.gain=1" in settings for settings in typed if "outliers" in settings[0])
+
+
+def test_names_of_remedies():
+    rules = tuple(LayerRule(match=name, quantize=False) for name in ("a", "b", "c"))
+    assert Remedy("", passes=(Equalize(by="activations"),)).name == "equalize by=activations"
+    assert Remedy("", settings=("ranges.method=mse",)).name == "ranges.method=mse"
+    assert Remedy("", layers=rules).name == "a in float, b in float, 1 more"
+    assert Remedy("", layers=(LayerRule(match="a", weights={"bits": 8}),)).name == "a weights.bits=8"
 
 
 @pytest.mark.parametrize(("gain", "word"), [(0.05, "no effect"), (-0.05, "no effect"), (0.3, "helps"), (-0.3, "harms")])
@@ -437,13 +512,15 @@ def test_the_printed_remedy_is_the_applied_remedy():
     known = plugins.find_plugins().passes
     rule = LayerRule(match="a[[]0]*", weights={"bits": 4, "sub_block": [1, 16]})
     remedy = Remedy("", passes=(AbsorbBias(),), layers=(rule,))
-    recipe, rewrites = load_recipe("int8", known), ["scale-inputs", "centre", "equalize", "split-heads"]
+    recipe = load_recipe("int8", known)
+    rewrites = ["scale-inputs", "centre", "equalize", "split-heads", "split-channels"]
+    solved_before = ["split-outliers", "ranges"]
     changed = remedy.on(recipe)
     file = parse(tomllib.loads(f"{to_toml(recipe.to_dict())}\n{remedy.typed}"), known)
     assert file.layers == changed.layers and set(map(repr, file.passes)) == set(map(repr, changed.passes))
-    assert [step.name for step in changed.passes] == [*rewrites, "absorb-bias", "split-outliers", "ranges", "bias-correct"]
+    assert [step.name for step in changed.passes] == [*rewrites, "absorb-bias", *solved_before, "bias-correct"]
     solved = Remedy("", passes=(Round(),)).on(recipe)
-    assert [step.name for step in solved.passes] == [*rewrites, "split-outliers", "ranges", "round", "bias-correct"]
+    assert [step.name for step in solved.passes] == [*rewrites, *solved_before, "round", "bias-correct"]
 
 
 def test_a_rule_matches_one_layer_whatever_its_name():

@@ -6,7 +6,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import onnxq_plugins as onnxq
 from onnxq_plugins.measure.arrays import errors
@@ -184,3 +184,18 @@ def test_a_network_of_classes_alone():
     diagnosis = diagnose(onnxq.quantize(model, recipe, feeds(model, 8), workers=1), samples=8, alone=0)
     total = sum(y.share for y in diagnosis.layers if y.share is not None)
     assert total == pytest.approx(1) or total == 0
+
+
+def test_a_lost_part_of_an_output_is_what_is_measured():
+    """Boxes and scores in one output: pooled over both, that the scores are lost shows nowhere."""
+    net = Net(["N", 3, 8, 8])
+    x = net.op("Relu", net.conv("x", 3, 8))
+    weight = net.weight(6, 8, 1, 1, fan_in=8)
+    model = net.model(net.op("Conv", x, weight, net.weight(6)))
+    values = numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == weight)).copy()
+    values[:4] *= 1000
+    next(t for t in model.graph.initializer if t.name == weight).CopyFrom(numpy_helper.from_array(values, weight))
+    result = onnxq.quantize(model, {"pass": [{"use": "ranges"}]}, feeds(model, 4), workers=1)
+    found = diagnose(result, samples=4, workers=1)
+    assert found.output == f"{result.graph.outputs[0]}[:, 4:]" and found.sqnr > 20
+    assert found.layers[0].name.startswith("tensor") and found.layers[0].share > 0.9

@@ -1,0 +1,156 @@
+"""What costs the outputs too much in 8 bits is found, kept wide or in float, and named; the rest stays integer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxq_plugins import quantize
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.measure.arrays import sqnr
+from onnxq_plugins.measure.samples import Samples
+from onnxq_plugins.testing.exact import exact_session
+from tests.networks import network, weight
+from tests.zoo import feeds, mobilenet
+
+
+def spectrum():
+    """A filterbank in front of a Log, whose small values a grid for the large ones loses, and convolutions behind."""
+    return network(
+        [
+            ("Conv", ["x", "bank"], ["f"], {"strides": [8]}),
+            ("Mul", ["f", "f"], ["p"], {}),
+            ("Add", ["p", "least"], ["q"], {}),
+            ("Log", ["q"], ["l"], {}),
+            ("Conv", ["l", "w1", "b1"], ["h"], {"pads": [1, 1]}),
+            ("Relu", ["h"], ["r"], {}),
+            ("Conv", ["r", "w2", "b2"], ["y"], {"pads": [1, 1]}),
+        ],
+        [1, 1, 256],
+        {
+            "bank": (16, 1, 16),
+            "least": np.float32(1e-6),
+            "w1": weight((24, 16, 3)) / 4,
+            "b1": np.full(24, 2.0, np.float32),
+            "w2": weight((8, 24, 3)),
+            "b2": np.zeros(8, np.float32),
+        },
+    )
+
+
+def sounds(n=32, seed=0):
+    rng = np.random.default_rng(seed)
+    return [{"x": (10 ** rng.uniform(-2, 1) * rng.standard_normal((1, 1, 256))).astype(np.float32)} for _ in range(n)]
+
+
+def silu(scale=300.0):
+    """A stem one of whose channels is far larger than the others, in front of SiLU and a depthwise layer: a chain."""
+    stem = weight((8, 3, 3, 3))
+    stem[0] *= scale
+    dense = weight((8, 8, 1, 1))
+    dense[:, 0] /= scale
+    return network(
+        [
+            ("Conv", ["x", "stem", "b"], ["a"], {"pads": [1] * 4}),
+            ("Sigmoid", ["a"], ["s"], {}),
+            ("Mul", ["a", "s"], ["m"], {}),
+            ("Conv", ["m", "depth", "b"], ["d"], {"pads": [1] * 4, "group": 8}),
+            ("Conv", ["d", "dense", "b"], ["e"], {}),
+            ("Relu", ["e"], ["r"], {}),
+            ("Conv", ["r", "last", "b"], ["y"], {}),
+        ],
+        [1, 3, 12, 12],
+        {
+            "stem": stem,
+            "depth": np.abs(weight((8, 1, 3, 3))),
+            "dense": dense,
+            "last": weight((8, 8, 1, 1)),
+            "b": np.full(8, 0.1, np.float32),
+        },
+    )
+
+
+def pictures(n=24, seed=0):
+    rng = np.random.default_rng(seed)
+    return [{"x": rng.standard_normal((1, 3, 12, 12)).astype(np.float32)} for _ in range(n)]
+
+
+PLAIN = {"pass": [{"use": "ranges"}, {"use": "bias-correct"}]}
+
+
+def decibels(model, result, samples):
+    judged = Samples.of(model, samples)
+    return [sqnr(y, z) for y, z in zip(judged.reference, judged.outputs(exact_session(result.model)), strict=True)]
+
+
+def test_a_filterbank_before_a_log_stays_float_and_is_named():
+    model, data, others = spectrum(), sounds(), sounds(seed=1)
+    before = quantize(model, PLAIN, data)
+    after = quantize(model, PLAIN, data, min_sqnr=25)
+    assert min(decibels(model, before, others)) < 15 and min(decibels(model, after, others)) > 23
+    quality = after.report.quality
+    assert quality["met"] and quality["asked"] == 25 and min(quality["sqnr"].values()) >= 25
+    assert min(quality["before"].values()) < 15
+    assert "conv_0" in quality["float"] and 0 < quality["work"] < 1
+    assert all(after.report.floats[name].kind == "quality" for name in quality["float"])
+    assert any("conv_0" in note and "float" in note for note in after.report.notes)
+    rows = {row["name"]: row for row in after.report.layers}
+    assert rows["conv_0"]["kernel"] == "Conv" and rows["conv_6"]["kernel"] == "QLinearConv"
+
+
+def test_the_chain_behind_a_layer_in_float_is_broken():
+    model, data, others = silu(), pictures(), pictures(seed=1)
+    before = quantize(model, PLAIN, data)
+    after = quantize(model, PLAIN, data, min_sqnr=25)
+    assert min(decibels(model, before, others)) < 15 and min(decibels(model, after, others)) > 23
+    assert {"conv_0", "conv_3"} <= set(after.report.quality["float"]) and "conv_6" not in after.report.quality["float"]
+    assert not {"a", "s", "m"} & set(after.plan)
+
+
+def test_sixteen_bits_where_the_target_has_them():
+    model = spectrum()
+    after = quantize(model, {**PLAIN, "target": "npu"}, sounds(), min_sqnr=25)
+    quality = after.report.quality
+    assert quality["met"] and quality["wide"] and not quality["float"]
+    assert all(after.plan[name].bits == 16 for name in quality["wide"])
+    assert min(decibels(model, after, sounds(seed=1))) > 23
+
+
+def test_nothing_happens_where_the_outputs_are_good():
+    model = mobilenet()
+    result = quantize(model, "int8", feeds(model, 16))
+    assert "before" not in result.report.quality and result.report.quality["met"]
+    assert not any(reason.kind == "quality" for reason in result.report.floats.values())
+
+
+def test_destroyed_outputs_are_saved_by_the_recipe_and_others_left():
+    model = spectrum()
+    recipe = {**PLAIN, "quality": {"sqnr": 25, "below": 5}}
+    untouched = quantize(model, recipe, sounds())
+    saved = quantize(model, {**PLAIN, "quality": {"sqnr": 25, "below": 20}}, sounds())
+    assert "float" not in untouched.report.quality or min(untouched.report.quality["before"].values()) < 5
+    assert min(saved.report.quality["sqnr"].values()) >= 20
+
+
+def test_one_seed_one_result():
+    model = silu()
+    one, other = (quantize(model, PLAIN, pictures(), min_sqnr=25, workers=n) for n in (1, 3))
+    assert one.report.quality == other.report.quality
+    assert one.model.graph == other.model.graph
+
+
+def test_without_samples_the_quality_is_not_checked():
+    recipe = {"weights": {"bits": 8}, "activations": {"bits": 32}, "target": "storage"}
+    result = quantize(mobilenet(), recipe, min_sqnr=20)
+    assert not result.report.quality and any("not checked" in note for note in result.report.notes)
+
+
+@pytest.mark.parametrize(("table", "text"), [({"below": 10}, "below"), ({"sqnr": 10, "below": 12}, "below")])
+def test_a_quality_makes_sense(table, text):
+    with pytest.raises(OnnxqError, match=text):
+        quantize(mobilenet(), {"quality": table}, feeds(mobilenet(), 4))
+
+
+def test_min_sqnr_is_a_number():
+    with pytest.raises(OnnxqError, match="decibels"):
+        quantize(mobilenet(), "int8", feeds(mobilenet(), 4), min_sqnr=float("nan"))
