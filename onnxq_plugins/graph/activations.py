@@ -1,5 +1,5 @@
-"""An activation as one thing, whatever it is written as: SiLU is x * Sigmoid(x), Mish is x * Tanh(Softplus(x)), and either is one
-function of one tensor.
+"""An activation as one thing, whatever it is written as: SiLU is x * Sigmoid(x), Mish is x * Tanh(Softplus(x)), and either
+is one function of one tensor.
 
 Operators that compute, from a tensor and scalar constants alone, one tensor that others read are such a function. It is
 evaluated operator by operator, so that no list of known activations is needed."""
@@ -68,7 +68,7 @@ class Activation:
         known: dict[str, Array] = {self.input: np.asarray(x, np.float64)}
         with np.errstate(all="ignore"):
             for node in self.nodes:
-                inputs = [known[t.name] if t.name in known else np.float64(t.values.item()) for t in node.inputs]
+                inputs = [known[t.name] if t.name in known else np.asarray(t.values.item()) for t in node.inputs]
                 known[node.outputs[0].name] = (
                     np.asarray(_UNARY[node.op](node, inputs[0])) if node.op in _UNARY else _BINARY[node.op](*inputs)
                 )

@@ -15,6 +15,7 @@ from onnxq_plugins.spec import Array, QuantSpec, from_range
 
 _POINTS = 512  # of a numerical integral
 _ENDS = 24  # values of either end that are tried
+_FLAT = 0.05  # an end may leave out what the activation maps to so small a part of its range: there tails count for little
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ActivationRanges(Pass):
     standard deviations, cut at its extremes: no histogram, hence no further run, is needed.
 
     f is what the operators compute, whatever they are: SiLU as Sigmoid and Mul, HardSwish, GELU, Mish and others are one
-    function each.
+    function each. Only where f is nearly constant are values left out: there the tails of p count for little.
 
     gain   a range is narrowed if the error falls by at least so many dB; all others stay open for `ranges`
 
@@ -74,8 +75,12 @@ def best_range(f: Activation, low: Array, high: Array, mean: Array, spec: QuantS
     x = np.linspace(first, last, _POINTS)
     y, weight = f(x), density(x, low, high, mean)
     slope = np.gradient(y, x) ** 2
-    lows = [first, *(end for end in np.linspace(first, min(0.0, last), _ENDS)[1:-1] if first < 0)]
-    highs = [last, *(end for end in np.linspace(last, max(0.0, first), _ENDS)[1:-1] if last > 0)]
+    flat = _FLAT * float(np.ptp(y))
+    spans = [np.maximum.accumulate(values) - np.minimum.accumulate(values) for values in (y, y[::-1])]  # beyond each point
+    lows, highs = (
+        [end, *(at for at in np.linspace(end, 0.0, _ENDS)[1:-1] if end * side > 0 and np.interp(at, x, values) <= flat)]
+        for end, side, values in ((first, -1, spans[0]), (last, 1, spans[1][::-1]))
+    )
 
     def error(start: float, end: float) -> float:
         step = float(np.asarray(from_range(start, end, spec).scale))
