@@ -58,8 +58,8 @@ class SplitOutliers(Pass):
 
     name: ClassVar[str] = "split-outliers"
     channels: int = 16
-    gain: float = 4.0
-    worth: float = 0.8
+    gain: float = 2.0
+    worth: float = 0.5
 
     def __post_init__(self) -> None:
         if self.channels < 1:
