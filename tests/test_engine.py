@@ -538,7 +538,7 @@ def test_scale_inputs_leaves_images_alone():
 )
 def test_every_way_to_choose_ranges_works(method, make):
     model = make()
-    result = run(model, steps({"use": "ranges", "method": method}), n=12)
+    result = run(model, steps({"use": "ranges", "method": method, "judged": False}), n=12)
     assert result.report["steps"][0]["result"]["method"] == method
     assert quality(model, result) > 25
     assert (result.report["steps"][0]["result"]["kept_share_of_range"] == {}) == (method == "minmax")
@@ -553,7 +553,8 @@ def test_ranges_clip_a_stray_value_where_that_pays():
     samples[7]["x"][0, 0, 0] = 25.0
     error, kept = {}, {}
     for method in ("minmax", "mse", "percentile", "kl"):
-        result = quantize(model, steps({"use": "ranges", "method": method}), samples, workers=1)
+        recipe = steps({"use": "ranges", "method": method, "judged": False}) | {"data": {"outliers": True}}
+        result = quantize(model, recipe, samples, workers=1)
         found = runtimes.outputs(runtimes.session(result.model), samples)[0]
         error[method] = np.mean(np.delete(found - wanted, 7, axis=0) ** 2)
         kept[method] = result.report["steps"][0]["result"]["kept_share_of_range"].get("x", 1.0)

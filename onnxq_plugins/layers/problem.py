@@ -109,16 +109,15 @@ class Problem:
         share, learned, sides = self._trial(method, effort)
         share, method = (share, method) if learned else (0.0, "nearest")
         seen = self.statistics
-        # few patches can be fitted so well that the network could not be judged on them: those that are held out stay apart
-        if isinstance(seen, LayerStatistics) and sides and seen.count < _MANY * seen.h.shape[1]:
-            last, target = replace(self, statistics=seen.others()), self._between(sides, share)
-        else:
-            last, target = self, self._target(share)
+        # few patches can be fitted so well that the network could not be judged on them: those that are held out stay apart,
+        # but for the means that the bias takes
+        few = bool(sides) and isinstance(seen, LayerStatistics) and seen.count < _MANY * seen.h.shape[1]
+        target = self._between(sides, share) if few else self._target(share)
         del sides  # large matrices
-        found = last._solved(method, effort, search, share, *target)
+        found = self._solved(method, effort, search, share, *target)
         if learned:
             return found
-        plain = last._plain()
+        plain = self._plain()
         return found if self._judged(found.spec) < self._judged(plain) else Solution(plain, 1.0, 0.0)
 
     def _solved(self, method: Method, effort: Effort, search: bool, share: float, w: Array, h: Array) -> Solution:

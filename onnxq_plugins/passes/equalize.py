@@ -24,7 +24,7 @@ from onnxq_plugins.spec import Array
 
 _FACTOR = 2.0**12  # factors beyond this, or its inverse, only make biases too large for int32 and weights vanish
 _WORTH = 0.9  # predicted noise after a change relative to that before, above which it is not made
-_TRIED = 2e9  # multiply-adds over all samples up to which the whole network is tried
+_TRIED = 5e8  # multiply-adds over all samples up to which the whole network is tried
 _BIAS = 64.0  # a factor may enlarge a bias to so many times the layer's largest one
 
 Bounds = tuple[Array, Array]  # least and largest factor per channel
@@ -130,7 +130,7 @@ class Equalize(Pass):
             return result
         judge = Judge.of(job, apart=False, work=_TRIED)
         before = judge.sqnr(job.plan) if judge else 0.0
-        with _undoable(job, [group for group, _ in chosen]) as undo:
+        with _undoable(job, chosen) as undo:
             _rescale(job, chosen)
             if judge:
                 stale = {name: spec.request() for name, spec in job.plan.items() if name in job.graph.touched}
@@ -185,30 +185,38 @@ class Equalize(Pass):
 
 def _rescale(job: Job, chosen: list[tuple[ChannelGroup, Array]]) -> None:
     """Rescale groups by factors; what calibration knows of their activations follows."""
-    graph, before = job.graph, job.graph.digest()
+    before = job.graph.digest()
+    for group, factors in chosen:
+        rescale(job.graph, group, factors)
+    job.calibration.moved(before, _changes(job.graph, chosen))
+
+
+def _changes(graph: Graph, chosen: list[tuple[ChannelGroup, Array]]) -> dict[str, tuple[int, Array, float]]:
+    """What rescaling does to activations, as `Calibration.moved` takes it."""
     changes: dict[str, tuple[int, Array, float]] = {}
     for group, factors in chosen:
-        rescale(graph, group, factors)
         for m in group.members:
             if not m.constant:
                 count = channels(graph, m.tensor) if m.axis == channel_axis(graph, m.tensor) else None
                 spread = changes.setdefault(m.tensor, (m.axis, np.ones(count or 0), 0.0))[1]
                 if count:
                     spread[m.index.ravel()] = np.repeat(factors, m.index.shape[1])
-    job.calibration.moved(before, changes)
+    return changes
 
 
 @contextmanager
-def _undoable(job: Job, groups: list[ChannelGroup]) -> Iterator[Callable[[], None]]:
-    """A function that takes back what happens to groups within the block."""
+def _undoable(job: Job, chosen: list[tuple[ChannelGroup, Array]]) -> Iterator[Callable[[], None]]:
+    """A function that takes back, within the block, that groups were rescaled by factors."""
     graph = job.graph
-    values = {m.tensor: graph.constant(m.tensor) for group in groups for m in group.weights}
+    values = {m.tensor: graph.constant(m.tensor) for group, _ in chosen for m in group.weights}
     batchnorms, touched = dict(graph.batchnorms), set(graph.touched)
 
     def undo() -> None:
+        now = graph.digest()
         for name, before in values.items():
             graph.set_constant(name, before)
         graph.batchnorms, graph.touched = batchnorms, touched
+        job.calibration.moved(now, _changes(graph, [(group, 1 / factors) for group, factors in chosen]))
 
     yield undo
 

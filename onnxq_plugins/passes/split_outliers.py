@@ -14,7 +14,7 @@ from onnxq_plugins.data import open_data
 from onnxq_plugins.errors import Reason
 from onnxq_plugins.graph import Layer, split_off_inputs
 from onnxq_plugins.graph.flow import readers
-from onnxq_plugins.job import Job, Pass
+from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.layers.complete import activation_spec
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.solvers.outliers import Step, cheapest, noise, widest_first
@@ -57,6 +57,7 @@ class SplitOutliers(Pass):
     """
 
     name: ClassVar[str] = "split-outliers"
+    stage: ClassVar[Stage] = "rewrite"  # it belongs in front of what chooses ranges
     channels: int = 16
     gain: float = 2.0
     worth: float = 0.5

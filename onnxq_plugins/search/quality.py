@@ -14,7 +14,9 @@ from onnxq_plugins.search.judge import Judge
 from onnxq_plugins.spec import Array
 
 _CHECK = 1e9  # multiply-adds over the samples that a network is checked on; at least four samples, at most 32
+_SEARCH = 5e9  # and that a search measures on
 _FEWEST = 4
+_MARGIN = 2.0  # dB by which saved outputs must be above what was not enough: other samples have less
 _MOST = 0.25  # of the multiply-adds in float, where destroyed outputs are already saved
 _WORTH = 3.0  # dB that a fallback must gain that was not asked for
 _BETTER = 1.0  # dB that other ranges must gain
@@ -43,7 +45,9 @@ def keep_quality(job: Job) -> None:
         now = _clipped(job, judge.samples, before)
     found = None
     if now.min() < quality.least:
-        levels = [quality.sqnr] if quality.asked else [quality.least, (quality.least + quality.sqnr) / 2, quality.sqnr]
+        judge = Judge.of(job, apart=apart, work=max(_SEARCH, _FEWEST * work)) or judge
+        first = min(quality.least + _MARGIN, quality.sqnr)
+        levels = [quality.sqnr] if quality.asked else [first, (first + quality.sqnr) / 2, quality.sqnr]
         search = Search(job, judge.samples, brief=not quality.asked and bool(now.min() >= _LOST))
         found = search.run(levels, _MOST)
         if found is not None and not quality.asked and not _worth(found, before):

@@ -312,6 +312,28 @@ def test_only_what_is_missing_is_computed(tmp_path, sessions):
         assert list(calibration.ranges(names)) == names and sessions["sessions"] == 2
 
 
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_runs_on_the_same_samples_compute_once_what_they_share(statistic, sessions):
+    """As when one recipe after the other is tried; Gram matrices are too large to be kept."""
+    calibration, _, _ = calibrate(cnn())
+    before = compute(calibration, statistic)
+    count = sessions["sessions"]
+    after = compute(Calibration(load(cnn()), calibration.data), statistic)
+    assert sessions["sessions"] == (2 * count if statistic == "grams" else count)
+    assert_same(before, after)
+
+
+def test_few_statistics_are_kept_with_the_samples(sessions):
+    calibration, graph, _ = calibrate(cnn())
+    for n in range(20):
+        graph.set_constant(graph.layers[-1].bias, graph.constant(graph.layers[-1].bias) + 1)
+        Calibration(graph, calibration.data).ranges(graph.inputs)
+    assert len(calibration.data.known) < 20
+    count = sessions["sessions"]
+    Calibration(graph, calibration.data).ranges(graph.inputs)
+    assert sessions["sessions"] == count  # the latest is still there
+
+
 def test_cache_knows_model_and_data(tmp_path, sessions):
     calibration, graph, _ = calibrate(cnn(), cache=tmp_path)
     last = graph.layers[-1]

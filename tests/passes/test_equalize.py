@@ -575,6 +575,11 @@ def test_what_a_trial_finds_worse_is_undone(solved, monkeypatch):
     found = Equalize(by="activations").apply(job)
     assert found["equalized"] == 0 and "from 20.0 to 19.9 dB" in job.report["notes"][0]
     assert job.graph.digest() == digest and job.plan is plan and not job.graph.touched
+    names, fresh = list(plan), Calibration(job.graph, job.calibration.data)
+    names = [n for n in names if not job.graph.is_constant(n)]
+    monkeypatch.setattr(job.calibration, "_run", None)  # what was known still is
+    for n, ends in job.calibration.ranges(names).items():
+        np.testing.assert_allclose(ends, fresh.ranges(names)[n], rtol=1e-5)
 
 
 # ---- beside other things --------------------------------------------------------------------------------------------

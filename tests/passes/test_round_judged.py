@@ -78,13 +78,18 @@ def test_plain_codes_win_where_learned_ones_are_worse_on_what_is_held_out(monkey
 def test_few_patches_that_are_held_out_are_not_solved_on(monkeypatch):
     """Else the network could not be judged on them."""
     few, many = problem(True), problem(True)
-    counts = []
+    grams = []
     solved = Problem._solved
-    monkeypatch.setattr(Problem, "_solved", lambda one, *a: counts.append(one.statistics.count) or solved(one, *a))
-    few = replace(few, statistics=replace(few.statistics, count=90, judged=replace(few.statistics.judged, count=22)))
+    monkeypatch.setattr(Problem, "_solved", lambda one, *a: grams.append(a[-1]) or solved(one, *a))
+    held = few.statistics.judged
+    few = replace(few, statistics=replace(few.statistics, count=88, judged=replace(held, count=22)))
     few.solve("gptq", Effort())
     many.solve("gptq", Effort())
-    assert counts == [68, 400]
+    apart = few._moments(few.statistics.others(), few.layer.matrix(few.weight), slice(0, 1), few.statistics.others())[0]
+    whole = many._moments(many.statistics, few.layer.matrix(few.weight), slice(0, 1), many.statistics)[0]
+    off = ~np.eye(24, dtype=bool)
+    np.testing.assert_allclose(grams[0][0][off], apart[0][off], atol=1e-6)
+    np.testing.assert_allclose(grams[1][0][off], whole[0][off], atol=1e-6)
 
 
 @pytest.mark.parametrize("better", [True, False])

@@ -455,7 +455,9 @@ def test_few_large_channels_that_a_float_operator_writes_can_stay_float():
     diagnosis = diagnose(result)
     remedies = [remedy for y in diagnosis.layers for remedy in y.remedies if 'use = "split-outliers"' in remedy.typed]
     assert remedies
-    made = result.again(remedies[0].on(result.recipe))
+    changed = remedies[0].on(result.recipe)
+    assert [step.name for step in changed.passes] == ["split-outliers", "ranges", "bias-correct"]
+    made = result.again(changed)
     typed = [r.settings for y in diagnose(made, samples=2, alone=0).layers for r in y.remedies if r.settings]
     assert all("split-outliers.gain=1" in settings for settings in typed if "outliers" in settings[0])
 

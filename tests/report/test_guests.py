@@ -24,7 +24,7 @@ from onnxq_plugins.passes import BiasCorrect, DataFree, Equalize, Round
 from onnxq_plugins.report.curve import Curve, point_recipe
 from onnxq_plugins.report.diagnosis import diagnose
 from onnxq_plugins.report.remedies import Remedy, Scene, codes_by_error, ranges_by
-from onnxq_plugins.search.preview import Preview
+from onnxq_plugins.search.judge import Judge
 from onnxq_plugins.targets.ort_cpu import ORT_CPU
 from tests.zoo import Net, feeds
 
@@ -160,14 +160,14 @@ def test_no_second_bias_correction_is_suggested(kind, declared):
 
 @twins(GuestBias, PlainBias)
 def test_equalization_is_judged_with_corrected_biases(kind, declared):
-    """By `Preview`, as if the recipe had bias-correct; the same open plan for both, so that only the recipe differs."""
+    """By `Judge`, as if the recipe had bias-correct; the same open plan for both, so that only the recipe differs."""
     scores = {}
     for step in (kind(), BiasCorrect()):
         result = run(chain(), step)
         plan = Plan({name: spec.request() for name, spec in result.plan.items()})
         calibration = Calibration(result.graph, result.data, workers=1)
         job = Job(result.graph, plan, calibration, result.target, result.recipe, np.random.default_rng(0))
-        scores[step.name] = Preview(job, 4).sqnr()
+        scores[step.name] = Judge.of(job, apart=False).sqnr(job.plan)
     assert (scores[kind.name] == scores["bias-correct"]) == declared
 
 

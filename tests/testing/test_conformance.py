@@ -48,13 +48,13 @@ CASES = [
         DataFree(samples=8, inputs={"x": [-4.0, 4.0]}),
     ),
     cases(Equalize(), recipe=TENSOR),
-    cases(Equalize(by="activations", samples=4), recipe=TENSOR),
+    cases(Equalize(by="activations"), recipe=TENSOR),
     cases(MixedPrecision(samples=4, strategy="binary", curve=0, method="nearest"), expected_failures=NARROWER),
     cases(Orthogonality(samples=8), expected_failures=NARROWER),
     cases(Ranges(method="mse")),
     cases(Reorder(sweeps=1), recipe=TILES),
     cases(
-        ResidualEnsemble(groups=(1, 1), samples=4),
+        ResidualEnsemble(groups=(1, 1)),
         recipe={"weights": {"bits": 4}},
         expected_failures=dict.fromkeys(
             ("check_float_function", "check_odd_graphs"), "it refuses networks whose operators rule a sum of networks out"
@@ -62,7 +62,7 @@ CASES = [
     ),
     cases(ResidualExpansion(), recipe={"weights": {"bits": 4}}),
     cases(ResidualExpansion(form="branches", share=0.5), recipe={"weights": {"bits": 4}}),
-    cases(Round(method="gptq", samples=8)),
+    cases(Round(method="gptq")),
     cases(ScaleInputs()),
     cases(ShiftEqualize(), recipe=TENSOR),
     cases(SplitHeads(gain=0.1, below=100.0)),
@@ -76,7 +76,7 @@ CASES = [
 
 VARIANTS = (
     BiasCorrect(method="analytic"),
-    Equalize(by="activations", samples=4),
+    Equalize(by="activations"),
     ResidualExpansion(form="branches", share=0.5),
     Subtensor(split=True),
 )
