@@ -60,7 +60,7 @@ class SplitOutliers(Pass):
     stage: ClassVar[Stage] = "rewrite"  # it belongs in front of what chooses ranges
     channels: int = 16
     gain: float = 2.0
-    worth: float = 0.5
+    worth: float = 0.6
 
     def __post_init__(self) -> None:
         if self.channels < 1:
