@@ -59,8 +59,8 @@ class SplitOutliers(Pass):
     name: ClassVar[str] = "split-outliers"
     stage: ClassVar[Stage] = "rewrite"  # it belongs in front of what chooses ranges
     channels: int = 16
-    gain: float = 4.0
-    worth: float = 0.8
+    gain: float = 2.0
+    worth: float = 0.6
 
     def __post_init__(self) -> None:
         if self.channels < 1:
