@@ -8,8 +8,8 @@ quality: for few culprits among hundreds of quantizers that takes some dozens of
 
 A culprit is kept in 16 bits with all that shares its width, where the target has kernels for that; else in float, along with
 the layers without which it would be rounded all the same, which breaks the integer chain it is part of. The network itself
-is then measured, as often as it takes. What is found is not always the least: culprits are taken by noise per work, one after
-another, and none is given back."""
+is then measured, as often as it takes. What is found is not always the least: culprits are taken by noise per work, one
+after another, and none is given back."""
 
 from __future__ import annotations
 
