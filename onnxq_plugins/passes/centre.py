@@ -30,6 +30,9 @@ class Centre(Pass):
     least. Activation functions, products, padded convolutions (their border would have to be c), inputs and outputs of the
     model keep c at 0.
 
+    positions   values that a channel must have had in the calibration data. Where few were seen, others will lie beyond;
+                before, most channels had room for them on the grid of the largest
+
     Without data nothing is known of the channels, and the pass is skipped with a note; behind `data-free` it takes the spans
     that BatchNormalizations tell.
 
@@ -41,6 +44,11 @@ class Centre(Pass):
 
     name: ClassVar[str] = "centre"
     stage: ClassVar[Stage] = "rewrite"
+    positions: int = 256
+
+    def __post_init__(self) -> None:
+        if self.positions < 1:
+            raise ValueError(f"positions = {self.positions} must be at least 1")
 
     def apply(self, job: Job) -> dict[str, Any]:
         graph, calibration = job.graph, job.calibration
@@ -53,6 +61,10 @@ class Centre(Pass):
         if not numbers:
             return {"tensors": 0}
         calibration.ranges([n for n in planned if not job.plan[n].solved])  # one run with what `ranges` asks for
+        counts = calibration.positions(list(numbers))
+        numbers = {n: at for n, at in numbers.items() if counts[n] >= self.positions}
+        if not numbers:
+            return {"tensors": 0}
         ranges = calibration.channel_ranges(list(numbers))
         tensors = [(at, *ranges[n]) for n, at in numbers.items() if ranges[n][0].shape == at.shape]
         values = centre(allowed.count, allowed.sums, tensors)

@@ -32,9 +32,11 @@ class SplitChannels(Pass):
     below   and SQNR there is below so many dB with one grid
     parts   groups at most
 
+        noise = sum_c g_c s_p(c)^2 / 12    s_p(c): step of the grid of the part that holds channel c
+
     The noise of each tensor, relative to the variance of each channel, is weighed by what the channel contributes to the
-    operators that read the Concat (`solvers.chains`). The grid of the Concat, which all channels share, counts before and
-    after: where that is as bad, nothing is gained, and nothing is split.
+    operators that read the Concat (g_c, see `solvers.chains`). The grid of the Concat, which all channels share, counts
+    before and after: where that is as bad, nothing is gained, and nothing is split.
 
     Layers whose channels the next operator mixes stay whole, as do ConvTranspose, grouped convolutions, and layers that a
     rule of the recipe matches by name, which would not match their parts.

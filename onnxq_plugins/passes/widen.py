@@ -56,8 +56,8 @@ class Widen(Pass):
         judge = Judge.of(job) if wide else None
         job.plan = _widened(job, judge, idle, wide)
         result: dict[str, Any] = {"without_gain": [layer.name for layer in idle], "costly": []}
-        last = job.graph.layers[-1]
-        if last.name not in wide or last in idle:
+        last = next((layer for layer in job.graph.layers[-1:] if layer.name in wide and layer not in idle), None)
+        if last is None:
             return result
         plan = _widened(job, judge, [last], wide)
         if judge is not None:

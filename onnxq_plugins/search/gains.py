@@ -114,7 +114,7 @@ def seen_by(job: Job, groups: Sequence[ChannelGroup]) -> Iterator[tuple[list[Rea
     calibration.ranges([n for n in planned.activations if not job.plan[n].solved])
     names = [n for n in planned.activations if channels(graph, n)]
     ranges, counts = calibration.channel_ranges(names), calibration.positions(names)
-    inputs = [y.input for y in graph.layers if channels(graph, y.input)]
+    inputs = [y.input for y in planned.layers if channels(graph, y.input)]  # others may be infinite
     moments = calibration.moments(list(dict.fromkeys([*names, *inputs])))
     gains, layers = Gains(graph, moments), {y.weight: y for y in planned.layers if planned.input(y)}
     for group in groups:

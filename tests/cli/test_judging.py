@@ -86,10 +86,10 @@ def table(outputs: int) -> np.ndarray:
 def test_auto_does_not_keep_a_destroyed_regression(outputs, onnxq):
     x = table(outputs)
     np.savez("good.npz", x=x)
-    np.savez("bad.npz", x=np.where(np.arange(32)[:, None] == 4, 1e6, x).astype(np.float32))
+    np.savez("bad.npz", x=x / 100)  # ranges far too small
     code, out, _ = onnxq("auto", "m.onnx", "--data", "good.npz", "-r", "int8", "--min-sqnr", "10")
     assert code == 0 and "SQNR, of the worst output, is what counts" in out
-    code, out, err = onnxq("auto", "m.onnx", "--data", "bad.npz", "--test", "good.npz", "-r", "int8")
+    code, out, err = onnxq("auto", "m.onnx", "--data", "bad.npz", "--test", "good.npz", "-r", "int8", "--try", "0")
     assert code == 1 and "no recipe stays at 20 dB" in err and Path("m.auto.onnx").exists()
     code, *_ = onnxq("auto", "m.onnx", "--data", "bad.npz", "--test", "good.npz", "-r", "int8", "--min-sqnr", "-100")
     assert code == 0

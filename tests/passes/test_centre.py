@@ -277,7 +277,7 @@ def test_noise_falls_where_channels_lie_apart(make, db):
     graph = load(make())
     moved(graph, size=40.0)
     model = graph.model()
-    data, fresh = feeds(model, 16), feeds(model, 16, seed=1)
+    data, fresh = feeds(model, 256), feeds(model, 16, seed=1)
     reference = runtimes.outputs(runtimes.session(model), fresh)[0]
     found = []
     for steps in ([], [{"use": "centre"}]):

@@ -232,7 +232,7 @@ def test_sums_run_from_the_finest_order_to_the_first():
 
 def test_orders_left_for_passes_behind(monkeypatch):
     """`bias-correct` takes the mean error of the whole back by the last order; `round` leaves the orders before it alone."""
-    monkeypatch.setattr(bias_correct, "_JUDGED", 0)  # it is not undone
+    monkeypatch.setattr(bias_correct, "_WORK", 0)  # it is not undone
     model, samples = mobilenet(), feeds(mobilenet(), 6)
     base = recipe({"form": "branches"})
     plain = quantize(model, base, samples)

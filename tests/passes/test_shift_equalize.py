@@ -457,7 +457,8 @@ def test_later_passes_keep_the_shifts(steps, target):
         (spec.codes != before.codes).any()
         for (_, spec), (_, before) in zip(solved(model, result), solved(model, alone), strict=True)
     )
-    assert changed == any(s["use"] == "round" for s in steps)
+    learned = [step for step in result.report.steps if step["pass"] == "round" and step["result"]["taken"] == "learned"]
+    assert changed == bool(learned)  # what the network as a whole loses by is undone
 
 
 @pytest.mark.parametrize("bits", [3, 4])

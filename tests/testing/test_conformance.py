@@ -9,8 +9,10 @@ import pytest
 from onnxq_plugins.passes import (
     BUILTIN,
     AbsorbBias,
+    ActivationRanges,
     BiasCorrect,
     BoundAccumulator,
+    Centre,
     CodingLength,
     DataFree,
     Equalize,
@@ -23,11 +25,14 @@ from onnxq_plugins.passes import (
     Round,
     ScaleInputs,
     ShiftEqualize,
+    SplitChannels,
     SplitHeads,
+    SplitOutliers,
     SplitWeights,
     SubLayer,
     Subtensor,
     VectorScale,
+    Widen,
 )
 from onnxq_plugins.testing import CHECKS, cases
 from tests.zoo import LONG_CHECKS
@@ -38,14 +43,17 @@ NARROWER = {"check_not_harmful": "it makes weights narrower: size for accuracy"}
 
 CASES = [
     cases(AbsorbBias()),
+    cases(ActivationRanges()),
     cases(BiasCorrect()),
     cases(
         BiasCorrect(method="analytic"),
     ),
     cases(BoundAccumulator(), expected_failures={"check_not_harmful": "codes that fit 16-bit accumulators lose accuracy"}),
+    cases(Centre()),
     cases(CodingLength(), expected_failures=NARROWER),
     cases(
         DataFree(samples=8, inputs={"x": [-4.0, 4.0]}),
+        expected_failures={"check_not_harmful": "it knows less of the inputs than samples do"},
     ),
     cases(Equalize(), recipe=TENSOR),
     cases(Equalize(by="activations"), recipe=TENSOR),
@@ -65,12 +73,15 @@ CASES = [
     cases(Round(method="gptq")),
     cases(ScaleInputs()),
     cases(ShiftEqualize(), recipe=TENSOR),
+    cases(SplitChannels(gain=0.1, below=100.0)),
     cases(SplitHeads(gain=0.1, below=100.0)),
+    cases(SplitOutliers(gain=0.1, worth=0.01)),
     cases(SplitWeights(gain=1.0, below=200.0)),
     cases(SubLayer(rounds=1), recipe=TILES),
     cases(Subtensor(), recipe=TENSOR),
     cases(Subtensor(split=True), recipe=TENSOR),
     cases(VectorScale(), recipe=TILES),
+    cases(Widen(), recipe=TILES),
 ]
 
 
