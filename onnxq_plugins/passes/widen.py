@@ -28,6 +28,8 @@ class Widen(Pass):
     loss   dB that the last layer's codes may cost the outputs on samples that no solution saw. Its errors are the outputs'
            own: no later layer averages them out
 
+        widened if  n b / 8 + multipliers + 400 bytes >= n,   or, the last layer, if  SQNR(8 bits) > SQNR(b bits) + loss
+
     A layer's codes are widened where the operators that decode them, with their multipliers, take more bytes than the codes
     save; those of the last layer also where a network with wider ones is more than `loss` ahead. Wider codes are the nearest
     ones, with a bias that takes back their mean error where a pass of the recipe does so. Without samples to judge by, the
