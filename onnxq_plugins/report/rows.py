@@ -116,7 +116,7 @@ def _noise(layer: LayerError) -> str:
         return f"It takes back {-share:.0%} of the noise: it compensates for errors of other layers." + (
             alone and f"{alone}."
         )
-    text = f"It makes {share:.0%} of the noise of the outputs."
+    text = f"It makes {round(100 * share)}% of the noise of the outputs."
     if not alone or lone is None:
         return text
     if lone < share / 2 and share > _LITTLE:
