@@ -31,6 +31,7 @@ _UNARY: dict[str, Callable[[gs.Node, Array], Array]] = {
     "Sigmoid": lambda _, x: _sigmoid(x),
     "Tanh": lambda _, x: np.tanh(x),
     "Softplus": lambda _, x: _softplus(x),
+    "Softsign": lambda _, x: x / (1 + np.abs(x)),
     "Erf": lambda _, x: erf(x),
     "Relu": lambda _, x: np.maximum(x, 0),
     "LeakyRelu": lambda n, x: np.where(x < 0, n.attrs.get("alpha", 0.01) * x, x),
