@@ -26,6 +26,7 @@ _CURVES = {
     "Gelu",
     "HardSigmoid",
     "HardSwish",
+    "Swish",
     "LeakyRelu",
     "Mish",
     "Neg",

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import helper
 from onnx.helper import np_dtype_to_tensor_dtype
 
 from onnxq_plugins.errors import OnnxqError
@@ -32,7 +33,7 @@ from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.bodies import outer_reads
 from onnxq_plugins.graph.constants import tables
 from onnxq_plugins.graph.flow import maker_of
-from onnxq_plugins.graph.opsets import NARROW_OPSET, expand, opset_of, raise_opset
+from onnxq_plugins.graph.opsets import CONTRIB, NARROW_OPSET, expand, opset_of, raise_opset, tuned
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_scale, bias_values
 from onnxq_plugins.spec import Array, Plan, QuantSpec
@@ -223,7 +224,17 @@ class Writer:
         """Write an operator of the float model, on the dequantized form of the inputs that it reads in codes."""
         for i, name in enumerate(node.input):
             node.input[i] = self._input(node.name, name)
-        self.builder.nodes += expand(node, opset_of(self.model), self.builder.constant)
+        self.builder.nodes += self._tuned(node) or expand(node, opset_of(self.model), self.builder.constant)
+
+    def _tuned(self, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        """An activation in the form that the target prefers to that of the float model; None for any other operator."""
+        if not self.target.tuned:
+            return None
+        slopes = node.input[1] if node.op_type == "PRelu" else ""
+        nodes = tuned(node, self.graph.constant(slopes) if slopes and self.graph.is_constant(slopes) else None)
+        if nodes and any(n.domain for n in nodes) and not any(o.domain == CONTRIB for o in self.model.opset_import):
+            self.model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+        return nodes
 
     def reads_codes(self, node: str, name: str) -> bool:
         """True if an operator reads the quantized form of a tensor, where that has one."""

@@ -37,6 +37,7 @@ _UNARY: dict[str, Callable[[gs.Node, Array], Array]] = {
     "LeakyRelu": lambda n, x: np.where(x < 0, n.attrs.get("alpha", 0.01) * x, x),
     "Elu": lambda n, x: np.where(x < 0, n.attrs.get("alpha", 1.0) * np.expm1(np.minimum(x, 0)), x),
     "HardSigmoid": lambda n, x: np.clip(n.attrs.get("alpha", 0.2) * x + n.attrs.get("beta", 0.5), 0, 1),
+    "Swish": lambda n, x: x * _sigmoid(n.attrs.get("alpha", 1.0) * x),
     "HardSwish": lambda _, x: x * np.clip(x / 6 + 0.5, 0, 1),
     "Gelu": lambda _, x: 0.5 * x * (1 + erf(x / np.sqrt(2))),
     "Mish": lambda _, x: x * np.tanh(_softplus(x)),

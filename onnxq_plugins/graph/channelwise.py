@@ -15,7 +15,7 @@ from onnxq_plugins.graph.layer import Layer
 from onnxq_plugins.graph.rewrites import split_outputs
 from onnxq_plugins.spec import Array
 
-_ACTIVATIONS = ("Relu", "LeakyRelu", "PRelu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Elu", "Gelu", "Mish")
+_ACTIVATIONS = ("Relu", "LeakyRelu", "PRelu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Tanh", "Elu", "Gelu", "Mish")
 _CHANNELWISE = frozenset({*_ACTIVATIONS, "Add", "Sub", "Mul", "Div", "AveragePool", "GlobalAveragePool", "MaxPool"})
 
 

@@ -1,6 +1,6 @@
 """Functions that exporters write out in elementary operators become one operator that runtimes know.
 
-GELU and HardSwish are recognised by value, LayerNormalization by its pattern.
+GELU, Swish (SiLU) and HardSwish are recognised by value, LayerNormalization by its pattern.
 """
 
 from __future__ import annotations
@@ -24,25 +24,28 @@ _NUMPY: dict[str, Callable[..., Array]] = {
     "Neg": np.negative,
     "Tanh": np.tanh,
     "Erf": erf,
+    "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "Relu": lambda x: np.maximum(x, 0),
     "Sqrt": np.sqrt,
     "Min": np.minimum,
     "Max": np.maximum,
     "Clip": lambda x, lo=-np.inf, hi=np.inf: np.clip(x, lo, hi),
 }
-_ANCHORS = ("Tanh", "Erf", "HardSigmoid", "Clip")
-_KNOWN: tuple[tuple[str, dict[str, str], Callable[[Array], Array]], ...] = (
+_ANCHORS = ("Tanh", "Erf", "Sigmoid", "HardSigmoid", "Clip")
+_KNOWN: tuple[tuple[str, dict[str, str | float], Callable[[Array], Array]], ...] = (
     ("Gelu", {"approximate": "tanh"}, lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))),
     ("Gelu", {"approximate": "none"}, lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2)))),
     ("HardSwish", {}, lambda x: x * np.clip(x / 6 + 0.5, 0, 1)),
+    ("Swish", {"alpha": 1.0}, lambda x: x / (1 + np.exp(-x))),
+    ("Swish", {"alpha": 1.702}, lambda x: x / (1 + np.exp(-1.702 * x))),
 )
 
 
 def fuse_scalar_functions(graph: Graph) -> None:
-    """GELU and HardSwish written out in elementary operators become one operator.
+    """GELU, Swish and HardSwish written out in elementary operators become one operator.
 
-    Recognised by value, not by pattern: any closed region of scalar operators around a Tanh, Erf, HardSigmoid or Clip
-    is evaluated on a grid and compared, so every algebraic way of writing the function is found.
+    Recognised by value, not by pattern: any closed region of scalar operators around a Tanh, Erf, Sigmoid, HardSigmoid or
+    Clip is evaluated on a grid and compared, so every algebraic way of writing the function is found.
     """
     grid = np.concatenate([np.linspace(-9, 9, 301), np.logspace(-6, 1, 40), -np.logspace(-6, 1, 40)])
     for anchor in graph.nodes:

@@ -26,6 +26,7 @@ _POINTWISE = {
     "Gelu",
     "Erf",
     "HardSwish",
+    "Swish",
     "HardSigmoid",
     "Elu",
     "Selu",

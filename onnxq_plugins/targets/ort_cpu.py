@@ -25,6 +25,7 @@ ORT_CPU = Target(
     CHAIN,
     attention=1_000_000,
     decodes=True,
+    tuned=True,
     here=True,
 )
 ORT_CPU_AVX2 = replace(

@@ -57,6 +57,7 @@ class Target:
     decodes       constants outside layers may be codes that are decoded at load, or rows of a table as they are read:
                   codes -> Cast -> Mul(scale)
     plain         operators whose constants it only takes as they are, all the same
+    tuned         activations are written in the form that onnxruntime's CPU provider computes fastest (`graph.opsets.tuned`)
     here          its models run in onnxruntime on this CPU as they will in use
     """
 
@@ -70,6 +71,7 @@ class Target:
     flatten: bool = True
     decodes: bool = False
     plain: frozenset[str] = frozenset()
+    tuned: bool = False
     here: bool = False
 
     @property
