@@ -127,6 +127,11 @@ class Samples:
         feeds = [self.feeds[n] for n in numbers]
         return Samples(feeds, self.names, reference, None, self.axes, self.random, self.state)
 
+    def also(self, inputs: Mapping[str, Array]) -> Samples:
+        """The same for a network with further inputs, whose values are the same for every feed; without labels."""
+        feeds = [{**feed, **inputs} for feed in self.feeds]
+        return Samples(feeds, self.names, self.reference, None, self.axes, self.random, self.state)
+
     def check_labels(self) -> None:
         """Raise OnnxqError for labels that are not classes of the output they are of, or of the first one of floats."""
         if self.labels is None:

@@ -48,9 +48,9 @@ def keep_quality(job: Job) -> None:
         judge = Judge.of(job, apart=apart, work=max(_SEARCH, _FEWEST * work)) or judge
         first = min(quality.least + _MARGIN, quality.sqnr)
         levels = [quality.sqnr] if quality.asked else [first, (first + quality.sqnr) / 2, quality.sqnr]
-        search = Search(job, judge.samples, brief=not quality.asked and bool(now.min() >= _LOST))
-        found = search.run(levels, _MOST)
-        if found is not None and not quality.asked and not _worth(found, before):
+        lost = quality.asked or bool(now.min() < _LOST)
+        found = Search(job, judge.samples, brief=not lost).run(levels, [1.0 if lost else _MOST, *[_MOST] * (len(levels) - 1)])
+        if found is not None and not quality.asked and not _worth(found, before, quality.least):
             found = None
     after = now if found is None else found.sqnr
     job.report["quality"] = {
@@ -60,6 +60,7 @@ def keep_quality(job: Job) -> None:
         "sqnr": _table(names, after),
         **({} if found is None else {"before": _table(names, before), "work": round(found.work, 4)}),
         **({} if found is None else {"float": [*found.floats, *found.constants], "wide": list(found.wide)}),
+        **({"decoded": list(found.decoded)} if found is not None and found.decoded else {}),
     }
     if found is not None:
         _apply(job, found, before)
@@ -87,10 +88,9 @@ def _clipped(job: Job, samples: Samples, before: Array) -> Array:
     return after
 
 
-def _worth(found: Fallback, before: Array) -> bool:
-    """True if a fallback that was not asked for gains enough, and costs little where the outputs are not lost."""
-    gains = float(found.sqnr.min() - before.min()) >= _WORTH
-    return gains and (found.work <= _MOST or float(before.min()) < _LOST)
+def _worth(found: Fallback, before: Array, least: float) -> bool:
+    """True if a fallback that was not asked for gains enough."""
+    return float(found.sqnr.min()) >= least or float(found.sqnr.min() - before.min()) >= _WORTH
 
 
 def _table(names: list[str], values: Array) -> dict[str, float]:
@@ -103,10 +103,11 @@ def _apply(job: Job, found: Fallback, before: Array) -> None:
     gain = f"outputs have {before.min():.1f} dB with it in 8 bits, {found.sqnr.min():.1f} without"
     readers = [reader for constant in found.constants for reader in _readers(job, constant)]
     job.report.floats.update({name: Reason("quality", gain) for name in (*found.floats, *readers)})
+    stored = f", {'' if set(found.decoded) >= set(found.floats) else 'most '}weights still in 8 bits" if found.decoded else ""
     parts = [
         f"{len(names)} {noun}{'s' * (len(names) > 1)} {state} ({_listed(names)})"
         for names, noun, state in (
-            (found.floats, "layer", f"in float, {100 * found.work:.1f} % of the multiply-adds"),
+            (found.floats, "layer", f"in float, {100 * found.work:.1f} % of the multiply-adds{stored}"),
             (found.constants, "constant", "in float"),
             (found.wide, "activation", f"in {WIDE} bits"),
         )
