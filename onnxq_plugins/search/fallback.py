@@ -40,11 +40,13 @@ from onnxq_plugins.targets.refusals import problems
 
 _MOST = 8  # layers that one tensor may need in float
 _ROUNDS = 8  # of measuring the network for one level
+_STEP = 0.5  # dB by which to aim higher each time, as noise alone is not quite additive
 _NEARLY = 0.2  # of the noise of the worst quantizer: one that has it may come first
 _CHEAP = 0.01  # share of the multiply-adds below which layers are equally cheap
 _ALONE = 4e8  # multiply-adds over the samples for one part alone; at least one sample, at most four
-_WORK = 6e10  # multiply-adds for all parts alone
+_WORK = 1e11  # multiply-adds for all parts alone
 _EVALUATIONS = (48, 200)  # of parts alone, at least and at most
+_REST = 0.02  # of the noise of a run that one half has, for the other half
 _TRIES = 3  # of giving back a culprit
 _SLACK = 1.0  # dB by which noise that is added up may be above what is measured
 WIDE = 16  # bits of what is kept wide
@@ -76,10 +78,14 @@ class Fallback:
 
 @dataclass(eq=False)
 class _Part:
-    """A run of quantizers, and its noise at each output relative to the signal there."""
+    """A run of quantizers, and its noise at each output relative to the signal there.
+
+    measured   rather than left by the other half of a run
+    """
 
     names: tuple[str, ...]
     noise: Array
+    measured: bool = False
 
 
 class Search:
@@ -132,7 +138,7 @@ class Search:
                     return self._given_back(best, reached)
                 now = self.measured(after)
                 best = now if best is None or now.sqnr.min() > best.sqnr.min() else best
-                target += max(min(level - float(now.sqnr.min()), 3.0), 0.5)
+                target += _STEP
             reached = level
         return self._given_back(best, reached)
 
@@ -180,7 +186,7 @@ class Search:
         self.left -= len(parts)
         outputs = self.alone.outputs([part.names for part in parts], self.few)
         for part, values in zip(parts, outputs, strict=True):
-            part.noise = 10 ** (-_decibels(self.few, values) / 10)
+            part.noise, part.measured = 10 ** (-_decibels(self.few, values) / 10), True
 
     def _reduced(self, now: Fallback, parts: list[_Part], allowed: Array, most: float) -> Fallback | None:
         """The plan after culprits were taken out, until the noise of the rest adds up to what is allowed; None if nothing
@@ -193,15 +199,13 @@ class Search:
             worst = self._worst(parts, total > allowed)
             parts.remove(worst)
             left = tuple(name for name in worst.names if name in now.plan and now.plan[name].bits < WIDE)
-            if len(left) < len(worst.names):
+            if len(left) < len(worst.names) or not worst.measured:
                 if left:
                     parts.append(again := _Part(left, worst.noise))
                     self._evaluate([again])
                 continue
             if len(left) > 1:
-                halves = [_Part(left[: len(left) // 2], worst.noise), _Part(left[len(left) // 2 :], worst.noise)]
-                self._evaluate(halves)
-                parts += halves
+                parts += self._halves(left, worst.noise)
                 continue
             after = self._made([*now.taken, left[0]])
             if after is None:
@@ -210,6 +214,14 @@ class Search:
                 break
             now, self.noise[left[0]] = after, worst.noise
         return None if now is before else now
+
+    def _halves(self, names: tuple[str, ...], noise: Array) -> list[_Part]:
+        """A run in two: one is measured, the other one has the rest of its noise; little of it if that is next to nothing."""
+        one, other = _Part(names[: len(names) // 2], noise), _Part(names[len(names) // 2 :], noise)
+        self._evaluate([one])
+        other.noise = np.maximum(noise - one.noise, _REST * noise)
+        other.measured = bool((one.noise <= noise / 2).all())  # as good as that
+        return [one, other]
 
     def _worst(self, parts: Sequence[_Part], open_outputs: Array) -> _Part:
         """The noisiest part at the outputs that are not good enough; of single quantizers nearly as noisy the one whose

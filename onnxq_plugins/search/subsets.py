@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from onnxq_plugins import runtimes
 from onnxq_plugins.measure.arrays import errors, is_float, leaves
 from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.measure.unlike import Part, part_name, parts
@@ -46,7 +45,7 @@ class Subsets:
     def __init__(self, planned: Planned, samples: Samples, workers: int = 1) -> None:
         self.planned, self.samples, self.made = planned, samples, 0
         self._alone = Alone(planned, workers)
-        outputs = samples.outputs(runtimes.session(self._alone.model(planned.plan)))
+        outputs = next(self._alone.outputs([planned.plan], samples))
         floats = [n for n, values in enumerate(samples.reference) if is_float(values)] or range(len(outputs))
         columns: list[tuple[int, Part]] = [(n, ()) for n in floats]
         columns += [(n, part) for n in floats for part in parts(samples.reference[n]) if part]
