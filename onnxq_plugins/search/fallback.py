@@ -35,7 +35,7 @@ from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.search.alone import Alone
 from onnxq_plugins.search.quantizers import Group, multiply_adds, quantizer_groups
-from onnxq_plugins.spec import Array, Plan, QuantSpec, decode, from_range
+from onnxq_plugins.spec import Array, Plan, decode, from_range
 from onnxq_plugins.targets.refusals import problems
 
 _MOST = 8  # layers that one tensor may need in float
@@ -43,7 +43,8 @@ _ROUNDS = 8  # of measuring the network for one level
 _STEP = 0.5  # dB by which to aim higher each time, as noise alone is not quite additive
 _NEARLY = 0.2  # of the noise of the worst quantizer: one that has it may come first
 _CHEAP = 0.01  # share of the multiply-adds below which layers are equally cheap
-_ALONE = 4e8  # multiply-adds over the samples for one part alone; at least one sample, at most four
+_ALONE = 4e8  # multiply-adds over the samples for one part alone, at least of one sample
+_FEW = 8  # samples for that at most
 _WORK = 1e11  # multiply-adds for all parts alone
 _EVALUATIONS = (48, 200)  # of parts alone, at least and at most
 _REST = 0.02  # of the noise of a run that one half has, for the other half
@@ -92,17 +93,16 @@ class Search:
     """A search on a job whose plan is solved.
 
     samples   the network is judged on
-    brief     look for few culprits only
     """
 
-    def __init__(self, job: Job, samples: Samples, brief: bool = False) -> None:
+    def __init__(self, job: Job, samples: Samples) -> None:
         self.job, self.samples = job, samples
         self.work = multiply_adds(job.graph, samples.feeds[0])
         self.total = max(float(sum(self.work.values())), 1.0)
-        count = int(min(max(_ALONE / self.total, 1), 4))
+        count = int(min(max(_ALONE / self.total, 1), _FEW))
         self.few = samples.few(count)
         least, most = _EVALUATIONS
-        self.left = least if brief else int(min(max(_WORK / self.total / count, least), most))  # evaluations
+        self.left = int(min(max(_WORK / self.total / count, least), most))  # evaluations
         self.sets = FloatSets(job.graph, job.recipe, job.target, _MOST)
         self.base = self.sets.plan(())
         self._inputs = job.calibration.data.inputs if job.calibration.data is not None else []
@@ -131,6 +131,7 @@ class Search:
             for _ in range(_ROUNDS):
                 if now.sqnr.min() >= level:
                     break
+                parts = self._alive(parts, now)
                 measured, alone = 10 ** (-now.sqnr / 10), sum((part.noise for part in parts), np.zeros(1))
                 allowed = alone / measured * 10 ** (-target / 10)  # what the parts alone may add up to
                 after = self._reduced(now, parts, allowed, share)
@@ -151,7 +152,7 @@ class Search:
         for name in sorted((n for n in works if works[n] < found.work - _CHEAP), key=lambda n: works[n])[:_TRIES]:
             left = [n for n in found.taken if n != name]
             noise = 10 ** (-found.sqnr / 10) + self.noise[name]
-            trial = self._made(left) if left and (10 * np.log10(noise) <= _SLACK - level).all() else None
+            trial = self.made(self.job.plan, left) if left and (10 * np.log10(noise) <= _SLACK - level).all() else None
             trial = None if trial is None else self.measured(trial)
             found = found if trial is None or trial.sqnr.min() < level else trial
         return found
@@ -188,17 +189,24 @@ class Search:
         for part, values in zip(parts, outputs, strict=True):
             part.noise, part.measured = 10 ** (-_decibels(self.few, values) / 10), True
 
+    def _alive(self, parts: Sequence[_Part], now: Fallback) -> list[_Part]:
+        """Parts without the quantizers that went with others, measured again."""
+        kept = {part: _left(part, now) for part in parts}
+        fresh = {part: _Part(names, part.noise) for part, names in kept.items() if 0 < len(names) < len(part.names)}
+        self._evaluate([*fresh.values()])
+        return [fresh.get(part, part) for part, names in kept.items() if names]
+
     def _reduced(self, now: Fallback, parts: list[_Part], allowed: Array, most: float) -> Fallback | None:
         """The plan after culprits were taken out, until the noise of the rest adds up to what is allowed; None if nothing
         was, or can be, or if that is too much work in float."""
-        before = now
+        before, fixed = now, np.zeros(1)  # noise of what would be too much work
         while self.left > 0:
-            total = sum((part.noise for part in parts), np.zeros(1))
-            if not parts or (total <= allowed).all():
+            total = sum((part.noise for part in parts), fixed)
+            if not parts or (total <= allowed).all() or (fixed > allowed).any():
                 break
             worst = self._worst(parts, total > allowed)
             parts.remove(worst)
-            left = tuple(name for name in worst.names if name in now.plan and now.plan[name].bits < WIDE)
+            left = _left(worst, now)
             if len(left) < len(worst.names) or not worst.measured:
                 if left:
                     parts.append(again := _Part(left, worst.noise))
@@ -207,11 +215,10 @@ class Search:
             if len(left) > 1:
                 parts += self._halves(left, worst.noise)
                 continue
-            after = self._made([*now.taken, left[0]])
-            if after is None:
+            after = self.made(self.job.plan, [*now.taken, left[0]])
+            if after is None or after.work > most:
+                fixed = fixed + worst.noise
                 continue
-            if after.work > most:
-                break
             now, self.noise[left[0]] = after, worst.noise
         return None if now is before else now
 
@@ -237,10 +244,13 @@ class Search:
 
         return parts[max(near, key=lambda n: noise[n] / price(n))]
 
-    def _made(self, names: Sequence[str]) -> Fallback | None:
-        """The plan with some quantizers in 16 bits or in float; None if that is impossible, or the last one makes no
-        difference. Layers that are float for the sake of an activation keep their codes where the target decodes them."""
-        plan, wide, floats, constants = self.job.plan, list[str](), dict[str, None](), list[str]()
+    def made(self, plan: Plan, names: Sequence[str]) -> Fallback | None:
+        """A plan with some quantizers in 16 bits or in float; None if that is impossible, or the last one makes no
+        difference. Layers that are float for the sake of an activation keep the job's codes where the target decodes them.
+
+        plan   the job's, or another one of the same tensors
+        """
+        wide, floats, constants = list[str](), dict[str, None](), list[str]()
         for name in names:
             before = len(wide), len(constants), len(floats)
             if wider := self._widened(plan, name):
@@ -266,7 +276,7 @@ class Search:
         layers = {y.name: y for y in self.planned.layers}
         decoded = {n: y for n in floats if (y := layers.get(n)) and y.weight not in taken and self._decodes(y)}
         kept = Plan({n: s for n, s in plan.items() if n in wanted or n not in self.base or n in self.planned.constants})
-        kept |= {y.weight: replace(plan[y.weight], decoded=True) for y in decoded.values()}
+        kept |= {y.weight: replace(self.job.plan[y.weight], decoded=True) for y in decoded.values()}
         fresh = Plan({n: spec for n, spec in wanted.items() if n not in self.base and n not in kept})
         trial = replace(self.job, plan=kept | fresh)
         planned = Planned.of(trial)
@@ -297,6 +307,11 @@ class Search:
 
     def _groups(self, plan: Plan) -> Sequence[Group]:
         return quantizer_groups(self.job.graph, plan, self.job.target)
+
+
+def _left(part: _Part, now: Fallback) -> tuple[str, ...]:
+    """The quantizers of a part that are still there, in 8 bits."""
+    return tuple(name for name in part.names if name in now.plan and now.plan[name].bits < WIDE)
 
 
 def _relative(exact: Array, rounded: Array) -> float:
