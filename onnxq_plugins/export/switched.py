@@ -52,8 +52,8 @@ class Switched(Writer):
                 bias = np.zeros(layer.channels) if bias is None else bias
                 states[self._biases[layer.name]] = bias.astype(np.float32)
         for name, spec in self._constants.items():
-            values = graph.constant(name)
-            states[name] = decode(spec.codes, spec).astype(values.dtype) if name in names else values
+            values, codes = graph.constant(name), spec.codes
+            states[name] = values if name not in names or codes is None else decode(codes, spec).astype(values.dtype)
         return states
 
     def _pair(self, key: str, source: str, grid: list[str], codes: str, values: str) -> None:

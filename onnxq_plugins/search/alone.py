@@ -14,7 +14,7 @@ from onnxq_plugins.search.widths import ALONE
 
 
 class Alone:
-    """The network of a solved plan with some of its quantizers: one session, in float kernels, which no machine saturates."""
+    """The network of a solved plan with some of its quantizers: one session, in float kernels, which saturate nowhere."""
 
     def __init__(self, planned: Planned, workers: int = 1) -> None:
         codes, graph = planned.integer | planned.carriers, planned.graph

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.search.alone import Alone
 from onnxq_plugins.search.quantizers import Group, multiply_adds, quantizer_groups
-from onnxq_plugins.spec import Array, Plan, decode, from_range
+from onnxq_plugins.spec import Array, Plan, QuantSpec, decode, from_range
 from onnxq_plugins.targets.refusals import problems
 
 _MOST = 8  # layers that one tensor may need in float
@@ -223,7 +224,7 @@ class Search:
         return None if now is before else now
 
     def _halves(self, names: tuple[str, ...], noise: Array) -> list[_Part]:
-        """A run in two: one is measured, the other one has the rest of its noise; little of it if that is next to nothing."""
+        """A run in two: one is measured, the other has the rest of its noise, at least a little of it."""
         one, other = _Part(names[: len(names) // 2], noise), _Part(names[len(names) // 2 :], noise)
         self._evaluate([one])
         other.noise = np.maximum(noise - one.noise, _REST * noise)

@@ -22,7 +22,7 @@ _MARGIN = 2.0  # dB by which saved outputs must be above what was not enough: ot
 _MOST = 0.25  # of the multiply-adds in float, where destroyed outputs are already saved
 _WORTH = 3.0  # dB that a fallback must gain that was not asked for
 _BETTER = 1.0  # dB that other ranges must gain
-_PLAIN = 8  # bits of codes that a recipe without learned ones has, too
+_PLAIN = 8  # bits of weights whose codes need not be learned
 _LOST = 10.0  # dB under which that may cost any number of layers
 
 
@@ -46,7 +46,7 @@ def keep_quality(job: Job) -> None:
         return
     before = now = decibels(job, judge.samples, job.plan)
     found, samples = None, judge.samples
-    if learned and before.min() < quality.sqnr and not quality.asked and all(spec.bits >= _PLAIN for spec in job.plan.values()):
+    if learned and not quality.asked and before.min() < quality.sqnr and _no_narrower(job):
         found = _as_plain(job, samples, before)
     if found is None and before.min() < quality.least:
         now = _clipped(job, samples, before)
@@ -98,9 +98,14 @@ def _search(job: Job, now: Array, apart: bool) -> tuple[Search, tuple[list[float
     return Search(job, judge.samples), (levels, [1.0 if lost else _MOST, *[_MOST] * (len(levels) - 1)])
 
 
+def _no_narrower(job: Job) -> bool:
+    """True if all weights are as wide as those of a recipe that does not learn codes."""
+    return all(job.plan[y.weight].bits >= min(_PLAIN, job.target.code_bits) for y in Planned.of(job).layers)
+
+
 def _as_plain(job: Job, samples: Samples, before: Array) -> Fallback | None:
-    """What saves plain codes in place of the learned ones, with the learned ones where that is better; None where plain codes
-    need not be saved, or end below the learned ones all the same.
+    """What saves plain codes in place of the learned ones, with the learned ones where that is better; None where plain
+    codes need not be saved, or end below the learned ones all the same.
 
     before   dB of each output with learned codes
     """
@@ -155,7 +160,8 @@ def _apply(job: Job, found: Fallback, before: Array) -> None:
     gain = f"outputs have {before.min():.1f} dB with it in 8 bits, {found.sqnr.min():.1f} without"
     readers = [reader for constant in found.constants for reader in _readers(job, constant)]
     job.report.floats.update({name: Reason("quality", gain) for name in (*found.floats, *readers)})
-    stored = f", {'' if set(found.decoded) >= set(found.floats) else 'most '}weights still in 8 bits" if found.decoded else ""
+    most = "" if len(found.decoded) == len(found.floats) else "most "
+    stored = f", {most}weights still in 8 bits" if found.decoded else ""
     parts = [
         f"{len(names)} {noun}{'s' * (len(names) > 1)} {state} ({_listed(names)})"
         for names, noun, state in (

@@ -119,8 +119,8 @@ class Target:
                 decoded = weight.decoded and rule.storage == "blocked"
                 return replace(rule, kernel=rule.op, storage="float") if decoded else rule
         if weight.decoded and self.decodes:
-            rule = self.rule(layer, replace(weight, decoded=False), 8)
-            return None if rule is None else replace(rule, kernel=rule.op, activations=0, storage="float", narrow=False)
+            beside = self.rule(layer, replace(weight, decoded=False), 8)
+            return beside and replace(beside, kernel=layer.op, activations=0, storage="float", narrow=False)
         return None
 
 
