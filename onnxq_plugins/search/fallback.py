@@ -335,7 +335,7 @@ def decibels(job: Job, samples: Samples, plan: Plan) -> Array:
     """dB of each output of floats of a quantized network as it is written, the same on every machine; of each part of an
     output that holds two things (`measure.unlike`)."""
     session = runtimes.session(export(job.graph, plan, job.target), written=True, lean=True)
-    return _decibels(samples, samples.outputs(session))
+    return _decibels(samples, samples.outputs(session, workers=job.workers))
 
 
 def judged(samples: Samples) -> list[str]:

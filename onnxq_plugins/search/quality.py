@@ -51,7 +51,7 @@ def keep_quality(job: Job) -> None:
     if found is None and before.min() < quality.least:
         now = _clipped(job, samples, before)
         if now.min() < quality.least:
-            search, levels = _search(job, now, learned)
+            search, levels = _search(job, before, learned)
             found, samples = search.run(*levels), search.samples
     if found is not None and not quality.asked and not _worth(found, before, quality.least):
         found = None
@@ -85,16 +85,16 @@ def _judge(job: Job, work: float, apart: bool) -> Judge | None:
     return Judge.of(job, apart=apart, work=max(work, _FEWEST * multiply_adds(job.graph, job.graph.layers, next(iter(data)))))
 
 
-def _search(job: Job, now: Array, apart: bool) -> tuple[Search, tuple[list[float], list[float]]]:
+def _search(job: Job, before: Array, apart: bool) -> tuple[Search, tuple[list[float], list[float]]]:
     """The search, and the levels and shares of float work for it.
 
-    now   dB of each output
+    before   dB of each output, with the recipe's own ranges
     """
     quality, judge = job.recipe.quality, _judge(job, _SEARCH, apart)
     assert judge is not None and quality.sqnr is not None
     first = min(quality.least + _MARGIN, quality.sqnr)
     levels = [quality.sqnr] if quality.asked else [first, (first + quality.sqnr) / 2, quality.sqnr]
-    lost = quality.asked or bool(now.min() < _LOST)
+    lost = quality.asked or bool(before.min() < _LOST)
     return Search(job, judge.samples), (levels, [1.0 if lost else _MOST, *[_MOST] * (len(levels) - 1)])
 
 
@@ -104,22 +104,22 @@ def _no_narrower(job: Job) -> bool:
 
 
 def _as_plain(job: Job, samples: Samples, before: Array) -> Fallback | None:
-    """What saves plain codes in place of the learned ones, with the learned ones where that is better; None where plain
-    codes need not be saved, or end below the learned ones all the same.
+    """What saves plain codes and ranges in place of the job's, with the job's where that is better; None where plain ones
+    need not be saved, or end below the job's all the same.
 
     before   dB of each output with learned codes
     """
     quality, judge = job.recipe.quality, _judge(job, _CHECK, False)
     assert judge is not None
-    requests = Plan({y.weight: job.plan[y.weight].request() for y in Planned.of(job).layers})
+    view = Planned.of(job)
+    requests = Plan({n: job.plan[n].request() for n in (*view.activations, *(y.weight for y in view.layers))})
     plain = replace(job, plan=judge.completed(job.plan | requests), report=Report())
-    now = decibels(plain, judge.samples, plain.plan)
-    now = now if now.min() >= quality.least else _clipped(plain, judge.samples, now)
-    if now.min() >= quality.least:
+    start = decibels(plain, judge.samples, plain.plan)
+    if start.min() >= quality.least or _clipped(plain, judge.samples, start).min() >= quality.least:
         return None
-    search, levels = _search(plain, now, False)
+    search, levels = _search(plain, start, False)
     found = search.run(*levels)
-    if found is None or not _worth(found, now, quality.least):
+    if found is None or not _worth(found, start, quality.least):
         return None
     found = replace(found, sqnr=decibels(job, samples, found.plan))
     both = search.made(job.plan, found.taken)
