@@ -45,7 +45,7 @@ class QuantSpec:
     pow2        multipliers (or scales, if there is no sub_block) are powers of two
     max_multiplier   largest multiplier asked for: 15 packs into 4 bits, 2^M - 1 into M
     decoded     a weight beside float inputs is decoded to float at load, where the kernel for its codes would round these
-                (`layers.float_inputs`)
+                (`layers.float_inputs`), or where 8 bits cost the inputs too much (`search.fallback`)
     full        symmetric codes below 8 bits go down to -2^(bits-1): one more code, of 15 with 4 bits. With 8 bits it would
                 gain nothing, and kernels that add products in 16 bits saturate sooner
     scale, zero_point, multiplier

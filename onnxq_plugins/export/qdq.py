@@ -184,11 +184,15 @@ class Writer:
         values = build.fresh(f"{name}_dequantized") if apart or not renamed else name
         if spec.bits < 8:  # codes are uint8, which would go on beyond the grid
             source = self._clipped(name, source, spec)
-        build.add("QuantizeLinear", [source, scale, zero], [codes])
-        build.add("DequantizeLinear", [codes, scale, zero], [values])
+        self._pair(key, source, [scale, zero], codes, values)
         if apart:  # onnxruntime 1.32 aborts the process where control flow reads the output of a DequantizeLinear
             build.add("Sum", [values], [name], name=build.fresh(f"{name}_apart"))
         self.dequantized[name] = values
+
+    def _pair(self, key: str, source: str, grid: list[str], codes: str, values: str) -> None:
+        """Write the two operators of a planned activation."""
+        self.builder.add("QuantizeLinear", [source, *grid], [codes])
+        self.builder.add("DequantizeLinear", [codes, *grid], [values])
 
     def _renamed(self, name: str) -> str:
         """A new name for a tensor in everything written so far; the old one is free for its dequantized form."""

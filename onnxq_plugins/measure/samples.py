@@ -106,15 +106,17 @@ class Samples:
         class_axis: int | None = None,
         runner: runtimes.Session | None = None,
         state: Mapping[str, str] | None = None,
+        workers: int = 1,
     ) -> Samples:
         """Samples with what a float model gives for them.
 
         class_axis   of its outputs, as for `classes.class_axes`
         runner       a session of the model, if there is one already
+        workers      samples that run at the same time
         """
         runner = runner or runtimes.session(model)
         proto = model if isinstance(model, onnx.ModelProto) else onnx.load(str(model), load_external_data=False)
-        reference = runtimes.per_feed(runner, (runtimes.wanted(runner, feed) for feed in feeds))
+        reference = runtimes.per_feed(runner, (runtimes.wanted(runner, feed) for feed in feeds), workers)
         names = [output.name for output in proto.graph.output]
         axes = class_axes(proto, reference, feeds[0], labels, class_axis)
         random = runtimes.is_random(runner, runtimes.wanted(runner, feeds[0]))
@@ -126,6 +128,11 @@ class Samples:
         reference = [[values[n] for n in numbers] for values in self.reference]
         feeds = [self.feeds[n] for n in numbers]
         return Samples(feeds, self.names, reference, None, self.axes, self.random, self.state)
+
+    def also(self, inputs: Mapping[str, Array]) -> Samples:
+        """The same for a network with further inputs, whose values are the same for every feed; without labels."""
+        feeds = [{**feed, **inputs} for feed in self.feeds]
+        return Samples(feeds, self.names, self.reference, None, self.axes, self.random, self.state)
 
     def check_labels(self) -> None:
         """Raise OnnxqError for labels that are not classes of the output they are of, or of the first one of floats."""
@@ -149,10 +156,11 @@ class Samples:
             places.append(places[-1] + 1 if goes_on else 0)
         return places
 
-    def outputs(self, runner: runtimes.Session, own: bool = True) -> list[list[Any]]:
+    def outputs(self, runner: runtimes.Session, own: bool = True, workers: int = 1) -> list[list[Any]]:
         """The outputs of another network for the feeds.
 
-        own   with its own states, where there are streams, rather than with the float network's
+        own       with its own states, where there are streams, rather than with the float network's
+        workers   feeds that run at the same time, unless one goes on from the other
         """
         if own and any(self.places):
             states = set(self.state.values())
@@ -162,7 +170,7 @@ class Samples:
             )
             rows = [values for _, values in runtimes.roll(runner, steps, self.state)]
             return [list(column) for column in zip(*rows, strict=True)]
-        return runtimes.per_feed(runner, (runtimes.wanted(runner, feed) for feed in self.feeds))
+        return runtimes.per_feed(runner, (runtimes.wanted(runner, feed) for feed in self.feeds), workers)
 
     def score(self, by: Metric, outputs: Sequence[Sequence[Any]] | None = None) -> float:
         """A metric of another network's outputs; of the float network's own for None."""

@@ -15,7 +15,7 @@ from onnxq_plugins.layers.problem import correct_biases
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.search.judge import Judge
 
-_WORK = 2e9  # multiply-adds over the samples up to which the whole network is judged
+_WORK = 1e9  # multiply-adds over the samples up to which the whole network is judged
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def _inputs_notes(job: Job, planned: Planned) -> Iterator[str]:
     def several(count: int, names: str, verb: str) -> str:
         return f"{count} weight-only layer{'s' * (count > 1)}{names} {verb}{'s' * (count == 1)}"
 
-    decoded = [layer.name for layer in planned.layers if job.plan[layer.weight].decoded]
+    decoded = [y.name for y in planned.layers if job.plan[y.weight].decoded and y.name not in job.report.floats]
     if decoded:
         names = ", ".join(f"'{name}'" for name in decoded[:4]) + (" ..." if len(decoded) > 4 else "")
         yield (
@@ -160,7 +160,7 @@ def _rows(job: Job, planned: Planned, audit: Audit) -> list[dict[str, Any]]:
             bits = stored_bits(layer, spec, rule) if rule is not None else 32.0
             row |= {"weights": spec.describe((layer.out_axis, layer.in_axis)), "bits_per_weight": round(bits, 3)}
         reason = job.report.floats.get(layer.name) or (entry.reason if entry is not None else None)
-        if spec is not None and spec.decoded:
+        if spec is not None and spec.decoded and layer.name not in job.report.floats:
             text = "MatMulNBits would round its inputs to 8 bits per block; its weight is decoded to float at load"
             reason = Reason("float-inputs", text)
         if reason is not None:

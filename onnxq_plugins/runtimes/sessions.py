@@ -18,6 +18,7 @@ import onnxruntime as ort
 
 from onnxq_plugins import files
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.parallel import map_threads
 from onnxq_plugins.runtimes.custom_ops import add_custom_ops, unknown_operator
 from onnxq_plugins.spec import Array
 
@@ -188,11 +189,14 @@ def run(runner: ort.InferenceSession, feed: Feed) -> list[Array]:
     return [value.numpy() for value in runner.run_with_ort_values(None, values)]
 
 
-def per_feed(runner: ort.InferenceSession, feeds: Iterable[Feed]) -> list[list[Any]]:
+def per_feed(runner: ort.InferenceSession, feeds: Iterable[Feed], workers: int = 1) -> list[list[Any]]:
     """Every output of the model: its value for each feed. A value is an array, or a list for a sequence, a dict for a map, a
     list of dicts for a sequence of maps, None for an optional without a value. Nothing says that values of unlike feeds have
-    the same shape."""
-    rows = [runner.run(None, dict(feed)) for feed in feeds]
+    the same shape.
+
+    workers   feeds that run at the same time
+    """
+    rows = list(map_threads(lambda feed: runner.run(None, dict(feed)), feeds, workers))
     return [list(column) for column in zip(*rows, strict=True)]
 
 

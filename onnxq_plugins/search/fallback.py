@@ -8,15 +8,14 @@ quality: for few culprits among hundreds of quantizers that takes some dozens of
 
 A culprit is kept in 16 bits with all that shares its width, where the target has kernels for that; else in float, along with
 the layers without which it would be rounded all the same, which breaks the integer chain it is part of. The network itself
-is then measured, as often as it takes. What is found is not always the least: culprits are taken by noise per work, one
-after another, and none is given back."""
+is then measured, as often as it takes. Culprits are taken by noise per work, one after another; in the end those that cost
+most work go back to 8 bits where the quality is kept without them."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -25,28 +24,33 @@ from onnxq_plugins.calibration import Calibration, Histogram
 from onnxq_plugins.data import open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.qdq import export
+from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.measure.arrays import decibels as energy_decibels
 from onnxq_plugins.measure.arrays import is_float
 from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.measure.unlike import part_energies, part_name, parts
-from onnxq_plugins.parallel import run_all
 from onnxq_plugins.plan.floats import FloatSets
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
+from onnxq_plugins.search.alone import Alone
 from onnxq_plugins.search.quantizers import Group, multiply_adds, quantizer_groups
-from onnxq_plugins.search.widths import ALONE
-from onnxq_plugins.spec import Array, Plan, QuantSpec, decode, from_range, solve_minmax, weight_codes
+from onnxq_plugins.spec import Array, Plan, QuantSpec, decode, from_range
 from onnxq_plugins.targets.refusals import problems
 
 _MOST = 8  # layers that one tensor may need in float
 _ROUNDS = 8  # of measuring the network for one level
+_STEP = 0.5  # dB by which to aim higher each time, as noise alone is not quite additive
 _NEARLY = 0.2  # of the noise of the worst quantizer: one that has it may come first
 _CHEAP = 0.01  # share of the multiply-adds below which layers are equally cheap
-_ALONE = 4e8  # multiply-adds over the samples for one part alone; at least one sample, at most four
-_WORK = 6e10  # multiply-adds for all parts alone
+_ALONE = 4e8  # multiply-adds over the samples for one part alone, at least of one sample
+_FEW = 8  # samples for that at most
+_WORK = 1e11  # multiply-adds for all parts alone
 _EVALUATIONS = (48, 200)  # of parts alone, at least and at most
+_REST = 0.02  # of the noise of a run that one half has, for the other half
+_TRIES = 3  # of giving back a culprit
+_SLACK = 1.0  # dB by which noise that is added up may be above what is measured
 WIDE = 16  # bits of what is kept wide
 
 
@@ -54,90 +58,115 @@ WIDE = 16  # bits of what is kept wide
 class Fallback:
     """What a search found.
 
-    plan     with the culprits in float or in 16 bits
+    taken    quantizers that are not in 8 bits any more, in the order in which they were found
+    plan     without them
     floats   operators that became float, in the order of the network
+    decoded  those of them whose weights stay 8 bits, decoded to float at load
     wide     activations that became 16 bits wide
     constants  outside layers that became float
     sqnr     dB of each output of floats
     work     share of the network's multiply-adds in `floats`
     """
 
+    taken: tuple[str, ...]
     plan: Plan
     floats: tuple[str, ...]
+    decoded: tuple[str, ...]
     wide: tuple[str, ...]
     constants: tuple[str, ...]
-    sqnr: Array
     work: float
+    sqnr: Array
 
 
 @dataclass(eq=False)
 class _Part:
-    """A run of quantizers, and its noise at each output relative to the signal there."""
+    """A run of quantizers, and its noise at each output relative to the signal there.
+
+    measured   rather than left by the other half of a run
+    """
 
     names: tuple[str, ...]
     noise: Array
+    measured: bool = False
 
 
 class Search:
     """A search on a job whose plan is solved.
 
     samples   the network is judged on
-    brief     look for few culprits only
     """
 
-    def __init__(self, job: Job, samples: Samples, brief: bool = False) -> None:
+    def __init__(self, job: Job, samples: Samples) -> None:
         self.job, self.samples = job, samples
         self.work = multiply_adds(job.graph, samples.feeds[0])
-        total = max(float(sum(self.work.values())), 1.0)
-        count = int(min(max(_ALONE / total, 1), 4))
+        self.total = max(float(sum(self.work.values())), 1.0)
+        count = int(min(max(_ALONE / self.total, 1), _FEW))
         self.few = samples.few(count)
         least, most = _EVALUATIONS
-        self.left = least if brief else int(min(max(_WORK / total / count, least), most))  # evaluations
+        self.left = int(min(max(_WORK / self.total / count, least), most))  # evaluations
         self.sets = FloatSets(job.graph, job.recipe, job.target, _MOST)
         self.base = self.sets.plan(())
         self._inputs = job.calibration.data.inputs if job.calibration.data is not None else []
-        planned = Planned.of(job)
-        self.read_by: dict[str, list[str]] = defaultdict(list)  # activation -> weights of the layers that read its codes
-        for layer in planned.layers:
-            self.read_by[planned.input(layer)].append(layer.weight)
-        self.coded = planned.coded | {name for name in planned.activations if name not in self.read_by}
-        self.constants = set(planned.constants)
-        self._wide: dict[str, QuantSpec] = {}
+        self.planned = Planned.of(job)
+        self.alone = Alone(self.planned, job.workers)
+        self.weights = {layer.name: layer.weight for layer in self.planned.layers}
+        self.noise: dict[str, Array] = {}  # of quantizers that were taken out
 
-    def measured(self, plan: Plan) -> Array:
-        """dB of each output of floats, of the network as it is written: the same on every machine."""
-        return decibels(self.job, self.samples, plan)
+    def measured(self, found: Fallback) -> Fallback:
+        """The same with the dB of each output of floats, of the network as it is written: the same on every machine."""
+        return replace(found, sqnr=decibels(self.job, self.samples, found.plan))
 
-    def run(self, levels: Sequence[float], most: float) -> Fallback | None:
+    def run(self, levels: Sequence[float], most: Sequence[float]) -> Fallback | None:
         """The network that reaches the highest of some levels, dB of each output; if none reaches the lowest, the best that
         was measured; None if there is nothing that can be kept from 8 bits.
 
         levels  ascending
-        most    share of the multiply-adds that may be float for more than the lowest level
+        most    share of the multiply-adds that may be float for each of them
         """
-        now = Fallback(self.job.plan, (), (), (), self.measured(self.job.plan), 0.0)
-        best: Fallback | None = None
+        now = self.measured(Fallback((), self.job.plan, (), (), (), (), 0.0, np.zeros(0)))
+        best, reached = None, levels[0]
         parts = [_Part(names, np.empty(0)) for names in self._runs() if names]
         self._evaluate(parts)
-        for n, level in enumerate(levels):
+        for level, share in zip(levels, most, strict=True):
             target = level
             for _ in range(_ROUNDS):
                 if now.sqnr.min() >= level:
                     break
+                parts = self._alive(parts, now)
                 measured, alone = 10 ** (-now.sqnr / 10), sum((part.noise for part in parts), np.zeros(1))
                 allowed = alone / measured * 10 ** (-target / 10)  # what the parts alone may add up to
-                after = self._reduced(now, parts, allowed, most if n else 1.0)
+                after = self._reduced(now, parts, allowed, share)
                 if after is None:
-                    return best
-                now = replace(after, sqnr=self.measured(after.plan))
+                    return self._given_back(best, reached)
+                now = self.measured(after)
                 best = now if best is None or now.sqnr.min() > best.sqnr.min() else best
-                target += max(min(level - float(now.sqnr.min()), 3.0), 0.5)
-        return best
+                target += _STEP
+            reached = level
+        return self._given_back(best, reached)
+
+    def _given_back(self, found: Fallback | None, level: float) -> Fallback | None:
+        """The same with culprits back in 8 bits, the most work first, while the outputs keep a level: what was found later
+        often makes them float anyway, or good enough."""
+        if found is None or found.sqnr.min() < level:
+            return found
+        works = {name: self._work([n for n in found.taken if n != name]) for name in found.taken}
+        for name in sorted((n for n in works if works[n] < found.work - _CHEAP), key=lambda n: works[n])[:_TRIES]:
+            left = [n for n in found.taken if n != name]
+            noise = 10 ** (-found.sqnr / 10) + self.noise[name]
+            trial = self.made(self.job.plan, left) if left and (10 * np.log10(noise) <= _SLACK - level).all() else None
+            trial = None if trial is None else self.measured(trial)
+            found = found if trial is None or trial.sqnr.min() < level else trial
+        return found
+
+    def _work(self, names: Collection[str]) -> float:
+        """Share of the multiply-adds in float, where some quantizers must be."""
+        layers = {layer for name in names for layer in self.sets.names(name)}
+        return sum(self.work.get(layer, 0) for layer in layers) / self.total
 
     def _runs(self) -> list[tuple[str, ...]]:
         """The quantizers by what they lose where they are, the worst first, in runs that grow: the culprits are mostly among
         the first few, and long runs of the others cost one measurement each."""
-        planned, graph = Planned.of(self.job), self.job.graph
+        planned, graph = self.planned, self.job.graph
         calibration = Calibration(graph, open_data(self.few.feeds, self._inputs), workers=self.job.workers)
         histograms = calibration.histograms(planned.activations)
         lost = {name: _lost(histograms[name], self.job.plan[name]) for name in planned.activations}
@@ -154,53 +183,53 @@ class Search:
             at += size
         return runs
 
-    def _evaluate(self, parts: Iterable[_Part]) -> None:
+    def _evaluate(self, parts: Sequence[_Part]) -> None:
         """Measure the noise of parts, each alone."""
-        parts = list(parts)
-        calls = []
-        for part in parts:
-            own = {name: self.job.plan[name] for name in part.names}
-            exact = {name: self._exact(name) for key in part.names for name in self.read_by.get(key, ()) if name not in own}
-            model = export(self.job.graph, Plan({**exact, **own}), ALONE, self.coded).SerializeToString()
-            calls.append(partial(_noise, np.frombuffer(model, np.uint8), self.few))
         self.left -= len(parts)
-        for part, noise in zip(parts, run_all(calls, self.job.workers), strict=True):
-            part.noise = noise
+        outputs = self.alone.outputs([part.names for part in parts], self.few)
+        for part, values in zip(parts, outputs, strict=True):
+            part.noise, part.measured = 10 ** (-_decibels(self.few, values) / 10), True
 
-    def _exact(self, weight: str) -> QuantSpec:
-        """An entry of so many bits that its noise is none: what reads codes needs a planned weight."""
-        if weight not in self._wide:
-            spec = QuantSpec(WIDE, True, self.job.plan[weight].block)
-            values = self.job.graph.constant(weight)
-            spec = solve_minmax(values, spec)
-            self._wide[weight] = replace(spec, codes=weight_codes(values, spec))
-        return self._wide[weight]
+    def _alive(self, parts: Sequence[_Part], now: Fallback) -> list[_Part]:
+        """Parts without the quantizers that went with others, measured again."""
+        kept = {part: _left(part, now) for part in parts}
+        fresh = {part: _Part(names, part.noise) for part, names in kept.items() if 0 < len(names) < len(part.names)}
+        self._evaluate([*fresh.values()])
+        return [fresh.get(part, part) for part, names in kept.items() if names]
 
     def _reduced(self, now: Fallback, parts: list[_Part], allowed: Array, most: float) -> Fallback | None:
         """The plan after culprits were taken out, until the noise of the rest adds up to what is allowed; None if nothing
         was, or can be, or if that is too much work in float."""
-        before = now
+        before, fixed = now, np.zeros(1)  # noise of what would be too much work
         while self.left > 0:
-            total = sum((part.noise for part in parts), np.zeros(1))
-            if not parts or (total <= allowed).all():
+            total = sum((part.noise for part in parts), fixed)
+            if not parts or (total <= allowed).all() or (fixed > allowed).any():
                 break
             worst = self._worst(parts, total > allowed)
             parts.remove(worst)
-            left = tuple(name for name in worst.names if name in now.plan and now.plan[name].bits < WIDE)
-            if len(left) < len(worst.names):
+            left = _left(worst, now)
+            if len(left) < len(worst.names) or not worst.measured:
                 if left:
                     parts.append(again := _Part(left, worst.noise))
                     self._evaluate([again])
                 continue
             if len(left) > 1:
-                halves = [_Part(left[: len(left) // 2], worst.noise), _Part(left[len(left) // 2 :], worst.noise)]
-                self._evaluate(halves)
-                parts += halves
+                parts += self._halves(left, worst.noise)
                 continue
-            now = self._without(now, left[0]) or now
-            if now.work > most:
-                return None
+            after = self.made(self.job.plan, [*now.taken, left[0]])
+            if after is None or after.work > most:
+                fixed = fixed + worst.noise
+                continue
+            now, self.noise[left[0]] = after, worst.noise
         return None if now is before else now
+
+    def _halves(self, names: tuple[str, ...], noise: Array) -> list[_Part]:
+        """A run in two: one is measured, the other has the rest of its noise, at least a little of it."""
+        one, other = _Part(names[: len(names) // 2], noise), _Part(names[len(names) // 2 :], noise)
+        self._evaluate([one])
+        other.noise = np.maximum(noise - one.noise, _REST * noise)
+        other.measured = bool((one.noise <= noise / 2).all())  # as good as that
+        return [one, other]
 
     def _worst(self, parts: Sequence[_Part], open_outputs: Array) -> _Part:
         """The noisiest part at the outputs that are not good enough; of single quantizers nearly as noisy the one whose
@@ -210,36 +239,61 @@ class Search:
         if len(parts[top].names) > 1:
             return parts[top]
         near = [n for n, part in enumerate(parts) if len(part.names) == 1 and noise[n] >= _NEARLY * noise[top]]
-        whole = max(float(sum(self.work.values())), 1.0)
 
         def price(n: int) -> float:
-            return _CHEAP + sum(self.work.get(name, 0) for name in self.sets.names(parts[n].names[0])) / whole
+            return _CHEAP + sum(self.work.get(name, 0) for name in self.sets.names(parts[n].names[0])) / self.total
 
         return parts[max(near, key=lambda n: noise[n] / price(n))]
 
-    def _without(self, now: Fallback, name: str) -> Fallback | None:
-        """The plan with one more quantizer in 16 bits or in float; None if that is impossible."""
-        if wide := self._widened(now.plan, name):
-            return replace(now, plan=now.plan | wide, wide=(*now.wide, *wide))
-        if name in self.constants:
-            return replace(now, plan=now.plan.without(name), constants=(*now.constants, name))
-        names = self.sets.names(name)
-        floats = tuple(sorted({*now.floats, *names}, key=lambda n: self.sets.order[n]))
-        if not names or floats == now.floats:
-            return None
-        work = sum(self.work.get(n, 0) for n in floats) / max(sum(self.work.values()), 1)
+    def made(self, plan: Plan, names: Sequence[str]) -> Fallback | None:
+        """A plan with some quantizers in 16 bits or in float; None if that is impossible, or the last one makes no
+        difference. Layers that are float for the sake of an activation keep the job's codes where the target decodes them.
+
+        plan   the job's, or another one of the same tensors
+        """
+        wide, floats, constants = list[str](), dict[str, None](), list[str]()
+        for name in names:
+            before = len(wide), len(constants), len(floats)
+            if wider := self._widened(plan, name):
+                plan |= wider
+                wide += wider
+            elif name in self.planned.constants:
+                constants.append(name)
+            else:
+                floats |= dict.fromkeys(self.sets.names(name))
+            exact = name in self.weights.values() and self.sets.names(name)
+            if before == (len(wide), len(constants), len(floats)) and not exact:
+                return None
+        return self._float(tuple(names), plan.without(*constants), floats, wide, constants)
+
+    def _float(
+        self, taken: tuple[str, ...], plan: Plan, floats: Collection[str], wide: Sequence[str], constants: Sequence[str]
+    ) -> Fallback | None:
+        """A plan with some operators in float; None if the target cannot run what is left."""
         try:
             wanted = self.sets.plan(floats)
         except OnnxqError:
             return None
-        kept = Plan({n: s for n, s in now.plan.items() if n in wanted or n not in self.base or n in self.constants})
+        layers = {y.name: y for y in self.planned.layers}
+        decoded = {n: y for n in floats if (y := layers.get(n)) and y.weight not in taken and self._decodes(y)}
+        kept = Plan({n: s for n, s in plan.items() if n in wanted or n not in self.base or n in self.planned.constants})
+        kept |= {y.weight: replace(self.job.plan[y.weight], decoded=True) for y in decoded.values()}
         fresh = Plan({n: spec for n, spec in wanted.items() if n not in self.base and n not in kept})
         trial = replace(self.job, plan=kept | fresh)
         planned = Planned.of(trial)
         if problems(trial.target, trial.graph, trial.plan, {y.name: planned.input(y) for y in planned.layers}):
             return None
         complete(trial)
-        return replace(now, plan=trial.plan, floats=floats, work=work)
+        order, work = sorted(floats, key=lambda n: self.sets.order[n]), sum(self.work.get(n, 0) for n in floats)
+        listed = tuple(n for n in order if n in decoded)
+        return Fallback(
+            taken, trial.plan, tuple(order), listed, tuple(wide), tuple(constants), work / self.total, np.zeros(0)
+        )
+
+    def _decodes(self, layer: Layer) -> bool:
+        """True if the target stores the weight of a layer that runs in float as the codes that it has."""
+        rule = self.job.target.rule(layer, replace(self.job.plan[layer.weight], decoded=True), 0)
+        return rule is not None and rule.storage == "float"
 
     def _widened(self, plan: Plan, name: str) -> Plan:
         """Entries of 16 bits for all that shares the width of an activation; none where the target lacks kernels."""
@@ -254,6 +308,11 @@ class Search:
 
     def _groups(self, plan: Plan) -> Sequence[Group]:
         return quantizer_groups(self.job.graph, plan, self.job.target)
+
+
+def _left(part: _Part, now: Fallback) -> tuple[str, ...]:
+    """The quantizers of a part that are still there, in 8 bits."""
+    return tuple(name for name in part.names if name in now.plan and now.plan[name].bits < WIDE)
 
 
 def _relative(exact: Array, rounded: Array) -> float:
@@ -275,7 +334,8 @@ def _lost(histogram: Histogram, spec: QuantSpec) -> float:
 def decibels(job: Job, samples: Samples, plan: Plan) -> Array:
     """dB of each output of floats of a quantized network as it is written, the same on every machine; of each part of an
     output that holds two things (`measure.unlike`)."""
-    return _decibels(samples, runtimes.session(export(job.graph, plan, job.target), written=True, lean=True))
+    session = runtimes.session(export(job.graph, plan, job.target), written=True, lean=True)
+    return _decibels(samples, samples.outputs(session, workers=job.workers))
 
 
 def judged(samples: Samples) -> list[str]:
@@ -284,12 +344,7 @@ def judged(samples: Samples) -> list[str]:
     return [part_name(name, part) for name, values in columns if is_float(values) for part in parts(values)]
 
 
-def _decibels(samples: Samples, session: runtimes.Session) -> Array:
-    columns = list(zip(samples.reference, samples.outputs(session), strict=True))
+def _decibels(samples: Samples, outputs: Sequence[Sequence[Any]]) -> Array:
+    columns = list(zip(samples.reference, outputs, strict=True))
     rows = [part_energies(y, z, part) for y, z in columns if is_float(y) for part in parts(y)]
     return np.array([energy_decibels(row) for row in rows])
-
-
-def _noise(model: Array, samples: Samples) -> Array:
-    """Noise of each output relative to its signal; plain values in and out, so that it runs anywhere."""
-    return 10 ** (-_decibels(samples, runtimes.session(model.tobytes())) / 10)

@@ -85,7 +85,9 @@ class Judge:
         weights: dict[str, Array] = {}
         model = job.graph.model(weights)
         runner = runtimes.session(model, weights=weights, lean=True)
-        samples = Samples.of(model, feeds, class_axis=job.class_axis, runner=runner, state=data.state)
+        samples = Samples.of(
+            model, feeds, class_axis=job.class_axis, runner=runner, state=data.state, workers=job.workers
+        )
         return None if samples.random else cls(job, samples)
 
     def sqnr(self, plan: Plan, graph: Graph | None = None) -> float:
@@ -99,7 +101,7 @@ class Judge:
         model = export(graph, self.completed(plan, graph), self.job.target)
         small = sum(int(np.prod(y.shape)) for y in Planned(graph, plan, self.job.target).layers) <= _FOLDED
         session = runtimes.session(model, written=small, optimize=small, lean=True)
-        return mean_decibels(self.samples.reference, self.samples.outputs(session))
+        return mean_decibels(self.samples.reference, self.samples.outputs(session, workers=self.job.workers))
 
     def completed(self, plan: Plan, graph: Graph | None = None) -> Plan:
         """A plan with the default solution of all that is open in it, see `sqnr`."""

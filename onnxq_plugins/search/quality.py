@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from onnxq_plugins.calibration.shapes import multiply_adds
 from onnxq_plugins.errors import Reason
-from onnxq_plugins.job import Job
+from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.clipping import least_squares
 from onnxq_plugins.layers.complete import activation_spec
 from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.search.fallback import WIDE, Fallback, Search, decibels, judged
-from onnxq_plugins.search.judge import Judge
-from onnxq_plugins.spec import Array
+from onnxq_plugins.search.judge import TIE, Judge
+from onnxq_plugins.spec import Array, Plan
 
 _CHECK = 1e9  # multiply-adds over the samples that a network is checked on; at least four samples, at most 32
 _SEARCH = 5e9  # and that a search measures on
@@ -20,46 +22,48 @@ _MARGIN = 2.0  # dB by which saved outputs must be above what was not enough: ot
 _MOST = 0.25  # of the multiply-adds in float, where destroyed outputs are already saved
 _WORTH = 3.0  # dB that a fallback must gain that was not asked for
 _BETTER = 1.0  # dB that other ranges must gain
+_PLAIN = 8  # bits of weights whose codes need not be learned
 _LOST = 10.0  # dB under which that may cost any number of layers
 
 
 def keep_quality(job: Job) -> None:
     """Check the outputs of a job whose plan is solved, and keep what costs them most in 16 bits or in float, as the recipe's
-    quality asks for. The report says what was measured, and what was done, under ``quality``."""
+    quality asks for. The report says what was measured, and what was done, under ``quality``.
+
+    Where codes are learned, and plain ones of 8 bits would have been saved, so are they: by the same layers in float, with
+    learned codes in the others or with plain ones. So they never end below what costs less to find."""
     quality, planned = job.recipe.quality, Planned.of(job)
     if quality.sqnr is None or not (planned.layers or planned.activations):
         return
-    data = job.calibration.data
-    if data is None:
+    if job.calibration.data is None:
         if quality.asked:
             job.note("the quality that is asked for was not checked: that needs samples (--data)")
         return
-    work = multiply_adds(job.graph, job.graph.layers, next(iter(data)))
-    apart = job.recipe.provides("codes")  # only these fit samples closely
-    judge = Judge.of(job, apart=apart, work=max(_CHECK, _FEWEST * work))
+    learned = job.recipe.provides("codes")  # only these fit samples closely
+    judge = _judge(job, _CHECK, learned)
     names = [] if judge is None else judged(judge.samples)
     if judge is None or not names:
         return
     before = now = decibels(job, judge.samples, job.plan)
-    if before.min() < quality.least:
-        now = _clipped(job, judge.samples, before)
-    found = None
-    if now.min() < quality.least:
-        judge = Judge.of(job, apart=apart, work=max(_SEARCH, _FEWEST * work)) or judge
-        first = min(quality.least + _MARGIN, quality.sqnr)
-        levels = [quality.sqnr] if quality.asked else [first, (first + quality.sqnr) / 2, quality.sqnr]
-        search = Search(job, judge.samples, brief=not quality.asked and bool(now.min() >= _LOST))
-        found = search.run(levels, _MOST)
-        if found is not None and not quality.asked and not _worth(found, before):
-            found = None
+    found, samples = None, judge.samples
+    if learned and not quality.asked and before.min() < quality.sqnr and _no_narrower(job):
+        found = _as_plain(job, samples, before)
+    if found is None and before.min() < quality.least:
+        now = _clipped(job, samples, before)
+        if now.min() < quality.least:
+            search, levels = _search(job, before, learned)
+            found, samples = search.run(*levels), search.samples
+    if found is not None and not quality.asked and not _worth(found, before, quality.least):
+        found = None
     after = now if found is None else found.sqnr
     job.report["quality"] = {
         "asked": quality.sqnr,
         "met": bool(after.min() >= (quality.sqnr if quality.asked else quality.least)),
-        "samples": len(judge.samples.feeds),
+        "samples": len(samples.feeds),
         "sqnr": _table(names, after),
         **({} if found is None else {"before": _table(names, before), "work": round(found.work, 4)}),
         **({} if found is None else {"float": [*found.floats, *found.constants], "wide": list(found.wide)}),
+        **({"decoded": list(found.decoded)} if found is not None and found.decoded else {}),
     }
     if found is not None:
         _apply(job, found, before)
@@ -69,6 +73,60 @@ def keep_quality(job: Job) -> None:
             f"output '{worst}' has {now.min():.1f} dB on the samples, and no few layers in float make it much better: "
             "onnxq diagnose tells where it is lost"
         )
+
+
+def _judge(job: Job, work: float, apart: bool) -> Judge | None:
+    """The judge on samples for so many multiply-adds, at least on a few.
+
+    apart   on those that no solution saw
+    """
+    data = job.calibration.data
+    assert data is not None
+    return Judge.of(job, apart=apart, work=max(work, _FEWEST * multiply_adds(job.graph, job.graph.layers, next(iter(data)))))
+
+
+def _search(job: Job, before: Array, apart: bool) -> tuple[Search, tuple[list[float], list[float]]]:
+    """The search, and the levels and shares of float work for it.
+
+    before   dB of each output, with the recipe's own ranges
+    """
+    quality, judge = job.recipe.quality, _judge(job, _SEARCH, apart)
+    assert judge is not None and quality.sqnr is not None
+    first = min(quality.least + _MARGIN, quality.sqnr)
+    levels = [quality.sqnr] if quality.asked else [first, (first + quality.sqnr) / 2, quality.sqnr]
+    lost = quality.asked or bool(before.min() < _LOST)
+    return Search(job, judge.samples), (levels, [1.0 if lost else _MOST, *[_MOST] * (len(levels) - 1)])
+
+
+def _no_narrower(job: Job) -> bool:
+    """True if all weights are as wide as those of a recipe that does not learn codes."""
+    return all(job.plan[y.weight].bits >= min(_PLAIN, job.target.code_bits) for y in Planned.of(job).layers)
+
+
+def _as_plain(job: Job, samples: Samples, before: Array) -> Fallback | None:
+    """What saves plain codes and ranges in place of the job's, with the job's where that is better; None where plain ones
+    need not be saved, or end below the job's all the same.
+
+    before   dB of each output with learned codes
+    """
+    quality, judge = job.recipe.quality, _judge(job, _CHECK, False)
+    assert judge is not None
+    view = Planned.of(job)
+    requests = Plan({n: job.plan[n].request() for n in (*view.activations, *(y.weight for y in view.layers))})
+    plain = replace(job, plan=judge.completed(job.plan | requests), report=Report())
+    start = decibels(plain, judge.samples, plain.plan)
+    if start.min() >= quality.least or _clipped(plain, judge.samples, start).min() >= quality.least:
+        return None
+    search, levels = _search(plain, start, False)
+    found = search.run(*levels)
+    if found is None or not _worth(found, start, quality.least):
+        return None
+    found = replace(found, sqnr=decibels(job, samples, found.plan))
+    both = search.made(job.plan, found.taken)
+    if both is not None:
+        both = replace(both, sqnr=decibels(job, samples, both.plan))
+        found = found if both.sqnr.min() < found.sqnr.min() - TIE else both
+    return found if found.sqnr.min() > before.min() else None
 
 
 def _clipped(job: Job, samples: Samples, before: Array) -> Array:
@@ -87,10 +145,9 @@ def _clipped(job: Job, samples: Samples, before: Array) -> Array:
     return after
 
 
-def _worth(found: Fallback, before: Array) -> bool:
-    """True if a fallback that was not asked for gains enough, and costs little where the outputs are not lost."""
-    gains = float(found.sqnr.min() - before.min()) >= _WORTH
-    return gains and (found.work <= _MOST or float(before.min()) < _LOST)
+def _worth(found: Fallback, before: Array, least: float) -> bool:
+    """True if a fallback that was not asked for gains enough."""
+    return float(found.sqnr.min()) >= least or float(found.sqnr.min() - before.min()) >= _WORTH
 
 
 def _table(names: list[str], values: Array) -> dict[str, float]:
@@ -103,10 +160,12 @@ def _apply(job: Job, found: Fallback, before: Array) -> None:
     gain = f"outputs have {before.min():.1f} dB with it in 8 bits, {found.sqnr.min():.1f} without"
     readers = [reader for constant in found.constants for reader in _readers(job, constant)]
     job.report.floats.update({name: Reason("quality", gain) for name in (*found.floats, *readers)})
+    most = "" if len(found.decoded) == len(found.floats) else "most "
+    stored = f", {most}weights still in 8 bits" if found.decoded else ""
     parts = [
         f"{len(names)} {noun}{'s' * (len(names) > 1)} {state} ({_listed(names)})"
         for names, noun, state in (
-            (found.floats, "layer", f"in float, {100 * found.work:.1f} % of the multiply-adds"),
+            (found.floats, "layer", f"in float, {100 * found.work:.1f} % of the multiply-adds{stored}"),
             (found.constants, "constant", "in float"),
             (found.wide, "activation", f"in {WIDE} bits"),
         )

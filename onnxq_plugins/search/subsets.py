@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from onnxq_plugins import runtimes
-from onnxq_plugins.export.qdq import export
 from onnxq_plugins.measure.arrays import errors, is_float, leaves
 from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.measure.unlike import Part, part_name, parts
-from onnxq_plugins.parallel import Track, run_all, silent
+from onnxq_plugins.parallel import Track, silent
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.search.widths import ALONE
-from onnxq_plugins.spec import Array, Plan, QuantSpec, solve_minmax, weight_codes
+from onnxq_plugins.search.alone import Alone
+from onnxq_plugins.spec import Array
 
 _LOST = 0.1  # noise relative to the signal of a part of an output, from which it matters beside stronger parts
-_EXACT = 16  # bits of a weight whose noise is none
 
 
 @dataclass(frozen=True)
@@ -48,17 +43,9 @@ class Subsets:
     """
 
     def __init__(self, planned: Planned, samples: Samples, workers: int = 1) -> None:
-        self.planned, self.samples, self.workers, self.made = planned, samples, workers, 0
-        self._read_by: dict[str, list[str]] = defaultdict(list)  # activation -> weights of the layers that read its codes
-        for layer in planned.layers:
-            self._read_by[planned.input(layer)].append(layer.weight)
-        codes, graph = planned.integer | planned.carriers, planned.graph
-        # what all readers read in codes in the whole network, whatever else is quantized here
-        self._coded = planned.coded | {
-            name for name in planned.activations if all(node.name in codes for node in graph.consumers(name))
-        }
-        self._exact: dict[str, QuantSpec] = {}
-        outputs = samples.outputs(runtimes.session(self._model(planned.plan)))
+        self.planned, self.samples, self.made = planned, samples, 0
+        self._alone = Alone(planned, workers)
+        outputs = next(self._alone.outputs([planned.plan], samples))
         floats = [n for n, values in enumerate(samples.reference) if is_float(values)] or range(len(outputs))
         columns: list[tuple[int, Part]] = [(n, ()) for n in floats]
         columns += [(n, part) for n in floats for part in parts(samples.reference[n]) if part]
@@ -72,41 +59,15 @@ class Subsets:
 
     def measured(self, sets: Sequence[Collection[str]], what: str = "", track: Track = silent) -> list[Measured]:
         """The network with each of some sets of quantizers, names of entries of the plan."""
-        calls = (
-            partial(_measured, np.frombuffer(self._model(names), np.uint8), self.samples, self._column, self._whole)
-            for names in sets
-        )
         self.made += len(sets)
-        return list(track(run_all(calls, self.workers), what, len(sets))) if sets else []
+        found = (self._compared(outputs) for outputs in self._alone.outputs(sets, self.samples))
+        return list(track(found, what, len(sets))) if sets else []
 
-    def _model(self, names: Collection[str]) -> bytes:
-        plan = self.planned.plan
-        chosen = {name: plan[name] for name in names}
-        # where some readers read float, a layer reads codes only if its weight is planned, too
-        mixed = [name for name in names if name not in self._coded]
-        exact = {w: self._wide(w) for name in mixed for w in self._read_by.get(name, ()) if w not in chosen}
-        return bytes(export(self.planned.graph, Plan({**exact, **chosen}), ALONE, self._coded).SerializeToString())
-
-    def _wide(self, weight: str) -> QuantSpec:
-        if weight not in self._exact:
-            values = self.planned.graph.constant(weight)
-            spec = solve_minmax(values, QuantSpec(_EXACT, True, self.planned.plan[weight].block))
-            self._exact[weight] = replace(spec, codes=weight_codes(values, spec))
-        return self._exact[weight]
-
-
-def _measured(model: Array, samples: Samples, column: tuple[int, Part], whole: Sequence[Array]) -> Measured:
-    """Plain values in and out, so that it runs anywhere.
-
-    model    its bytes, uint8
-    column   number of the output, and the part of it
-    whole    errors with all quantizers
-    """
-    outputs = samples.outputs(runtimes.session(model.tobytes()))
-    error = errors(_cut(samples.reference, column), _cut(outputs, column))
-    scale = max(_energy(whole), 1e-30)
-    along = sum(float(np.vdot(e, w)) for e, w in zip(error, whole, strict=True))
-    return Measured(_energy(error) / scale, along / scale)
+    def _compared(self, outputs: Sequence[Sequence[Any]]) -> Measured:
+        error = errors(_cut(self.samples.reference, self._column), _cut(outputs, self._column))
+        scale = max(_energy(self._whole), 1e-30)
+        along = sum(float(np.vdot(e, w)) for e, w in zip(error, self._whole, strict=True))
+        return Measured(_energy(error) / scale, along / scale)
 
 
 def _cut(outputs: Sequence[Sequence[Any]], column: tuple[int, Part]) -> list[Any]:

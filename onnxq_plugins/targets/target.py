@@ -54,8 +54,8 @@ class Target:
                   (`python -m benchmarks.kernels` times some)
     flatten       MatMul + Add(bias) on tokens runs faster as a two-dimensional Gemm (onnxruntime has an integer Gemm
                   with bias); OpenVINO 2026.4 fails to load the Reshapes that this needs behind a LayerNormalization
-    decodes       constants outside layers may be codes that are decoded at load, or rows of a table as they are read:
-                  codes -> Cast -> Mul(scale)
+    decodes       constants outside layers, and weights of layers that run in float, may be codes that are decoded at load,
+                  or rows of a table as they are read: codes -> Cast -> Mul(scale)
     plain         operators whose constants it only takes as they are, all the same
     tuned         activations are written in the form that onnxruntime's CPU provider computes fastest (`graph.opsets.tuned`)
     here          its models run in onnxruntime on this CPU as they will in use
@@ -101,7 +101,9 @@ class Target:
 
     def rule(self, layer: Layer, weight: QuantSpec, activations: int) -> Rule | None:
         """The rule a layer falls under, or None if the target has no quantized kernel for it. A weight that is to be decoded
-        is stored as float tiles are, where a kernel would read its blocks."""
+        is stored as float tiles are, where a kernel would read its blocks, or codes beside 8-bit inputs."""
+        if weight.decoded and activations:
+            return None
         shape = granularity_of(layer, weight)
         for rule in self.rules:
             fits = (
@@ -118,6 +120,9 @@ class Target:
             if fits:
                 decoded = weight.decoded and rule.storage == "blocked"
                 return replace(rule, kernel=rule.op, storage="float") if decoded else rule
+        if weight.decoded and self.decodes:
+            beside = self.rule(layer, replace(weight, decoded=False), 8)
+            return beside and replace(beside, kernel=layer.op, activations=0, storage="float", narrow=False)
         return None
 
 
