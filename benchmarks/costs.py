@@ -26,12 +26,15 @@ from scipy.optimize import nnls
 
 import onnxq_plugins
 from benchmarks.int8 import machine
+from onnxq_plugins.graph.opsets import CONTRIB, tuned
 from onnxq_plugins.runtimes.costs import FEATURES, Kernel
 from onnxq_plugins.search.latency import overhead, profile
 from onnxq_plugins.spec import Array
 
 CHANNELS = (1, 3, 8, 12, 16, 20, 24, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 192, 240, 256, 320, 384, 512, 576)
+WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
 SIZES = (1, 2, 4, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160)
+WINDOWS = ("MaxPool", "AveragePool", "GlobalAveragePool", "Resize", "ReduceMean", "Pad")
 MOVES = {
     "QuantizeLinear": "quantize",
     "DequantizeLinear": "dequantize",
@@ -66,7 +69,7 @@ def convolution(rng: np.random.Generator) -> Kernel:
 
 
 def product(rng: np.random.Generator) -> Kernel:
-    rows, inner, columns = (int(rng.choice(n)) for n in ([1, 1, 4, 16, 50, 128, 256], CHANNELS[4:], CHANNELS[2:]))
+    rows, inner, columns = (int(rng.choice(n)) for n in ([1, 1, 4, 16, 50, 128, 256], WIDTHS, WIDTHS))
     if rng.random() < 0.5:
         return Kernel("Gemm", ((rows, inner),), (rows, columns), (inner, columns))
     return Kernel("MatMul", ((1, rows, inner),), (1, rows, columns), (inner, columns))
@@ -81,7 +84,7 @@ def elementwise(rng: np.random.Generator) -> Kernel:
     op = str(
         rng.choice(
             ["Add", "Mul", "Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", "HardSigmoid", "Tanh", "Erf", "Clip", "Relu"]
-            + ["Softmax", "PRelu", "Exp", "Sub", "Div", "Gelu", "LayerNormalization"]
+            + ["Softmax", "PRelu", "Exp", "Sub", "Div", "Gelu", "Swish", "HardSwish", "LayerNormalization"]
         )
     )
     shape = (1, int(rng.choice(CHANNELS)), *_size(rng))
@@ -96,7 +99,7 @@ def elementwise(rng: np.random.Generator) -> Kernel:
 
 
 def window(rng: np.random.Generator) -> Kernel:
-    op = str(rng.choice(["MaxPool", "AveragePool", "GlobalAveragePool", "Resize", "ReduceMean", "Pad"]))
+    op = str(rng.choice(WINDOWS))
     channels, (height, width) = int(rng.choice(CHANNELS)), [max(n, 2) for n in _size(rng)]
     shape = (1, channels, height, width)
     if op in ("GlobalAveragePool", "ReduceMean"):
@@ -180,14 +183,20 @@ class Network:
             part = self.node("Reshape", [part, self.constant(f"x{i}_{k}_shape", np.array(shape))], f"x{i}_{k}_shaped")
             names.append(self.codes(self.node("Neg", [part], f"x{i}_{k}")))  # Quantize moves in front of the others
         op, attrs, y = kernel.op, dict(kernel.attrs), f"y{i}"
+        if op in WINDOWS:  # behind a convolution, in its order of values
+            channels = kernel.inputs[0][1]
+            names = [self.node("Conv", [*names, self.weight(f"w{i}", (channels, channels, 1, 1), 0)], f"before{i}")]
+            names = [self.codes(names[0])]
         if op == "Conv":
             self.node(op, [*names, self.weight(f"w{i}", kernel.weight, 0), self.bias(f"b{i}", kernel.weight[0])], y, **attrs)
             y = self.node("Relu", [y], f"r{i}")
         elif kernel.weight:
             bias = [self.bias(f"b{i}", kernel.weight[1])] if op == "Gemm" else []
             self.node(op, [*names, self.weight(f"w{i}", kernel.weight, 1), *bias], y)
-        elif op == "PRelu":
-            self.node(op, [*names, self.constant(f"s{i}", np.full((kernel.output[1], 1, 1), 0.2, np.float32))], y)
+        elif op in ("PRelu", "Gelu", "Swish"):  # as they are exported
+            slopes = np.full((kernel.output[1], 1, 1), 0.2, np.float32)
+            inputs = [*names, self.constant(f"s{i}", slopes)] if op == "PRelu" else names
+            self.nodes += tuned(helper.make_node(op, inputs, [y], f"{y}_node"), slopes) or []
         elif op == "LayerNormalization":
             self.node(op, [*names, self.constant(f"s{i}", np.ones(kernel.output[-1], np.float32))], y)
         elif op == "Resize":
@@ -206,7 +215,7 @@ class Network:
         self.node("Max", self.ends, "y")
         ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", [_INPUT]), ("y", []))]
         graph = helper.make_graph(self.nodes, "operators", ends[:1], ends[1:], self.constants)
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(CONTRIB, 1)], ir_version=9)
 
 
 @dataclass(frozen=True)
@@ -236,9 +245,9 @@ def measured(kernels: list[Kernel], rng: np.random.Generator, seconds: float) ->
         own: dict[int, list[tuple[float, int]]] = defaultdict(list)
         for node, time, count in zip(one.optimized.node, times, ports, strict=True):
             number = _branch(node, made)
-            if number is None:
+            kernel = kernels[number] if number is not None else None
+            if number is None or kernel is None or (kernel.op in WINDOWS and "Conv" in node.op_type):
                 continue
-            kernel = kernels[number]
             if node.op_type in MOVES and kernel.op != node.op_type:
                 size = prod(kernel.output) if _behind(node, made) else prod(kernel.inputs[0])
                 yield Sample(MOVES[node.op_type], (1.0, size / 1e3), float(time), int(count), extra)

@@ -11,6 +11,7 @@ from typing import Literal, Self
 Kind = Literal[
     "recipe",  # the recipe says so
     "search",  # a search chose it
+    "slower",  # integer kernels and conversions would take longer
     "quality",  # in 8 bits it would cost the outputs too much
     "outliers",  # it reads a few channels that would widen a grid
     "unsupported",  # no quantized kernel for this operator

@@ -90,6 +90,20 @@ def spatial_sizes(graph: Graph, layers: Sequence[Layer], feed: Mapping[str, Arra
     return sizes
 
 
+def shapes_of(graph: Graph, feed: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all activations in a run of the float model on one sample."""
+    weights: dict[str, Array] = {}
+    model = graph.model(weights)
+    del model.graph.output[:]
+    tensors = [t.name for node in graph.nodes for t in node.outputs if not t.is_empty() and t.dtype is not None]
+    for name in tensors:
+        model.graph.node.append(helper.make_node("Shape", [name], [f"{name}|shape"], f"{name}|shape"))
+        model.graph.output.append(helper.make_tensor_value_info(f"{name}|shape", onnx.TensorProto.INT64, None))
+    values = runtimes.session(model, weights=weights, lean=True).run(None, dict(feed))
+    shapes = {name: tuple(int(n) for n in value) for name, value in zip(tensors, values, strict=True)}
+    return shapes | {name: tuple(np.shape(value)) for name, value in feed.items()}
+
+
 def multiply_adds(graph: Graph, layers: Sequence[Layer], feed: Mapping[str, Array]) -> float:
     """Multiply-adds of some layers for one sample: outputs times weights per output (ConvTranspose: inputs times weights per
     input). Sizes come from the shapes that are known, open batches counted as 1, else from a run on the sample."""

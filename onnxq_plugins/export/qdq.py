@@ -32,7 +32,7 @@ from onnxq_plugins.files import DataFile
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.bodies import outer_reads
 from onnxq_plugins.graph.constants import tables
-from onnxq_plugins.graph.flow import maker_of
+from onnxq_plugins.graph.flow import maker_of, readers
 from onnxq_plugins.graph.opsets import CONTRIB, NARROW_OPSET, expand, opset_of, raise_opset, tuned
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_scale, bias_values
@@ -127,7 +127,7 @@ class Writer:
                 write_rows(self.builder, table, self.stored[table], node, self._kind(table))
             else:
                 self._append(node)
-                if node.name in self.layers and node.input[0] in self.dequantized.values():
+                if node.name in self.layers and self._between(node, self.layers[node.name]):
                     self._separate(written[0])
             for name in filter(None, written):
                 self._quantize_after(name)
@@ -261,7 +261,7 @@ class Writer:
         rule = self._rule(layer)[0]
         storage = rule.storage
         if storage == "float":
-            return node.input[0] in self.dequantized.values()
+            return self._between(node, layer)
         if rule.activations > 8:  # it runs in float anyway, and its weight is no float constant
             return False
         if layer.op == "Conv" or storage == "blocked":
@@ -273,6 +273,12 @@ class Writer:
             or (readers[0].op in ("Relu", "Clip") and readers[0].outputs[0].name in self.plan)
         )
         return layer.output not in self.plan and not absorbed and any(n.op in _FUSED_IN_FLOAT[layer.op] for n in readers)
+
+    def _between(self, node: onnx.NodeProto, layer: Layer) -> bool:
+        """True if a layer that runs in float stands between a DQ and a Q, perhaps behind operators that a Q moves across."""
+        return node.input[0] in self.dequantized.values() and (
+            bool(self.planned.source(layer.result)) or not readers(self.graph, layer.result).isdisjoint(self.integer)
+        )
 
     def _separate(self, output: str) -> None:
         """Keep the last node apart from the next ones by a Sum of one operand: it changes nothing, costs a copy, and is not

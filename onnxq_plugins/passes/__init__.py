@@ -11,6 +11,7 @@ from onnxq_plugins.passes.data_free import DataFree as DataFree
 from onnxq_plugins.passes.equalize import Equalize as Equalize
 from onnxq_plugins.passes.mixed_precision import MixedPrecision as MixedPrecision
 from onnxq_plugins.passes.orthogonality import Orthogonality as Orthogonality
+from onnxq_plugins.passes.placement import Placement as Placement
 from onnxq_plugins.passes.ranges import Ranges as Ranges
 from onnxq_plugins.passes.reorder import Reorder as Reorder
 from onnxq_plugins.passes.residual_ensemble import ResidualEnsemble as ResidualEnsemble

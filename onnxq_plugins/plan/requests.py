@@ -42,10 +42,14 @@ class Request:
     constants: tuple[ConstantRequest, ...] = ()
 
 
-def request(graph: Graph, recipe: Recipe, target: Target, unfit: Collection[str] = ()) -> Request:
+def request(
+    graph: Graph, recipe: Recipe, target: Target, unfit: Collection[str] = (), placed: Collection[str] = ()
+) -> Request:
     """The first plan. Raises OnnxqError, all problems at once, if a rule matches nothing or a block does not fit.
 
-    unfit   activations that are NaN or infinite: they, and the operators that read or write them, stay float
+    unfit    activations that are NaN or infinite: they, and the operators that read or write them, stay float
+    placed   operators that run in float because that is faster: weights of layers are stored like those of the others,
+             where the target decodes them at load
     """
     unfit = {graph.root(name) for name in unfit if name in graph} | set(unfit)
     problems: list[str] = []
@@ -69,7 +73,12 @@ def request(graph: Graph, recipe: Recipe, target: Target, unfit: Collection[str]
         bits = weights.bits if weight_only else _narrowed(weights.bits, target)
         narrowed += bits != weights.bits
         plan[layer.weight] = _weight(layer, replace(weights, bits=bits), target, problems)
-        if not weight_only:
+        if layer.name in placed and not weight_only:
+            floats[layer.name] = Reason("slower", "it is faster in float, conversions included")
+            stored_here = replace(plan.pop(layer.weight), decoded=True)
+            if (rule := target.rule(layer, stored_here, 0)) is not None and rule.storage == "float":
+                plan[layer.weight] = stored_here
+        elif not weight_only:
             integer[layer.name] = activations
     for node in graph.nodes:
         if node.op == "MatMul" and not node.domain and not any(graph.is_constant(t.name) for t in node.inputs):
@@ -94,7 +103,8 @@ def request(graph: Graph, recipe: Recipe, target: Target, unfit: Collection[str]
     stored = {each.constant.name: each.spec for each in outside if each.spec is not None}
     if graph.layers and not plan:
         notes.append("no layer is quantized")
-    activation_request = {**integer, **dict.fromkeys(_chain(graph, target, set(integer), unfit), recipe.activations)}
+    chain = _chain(graph, target, set(integer), unfit, placed)
+    activation_request = {**integer, **dict.fromkeys(chain, recipe.activations)}
     whole = Plan(plan) | stored | _activations(graph, target, activation_request)
     view = Planned(graph, whole, target)
     inputs = {layer.name: view.source(layer.input) if layer.name in integer else "" for layer in view.layers}
@@ -222,13 +232,16 @@ def _multiply_adds(graph: Graph, node: Any) -> int:
     return int(np.prod([n for n in sizes if isinstance(n, int)])) if sizes and all(isinstance(n, int) for n in sizes) else 0
 
 
-def _chain(graph: Graph, target: Target, layers: set[str], unfit: Collection[str]) -> set[str]:
+def _chain(
+    graph: Graph, target: Target, layers: set[str], unfit: Collection[str], placed: Collection[str]
+) -> set[str]:
     """Operators other than layers that stay integer: every input comes from an integer operator and at least one
-    reader is integer. The largest such set."""
+    reader is integer. The largest such set without those that are `placed` in float."""
     nodes = {
         node.name: node
         for node in graph.nodes
         if node.op in target.integer_ops
+        and node.name not in placed
         and not node.domain
         and len(node.outputs) == 1
         and len(activation_inputs(graph, node)) == len(node.inputs)

@@ -172,7 +172,7 @@ class Placer:
 
     def _time(self, node: Any, kernel: Kernel, integer: bool) -> float:
         if node.op in _VIEWS:
-            return 1.0
+            return float(node.op not in ("Identity", "Dropout"))
         return self.costs.of(kernel, integer)
 
     def _takes_blocks(self, node: Any, kernel: Kernel) -> bool:

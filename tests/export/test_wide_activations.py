@@ -114,7 +114,7 @@ def test_dense_layers_do_not_become_matmulnbits(tmp_path, layer, bits, block):
     result = quantize(model, {**WIDE, "weights": {"bits": bits, "block": block}}, feeds(model, 8), workers=1)
     assert not operators(result.model, tmp_path) & Counter(["MatMulNBits", "QGemm", "QLinearMatMul"])
     samples = feeds(model, 8, seed=1)
-    assert error_db(outputs(result.model, samples, False), outputs(result.model, samples)) > 130
+    assert error_db(outputs(result.model, samples, False), outputs(result.model, samples)) > 90
 
 
 def test_a_float_layer_between_16_bit_ones_stays_float():
@@ -123,7 +123,7 @@ def test_a_float_layer_between_16_bit_ones_stays_float():
     result = quantize(model, {**WIDE, "layer": [{"match": "conv3", "quantize": False}]}, feeds(model, 8), workers=1)
     assert "conv3" in result.report["floats"]
     samples = feeds(model, 8, seed=1)
-    assert error_db(outputs(result.model, samples, False), outputs(result.model, samples)) > 130
+    assert error_db(outputs(result.model, samples, False), outputs(result.model, samples)) > 90
 
 
 # ---- accuracy -----------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_a_large_bias_beside_16_bit_inputs_costs_no_weight_its_scale(block):
     codes = [numpy_helper.to_array(t) for t in result.model.graph.initializer if t.data_type == TensorProto.INT32]
     assert 2**29 < max(np.abs(c.astype(np.int64)).max() for c in codes) <= 2**30 + 2**10
     samples = feeds(model, 8, seed=1)
-    assert error_db(outputs(result.model, samples, False), outputs(result.model, samples)) > 130
+    assert error_db(outputs(result.model, samples, False), outputs(result.model, samples)) > 90
 
 
 # ---- what is said -------------------------------------------------------------------------------------------------------
