@@ -22,6 +22,7 @@ from onnxq_plugins.calibration.shapes import complete_shapes
 from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.data.outliers import usual
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.export.compact import Names, check_names, compact
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph import Graph, Model, as_model, load
@@ -98,6 +99,7 @@ def quantize(
     metric: str | Metric | None = None,
     min_sqnr: float | None = None,
     class_axis: int | None = None,
+    names: Names = "short",
     track: Track = silent,
     trace: Trace | None = None,
 ) -> Result:
@@ -121,23 +123,27 @@ def quantize(
     metric     how searching passes judge a network: a name, ``package.module:function`` (imported), or a `job.Metric`
     min_sqnr   dB that each output must have, in place of the recipe's quality (`job.Quality`)
     class_axis of outputs that are classes, such as 1 for segmentation [N, C, H, W]; None finds it
+    names      of tensors inside the model: ``short``, or ``keep`` the user's own (see `onnxq_plugins.export.compact`)
     track      shows progress, see `Job.track`
     trace      receives a line of text for each hook call of a plugin
     """
     start, path = time.perf_counter(), None if output is None else Path(output)
     _check_not_negative(seed=seed, workers=workers or 0)
+    check_names(names)
     installed = find_plugins(plugins := list(plugins), trace)
     loaded = _read_recipe(installed, recipe, settings, target, samples, state, min_sqnr)
     read = partial(_read_model, model, float32, installed.target(loaded.target).flatten, path)
     opened = partial(_calibration, data=data, recipe=loaded, labels=labels, cache=cache, workers=workers, track=track)
     prepare = partial(_prepare, installed, loaded, seed, metric, class_axis)
     job, source, size = _solved(read, opened, prepare, partial(_run, plugins=installed, verify=verify))
-    inner = partial(quantize, seed=seed, workers=workers, plugins=plugins)
-    exported = _export(job, installed, seed, size, path, inner)
+    inner = partial(quantize, seed=seed, workers=workers, plugins=plugins, names="keep")
+    exported, shown = _export(job, installed, seed, size, path, names, inner)
     job.report["seconds"] = round(time.perf_counter() - start, 3)
     installed.manager.hook.onnxq_exported(job=job, model=exported, path=path)
-    again = partial(inner, model, data=job.calibration.data, cache=cache, float32=float32, class_axis=class_axis)
-    return Result(exported, *_left(job), source, loaded, again, class_axis)
+    again = partial(
+        inner, model, data=job.calibration.data, cache=cache, float32=float32, class_axis=class_axis, names=names
+    )
+    return Result(exported, *_left(job), source, loaded, again, class_axis, shown)
 
 
 def _solved(
@@ -314,9 +320,10 @@ def _open_shapes(data: Data | None) -> dict[str, list[int]]:
 
 
 def _export(
-    job: Job, plugins: Plugins, seed: int, before: int, path: Path | None, inner: Callable[..., Result]
-) -> onnx.ModelProto:
-    """Make the model of a complete plan and write that to `path`; the report is complete then.
+    job: Job, plugins: Plugins, seed: int, before: int, path: Path | None, names: Names, inner: Callable[..., Result]
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """Make the model of a complete plan and write that to `path`; the report is complete then. Returns it, and the tensors
+    of the graph that have other names there (see `Outcome.names`).
 
     before   bytes of the user's own model
     inner    `quantize` for the branches of control flow
@@ -337,6 +344,7 @@ def _export(
     with data or contextlib.nullcontext():
         model = export(job.graph, job.plan, job.target, data=data)
         rows = [] if data is not None else _quantize_branches(job, model, inner)
+        shown = compact(model, {node.name for node in job.graph.nodes}, names, folds=job.target.here)
         if text := _newer_version(job.graph, model):
             job.note(text)
         parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]
@@ -346,7 +354,7 @@ def _export(
         describe(job, model, data, before, rows)
         if path is not None:
             data.finish(model) if data is not None else files.save_model(model, path)
-    return model
+    return model, shown
 
 
 def _newer_version(graph: Graph, model: onnx.ModelProto) -> str:
