@@ -111,8 +111,7 @@ def quantize(
     output     write the model here as well
     target     overrides the recipe's target
     seed       one seed, one result
-    samples    use that many of the samples, spread evenly (0: all)
-    workers    threads and processes at once; None: one per core
+    samples, workers   use that many samples, spread evenly (0: all); threads and processes at once (None: one per core)
     cache      folder that keeps calibration results between runs
     verify     check after every pass that the float function stayed (law L1)
     float32    convert half-precision models first
@@ -124,25 +123,21 @@ def quantize(
     min_sqnr   dB that each output must have, in place of the recipe's quality (`job.Quality`)
     class_axis of outputs that are classes, such as 1 for segmentation [N, C, H, W]; None finds it
     names      of tensors inside the model: ``short``, or ``keep`` the user's own (see `onnxq_plugins.export.compact`)
-    track      shows progress, see `Job.track`
-    trace      receives a line of text for each hook call of a plugin
+    track, trace   shows progress, see `Job.track`; receives a line of text for each hook call of a plugin
     """
-    start, path = time.perf_counter(), None if output is None else Path(output)
+    start, path, names = time.perf_counter(), None if output is None else Path(output), check_names(names)
     _check_not_negative(seed=seed, workers=workers or 0)
-    check_names(names)
     installed = find_plugins(plugins := list(plugins), trace)
     loaded = _read_recipe(installed, recipe, settings, target, samples, state, min_sqnr)
     read = partial(_read_model, model, float32, installed.target(loaded.target).flatten, path)
     opened = partial(_calibration, data=data, recipe=loaded, labels=labels, cache=cache, workers=workers, track=track)
     prepare = partial(_prepare, installed, loaded, seed, metric, class_axis)
     job, source, size = _solved(read, opened, prepare, partial(_run, plugins=installed, verify=verify))
-    inner = partial(quantize, seed=seed, workers=workers, plugins=plugins, names="keep")
+    inner = partial(quantize, seed=seed, workers=workers, plugins=plugins, names=names)
     exported, shown = _export(job, installed, seed, size, path, names, inner)
     job.report["seconds"] = round(time.perf_counter() - start, 3)
     installed.manager.hook.onnxq_exported(job=job, model=exported, path=path)
-    again = partial(
-        inner, model, data=job.calibration.data, cache=cache, float32=float32, class_axis=class_axis, names=names
-    )
+    again = partial(inner, model, data=job.calibration.data, cache=cache, float32=float32, class_axis=class_axis)
     return Result(exported, *_left(job), source, loaded, again, class_axis, shown)
 
 
@@ -381,7 +376,7 @@ def _quantize_branches(job: Job, model: onnx.ModelProto, inner: Callable[..., Re
             job.note(f"no sample takes {branch.words}: what is in it computes float")
             continue
         try:
-            result = inner(branch.model, recipe, feeds)
+            result = inner(branch.model, recipe, feeds, names="keep")  # what it reads from around it has its name
         except OnnxqError as error:
             job.note(f"{branch.words} stays float: {error}")
             continue

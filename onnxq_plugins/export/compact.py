@@ -15,7 +15,7 @@ import itertools
 import re
 import string
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Literal, get_args
 
 import numpy as np
@@ -25,7 +25,6 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxq_plugins import files
 from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.graph.bodies import all_graphs, outer_reads, rename_outer_reads
-from onnxq_plugins.spec import Array
 
 Names = Literal["short", "keep"]
 
@@ -52,20 +51,18 @@ def compact(model: onnx.ModelProto, own: Collection[str], names: Names = "short"
     names   ``keep`` leaves names and value_info as they are
     folds   the runtime folds constants when it loads the model
     """
-    graph, moved, taken = model.graph, dict[str, str](), _all_names(model.graph)
+    graph, taken = model.graph, _all_names(model.graph)
     for part in (*all_graphs(graph), *model.functions):
         _forget_traces(part)
     for part in reversed(list(all_graphs(graph))):  # bodies first: the operators around them are written anew
-        moved = _absorbed(part)
         if folds:
             _compute_bias_scales(part, taken)
         _share(part)
     if names == "keep":
-        return moved
+        return {}
     _forget_operators(graph, own)
     _forget_known_shapes(model)
-    renamed = _shorten(graph)
-    return renamed | {old: renamed.get(new, new) for old, new in moved.items()}
+    return _shorten(graph)
 
 
 def alike(one: onnx.ModelProto, other: onnx.ModelProto) -> bool:
@@ -104,52 +101,7 @@ def _without_traces(lines: list[str]) -> Iterator[str]:
             yield line
 
 
-# ---- operators ------------------------------------------------------------------------------------------------------------
-
-
-def _absorbed(graph: onnx.GraphProto) -> dict[str, str]:
-    """Drop each Relu and Clip whose only reader is a QuantizeLinear that gives the same codes without it, since its grid
-    does not reach beyond. Returns their outputs -> their inputs."""
-    constants, reads = {t.name: t for t in graph.initializer}, _reads(graph)
-    makers = {name: node for node in graph.node for name in node.output}
-    moved: dict[str, str] = {}
-    dropped = set()
-    for quantizer in graph.node:
-        node = makers.get(quantizer.input[0]) if quantizer.op_type == "QuantizeLinear" else None
-        if node is None or node.op_type not in ("Relu", "Clip") or node.domain:
-            continue
-        before = makers.get(node.input[0])
-        alone = reads[node.input[0]] == reads[node.output[0]] == 1
-        if before is None or before.op_type == "DequantizeLinear" or not alone:
-            continue
-        if not _within(quantizer, node, constants):
-            continue
-        moved[node.output[0]] = quantizer.input[0] = node.input[0]
-        dropped.add(node.output[0])
-    if dropped:
-        _keep_nodes(graph, [node for node in graph.node if not dropped & set(node.output)])
-    return moved
-
-
-def _within(quantizer: onnx.NodeProto, node: onnx.NodeProto, constants: Mapping[str, TensorProto]) -> bool:
-    """True if a Relu or Clip cuts off nothing but what a quantizer for whole tensors cuts off anyway."""
-    if len(quantizer.input) < 3 or not all(name in constants for name in quantizer.input[1:]):
-        return False
-    scale, zero = (numpy_helper.to_array(constants[name]) for name in quantizer.input[1:])
-    bounds: list[Array | None] = [np.zeros(()), None] if node.op_type == "Relu" else [None, None]
-    for i, name in enumerate(node.input[1:]):
-        if name and name not in constants:
-            return False
-        bounds[i] = numpy_helper.to_array(constants[name]) if name else None
-    if scale.size != 1 or zero.size != 1 or scale.dtype != np.float32 or zero.dtype.kind not in "iu":
-        return False
-    ends = np.iinfo(zero.dtype)
-
-    def code(bound: Array) -> float:
-        return float(np.rint(np.float32(bound.item()) / np.float32(scale.item())) + int(zero.item()))
-
-    low, high = bounds
-    return (low is None or code(low) <= ends.min) and (high is None or code(high) >= ends.max)
+# ---- biases ---------------------------------------------------------------------------------------------------------------
 
 
 def _compute_bias_scales(graph: onnx.GraphProto, taken: set[str]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from onnxq_plugins.calibration import channel_axis, channels
 from onnxq_plugins.graph import ChannelGroup, Graph, Member, channel_groups, clip_maximum, rescale
 from onnxq_plugins.job import Job, Pass, Stage
+from onnxq_plugins.layers.shared import shared_weights
 from onnxq_plugins.search.gains import seen_by
 from onnxq_plugins.search.judge import Judge
 from onnxq_plugins.solvers.equalize import Place, equalize
@@ -116,8 +117,10 @@ class Equalize(Pass):
         """Choose the exponent of each group by predicted noise, and try all together where that is cheap."""
         chosen: list[tuple[ChannelGroup, Array]] = []
         told: dict[str, Any] = {}
+        planned = [layer for layer in job.graph.layers if layer.weight in job.plan]
+        shared = {layer.weight for layers in shared_weights(job, planned) for layer in layers}
         for group, (reads, readers), bound in zip(groups, seen_by(job, groups), bounds, strict=True):
-            if not reads:
+            if not reads or any(member.tensor in shared for member in group.weights):
                 continue
             factors, exponent, _ = spread(reads, readers, self.exponents, *bound)
             factors = self._rounded(factors, bound)

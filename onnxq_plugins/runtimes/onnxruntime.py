@@ -206,7 +206,7 @@ def _reason(graph: onnx.GraphProto, node: onnx.NodeProto) -> Reason:
     if is_product(node, constants) and not decoded:
         return _PRODUCT
     if source is None or source.op_type != "DequantizeLinear":
-        origin = f"operator '{source.name or source.op_type}'" if source is not None else "from the model's input"
+        origin = f"operator '{source.name or source.op_type}'" if source is not None else "the model's input"
         if weight is None or weight.op_type != "DequantizeLinear":
             return Reason("unquantized", f"neither its input (from {origin}) nor its weight is quantized")
         return Reason("float-input", f"its input, from {origin}, is float")
