@@ -110,7 +110,7 @@ def _compute_bias_scales(graph: onnx.GraphProto, taken: set[str]) -> None:
 
     taken   names of tensors in the whole model
     """
-    constants = {t.name: t for t in graph.initializer}
+    constants = {t.name: t for t in graph.initializer if t.data_location != TensorProto.EXTERNAL}
     makers = {name: node for node in graph.node for name in node.output}
     known: dict[tuple[str, str], str] = {}  # scales of input and weight -> that of the bias
     before: dict[str, onnx.NodeProto] = {}  # output of the first reader -> what computes a scale for it
