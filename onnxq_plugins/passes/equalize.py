@@ -59,8 +59,8 @@ class Equalize(Pass):
     would take it there; the data show which is which. Without data such groups are left unchanged and reported. Where
     statistics belong to another axis (positions of a 1-D convolution after an Add, attention heads), Clips hold all
     channels. ``activations`` stops at Clips, since samples that were not seen may reach a maximum that calibration did not,
-    and leaves groups with statistics along another axis unchanged. So do both where layers share a weight, which would no
-    longer be one.
+    and leaves groups with statistics along another axis unchanged, as well as those with a weight that layers share: it would
+    no longer be one.
 
     The prediction adds up what the grid of each activation costs through the weights that read it, what wider weights cost
     their own grid through the variance of their inputs, and what samples other than those of calibration may lose beyond the
@@ -91,10 +91,11 @@ class Equalize(Pass):
         if self.by == "activations" and not job.calibration.ready:
             job.note("equalize by activations was skipped: without data there are no ranges to even out")
             return {"groups": 0}
-        planned = [layer for layer in job.graph.layers if layer.weight in job.plan]
-        shared = {layer.weight for layers in shared_weights(job, planned) for layer in layers}
         groups = channel_groups(job.graph, "rescale", clips=job.calibration.ready and self.by == "weights")
-        groups = [group for group in groups if shared.isdisjoint(member.tensor for member in group.weights)]
+        if self.by == "activations":
+            planned = [layer for layer in job.graph.layers if layer.weight in job.plan]
+            shared = {layer.weight for layers in shared_weights(job, planned) for layer in layers}
+            groups = [group for group in groups if shared.isdisjoint(member.tensor for member in group.weights)]
         bounds = self._bounds(job, groups)
         held = sum(int((low == high).sum()) for low, high in bounds)
         result: dict[str, Any] = {"groups": len(groups), "channels_held_by_clips": held}

@@ -427,8 +427,7 @@ def test_wrong_parameters(parameters):
         Equalize(**parameters)
 
 
-@pytest.mark.parametrize("by", ["weights", "activations"])
-def test_layers_of_one_weight_still_share_it(by):
+def test_layers_of_one_weight_still_share_it():
     """Other factors in each of them would make other weights of it."""
     net = Net(["N", 3, 8, 8])
     loud = np.exp(net.rng.uniform(-2.3, 2.3, 16))
@@ -438,7 +437,7 @@ def test_layers_of_one_weight_still_share_it(by):
         weight = net.constant(net.rng.normal(size=(16, width, 1, 1)) * loud[:, None, None, None] / width)
         x, width = net.op("Relu", net.op("Conv", net.op("Relu", net.op("Conv", x, weight)), shared)), 16
     model = net.model(net.head(net.op("Relu", net.conv(x, 16, 12)), 12))
-    result = quantize(model, {"pass": [{"use": "equalize", "by": by}, {"use": "ranges"}]}, feeds(model, 12), workers=1)
+    result = quantize(model, {"pass": [{"use": "equalize", "by": "activations"}, {"use": "ranges"}]}, feeds(model, 12))
     assert told(result)["groups"] == 1  # the last one
     makers = {o: n for n in result.model.graph.node for o in n.output}
     readers = {n.name for n in model.graph.node if shared in n.input}
