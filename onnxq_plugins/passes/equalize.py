@@ -59,7 +59,7 @@ class Equalize(Pass):
     would take it there; the data show which is which. Without data such groups are left unchanged and reported. Where
     statistics belong to another axis (positions of a 1-D convolution after an Add, attention heads), Clips hold all
     channels. ``activations`` stops at Clips, since samples that were not seen may reach a maximum that calibration did not,
-    and leaves groups with statistics along another axis unchanged, as well as those with a weight that layers share: it would
+    and leaves groups with statistics along another axis unchanged, and those with a weight that layers share: it would
     no longer be one.
 
     The prediction adds up what the grid of each activation costs through the weights that read it, what wider weights cost
