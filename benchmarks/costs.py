@@ -28,7 +28,7 @@ import onnxq_plugins
 from benchmarks.int8 import machine
 from onnxq_plugins.graph.opsets import CONTRIB, tuned
 from onnxq_plugins.runtimes.costs import FEATURES, Kernel
-from onnxq_plugins.search.latency import overhead, profile
+from onnxq_plugins.search.latency import profile
 from onnxq_plugins.spec import Array
 
 CHANNELS = (1, 3, 8, 12, 16, 20, 24, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 192, 240, 256, 320, 384, 512, 576)
@@ -220,17 +220,22 @@ class Network:
 
 @dataclass(frozen=True)
 class Sample:
-    """Microseconds of a kernel or a conversion in a profile; what that adds per input and output of a node."""
+    """Microseconds of a kernel or a conversion in a profile, the sum over so many nodes with so many inputs and outputs."""
 
     kind: str
     features: tuple[float, ...]
     traced: float
+    nodes: int
     ports: int
-    extra: float
 
 
-def measured(kernels: list[Kernel], rng: np.random.Generator, seconds: float) -> Iterator[Sample]:
-    """Times of operators, float and integer, and of what surrounds them, with what profiling adds."""
+def measured(
+    kernels: list[Kernel], rng: np.random.Generator, seconds: float, added: list[tuple[int, int, float]]
+) -> Iterator[Sample]:
+    """Times of operators, float and integer, and of what surrounds them.
+
+    added   takes, for each network, its nodes, their inputs and outputs, and the microseconds that profiling adds
+    """
     networks = [Network(False, rng), Network(True, rng)]
     values = rng.standard_normal(_INPUT).astype(np.float32)
     for network in networks:
@@ -240,7 +245,7 @@ def measured(kernels: list[Kernel], rng: np.random.Generator, seconds: float) ->
         one = profile([network.model()], {"x": values}, seconds)[0][0]
         times = np.nan_to_num(1e3 * one.nodes)
         ports = np.array([len(node.input) + len(node.output) for node in one.optimized.node])
-        extra = overhead(times, ports, 1e3 * one.milliseconds)
+        added.append((len(times), int(ports.sum()), float(times.sum()) - 1e3 * one.milliseconds))
         made = {name: node for node in one.optimized.node for name in node.output}
         own: dict[int, list[tuple[float, int]]] = defaultdict(list)
         for node, time, count in zip(one.optimized.node, times, ports, strict=True):
@@ -250,12 +255,12 @@ def measured(kernels: list[Kernel], rng: np.random.Generator, seconds: float) ->
                 continue
             if node.op_type in MOVES and kernel.op != node.op_type:
                 size = prod(kernel.output) if _behind(node, made) else prod(kernel.inputs[0])
-                yield Sample(MOVES[node.op_type], (1.0, size / 1e3), float(time), int(count), extra)
+                yield Sample(MOVES[node.op_type], (1.0, size / 1e3), float(time), 1, int(count))
             else:
                 own[number].append((float(time), int(count)))
         for number, parts in own.items():
             kind, features = kernels[number].kind(network.integer), kernels[number].features(network.integer)
-            yield Sample(kind, features, sum(t for t, _ in parts), sum(n for _, n in parts), extra)
+            yield Sample(kind, features, sum(t for t, _ in parts), len(parts), sum(n for _, n in parts))
 
 
 def _branch(node: onnx.NodeProto, made: dict[str, onnx.NodeProto]) -> int | None:
@@ -296,11 +301,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
-    every = [s for _ in range(args.rounds) for s in measured([draw(rng) for _ in range(20)], rng, args.seconds)]
-    extra = float(np.median([s.extra for s in every]))
+    added: list[tuple[int, int, float]] = []
+    every = [s for _ in range(args.rounds) for s in measured([draw(rng) for _ in range(20)], rng, args.seconds, added)]
+    totals = np.array(added)
+    extra, _ = nnls(totals[:, :2] / totals[:, :1], totals[:, 2] / totals[:, 0])  # per node, and per input and output
+    print(f"profiling adds {extra[0]:.2f} us a node and {extra[1]:.2f} us an input or output\n")
     by_kind: dict[str, list[tuple[tuple[float, ...], float]]] = defaultdict(list)
     for s in every:
-        by_kind[s.kind].append((s.features, max(s.traced - extra * s.ports, 0.1)))
+        by_kind[s.kind].append((s.features, max(s.traced - extra @ (s.nodes, s.ports), 0.1)))
     print(f"{machine()}\n\n| kernels | shapes | median error | 90 % | {' | '.join(FEATURES)} |\n|{'---|' * (4 + len(FEATURES))}")
     table = {}
     for kind, samples in sorted(by_kind.items()):

@@ -32,7 +32,7 @@ from onnxq_plugins.files import DataFile
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.bodies import outer_reads
 from onnxq_plugins.graph.constants import tables
-from onnxq_plugins.graph.flow import maker_of, readers
+from onnxq_plugins.graph.flow import activation_inputs, maker_of, readers
 from onnxq_plugins.graph.opsets import CONTRIB, NARROW_OPSET, expand, opset_of, raise_opset, tuned
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_scale, bias_values
@@ -182,12 +182,27 @@ class Writer:
         codes = build.fresh(f"{name}_quantized")
         apart = renamed and name in self.captured
         values = build.fresh(f"{name}_dequantized") if apart or not renamed else name
+        if self._reaches_across(name):
+            apart_from = source
+            build.add("Sum", [apart_from], [source := build.fresh(f"{name}_apart")])
         if spec.bits < 8:  # codes are uint8, which would go on beyond the grid
             source = self._clipped(name, source, spec)
         self._pair(key, source, [scale, zero], codes, values)
         if apart:  # onnxruntime 1.32 aborts the process where control flow reads the output of a DequantizeLinear
             build.add("Sum", [values], [name], name=build.fresh(f"{name}_apart"))
         self.dequantized[name] = values
+
+    def _reaches_across(self, name: str) -> bool:
+        """True if onnxruntime would make the float operator before a Q integer: it moves a Q in front of a MaxPool, which is
+        slow on codes in plain order, and fuses operators between a DQ and a Q."""
+        node = maker_of(self.graph, name)
+        if node is None or node.name in self.integer or not self.target.tuned:
+            return False
+        inputs = activation_inputs(self.graph, node)
+        if node.op == "MaxPool":
+            return inputs[0] not in self.dequantized
+        fused = node.op in self.target.integer_ops and node.name not in self.layers
+        return fused and all(self._input(str(node.name), t) in self.dequantized.values() for t in inputs)
 
     def _pair(self, key: str, source: str, grid: list[str], codes: str, values: str) -> None:
         """Write the two operators of a planned activation."""

@@ -1,51 +1,123 @@
-"""placement: leave in float what is faster there."""
+"""placement: run in float what is faster in float."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.shapes import shapes_of
-from onnxq_plugins.errors import OnnxqError, Reason
+from onnxq_plugins.errors import Reason
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.job import Job, Pass, Report, Stage
+from onnxq_plugins.graph.flow import maker_of
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.plan.requests import request
-from onnxq_plugins.runtimes.costs import shipped
-from onnxq_plugins.search.placement import Placer, Placement as Decision
-from onnxq_plugins.spec import Plan, from_range
-from dataclasses import replace
+from onnxq_plugins.plan.requests import request, rule_keys
+from onnxq_plugins.runtimes.costs import tables
+from onnxq_plugins.search.latency import interleaved, typical
+from onnxq_plugins.search.placement import Placer
+from onnxq_plugins.spec import Array, Plan, from_range
 
-_NAME = "avx512-vnni"
+_SHORT, _LONG = 200.0, 50_000.0  # microseconds of a run between which networks are timed, too
+_SECONDS = 0.3  # of timing
+_WHY = "it is faster in float, conversions included"
+_CLEAR = 0.05  # by which a network must be faster for timing to overrule the table
 
 
 @dataclass(frozen=True)
 class Placement(Pass):
-    """x"""
+    """Run in float what is faster in float.
+
+    Integer kernels do not always pay: those of depthwise convolutions, few channels and short rows hardly do, and at every
+    border between integers and floats a tensor is converted, mostly reordered as well. A table of what kernels cost on the
+    target's kind of processor, for their sizes in this network, is minimized over all operators together, conversions
+    included, by a minimum cut: exactly, and alike on every machine.
+
+    Layers that are placed in float keep their weights in 8 bits in the file; onnxruntime decodes them once, at load. What
+    the recipe demands of single layers (`quantize = true`) is kept.
+
+    gain    share of the predicted time that must be saved, else all stays integer
+    check   time the network as integer, as placed and in float, in turn, where it takes 0.2 to 50 ms; one that is faster
+            than what the table says by 5 % is taken in its place, so that on another kind of processor no network is
+            slower than in float. The one decision that depends on the machine; false leaves all to the table
+
+    Source: our own; minimum cuts as in Boykov, Veksler and Zabih, Fast approximate energy minimization via graph cuts
+    (PAMI 2001).
+    Cost: one run of the float model, and at most a second for timing.
+    """
 
     name: ClassVar[str] = "placement"
     stage: ClassVar[Stage] = "rewrite"
     gain: float = 0.03
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gain < 1:
+            raise ValueError(f"gain = {self.gain} must be at least 0 and less than 1")
 
     def apply(self, job: Job) -> dict[str, Any] | None:
-        data = job.calibration.data
-        if data is None or not job.target.here:
+        data, costs = job.calibration.data, tables().get(job.target.costs)
+        if data is None or costs is None:
             return None
         feed = next(iter(data))
-        decision = Placer(Planned.of(job), shapes_of(job.graph, feed), shipped()[_NAME]).place()
-        result = {"integer": round(decision.integer), "float": round(decision.float), "placed": round(decision.placed)}
-        if not decision.floats or decision.placed > (1 - self.gain) * decision.integer:
-            return result
-        job.plan = planned_in_float(job, decision.floats)
-        return result
+        placer = Placer(Planned.of(job), shapes_of(job.graph, feed), costs)
+        if not placer.choices:
+            return None
+        forced = _forced(job)
+        decision = placer.place(forced)
+        pays = decision.floats and decision.placed <= (1 - self.gain) * decision.integer
+        choice = "placed" if pays else "integer"
+        sets = {"integer": frozenset[str](), "placed": decision.floats, "float": placer.choices - forced}
+        predicted = {name: getattr(decision, name) for name in sets}
+        result: dict[str, Any] = {"table": costs.name, "predicted": {k: round(v, 1) for k, v in predicted.items()}}
+        plans = {name: in_float(job, names) for name, names in sets.items()}
+        if self.check and job.target.here and _SHORT <= min(decision.integer, decision.float) <= _LONG:
+            timed = _timed(job, plans, feed)
+            result["timed"] = {name: round(value) for name, value in timed.items()}
+            best = min(timed, key=lambda name: timed[name])
+            choice = best if timed[best] < (1 - _CLEAR) * timed[choice] else choice
+        job.plan = plans[choice]
+        if sets[choice]:
+            times = result.get("timed", result["predicted"])
+            layers = {y.name for y in job.graph.layers} & sets[choice]
+            job.report.floats.update({name: Reason("slower", _WHY) for name in layers})
+            others = len(sets[choice]) - len(layers)
+            job.note(
+                f"{len(layers)} layers{f' and {others} other operators' * bool(others)} run in float, where they are faster: "
+                f"{times[choice] / 1e3:.3g} ms {'measured' if 'timed' in result else 'predicted'} against "
+                f"{times['integer'] / 1e3:.3g} as integers"
+            )
+        return result | {"choice": choice, "float": sorted(sets[choice])}
 
 
-def planned_in_float(job: Job, names: frozenset[str]) -> Plan:
-    before = request(job.graph, job.recipe, job.target)
-    after = request(job.graph, job.recipe, job.target, placed=names)
-    kept = Plan({n: s for n, s in job.plan.items() if n in after.plan or n not in before.plan})
-    decoded = Plan({n: s for n, s in after.plan.items() if s.decoded or n not in before.plan})
-    job.report.floats.update({n: r for n, r in after.floats.items() if r.kind == "slower"})
-    return kept | decoded
+def in_float(job: Job, names: Collection[str]) -> Plan:
+    """The job's plan with some operators in float; weights of layers among them stay codes where the target decodes those."""
+    if not names:
+        return job.plan
+    before, after = (request(job.graph, job.recipe, job.target, placed=some).plan for some in ((), names))
+    kept = {name: spec for name, spec in job.plan.items() if name in after or name not in before}
+    fresh = {name: spec for name, spec in after.items() if name not in kept or spec.decoded}
+    return Plan(kept | fresh)
+
+
+def _forced(job: Job) -> frozenset[str]:
+    """Operators about which the recipe itself says whether they are quantized."""
+    layers = {name for name, keys in rule_keys(job.graph, job.recipe).items() if "quantize" in keys}
+    attention = any(rule.op == "Attention" and rule.quantize for rule in job.recipe.layers)
+    products = {str(n.name) for n in job.graph.nodes if n.op == "MatMul"} - {y.name for y in job.graph.layers}
+    return frozenset(layers | (products if attention else set()))
+
+
+def _timed(job: Job, plans: Mapping[str, Plan], feed: Mapping[str, Array]) -> dict[str, float]:
+    """Microseconds of networks that run in turn. Any codes do for that."""
+    sessions = []
+    for plan in plans.values():
+        ends = {n: (0.0 if maker_of(job.graph, n) is not job.graph.producer(n) else -1.0, 1.0) for n in plan if not plan[n].solved}
+        ranges = {n: from_range(*ends[n], plan[n]) for n in ends if not job.graph.is_constant(n)}
+        trial = replace(job, plan=plan | ranges, report=Report())
+        complete(trial)
+        sessions.append(runtimes.session(export(job.graph, trial.plan, job.target)))
+    taken = interleaved(sessions, feed, _SECONDS)
+    return {name: 1e3 * typical(own) for name, own in zip(plans, taken, strict=True)}

@@ -282,8 +282,10 @@ def _activations(graph: Graph, target: Target, integer: Mapping[str, TensorReque
         alone = len({name for name, _ in pairs}) == 1
         for name, request in pairs:
             parts[name if alone else _part(graph, name)].append(request)
-        # behind a float operator parts that are read get grids of their own, where they are smaller than the whole
-        apart = source_of(graph, root) not in integer and (alone or _smaller(graph, parts, root))
+        # behind a float operator parts that are read get grids of their own, where they are smaller than the whole, and so
+        # does what pooling leaves, which is slow on codes that no integer operator wrote
+        pooled = any((node := graph.producer(name)) is not None and node.op == "MaxPool" for name in parts)
+        apart = source_of(graph, root) not in integer and (alone or pooled or _smaller(graph, parts, root))
         for name, requests in parts.items() if apart else [(root, [request for _, request in pairs])]:
             specs[name] = spec(max(requests, key=lambda request: request.bits))
     return Plan(specs)
@@ -292,7 +294,7 @@ def _activations(graph: Graph, target: Target, integer: Mapping[str, TensorReque
 def _part(graph: Graph, name: str) -> str:
     """The tensor that holds the same values as `name`, moved about: followed upwards to where they are a part of another."""
     while (node := graph.producer(name)) is not None and graph.is_shape_only(node):
-        if node.op in ("Slice", "Gather") or len(node.outputs) > 1:
+        if node.op in ("Slice", "Gather", "MaxPool") or len(node.outputs) > 1:
             break
         name = node.inputs[0].name
     return name

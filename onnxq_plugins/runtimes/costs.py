@@ -119,7 +119,7 @@ class Costs:
 
 
 @cache
-def shipped() -> dict[str, Costs]:
+def tables() -> dict[str, Costs]:
     """The tables that come with the package, by instruction set."""
     text = files("onnxq_plugins.runtimes").joinpath("costs.json").read_text(encoding="utf-8")
     return {name: Costs(name, table["source"], table["kernels"]) for name, table in json.loads(text).items()}

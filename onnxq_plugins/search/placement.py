@@ -15,7 +15,7 @@ optimization for Markov random fields with convex priors (PAMI 2003) for the ord
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -109,7 +109,7 @@ class Placer:
         self.layers = {layer.name: layer for layer in self.graph.layers}
         nodes = [node for node in self.graph.nodes if maker_of(self.graph, node.outputs[0].name) is node]
         self.energy = Energy()
-        self.choices = {str(n.name) for n in nodes if n.name in planned.integer}
+        self.choices = frozenset(str(n.name) for n in nodes if n.name in planned.integer)
         self.movers = {str(n.name) for n in nodes if n.name not in self.choices and self.graph.is_shape_only(n)}
         self.floats: dict[str, int] = {}  # operator -> 1 where it is float
         self.blocks: dict[str, int] = {}  # and 1 where it works on blocks
@@ -122,10 +122,14 @@ class Placer:
         for name in self.shapes:
             self._conversions(name)
 
-    def place(self) -> Placement:
-        """The cheapest choice."""
+    def place(self, forced: Collection[str] = ()) -> Placement:
+        """The cheapest choice.
+
+        forced   operators that stay integer whatever that costs
+        """
+        self.fixed |= {self.floats[name]: 0 for name in forced if name in self.choices}
         placed = self.energy.minimize(self.fixed)
-        whole = [self.energy.minimize(self.fixed | {self.floats[n]: value for n in self.choices}) for value in (0, 1)]
+        whole = [self.energy.minimize({self.floats[n]: value for n in self.choices} | self.fixed) for value in (0, 1)]
         floats = frozenset(name for name in self.choices if placed[self.floats[name]])
         return Placement(floats, *(self.energy.of(values) for values in (*whole, placed)))
 
@@ -153,6 +157,9 @@ class Placer:
             energy.single[float_][1] += plain
         else:  # free behind a float convolution, which computes it, too
             energy.pairs[convolution, float_] += plain
+        if node.op == "MaxPool":  # slow on codes in plain order
+            sources = [source_of(self.graph, node.inputs[0].name)]
+            energy.rules |= {(float_, self.floats[s] if s else self.outside[0]) for s in sources}
         if name in self.choices - set(self.layers) and node.op != "MatMul":  # chains are integer from layer to layer
             sources = (source_of(self.graph, t) for t in activation_inputs(self.graph, node))
             energy.rules |= {(float_, self.floats[s] if s else self.outside[0]) for s in sources}

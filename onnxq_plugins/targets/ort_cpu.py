@@ -26,12 +26,14 @@ ORT_CPU = Target(
     attention=1_000_000,
     decodes=True,
     tuned=True,
+    costs="avx512-vnni",
     here=True,
 )
 ORT_CPU_AVX2 = replace(
     ORT_CPU,
     name="ort-cpu-avx2",
     max_code=64,
+    costs="",
     doc="onnxruntime on x86-64 without VNNI: weight codes within [-64, 64], since AVX2 adds two "
     "products in 16 bits and would saturate",
 )

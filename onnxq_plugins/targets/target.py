@@ -58,6 +58,7 @@ class Target:
                   or rows of a table as they are read: codes -> Cast -> Mul(scale)
     plain         operators whose constants it only takes as they are, all the same
     tuned         activations are written in the form that onnxruntime's CPU provider computes fastest (`graph.opsets.tuned`)
+    costs         name of the table of what kernels cost there (`runtimes.costs`); "" for none
     here          its models run in onnxruntime on this CPU as they will in use
     """
 
@@ -72,6 +73,7 @@ class Target:
     decodes: bool = False
     plain: frozenset[str] = frozenset()
     tuned: bool = False
+    costs: str = ""
     here: bool = False
 
     @property
