@@ -27,7 +27,7 @@ from onnxq_plugins.spec import Array
 
 Network = tuple[tuple[Width, ...], onnx.ModelProto]  # the width of each group, the exported model
 _EVENTS = 400_000  # of kernels in the profile of a session at most; onnxruntime drops those beyond a million
-_TURN = 4  # runs of a session at a time, the first not counted
+TURN = 4  # runs of a session at a time, the first not counted
 _FEWEST, _STEADY = 60, 0.005  # least number of runs; relative difference of the medians of both halves that ends them
 
 
@@ -141,9 +141,9 @@ def interleaved(runners: Sequence[ort.InferenceSession], feed: Feed, seconds: fl
     """
     durations: list[list[float]] = [[] for _ in runners]
     rounds, stop = 0, time.perf_counter() + seconds
-    while rounds < 3 or (rounds * _TURN < most and time.perf_counter() < stop and not _steady(durations)):
+    while rounds < 3 or (rounds * TURN < most and time.perf_counter() < stop and not _steady(durations)):
         for runner, own in zip(runners, durations, strict=True):
-            for k in range(_TURN):
+            for k in range(TURN):
                 start = time.perf_counter()
                 runner.run(None, dict(feed))
                 own += [1e3 * (time.perf_counter() - start)] * (k > 0)
@@ -319,7 +319,7 @@ def _events(graph: onnx.GraphProto, events: Sequence[Mapping[str, object]]) -> t
     durations = {number: np.array(values) for each in recorded.values() for number, values in each.items()}
     runs = max(map(len, durations.values()), default=0)
     table = np.array([durations[n] if n and len(durations[n]) == runs else np.full(runs, np.nan) for n in numbers])
-    table = table.reshape(len(numbers), runs)[:, np.arange(runs) % _TURN > 0]
+    table = table.reshape(len(numbers), runs)[:, np.arange(runs) % TURN > 0]
     return table[:, fastest(np.nansum(table, axis=0))].mean(axis=1), [types.get(number, "") for number in numbers]
 
 
