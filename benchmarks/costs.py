@@ -83,8 +83,8 @@ def attention(rng: np.random.Generator) -> Kernel:
 def elementwise(rng: np.random.Generator) -> Kernel:
     op = str(
         rng.choice(
-            ["Add", "Mul", "Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", "HardSigmoid", "Tanh", "Erf", "Clip", "Relu"]
-            + ["Softmax", "PRelu", "Exp", "Sub", "Div", "Gelu", "Swish", "HardSwish", "LayerNormalization"]
+            "Add Mul Add Mul Concat Sigmoid LeakyRelu HardSigmoid Tanh Erf Clip Relu Softmax PRelu Exp Sub Div Gelu Swish "
+            "HardSwish LayerNormalization".split()
         )
     )
     shape = (1, int(rng.choice(CHANNELS)), *_size(rng))
@@ -105,7 +105,9 @@ def window(rng: np.random.Generator) -> Kernel:
     if op in ("GlobalAveragePool", "ReduceMean"):
         return Kernel(op, (shape,), (1, channels, 1, 1), attrs={} if op == "GlobalAveragePool" else {"keepdims": 1})
     if op == "Resize":
-        return Kernel(op, (shape,), (1, channels, 2 * height, 2 * width), attrs={"mode": str(rng.choice(["nearest", "linear"]))})
+        return Kernel(
+            op, (shape,), (1, channels, 2 * height, 2 * width), attrs={"mode": str(rng.choice(["nearest", "linear"]))}
+        )
     if op == "Pad":
         return Kernel(op, (shape,), (1, channels, height + 2, width + 2))
     return Kernel(op, (shape,), (1, channels, height // 2, width // 2), attrs={"kernel_shape": [2, 2], "strides": [2, 2]})
@@ -213,9 +215,13 @@ class Network:
     def model(self) -> onnx.ModelProto:
         """One input that all operators read parts of, one output: a session takes time for each."""
         self.node("Max", self.ends, "y")
-        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", [_INPUT]), ("y", []))]
+        ends = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", [_INPUT]), ("y", []))
+        ]
         graph = helper.make_graph(self.nodes, "operators", ends[:1], ends[1:], self.constants)
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(CONTRIB, 1)], ir_version=9)
+        return helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid(CONTRIB, 1)], ir_version=9
+        )
 
 
 @dataclass(frozen=True)
@@ -309,7 +315,10 @@ def main() -> None:
     by_kind: dict[str, list[tuple[tuple[float, ...], float]]] = defaultdict(list)
     for s in every:
         by_kind[s.kind].append((s.features, max(s.traced - extra @ (s.nodes, s.ports), 0.1)))
-    print(f"{machine()}\n\n| kernels | shapes | median error | 90 % | {' | '.join(FEATURES)} |\n|{'---|' * (4 + len(FEATURES))}")
+    print(
+        f"{machine()}\n\n| kernels | shapes | median error | 90 % | {' | '.join(FEATURES)} |\n"
+        f"|{'---|' * (4 + len(FEATURES))}"
+    )
     table = {}
     for kind, samples in sorted(by_kind.items()):
         half = fitted(samples[::2]) if len(samples) > 8 else fitted(samples)

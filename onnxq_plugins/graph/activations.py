@@ -45,6 +45,7 @@ _UNARY: dict[str, Callable[[gs.Node, Array], Array]] = {
 _BINARY: dict[str, Callable[..., Array]] = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide}
 _NAMES: tuple[tuple[str, Callable[[Array], Array]], ...] = (
     ("SiLU", lambda x: x * _sigmoid(x)),
+    ("QuickGELU", lambda x: x * _sigmoid(1.702 * x)),
     ("HardSwish", lambda x: x * np.clip(x / 6 + 0.5, 0, 1)),
     ("Mish", lambda x: x * np.tanh(_softplus(x))),
     ("GELU", lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2)))),

@@ -15,8 +15,10 @@ from onnxq_plugins.graph.layer import Layer
 from onnxq_plugins.graph.rewrites import split_outputs
 from onnxq_plugins.spec import Array
 
-_ACTIVATIONS = ("Relu", "LeakyRelu", "PRelu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Tanh", "Elu", "Gelu", "Mish")
-_CHANNELWISE = frozenset({*_ACTIVATIONS, "Add", "Sub", "Mul", "Div", "AveragePool", "GlobalAveragePool", "MaxPool"})
+ACTIVATIONS = frozenset(
+    {"Relu", "LeakyRelu", "PRelu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Tanh", "Elu", "Gelu", "Mish"}
+)
+_CHANNELWISE = frozenset({*ACTIVATIONS, "Add", "Sub", "Mul", "Div", "AveragePool", "GlobalAveragePool", "MaxPool"})
 
 
 def channelwise(graph: Graph, name: str, among: Collection[str]) -> tuple[list[gs.Node], list[str]]:

@@ -8,7 +8,20 @@ import onnx_graphsurgeon as gs
 from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.functions import variable_and_constant
 
-_POINTWISE = {"Relu", "LeakyRelu", "Gelu", "Erf", "Tanh", "Sigmoid", "HardSwish", "Swish", "HardSigmoid", "Clip", "Elu", "Selu"}
+_POINTWISE = {
+    "Relu",
+    "LeakyRelu",
+    "Gelu",
+    "Erf",
+    "Tanh",
+    "Sigmoid",
+    "HardSwish",
+    "Swish",
+    "HardSigmoid",
+    "Clip",
+    "Elu",
+    "Selu",
+}
 
 
 def flatten_matmul(graph: Graph) -> None:

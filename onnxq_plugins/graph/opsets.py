@@ -27,7 +27,12 @@ _AXES_INPUTS = {  # operators whose attribute `axes` became an input, by opset
     18: {f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")},
 }
 _LOGISTIC = {"Softmax": -1, "LogSoftmax": -1, "Hardmax": -1}
-_FIRST = {"HardSwish": 14, "LayerNormalization": 17, "Gelu": 20, "Swish": 24}  # operators that import introduces -> first opset
+_FIRST = {
+    "HardSwish": 14,
+    "LayerNormalization": 17,
+    "Gelu": 20,
+    "Swish": 24,
+}  # operators that import introduces -> first opset
 CONTRIB = "com.microsoft"  # domain of onnxruntime's own operators
 Constants = Callable[[str, Array], str]  # name and values -> the name of a constant that holds them
 
@@ -153,8 +158,8 @@ def tuned(node: onnx.NodeProto, slopes: Array | None) -> list[onnx.NodeProto] | 
     slopes   of a PRelu, where they are constant
 
     Gelu and Swish become single operators of its own domain: it fuses their elementary operators in float networks, but not
-    where these read a DequantizeLinear, which it copies for each reader. A PRelu whose slopes are 1 at most is the larger of x
-    and slope * x: a Mul and a Max, which are vectorized.
+    where these read a DequantizeLinear, which it copies for each reader. A PRelu whose slopes are 1 at most is the larger
+    of x and slope * x: a Mul and a Max, which are vectorized.
     """
     if node.domain:
         return None

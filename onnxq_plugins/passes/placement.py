@@ -12,8 +12,8 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.shapes import shapes_of
 from onnxq_plugins.errors import Reason
 from onnxq_plugins.export.qdq import export
-from onnxq_plugins.job import Job, Pass, Report, Stage
 from onnxq_plugins.graph.flow import maker_of
+from onnxq_plugins.job import Job, Pass, Report, Stage
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import request, rule_keys
@@ -22,7 +22,8 @@ from onnxq_plugins.search.latency import TURN, interleaved, typical
 from onnxq_plugins.search.placement import Placer
 from onnxq_plugins.spec import Array, Plan, from_range
 
-_SHORT, _LONG = 200.0, 50_000.0  # microseconds of a run between which networks are timed, too
+_SHORT = 200.0  # microseconds of a run below which no table tells one network from another
+_LONG = 50_000.0  # up to which networks are timed, too
 _SECONDS = 0.3  # of timing
 _WHY = "it is faster in float, conversions included"
 _CLEAR = 0.03  # by which a network must be faster for timing to overrule the table
@@ -37,11 +38,12 @@ class Placement(Pass):
     target's kind of processor, for their sizes in this network, is minimized over all operators together, conversions
     included, by a minimum cut: exactly, and alike on every machine.
 
-    Layers that are placed in float keep their weights in 8 bits in the file; onnxruntime decodes them once, at load. What
-    the recipe demands of single layers (`quantize = true`) is kept.
+    Networks of less than 0.2 ms stay as they are: there, a run is mostly the call itself. Layers that are placed in float
+    keep their weights in 8 bits in the file; onnxruntime decodes them once, at load. What the recipe says of single layers
+    (`quantize`) is kept.
 
     gain    share of the predicted time that must be saved, else all stays integer
-    check   time the network as integer, as placed and in float, in turn, where it takes 0.2 to 50 ms; one that is faster
+    check   time the network as integer, as placed and in float, in turn, where it takes up to 50 ms; one that is faster
             than what the table says by 3 % is taken in its place, so that on another kind of processor no network is
             slower than in float. The one decision that depends on the machine; false leaves all to the table
 
@@ -69,14 +71,17 @@ class Placement(Pass):
             return None
         forced = _forced(job)
         decision = placer.place(forced)
-        pays = decision.floats and decision.placed <= (1 - self.gain) * decision.integer
+        predicted = decision.predicted
+        shortest = min(predicted.values())
+        if shortest < _SHORT:
+            return None
+        pays = decision.floats and predicted["placed"] <= (1 - self.gain) * predicted["integer"]
         choice = "placed" if pays else "integer"
         sets = {"integer": frozenset[str](), "placed": decision.floats, "float": placer.choices - forced}
         sets = {name: each for name, each in sets.items() if name == "integer" or each}
-        predicted = {name: getattr(decision, name) for name in sets}
-        result: dict[str, Any] = {"table": costs.name, "predicted": {k: round(v, 1) for k, v in predicted.items()}}
+        result: dict[str, Any] = {"table": costs.name, "predicted": {name: round(predicted[name], 1) for name in sets}}
         plans = {name: in_float(job, names) for name, names in sets.items()}
-        if self.check and job.target.here and _SHORT <= min(decision.integer, decision.float) <= _LONG:
+        if self.check and job.target.here and shortest <= _LONG:
             timed = _timed(job, plans, feed)
             result["timed"] = {name: round(1e3 * typical(own)) for name, own in timed.items()}
             choice = fastest(timed, choice)
@@ -98,7 +103,7 @@ class Placement(Pass):
 
 
 def in_float(job: Job, names: Collection[str]) -> Plan:
-    """The job's plan with some operators in float; weights of layers among them stay codes where the target decodes those."""
+    """The job's plan with some operators in float; weights of layers among them stay codes where the target decodes them."""
     if not names:
         return job.plan
     before, after = (request(job.graph, job.recipe, job.target, placed=some).plan for some in ((), names))
@@ -130,7 +135,11 @@ def _timed(job: Job, plans: Mapping[str, Plan], feed: Mapping[str, Array]) -> di
     """Milliseconds of networks in runs that take turns, the best of a few at a time. Any codes do for that."""
     sessions = []
     for plan in plans.values():
-        ends = {n: (0.0 if maker_of(job.graph, n) is not job.graph.producer(n) else -1.0, 1.0) for n in plan if not plan[n].solved}
+        ends = {
+            n: (0.0 if maker_of(job.graph, n) is not job.graph.producer(n) else -1.0, 1.0)
+            for n in plan
+            if not plan[n].solved
+        }
         ranges = {n: from_range(*ends[n], plan[n]) for n in ends if not job.graph.is_constant(n)}
         trial = replace(job, plan=plan | ranges, report=Report())
         complete(trial)

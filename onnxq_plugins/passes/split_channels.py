@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from onnxq_plugins.graph import Layer
-from onnxq_plugins.graph.channelwise import channelwise, split_through
+from onnxq_plugins.graph.channelwise import ACTIVATIONS, channelwise, split_through
 from onnxq_plugins.graph.flow import readers
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass, Stage
@@ -124,13 +124,15 @@ class _Chain(NamedTuple):
 
 
 def _chains(job: Job) -> list[_Chain]:
-    """The chains that can be split: from integer convolutions whose results only chains of integer operators read."""
+    """The chains that can be split: from integer convolutions whose results only chains of integer operators read, with
+    activations between them, float or not."""
     graph, view = job.graph, Planned.of(job)
     names = [rule.match for rule in job.recipe.layers if rule.match != "*"]
     depthwise = {y.name for y in view.layers if y.kind == "depthwise" and not job.plan[y.weight].solved}
     through = {n for n in view.integer if n in depthwise or n not in {y.name for y in graph.layers}}
     outputs = {y.output for y in view.layers}
     through |= {str(after.name) for name in outputs if (after := graph.elided_activation(name)) is not None}
+    through |= {str(node.name) for node in graph.nodes if node.op in ACTIVATIONS and not node.domain}
     chains = []
     for layer in view.layers:
         if (

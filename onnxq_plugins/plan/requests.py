@@ -59,7 +59,6 @@ def request(
     plan: dict[str, QuantSpec] = {}
     integer: dict[str, TensorRequest] = {}  # node name -> the request of its inputs
     unmatched = set(range(len(recipe.layers)))
-    ops = {rule.op for rule in target.rules}
     for i, layer in enumerate(graph.layers):
         weights, activations, quantize = settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, i), unmatched)
         reason = _why_float(graph, layer, weights, activations, quantize, target, unfit)
@@ -75,19 +74,11 @@ def request(
         plan[layer.weight] = _weight(layer, replace(weights, bits=bits), target, problems)
         if layer.name in placed and not weight_only:
             floats[layer.name] = Reason("slower", "it is faster in float, conversions included")
-            stored_here = replace(plan.pop(layer.weight), decoded=True)
-            if (rule := target.rule(layer, stored_here, 0)) is not None and rule.storage == "float":
-                plan[layer.weight] = stored_here
+            plan |= _decoded(layer, plan.pop(layer.weight), target)
         elif not weight_only:
             integer[layer.name] = activations
-    for node in graph.nodes:
-        if node.op == "MatMul" and not node.domain and not any(graph.is_constant(t.name) for t in node.inputs):
-            _, activations, quantize = settings(recipe, node.name, "Attention", "", {}, unmatched)
-            size = _multiply_adds(graph, node)
-            if not unfit.isdisjoint(graph.root(name) for name in activation_inputs(graph, node)):
-                continue
-            if quantize or (quantize is None and "MatMul" in ops and 0 < target.attention <= size):
-                integer[node.name] = activations
+    products = _products(graph, recipe, target, unfit, unmatched)
+    integer |= {name: activations for name, activations in products.items() if name not in placed}
     outside = constant_requests(graph, recipe, target, unmatched)
     for n in sorted(unmatched):
         rule = recipe.layers[n]
@@ -109,6 +100,28 @@ def request(
     view = Planned(graph, whole, target)
     inputs = {layer.name: view.source(layer.input) if layer.name in integer else "" for layer in view.layers}
     return Request(whole, inputs, floats, tuple(notes), tuple(outside))
+
+
+def _products(
+    graph: Graph, recipe: Recipe, target: Target, unfit: Collection[str], unmatched: set[int]
+) -> dict[str, TensorRequest]:
+    """Products of two activations that are to be integer, with the requests of their inputs."""
+    ops, integer = {rule.op for rule in target.rules}, {}
+    for node in graph.nodes:
+        if node.op == "MatMul" and not node.domain and not any(graph.is_constant(t.name) for t in node.inputs):
+            _, activations, quantize = settings(recipe, node.name, "Attention", "", {}, unmatched)
+            pays = "MatMul" in ops and 0 < target.attention <= _multiply_adds(graph, node)
+            fit = set(unfit).isdisjoint(graph.root(name) for name in activation_inputs(graph, node))
+            if fit and (quantize or (quantize is None and pays)):
+                integer[str(node.name)] = activations
+    return integer
+
+
+def _decoded(layer: Layer, weight: QuantSpec, target: Target) -> dict[str, QuantSpec]:
+    """The entry of the weight of a layer that runs in float: codes that are decoded at load, where the target does that."""
+    stored = replace(weight, decoded=True)
+    rule = target.rule(layer, stored, 0)
+    return {layer.weight: stored} if rule is not None and rule.storage == "float" else {}
 
 
 def _why_float(
@@ -232,9 +245,7 @@ def _multiply_adds(graph: Graph, node: Any) -> int:
     return int(np.prod([n for n in sizes if isinstance(n, int)])) if sizes and all(isinstance(n, int) for n in sizes) else 0
 
 
-def _chain(
-    graph: Graph, target: Target, layers: set[str], unfit: Collection[str], placed: Collection[str]
-) -> set[str]:
+def _chain(graph: Graph, target: Target, layers: set[str], unfit: Collection[str], placed: Collection[str]) -> set[str]:
     """Operators other than layers that stay integer: every input comes from an integer operator and at least one
     reader is integer. The largest such set without those that are `placed` in float."""
     nodes = {

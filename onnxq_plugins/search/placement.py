@@ -34,25 +34,23 @@ _BLOCKED = frozenset(  # operators that take blocks of channels as they are
     | {"LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "BatchNormalization"}
 )
 _FUSED = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "Add"})  # into the float Conv before
-_LAST = frozenset({"Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "Resize"})  # integer kernels on channels in the end
+_LAST = frozenset(
+    {"Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "Resize"}
+)  # integer kernels on channels in the end
 _FIRST = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm", "LSTM", "GRU", "RNN", "Flatten", "Reshape"})  # not on those
 _VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"})  # copy nothing
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What is cheapest, and the predicted microseconds of a run.
+    """What is cheapest.
 
-    floats   operators that could be integer but are better in float
-    integer  with all operators integer that can be
-    float    with all in float
-    placed   as decided
+    floats     operators that could be integer but are better in float
+    predicted  microseconds of a run ``placed`` like that, with all ``integer`` that can be, and with all in ``float``
     """
 
     floats: frozenset[str]
-    integer: float
-    float: float
-    placed: float
+    predicted: dict[str, float]
 
 
 @dataclass(eq=False)
@@ -128,10 +126,11 @@ class Placer:
         forced   operators that stay integer whatever that costs
         """
         self.fixed |= {self.floats[name]: 0 for name in forced if name in self.choices}
-        placed = self.energy.minimize(self.fixed)
-        whole = [self.energy.minimize({self.floats[n]: value for n in self.choices} | self.fixed) for value in (0, 1)]
-        floats = frozenset(name for name in self.choices if placed[self.floats[name]])
-        return Placement(floats, *(self.energy.of(values) for values in (*whole, placed)))
+        values = {"placed": self.energy.minimize(self.fixed)}
+        for name, value in (("integer", 0), ("float", 1)):
+            values[name] = self.energy.minimize({self.floats[n]: value for n in self.choices} | self.fixed)
+        floats = frozenset(name for name in self.choices if values["placed"][self.floats[name]])
+        return Placement(floats, {name: self.energy.of(each) for name, each in values.items()})
 
     # ---- kernels -------------------------------------------------------------------------------------------------------
 
@@ -158,11 +157,13 @@ class Placer:
         else:  # free behind a float convolution, which computes it, too
             energy.pairs[convolution, float_] += plain
         if node.op == "MaxPool":  # slow on codes in plain order
-            sources = [source_of(self.graph, node.inputs[0].name)]
-            energy.rules |= {(float_, self.floats[s] if s else self.outside[0]) for s in sources}
+            energy.rules.add((float_, self._source(node.inputs[0].name)))
         if name in self.choices - set(self.layers) and node.op != "MatMul":  # chains are integer from layer to layer
-            sources = (source_of(self.graph, t) for t in activation_inputs(self.graph, node))
-            energy.rules |= {(float_, self.floats[s] if s else self.outside[0]) for s in sources}
+            energy.rules |= {(float_, self._source(t)) for t in activation_inputs(self.graph, node)}
+
+    def _source(self, tensor: str) -> int:
+        """The variable of the operator that computes a tensor, seen through those that only move values."""
+        return self.floats.get(source_of(self.graph, tensor), self.outside[0])
 
     def _described(self, node: Any) -> Kernel | None:
         """An operator with its sizes; None where they are unknown."""
@@ -211,7 +212,8 @@ class Placer:
     def _maker(self, tensor: str) -> tuple[int, int]:
         """The labels of what writes a tensor."""
         node = maker_of(self.graph, tensor)
-        return self.outside if node is None else (self.floats[str(node.name)], self.blocks[str(node.name)])
+        known = node is not None and str(node.name) in self.floats
+        return (self.floats[str(node.name)], self.blocks[str(node.name)]) if known else self.outside
 
     def _conversions(self, tensor: str) -> None:
         """What it costs to read a tensor otherwise than it was written; once for all its readers."""
@@ -220,7 +222,9 @@ class Placer:
             return
         node = maker_of(graph, tensor)
         readers = [n for n in graph.consumers(tensor) if str(n.name) in self.floats]
-        labels = [(self.floats[str(n.name)], self.outside[1] if self._stem(n) else self.blocks[str(n.name)]) for n in readers]
+        labels = [
+            (self.floats[str(n.name)], self.outside[1] if self._stem(n) else self.blocks[str(n.name)]) for n in readers
+        ]
         labels += [self.outside] * (tensor in graph.outputs)
         if not labels or (node is not None and str(node.name) not in self.floats):
             return

@@ -38,7 +38,9 @@ def ran(model: onnx.ModelProto, tmp_path) -> list[str]:
     return [node.op_type for node in onnx.load(file).graph.node]
 
 
-@pytest.mark.parametrize(("form", "kernel"), [("silu", "QuickGelu"), ("quick", "QuickGelu"), ("gelu", "Gelu"), ("tanh", "FastGelu")])
+@pytest.mark.parametrize(
+    ("form", "kernel"), [("silu", "QuickGelu"), ("quick", "QuickGelu"), ("gelu", "Gelu"), ("tanh", "FastGelu")]
+)
 def test_an_activation_between_integer_layers_is_one_kernel(form, kernel, tmp_path):
     model = detector(form)
     result = quantize(model, "int8", feeds(model, 8))
@@ -55,13 +57,17 @@ def test_other_targets_get_standard_operators(form):
     onnx.checker.check_model(result.model)
 
 
-def activation(node: onnx.NodeProto, nodes: list[onnx.NodeProto], slopes: np.ndarray) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+def activation(
+    node: onnx.NodeProto, nodes: list[onnx.NodeProto], slopes: np.ndarray
+) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """The operator itself and what stands for it, each a model."""
     constants = [numpy_helper.from_array(slopes, "slopes")]
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(CONTRIB, 1)]
     one, other = (
-        helper.make_model(helper.make_graph(ops, "activation", value[:1], value[1:], constants), opset_imports=opsets, ir_version=9)
+        helper.make_model(
+            helper.make_graph(ops, "activation", value[:1], value[1:], constants), opset_imports=opsets, ir_version=9
+        )
         for ops in ([node], nodes)
     )
     return one, other

@@ -31,7 +31,7 @@ WRITTEN = {
     "Mish": mish,
     "GELU": lambda net, x: net.gelu_erf(x),
     "HardSwish": lambda net, x: net.hardswish(x),
-    "Mul x Sigmoid x Mul": quick_gelu,
+    "QuickGELU": quick_gelu,
     "Sigmoid": lambda net, x: net.op("Sigmoid", x),
     "LeakyRelu": lambda net, x: net.op("LeakyRelu", x, alpha=0.1),
 }
