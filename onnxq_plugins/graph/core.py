@@ -299,6 +299,8 @@ class Graph:
                 producer = by.inputs[0]
                 replace_reads(by, old)
                 producer.outputs[next(i for i, t in enumerate(producer.outputs) if t is by)] = old
+                if by.name in self.batchnorms:
+                    self.batchnorms[old.name] = self.batchnorms.pop(by.name)
             else:
                 self.add_node("Identity", node.name, [by], [old])
         else:
