@@ -31,18 +31,16 @@ def canonicalize(graph: Graph, flatten: bool = True) -> None:
     """Bring a freshly imported graph into canonical form, in place; `flatten` includes `flatten_matmul`."""
     graph.tidy()
     refresh_shapes(graph)
-    rewrite(graph, (*SHAPES, *REDUNDANT))
-    while join_duplicates(graph):
-        rewrite(graph, (*SHAPES, *REDUNDANT))
+    while rewrite(graph, (*SHAPES, *REDUNDANT)) | join_duplicates(graph):
+        refresh_shapes(graph)
     rewrite_products(graph)
     split_shared_weights(graph)
     normalize_gemm(graph)
     rewrite(graph, TABLE)
-    if straighten(graph):
-        rewrite(graph, TABLE)
     fuse_scalar_functions(graph)
     fuse_layernorm(graph)
-    rewrite(graph, AFTER_FUNCTIONS)
+    while straighten(graph) | rewrite(graph, AFTER_FUNCTIONS):
+        pass
     if flatten:
         flatten_matmul(graph)
         rewrite(graph, REDUNDANT)
