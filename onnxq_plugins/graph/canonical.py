@@ -25,13 +25,16 @@ from onnxq_plugins.graph.transposes import TRANSPOSES
 
 TABLE: tuple[Rewrite, ...] = (*SHAPES, *REDUNDANT, *TRANSPOSES, *PADS, *FOCUS, *BEHIND)
 AFTER_FUNCTIONS: tuple[Rewrite, ...] = (*TABLE, *AHEAD)  # a factor of a written-out GELU must not move into a layer
+_ROUNDS = 8  # what one rewrite leaves another may take up
 
 
 def canonicalize(graph: Graph, flatten: bool = True) -> None:
     """Bring a freshly imported graph into canonical form, in place; `flatten` includes `flatten_matmul`."""
     graph.tidy()
     refresh_shapes(graph)
-    while rewrite(graph, (*SHAPES, *REDUNDANT)) | join_duplicates(graph):
+    for _ in range(_ROUNDS):
+        if not rewrite(graph, (*SHAPES, *REDUNDANT)) | join_duplicates(graph):
+            break
         refresh_shapes(graph)
     rewrite_products(graph)
     split_shared_weights(graph)
@@ -39,8 +42,9 @@ def canonicalize(graph: Graph, flatten: bool = True) -> None:
     rewrite(graph, TABLE)
     fuse_scalar_functions(graph)
     fuse_layernorm(graph)
-    while straighten(graph) | rewrite(graph, AFTER_FUNCTIONS):
-        pass
+    for _ in range(_ROUNDS):
+        if not straighten(graph) | rewrite(graph, AFTER_FUNCTIONS):
+            break
     if flatten:
         flatten_matmul(graph)
         rewrite(graph, REDUNDANT)

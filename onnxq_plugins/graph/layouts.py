@@ -40,7 +40,9 @@ def straighten(graph: Graph) -> bool:
         perms = [p for node in graph.nodes if node.op == "Transpose" and (p := perm_of(node)) is not None]
         orders = dict.fromkeys(_opening(tuple(p)) for p in perms)
         orders |= {(0, 2, 3, 1): None}  # of Reshapes that turn images of one channel
-        if not any([_straighten(graph, perm) for perm in orders]):
+        turned = [_straighten(graph, perm) for perm in orders]
+        turned += [_straighten(graph, inverse(perm), only_fewer=True) for perm in orders if perm != inverse(perm)]
+        if not any(turned):
             break
         did = True
     return did
@@ -52,11 +54,12 @@ def _opening(perm: Perm) -> Perm:
     return perm if perm[-1] == 1 or (back[-1] != 1 and perm <= back) else back
 
 
-def _straighten(graph: Graph, perm: Perm) -> bool:
+def _straighten(graph: Graph, perm: Perm, only_fewer: bool = False) -> bool:
+    """Turn operators for one order; `only_fewer` if that leaves fewer Transposes, also where it moves them."""
     cut = _Cut(graph, perm)
     if not cut.opening and not cut.closing:
         return False
-    chosen = cut.chosen()
+    chosen = cut.chosen(only_fewer)
     if not chosen:
         return False
     cut.turn(chosen)
@@ -149,19 +152,25 @@ class _Cut:
         rank = len(self.perm)
         return [t for t in found.values() if not isinstance(t, gs.Constant) and not t.is_empty() and rank_of(t) == rank]
 
-    def chosen(self) -> set[int]:
-        """Ids of the operators to turn: the largest of the sets with fewest Transposes."""
+    def chosen(self, only_fewer: bool) -> set[int]:
+        """Ids of the operators to turn: the largest of the sets with fewest Transposes.
+
+        only_fewer   none if there are as few already; else the smallest of the sets
+        """
         number = {key: at + 2 for at, key in enumerate(self.turns)}  # 0 source: turned, 1 sink: not
         edges: list[tuple[int, int, int]] = []
-        count = len(number) + 2
+        count, now = len(number) + 2, 0
         for tensor in self.tensors():
             written = self._written(tensor)
+            reads = list(self._reads(tensor))
             producer = number[id(tensor.inputs[0])] if written is None else 1 - written
-            readers = {number[id(n)] if order is None else 1 - order for n, order in self._reads(tensor)}
+            readers = {number[id(n)] if order is None else 1 - order for n, order in reads}
             readers |= {1} if is_output(self.graph, tensor) else set()
             if readers <= {producer}:
                 continue
             cost = self._cost(tensor)
+            unturned = {order or 0 for _, order in reads} | ({0} if 1 in readers else set())
+            now += cost * len(unturned - {written or 0})
             edges += [(producer, count, cost), (count + 1, producer, cost)]
             edges += [edge for reader in readers for edge in ((count, reader, _NEVER), (reader, count + 1, _NEVER))]
             count += 2
@@ -170,11 +179,14 @@ class _Cut:
             return set()
         heads, tails, costs = (np.array(column, np.int32) for column in zip(*edges, strict=True))
         capacity = coo_array((costs, (heads, tails)), shape=(count, count)).tocsr().astype(np.int32)
-        residual = (capacity - maximum_flow(capacity, 0, 1).flow).tocsr()
-        residual.data[residual.data < 0] = 0
+        flow = maximum_flow(capacity, 0, 1)
+        residual = (capacity - flow.flow).tocsr()
         residual.eliminate_zeros()
-        unturned = set(breadth_first_order(residual.T.tocsr(), 1, return_predecessors=False).tolist())
-        return {key for key, at in number.items() if at not in unturned}
+        if only_fewer:
+            source = set(breadth_first_order(residual, 0, return_predecessors=False).tolist())
+            return {key for key, at in number.items() if at in source} if flow.flow_value < now else set()
+        sink = set(breadth_first_order(residual.T.tocsr(), 1, return_predecessors=False).tolist())
+        return {key for key, at in number.items() if at not in sink}
 
     # ---- what was chosen ----------------------------------------------------------------------------------------------
 
