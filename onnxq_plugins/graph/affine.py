@@ -222,6 +222,39 @@ def fold_behind_sum(graph: Graph, node: gs.Node) -> bool:
     return True
 
 
+@rewrite_of("Add", "Sub")
+def fold_into_sum(graph: Graph, node: gs.Node) -> bool:
+    """A constant that is added to the sum of a layer's output and something else, as in the cell of an LSTM, is the layer's
+    bias."""
+    found = operands(node)
+    if found is None or not rank_of(found[0]) or (node.op == "Sub" and found[2]):
+        return False
+    x, rank = found[0], len(found[0].shape)
+    total = x.inputs[0] if x.inputs and x.inputs[0].op == "Add" and not x.inputs[0].domain else None
+    if total is None or only_reader(graph, x) is not node or any(isinstance(t, gs.Constant) for t in total.inputs):
+        return False
+    for at, part in enumerate(total.inputs):
+        layer = layer_at(graph, part, total)
+        if layer is None or output_rank(layer, part) != rank:
+            continue
+        vector = per_channel(found[1], 1 if layer.op in ("Conv", "ConvTranspose") else rank - 1, rank, layer.channels)
+        if vector is None:
+            continue
+        summand = -vector if node.op == "Sub" else vector
+        if layer.takes_bias:
+            _add_bias(graph, layer, summand)
+            if (norm := graph.batchnorms.get(layer.output)) is not None:
+                graph.batchnorms[layer.output] = replace(norm, beta=norm.beta + summand)
+        else:
+            bias = graph.add_constant(f"{layer.name}_bias", summand.astype(np.float32))
+            biased = graph.add_variable(f"{layer.name}_biased", like=part)
+            graph.add_node("Add", f"{layer.name}_bias", [part, bias], [biased], before=node)
+            total.inputs[at] = biased
+        graph.bypass(node, x)
+        return True
+    return False
+
+
 # ---- into the layer behind --------------------------------------------------------------------------------------------------
 
 
@@ -366,5 +399,5 @@ def join_constants(graph: Graph, node: gs.Node) -> bool:
     return True
 
 
-BEHIND: tuple[Rewrite, ...] = (fold_batchnorm, fold_behind, fold_behind_sum)
+BEHIND: tuple[Rewrite, ...] = (fold_batchnorm, fold_behind, fold_behind_sum, fold_into_sum)
 AHEAD: tuple[Rewrite, ...] = (fold_ahead, join_constants)

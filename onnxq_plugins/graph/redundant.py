@@ -13,6 +13,8 @@ from onnxq_plugins.graph.rewriting import Rewrite, dims, is_output, kind_of, lef
 Sizes = Sequence[int | str | None]
 
 RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+_CONVOLUTIONS = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool")
+_FUNCTIONS = ("Relu", "Clip", "Sigmoid", "LeakyRelu", "HardSwish", "HardSigmoid", "Tanh")
 _RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout")
 
 
@@ -150,7 +152,21 @@ def moves_unit_axes(node: gs.Node) -> bool:
 def _reshapes(node: gs.Node | None) -> bool:
     if node is None or node.domain or isinstance(node.inputs[0], gs.Constant):
         return False
-    return node.op in RESHAPES or (node.op == "Transpose" and moves_unit_axes(node))
+    return node.op in RESHAPES or (node.op == "Transpose" and moves_unit_axes(node) and not _beside_convolution(node))
+
+
+def _beside_convolution(node: gs.Node) -> bool:
+    """True if a Transpose turns what a convolution writes, perhaps behind a function, or reads: integer kernels have channels
+    last, so that runtimes cancel it."""
+    before, after = node.inputs[0], node.outputs[0]
+    for _ in range(3):
+        writers = [n for n in before.inputs if not n.domain]
+        readers = [n for n in after.outputs if not n.domain]
+        if any(n.op in _CONVOLUTIONS for n in (*writers, *readers)):
+            return True
+        before = writers[0].inputs[0] if writers and writers[0].op in _FUNCTIONS else gs.Variable.empty()
+        after = readers[0].outputs[0] if readers and readers[0].op in _FUNCTIONS else gs.Variable.empty()
+    return False
 
 
 @rewrite_of(*RESHAPES, "Transpose")
