@@ -1,4 +1,4 @@
-"""Constants that are added or multiplied become part of the layer before or behind: weights and biases."""
+"""Constants that a layer's output is added to or multiplied by become part of it; what `ahead` needs for its input."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ import onnx_graphsurgeon as gs
 
 from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.layer import LAYER_OPS, BatchNorm, Layer
-from onnxq_plugins.graph.rewriting import Rewrite, is_float32, is_output, only_reader, rank_of, rewrite_of, values_of
-from onnxq_plugins.graph.redundant import drops
+from onnxq_plugins.graph.rewriting import (
+    Rewrite,
+    is_output,
+    only_reader,
+    rank_of,
+    read_alone,
+    rewrite_of,
+    values_of,
+)
 from onnxq_plugins.spec import Array
 
-_ARITHMETIC = ("Add", "Sub", "Mul", "Div")
-
-
-def scale_outputs(graph: Graph, name: str, factor: Array) -> None:
-    """Multiply the outputs of a layer, weight and bias, by one factor per channel; computed in float64."""
-    _scale_outputs(graph, graph.layer(name), factor)
+ARITHMETIC = ("Add", "Sub", "Mul", "Div")
 
 
 def add_bias(graph: Graph, name: str, values: Array) -> None:
     """Add one value per output channel to a layer's bias, which is created if missing. Not for MatMul, which has none."""
-    _add_bias(graph, graph.layer(name), values)
+    add_to_bias(graph, graph.layer(name), values)
 
 
 def _scale_outputs(graph: Graph, layer: Layer, factor: Array) -> None:
+    """Multiply the outputs of a layer, weight and bias, by one factor per channel; computed in float64."""
     weight = graph.constant(layer.weight).astype(np.float64)
     if layer.op == "ConvTranspose":  # [IC, OC / groups, ...]: the factor depends on the group too
         per_group = factor.reshape(layer.groups, -1)
@@ -39,7 +42,8 @@ def _scale_outputs(graph: Graph, layer: Layer, factor: Array) -> None:
         graph.set_constant(layer.bias, (graph.constant(layer.bias).astype(np.float64) * factor).astype(np.float32))
 
 
-def _add_bias(graph: Graph, layer: Layer, values: Array) -> None:
+def add_to_bias(graph: Graph, layer: Layer, values: Array) -> None:
+    """`add_bias` for a layer that was looked up."""
     if layer.bias is not None:
         graph.set_constant(layer.bias, (graph.constant(layer.bias) + values).astype(np.float32))
         return
@@ -53,7 +57,7 @@ def _add_bias(graph: Graph, layer: Layer, values: Array) -> None:
     graph.changed()
 
 
-# ---- into the layer before --------------------------------------------------------------------------------------------------
+# ---- into the layer before ------------------------------------------------------------------------------------------------
 
 
 def layer_at(graph: Graph, tensor: gs.Tensor, reader: gs.Node) -> Layer | None:
@@ -62,10 +66,10 @@ def layer_at(graph: Graph, tensor: gs.Tensor, reader: gs.Node) -> Layer | None:
     if node is None or node.op not in LAYER_OPS or only_reader(graph, tensor) is not reader:
         return None
     layer = graph._layer(node)
-    return layer if layer is not None and _owns(graph, layer) else None
+    return layer if layer is not None and owns(graph, layer) else None
 
 
-def _owns(graph: Graph, layer: Layer) -> bool:
+def owns(graph: Graph, layer: Layer) -> bool:
     owned = [graph.tensor(name) for name in (layer.weight, layer.bias) if name is not None]
     return all(len(t.outputs) == 1 and not is_output(graph, t) for t in owned)
 
@@ -87,8 +91,8 @@ def per_channel(values: Array, axis: int, rank: int, channels: int) -> Array | N
 
 
 def operands(node: gs.Node) -> tuple[gs.Tensor, Array, bool] | None:
-    """The variable and the values of the constant operand of an operator, and whether the constant is the first; None unless it
-    has both, in float32."""
+    """The variable and the values of the constant operand of an operator, and whether the constant is the first; None unless
+    it has both, in float32."""
     if len(node.inputs) != 2:
         return None
     constant_first = isinstance(node.inputs[0], gs.Constant)
@@ -112,7 +116,7 @@ def as_affine(op: str, values: Array, constant_first: bool) -> tuple[Array, Arra
     return None
 
 
-def _batchnorm(graph: Graph, node: gs.Node) -> BatchNorm | None:
+def batchnorm_of(graph: Graph, node: gs.Node) -> BatchNorm | None:
     """The constants of a BatchNormalization outside training."""
     if node.attrs.get("training_mode", 0) or len(node.inputs) < 5 or any(not t.is_empty() for t in node.outputs[1:]):
         return None
@@ -123,12 +127,12 @@ def _batchnorm(graph: Graph, node: gs.Node) -> BatchNorm | None:
     return BatchNorm(gamma, beta, mean, variance)
 
 
-def _affine_of(norm: BatchNorm, node: gs.Node) -> tuple[Array, Array]:
+def affine_of(norm: BatchNorm, node: gs.Node) -> tuple[Array, Array]:
     factor = norm.gamma / np.sqrt(norm.variance + node.attrs.get("epsilon", 1e-5))
     return factor, norm.beta - norm.mean * factor
 
 
-def _fits(graph: Graph, layer: Layer, factor: Array, summand: Array) -> bool:
+def fits(graph: Graph, layer: Layer, factor: Array, summand: Array) -> bool:
     """True if the constants of a layer stay finite."""
     largest = float(np.abs(factor).max(initial=0))
     held = [graph.constant(name) for name in (layer.weight, layer.bias) if name is not None]
@@ -139,12 +143,12 @@ def _fits(graph: Graph, layer: Layer, factor: Array, summand: Array) -> bool:
 @rewrite_of("BatchNormalization")
 def fold_batchnorm(graph: Graph, node: gs.Node) -> bool:
     """y = gamma (Wx + b - mean) / sqrt(var + eps) + beta becomes one layer; the graph keeps the statistics."""
-    norm = _batchnorm(graph, node)
+    norm = batchnorm_of(graph, node)
     layer = layer_at(graph, node.inputs[0], node)
     if norm is None or layer is None or norm.gamma.shape != (layer.channels,):  # else it cannot run; onnxruntime reports why
         return False
-    factor, summand = _affine_of(norm, node)
-    if not _fits(graph, layer, factor, summand):
+    factor, summand = affine_of(norm, node)
+    if not fits(graph, layer, factor, summand):
         return False
     if layer.op == "MatMul":  # on tokens BatchNormalization is over axis 1, not over the outputs
         if rank_of(node.inputs[0]) != 2:
@@ -155,13 +159,13 @@ def fold_batchnorm(graph: Graph, node: gs.Node) -> bool:
         node.inputs, node.outputs = [node.inputs[0], bias], [node.outputs[0]]
         return True
     _scale_outputs(graph, layer, factor)
-    _add_bias(graph, layer, summand)
+    add_to_bias(graph, layer, summand)
     graph.batchnorms[layer.output] = norm
     graph.bypass(node, node.inputs[0])
     return True
 
 
-@rewrite_of(*_ARITHMETIC)
+@rewrite_of(*ARITHMETIC)
 def fold_behind(graph: Graph, node: gs.Node) -> bool:
     """Constants per output channel that a layer's output is added to or multiplied by become part of its weight and bias."""
     found = operands(node)
@@ -174,7 +178,7 @@ def fold_behind(graph: Graph, node: gs.Node) -> bool:
         return False
     vector = per_channel(values, 1 if layer.op in ("Conv", "ConvTranspose") else rank - 1, rank, layer.channels)
     affine = None if vector is None else as_affine(node.op, vector, constant_first)
-    if affine is None or not _fits(graph, layer, *affine):
+    if affine is None or not fits(graph, layer, *affine):
         return False
     factor, summand = affine
     if layer.op == "MatMul" and node.op in ("Add", "Sub"):
@@ -182,20 +186,20 @@ def fold_behind(graph: Graph, node: gs.Node) -> bool:
     if (factor != 1).any():
         _scale_outputs(graph, layer, factor)
     if node.op in ("Add", "Sub"):
-        _add_bias(graph, layer, summand)
+        add_to_bias(graph, layer, summand)
     if (norm := graph.batchnorms.get(layer.output)) is not None:  # its beta is the output's mean
         graph.batchnorms[layer.output] = replace(norm, gamma=norm.gamma * factor, beta=norm.beta * factor + summand)
     graph.bypass(node, x)
     return True
 
 
-@rewrite_of(*_ARITHMETIC, "BatchNormalization")
+@rewrite_of(*ARITHMETIC, "BatchNormalization")
 def fold_behind_sum(graph: Graph, node: gs.Node) -> bool:
     """Constants behind MatMul + Add(bias) become part of the matrix and the bias; so do those of a BatchNormalization on two
     axes."""
     if node.op == "BatchNormalization":
-        norm, x = _batchnorm(graph, node), node.inputs[0]
-        affine = None if norm is None or rank_of(x) != 2 else _affine_of(norm, node)
+        norm, x = batchnorm_of(graph, node), node.inputs[0]
+        affine = None if norm is None or rank_of(x) != 2 else affine_of(norm, node)
     else:
         found = operands(node)
         if found is None or not rank_of(found[0]):
@@ -205,7 +209,7 @@ def fold_behind_sum(graph: Graph, node: gs.Node) -> bool:
         vector = per_channel(values, len(x.shape) - 1, len(x.shape), n) if isinstance(n, int) else None
         affine = None if vector is None else as_affine(node.op, vector, constant_first)
     add = x.inputs[0] if x.inputs and x.inputs[0].op == "Add" and not x.inputs[0].domain else None
-    if affine is None or add is None or only_reader(graph, x) is not node:
+    if affine is None or add is None or not read_alone(graph, x, node):
         return False
     inner = operands(add)
     layer = layer_at(graph, inner[0], add) if inner is not None else None
@@ -213,7 +217,7 @@ def fold_behind_sum(graph: Graph, node: gs.Node) -> bool:
         return False
     bias = per_channel(inner[1], len(x.shape) - 1, len(x.shape), layer.channels)
     factor, summand = affine
-    if bias is None or factor.shape != (layer.channels,) or not _fits(graph, layer, factor, summand):
+    if bias is None or factor.shape != (layer.channels,) or not fits(graph, layer, factor, summand):
         return False
     _scale_outputs(graph, layer, factor)
     total = graph.add_constant(f"{add.name}_sum", (bias * factor + summand).astype(np.float32))
@@ -231,7 +235,7 @@ def fold_into_sum(graph: Graph, node: gs.Node) -> bool:
         return False
     x, rank = found[0], len(found[0].shape)
     total = x.inputs[0] if x.inputs and x.inputs[0].op == "Add" and not x.inputs[0].domain else None
-    if total is None or only_reader(graph, x) is not node or any(isinstance(t, gs.Constant) for t in total.inputs):
+    if total is None or not read_alone(graph, x, node) or any(isinstance(t, gs.Constant) for t in total.inputs):
         return False
     for at, part in enumerate(total.inputs):
         layer = layer_at(graph, part, total)
@@ -242,7 +246,7 @@ def fold_into_sum(graph: Graph, node: gs.Node) -> bool:
             continue
         summand = -vector if node.op == "Sub" else vector
         if layer.takes_bias:
-            _add_bias(graph, layer, summand)
+            add_to_bias(graph, layer, summand)
             if (norm := graph.batchnorms.get(layer.output)) is not None:
                 graph.batchnorms[layer.output] = replace(norm, beta=norm.beta + summand)
         else:
@@ -255,149 +259,4 @@ def fold_into_sum(graph: Graph, node: gs.Node) -> bool:
     return False
 
 
-# ---- into the layer behind --------------------------------------------------------------------------------------------------
-
-
-@rewrite_of(*_ARITHMETIC, "BatchNormalization")
-def fold_ahead(graph: Graph, node: gs.Node) -> bool:
-    """Constants per channel that the input of layers was added to or multiplied by become part of their weights and biases:
-    factors always, summands where no padding has others."""
-    found: tuple[gs.Tensor, Array, Array] | None
-    output, rank = node.outputs[0], rank_of(node.outputs[0])
-    if rank is None or is_output(graph, output) or not output.outputs or not is_float32(node.inputs[0]):
-        return False
-    readers = {id(reader): reader for reader in output.outputs}.values()
-    layers = [graph._layer(reader) if reader.op in LAYER_OPS else None for reader in readers]
-    if any(y is None or y.input != output.name for y in layers) or any(list(r.inputs).count(output) > 1 for r in readers):
-        return False
-    kept = [y for y in layers if y is not None]
-    found = _ahead(graph, node, kept, rank)
-    if found is None:
-        return False
-    x, factor, summand = found
-    if rank_of(x) != rank or not all(_takes(graph, y, rank, factor, summand, len(kept) == 1) for y in kept):
-        return False
-    for layer in kept:
-        _scale_inputs(graph, layer, factor, summand)
-    graph.bypass(node, x)
-    return True
-
-
-def _ahead(graph: Graph, node: gs.Node, layers: list[Layer], rank: int) -> tuple[gs.Tensor, Array, Array] | None:
-    """What an operator in front of layers reads, and the factor and summand per input channel of these."""
-    axes = {1 if y.op in ("Conv", "ConvTranspose") else rank - 1 for y in layers}
-    counts = {inputs_of(y) for y in layers}
-    if len(axes) != 1 or len(counts) != 1:
-        return None
-    axis, count = axes.pop(), counts.pop()
-    if node.op == "BatchNormalization":
-        norm = _batchnorm(graph, node)
-        if norm is None or axis != 1 or norm.gamma.shape != (count,):
-            return None
-        return (node.inputs[0], *_affine_of(norm, node))
-    found = operands(node)
-    vector = None if found is None else per_channel(found[1], axis, rank, count)
-    affine = None if found is None or vector is None else as_affine(node.op, vector, found[2])
-    return None if found is None or affine is None else (found[0], *affine)
-
-
-def inputs_of(layer: Layer) -> int:
-    """Number of a layer's input channels."""
-    return layer.shape[layer.in_axis] * (layer.groups if layer.op == "Conv" else 1)
-
-
-def _takes(graph: Graph, layer: Layer, rank: int, factor: Array, summand: Array, alone: bool) -> bool:
-    if not _owns(graph, layer) or not _fits(graph, layer, factor, summand):
-        return False
-    if layer.op in ("Conv", "ConvTranspose") and rank != len(layer.shape):
-        return False
-    if not summand.any():
-        return True
-    if layer.op == "ConvTranspose":  # taps at the edge are missing
-        return False
-    if layer.op == "MatMul" and not (alone or _added(graph, layer)):  # an Add behind each, for one in front of all
-        return False
-    auto = layer.attrs.get("auto_pad", "NOTSET")
-    if layer.op == "Conv" and (any(layer.attrs.get("pads") or ()) and auto == "NOTSET" or auto not in ("NOTSET", "VALID")):
-        return False
-    # the sum loses what float32 cannot hold beside it
-    weight = np.abs(_by_inputs(layer, graph.constant(layer.weight).astype(np.float64)))
-    return bool((weight * np.abs(summand)[:, None]).sum(0).max() < _LARGEST_BIAS * max(weight.sum(0).max(), 1e-30))
-
-
-def _added(graph: Graph, layer: Layer) -> bool:
-    """True if a constant is added to a layer's output, and nothing else reads it."""
-    add = only_reader(graph, graph.tensor(layer.output))
-    return add is not None and add.op in ("Add", "Sub") and not add.domain and operands(add) is not None
-
-
-_LARGEST_BIAS = 4096.0  # average summand that a bias takes over: pixels and decibels do, timestamps do not
-
-
-def _by_inputs(layer: Layer, weight: Array) -> Array:
-    """A weight as [input channels, the rest]; those of groups beside each other."""
-    if layer.op == "Conv":
-        per_group = weight.reshape(layer.groups, layer.shape[0] // layer.groups, layer.shape[1], -1)
-        return per_group.transpose(0, 2, 1, 3).reshape(inputs_of(layer), -1)
-    return np.moveaxis(weight, layer.in_axis, 0).reshape(layer.shape[layer.in_axis], -1)
-
-
-def _scale_inputs(graph: Graph, layer: Layer, factor: Array, summand: Array) -> None:
-    """W (factor x + summand) + b as W' x + b'."""
-    weight = graph.constant(layer.weight).astype(np.float64)
-    if layer.op == "Conv":
-        groups, inputs = layer.groups, layer.shape[1]
-        rows = weight.reshape(groups, layer.shape[0] // groups, inputs, -1)
-        moved = (rows.sum(-1) * summand.reshape(groups, 1, inputs)).sum(-1).reshape(-1)
-        scaled = (rows * factor.reshape(groups, 1, inputs, 1)).reshape(weight.shape)
-    else:
-        shape = [-1 if a == layer.in_axis else 1 for a in range(weight.ndim)]
-        moved = (weight * summand.reshape(shape)).sum(layer.in_axis) if summand.any() else np.zeros(0)
-        scaled = weight * factor.reshape(shape)
-    graph.set_constant(layer.weight, scaled.astype(np.float32))
-    if summand.any() and layer.op == "MatMul":
-        node = graph.producer(layer.output)
-        assert node is not None
-        output, product = node.outputs[0], graph.add_variable(f"{layer.name}_product", like=node.outputs[0])
-        node.outputs[0] = product
-        bias = graph.add_constant(f"{layer.name}_bias", moved.astype(np.float32))
-        graph.add_node("Add", f"{layer.name}_bias", [product, bias], [output], before=node)
-    elif summand.any():
-        _add_bias(graph, layer, moved)
-
-
-# ---- constants in a row -----------------------------------------------------------------------------------------------------
-
-
-@rewrite_of(*_ARITHMETIC)
-def join_constants(graph: Graph, node: gs.Node) -> bool:
-    """x + 0, x * 1 and the like are x; two constants in a row that are both added, or both multiplied, are one."""
-    found = operands(node)
-    if found is None or node.inputs[0].dtype != np.float32:
-        return False
-    x, values, constant_first = found
-    affine = as_affine(node.op, values.astype(np.float64), constant_first)
-    rank = rank_of(x)
-    if affine is None or rank is None or values.size == 0:
-        return False
-    factor, summand = affine
-    if values.ndim <= rank and values.size == 1 and (factor == 1).all() and not summand.any():
-        return drops(graph, node)
-    first = x.inputs[0] if x.inputs and x.inputs[0].op in _ARITHMETIC and not x.inputs[0].domain else None
-    inner = operands(first) if first is not None and only_reader(graph, x) is node else None
-    before = as_affine(first.op, inner[1].astype(np.float64), inner[2]) if first is not None and inner is not None else None
-    if inner is None or before is None or inner[1].ndim > rank or rank_of(inner[0]) != rank:
-        return False
-    sums, products = ((node.op in ops) + (first.op in ops) for ops in (("Add", "Sub"), ("Mul", "Div")))
-    joined = before[0] * factor if products == 2 else before[1] * factor + summand
-    flipped = sums == 2 and (before[0] * factor).ravel()[0] < 0
-    if 2 not in (sums, products) or joined.size > max(values.size, inner[1].size) or not np.isfinite(joined.astype(np.float32)).all():
-        return False
-    constant = graph.add_constant(f"{node.name}_joined", joined.astype(np.float32))
-    node.op = "Mul" if products == 2 else "Sub" if flipped else "Add"
-    node.inputs = [constant, inner[0]] if flipped else [inner[0], constant]
-    return True
-
-
 BEHIND: tuple[Rewrite, ...] = (fold_batchnorm, fold_behind, fold_behind_sum, fold_into_sum)
-AHEAD: tuple[Rewrite, ...] = (fold_ahead, join_constants)

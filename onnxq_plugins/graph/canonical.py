@@ -1,8 +1,9 @@
 """Exact float rewrites done once, at import, so that every later pass and the exporter see one form.
 
-Each layer gets a weight of its own; padding, BatchNorm and constants move into layers; layouts are straightened; what computes
-nothing goes; chains that exporters wrote out (GELU, HardSwish, LayerNormalization, MatMul + Add) become the one operator that
-runtimes know. `TABLE` and `AFTER_FUNCTIONS` list the rewrites of single places; `canonicalize` walks through them.
+Each layer gets a weight of its own; padding, BatchNorm and constants move into layers; layouts are straightened; what
+computes nothing goes; chains that exporters wrote out (GELU, HardSwish, LayerNormalization, MatMul + Add) become the one
+operator that runtimes know. `TABLE` and `AFTER_FUNCTIONS` list the rewrites of single places; `canonicalize` walks through
+them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq_plugins.graph.affine import AHEAD, BEHIND
+from onnxq_plugins.graph.affine import BEHIND
+from onnxq_plugins.graph.ahead import AHEAD
 from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.flatten import flatten_matmul
 from onnxq_plugins.graph.focus import FOCUS
@@ -22,8 +24,9 @@ from onnxq_plugins.graph.redundant import REDUNDANT, join_duplicates
 from onnxq_plugins.graph.rewriting import Rewrite, rewrite
 from onnxq_plugins.graph.shapes import SHAPES, refresh_shapes
 from onnxq_plugins.graph.transposes import TRANSPOSES
+from onnxq_plugins.graph.units import UNITS
 
-TABLE: tuple[Rewrite, ...] = (*SHAPES, *REDUNDANT, *TRANSPOSES, *PADS, *FOCUS, *BEHIND)
+TABLE: tuple[Rewrite, ...] = (*SHAPES, *REDUNDANT, *TRANSPOSES, *UNITS, *PADS, *FOCUS, *BEHIND)
 AFTER_FUNCTIONS: tuple[Rewrite, ...] = (*TABLE, *AHEAD)  # a factor of a written-out GELU must not move into a layer
 _ROUNDS = 8  # what one rewrite leaves another may take up
 

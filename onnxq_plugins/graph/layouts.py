@@ -1,11 +1,11 @@
 """Layouts straightened: as few Transposes as compute the same.
 
-TensorFlow has channels last, layers of ONNX have them second: converted networks turn every layer's input and output, and what
-stands between in TensorFlow's order (bias, BatchNorm, Relu, Pad) cannot be fused. Operators that compute the same in either
-order may be turned instead. Which ones are is a minimum cut: the nodes are these operators, the edges tensors, and a tensor
-that is written in one order and read in the other costs a Transpose.
+TensorFlow has channels last, layers of ONNX have them second: converted networks turn every layer's input and output, and
+what stands between in TensorFlow's order (bias, BatchNorm, Relu, Pad) cannot be fused. Operators that compute the same in
+either order may be turned instead. Which ones are is a minimum cut: the nodes are these operators, the edges tensors, and a
+tensor that is written in one order and read in the other costs a Transpose.
 
-The *opening* Transpose, of order `perm`, is written by what has the order of layers; the *closing* one undoes it. An operator
+The *opening* Transpose, of order `perm`, reads what has the order of layers; the *closing* one undoes it. An operator
 between the two is *turned* if it computes in the order of layers in the end."""
 
 from __future__ import annotations
@@ -19,14 +19,28 @@ from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.rewriting import dims, is_output, rank_of
-from onnxq_plugins.graph.transposes import moved_units, perm_of
+from onnxq_plugins.graph.transposes import perm_of
 from onnxq_plugins.graph.turning import COSTLY, Perm, Turn, inverse, turn, turn_of, turned_shape
+from onnxq_plugins.graph.units import moved_units
 
-_TRANSPOSE, _UNIT, _OFF_AXIS = 20, 1, 10  # costs: a Transpose, one that moves axes of size 1, an operator along an inner axis
+_TRANSPOSE, _UNIT, _OFF_AXIS = (
+    20,
+    1,
+    10,
+)  # costs: a Transpose, one that moves axes of size 1, an operator along an inner axis
 _NEVER = 10**6
 _ROUNDS = 8
 _IN_ORDER = {  # operators that have channels second
-    *("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "BatchNormalization"),
+    *(
+        "Conv",
+        "ConvTranspose",
+        "MaxPool",
+        "AveragePool",
+        "LpPool",
+        "GlobalAveragePool",
+        "GlobalMaxPool",
+        "BatchNormalization",
+    ),
     *("InstanceNormalization", "LRN", "DepthToSpace", "SpaceToDepth", "GroupNormalization", "PRelu"),
 }
 _REACH = 32  # operators between a Transpose and the layer that says which it is

@@ -10,7 +10,18 @@ from onnxq_plugins.graph.rewriting import Rewrite, is_output, kind_of, left_out,
 from onnxq_plugins.spec import Array
 
 _DEPTH = 12  # operators that are asked whether their outputs are never negative
-_NEVER_NEGATIVE = {"Relu", "Sigmoid", "HardSigmoid", "Abs", "Exp", "Sqrt", "Softmax", "Softplus", "ReduceL2", "ReduceSumSquare"}
+_NEVER_NEGATIVE = {
+    "Relu",
+    "Sigmoid",
+    "HardSigmoid",
+    "Abs",
+    "Exp",
+    "Sqrt",
+    "Softmax",
+    "Softplus",
+    "ReduceL2",
+    "ReduceSumSquare",
+}
 _AS_THEIR_INPUTS = {
     *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"),
     *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Dropout", "Slice", "Split", "DepthToSpace"),
@@ -67,8 +78,8 @@ def never_negative(tensor: gs.Tensor, depth: int = _DEPTH) -> bool:
 
 @rewrite_of("Conv", "AveragePool", "MaxPool")
 def absorb_pad(graph: Graph, node: gs.Node) -> bool:
-    """Conv(Pad(x)) pads itself where zeros are added to spatial axes. So does AveragePool, which then counts them, and MaxPool
-    where they never are the maximum. Others that read the padded tensor still do."""
+    """Conv(Pad(x)) pads itself where zeros are added to spatial axes. So does AveragePool, which then counts them, and
+    MaxPool where they never are the maximum. Others that read the padded tensor still do."""
     pad = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
     if pad is None or pad.op != "Pad" or pad.domain or isinstance(pad.inputs[0], gs.Constant):
         return False
@@ -124,7 +135,13 @@ def _pools_alike(node: gs.Node, pad: gs.Node, own: Array, total: Array, value: f
 def join_pads(graph: Graph, node: gs.Node) -> bool:
     """Two Pads in a row with the same value are one."""
     first = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
-    if first is None or first.op != "Pad" or first.domain or len(node.inputs[0].outputs) > 1 or is_output(graph, node.inputs[0]):
+    if (
+        first is None
+        or first.op != "Pad"
+        or first.domain
+        or len(node.inputs[0].outputs) > 1
+        or is_output(graph, node.inputs[0])
+    ):
         return False
     one, other, value = amounts(first), amounts(node), constant_of(node)
     if one is None or other is None or value is None or constant_of(first) != value or one.shape != other.shape:

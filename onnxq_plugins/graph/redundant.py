@@ -80,7 +80,8 @@ def drop_trivial(graph: Graph, node: gs.Node) -> bool:
         wanted = values_of(node, 1)
         shape = dims(x)
         same = wanted is not None and shape is not None and len(wanted) <= len(shape)
-        same = same and all(n in (1, m) for n, m in zip(wanted[::-1].tolist(), (shape or [])[::-1], strict=False))
+        pairs = zip(wanted[::-1].tolist(), shape[::-1], strict=False) if wanted is not None and shape is not None else ()
+        same = same and all(n in (1, m) for n, m in pairs)
     else:
         counts = values_of(node, 1)
         same = counts is not None and bool((counts == (1 if node.op == "Tile" else 0)).all())
@@ -102,11 +103,12 @@ def _takes_all(node: gs.Node) -> bool:
         return False
     sizes = [shape[a] if shape is not None and -len(shape) <= a < len(shape) else None for a in axes]
     return all(
-        end >= np.iinfo(np.int32).max or (isinstance(n, int) and end >= n) for end, n in zip(ends.tolist(), sizes, strict=True)
+        end >= np.iinfo(np.int32).max or (isinstance(n, int) and end >= n)
+        for end, n in zip(ends.tolist(), sizes, strict=True)
     )
 
 
-# ---- shapes -----------------------------------------------------------------------------------------------------------------
+# ---- shapes ---------------------------------------------------------------------------------------------------------------
 
 
 def known(sizes: Sizes) -> int:
@@ -156,8 +158,8 @@ def _reshapes(node: gs.Node | None) -> bool:
 
 
 def _beside_convolution(node: gs.Node) -> bool:
-    """True if a Transpose turns what a convolution writes, perhaps behind a function, or reads: integer kernels have channels
-    last, so that runtimes cancel it."""
+    """True if a Transpose turns what a convolution writes, perhaps behind a function, or reads: integer kernels have
+    channels last, so that runtimes cancel it."""
     before, after = node.inputs[0], node.outputs[0]
     for _ in range(3):
         writers = [n for n in before.inputs if not n.domain]
@@ -171,8 +173,8 @@ def _beside_convolution(node: gs.Node) -> bool:
 
 @rewrite_of(*RESHAPES, "Transpose")
 def drop_reshape(graph: Graph, node: gs.Node) -> bool:
-    """A Reshape (Flatten, Squeeze, Unsqueeze, Transpose of axes of size 1) to the shape its input has goes; of two in a row the
-    first is passed by."""
+    """A Reshape (Flatten, Squeeze, Unsqueeze, Transpose of axes of size 1) to the shape its input has goes; of two in a row
+    the first is passed by."""
     if not _reshapes(node) or len(node.outputs) != 1:
         return False
     x, output = node.inputs[0], node.outputs[0]
@@ -200,7 +202,7 @@ def _reshape(graph: Graph, node: gs.Node, source: gs.Tensor) -> bool:
     return True
 
 
-# ---- duplicates -------------------------------------------------------------------------------------------------------------
+# ---- duplicates -----------------------------------------------------------------------------------------------------------
 
 
 def join_duplicates(graph: Graph) -> bool:

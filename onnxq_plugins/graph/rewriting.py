@@ -1,4 +1,4 @@
-"""How rewrites are written and applied: a table of them, walked until none applies, and the questions that all of them ask."""
+"""How rewrites are written and applied: a table of them, walked until none applies, and the questions that they ask."""
 
 from __future__ import annotations
 
@@ -70,6 +70,11 @@ def only_reader(graph: Graph, tensor: gs.Tensor) -> gs.Node | None:
     return tensor.outputs[0] if len(tensor.outputs) == 1 and not is_output(graph, tensor) else None
 
 
+def read_alone(graph: Graph, tensor: gs.Tensor, node: gs.Node) -> bool:
+    """True if an operator alone reads a tensor which is no output of the model."""
+    return only_reader(graph, tensor) is node
+
+
 def values_of(node: gs.Node, at: int) -> Array | None:
     """Values of a constant input of an operator; None if it has no such input, or it is computed."""
     tensor = node.inputs[at] if len(node.inputs) > at else None
@@ -82,8 +87,8 @@ def left_out(node: gs.Node, at: int) -> bool:
 
 
 def axes_of(node: gs.Node, rank: int | None, at: int = 1) -> list[int] | None:
-    """The axes that an operator names as attribute or as input `at`, from 0 on and sorted; all if it names none; None if they
-    are not known."""
+    """The axes that an operator names as attribute or as input `at`, from 0 on and sorted; all if it names none; None if
+    they are not known."""
     if "axes" in node.attrs:
         named: Sequence[int] = list(node.attrs["axes"])
     elif not left_out(node, at):
@@ -121,8 +126,3 @@ def kind_of(tensor: gs.Tensor) -> np.dtype | None:
 
 def is_float32(tensor: gs.Tensor) -> bool:
     return kind_of(tensor) == np.float32
-
-
-def replace_constant(graph: Graph, node: gs.Node, at: int, name: str, values: Array) -> None:
-    """A constant of its own as input of an operator: others may read the one it had."""
-    node.inputs[at] = graph.add_constant(name, values)

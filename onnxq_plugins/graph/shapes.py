@@ -20,8 +20,8 @@ _ANONYMOUS = {"", "?", "-1", "none", "unk", "unknown", "dynamic", "any", "dim", 
 
 
 def refresh_shapes(graph: Graph) -> None:
-    """Infer shapes anew, in place: from the inputs alone, so that axes of equal symbols have equal sizes, which is not so for
-    what exporters say of outputs; sizes that only they know stay."""
+    """Infer shapes anew, in place: from the inputs alone, so that axes of equal symbols have equal sizes, which is not so
+    for what exporters say of outputs; sizes that only they know stay."""
     model = graph.model({})
     del model.graph.value_info[:]
     for value in model.graph.output:
@@ -53,7 +53,7 @@ def _size(dim: onnx.TensorShapeProto.Dimension) -> Size:
     return dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
 
 
-# ---- numbers that are known before the model runs ---------------------------------------------------------------------------
+# ---- numbers that are known before the model runs -------------------------------------------------------------------------
 
 
 def sizes_in(tensor: gs.Tensor, depth: int = _DEPTH) -> list[Size] | None:
@@ -173,7 +173,7 @@ _FOLLOWED: dict[str, Callable[[gs.Node, int], list[Size] | None]] = {
     "Add": _binary(operator.add),
     "Sub": _binary(operator.sub),
     "Mul": _binary(operator.mul),
-    "Div": _binary(lambda a, b: int(math.trunc(a / b)) if abs(a) < 2**50 else a // b),
+    "Div": _binary(lambda a, b: math.trunc(a / b) if abs(a) < 2**50 else a // b),
     "ReduceProd": _product,
     "Where": _where,
 }
@@ -182,22 +182,19 @@ _FOLLOWED: dict[str, Callable[[gs.Node, int], list[Size] | None]] = {
 @rewrite_of(*_FOLLOWED)
 def fold_sizes(graph: Graph, node: gs.Node) -> bool:
     """Integers that follow from the sizes of tensors are a constant where these sizes are known."""
-    output, shape = node.outputs[0], dims(node.outputs[0])
-    if is_output(graph, output) or shape is None or not all(isinstance(n, int) for n in shape):
+    output, sizes = node.outputs[0], dims(node.outputs[0])
+    shape = [n for n in sizes or () if isinstance(n, int)]
+    if is_output(graph, output) or sizes is None or len(shape) != len(sizes):
         return False
     kind = kind_of(output)
     if kind is None or kind not in (np.dtype(np.int64), np.dtype(np.int32)):
         return False
     found = sizes_in(output)
-    if found is None or not all(isinstance(n, int) for n in found) or math.prod(map(_number, shape)) != len(found):
+    if found is None or not all(isinstance(n, int) for n in found) or math.prod(shape) != len(found):
         return False
     values = np.array(found, np.int64).astype(kind).reshape(shape)
     graph.bypass(node, graph.add_constant(f"{output.name}_sizes", values))
     return True
-
-
-def _number(size: Size) -> int:
-    return size if isinstance(size, int) else -1
 
 
 @rewrite_of("Reshape")

@@ -13,15 +13,32 @@ from onnxq_plugins.graph.rewriting import axes_of, left_out, rank_of, values_of
 
 Perm = tuple[int, ...]  # as of a Transpose: axis i of its output is axis perm[i] of its input
 
-_UNARY = {
-    *("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Elu", "Selu", "Celu", "Clip", "Neg", "Abs", "Sqrt", "Exp", "Log", "Erf", "Not"),
+UNARY = {
+    *(
+        "Relu",
+        "LeakyRelu",
+        "Sigmoid",
+        "Tanh",
+        "Elu",
+        "Selu",
+        "Celu",
+        "Clip",
+        "Neg",
+        "Abs",
+        "Sqrt",
+        "Exp",
+        "Log",
+        "Erf",
+        "Not",
+    ),
     *("Softplus", "Softsign", "HardSigmoid", "HardSwish", "Gelu", "Mish", "ThresholdedRelu", "Reciprocal", "Floor", "Ceil"),
     *("Round", "Sign", "Cast", "Identity", "Sin", "Cos", "IsNaN", "IsInf"),
 }
-_NARY = {
+ELEMENTWISE = {
     *("Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Sum", "Mean", "Mod", "Equal", "Greater", "Less", "GreaterOrEqual"),
-    *("LessOrEqual", "And", "Or", "Xor", "Where", "PRelu", "Concat"),
+    *("LessOrEqual", "And", "Or", "Xor", "Where", "PRelu"),
 }
+_NARY = ELEMENTWISE | {"Concat"}
 _REDUCE = {
     *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum"),
     *("ReduceLogSumExp", "ReduceSumSquare", "ArgMax", "ArgMin"),
@@ -59,7 +76,7 @@ def turn_of(node: gs.Node, perm: Perm) -> Turn | None:
         return _nary(node, rank)
     if isinstance(x, gs.Constant) or rank_of(x) != rank:
         return None
-    if node.op in _UNARY:
+    if node.op in UNARY:
         return Turn((0,), (0,)) if len(node.outputs) == 1 else None
     if node.op in _REDUCE:
         return _reduce(node, perm)

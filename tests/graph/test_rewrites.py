@@ -1,4 +1,4 @@
-"""Rewrites of import: each applies where it should, keeps the function and the interface, and leaves nothing for a second run."""
+"""Rewrites of import: each applies where it should, keeps function and interface, and leaves nothing for a second run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def imported(model, feeds=None):
             for a, b in zip(expected, outputs(written, feed, optimize), strict=True):
                 assert a.shape == b.shape and a.dtype == b.dtype
                 if a.size and a.dtype.kind == "f":
-                    np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * max(float(np.abs(a).max()), 1e-6))
+                    largest = float(np.abs(a[np.isfinite(a)]).max(initial=1e-6))
+                    np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * largest)
                 else:
                     np.testing.assert_array_equal(a, b)
     assert [v.name for v in written.graph.output] == [v.name for v in model.graph.output]
@@ -100,7 +101,12 @@ CASES: dict[str, list[tuple]] = {
     "fold_behind": [
         ([("Conv", ["x", "w"], ["c"], {}), ("Mul", ["k", "c"], ["y"], {})], {**W, "k": OUT}, IMAGE, {"Conv": 1}),
         ([("Conv", ["x", "w"], ["c"], {}), ("Sub", ["k", "c"], ["y"], {})], {**W, "k": f32(2)}, IMAGE, {"Conv": 1}),
-        ([("MatMul", ["x", "m"], ["c"], {}), ("Div", ["c", "k"], ["y"], {})], {"m": (6, 5), "k": f32(3)}, ["N", 7, 6], {"MatMul": 1}),
+        (
+            [("MatMul", ["x", "m"], ["c"], {}), ("Div", ["c", "k"], ["y"], {})],
+            {"m": (6, 5), "k": f32(3)},
+            ["N", 7, 6],
+            {"MatMul": 1},
+        ),
     ],
     "fold_behind_sum": [
         (
@@ -125,7 +131,12 @@ CASES: dict[str, list[tuple]] = {
         )
     ],
     "fold_ahead": [
-        ([("Mul", ["x", "k"], ["p"], {}), ("Conv", ["p", "w"], ["y"], {"pads": [1] * 4})], {"k": COLUMN, **W}, IMAGE, {"Conv": 1}),
+        (
+            [("Mul", ["x", "k"], ["p"], {}), ("Conv", ["p", "w"], ["y"], {"pads": [1] * 4})],
+            {"k": COLUMN, **W},
+            IMAGE,
+            {"Conv": 1},
+        ),
         ([("Sub", ["x", "k"], ["p"], {}), CONV], {"k": f32(127.5), **W}, IMAGE, {"Conv": 1}),
         ([("BatchNormalization", ["x", "n0", "n1", "n2", "n3"], ["p"], {}), CONV], {**NORM, **W}, IMAGE, {"Conv": 1}),
         (
@@ -137,6 +148,20 @@ CASES: dict[str, list[tuple]] = {
             ["N", 4],
             {"Gemm": 1},
         ),
+    ],
+    "factor_ahead": [
+        (
+            [
+                ("Relu", ["x"], ["r"], {}),
+                (op, ["r", "a"], ["s"], {}),
+                (other, ["b", "s"], ["p"], {}),
+                ("Conv", ["p", "w"], ["y"], {"pads": [1] * 4}),
+            ],
+            {"a": f32(3), "b": COLUMN, **W},
+            IMAGE,
+            {"Relu": 1, "Add": 1, "Conv": 1},
+        )
+        for op, other in (("Mul", "Add"), ("Div", "Sub"))
     ],
     "join_constants": [
         (
@@ -185,8 +210,12 @@ CASES: dict[str, list[tuple]] = {
     ],
     "drop_reshape": [
         (
-            [("Unsqueeze", ["x", "a"], ["u"], {}), ("Relu", ["u"], ["r"], {}), ("Squeeze", ["r", "a"], ["s"], {}),
-             ("Unsqueeze", ["s", "b"], ["y"], {})],
+            [
+                ("Unsqueeze", ["x", "a"], ["u"], {}),
+                ("Relu", ["u"], ["r"], {}),
+                ("Squeeze", ["r", "a"], ["s"], {}),
+                ("Unsqueeze", ["s", "b"], ["y"], {}),
+            ],
             {"a": i64(1), "b": i64(0)},
             [3, 5],
             {"Unsqueeze": 1, "Relu": 1, "Reshape": 1},
@@ -215,7 +244,12 @@ CASES: dict[str, list[tuple]] = {
     ],
     "drop_expand": [
         (
-            [("Shape", ["x"], ["s"], {}), ("Relu", ["x"], ["r"], {}), ("Expand", ["r", "s"], ["e"], {}), ("Tanh", ["e"], ["y"], {})],
+            [
+                ("Shape", ["x"], ["s"], {}),
+                ("Relu", ["x"], ["r"], {}),
+                ("Expand", ["r", "s"], ["e"], {}),
+                ("Tanh", ["e"], ["y"], {}),
+            ],
             {},
             ["N", "T", 5],
             {"Relu": 1, "Tanh": 1},
@@ -259,8 +293,13 @@ CASES: dict[str, list[tuple]] = {
     ],
     "drop_units_first": [
         (
-            [("Conv", ["x", "w"], ["c"], {}), ("Transpose", ["c"], ["t"], LAST), ("Squeeze", ["t", "a"], ["s"], {}),
-             ("Transpose", ["s"], ["u"], {"perm": [0, 2, 1]}), ("Softmax", ["u"], ["y"], {})],
+            [
+                ("Conv", ["x", "w"], ["c"], {}),
+                ("Transpose", ["c"], ["t"], LAST),
+                ("Squeeze", ["t", "a"], ["s"], {}),
+                ("Transpose", ["s"], ["u"], {"perm": [0, 2, 1]}),
+                ("Softmax", ["u"], ["y"], {}),
+            ],
             {"w": (5, 4, 1, 3), "a": i64(1)},
             ["N", 4, 1, 8],
             {"Conv": 1, "Squeeze": 1, "Softmax": 1},
@@ -268,11 +307,29 @@ CASES: dict[str, list[tuple]] = {
     ],
     "add_units_last": [
         (
-            [("Transpose", ["x"], ["s"], {"perm": [0, 2, 1]}), ("Unsqueeze", ["s", "a"], ["t"], {}),
-             ("Transpose", ["t"], ["u"], SECOND), ("Conv", ["u", "w"], ["y"], {})],
+            [
+                ("Transpose", ["x"], ["s"], {"perm": [0, 2, 1]}),
+                ("Unsqueeze", ["s", "a"], ["t"], {}),
+                ("Transpose", ["t"], ["u"], SECOND),
+                ("Conv", ["u", "w"], ["y"], {}),
+            ],
             {"w": (5, 4, 1, 3), "a": i64(1)},
             ["N", 4, 8],
             {"Conv": 1, "Unsqueeze": 1},
+        )
+    ],
+    "drop_units_later": [
+        (
+            [
+                ("Conv", ["x", "w"], ["c"], {}),
+                ("Squeeze", ["c", "a"], ["s"], {}),
+                ("Add", ["s", "b"], ["t"], {}),
+                ("Relu", ["t"], ["r"], {}),
+                ("Mul", ["r", "r"], ["y"], {}),
+            ],
+            {"w": (5, 4, 1, 3), "a": i64(2), "b": (5, 1)},
+            ["N", 4, 1, 8],
+            {"Conv": 1, "Relu": 1, "Squeeze": 1, "Mul": 1},
         )
     ],
     "slices_to_depth": [
@@ -298,7 +355,9 @@ def test_rewrite(name, at):
 
 
 def test_every_rewrite_has_a_case():
-    assert {entry.name for entry in AFTER_FUNCTIONS} == set(CASES) and len({e.name for e in AFTER_FUNCTIONS}) == len(AFTER_FUNCTIONS)
+    assert {entry.name for entry in AFTER_FUNCTIONS} == set(CASES) and len({e.name for e in AFTER_FUNCTIONS}) == len(
+        AFTER_FUNCTIONS
+    )
     assert all(entry.apply.__doc__ for entry in AFTER_FUNCTIONS)
 
 
@@ -310,7 +369,7 @@ def test_names_of_layers_stay():
             assert {layer.name for layer in load(model).layers} == layers
 
 
-# ---- where rewrites must not apply ------------------------------------------------------------------------------------------
+# ---- where rewrites must not apply ----------------------------------------------------------------------------------------
 
 
 def conv_on(pads, mode="constant", **constants):
@@ -366,7 +425,9 @@ def test_computed_pads():
 
 
 @pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
-@pytest.mark.parametrize("attrs", [{}, {"ceil_mode": 1}, {"pads": [1, 0, 0, 1]}, {"auto_pad": "SAME_UPPER"}, {"count": 1, "pads": [1] * 4}])
+@pytest.mark.parametrize(
+    "attrs", [{}, {"ceil_mode": 1}, {"pads": [1, 0, 0, 1]}, {"auto_pad": "SAME_UPPER"}, {"count": 1, "pads": [1] * 4}]
+)
 @pytest.mark.parametrize("behind", ["x", "r"])
 @pytest.mark.parametrize("value", [0.0, -np.inf, 1.0])
 def test_pad_before_pooling(op, attrs, behind, value):
@@ -391,16 +452,24 @@ def test_pad_before_pooling(op, attrs, behind, value):
 
 
 def test_pooling_that_would_read_padding_alone():
-    operators = [("Relu", ["x"], ["r"], {}), ("Pad", ["r", "pads"], ["p"], {}), ("MaxPool", ["p"], ["y"], {"kernel_shape": [2, 2]})]
+    operators = [
+        ("Relu", ["x"], ["r"], {}),
+        ("Pad", ["r", "pads"], ["p"], {}),
+        ("MaxPool", ["p"], ["y"], {"kernel_shape": [2, 2]}),
+    ]
     assert ops(operators, IMAGE, {"pads": i64(0, 0, 2, 0, 0, 0, 0, 0)})["Pad"] == 1
 
 
 @pytest.mark.parametrize(
     "op, values, constant_first",
-    [("Div", OUT + 2, True), ("Mul", f32(np.ones((1, 1, 7, 6))), False), ("Add", f32(np.ones((1, 1, 1, 1, 1))), False)],
+    [("Div", OUT + 20, True), ("Mul", f32(np.ones((1, 1, 7, 6))), False), ("Add", f32(np.ones((1, 1, 1, 1, 1))), False)],
 )
 def test_constants_that_stay(op, values, constant_first):
-    operators = [("Conv", ["x", "w"], ["c"], {}), (op, ["k", "c"] if constant_first else ["c", "k"], ["s"], {}), ("Exp", ["s"], ["y"], {})]
+    operators = [
+        ("Conv", ["x", "w"], ["c"], {}),
+        (op, ["k", "c"] if constant_first else ["c", "k"], ["s"], {}),
+        ("Tanh", ["s"], ["y"], {}),
+    ]
     assert ops(operators, IMAGE, {**W, "k": values})[op] == 1
 
 
@@ -441,7 +510,9 @@ def test_large_summands_stay():
 def captured(name):
     """An If whose branches read tensor `name` of the graph around, beside Conv - Mul and Pad - Conv."""
     branches = [
-        helper.make_graph([helper.make_node(op, [name], [f"{op}_o"])], op, [], [helper.make_tensor_value_info(f"{op}_o", 1, None)])
+        helper.make_graph(
+            [helper.make_node(op, [name], [f"{op}_o"])], op, [], [helper.make_tensor_value_info(f"{op}_o", 1, None)]
+        )
         for op in ("Relu", "Neg")
     ]
     model = network(
@@ -456,7 +527,9 @@ def captured(name):
         {"pads": SPATIAL, **W, "k": OUT, "zero": f32(0)},
         outputs=("m", "y"),
     )
-    model.graph.node.append(helper.make_node("If", ["big"], ["y"], "choice", then_branch=branches[0], else_branch=branches[1]))
+    model.graph.node.append(
+        helper.make_node("If", ["big"], ["y"], "choice", then_branch=branches[0], else_branch=branches[1])
+    )
     return model
 
 
@@ -467,7 +540,9 @@ def test_what_branches_read(name, remains):
 
 
 def test_operators_of_other_domains_are_left_alone():
-    model = network([("Relu", ["x"], ["r"], {}), ("Identity", ["r"], ["i"], {"domain": "acme"}), ("Relu", ["i"], ["y"], {})], IMAGE, {})
+    model = network(
+        [("Relu", ["x"], ["r"], {}), ("Identity", ["r"], ["i"], {"domain": "acme"}), ("Relu", ["i"], ["y"], {})], IMAGE, {}
+    )
     model.opset_import.append(helper.make_opsetid("acme", 1))
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, IMAGE))
     assert kinds(load(model)) == {"Relu": 2, "Identity": 1}
@@ -476,7 +551,10 @@ def test_operators_of_other_domains_are_left_alone():
 def test_double_precision_is_left_alone():
     double = np.linspace(1, 2, 4).reshape(4, 1, 1)
     operators = [("Mul", ["x", "k"], ["p"], {}), ("Div", ["p", "k"], ["y"], {})]
-    assert ops(operators, IMAGE, {"k": double}, kind=TensorProto.DOUBLE, output_kind=TensorProto.DOUBLE) == {"Mul": 1, "Div": 1}
+    assert ops(operators, IMAGE, {"k": double}, kind=TensorProto.DOUBLE, output_kind=TensorProto.DOUBLE) == {
+        "Mul": 1,
+        "Div": 1,
+    }
 
 
 def test_symbols_of_outputs_are_not_believed():
@@ -489,7 +567,12 @@ def test_symbols_of_outputs_are_not_believed():
 
 
 def test_an_identity_between_input_and_output_stays():
-    operators = [("Identity", ["x"], ["y"], {}), ("Relu", ["x"], ["r"], {}), ("Identity", ["r"], ["z"], {}), ("Identity", ["r"], ["v"], {})]
+    operators = [
+        ("Identity", ["x"], ["y"], {}),
+        ("Relu", ["x"], ["r"], {}),
+        ("Identity", ["r"], ["z"], {}),
+        ("Identity", ["r"], ["v"], {}),
+    ]
     assert ops(operators, IMAGE, {}, outputs=("y", "z", "v")) == {"Identity": 2, "Relu": 1}
 
 
@@ -524,7 +607,7 @@ def test_a_gelu_is_recognised_before_its_factor_moves():
     assert ops(operators, IMAGE, constants, opset=20) == {"Gelu": 1, "Conv": 1}
 
 
-# ---- random -----------------------------------------------------------------------------------------------------------------
+# ---- random ---------------------------------------------------------------------------------------------------------------
 
 
 @examples(60)
@@ -577,7 +660,10 @@ def test_constants_around_layers_of_any_kind(data):
     def more(where, channels):
         nonlocal at
         for i in range(data.draw(st.integers(0, 2))):
-            op, first = data.draw(st.sampled_from(["Add", "Sub", "Mul", "Div", "BatchNormalization"])), data.draw(st.booleans())
+            op, first = (
+                data.draw(st.sampled_from(["Add", "Sub", "Mul", "Div", "BatchNormalization"])),
+                data.draw(st.booleans()),
+            )
             name, out = f"{where}{i}", f"{where}{i}_out"
             if op == "BatchNormalization":
                 if kind == "MatMul3":
@@ -607,11 +693,16 @@ def test_constants_around_layers_of_any_kind(data):
     largest = float(np.abs(expected).max())
     if np.isfinite(largest) and largest < 1e3:  # a constant divided by nearly nothing has any error
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * largest)
-    assert len(graph.layers) == 1 and graph.layers[0].name == f"{kind.rstrip('3').lower()}_{[o[0] for o in operators].index(kind.rstrip('3'))}"
+    assert (
+        len(graph.layers) == 1
+        and graph.layers[0].name == f"{kind.rstrip('3').lower()}_{[o[0] for o in operators].index(kind.rstrip('3'))}"
+    )
     assert kinds(load(graph.model())) == kinds(graph)
 
 
 def test_initializers_that_are_outputs_stay():
-    model = network([("Conv", ["x", "w"], ["c"], {}), ("Mul", ["c", "k"], ["y"], {})], IMAGE, {**W, "k": OUT}, outputs=("y", "w"))
+    model = network(
+        [("Conv", ["x", "w"], ["c"], {}), ("Mul", ["c", "k"], ["y"], {})], IMAGE, {**W, "k": OUT}, outputs=("y", "w")
+    )
     (_, w) = outputs(load(model).model(), feed_of(model), False)
     np.testing.assert_array_equal(w, numpy_helper.to_array(model.graph.initializer[0]))
