@@ -18,6 +18,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from onnxq_plugins.graph.core import Graph
+from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.graph.rewriting import dims, is_output, rank_of
 from onnxq_plugins.graph.transposes import perm_of
 from onnxq_plugins.graph.turning import COSTLY, Perm, Turn, inverse, turn, turn_of, turned_shape
@@ -154,11 +155,11 @@ class _Cut:
                 yield node, int(id(node) in self.closing)
 
     def _cost(self, tensor: gs.Tensor) -> int:
+        """What a Transpose of a tensor costs; more between a layer and the function that its kernel absorbs."""
         shape = dims(tensor)
-        if shape is None:
-            return _TRANSPOSE
-        order = [self.perm[i] for i, n in enumerate(shape) if n != 1]
-        return _UNIT if order == sorted(order) else _TRANSPOSE
+        order = [self.perm[i] for i, n in enumerate(shape) if n != 1] if shape is not None else [1, 0]
+        absorbed = any(n.op in LAYER_OPS for n in tensor.inputs) and any(id(n) in self.turns for n in tensor.outputs)
+        return (_UNIT if order == sorted(order) else _TRANSPOSE) + absorbed
 
     def tensors(self) -> list[gs.Tensor]:
         """The activations that may be in either order."""
