@@ -2,10 +2,10 @@
 
     python -m benchmarks.fusions FOLDER_OR_FILE ...
 
-Of every model: operators in the file, bodies of control flow included; in the canonical float graph; after `quant_pre_process`
-(without its symbolic shape inference where that fails); and of the last two after onnxruntime has optimized them at load, which
-fuses what it can of either (one Conv with its Relu, say). The last column names kinds of which the canonical graph has more than
-the other, and of which it has fewer. Prints Markdown.
+Of every model: operators in the file, bodies of control flow included; in the canonical float graph; after
+`quant_pre_process` (without its symbolic shape inference where that fails); and of the last two after onnxruntime has
+optimized them at load, which fuses what it can of either (one Conv with its Relu, say). The last column names kinds of which
+the canonical graph has more than the other, and of which it has fewer. Prints Markdown.
 """
 
 from __future__ import annotations

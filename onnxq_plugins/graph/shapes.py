@@ -35,6 +35,7 @@ def refresh_shapes(graph: Graph) -> None:
     except Exception:  # of several types: operators that onnx does not know
         inferred = onnx.ModelProto()
     fresh = {v.name: v.type.tensor_type for g in [inferred.graph] for v in (*g.value_info, *g.input, *g.output)}
+    certain = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim if d.dim_param}
     for name, tensor in graph._tensors.items():
         if isinstance(tensor, gs.Constant):
             continue
@@ -44,7 +45,8 @@ def refresh_shapes(graph: Graph) -> None:
         if old is None or (found is not None and len(found) != len(old)):
             tensor.shape = found
         else:
-            tensor.shape = [b if isinstance(b, int) else a for a, b in zip(found or [None] * len(old), old, strict=True)]
+            pairs = zip(found or [None] * len(old), old, strict=True)
+            tensor.shape = [b if isinstance(b, int) and not isinstance(a, int) and a not in certain else a for a, b in pairs]
         if tensor.dtype is None and kind is not None and kind.elem_type:
             tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
 

@@ -566,6 +566,14 @@ def test_symbols_of_outputs_are_not_believed():
     assert kinds(imported(model, [feed])) == {"MaxPool": 1, "Reshape": 1}
 
 
+def test_sizes_that_contradict_the_inputs_are_not_believed():
+    """Of an exporter that wrote one sample's sizes, when the input was opened later."""
+    model = network([("Relu", ["x"], ["r"], {}), ("Transpose", ["r"], ["y"], {"perm": [1, 0, 2]})], ["N", 3, 4], {})
+    model.graph.value_info.append(helper.make_tensor_value_info("r", TensorProto.FLOAT, [1, 3, 4]))
+    graph = load(model)
+    assert kinds(graph) == {"Relu": 1, "Transpose": 1} and graph.shape("r") == ("N", 3, 4)
+
+
 def test_an_identity_between_input_and_output_stays():
     operators = [
         ("Identity", ["x"], ["y"], {}),
