@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq_plugins.graph.affine import BEHIND
 from onnxq_plugins.graph.ahead import AHEAD
+from onnxq_plugins.graph.bounds import BOUNDS
 from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.flatten import flatten_matmul
 from onnxq_plugins.graph.focus import FOCUS
@@ -27,7 +28,7 @@ from onnxq_plugins.graph.transposes import TRANSPOSES
 from onnxq_plugins.graph.units import UNITS
 
 TABLE: tuple[Rewrite, ...] = (*SHAPES, *REDUNDANT, *TRANSPOSES, *UNITS, *PADS, *FOCUS, *BEHIND)
-AFTER_FUNCTIONS: tuple[Rewrite, ...] = (*TABLE, *AHEAD)  # a factor of a written-out GELU must not move into a layer
+AFTER_FUNCTIONS: tuple[Rewrite, ...] = (*TABLE, *BOUNDS, *AHEAD)  # a factor of a written-out GELU must not move into a layer
 _ROUNDS = 8  # what one rewrite leaves another may take up
 
 

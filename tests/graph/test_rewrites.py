@@ -130,6 +130,20 @@ CASES: dict[str, list[tuple]] = {
             {"MatMul": 1, "Gemm": 1, "Add": 1, "Tanh": 1},
         )
     ],
+    "bound_by_constant": [
+        ([("Max", ["zero", "x"], ["y"], {})], {"zero": f32(0)}, IMAGE, {"Relu": 1}),
+        ([("Max", ["x", "k"], ["y"], {})], {"k": f32([[-0.5]])}, IMAGE, {"Clip": 1}),
+        ([("Min", ["x", "k"], ["y"], {})], {"k": f32(0.5)}, IMAGE, {"Clip": 1}),
+    ],
+    "join_bounds": [
+        (
+            [("Max", ["x", "zero"], ["a"], {}), ("Min", ["a", "k"], ["b"], {}), ("Clip", ["b", "low"], ["y"], {})],
+            {"zero": f32(0), "k": f32(1), "low": f32(-1)},
+            IMAGE,
+            {"Clip": 1},
+        ),
+        ([("Clip", ["x", "low"], ["a"], {}), ("Relu", ["a"], ["y"], {})], {"low": f32(-1)}, IMAGE, {"Relu": 1}),
+    ],
     "fold_ahead": [
         (
             [("Mul", ["x", "k"], ["p"], {}), ("Conv", ["p", "w"], ["y"], {"pads": [1] * 4})],
@@ -498,6 +512,25 @@ def test_values_that_are_read_elsewhere_stay():
 def test_one_factor_for_several_layers():
     operators = [("Mul", ["x", "k"], ["p"], {}), CONV, ("Conv", ["p", "w"], ["z"], {"pads": [1] * 4})]
     assert ops(operators, IMAGE, {**W, "k": COLUMN}, outputs=("y", "z")) == {"Conv": 2}
+
+
+def test_bounds_that_stay():
+    assert ops([("Max", ["x", "k"], ["y"], {})], IMAGE, {"k": COLUMN}) == {"Max": 1}
+    assert ops([("Max", ["x", "k"], ["y"], {})], IMAGE, {"k": f32([[[[[0.0]]]]])}) == {"Max": 1}
+    apart = [("Clip", ["x", "one"], ["a"], {}), ("Clip", ["a", "", "zero"], ["y"], {})]
+    assert ops(apart, IMAGE, {"one": f32(1), "zero": f32(0)}) == {"Clip": 2}
+    read = [("Relu", ["x"], ["r"], {}), ("Clip", ["r", "", "one"], ["y"], {}), ("Tanh", ["r"], ["z"], {})]
+    assert ops(read, IMAGE, {"one": f32(1)}, outputs=("y", "z")) == {"Relu": 1, "Clip": 1, "Tanh": 1}
+
+
+@pytest.mark.parametrize("opset", [9, 10, 11])
+def test_pads_of_old_opsets(opset):
+    """There they are an attribute."""
+    pads = [0, 0, 1, 2, 0, 0, 0, 1]
+    pad = ("Pad", ["x", "pads"], ["p"], {}) if opset == 11 else ("Pad", ["x"], ["p"], {"pads": pads})
+    model = network([pad, CONV], IMAGE, {**W, **({"pads": i64(*pads)} if opset == 11 else {})}, opset=opset)
+    graph = imported(model)
+    assert kinds(graph) == {"Conv": 1} and graph.layers[0].attrs["pads"] == [1, 2, 0, 1]
 
 
 def test_large_summands_stay():
