@@ -1,4 +1,4 @@
-"""Bounds of values in other words: Relu or Clip, which integer kernels absorb, instead of Max and Min; of two in a row one."""
+"""Bounds of values are Relu or Clip, which integer kernels absorb, instead of Max and Min; of two in a row one remains."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ def refresh_shapes(graph: Graph) -> None:
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
     except Exception:  # of several types: operators that onnx does not know
         inferred = onnx.ModelProto()
-    fresh = {v.name: v.type.tensor_type for g in [inferred.graph] for v in (*g.value_info, *g.input, *g.output)}
+    fresh = {v.name: v.type.tensor_type for g in [inferred.graph] for v in (*g.value_info, *g.output)}
+    fresh |= {v.name: v.type.tensor_type for v in model.graph.input}
     certain = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim if d.dim_param}
     for name, tensor in graph._tensors.items():
         if isinstance(tensor, gs.Constant):
