@@ -85,9 +85,7 @@ class Judge:
         weights: dict[str, Array] = {}
         model = job.graph.model(weights)
         runner = runtimes.session(model, weights=weights, lean=True)
-        samples = Samples.of(
-            model, feeds, class_axis=job.class_axis, runner=runner, state=data.state, workers=job.workers
-        )
+        samples = Samples.of(model, feeds, class_axis=job.class_axis, runner=runner, state=data.state, workers=job.workers)
         return None if samples.random else cls(job, samples)
 
     def sqnr(self, plan: Plan, graph: Graph | None = None) -> float:
