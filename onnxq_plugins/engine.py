@@ -22,6 +22,7 @@ from onnxq_plugins.calibration.shapes import complete_shapes
 from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.data.outliers import usual
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.export.compact import Names, check_names, compact
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph import Graph, Model, as_model, load
@@ -98,6 +99,7 @@ def quantize(
     metric: str | Metric | None = None,
     min_sqnr: float | None = None,
     class_axis: int | None = None,
+    names: Names = "short",
     track: Track = silent,
     trace: Trace | None = None,
 ) -> Result:
@@ -109,8 +111,7 @@ def quantize(
     output     write the model here as well
     target     overrides the recipe's target
     seed       one seed, one result
-    samples    use that many of the samples, spread evenly (0: all)
-    workers    threads and processes at once; None: one per core
+    samples, workers   use that many samples, spread evenly (0: all); threads and processes at once (None: one per core)
     cache      folder that keeps calibration results between runs
     verify     check after every pass that the float function stayed (law L1)
     float32    convert half-precision models first
@@ -121,10 +122,10 @@ def quantize(
     metric     how searching passes judge a network: a name, ``package.module:function`` (imported), or a `job.Metric`
     min_sqnr   dB that each output must have, in place of the recipe's quality (`job.Quality`)
     class_axis of outputs that are classes, such as 1 for segmentation [N, C, H, W]; None finds it
-    track      shows progress, see `Job.track`
-    trace      receives a line of text for each hook call of a plugin
+    names      of tensors inside the model: ``short``, or ``keep`` the user's own (see `onnxq_plugins.export.compact`)
+    track, trace   shows progress, see `Job.track`; receives a line of text for each hook call of a plugin
     """
-    start, path = time.perf_counter(), None if output is None else Path(output)
+    start, path, names = time.perf_counter(), None if output is None else Path(output), check_names(names)
     _check_not_negative(seed=seed, workers=workers or 0)
     installed = find_plugins(plugins := list(plugins), trace)
     loaded = _read_recipe(installed, recipe, settings, target, samples, state, min_sqnr)
@@ -132,12 +133,12 @@ def quantize(
     opened = partial(_calibration, data=data, recipe=loaded, labels=labels, cache=cache, workers=workers, track=track)
     prepare = partial(_prepare, installed, loaded, seed, metric, class_axis)
     job, source, size = _solved(read, opened, prepare, partial(_run, plugins=installed, verify=verify))
-    inner = partial(quantize, seed=seed, workers=workers, plugins=plugins)
-    exported = _export(job, installed, seed, size, path, inner)
+    inner = partial(quantize, seed=seed, workers=workers, plugins=plugins, names=names)
+    exported, shown = _export(job, installed, seed, size, path, names, inner)
     job.report["seconds"] = round(time.perf_counter() - start, 3)
     installed.manager.hook.onnxq_exported(job=job, model=exported, path=path)
     again = partial(inner, model, data=job.calibration.data, cache=cache, float32=float32, class_axis=class_axis)
-    return Result(exported, *_left(job), source, loaded, again, class_axis)
+    return Result(exported, *_left(job), source, loaded, again, class_axis, shown)
 
 
 def _solved(
@@ -314,9 +315,10 @@ def _open_shapes(data: Data | None) -> dict[str, list[int]]:
 
 
 def _export(
-    job: Job, plugins: Plugins, seed: int, before: int, path: Path | None, inner: Callable[..., Result]
-) -> onnx.ModelProto:
-    """Make the model of a complete plan and write that to `path`; the report is complete then.
+    job: Job, plugins: Plugins, seed: int, before: int, path: Path | None, names: Names, inner: Callable[..., Result]
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """Make the model of a complete plan and write that to `path`; the report is complete then. Returns it, and the tensors
+    of the graph that have other names there (see `Outcome.names`).
 
     before   bytes of the user's own model
     inner    `quantize` for the branches of control flow
@@ -337,6 +339,7 @@ def _export(
     with data or contextlib.nullcontext():
         model = export(job.graph, job.plan, job.target, data=data)
         rows = [] if data is not None else _quantize_branches(job, model, inner)
+        shown = compact(model, {node.name for node in job.graph.nodes}, names, folds=job.target.here)
         if text := _newer_version(job.graph, model):
             job.note(text)
         parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]
@@ -346,7 +349,7 @@ def _export(
         describe(job, model, data, before, rows)
         if path is not None:
             data.finish(model) if data is not None else files.save_model(model, path)
-    return model
+    return model, shown
 
 
 def _newer_version(graph: Graph, model: onnx.ModelProto) -> str:
@@ -373,7 +376,7 @@ def _quantize_branches(job: Job, model: onnx.ModelProto, inner: Callable[..., Re
             job.note(f"no sample takes {branch.words}: what is in it computes float")
             continue
         try:
-            result = inner(branch.model, recipe, feeds)
+            result = inner(branch.model, recipe, feeds, names="keep")  # what it reads from around it has its name
         except OnnxqError as error:
             job.note(f"{branch.words} stays float: {error}")
             continue
