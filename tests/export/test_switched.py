@@ -17,7 +17,7 @@ from onnxq_plugins.search.widths import ALONE
 from onnxq_plugins.spec import Plan
 from tests.export.test_constants import recurrent, table
 from tests.jobs import LAYERED, make_job
-from tests.networks import feed_of
+from tests.networks import feed_of, network, weight
 from tests.zoo import ZOO, feeds, kinds
 
 NEAR = 90.0  # dB: sums in another order
@@ -64,6 +64,16 @@ def test_constants_outside_layers(model):
     only = export(job.graph, planned.constants, ALONE)
     assert compared(judged.outputs(runtimes.session(only)), rounded) > NEAR
     assert 20 < compared(judged.reference, rounded) < NEAR
+
+
+def test_equal_weights_are_switched_one_by_one():
+    same = weight((24, 24))
+    model = network([("MatMul", ["x", "a"], ["h"], {}), ("MatMul", ["h", "b"], ["y"], {})], [5, 24], {"a": same, "b": same})
+    job = make_job(model)
+    complete(job)
+    judged = Samples.of(model, feeds(model, 2, seed=1))
+    first, second, both = Alone(Planned.of(job)).outputs([("a",), ("b",), ("a", "b")], judged)
+    assert max(compared(first, second), compared(first, both), compared(second, both)) < NEAR
 
 
 def test_any_number_of_workers():
