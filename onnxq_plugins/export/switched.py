@@ -26,15 +26,17 @@ class Switched(Writer):
     def __init__(self, graph: Graph, plan: Plan, target: Target, coded: Collection[str] = ()) -> None:
         super().__init__(graph, plan, target, coded)
         self._constants, self.stored, self.tables = self.stored, {}, set()
+        self._inputs = {layer.weight for layer in self.planned.layers} | {*self._constants}
+        for name in self._inputs:  # equal ones are not merged, and no value is copied
+            self.floats.pop(name, None)
         self.switches: dict[str, str] = {}
         self._biases: dict[str, str] = {}  # layer whose bias is shifted -> its input
 
     def write(self) -> onnx.ModelProto:
         model = super().write()
-        inputs = {layer.weight for layer in self.planned.layers} | {*self._constants}
-        constants = [t for t in model.graph.initializer if t.name not in inputs]
+        constants = [t for t in model.graph.initializer if t.name not in self._inputs]
         for tensor in model.graph.initializer:
-            if tensor.name in inputs:
+            if tensor.name in self._inputs:
                 self._input_of(tensor.name, tensor.data_type, list(tensor.dims))
         del model.graph.initializer[:]
         model.graph.initializer.extend(constants)

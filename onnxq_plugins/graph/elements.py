@@ -17,6 +17,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq_plugins.graph.core import Graph
+from onnxq_plugins.solvers.connected import connected
 from onnxq_plugins.spec import Array
 
 Kind = Literal["permute", "rescale", "shift"]
@@ -137,12 +138,8 @@ class Elements:
 
     def components(self) -> Array:
         """The number of the component of each element [elements]."""
-        from scipy.sparse import coo_array  # late: slow to import, and only passes on channel groups need it
-        from scipy.sparse.csgraph import connected_components
-
         a, b = (np.concatenate([np.arange(0), *(pair[end] for pair in self.links)]) for end in (0, 1))
-        matrix = coo_array((np.ones(len(a), bool), (a, b)), shape=(self.total, self.total))
-        return np.asarray(connected_components(matrix, directed=False)[1])
+        return connected(self.total, a, b)
 
     def _slice(self, key: Key) -> slice:
         return slice(self.start[key], self.start[key] + self.count[key])

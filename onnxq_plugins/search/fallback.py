@@ -47,7 +47,7 @@ _CHEAP = 0.01  # share of the multiply-adds below which layers are equally cheap
 _ALONE = 4e8  # multiply-adds over the samples for one part alone, at least of one sample
 _FEW = 8  # samples for that at most
 _WORK = 1e11  # multiply-adds for all parts alone
-_EVALUATIONS = (48, 200)  # of parts alone, at least and at most
+_EVALUATIONS = (48, 120)  # of parts alone, at least and at most
 _REST = 0.02  # of the noise of a run that one half has, for the other half
 _TRIES = 3  # of giving back a culprit
 _SLACK = 1.0  # dB by which noise that is added up may be above what is measured
@@ -79,7 +79,7 @@ class Fallback:
 
 
 @dataclass(eq=False)
-class _Part:
+class Part:
     """A run of quantizers, and its noise at each output relative to the signal there.
 
     measured   rather than left by the other half of a run
@@ -125,26 +125,26 @@ class Search:
         """
         now = self.measured(Fallback((), self.job.plan, (), (), (), (), 0.0, np.zeros(0)))
         best, reached = None, levels[0]
-        parts = [_Part(names, np.empty(0)) for names in self._runs() if names]
+        parts = [Part(names, np.empty(0)) for names in self._runs() if names]
         self._evaluate(parts)
         for level, share in zip(levels, most, strict=True):
             target = level
             for _ in range(_ROUNDS):
                 if now.sqnr.min() >= level:
                     break
-                parts = self._alive(parts, now)
+                parts = self.alive(parts, now)
                 measured, alone = 10 ** (-now.sqnr / 10), sum((part.noise for part in parts), np.zeros(1))
                 allowed = alone / measured * 10 ** (-target / 10)  # what the parts alone may add up to
                 after = self._reduced(now, parts, allowed, share)
                 if after is None:
-                    return self._given_back(best, reached)
+                    return self.given_back(best, reached)
                 now = self.measured(after)
                 best = now if best is None or now.sqnr.min() > best.sqnr.min() else best
                 target += _STEP
             reached = level
-        return self._given_back(best, reached)
+        return self.given_back(best, reached)
 
-    def _given_back(self, found: Fallback | None, level: float) -> Fallback | None:
+    def given_back(self, found: Fallback | None, level: float) -> Fallback | None:
         """The same with culprits back in 8 bits, the most work first, while the outputs keep a level: what was found later
         often makes them float anyway, or good enough."""
         if found is None or found.sqnr.min() < level:
@@ -183,21 +183,21 @@ class Search:
             at += size
         return runs
 
-    def _evaluate(self, parts: Sequence[_Part]) -> None:
+    def _evaluate(self, parts: Sequence[Part]) -> None:
         """Measure the noise of parts, each alone."""
         self.left -= len(parts)
         outputs = self.alone.outputs([part.names for part in parts], self.few)
         for part, values in zip(parts, outputs, strict=True):
             part.noise, part.measured = 10 ** (-_decibels(self.few, values) / 10), True
 
-    def _alive(self, parts: Sequence[_Part], now: Fallback) -> list[_Part]:
+    def alive(self, parts: Sequence[Part], now: Fallback) -> list[Part]:
         """Parts without the quantizers that went with others, measured again."""
         kept = {part: _left(part, now) for part in parts}
-        fresh = {part: _Part(names, part.noise) for part, names in kept.items() if 0 < len(names) < len(part.names)}
+        fresh = {part: Part(names, part.noise) for part, names in kept.items() if 0 < len(names) < len(part.names)}
         self._evaluate([*fresh.values()])
         return [fresh.get(part, part) for part, names in kept.items() if names]
 
-    def _reduced(self, now: Fallback, parts: list[_Part], allowed: Array, most: float) -> Fallback | None:
+    def _reduced(self, now: Fallback, parts: list[Part], allowed: Array, most: float) -> Fallback | None:
         """The plan after culprits were taken out, until the noise of the rest adds up to what is allowed; None if nothing
         was, or can be, or if that is too much work in float."""
         before, fixed = now, np.zeros(1)  # noise of what would be too much work
@@ -210,7 +210,7 @@ class Search:
             left = _left(worst, now)
             if len(left) < len(worst.names) or not worst.measured:
                 if left:
-                    parts.append(again := _Part(left, worst.noise))
+                    parts.append(again := Part(left, worst.noise))
                     self._evaluate([again])
                 continue
             if len(left) > 1:
@@ -223,15 +223,15 @@ class Search:
             now, self.noise[left[0]] = after, worst.noise
         return None if now is before else now
 
-    def _halves(self, names: tuple[str, ...], noise: Array) -> list[_Part]:
+    def _halves(self, names: tuple[str, ...], noise: Array) -> list[Part]:
         """A run in two: one is measured, the other has the rest of its noise, at least a little of it."""
-        one, other = _Part(names[: len(names) // 2], noise), _Part(names[len(names) // 2 :], noise)
+        one, other = Part(names[: len(names) // 2], noise), Part(names[len(names) // 2 :], noise)
         self._evaluate([one])
         other.noise = np.maximum(noise - one.noise, _REST * noise)
         other.measured = bool((one.noise <= noise / 2).all())  # as good as that
         return [one, other]
 
-    def _worst(self, parts: Sequence[_Part], open_outputs: Array) -> _Part:
+    def _worst(self, parts: Sequence[Part], open_outputs: Array) -> Part:
         """The noisiest part at the outputs that are not good enough; of single quantizers nearly as noisy the one whose
         layers are the least work."""
         noise = [float(np.where(open_outputs, part.noise, 0).max()) for part in parts]
@@ -310,7 +310,7 @@ class Search:
         return quantizer_groups(self.job.graph, plan, self.job.target)
 
 
-def _left(part: _Part, now: Fallback) -> tuple[str, ...]:
+def _left(part: Part, now: Fallback) -> tuple[str, ...]:
     """The quantizers of a part that are still there, in 8 bits."""
     return tuple(name for name in part.names if name in now.plan and now.plan[name].bits < WIDE)
 

@@ -38,7 +38,7 @@ from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Array, Plan
 
 TIE = 0.1  # dB that decide nothing
-_SAMPLES = 32  # at most
+SAMPLES = 32  # at most
 _FEWEST = 4  # samples that must be affordable
 WORK = 2e10  # multiply-adds of one network over the samples: one to three seconds
 _RANGE = (-10.0, 60.0)  # dB
@@ -66,21 +66,22 @@ class Judge:
         self.job, self.samples = job, samples
 
     @classmethod
-    def of(cls, job: Job, *, apart: bool = True, work: float = WORK) -> Judge | None:
+    def of(cls, job: Job, *, apart: bool = True, work: float = WORK, least: int = 0) -> Judge | None:
         """The judge of a job; None without data, for a model that is random, and where even four samples are too much work.
 
         apart   on the samples that are held out from solutions; False: on all, for choices that cannot fit the samples, such
                 as one of two methods
         work    multiply-adds of one network over all samples, at most
+        least   samples, whatever they cost
         """
         data = job.calibration.data
         if data is None:
             return None
-        afford = int(work / max(multiply_adds(job.graph, job.graph.layers, next(iter(data))), 1.0))
+        afford = max(int(work / max(multiply_adds(job.graph, job.graph.layers, next(iter(data))), 1.0)), least)
         numbers = data.numbers(apart)
         if afford < min(_FEWEST, len(numbers)):
             return None
-        kept = {numbers[i] for i in chosen(len(numbers), min(_SAMPLES, afford), data.state)}
+        kept = {numbers[i] for i in chosen(len(numbers), min(SAMPLES, afford), data.state)}
         feeds = [feed for n, feed in enumerate(data) if n in kept]
         weights: dict[str, Array] = {}
         model = job.graph.model(weights)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from onnxq_plugins.calibration.shapes import multiply_adds
 from onnxq_plugins.errors import Reason
 from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.clipping import least_squares
@@ -12,7 +11,7 @@ from onnxq_plugins.layers.complete import activation_spec
 from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.search.fallback import WIDE, Fallback, Search, decibels, judged
-from onnxq_plugins.search.judge import TIE, Judge
+from onnxq_plugins.search.judge import SAMPLES, TIE, Judge
 from onnxq_plugins.spec import Array, Plan
 
 _CHECK = 1e9  # multiply-adds over the samples that a network is checked on; at least four samples, at most 32
@@ -40,7 +39,7 @@ def keep_quality(job: Job) -> None:
             job.note("the quality that is asked for was not checked: that needs samples (--data)")
         return
     learned = job.recipe.provides("codes")  # only these fit samples closely
-    judge = _judge(job, _CHECK, learned)
+    judge = Judge.of(job, apart=learned, work=_CHECK, least=_FEWEST)
     names = [] if judge is None else judged(judge.samples)
     if judge is None or not names:
         return
@@ -51,7 +50,7 @@ def keep_quality(job: Job) -> None:
     if found is None and before.min() < quality.least:
         now = _clipped(job, samples, before)
         if now.min() < quality.least:
-            search, levels = _search(job, before, learned)
+            search, levels = _search(job, judge, before, learned)
             found, samples = search.run(*levels), search.samples
     if found is not None and not quality.asked and not _worth(found, before, quality.least):
         found = None
@@ -75,23 +74,16 @@ def keep_quality(job: Job) -> None:
         )
 
 
-def _judge(job: Job, work: float, apart: bool) -> Judge | None:
-    """The judge on samples for so many multiply-adds, at least on a few.
-
-    apart   on those that no solution saw
-    """
-    data = job.calibration.data
-    assert data is not None
-    return Judge.of(job, apart=apart, work=max(work, _FEWEST * multiply_adds(job.graph, job.graph.layers, next(iter(data)))))
-
-
-def _search(job: Job, before: Array, apart: bool) -> tuple[Search, tuple[list[float], list[float]]]:
+def _search(job: Job, judge: Judge, before: Array, apart: bool) -> tuple[Search, tuple[list[float], list[float]]]:
     """The search, and the levels and shares of float work for it.
 
+    judge    on a few samples; more of them are searched on
     before   dB of each output, with the recipe's own ranges
     """
-    quality, judge = job.recipe.quality, _judge(job, _SEARCH, apart)
-    assert judge is not None and quality.sqnr is not None
+    quality, data = job.recipe.quality, job.calibration.data
+    assert data is not None and quality.sqnr is not None
+    if len(judge.samples.feeds) < min(SAMPLES, len(data.numbers(apart))):
+        judge = Judge.of(job, apart=apart, work=_SEARCH, least=_FEWEST) or judge
     first = min(quality.least + _MARGIN, quality.sqnr)
     levels = [quality.sqnr] if quality.asked else [first, (first + quality.sqnr) / 2, quality.sqnr]
     lost = quality.asked or bool(before.min() < _LOST)
@@ -109,7 +101,7 @@ def _as_plain(job: Job, samples: Samples, before: Array) -> Fallback | None:
 
     before   dB of each output with learned codes
     """
-    quality, judge = job.recipe.quality, _judge(job, _CHECK, False)
+    quality, judge = job.recipe.quality, Judge.of(job, apart=False, work=_CHECK, least=_FEWEST)
     assert judge is not None
     view = Planned.of(job)
     requests = Plan({n: job.plan[n].request() for n in (*view.activations, *(y.weight for y in view.layers))})
@@ -117,16 +109,18 @@ def _as_plain(job: Job, samples: Samples, before: Array) -> Fallback | None:
     start = decibels(plain, judge.samples, plain.plan)
     if start.min() >= quality.least or _clipped(plain, judge.samples, start).min() >= quality.least:
         return None
-    search, levels = _search(plain, start, False)
+    search, levels = _search(plain, judge, start, False)
     found = search.run(*levels)
     if found is None or not _worth(found, start, quality.least):
         return None
     found = replace(found, sqnr=decibels(job, samples, found.plan))
+    if found.sqnr.min() <= before.min():
+        return None
     both = search.made(job.plan, found.taken)
     if both is not None:
         both = replace(both, sqnr=decibels(job, samples, both.plan))
         found = found if both.sqnr.min() < found.sqnr.min() - TIE else both
-    return found if found.sqnr.min() > before.min() else None
+    return found
 
 
 def _clipped(job: Job, samples: Samples, before: Array) -> Array:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxq_plugins.solvers.connected import connected
 from onnxq_plugins.spec import Array
 
 Sum = tuple[Array, Array, Array, float]  # (z, x, y, sign), numbers of variables [channels] each: z = x + sign * y
@@ -69,7 +70,9 @@ def _cost(values: Array, tensors: Sequence[Span], tied: Array) -> Array:
 
 
 def _matrix(count: int, sums: Sequence[Sum]) -> Any:
-    """One row of coefficients per sum of single channels, sparse [sums, count]: z - x - sign * y."""
+    """One row of coefficients per sum of single channels, sparse [sums, count]: z - x - sign * y; None without sums."""
+    if not sums:
+        return None
     from scipy.sparse import csr_array  # late: slow to import
 
     rows, columns, values, total = [np.arange(0)], [np.arange(0)], [np.zeros(0)], 0
@@ -85,31 +88,27 @@ def _matrix(count: int, sums: Sequence[Sum]) -> Any:
 
 def _clusters(count: int, sums: Sequence[Sum], tensors: Sequence[Span]) -> Array:
     """The cluster of each variable and of each tensor [count + tensors]: those that share variables or sums."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     pairs = [(at[at >= 0], np.full(int((at >= 0).sum()), count + n)) for n, (at, _, _) in enumerate(tensors)]
     for *ends, _ in sums:
         for a, b in ((ends[0], ends[1]), (ends[0], ends[2]), (ends[1], ends[2])):
             both = (a >= 0) & (b >= 0)
             pairs.append((a[both], b[both]))
     a, b = (np.concatenate([np.arange(0), *side]) for side in zip(*pairs, strict=True)) if pairs else (np.arange(0),) * 2
-    links = coo_array((np.ones(len(a)), (a, b)), shape=(count + len(tensors), count + len(tensors)))
-    return np.asarray(connected_components(links, directed=False)[1])
+    return connected(count + len(tensors), a, b)
 
 
 def _solve(joined: Any, wanted: Sequence[tuple[Array, Array, Array]], count: int) -> Array:
     """Least squares: values near what tensors want of them, by weights, on the plane of the sums."""
-    from scipy.sparse import block_array, diags_array
-    from scipy.sparse.linalg import splu
-
     weight, target = np.full(count, _IDLE), np.zeros(count)
     for numbers, value, much in wanted:
         free = numbers >= 0
         np.add.at(weight, numbers[free], much[free])
         np.add.at(target, numbers[free], (much * value)[free])
-    rows = joined.shape[0]
-    if not rows:
+    if joined is None or not joined.shape[0]:
         return np.asarray(target / weight)
+    from scipy.sparse import block_array, diags_array
+    from scipy.sparse.linalg import splu
+
+    rows = joined.shape[0]
     system = block_array([[diags_array(weight), joined.T], [joined, -_LOOSE * diags_array(np.ones(rows))]])
     return np.asarray(splu(system.tocsc()).solve(np.concatenate([target, np.zeros(rows)]))[:count])

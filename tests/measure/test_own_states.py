@@ -64,3 +64,13 @@ def test_steps_are_drawn():
     assert plot.svg.count(">o") == 6 and "o8" in plot.svg and "o0" not in plot.svg
     assert not over_steps([OutputScore("y", 30.0, 20.0, None)])
     assert scores[0].decline > 15 and OutputScore("y", 30.0, 20.0, None, steps=(40.0, 10.0)).decline == 0
+
+
+@pytest.mark.parametrize("state", [STATE, {}])
+def test_any_number_of_workers(state):
+    samples = Samples.of(adder(1.0), streams(3, 4, 2), state=state, workers=3)
+    runner = runtimes.session(adder(0.9))
+    one, more = (samples.outputs(runner, workers=n) for n in (1, 3))
+    np.testing.assert_array_equal(one, more)
+    alone = Samples.of(adder(1.0), streams(3, 4, 2), state=state)
+    np.testing.assert_array_equal(alone.reference, samples.reference)

@@ -125,7 +125,8 @@ def test_all_quantizers_together_are_the_quantized_network():
     samples = Samples.of(result.graph.model(), result.data.spread(4))
     subsets = Subsets(Planned(result.graph, result.plan, result.target), samples)
     nothing, everything = subsets.measured([[], list(result.plan)])
-    assert nothing == Measured(0.0, 0.0) and everything.along == pytest.approx(1) and everything.noise == pytest.approx(1)
+    assert nothing.noise < 1e-6 and abs(nothing.along) < 1e-3  # sums in another order
+    assert everything.along == pytest.approx(1) and everything.noise == pytest.approx(1)
     assert -10 * np.log10(subsets.noise) == pytest.approx(diagnose(result, samples=4, alone=0).sqnr, abs=1)
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxq_plugins import quantize
+from onnxq_plugins import quantize, runtimes
+from onnxq_plugins.data import open_data
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.export.qdq import export
+from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.measure.arrays import sqnr
 from onnxq_plugins.measure.samples import Samples
+from onnxq_plugins.search.fallback import Part, Search
 from onnxq_plugins.testing.exact import exact_session
+from tests.jobs import LAYERED, make_job
 from tests.networks import network, weight
-from tests.zoo import feeds, mobilenet
+from tests.zoo import ZOO, feeds, kinds, mobilenet
 
 
 def spectrum():
@@ -76,6 +81,8 @@ def pictures(n=24, seed=0):
 
 
 PLAIN = {"pass": [{"use": "ranges"}, {"use": "bias-correct"}]}
+LEARNED = {"pass": [{"use": "ranges", "method": "mse"}, {"use": "round", "method": "gptq"}]}
+SAVED = {"quality": {"sqnr": 20, "below": 15}}
 
 
 def decibels(model, result, samples):
@@ -154,3 +161,92 @@ def test_a_quality_makes_sense(table, text):
 def test_min_sqnr_is_a_number():
     with pytest.raises(OnnxqError, match="decibels"):
         quantize(mobilenet(), "int8", feeds(mobilenet(), 4), min_sqnr=float("nan"))
+
+
+def searched(model, samples, recipe=None):
+    job = make_job(model, recipe, n=2)
+    job.calibration = type(job.calibration)(job.graph, open_data(samples, job.calibration.data.inputs))
+    complete(job)
+    return job, Search(job, Samples.of(model, samples))
+
+
+def test_what_is_float_for_its_inputs_keeps_its_weight_in_8_bits():
+    after = quantize(spectrum(), PLAIN, sounds(), min_sqnr=25)
+    quality, rows = after.report.quality, {row["name"]: row for row in after.report.layers}
+    assert quality["float"] == quality["decoded"] == ["conv_0"]
+    assert rows["conv_0"]["weights"].startswith("int8") and rows["conv_0"]["why_float_kind"] == "quality"
+    assert any("weights still in 8 bits" in note for note in after.report.notes)
+    assert not any("MatMulNBits" in note for note in after.report.notes)
+
+
+@pytest.mark.parametrize("name", kinds(LAYERED))
+def test_all_activations_in_float_leave_rounded_weights(name):
+    model = ZOO[name]()
+    job, search = searched(model, feeds(model, 4), {"target": "ort-cpu"})
+    found = search.made(job.plan, ())
+    for activation in search.planned.activations:
+        found = search.made(job.plan, (*found.taken, activation)) or found
+    assert {*found.decoded} == {*search.weights} and all(job.graph.is_constant(n) for n in found.plan)
+    exported = search.samples.outputs(runtimes.session(export(job.graph, found.plan, job.target)))
+    (expected,) = search.alone.outputs([tuple(search.weights.values())], search.samples)
+    assert min(sqnr(y, z) for y, z in zip(expected, exported, strict=True)) > 90
+
+
+def test_a_weight_that_8_bits_destroy_is_float():
+    model = silu(3000.0)  # one output channel of the depthwise layer reads values a thousand times larger
+    _, search = searched(model, pictures(8), {"weights": {"block": "tensor"}, "target": "ort-cpu"})
+    found = search.run([60.0], [1.0])
+    assert found is not None and {*search.weights.values()} & {*found.taken}
+    gone = [name for name, weight in search.weights.items() if weight in found.taken]
+    assert not {search.weights[name] for name in gone} & {*found.plan} and not {*gone} & {*found.decoded}
+
+
+def test_a_target_that_decodes_nothing_gets_float_weights():
+    recipe = {**PLAIN, "target": "per-tensor", "weights": {"block": "tensor"}}
+    after = quantize(spectrum(), recipe, sounds(), min_sqnr=25)
+    assert "conv_0" in after.report.quality["float"] and "decoded" not in after.report.quality
+    assert "bank" not in after.plan
+
+
+def test_what_is_not_needed_goes_back_to_8_bits():
+    job, search = searched(silu(), pictures(8))
+    enough = search.run([20.0], [1.0])
+    assert enough is not None and "last" not in enough.taken
+    search.noise["r"] = np.zeros(1)
+    more = search.measured(search.made(job.plan, [*enough.taken, "r"]))
+    assert more.work > enough.work
+    back = search.given_back(more, 20.0)
+    assert back.taken == enough.taken and back.sqnr.min() >= 20
+    assert search.given_back(more, float(more.sqnr.min()) + 1) is more  # a level that is not reached
+
+
+def test_too_much_work_is_left_out():
+    job, search = searched(silu(), pictures(8))
+    whole = search.run([25.0], [1.0])
+    assert whole is not None and whole.work > 0.5
+    part = Search(job, search.samples).run([25.0], [whole.work / 2])
+    assert part is None or part.work <= whole.work / 2
+
+
+def test_quantizers_that_went_with_others_count_no_more():
+    job, search = searched(silu(), pictures(8))
+    now = search.made(job.plan, ["m"])
+    gone = [name for name in search.planned.activations if name not in now.plan]
+    assert gone
+    parts = [Part((name,), np.ones(1)) for name in job.plan] + [Part((gone[0], "y"), np.ones(1))]
+    left = search.alive(parts, now)
+    assert {name for part in left for name in part.names} == {*job.plan} - {*gone}
+
+
+@pytest.mark.parametrize("scale", [10.0, 40.0, 80.0, 300.0])
+def test_learned_codes_never_end_below_plain_ones_that_were_saved(scale):
+    """At 40, plain codes have 8 dB and are saved; learned ones have 13 dB, of which few layers in float make no more."""
+    model = silu(scale)
+    plain, learned = (quantize(model, {**recipe, **SAVED}, pictures()) for recipe in (PLAIN, LEARNED))
+    floor = min(decibels(model, plain, pictures(seed=1)))
+    assert min(decibels(model, learned, pictures(seed=1))) > floor - 0.3
+
+
+def test_learned_codes_that_are_good_enough_alone_stay_integer():
+    result = quantize(silu(10.0), {**LEARNED, **SAVED}, pictures())
+    assert "float" not in result.report.quality and min(result.report.quality["sqnr"].values()) > 20
