@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -21,7 +22,7 @@ from onnxq_plugins.calibration.branches import BranchFeeds, branches, put_back
 from onnxq_plugins.calibration.shapes import complete_shapes
 from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.data.outliers import usual
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, OnnxqWarning
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph import Graph, Model, as_model, load
@@ -31,12 +32,15 @@ from onnxq_plugins.laws import is_random, run_pass
 from onnxq_plugins.layers.complete import complete, complete_constants
 from onnxq_plugins.layers.float_inputs import keep_inputs_float
 from onnxq_plugins.measure.metrics import check_graph_labels, find_metric, metric_name, top1
+from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.parallel import Track, cores, silent
 from onnxq_plugins.plan.constants import float_constants
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import request
 from onnxq_plugins.plugins import Plugins, Trace, find_plugins
 from onnxq_plugins.recipe import Settings
+from onnxq_plugins.report.check import Check, self_check
+from onnxq_plugins.report.goals import Goals
 from onnxq_plugins.report.page import write_report
 from onnxq_plugins.report.summary import describe, original_size
 from onnxq_plugins.search.quality import keep_quality
@@ -49,7 +53,14 @@ _WILD = 8.0  # times the magnitude that any other sample has
 
 @dataclass(frozen=True, eq=False)
 class Result(Outcome):
-    """What `quantize` returns: what the job leaves (see the fields of `Outcome`), ready to be saved and shown."""
+    """What `quantize` returns: what the job leaves (see the fields of `Outcome`), ready to be saved and shown.
+
+    check    the quantized network beside the user's own model; None if nothing was checked
+    missed   what was insisted on (`min_sqnr`, `min_speed`) and not reached, in a sentence; "" if all was
+    """
+
+    check: Check | None = None
+    missed: str = ""
 
     def save(self, path: str | Path) -> Path:
         """Write the model; an existing file is replaced only when the new one is complete."""
@@ -61,16 +72,19 @@ class Result(Outcome):
         return write_report(self, Path(path), data, **options)
 
     def __repr__(self) -> str:
-        """The summary, and what the user should know: a note a line."""
-        return f"<Result: {self.summary}" + "".join(f"\n note: {note}" for note in self.report.notes) + ">"
+        """The summary, and what the user should know: a warning or a note a line."""
+        lines = [f"missed: {self.missed}"] if self.missed else []
+        lines += [*(f"warning: {text}" for text in self.report.warnings), *(f"note: {note}" for note in self.report.notes)]
+        return f"<Result: {self.summary}" + "".join(f"\n {line}" for line in lines) + ">"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the summary, the notes, and the layers in a fold."""
+        """What a notebook shows: the summary, warnings and notes, and the layers in a fold."""
         columns = ("name", "op", "weights", "bits_per_weight", "kernel", "why_float")
         layers = self.report.layers
         rows = ("".join(f"<td>{escape(str(row.get(key, '')))}</td>" for key in columns) for row in layers)
         head = "".join(f"<th>{key.replace('_', ' ')}</th>" for key in columns)
-        notes = "".join(f"<li>{escape(note)}</li>" for note in self.report.notes)
+        notes = "".join(f"<li><strong>{escape(text)}</strong></li>" for text in (*self.report.warnings, self.missed) if text)
+        notes += "".join(f"<li>{escape(note)}</li>" for note in self.report.notes)
         return (
             f"<p>{escape(self.summary)}</p>{f'<ul>{notes}</ul>' if notes else ''}<details>"
             f"<summary>{len(layers)} layers</summary>"
@@ -97,11 +111,15 @@ def quantize(
     state: Mapping[str, str] | None = None,
     metric: str | Metric | None = None,
     min_sqnr: float | None = None,
+    min_speed: float | None = None,
+    keep: bool = False,
+    check: bool = True,
     class_axis: int | None = None,
     track: Track = silent,
     trace: Trace | None = None,
 ) -> Result:
     """Quantize a float ONNX model into QDQ form. Raises OnnxqError, one sentence a problem, before anything is written.
+    Warns (`OnnxqWarning`) if the result is poor, slower or larger than the float model.
 
     model      path, ModelProto or its bytes, Graph, ONNXProgram of torch or onnx_ir.Model; left alone
     recipe     built-in name, path, mapping or Recipe
@@ -120,24 +138,33 @@ def quantize(
     state      output -> the input that it is at the next step, of a model of streams: see `DataOptions.state`
     metric     how searching passes judge a network: a name, ``package.module:function`` (imported), or a `job.Metric`
     min_sqnr   dB that each output must have, in place of the recipe's quality (`job.Quality`)
+    min_speed  times float that the result must run at, on this machine
+    keep       write `output` even if one of these two is missed; `Result.missed` says so anyway
+    check      run both networks side by side in the end (`Result.check`)
     class_axis of outputs that are classes, such as 1 for segmentation [N, C, H, W]; None finds it
     track      shows progress, see `Job.track`
     trace      receives a line of text for each hook call of a plugin
     """
     start, path = time.perf_counter(), None if output is None else Path(output)
     _check_not_negative(seed=seed, workers=workers or 0)
+    goals = Goals(min_sqnr, min_speed, keep)
     installed = find_plugins(plugins := list(plugins), trace)
     loaded = _read_recipe(installed, recipe, settings, target, samples, state, min_sqnr)
     read = partial(_read_model, model, float32, installed.target(loaded.target).flatten, path)
     opened = partial(_calibration, data=data, recipe=loaded, labels=labels, cache=cache, workers=workers, track=track)
     prepare = partial(_prepare, installed, loaded, seed, metric, class_axis)
-    job, source, size = _solved(read, opened, prepare, partial(_run, plugins=installed, verify=verify))
-    inner = partial(quantize, seed=seed, workers=workers, plugins=plugins)
-    exported = _export(job, installed, seed, size, path, inner)
+    job, source, size, judged = _solved(read, opened, prepare, partial(_run, plugins=installed, verify=verify))
+    inner = partial(quantize, seed=seed, workers=workers, plugins=plugins, check=False)
+    ending = partial(self_check, job, source=source, began=start, judged=judged) if check else None
+    exported, checked, missed = _export(job, installed, seed, size, path, goals, ending, inner)
     job.report["seconds"] = round(time.perf_counter() - start, 3)
-    installed.manager.hook.onnxq_exported(job=job, model=exported, path=path)
+    written = path if goals.keep or not missed else None
+    installed.manager.hook.onnxq_exported(job=job, model=exported, path=written)
     again = partial(inner, model, data=job.calibration.data, cache=cache, float32=float32, class_axis=class_axis)
-    return Result(exported, *_left(job), source, loaded, again, class_axis)
+    result = Result(exported, *_left(job), source, loaded, again, class_axis, checked, missed)
+    if bad := [*job.report.warnings, *([missed] if missed else [])]:
+        warnings.warn("; ".join(bad), OnnxqWarning, stacklevel=2)
+    return result
 
 
 def _solved(
@@ -145,9 +172,10 @@ def _solved(
     calibrate: Callable[[Graph], Calibration],
     prepare: Callable[[Calibration, Sequence[str]], Job],
     run: Callable[[Job], None],
-) -> tuple[Job, Path | onnx.ModelProto | None, int]:
-    """A job with a complete plan, with the user's own model and its bytes. Activations that turn out to be NaN or infinite
-    stay float: the job starts again without them, as passes have changed the graph by then."""
+) -> tuple[Job, Path | onnx.ModelProto | None, int, Samples | None]:
+    """A job with a complete plan, with the user's own model, its bytes, and the samples that its outputs were judged on.
+    Activations that turn out to be NaN or infinite stay float: the job starts again without them, as passes have changed the
+    graph by then."""
     unfit: tuple[str, ...] = ()
     graph, source, size = read()
     calibration = calibrate(graph)
@@ -156,7 +184,7 @@ def _solved(
             job = prepare(calibration, unfit)
             run(job)
             complete(job)
-            keep_quality(job)
+            judged = keep_quality(job)
         except NotFinite as error:
             broken = (y for y in calibration.graph.layers if not np.isfinite(calibration.graph.constant(y.weight)).all())
             OnnxqError.check(f"layer '{y.name}': its weight has NaN or Inf; the float model is broken." for y in broken)
@@ -166,19 +194,12 @@ def _solved(
             calibration = calibration.of(graph := read()[0])
             _complete_shapes(graph, calibration.data)
         else:
-            return job, source, size
+            return job, source, size, judged
 
 
 def _left(job: Job) -> tuple[Plan, Report, Graph, Target, Data | None]:
     """What a job leaves, as the fields of `Outcome` after the model."""
     return job.plan, job.report, job.graph, job.target, job.calibration.data
-
-
-def check_min_sqnr(value: float) -> float:
-    """Raise OnnxqError for what is no number of decibels."""
-    if not np.isfinite(value):
-        raise OnnxqError(f"min_sqnr = {value} must be a number of decibels, such as 20.")
-    return value
 
 
 def _check_not_negative(**numbers: int) -> None:
@@ -198,7 +219,7 @@ def _read_recipe(
     loaded = plugins.recipe(recipe, settings)
     loaded = replace(loaded, target=target) if target else loaded
     if min_sqnr is not None:
-        loaded = replace(loaded, quality=Quality(check_min_sqnr(min_sqnr)))
+        loaded = replace(loaded, quality=Quality(min_sqnr))
     own = loaded.data
     own = replace(own, samples=samples or own.samples, state=own.state if state is None else dict(state))
     return replace(loaded, data=own)
@@ -314,11 +335,20 @@ def _open_shapes(data: Data | None) -> dict[str, list[int]]:
 
 
 def _export(
-    job: Job, plugins: Plugins, seed: int, before: int, path: Path | None, inner: Callable[..., Result]
-) -> onnx.ModelProto:
-    """Make the model of a complete plan and write that to `path`; the report is complete then.
+    job: Job,
+    plugins: Plugins,
+    seed: int,
+    before: int,
+    path: Path | None,
+    goals: Goals,
+    check: Callable[..., Check | None] | None,
+    inner: Callable[..., Result],
+) -> tuple[onnx.ModelProto, Check | None, str]:
+    """Make the model of a complete plan, check it and write it to `path`; the report is complete then. Returns what it
+    misses of the goals, too: it is not written then.
 
     before   bytes of the user's own model
+    check    `self_check` of a model; None to leave that out
     inner    `quantize` for the branches of control flow
     """
     start = time.perf_counter()
@@ -344,9 +374,11 @@ def _export(
         sign(model, job.recipe, seed, sources, plugins.versions, _open_shapes(job.calibration.data))
         job.report["steps"].append({"pass": "export", "seconds": round(time.perf_counter() - start, 3)})
         describe(job, model, data, before, rows)
-        if path is not None:
+        checked = None if check is None else check(model, folder=None if data is None else data.path.parent)
+        missed = goals.missed(checked, job.report.quality)
+        if path is not None and (goals.keep or not missed):
             data.finish(model) if data is not None else files.save_model(model, path)
-    return model
+    return model, checked, missed
 
 
 def _newer_version(graph: Graph, model: onnx.ModelProto) -> str:

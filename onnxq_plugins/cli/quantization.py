@@ -19,10 +19,10 @@ from onnxq_plugins.cli.options import (
     ClusterOptions,
     DataPath,
     Float32,
+    GoalOptions,
     ImageOptions,
     Labels,
     MetricName,
-    MinSqnr,
     Model,
     OptionGroup,
     RecipeOptions,
@@ -122,7 +122,7 @@ def quantize_command(
     float32: Float32 = False,
     outputs: OutputOptions,
     metric: MetricName = "",
-    min_sqnr: MinSqnr = None,
+    goals: GoalOptions,
     class_axis: ClassAxis = None,
     point: Point = None,
     work: WorkOptions,
@@ -152,7 +152,10 @@ def quantize_command(
             settings=settings,
             labels=labels,
             metric=metric or None,
-            min_sqnr=min_sqnr,
+            min_sqnr=goals.min_sqnr,
+            min_speed=goals.min_speed,
+            keep=goals.keep,
+            check=goals.check,
             class_axis=class_axis,
             track=track,
             trace=notify if trace else None,
@@ -162,25 +165,15 @@ def quantize_command(
         notify(f"note: {note}")
     for line in float_lines(result.report.floats):
         notify(line)
-    echo(f"{path}: {result.summary} | {result.report['seconds']:.1f} s")
+    for text in result.report.warnings:
+        notify(f"warning: {text}")
+    kept = goals.keep or not result.missed
+    echo(f"{path}{'' if kept else ' was not written'}: {result.summary} | {result.report['seconds']:.1f} s")
     for line in lines:
         echo(line)
-    if min_sqnr is not None and (text := _missed(result)):
-        fail(OnnxqError(text), 1)
-
-
-def _missed(result: Result) -> str:
-    """A sentence on a quality that was asked for and not reached, or not checked; "" if it was reached."""
-    quality = result.report.quality
-    if not quality:
-        return "--min-sqnr was not checked: it needs samples of outputs of floats (--data), and a model that is not random."
-    if quality["met"]:
-        return ""
-    name, reached = min(quality["sqnr"].items(), key=lambda item: item[1])
-    return (
-        f"output '{name}' reaches {reached:.1f} dB, not {quality['asked']:g}, with all in float that was found to matter; "
-        "that model was written: lower --min-sqnr, or look at onnxq diagnose."
-    )
+    if result.missed:
+        end = "the model was written all the same" if goals.keep else "nothing was written, as --keep would have it"
+        fail(OnnxqError(f"{result.missed}; {end}."), 1)
 
 
 def _source(options: RecipeOptions, point: Path | None, curve: Path | None) -> tuple[str | dict[str, Any], int]:

@@ -205,7 +205,7 @@ def _context(result: Outcome, comparison: Comparison, diagnosis: Diagnosis, name
         "rows": _rows(diagnosis, result, numbers),
         "curve": _curve(result, name),
         "steps": _steps(result.report),
-        "notes": result.report.notes,
+        "notes": [*result.report.warnings, *result.report.notes],
         "seed": properties.get("onnxq.seed", "0"),
         "versions": ", ".join([*properties.get("onnxq.versions", "").split(), *machine]),
         "toml": to_toml(result.report.recipe),

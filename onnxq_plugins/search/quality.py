@@ -23,23 +23,24 @@ _BETTER = 1.0  # dB that other ranges must gain
 _LOST = 10.0  # dB under which that may cost any number of layers
 
 
-def keep_quality(job: Job) -> None:
+def keep_quality(job: Job) -> Samples | None:
     """Check the outputs of a job whose plan is solved, and keep what costs them most in 16 bits or in float, as the recipe's
-    quality asks for. The report says what was measured, and what was done, under ``quality``."""
+    quality asks for. The report says what was measured, and what was done, under ``quality``. Returns the samples that it
+    judged on, None if on none."""
     quality, planned = job.recipe.quality, Planned.of(job)
     if quality.sqnr is None or not (planned.layers or planned.activations):
-        return
+        return None
     data = job.calibration.data
     if data is None:
         if quality.asked:
             job.note("the quality that is asked for was not checked: that needs samples (--data)")
-        return
+        return None
     work = multiply_adds(job.graph, job.graph.layers, next(iter(data)))
     apart = job.recipe.provides("codes")  # only these fit samples closely
     judge = Judge.of(job, apart=apart, work=max(_CHECK, _FEWEST * work))
     names = [] if judge is None else judged(judge.samples)
     if judge is None or not names:
-        return
+        return None
     before = now = decibels(job, judge.samples, job.plan)
     if before.min() < quality.least:
         now = _clipped(job, judge.samples, before)
@@ -65,10 +66,8 @@ def keep_quality(job: Job) -> None:
         _apply(job, found, before)
     elif now.min() < quality.least:
         worst = names[int(now.argmin())]
-        job.note(
-            f"output '{worst}' has {now.min():.1f} dB on the samples, and no few layers in float make it much better: "
-            "onnxq diagnose tells where it is lost"
-        )
+        job.note(f"output '{worst}' has {now.min():.1f} dB on the samples, and no few layers in float make it much better")
+    return judge.samples
 
 
 def _clipped(job: Job, samples: Samples, before: Array) -> Array:

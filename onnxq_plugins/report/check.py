@@ -1,0 +1,335 @@
+"""The end of every run: float and quantized network side by side on a few samples. What each output is worth, how fast the
+result is, how large, and what to try if one of these is bad, so that nothing bad leaves in silence.
+
+The float network is the user's own model, the quantized one the model as it is exported, in onnxruntime as it will run. Work
+is counted: some samples (those that `search.quality` judged on, else held-out ones), and runs in turn until their ratio is
+clear, a third of a second at most. Beyond a second, or a tenth of the time that quantizing took, no more is begun."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.calibration.shapes import multiply_adds
+from onnxq_plugins.calibration.synthetic import SYNTHETIC
+from onnxq_plugins.data.samples import chosen
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.job import FLOAT, Job
+from onnxq_plugins.measure.arrays import IDENTICAL
+from onnxq_plugins.measure.samples import Samples
+from onnxq_plugins.measure.verdict import DESTROYED, POOR, Verdict, bounded_outputs, judge_outputs
+from onnxq_plugins.runtimes.examples import examples, first_running
+from onnxq_plugins.runtimes.speed import Speed, side_by_side
+from onnxq_plugins.spec import Array
+
+Feeds = Sequence[dict[str, Array]]
+_SAMPLES, _STEPS, _FEWEST = 16, 32, 2
+_WORK = 1e9  # multiply-adds over the samples
+_SECONDS, _SHARE = 1.0, 0.1  # at most, or that part of the time so far
+_TIMING = 0.3  # seconds of runs in turn
+_TINY = 0.1  # milliseconds of a network that no kernel makes faster
+_WIDE = 12.0  # bits per weight that are not those of an 8-bit model
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a run ends with: the quantized network beside the user's own model.
+
+    outputs   what each output is worth on the samples; () if the float model is random
+    samples   how many samples, or steps of a stream, that is
+    kind      what these are, in words
+    speed     interleaved runs on one thread; None if the result does not run here as it will in use
+    before, after   bytes of both models
+    seconds   that the check took
+    warning   what is bad, and the one thing to try; "" if nothing is
+    """
+
+    outputs: tuple[Verdict, ...]
+    samples: int
+    kind: str
+    speed: Speed | None
+    before: int
+    after: int
+    seconds: float = 0.0
+    warning: str = ""
+
+    @property
+    def real(self) -> bool:
+        """True if the samples are the user's, so that decibels say what they will be in use."""
+        return self.kind in ("samples", "steps")
+
+    @property
+    def worst(self) -> Verdict | None:
+        """The output with the fewest dB among those that vary; None if there is none of floats."""
+        floats = [y for y in self.outputs if y.sqnr is not None and (y.grade != "idle")]
+        return min(floats, key=lambda y: y.sqnr or 0.0, default=None)
+
+    @property
+    def sqnr(self) -> float | None:
+        """Its dB."""
+        return None if self.worst is None else self.worst.sqnr
+
+    @property
+    def destroyed(self) -> tuple[str, ...]:
+        """Names of the outputs that are nothing but noise, or always the same."""
+        return tuple(y.name for y in self.outputs if y.grade == "destroyed")
+
+    @property
+    def slower(self) -> bool:
+        """True if the float model is faster on this machine, for sure."""
+        return self.speed is not None and self.speed.slower
+
+    @property
+    def larger(self) -> bool:
+        """True if the float model's file is smaller."""
+        return self.after > self.before
+
+    @property
+    def text(self) -> str:
+        """It in a few words, for the summary."""
+        parts = [self._accuracy, self._pace]
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def _accuracy(self) -> str:
+        where = "" if self.real else f" on {self.kind}"
+        if self.sqnr is not None:
+            return ("exact" if self.sqnr >= IDENTICAL else f"{self.sqnr:.1f} dB") + where
+        same = [y.same for y in self.outputs if y.same is not None]
+        return f"{min(same):.1f} % the same{where}" if same else ""
+
+    @property
+    def _pace(self) -> str:
+        if self.speed is None:
+            return ""
+        clear = self.speed.faster or self.speed.slower
+        return f"{self.speed.ratio:.2f}x the speed of float" if clear else "about the speed of float"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, rounded."""
+        speed: dict[str, Any] = {}
+        if self.speed is not None:
+            numbers = {"ratio": self.speed.ratio, "low": self.speed.low, "high": self.speed.high}
+            times = {"float": self.speed.reference, "quantized": self.speed.quantized}
+            speed |= {key: round(value, 3) for key, value in numbers.items()}
+            speed |= {"pairs": self.speed.pairs, "milliseconds": {key: round(value, 4) for key, value in times.items()}}
+        return {
+            "samples": self.samples,
+            "kind": self.kind,
+            "outputs": [y.to_dict() for y in self.outputs],
+            "sqnr": None if self.sqnr is None else round(self.sqnr, 2),
+            "speed": speed or None,
+            "bytes": {"float": self.before, "quantized": self.after},
+            "destroyed": list(self.destroyed),
+            "slower": self.slower,
+            "larger": self.larger,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def self_check(
+    job: Job,
+    model: onnx.ModelProto,
+    source: Path | onnx.ModelProto | None,
+    began: float,
+    judged: Samples | None = None,
+    folder: Path | None = None,
+) -> Check | None:
+    """Check the exported model of a job, and complete the report: ``check``, ``warnings``, notes and the summary. None if
+    the two cannot be run.
+
+    source   the user's own model; None for the job's graph
+    began    when quantizing began, by `time.perf_counter`
+    judged   samples that the job's outputs were judged on
+    folder   of the external data of a model too large for a second copy in memory
+    """
+    start = time.perf_counter()
+    until = start + max(_SECONDS, _SHARE * (start - began))
+    here = job.target.here and folder is None
+    with job.graph.mapped.reading():
+        try:
+            own = _own(job, source, folder is not None)
+            quantized = runtimes.session(model, folder=folder, written=not job.target.here)
+            kind, feeds = _feeds(job, judged, (own, quantized), source, model)
+        except OnnxqError as error:
+            if job.calibration.data is not None:
+                job.note(f"the result was not checked: {error}")
+            return None
+        runs = _Runs(own, quantized, feeds, dict(job.calibration.data.state) if job.calibration.data is not None else {})
+        try:
+            runs.run(lambda count: count >= _FEWEST and time.perf_counter() > until and not job.recipe.quality.asked)
+            speed = runs.speed(until - time.perf_counter()) if here else None
+        except OnnxqError as error:
+            _warn(job, f"the result does not run on sample {len(runs.reference)}: {error}")
+            return None
+    names = [output.name for output in model.graph.output]
+    outputs = () if runs.random else judge_outputs(names, *runs.columns(), bounded_outputs(model))
+    size = job.report["bytes"]
+    check = Check(outputs, len(runs.reference), kind, speed, size["float"], size["quantized"])
+    check = replace(check, warning=_warning(job, check), seconds=time.perf_counter() - start)
+    _report(job, check, runs.random)
+    return check
+
+
+def _own(job: Job, source: Path | onnx.ModelProto | None, large: bool) -> runtimes.Session:
+    """A session of the user's own model; of the job's graph, whose weights stay where they are, if that is gone or large."""
+    if source is not None and not large:
+        return runtimes.session(source)
+    weights: dict[str, Array] = {}
+    return runtimes.session(job.graph.model(weights), weights=weights)
+
+
+def _feeds(
+    job: Job,
+    judged: Samples | None,
+    runners: tuple[runtimes.Session, runtimes.Session],
+    source: Path | onnx.ModelProto | None,
+    model: onnx.ModelProto,
+) -> tuple[str, Feeds]:
+    """What to run on, and what that is in words. Raises OnnxqError where there is no data and no example runs."""
+    data = job.calibration.data
+    if data is None:
+        own = onnx.load(str(source), load_external_data=False) if isinstance(source, Path) else source
+        return "random inputs", [dict(first_running(examples([own or model, model]), runners))]
+    kind = "synthetic samples" if data.where == SYNTHETIC else "steps" if data.state else "samples"
+    if judged is not None:
+        return kind, [dict(feed) for feed in judged.feeds]
+    numbers = data.numbers(apart=True)
+    afford = int(_WORK / max(multiply_adds(job.graph, job.graph.layers, next(iter(data))), 1.0))
+    most = _STEPS if data.state else _SAMPLES
+    kept = {numbers[i] for i in chosen(len(numbers), min(most, max(afford, _FEWEST)), data.state)}
+    return kind, [feed for n, feed in enumerate(data) if n in kept]
+
+
+class _Runs:
+    """Both networks on some feeds.
+
+    reference, other   the outputs of each feed
+    random             True if the float network gives other outputs for the same feed
+    """
+
+    def __init__(self, own: runtimes.Session, quantized: runtimes.Session, feeds: Feeds, state: dict[str, str]) -> None:
+        self.own, self.quantized, self.feeds, self.state = own, quantized, feeds, state
+        self.reference: list[list[Any]] = []
+        self.other: list[list[Any]] = []
+        self.random = False
+        self._times: list[tuple[float, float]] = []
+
+    def run(self, stop: Callable[[int], bool]) -> None:
+        """Run all feeds, or as many as `stop` lets."""
+        first = self.own.run(None, dict(runtimes.wanted(self.own, self.feeds[0])))
+        for feed in self.feeds:
+            if stop(len(self.reference)):
+                break
+            begin = time.perf_counter()
+            self.reference.append(self.own.run(None, dict(runtimes.wanted(self.own, feed))))
+            middle = time.perf_counter()
+            if self.state:  # steps run on states of their own, all at the end
+                continue
+            self.other.append(self.quantized.run(None, dict(runtimes.wanted(self.quantized, feed))))
+            self._times.append((middle - begin, time.perf_counter() - middle))
+        self.random = pickle.dumps(first) != pickle.dumps(self.reference[0])
+        if self.state:
+            names = [output.name for output in self.own.get_outputs()]
+            columns = list(zip(*self.reference, strict=True))
+            feeds = self.feeds[: len(self.reference)]
+            samples = Samples(feeds, names, columns, None, [None] * len(names), state=self.state)
+            self.other = [list(row) for row in zip(*samples.outputs(self.quantized), strict=True)]
+
+    def columns(self) -> tuple[list[list[Any]], list[list[Any]]]:
+        """The values of each output per feed, in both networks."""
+        return [list(y) for y in zip(*self.reference, strict=True)], [list(z) for z in zip(*self.other, strict=True)]
+
+    def speed(self, left: float) -> Speed:
+        """Runs in turn. Pairs of slow networks count from before, without the first, which found everything cold.
+
+        left   seconds
+        """
+        both = [(runtimes.wanted(self.own, x), runtimes.wanted(self.quantized, x)) for x in self.feeds]
+        slow = self._times[1:] if np.sum(self._times[1:]) > _TIMING else []
+        limit = max(left, 0.0)
+        return side_by_side((self.own, self.quantized), both, slow, min(_TIMING, limit), limit)
+
+
+# ---- what is said ---------------------------------------------------------------------------------------------------------
+
+
+def _report(job: Job, check: Check, random: bool) -> None:
+    """Put a check into the report: numbers, the summary, a warning and notes."""
+    report = job.report
+    report["check"] = check.to_dict()
+    if check.text:
+        report["summary"] = f"{report.summary} | {check.text}"
+    if check.warning:
+        _warn(job, check.warning)
+    idle = [y for y in check.outputs if y.grade == "idle" and (y.sqnr or 0.0) < POOR]
+    if idle and check.kind != "random inputs":
+        job.note(
+            f"{_named([y.name for y in idle])} {'is' if len(idle) == 1 else 'are'} next to 0 or hardly var"
+            f"{'ies' if len(idle) == 1 else 'y'} on these samples: give some on which it matters to see what 8 bits leave"
+        )
+    if random:
+        job.note("the float model is random, the same input gives other outputs: nothing can be said about accuracy")
+
+
+def _warn(job: Job, text: str) -> None:
+    job.report.warnings.append(text)
+
+
+def _named(names: Sequence[str]) -> str:
+    listed = ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"output{'s' * (len(names) > 1)} {listed}"
+
+
+def _warning(job: Job, check: Check) -> str:
+    """What is bad, and the one thing to try; "" if nothing is."""
+    bad: list[str] = []
+    lost = [y for y in check.outputs if y.grade == "destroyed"]
+    poor = [y for y in check.outputs if y.grade == "poor"] if check.kind != "random inputs" else []
+    where = f"on {check.samples} {check.kind}" if check.samples > 1 or check.kind != "random inputs" else "on random inputs"
+    if lost:
+        worst = min(lost, key=lambda y: y.sqnr if y.sqnr is not None else DESTROYED)
+        are = "is" if len(lost) == 1 else "are"
+        bad.append(f"{_named([y.name for y in lost])} {are} destroyed {where}: {worst.why}")
+    elif poor:
+        worst = min(poor, key=lambda y: y.sqnr if y.sqnr is not None else POOR)
+        bad.append(f"{_named([y.name for y in poor])} {'has' if len(poor) == 1 else 'have'} only {worst.why} {where}")
+    if check.speed is not None and check.slower:
+        bad.append(f"slower than float: {check.speed.ratio:.2f}x its speed")
+    if check.larger:
+        bad.append(f"larger than float: {check.after / 1e3:.1f} kB, not {check.before / 1e3:.1f}")
+    return f"{'; '.join(bad)}; {_advice(job, check, bool(lost or poor))}" if bad else ""
+
+
+def _advice(job: Job, check: Check, poor: bool) -> str:
+    """The next thing to try."""
+    recipe, target = job.recipe, job.target
+    keep = "next: keep the float model"
+    if check.larger:
+        wide = job.report.bits_per_weight > _WIDE and recipe.weights.bits < FLOAT
+        return (
+            "next: -r int8, whose weights are smaller" if wide and recipe.passes else f"{keep}, which is too small to gain"
+        )
+    if check.slower and check.speed is not None:
+        if check.speed.reference < _TINY:
+            return f"{keep}, which takes only {check.speed.reference:.3f} ms"
+        if target.integer:
+            return "next: --target storage --set activations.bits=32, weights in 8 bits that compute in float; or keep float"
+        return keep
+    if not poor:
+        return keep
+    if job.calibration.data is None:
+        return "next: give samples (--data)"
+    if recipe.weights.bits < 8:
+        return f"next: {'-r int8' if recipe.activations.bits < FLOAT else '--set weights.bits=8'}, with more bits"
+    if not recipe.quality.asked:
+        return "next: --min-sqnr 20, which leaves in float what costs most"
+    return "next: onnxq diagnose, which shows where it is lost"
