@@ -44,11 +44,13 @@ from onnxq_plugins.report.goals import Goals
 from onnxq_plugins.report.page import write_report
 from onnxq_plugins.report.summary import describe, original_size
 from onnxq_plugins.search.quality import keep_quality
-from onnxq_plugins.spec import Array, Plan
-from onnxq_plugins.targets import Target
+from onnxq_plugins.spec import Array
 from onnxq_plugins.targets.refusals import problems
 
 _WILD = 8.0  # times the magnitude that any other sample has
+
+
+_Solved = tuple[Job, Path | onnx.ModelProto | None, int, Samples | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +121,6 @@ def quantize(
     trace: Trace | None = None,
 ) -> Result:
     """Quantize a float ONNX model into QDQ form. Raises OnnxqError, one sentence a problem, before anything is written.
-    Warns (`OnnxqWarning`) if the result is poor, slower or larger than the float model.
 
     model      path, ModelProto or its bytes, Graph, ONNXProgram of torch or onnx_ir.Model; left alone
     recipe     built-in name, path, mapping or Recipe
@@ -137,34 +138,43 @@ def quantize(
     labels     of the samples: an array [samples, ...], an .npy file or a text file
     state      output -> the input that it is at the next step, of a model of streams: see `DataOptions.state`
     metric     how searching passes judge a network: a name, ``package.module:function`` (imported), or a `job.Metric`
-    min_sqnr   dB that each output must have, in place of the recipe's quality (`job.Quality`)
-    min_speed  times float that the result must run at, on this machine
-    keep       write `output` even if one of these two is missed; `Result.missed` says so anyway
-    check      run both networks side by side in the end (`Result.check`)
+    min_sqnr, min_speed   dB that each output must have (the recipe's `job.Quality`), times float that the result must run at
+               on this machine: what misses that is not written unless `keep`, see `Result.missed`
+    check      run both networks side by side in the end (`Result.check`), and warn of what is bad (`OnnxqWarning`)
     class_axis of outputs that are classes, such as 1 for segmentation [N, C, H, W]; None finds it
-    track      shows progress, see `Job.track`
-    trace      receives a line of text for each hook call of a plugin
+    track, trace   show progress, see `Job.track`; receive a line of text for each hook call of a plugin
     """
     start, path = time.perf_counter(), None if output is None else Path(output)
-    _check_not_negative(seed=seed, workers=workers or 0)
-    goals = Goals(min_sqnr, min_speed, keep)
+    goals = _goals(min_sqnr, min_speed, keep, seed=seed, workers=workers or 0)
     installed = find_plugins(plugins := list(plugins), trace)
     loaded = _read_recipe(installed, recipe, settings, target, samples, state, min_sqnr)
     read = partial(_read_model, model, float32, installed.target(loaded.target).flatten, path)
     opened = partial(_calibration, data=data, recipe=loaded, labels=labels, cache=cache, workers=workers, track=track)
     prepare = partial(_prepare, installed, loaded, seed, metric, class_axis)
-    job, source, size, judged = _solved(read, opened, prepare, partial(_run, plugins=installed, verify=verify))
-    inner = partial(quantize, seed=seed, workers=workers, plugins=plugins, check=False)
-    ending = partial(self_check, job, source=source, began=start, judged=judged) if check else None
-    exported, checked, missed = _export(job, installed, seed, size, path, goals, ending, inner)
-    job.report["seconds"] = round(time.perf_counter() - start, 3)
+    solved = _solved(read, opened, prepare, partial(_run, plugins=installed, verify=verify))
+    again = partial(quantize, model, seed=seed, workers=workers, plugins=plugins, cache=cache, float32=float32, check=False)
+    return _finished(solved, installed, path, goals, start, check, partial(again, class_axis=class_axis))
+
+
+def _finished(
+    solved: _Solved, plugins: Plugins, path: Path | None, goals: Goals, began: float, check: bool, again: partial[Result]
+) -> Result:
+    """The result of a job with a complete plan: exported, checked and written. Warns of what is bad.
+
+    began   when quantizing began, by `time.perf_counter`
+    again   `quantize` with the same model and options
+    """
+    job, model, size, judged = solved
+    ending = partial(self_check, job, source=model, began=began, judged=judged) if check else None
+    exported, checked, missed = _export(job, plugins, size, path, goals, ending, again)
+    job.report["seconds"] = round(time.perf_counter() - began, 3)
     written = path if goals.keep or not missed else None
-    installed.manager.hook.onnxq_exported(job=job, model=exported, path=written)
-    again = partial(inner, model, data=job.calibration.data, cache=cache, float32=float32, class_axis=class_axis)
-    result = Result(exported, *_left(job), source, loaded, again, class_axis, checked, missed)
+    plugins.manager.hook.onnxq_exported(job=job, model=exported, path=written)
+    data = job.calibration.data
+    left = (job.plan, job.report, job.graph, job.target, data, model, job.recipe, partial(again, data=data), job.class_axis)
     if bad := [*job.report.warnings, *([missed] if missed else [])]:
-        warnings.warn("; ".join(bad), OnnxqWarning, stacklevel=2)
-    return result
+        warnings.warn("; ".join(bad), OnnxqWarning, stacklevel=3)
+    return Result(exported, *left, checked, missed)
 
 
 def _solved(
@@ -172,7 +182,7 @@ def _solved(
     calibrate: Callable[[Graph], Calibration],
     prepare: Callable[[Calibration, Sequence[str]], Job],
     run: Callable[[Job], None],
-) -> tuple[Job, Path | onnx.ModelProto | None, int, Samples | None]:
+) -> _Solved:
     """A job with a complete plan, with the user's own model, its bytes, and the samples that its outputs were judged on.
     Activations that turn out to be NaN or infinite stay float: the job starts again without them, as passes have changed the
     graph by then."""
@@ -197,13 +207,10 @@ def _solved(
             return job, source, size, judged
 
 
-def _left(job: Job) -> tuple[Plan, Report, Graph, Target, Data | None]:
-    """What a job leaves, as the fields of `Outcome` after the model."""
-    return job.plan, job.report, job.graph, job.target, job.calibration.data
-
-
-def _check_not_negative(**numbers: int) -> None:
+def _goals(sqnr: float | None, speed: float | None, keep: bool, **numbers: int) -> Goals:
+    """What the user insists on. Raises OnnxqError for numbers that make no sense, all of which must not be negative."""
     OnnxqError.check(f"{name} = {number} must not be negative." for name, number in numbers.items() if number < 0)
+    return Goals(sqnr, speed, keep)
 
 
 def _read_recipe(
@@ -337,19 +344,18 @@ def _open_shapes(data: Data | None) -> dict[str, list[int]]:
 def _export(
     job: Job,
     plugins: Plugins,
-    seed: int,
     before: int,
     path: Path | None,
     goals: Goals,
     check: Callable[..., Check | None] | None,
-    inner: Callable[..., Result],
+    again: partial[Result],
 ) -> tuple[onnx.ModelProto, Check | None, str]:
     """Make the model of a complete plan, check it and write it to `path`; the report is complete then. Returns what it
     misses of the goals, too: it is not written then.
 
     before   bytes of the user's own model
     check    `self_check` of a model; None to leave that out
-    inner    `quantize` for the branches of control flow
+    again    `quantize` with the same model and options
     """
     start = time.perf_counter()
     planned = Planned.of(job)
@@ -366,12 +372,12 @@ def _export(
     data = files.DataFile(path) if path is not None and job.graph.mapped.size > files.LARGE else None
     with data or contextlib.nullcontext():
         model = export(job.graph, job.plan, job.target, data=data)
-        rows = [] if data is not None else _quantize_branches(job, model, inner)
+        rows = [] if data is not None else _quantize_branches(job, model, again)
         if text := _newer_version(job.graph, model):
             job.note(text)
         parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]
         sources = (plugins.sources[part] for part in parts)
-        sign(model, job.recipe, seed, sources, plugins.versions, _open_shapes(job.calibration.data))
+        sign(model, job.recipe, again.keywords["seed"], sources, plugins.versions, _open_shapes(job.calibration.data))
         job.report["steps"].append({"pass": "export", "seconds": round(time.perf_counter() - start, 3)})
         describe(job, model, data, before, rows)
         checked = None if check is None else check(model, folder=None if data is None else data.path.parent)
@@ -390,11 +396,12 @@ def _newer_version(graph: Graph, model: onnx.ModelProto) -> str:
     return f"IR version {ir} became {model.ir_version}" if model.ir_version > ir > 0 else ""
 
 
-def _quantize_branches(job: Job, model: onnx.ModelProto, inner: Callable[..., Result]) -> list[dict[str, Any]]:
+def _quantize_branches(job: Job, model: onnx.ModelProto, again: partial[Result]) -> list[dict[str, Any]]:
     """Quantize the layers inside the branches of an If, and put them into a model. Returns their rows for the report.
 
-    inner   `quantize`
+    again   `quantize` with the options of the whole model
     """
+    options = {key: again.keywords[key] for key in ("seed", "workers", "plugins", "check")}
     rows: list[dict[str, Any]] = []
     for branch in branches(job.graph):
         names = {node.name for node in branch.model.graph.node}
@@ -405,7 +412,7 @@ def _quantize_branches(job: Job, model: onnx.ModelProto, inner: Callable[..., Re
             job.note(f"no sample takes {branch.words}: what is in it computes float")
             continue
         try:
-            result = inner(branch.model, recipe, feeds)
+            result = quantize(branch.model, recipe, feeds, **options)
         except OnnxqError as error:
             job.note(f"{branch.words} stays float: {error}")
             continue

@@ -161,18 +161,26 @@ def quantize_command(
             trace=notify if trace else None,
         )
     notes, lines = _write_extras(outputs, result, model.name, test, work.workers)
+    _show_result(result, path, goals.keep, notes, lines)
+
+
+def _show_result(result: Result, path: Path, keep: bool, notes: list[str], lines: list[str]) -> None:
+    """Print what the user should know, and the result in a line; exit with 1 if it misses what was insisted on.
+
+    keep   it was written nevertheless
+    """
     for note in [*result.report.notes, *notes]:
         notify(f"note: {note}")
     for line in float_lines(result.report.floats):
         notify(line)
     for text in result.report.warnings:
         notify(f"warning: {text}")
-    kept = goals.keep or not result.missed
-    echo(f"{path}{'' if kept else ' was not written'}: {result.summary} | {result.report['seconds']:.1f} s")
+    written = "" if keep or not result.missed else " was not written"
+    echo(f"{path}{written}: {result.summary} | {result.report['seconds']:.1f} s")
     for line in lines:
         echo(line)
     if result.missed:
-        end = "the model was written all the same" if goals.keep else "nothing was written, as --keep would have it"
+        end = "the model was written all the same" if keep else "nothing was written (--keep writes it anyway)"
         fail(OnnxqError(f"{result.missed}; {end}."), 1)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import FLOAT, Job
 from onnxq_plugins.measure.arrays import IDENTICAL
 from onnxq_plugins.measure.samples import Samples
-from onnxq_plugins.measure.verdict import DESTROYED, POOR, Verdict, bounded_outputs, judge_outputs
+from onnxq_plugins.measure.verdict import POOR, Verdict, bounded_outputs, judge_outputs
 from onnxq_plugins.runtimes.examples import examples, first_running
 from onnxq_plugins.runtimes.speed import Speed, side_by_side
 from onnxq_plugins.spec import Array
@@ -36,6 +36,7 @@ _WORK = 1e9  # multiply-adds over the samples
 _SECONDS, _SHARE = 1.0, 0.1  # at most, or that part of the time so far
 _TIMING = 0.3  # seconds of runs in turn
 _TINY = 0.1  # milliseconds of a network that no kernel makes faster
+RANDOM = "random inputs"  # a kind of samples
 _WIDE = 12.0  # bits per weight that are not those of an 8-bit model
 
 
@@ -65,6 +66,11 @@ class Check:
     def real(self) -> bool:
         """True if the samples are the user's, so that decibels say what they will be in use."""
         return self.kind in ("samples", "steps")
+
+    @property
+    def where(self) -> str:
+        """How many samples of what kind, in words."""
+        return self.kind if self.kind == RANDOM else f"{self.samples} {self.kind.removesuffix('s' * (self.samples == 1))}"
 
     @property
     def worst(self) -> Verdict | None:
@@ -108,10 +114,7 @@ class Check:
 
     @property
     def _pace(self) -> str:
-        if self.speed is None:
-            return ""
-        clear = self.speed.faster or self.speed.slower
-        return f"{self.speed.ratio:.2f}x the speed of float" if clear else "about the speed of float"
+        return "" if self.speed is None else self.speed.text
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, rounded."""
@@ -151,22 +154,24 @@ def self_check(
     judged   samples that the job's outputs were judged on
     folder   of the external data of a model too large for a second copy in memory
     """
-    start = time.perf_counter()
+    data, start = job.calibration.data, time.perf_counter()
+    if data is None and folder is not None:
+        return None
     until = start + max(_SECONDS, _SHARE * (start - began))
-    here = job.target.here and folder is None
+    here = job.target.here or not job.target.integer  # float operators run here as anywhere
     with job.graph.mapped.reading():
         try:
             own = _own(job, source, folder is not None)
-            quantized = runtimes.session(model, folder=folder, written=not job.target.here)
+            quantized = runtimes.session(model, folder=folder, written=not here)
             kind, feeds = _feeds(job, judged, (own, quantized), source, model)
+            runs = _Runs(own, quantized, feeds, {} if data is None else data.state)
         except OnnxqError as error:
-            if job.calibration.data is not None:
+            if data is not None:
                 job.note(f"the result was not checked: {error}")
             return None
-        runs = _Runs(own, quantized, feeds, dict(job.calibration.data.state) if job.calibration.data is not None else {})
         try:
             runs.run(lambda count: count >= _FEWEST and time.perf_counter() > until and not job.recipe.quality.asked)
-            speed = runs.speed(until - time.perf_counter()) if here else None
+            speed = runs.speed(until - time.perf_counter()) if here and folder is None else None
         except OnnxqError as error:
             _warn(job, f"the result does not run on sample {len(runs.reference)}: {error}")
             return None
@@ -198,7 +203,7 @@ def _feeds(
     data = job.calibration.data
     if data is None:
         own = onnx.load(str(source), load_external_data=False) if isinstance(source, Path) else source
-        return "random inputs", [dict(first_running(examples([own or model, model]), runners))]
+        return RANDOM, [dict(first_running(examples([own or model, model]), runners))]
     kind = "synthetic samples" if data.where == SYNTHETIC else "steps" if data.state else "samples"
     if judged is not None:
         return kind, [dict(feed) for feed in judged.feeds]
@@ -216,16 +221,16 @@ class _Runs:
     random             True if the float network gives other outputs for the same feed
     """
 
-    def __init__(self, own: runtimes.Session, quantized: runtimes.Session, feeds: Feeds, state: dict[str, str]) -> None:
+    def __init__(self, own: runtimes.Session, quantized: runtimes.Session, feeds: Feeds, state: Mapping[str, str]) -> None:
         self.own, self.quantized, self.feeds, self.state = own, quantized, feeds, state
         self.reference: list[list[Any]] = []
         self.other: list[list[Any]] = []
         self.random = False
+        self._first = own.run(None, dict(runtimes.wanted(own, feeds[0])))
         self._times: list[tuple[float, float]] = []
 
     def run(self, stop: Callable[[int], bool]) -> None:
         """Run all feeds, or as many as `stop` lets."""
-        first = self.own.run(None, dict(runtimes.wanted(self.own, self.feeds[0])))
         for feed in self.feeds:
             if stop(len(self.reference)):
                 break
@@ -236,7 +241,7 @@ class _Runs:
                 continue
             self.other.append(self.quantized.run(None, dict(runtimes.wanted(self.quantized, feed))))
             self._times.append((middle - begin, time.perf_counter() - middle))
-        self.random = pickle.dumps(first) != pickle.dumps(self.reference[0])
+        self.random = pickle.dumps(self._first) != pickle.dumps(self.reference[0])
         if self.state:
             names = [output.name for output in self.own.get_outputs()]
             columns = list(zip(*self.reference, strict=True))
@@ -271,11 +276,8 @@ def _report(job: Job, check: Check, random: bool) -> None:
     if check.warning:
         _warn(job, check.warning)
     idle = [y for y in check.outputs if y.grade == "idle" and (y.sqnr or 0.0) < POOR]
-    if idle and check.kind != "random inputs":
-        job.note(
-            f"{_named([y.name for y in idle])} {'is' if len(idle) == 1 else 'are'} next to 0 or hardly var"
-            f"{'ies' if len(idle) == 1 else 'y'} on these samples: give some on which it matters to see what 8 bits leave"
-        )
+    if idle and check.kind != RANDOM:
+        job.note(f"{_named(idle)}: {_worst(idle)}, so that nobody can say what is left of it; give others to see")
     if random:
         job.note("the float model is random, the same input gives other outputs: nothing can be said about accuracy")
 
@@ -284,52 +286,52 @@ def _warn(job: Job, text: str) -> None:
     job.report.warnings.append(text)
 
 
-def _named(names: Sequence[str]) -> str:
-    listed = ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"output{'s' * (len(names) > 1)} {listed}"
-
-
 def _warning(job: Job, check: Check) -> str:
     """What is bad, and the one thing to try; "" if nothing is."""
-    bad: list[str] = []
     lost = [y for y in check.outputs if y.grade == "destroyed"]
-    poor = [y for y in check.outputs if y.grade == "poor"] if check.kind != "random inputs" else []
-    where = f"on {check.samples} {check.kind}" if check.samples > 1 or check.kind != "random inputs" else "on random inputs"
+    poor = [y for y in check.outputs if y.grade == "poor" and check.kind != RANDOM]
+    bad: list[str] = []
     if lost:
-        worst = min(lost, key=lambda y: y.sqnr if y.sqnr is not None else DESTROYED)
-        are = "is" if len(lost) == 1 else "are"
-        bad.append(f"{_named([y.name for y in lost])} {are} destroyed {where}: {worst.why}")
+        bad.append(f"{_named(lost)} {'is' if len(lost) == 1 else 'are'} destroyed: {_worst(lost)} on {check.where}")
     elif poor:
-        worst = min(poor, key=lambda y: y.sqnr if y.sqnr is not None else POOR)
-        bad.append(f"{_named([y.name for y in poor])} {'has' if len(poor) == 1 else 'have'} only {worst.why} {where}")
+        bad.append(f"{_named(poor)} {'is' if len(poor) == 1 else 'are'} poor: {_worst(poor)} on {check.where}")
     if check.speed is not None and check.slower:
         bad.append(f"slower than float: {check.speed.ratio:.2f}x its speed")
     if check.larger:
         bad.append(f"larger than float: {check.after / 1e3:.1f} kB, not {check.before / 1e3:.1f}")
-    return f"{'; '.join(bad)}; {_advice(job, check, bool(lost or poor))}" if bad else ""
+    return f"{'; '.join(bad)}; next: {_advice(job, check)}" if bad else ""
 
 
-def _advice(job: Job, check: Check, poor: bool) -> str:
+def _named(verdicts: Sequence[Verdict]) -> str:
+    names = ", ".join(f"'{y.name}'" for y in verdicts[:3]) + (f" and {len(verdicts) - 3} more" if len(verdicts) > 3 else "")
+    return f"output{'s' * (len(verdicts) > 1)} {names}"
+
+
+def _worst(verdicts: Sequence[Verdict]) -> str:
+    """What is wrong with the worst of them."""
+    worst = min(verdicts, key=lambda y: -np.inf if y.sqnr is None else y.sqnr)
+    return worst.why if len(verdicts) == 1 else f"'{worst.name}' {worst.why}"
+
+
+def _advice(job: Job, check: Check) -> str:
     """The next thing to try."""
-    recipe, target = job.recipe, job.target
-    keep = "next: keep the float model"
-    if check.larger:
-        wide = job.report.bits_per_weight > _WIDE and recipe.weights.bits < FLOAT
-        return (
-            "next: -r int8, whose weights are smaller" if wide and recipe.passes else f"{keep}, which is too small to gain"
-        )
-    if check.slower and check.speed is not None:
-        if check.speed.reference < _TINY:
+    recipe, target, keep = job.recipe, job.target, "keep the float model"
+    rounded = recipe.activations.bits < FLOAT
+    stored = "--target storage --set activations.bits=32, weights in 8 bits that compute in float"
+    if check.larger and job.report.bits_per_weight < _WIDE:
+        return f"{keep}, which is too small to gain"
+    if check.larger:  # a part stayed float, or a weight became several
+        return keep if recipe.quality.asked else stored if job.report.floats and rounded else "-r int8, with smaller weights"
+    if check.slower:
+        if check.speed is not None and check.speed.reference < _TINY:
             return f"{keep}, which takes only {check.speed.reference:.3f} ms"
-        if target.integer:
-            return "next: --target storage --set activations.bits=32, weights in 8 bits that compute in float; or keep float"
-        return keep
-    if not poor:
-        return keep
+        if not target.integer:
+            return "--set activations.bits=32, without the rounding between layers" if rounded else keep
+        return stored if rounded else "--target storage, whose weights compute in float"
     if job.calibration.data is None:
-        return "next: give samples (--data)"
+        return "give samples (--data)"
     if recipe.weights.bits < 8:
-        return f"next: {'-r int8' if recipe.activations.bits < FLOAT else '--set weights.bits=8'}, with more bits"
+        return "-r int8, with more bits" if rounded and target.integer else "--set weights.bits=8"
     if not recipe.quality.asked:
-        return "next: --min-sqnr 20, which leaves in float what costs most"
-    return "next: onnxq diagnose, which shows where it is lost"
+        return "--min-sqnr 20, which leaves in float what costs most"
+    return "onnxq diagnose, which shows where it is lost"
