@@ -263,10 +263,9 @@ class GoalOptions(OptionGroup):
     keep: Annotated[bool, output_option("--keep", help="write the model even if --min-sqnr or --min-speed is missed")] = (
         False
     )
-    check: Annotated[
-        bool,
-        work_option("--check/--no-check", help="run both models side by side in the end: accuracy, speed, size"),
-    ] = True
+    no_check: Annotated[
+        bool, work_option("--no-check", help="do not run both models side by side in the end: accuracy, speed, size")
+    ] = False
 
 
 @dataclass(frozen=True)

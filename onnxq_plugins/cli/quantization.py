@@ -155,7 +155,7 @@ def quantize_command(
             min_sqnr=goals.min_sqnr,
             min_speed=goals.min_speed,
             keep=goals.keep,
-            check=goals.check,
+            check=not goals.no_check,
             class_axis=class_axis,
             track=track,
             trace=notify if trace else None,

@@ -122,10 +122,10 @@ def _floats(name: str, reference: Sequence[Any], other: Sequence[Any], part: Any
     varies = _spread(y) > _LITTLE * reach
     if varies and not _spread(z) > 0:
         return _graded(found, "destroyed", f"always the same, where float varies ({noise:.1f} dB)")
-    if noise >= POOR:
-        return found
     if not y.any():
         return _graded(found, "idle", "0 throughout on these samples")
+    if noise >= POOR:
+        return found
     if not varies and float(np.abs(y - z).max()) <= _LITTLE * reach:
         return _graded(found, "idle", "hardly varies on these samples")
     return _graded(found, "destroyed" if noise < DESTROYED else "poor", f"{noise:.1f} dB")

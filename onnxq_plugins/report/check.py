@@ -25,7 +25,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import FLOAT, Job
 from onnxq_plugins.measure.arrays import IDENTICAL
 from onnxq_plugins.measure.samples import Samples
-from onnxq_plugins.measure.verdict import POOR, Verdict, bounded_outputs, judge_outputs
+from onnxq_plugins.measure.verdict import Verdict, bounded_outputs, judge_outputs
 from onnxq_plugins.runtimes.examples import examples, first_running
 from onnxq_plugins.runtimes.speed import Speed, side_by_side
 from onnxq_plugins.spec import Array
@@ -37,6 +37,7 @@ _SECONDS, _SHARE = 1.0, 0.1  # at most, or that part of the time so far
 _TIMING = 0.3  # seconds of runs in turn
 _TINY = 0.1  # milliseconds of a network that no kernel makes faster
 RANDOM = "random inputs"  # a kind of samples
+_SMALL = 2e4  # bytes of a file that may be more names than weights
 _WIDE = 12.0  # bits per weight that are not those of an 8-bit model
 
 
@@ -275,7 +276,7 @@ def _report(job: Job, check: Check, random: bool) -> None:
         report["summary"] = f"{report.summary} | {check.text}"
     if check.warning:
         _warn(job, check.warning)
-    idle = [y for y in check.outputs if y.grade == "idle" and (y.sqnr or 0.0) < POOR]
+    idle = [y for y in check.outputs if y.grade == "idle"]
     if idle and check.kind != RANDOM:
         job.note(f"{_named(idle)}: {_worst(idle)}, so that nobody can say what is left of it; give others to see")
     if random:
@@ -318,7 +319,7 @@ def _advice(job: Job, check: Check) -> str:
     recipe, target, keep = job.recipe, job.target, "keep the float model"
     rounded = recipe.activations.bits < FLOAT
     stored = "--target storage --set activations.bits=32, weights in 8 bits that compute in float"
-    if check.larger and job.report.bits_per_weight < _WIDE:
+    if check.larger and (job.report.bits_per_weight < _WIDE or check.before < _SMALL):
         return f"{keep}, which is too small to gain"
     if check.larger:  # a part stayed float, or a weight became several
         return keep if recipe.quality.asked else stored if job.report.floats and rounded else "-r int8, with smaller weights"

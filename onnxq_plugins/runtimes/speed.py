@@ -28,7 +28,7 @@ class Speed:
 
     reference, quantized   milliseconds of a run that nothing disturbed
     ratio      of these: above 1, the second model is faster
-    low, high  the ratio among each third of the pairs, lowest and highest: how sure it is
+    low, high  the lowest and the highest that it is among all pairs and each third of them: how sure it is
     pairs      of runs
     """
 
@@ -45,10 +45,11 @@ class Speed:
         seconds = np.array(times, np.float64)
         count = len(seconds)
         groups = _GROUPS if count >= 3 * _GROUPS else count
-        ratios = [_ratio(seconds[n::groups]) for n in range(groups)]
+        ratio = _ratio(seconds)
+        ratios = [ratio, *(_ratio(seconds[n::groups]) for n in range(groups))]
         doubt = 1.0 if count >= _ENOUGH else _DOUBT
         first, second = np.quantile(seconds, _DECILE, axis=0) * 1e3
-        return cls(float(first), float(second), _ratio(seconds), min(ratios) / doubt, max(ratios) * doubt, count)
+        return cls(float(first), float(second), ratio, min(ratios) / doubt, max(ratios) * doubt, count)
 
     @property
     def slower(self) -> bool:
