@@ -318,7 +318,9 @@ def _advice(job: Job, check: Check) -> str:
     """The next thing to try."""
     recipe, target, keep = job.recipe, job.target, "keep the float model"
     rounded = recipe.activations.bits < FLOAT
-    stored = "--target storage --set activations.bits=32, weights in 8 bits that compute in float"
+    poor = any(y.grade in ("poor", "destroyed") for y in check.outputs)
+    more = "-r int8 " if poor and recipe.weights.bits < 8 else ""
+    stored = f"{more}--target storage --set activations.bits=32, small weights that compute in float"
     if check.larger and (job.report.bits_per_weight < _WIDE or check.before < _SMALL):
         return f"{keep}, which is too small to gain"
     if check.larger:  # a part stayed float, or a weight became several
@@ -328,7 +330,7 @@ def _advice(job: Job, check: Check) -> str:
             return f"{keep}, which takes only {check.speed.reference:.3f} ms"
         if not target.integer:
             return "--set activations.bits=32, without the rounding between layers" if rounded else keep
-        return stored if rounded else "--target storage, whose weights compute in float"
+        return stored if rounded else f"{more}--target storage, small weights that compute in float"
     if job.calibration.data is None:
         return "give samples (--data)"
     if recipe.weights.bits < 8:
