@@ -42,7 +42,7 @@ def make(scratch: Path, path: Path, tool: str) -> dict[str, Any]:
         if tool in ORT_WEIGHT_ONLY:
             _weight_only(path, out, tool)
         else:
-            (_static if tool == "ort-static" else _dynamic)(path, out, feeds)
+            (static if tool == "ort-static" else dynamic)(path, out, feeds)
     else:
         quantized = onnxq_plugins.quantize(path, tool.removeprefix("onnxq "), feeds, output=out)
         result = {"summary": quantized.summary.split(" | ")[0], "notes": quantized.report.notes}
@@ -69,7 +69,7 @@ def _prepared(path: Path, out: Path) -> Path:
     return path
 
 
-def _static(path: Path, out: Path, feeds: list[dict[str, np.ndarray]]) -> None:
+def static(path: Path, out: Path, feeds: list[dict[str, np.ndarray]]) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
@@ -90,7 +90,7 @@ def _static(path: Path, out: Path, feeds: list[dict[str, np.ndarray]]) -> None:
     )
 
 
-def _dynamic(path: Path, out: Path, feeds: list[dict[str, np.ndarray]]) -> None:
+def dynamic(path: Path, out: Path, feeds: list[dict[str, np.ndarray]]) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     prepared = _prepared(path, out)

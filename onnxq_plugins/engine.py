@@ -23,6 +23,7 @@ from onnxq_plugins.calibration.shapes import complete_shapes
 from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.data.outliers import usual
 from onnxq_plugins.errors import OnnxqError, OnnxqWarning
+from onnxq_plugins.export.compact import Names, check_names, compact
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph import Graph, Model, as_model, load
@@ -117,6 +118,7 @@ def quantize(
     keep: bool = False,
     check: bool = True,
     class_axis: int | None = None,
+    names: Names = "short",
     track: Track = silent,
     trace: Trace | None = None,
 ) -> Result:
@@ -128,8 +130,7 @@ def quantize(
     output     write the model here as well
     target     overrides the recipe's target
     seed       one seed, one result
-    samples    use that many of the samples, spread evenly (0: all)
-    workers    threads and processes at once; None: one per core
+    samples, workers   use that many samples, spread evenly (0: all); threads and processes at once (None: one per core)
     cache      folder that keeps calibration results between runs
     verify     check after every pass that the float function stayed (law L1)
     float32    convert half-precision models first
@@ -138,13 +139,13 @@ def quantize(
     labels     of the samples: an array [samples, ...], an .npy file or a text file
     state      output -> the input that it is at the next step, of a model of streams: see `DataOptions.state`
     metric     how searching passes judge a network: a name, ``package.module:function`` (imported), or a `job.Metric`
-    min_sqnr, min_speed   dB that each output must have (the recipe's `job.Quality`), times float that the result must run at
-               on this machine: what misses that is not written unless `keep`, see `Result.missed`
+    min_sqnr, min_speed, keep   dB of each output, times float here: what misses them is not written unless `keep` says so
     check      run both networks side by side in the end (`Result.check`), and warn of what is bad (`OnnxqWarning`)
     class_axis of outputs that are classes, such as 1 for segmentation [N, C, H, W]; None finds it
+    names      of tensors inside the model: ``short``, or ``keep`` the user's own (see `onnxq_plugins.export.compact`)
     track, trace   show progress, see `Job.track`; receive a line of text for each hook call of a plugin
     """
-    start, path = time.perf_counter(), None if output is None else Path(output)
+    start, path, names = time.perf_counter(), None if output is None else Path(output), check_names(names)
     goals = _goals(min_sqnr, min_speed, keep, seed=seed, workers=workers or 0)
     installed = find_plugins(plugins := list(plugins), trace)
     loaded = _read_recipe(installed, recipe, settings, target, samples, state, min_sqnr)
@@ -152,8 +153,8 @@ def quantize(
     opened = partial(_calibration, data=data, recipe=loaded, labels=labels, cache=cache, workers=workers, track=track)
     prepare = partial(_prepare, installed, loaded, seed, metric, class_axis)
     solved = _solved(read, opened, prepare, partial(_run, plugins=installed, verify=verify))
-    again = partial(quantize, model, seed=seed, workers=workers, plugins=plugins, cache=cache, float32=float32, check=False)
-    return _finished(solved, installed, path, goals, start, check, partial(again, class_axis=class_axis))
+    again = partial(quantize, model, seed=seed, workers=workers, plugins=plugins, cache=cache, names=names, float32=float32)
+    return _finished(solved, installed, path, goals, start, check, partial(again, class_axis=class_axis, check=False))
 
 
 def _finished(
@@ -166,7 +167,7 @@ def _finished(
     """
     job, model, size, judged = solved
     ending = partial(self_check, job, source=model, began=began, judged=judged) if check else None
-    exported, checked, missed = _export(job, plugins, size, path, goals, ending, again)
+    exported, shown, checked, missed = _export(job, plugins, size, path, goals, ending, again)
     job.report["seconds"] = round(time.perf_counter() - began, 3)
     written = path if goals.keep or not missed else None
     plugins.manager.hook.onnxq_exported(job=job, model=exported, path=written)
@@ -174,7 +175,7 @@ def _finished(
     left = (job.plan, job.report, job.graph, job.target, data, model, job.recipe, partial(again, data=data), job.class_axis)
     if bad := [*job.report.warnings, *([missed] if missed else [])]:
         warnings.warn("; ".join(bad), OnnxqWarning, stacklevel=3)
-    return Result(exported, *left, checked, missed)
+    return Result(exported, *left, shown, checked, missed)
 
 
 def _solved(
@@ -349,9 +350,10 @@ def _export(
     goals: Goals,
     check: Callable[..., Check | None] | None,
     again: partial[Result],
-) -> tuple[onnx.ModelProto, Check | None, str]:
-    """Make the model of a complete plan, check it and write it to `path`; the report is complete then. Returns what it
-    misses of the goals, too: it is not written then.
+) -> tuple[onnx.ModelProto, dict[str, str], Check | None, str]:
+    """Make the model of a complete plan, check it and write it to `path`; the report is complete then. Returns it, the
+    tensors of the graph that have other names there (see `Outcome.names`), the check, and what it misses of the goals: it is
+    not written then.
 
     before   bytes of the user's own model
     check    `self_check` of a model; None to leave that out
@@ -373,6 +375,7 @@ def _export(
     with data or contextlib.nullcontext():
         model = export(job.graph, job.plan, job.target, data=data)
         rows = [] if data is not None else _quantize_branches(job, model, again)
+        shown = compact(model, {node.name for node in job.graph.nodes}, again.keywords["names"], folds=job.target.here)
         if text := _newer_version(job.graph, model):
             job.note(text)
         parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]
@@ -384,7 +387,7 @@ def _export(
         missed = goals.missed(checked, job.report.quality)
         if path is not None and (goals.keep or not missed):
             data.finish(model) if data is not None else files.save_model(model, path)
-    return model, checked, missed
+    return model, shown, checked, missed
 
 
 def _newer_version(graph: Graph, model: onnx.ModelProto) -> str:
@@ -402,6 +405,7 @@ def _quantize_branches(job: Job, model: onnx.ModelProto, again: partial[Result])
     again   `quantize` with the options of the whole model
     """
     options = {key: again.keywords[key] for key in ("seed", "workers", "plugins", "check")}
+    options["names"] = "keep"  # what a branch reads from around it has its name
     rows: list[dict[str, Any]] = []
     for branch in branches(job.graph):
         names = {node.name for node in branch.model.graph.node}
@@ -412,7 +416,9 @@ def _quantize_branches(job: Job, model: onnx.ModelProto, again: partial[Result])
             job.note(f"no sample takes {branch.words}: what is in it computes float")
             continue
         try:
-            result = quantize(branch.model, recipe, feeds, **options)
+            result = quantize(
+                branch.model, recipe, feeds, names="keep", **options
+            )  # what it reads from around it has its name
         except OnnxqError as error:
             job.note(f"{branch.words} stays float: {error}")
             continue

@@ -350,6 +350,7 @@ class Outcome:
     recipe   the recipe that was run
     again    quantizes the same model on the same data by another recipe: again(recipe, settings=())
     class_axis   of the classes in the outputs, as the user gave it
+    names    tensor of `graph` -> its name in `model`, where that is another one
     """
 
     model: onnx.ModelProto
@@ -362,6 +363,7 @@ class Outcome:
     recipe: Recipe = Recipe()
     again: Callable[..., Outcome] | None = None
     class_axis: int | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def float_model(self) -> onnx.ModelProto:

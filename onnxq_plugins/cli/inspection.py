@@ -33,6 +33,7 @@ from onnxq_plugins.cli.options import (
 from onnxq_plugins.data import Data, Input, model_inputs, open_data
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.export.compact import alike
 from onnxq_plugins.export.provenance import recipe_of
 from onnxq_plugins.graph.reading import bytes_on_disk, read
 from onnxq_plugins.measure import IDENTICAL
@@ -152,7 +153,7 @@ def diagnose_command(
         check=False,
         track=track,
     )
-    if quantized is not None and read(quantized).graph != result.model.graph:
+    if quantized is not None and not alike(read(quantized), result.model):
         notify(
             f"note: '{quantized}' is not what its recipe makes of '{model}' on these samples; the diagnosis is of the latter"
         )

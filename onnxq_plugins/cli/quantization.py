@@ -39,6 +39,7 @@ from onnxq_plugins.cli.options import (
 from onnxq_plugins.data import Data, DataOptions
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError, known
+from onnxq_plugins.export.compact import check_names
 from onnxq_plugins.export.overrides import ort_model, ort_overrides
 from onnxq_plugins.files import save_model, write_file
 from onnxq_plugins.graph import load
@@ -100,6 +101,13 @@ class OutputOptions(OptionGroup):
         ),
     ] = None
 
+    names: Annotated[
+        str,
+        output_option(
+            help="of tensors inside the model: short, or keep the user's own; operators, inputs and outputs keep theirs"
+        ),
+    ] = "short"
+
     @property
     def page_numbers(self) -> Path | None:
         """The JSON file beside a report that is a page."""
@@ -157,6 +165,7 @@ def quantize_command(
             keep=goals.keep,
             check=not goals.no_check,
             class_axis=class_axis,
+            names=check_names(outputs.names),
             track=track,
             trace=notify if trace else None,
         )
@@ -165,10 +174,7 @@ def quantize_command(
 
 
 def _show_result(result: Result, path: Path, keep: bool, notes: list[str], lines: list[str]) -> None:
-    """Print what the user should know, and the result in a line; exit with 1 if it misses what was insisted on.
-
-    keep   it was written nevertheless
-    """
+    """Print what the user should know, and the result in a line; exit with 1 if it misses what was insisted on."""
     for note in [*result.report.notes, *notes]:
         notify(f"note: {note}")
     for line in float_lines(result.report.floats):

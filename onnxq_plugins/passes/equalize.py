@@ -16,6 +16,7 @@ import numpy as np
 from onnxq_plugins.calibration import channel_axis, channels
 from onnxq_plugins.graph import ChannelGroup, Graph, Member, channel_groups, clip_maximum, rescale
 from onnxq_plugins.job import Job, Pass, Stage
+from onnxq_plugins.layers.shared import shared_weights
 from onnxq_plugins.search.gains import seen_by
 from onnxq_plugins.search.judge import Judge
 from onnxq_plugins.solvers.equalize import Place, equalize
@@ -58,7 +59,8 @@ class Equalize(Pass):
     would take it there; the data show which is which. Without data such groups are left unchanged and reported. Where
     statistics belong to another axis (positions of a 1-D convolution after an Add, attention heads), Clips hold all
     channels. ``activations`` stops at Clips, since samples that were not seen may reach a maximum that calibration did not,
-    and leaves groups with statistics along another axis unchanged.
+    and leaves groups with statistics along another axis unchanged, and those with a weight that layers share: it would
+    no longer be one.
 
     The prediction adds up what the grid of each activation costs through the weights that read it, what wider weights cost
     their own grid through the variance of their inputs, and what samples other than those of calibration may lose beyond the
@@ -90,6 +92,10 @@ class Equalize(Pass):
             job.note("equalize by activations was skipped: without data there are no ranges to even out")
             return {"groups": 0}
         groups = channel_groups(job.graph, "rescale", clips=job.calibration.ready and self.by == "weights")
+        if self.by == "activations":
+            planned = [layer for layer in job.graph.layers if layer.weight in job.plan]
+            shared = {layer.weight for layers in shared_weights(job, planned) for layer in layers}
+            groups = [group for group in groups if shared.isdisjoint(member.tensor for member in group.weights)]
         bounds = self._bounds(job, groups)
         held = sum(int((low == high).sum()) for low, high in bounds)
         result: dict[str, Any] = {"groups": len(groups), "channels_held_by_clips": held}

@@ -78,10 +78,11 @@ class Planned:
         return None if weight is None else self.rule_for(layer, weight, self.bits(layer))
 
     def rule_for(self, layer: Layer, weight: QuantSpec, activations: int) -> Rule | None:
-        """`Target.rule`. Mixed widths in one weight are an offer, for which the opset of a user's model does not rise."""
+        """`Target.rule`. Mixed widths in one weight are an offer to passes that leave channels of few bits, and ask for the
+        opset that stores them; in other weights small codes are a coincidence."""
         rule = self.target.rule(layer, weight, activations)
-        opset = max(self.graph.opset, self.graph.output_opset)
-        return rule if rule is None or opset >= NARROW_OPSET else replace(rule, narrow=False)
+        asked = self.graph.output_opset >= NARROW_OPSET
+        return rule if rule is None or asked else replace(rule, narrow=False)
 
     def bias(self, layer: Layer) -> Array | None:
         """The bias of a planned layer with the shift that its weight's entry adds, float64; None if there is neither."""

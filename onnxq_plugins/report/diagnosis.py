@@ -219,9 +219,10 @@ def diagnose(
     layers = with_shares(rows(result, planned, feeds, activations, parts), runs, subsets.noise)
     overall = tuple(quality(written, result.recipe))
     accumulators = needs(result.model)
-    saturating = tuple(
-        y.name for y in result.graph.layers if (need := accumulators.get(y.output)) is not None and need.saturates
-    )
+    over = {
+        n.name for n in result.model.graph.node if any(o in accumulators and accumulators[o].saturates for o in n.output)
+    }
+    saturating = tuple(y.name for y in result.graph.layers if y.name in over)
     tried = try_remedies(result, promising(layers, overall)[:attempts], feeds, track)
     floats = float_layers(result, feeds[0])
     seconds = time.perf_counter() - start

@@ -49,15 +49,18 @@ class Own:
 # ---- accumulated ----------------------------------------------------------------------------------------------------------
 
 
-def accumulated_errors(graph: Graph, model: onnx.ModelProto, names: Sequence[str], feeds: Feeds) -> dict[str, float]:
+def accumulated_errors(
+    graph: Graph, model: onnx.ModelProto, names: Sequence[str], feeds: Feeds, shown: Mapping[str, str] | None = None
+) -> dict[str, float]:
     """Tensor of the float graph -> dB at it in the quantized network, with the errors of all layers before it.
 
-    model   the quantized form of the graph: tensors keep their names in it (`qdq.export`)
+    model   the quantized form of the graph
+    shown   what tensors are called there, where they have another name
     """
-    energy = {name: np.zeros(2) for name in names}
+    energy, there = {name: np.zeros(2) for name in names}, shown or {}
     for portion in _portions(graph, names):
         exact, weights = _fetching(graph, portion)
-        reads = {name: _Read(model, name) for name in portion}
+        reads = {name: _Read(model, there.get(name, name)) for name in portion}
         rounded = onnx.ModelProto()
         rounded.CopyFrom(model)
         _add_outputs(rounded, [reads[name].fetched for name in portion])

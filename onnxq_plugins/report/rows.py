@@ -143,7 +143,7 @@ def rows(
     layers = {y.name: y for y in graph.layers}
     shared = [p.entries[0] for p in parts if p.kind == "tensor"]
     own = own_errors(planned, feeds, shared)
-    sqnr = accumulated_errors(graph, result.model, [*(y.result for y in graph.layers), *shared], feeds)
+    sqnr = accumulated_errors(graph, result.model, [*(y.result for y in graph.layers), *shared], feeds, result.names)
     scene = _scene(result, planned)
     position = {node.name: n for n, node in enumerate(graph.nodes)}
 

@@ -210,9 +210,9 @@ def _reason(graph: onnx.GraphProto, node: onnx.NodeProto) -> Reason:
         if weight is None or weight.op_type != "DequantizeLinear":
             return Reason("unquantized", f"neither its input (from {origin}) nor its weight is quantized")
         return Reason("float-input", f"its input, from {origin}, is float")
-    codes = source.input[0]
     if _sixteen(types, source):
-        return Reason("wide-codes", f"its input '{codes}' has 16-bit codes, for which there is no integer kernel")
+        origin = _origin(source, producers)
+        return Reason("wide-codes", f"its input, {origin}, has 16-bit codes, for which there is no integer kernel")
     if any(_sixteen(types, n) for n in readers if n.op_type == "QuantizeLinear"):
         return Reason("wide-codes", "its output is quantized to 16-bit codes, for which there is no integer kernel")
     if weight is None or weight.op_type != "DequantizeLinear":
@@ -231,6 +231,14 @@ def _reason(graph: onnx.GraphProto, node: onnx.NodeProto) -> Reason:
             )
         return Reason("float-output", f"its output is read in float by {other}; quantize it")
     return Reason("runtime", "onnxruntime did not fuse it (check zero points and the bias scale s_x * s_w)")
+
+
+def _origin(source: onnx.NodeProto, producers: dict[str, onnx.NodeProto]) -> str:
+    """What computes the values that a DequantizeLinear has from codes, in words."""
+    node: onnx.NodeProto | None = source
+    while node is not None and (not node.name or node.op_type in ("QuantizeLinear", "DequantizeLinear")):
+        node = producers.get(node.input[0]) if node.input else None
+    return f"from operator '{node.name}'" if node is not None else "from the model's input"
 
 
 def _shifts(graph: onnx.GraphProto, node: onnx.NodeProto) -> bool:

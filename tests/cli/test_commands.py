@@ -42,6 +42,22 @@ def test_the_default_output_is_in_this_folder_and_named_after_the_recipe(ready):
     assert Path("model.mine.onnx").exists()
 
 
+def test_names_inside_the_model_are_short_or_kept(ready):
+    """Either file is what its recipe makes."""
+    written = {output for node in onnx.load("model.onnx").graph.node for output in node.output}
+    inner = {}
+    for names in ("short", "keep"):
+        assert ready("quantize", "model.onnx", "--data", "data.npz", "-o", f"{names}.onnx", "--names", names).code == 0
+        inner[names] = written & {output for node in onnx.load(f"{names}.onnx").graph.node for output in node.output}
+        assert audit_model(f"{names}.onnx").counts() == {"QLinearConv": 2, "QGemm": 1}
+        ran = ready("diagnose", "model.onnx", "--data", "data.npz", "--quantized", f"{names}.onnx")
+        assert ran.code == 0 and "is not what its recipe makes" not in ran.err
+    outputs = {value.name for value in onnx.load("model.onnx").graph.output}
+    assert inner["short"] == outputs < inner["keep"]
+    ran = ready("quantize", "model.onnx", "--data", "data.npz", "--names", "long")
+    assert ran.code == 2 and "names = 'long' is unknown" in ran.err
+
+
 def test_an_existing_output_is_replaced(ready):
     Path("out.onnx").write_text("old")
     assert ready("quantize", "model.onnx", "--data", "data.npz", "-o", "out.onnx").code == 0

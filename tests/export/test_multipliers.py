@@ -158,7 +158,7 @@ def test_finer_scales_have_less_error():
 def test_multipliers_have_the_smallest_type(most, kind):
     model = net(1, cin=64, cout=64)
     made = tiled(max_multiplier=most)
-    result = quantize(model, made, feeds(model, 2), workers=1)
+    result = quantize(model, made, feeds(model, 2), workers=1, names="keep")
     factors = {t.data_type for t in result.model.graph.initializer if "_factor" in t.name}
     assert factors == {kind}
     assert {int(np.max(s.multiplier)) for s in result.plan.values() if s.multiplier is not None} == {most}
@@ -178,7 +178,7 @@ def test_multipliers_have_the_smallest_type(most, kind):
 def test_bits_per_weight_are_those_of_the_file(recipe):
     """Codes, factors and scales of the weights, counted in the file."""
     model = net(1, cin=72, cout=40)
-    result = quantize(model, recipe, feeds(model, 2), workers=1)
+    result = quantize(model, recipe, feeds(model, 2), workers=1, names="keep")
     graph = load(model)
     counted = 0
     for layer in graph.layers:

@@ -427,6 +427,24 @@ def test_wrong_parameters(parameters):
         Equalize(**parameters)
 
 
+def test_layers_of_one_weight_still_share_it():
+    """Other factors in each of them would make other weights of it."""
+    net = Net(["N", 3, 8, 8])
+    loud = np.exp(net.rng.uniform(-2.3, 2.3, 16))
+    shared = net.constant(net.rng.normal(size=(16, 16, 1, 1)) / loud[None, :, None, None] / 4)
+    x, width = "x", 3
+    for _ in range(2):
+        weight = net.constant(net.rng.normal(size=(16, width, 1, 1)) * loud[:, None, None, None] / width)
+        x, width = net.op("Relu", net.op("Conv", net.op("Relu", net.op("Conv", x, weight)), shared)), 16
+    model = net.model(net.head(net.op("Relu", net.conv(x, 16, 12)), 12))
+    result = quantize(model, {"pass": [{"use": "equalize", "by": "activations"}, {"use": "ranges"}]}, feeds(model, 12))
+    assert told(result)["groups"] == 1  # the last one
+    makers = {o: n for n in result.model.graph.node for o in n.output}
+    readers = {n.name for n in model.graph.node if shared in n.input}
+    codes = {makers[n.input[1]].input[0] for n in result.model.graph.node if n.name in readers}
+    assert len(readers) == 2 and len(codes) == 1
+
+
 # ---- by activations -------------------------------------------------------------------------------------------------
 
 

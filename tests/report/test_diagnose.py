@@ -267,7 +267,7 @@ def test_an_activation_in_float_is_float(make):
             root = made.graph.root(layer.input)
             assert all(made.graph.is_constant(name) or made.graph.root(name) != root for name in made.plan)
             if layer.input not in made.graph.inputs:
-                assert is_float(made.model, layer.input), remedy.typed
+                assert is_float(made.model, made.names[layer.input]), remedy.typed
             tried += 1
     assert tried
 
@@ -280,7 +280,7 @@ def test_the_writer_of_a_rounded_tensor_is_named():
     remedy = tensor.remedies[-1]
     assert [rule.match for rule in remedy.layers] == ["conv2"]  # its reader is float by the recipe
     made = result.again(remedy.on(result.recipe))
-    assert is_float(made.model, tensor.input)
+    assert is_float(made.model, made.names[tensor.input])
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "npu", "per-tensor", "storage"])
