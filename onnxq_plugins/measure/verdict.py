@@ -157,16 +157,16 @@ def _values(output: Sequence[Any]) -> int:
 
 
 def _stacked(reference: Sequence[Any], other: Sequence[Any], part: Any) -> tuple[Array, Array]:
-    """An output's values in both networks, [samples, ...] float64, 0 where the reference is not finite; [1, all] where
-    shapes vary. The rows of a single feed are samples, too."""
+    """An output's values in both networks, [samples, ...], 0 where the reference is not finite; [1, all] where shapes vary.
+    The rows of a single feed are samples, too."""
     pairs = [(y[part], z[part]) if part else (y, z) for y, z in zip(_arrays(reference), _arrays(other), strict=True)]
     if len({y.shape for y, _ in pairs}) == 1:
         y, z = (np.stack(side) for side in zip(*pairs, strict=True))
         y, z = (y[0], z[0]) if len(pairs) == 1 and y.ndim > 1 and y.shape[1] > 1 else (y, z)
     else:
-        y, z = (np.concatenate([np.empty(0), *(a.ravel() for a in side)])[None] for side in zip(*pairs, strict=True))
+        y, z = (np.concatenate([a.ravel() for a in side])[None] for side in zip(*pairs, strict=True))
     kept = np.isfinite(y)
-    return np.where(kept, y, 0).astype(np.float64), np.where(kept, z, 0).astype(np.float64)
+    return np.where(kept, y, 0), np.where(kept, z, 0)
 
 
 def _arrays(output: Sequence[Any]) -> list[Array]:

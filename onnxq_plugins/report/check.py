@@ -23,7 +23,7 @@ from onnxq_plugins.calibration.synthetic import SYNTHETIC
 from onnxq_plugins.data.samples import chosen
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import FLOAT, Job
-from onnxq_plugins.measure.arrays import IDENTICAL
+from onnxq_plugins.measure.arrays import IDENTICAL, leaves
 from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.measure.verdict import Verdict, bounded_outputs, judge_outputs
 from onnxq_plugins.runtimes.examples import examples, first_running
@@ -33,6 +33,7 @@ from onnxq_plugins.spec import Array
 Feeds = Sequence[dict[str, Array]]
 _SAMPLES, _STEPS, _FEWEST = 16, 32, 2
 _WORK = 1e9  # multiply-adds over the samples
+_BYTES = 2**26  # of their outputs
 _SECONDS, _SHARE = 1.0, 0.1  # at most, or that part of the time so far
 _TIMING = 0.3  # seconds of runs in turn
 _TINY = 0.1  # milliseconds of a network that no kernel makes faster
@@ -232,16 +233,19 @@ class _Runs:
 
     def run(self, stop: Callable[[int], bool]) -> None:
         """Run all feeds, or as many as `stop` lets."""
-        for feed in self.feeds:
-            if stop(len(self.reference)):
+        size = 0
+        for count, feed in enumerate(self.feeds):
+            if stop(count) or (count >= _FEWEST and size > _BYTES):
                 break
             begin = time.perf_counter()
             self.reference.append(self.own.run(None, dict(runtimes.wanted(self.own, feed))))
             middle = time.perf_counter()
+            size += sum(leaf.nbytes for value in self.reference[-1] for leaf in leaves(value))
             if self.state:  # steps run on states of their own, all at the end
                 continue
+            begin_other = time.perf_counter()
             self.other.append(self.quantized.run(None, dict(runtimes.wanted(self.quantized, feed))))
-            self._times.append((middle - begin, time.perf_counter() - middle))
+            self._times.append((middle - begin, time.perf_counter() - begin_other))
         self.random = pickle.dumps(self._first) != pickle.dumps(self.reference[0])
         if self.state:
             names = [output.name for output in self.own.get_outputs()]

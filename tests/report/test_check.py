@@ -232,6 +232,12 @@ def test_much_work_is_done_on_few_samples(monkeypatch):
     assert result.check is not None and result.check.samples == 2
 
 
+def test_large_outputs_are_kept_of_few_samples(monkeypatch):
+    monkeypatch.setattr(checking, "_BYTES", 1)
+    result = onnxq.quantize(deep(), LOUD, rows())
+    assert result.check is not None and result.check.samples == 2
+
+
 def test_no_run_is_begun_when_time_is_up(monkeypatch):
     monkeypatch.setattr(checking, "_SECONDS", -1.0)
     monkeypatch.setattr(checking, "_SHARE", 0.0)
