@@ -416,9 +416,7 @@ def _quantize_branches(job: Job, model: onnx.ModelProto, again: partial[Result])
             job.note(f"no sample takes {branch.words}: what is in it computes float")
             continue
         try:
-            result = quantize(
-                branch.model, recipe, feeds, names="keep", **options
-            )  # what it reads from around it has its name
+            result = quantize(branch.model, recipe, feeds, **options)
         except OnnxqError as error:
             job.note(f"{branch.words} stays float: {error}")
             continue
