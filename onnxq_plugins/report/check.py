@@ -3,8 +3,8 @@ result is, how large, and what to try if one of these is bad, so that nothing ba
 
 The float network is the user's own model, the quantized one the model as it is exported, in onnxruntime as it will run. Work
 is counted: some samples (those that `search.quality` judged on, else held-out ones), then at most 60 pairs of runs in turn
-within a third of a second, or five. Beyond a second, or a tenth of the time that quantizing took, two samples and three pairs
-are enough."""
+within a third of a second, or five. Beyond a second, or a tenth of the time that quantizing took, two samples and three
+pairs are enough."""
 
 from __future__ import annotations
 
