@@ -34,9 +34,28 @@ from onnxq_plugins.spec import Array
 CHANNELS = (1, 3, 8, 12, 16, 20, 24, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 192, 240, 256, 320, 384, 512, 576)
 WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
 SIZES = (1, 2, 4, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160)
-ELEMENTWISE = tuple(
-    "Add Mul Add Mul Concat Sigmoid LeakyRelu HardSigmoid Tanh Erf Clip Relu Softmax PRelu Exp Sub Div Gelu Swish HardSwish "
-    "LayerNormalization".split()
+ELEMENTWISE = (
+    "Add",
+    "Mul",
+    "Add",
+    "Mul",
+    "Concat",
+    "Sigmoid",
+    "LeakyRelu",
+    "HardSigmoid",
+    "Tanh",
+    "Erf",
+    "Clip",
+    "Relu",
+    "Softmax",
+    "PRelu",
+    "Exp",
+    "Sub",
+    "Div",
+    "Gelu",
+    "Swish",
+    "HardSwish",
+    "LayerNormalization",
 )
 WINDOWS = ("MaxPool", "AveragePool", "GlobalAveragePool", "Resize", "ReduceMean", "Pad")
 MOVES = {
