@@ -3,7 +3,7 @@
 onnx-graphsurgeon is imported in this folder alone.
 """
 
-from onnxq_plugins.graph.canonical import add_bias
+from onnxq_plugins.graph.affine import add_bias
 from onnxq_plugins.graph.channels import channel_axis, channels
 from onnxq_plugins.graph.constants import Constant, constants
 from onnxq_plugins.graph.core import Graph

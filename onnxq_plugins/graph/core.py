@@ -299,12 +299,15 @@ class Graph:
                 producer = by.inputs[0]
                 replace_reads(by, old)
                 producer.outputs[next(i for i, t in enumerate(producer.outputs) if t is by)] = old
+                if by.name in self.batchnorms:
+                    self.batchnorms[old.name] = self.batchnorms.pop(by.name)
             else:
                 self.add_node("Identity", node.name, [by], [old])
         else:
             replace_reads(old, by)
         node.inputs.clear()
-        self._graph.nodes.remove(node)
+        nodes = self._graph.nodes
+        del nodes[next(i for i, n in enumerate(nodes) if n is node)]  # `remove` compares operators, which takes long
         self.changed()
 
     def load_constants(self) -> None:

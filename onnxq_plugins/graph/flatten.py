@@ -1,4 +1,4 @@
-"""MatMul + Add on more than two axes becomes Gemm on two."""
+"""MatMul + Add on more than two axes, or on one, becomes Gemm on two."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def _unflatten(graph: Graph, two_d: gs.Tensor, output: gs.Tensor, flat: dict[str
 
 
 def _unflat_shape(tensor: gs.Tensor) -> list[int] | None:
-    """The target of a Reshape back to the tensor's shape; None if more than one axis is dynamic."""
-    if tensor.shape is None or len(tensor.shape) < 3 or not isinstance(tensor.shape[-1], int):
+    """The target of a Reshape back to the tensor's shape, of one axis or more than two; None if more than one is dynamic."""
+    if tensor.shape is None or len(tensor.shape) in (0, 2) or not isinstance(tensor.shape[-1], int):
         return None
     shape = [n if isinstance(n, int) else -1 for n in tensor.shape]
     return shape if shape.count(-1) <= 1 and 0 not in shape else None

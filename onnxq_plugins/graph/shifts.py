@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq_plugins.graph.canonical import add_bias
+from onnxq_plugins.graph.affine import add_bias
 from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.groups import Walk
 from onnxq_plugins.graph.layer import Layer

@@ -380,10 +380,10 @@ def test_batchnorm_stays_where_the_layer_is_read_twice():
 
 @pytest.mark.parametrize(
     "shape, folded",
-    [((8, 1, 1), True), ((1, 8, 1, 1), True), ((8,), False), ((1,), False), ((8, 1, 8), False), ((1, 1, 8, 1, 1), False)],
+    [((8, 1, 1), True), ((1, 8, 1, 1), True), ((8,), False), ((1,), True), ((8, 1, 8), False), ((1, 1, 8, 1, 1), False)],
 )
 def test_constant_behind_conv(shape, folded):
-    """Only one constant per channel is a bias; the image here is 8 pixels wide on purpose."""
+    """Only one constant, or one per channel, is a bias; the image here is 8 pixels wide on purpose."""
     net = Net(["N", 3, 8, 8])
     graph = imported(net.model(net.op("Add", net.weight(*shape), net.conv("x", 3, 8, bias=False))))
     assert ("Add" not in ops(graph)) is folded

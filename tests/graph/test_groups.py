@@ -404,8 +404,9 @@ def squeeze_excite(net):
 
 
 def scaled(net):
+    """Functions stand behind the constants, which would be part of the layer otherwise."""
     x = net.op("Mul", net.op("Relu", net.conv("x", 4, 8)), net.weight(8, 1, 1))
-    return net.conv(net.op("Mul", x, net.constant(0.5)), 8, 4)
+    return net.conv(net.op("LeakyRelu", net.op("Mul", net.op("LeakyRelu", x), net.constant(0.5))), 8, 4)
 
 
 def shifted(net):

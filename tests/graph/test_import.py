@@ -74,10 +74,10 @@ def test_constants_in_every_form(form):
     if form != "sparse_value":  # which onnxruntime takes in fewer places
         imported(model)
         return
-    scale = graph.constant(next(node.inputs[1].name for node in graph.nodes if node.op == "Mul")).ravel()
-    expected = np.zeros(8)
-    expected[[1, 6]] = np.linspace(0.5, 1.5, 8)[[1, 6]]
-    np.testing.assert_allclose(scale, expected, rtol=1e-6)
+    expected = np.zeros((8, 1, 1, 1))
+    expected[[1, 6], 0, 0, 0] = np.linspace(0.5, 1.5, 8)[[1, 6]]
+    weight = numpy_helper.to_array(model.graph.initializer[0])
+    np.testing.assert_allclose(graph.constant(graph.layers[0].weight), weight * expected, rtol=1e-6)
 
 
 def test_text_travels_through():

@@ -35,15 +35,18 @@ def recipe(step=None, block="tensor", **more):
 
 
 def spread(kind):
-    """Outputs of a layer whose channels range over 1000 : 1, brought to one size behind it in float."""
+    """Outputs of a layer whose channels range over 1000 : 1, brought to one size behind it in float; behind a Max, which
+    changes nothing, since import would move the factors into the layer."""
     net = Net(["N", 8, 6, 6] if kind != "gemm" else ["N", 24])
     size = np.random.default_rng(1).permutation(np.logspace(-3, 0, 24)).astype(np.float32)
     if kind == "gemm":
         y = net.op("Gemm", "x", net.constant(net.rng.normal(size=(24, 24)) * size[:, None]), net.constant(size), transB=1)
+        y = net.op("Max", y, net.constant(-1000.0))
         return net.model(net.op("Mul", net.op("Tanh", net.op("Mul", y, net.constant(1 / size / 8))), net.constant(2.0)))
     groups = 8 if kind == "depthwise" else 1
     weight = net.rng.normal(size=(24, 8 // groups, 3, 3)) * size[:, None, None, None]
     y = net.op("Conv", "x", net.constant(weight), net.constant(size), pads=[1] * 4, group=groups)
+    y = net.op("Max", y, net.constant(-1000.0))
     return net.model(net.op("Tanh", net.op("Mul", y, net.constant((1 / size / 8).reshape(24, 1, 1)))))
 
 
