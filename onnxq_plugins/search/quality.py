@@ -7,7 +7,7 @@ from dataclasses import replace
 from onnxq_plugins.errors import Reason
 from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.clipping import least_squares
-from onnxq_plugins.layers.complete import activation_spec
+from onnxq_plugins.layers.complete import activation_spec, complete
 from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.search.fallback import WIDE, Fallback, Search, decibels, judged
@@ -104,7 +104,10 @@ def _as_plain(job: Job, samples: Samples, before: Array) -> Fallback | None:
     assert judge is not None
     view = Planned.of(job)
     requests = Plan({n: job.plan[n].request() for n in (*view.activations, *(y.weight for y in view.layers))})
-    plain = replace(job, plan=judge.completed(job.plan | requests), report=Report())
+    plain = replace(job, plan=job.plan | requests, report=Report())
+    complete(plain)
+    plans = {"corrected": judge.completed(job.plan | requests), "plain": plain.plan}  # what `bias-correct` chooses from
+    plain.plan = plans[judge.best(plans).name]
     start = decibels(plain, judge.samples, plain.plan)
     if start.min() >= quality.least or _clipped(plain, judge.samples, start).min() >= quality.least:
         return None
