@@ -26,6 +26,7 @@ _SHORT = 200.0  # microseconds of a run below which no table tells one network f
 _LONG = 50_000.0  # up to which networks are timed, too
 _SECONDS = 0.3  # of timing
 _WHY = "it is faster in float, conversions included"
+_SURE = 1.5  # times the predicted time of the choice beyond which a network is not worth timing
 _CLEAR = 0.03  # by which a network must be faster for timing to overrule the table
 
 
@@ -81,15 +82,15 @@ class Placement(Pass):
         sets = {name: each for name, each in sets.items() if name == "integer" or each}
         result: dict[str, Any] = {"table": costs.name, "predicted": {name: round(predicted[name], 1) for name in sets}}
         plans = {name: in_float(job, names) for name, names in sets.items()}
-        if self.check and job.target.here and shortest <= _LONG:
-            timed = _timed(job, plans, feed)
+        close = {name: plan for name, plan in plans.items() if predicted[name] < _SURE * predicted[choice]}
+        if self.check and job.target.here and shortest <= _LONG and len(close) > 1:
+            timed = _timed(job, close, feed)
             result["timed"] = {name: round(1e3 * typical(own)) for name, own in timed.items()}
             choice = fastest(timed, choice)
         job.plan = plans[choice]
         if sets[choice]:
-            timed = result.get("timed", result["predicted"])
-            how, times = "predicted", result["predicted"]
-            if timed[choice] < timed["integer"] and "timed" in result:
+            how, times, timed = "predicted", result["predicted"], result.get("timed", {})
+            if timed.get(choice, np.inf) < timed.get("integer", 0.0):
                 how, times = "measured", timed
             layers = {y.name for y in job.graph.layers} & sets[choice]
             job.report.floats.update({name: Reason("slower", _WHY) for name in layers})
