@@ -20,6 +20,7 @@ from onnxq_plugins import OnnxqError, quantize
 from onnxq_plugins.passes import placement
 
 CHOICES = ("integer", "placed", "float")
+RECIPE = {"pass": [{"use": "placement", "least": 0.0}]}
 
 
 def main() -> None:
@@ -28,16 +29,14 @@ def main() -> None:
     parser.add_argument("models", nargs="*")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing a model")
     args = parser.parse_args()
-    placement._SHORT, placement._SECONDS = 0.0, args.seconds
+    placement._SECONDS = args.seconds
     folder = open_folder(args.folder)
     heads = "".join(f" {name} ms |" for name in CHOICES)
     print(f"{machine()}\n\npredicted / measured\n\n| model |{heads} chosen | float operators |\n|{'---|' * 6}")
     errors = []
     for name in args.models or folder.names:
         try:
-            result = quantize(
-                folder.path(name), {"pass": [{"use": "placement"}]}, folder.feeds(name, "calib")[:2], check=False
-            )
+            result = quantize(folder.path(name), RECIPE, folder.feeds(name, "calib")[:2], check=False)
         except OnnxqError as error:
             print(f"| {name} | {error} | | | | |")
             continue
