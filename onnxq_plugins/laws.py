@@ -74,7 +74,7 @@ def _drift(step: Pass, before: list[Any], after: list[Any]) -> float:
     return drift
 
 
-def _drop_stale(job: Job, before: Plan, weights: dict[str, int]) -> None:
+def _drop_stale(job: Job, before: Plan, weights: dict[str, bytes]) -> None:
     """Drop solutions of what a pass changed without planning it anew, and entries of tensors that are gone."""
     changed = {n for n, w in _weights(job.graph).items() if n in weights and w != weights[n]} | job.graph.touched
     stale = [n for n in changed if n in job.plan and job.plan[n].solved and job.plan[n] is before.get(n)]
@@ -111,11 +111,9 @@ def _guarded(step: Pass, run: Callable[[], Any], plugins: Plugins) -> dict[str, 
     return result
 
 
-def _weights(graph: Graph) -> dict[str, int]:
-    """A quick fingerprint of each layer's weight."""
-    arrays = {layer.weight: graph.constant(layer.weight) for layer in graph.layers}
-    files = {id(array) for array in graph.mapped.arrays.values()}  # they cannot change: they are mapped for reading
-    return {name: id(array) if id(array) in files else hash(array.tobytes()) for name, array in arrays.items()}
+def _weights(graph: Graph) -> dict[str, bytes]:
+    """A fingerprint of each layer's weight."""
+    return {layer.weight: graph.content(layer.weight) for layer in graph.layers}
 
 
 def is_random(graph: Graph, data: Data | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -15,6 +14,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.beside import Beside, split
+from onnxq_plugins.graph.fingerprint import Contents, Fingerprint, is_large
 from onnxq_plugins.graph.layer import LAYER_OPS, BatchNorm, Layer
 from onnxq_plugins.graph.mapped import MappedWeights
 from onnxq_plugins.graph.opsets import expand_all
@@ -69,6 +69,8 @@ class Graph:
         self.mapped = mapped or MappedWeights()  # weights that stay in files
         self.defaults = beside.defaults  # values of inputs that callers may leave out
         self.versions = versions  # opset and IR version of the user's own model
+        self._contents = Contents()
+        self._written: dict[bool, tuple[str, onnx.ModelProto]] = {}  # by `expand`: structure, the model with placeholders
         self.output_opset = 0  # lowest opset of what is made of it; a pass that needs a newer one raises it
 
     # ---- queries ---------------------------------------------------------------------------------------------------
@@ -330,20 +332,29 @@ class Graph:
         """The float model as ONNX, with IR version, opset, metadata and documentation as imported.
 
         weights   a dict that receives the large constants; the model then has placeholders ("external data") for them and
-                  no copy is made. `runtimes.session` takes both.
+                  no copy is made. `runtimes.session` takes both. The graph is written anew only if it has changed.
         expand    write operators that the opset lacks, such as Gelu, in elementary ones
 
         Raises OnnxqError if an attribute cannot be written.
         """
-        large = (
-            []
-            if weights is None
-            else [
-                t
-                for t in self._graph.tensors().values()
-                if isinstance(t, gs.Constant) and t.values.nbytes > 1024 and t.values.dtype == np.float32
-            ]
-        )
+        if weights is None:
+            return self._model([], expand)
+        large = self._large()
+        weights.update((t.name, np.ascontiguousarray(t.values)) for t in large)
+        structure, known = self._fingerprint().structure, self._written.get(expand)
+        if known is None or known[0] != structure:
+            self._written[expand] = known = structure, self._model(large, expand)
+        model = onnx.ModelProto()
+        model.CopyFrom(known[1])
+        return model
+
+    def _large(self) -> list[gs.Constant]:
+        """The constants that get placeholders."""
+        read = {t.name: t for node in self._graph.nodes for t in node.inputs if isinstance(t, gs.Constant)}
+        return [t for t in read.values() if is_large(t.values)]
+
+    def _model(self, large: Sequence[gs.Constant], expand: bool) -> onnx.ModelProto:
+        """The model, with placeholders for some constants."""
         arrays = [t.values for t in large]
         for tensor, values in zip(large, arrays, strict=True):
             stub = onnx.TensorProto(
@@ -364,8 +375,6 @@ class Graph:
         finally:
             for tensor, values in zip(large, arrays, strict=True):
                 tensor.values = values
-        if weights is not None:
-            weights.update((t.name, np.ascontiguousarray(v)) for t, v in zip(large, arrays, strict=True))
         self._beside.restore(model)
         if expand:
             expand_all(model)
@@ -373,11 +382,15 @@ class Graph:
 
     def digest(self) -> str:
         """A fingerprint of the float function: equal for equal operators and weights. Copies no weight."""
-        digest = hashlib.blake2b(digest_size=16)
-        _update(digest, self._graph)
-        for rest in self._beside.rest.values():
-            _update(digest, [a.SerializeToString() for a in rest.attributes])
-        return digest.hexdigest()
+        return self._fingerprint().whole
+
+    def content(self, name: str) -> bytes:
+        """A hash of the values of a constant."""
+        return self._contents.of(self.constant(name), name in self.mapped.arrays)
+
+    def _fingerprint(self) -> Fingerprint:
+        rest = [a.SerializeToString() for rest in self._beside.rest.values() for a in rest.attributes]
+        return Fingerprint(self._graph, rest, self._contents, {id(array) for array in self.mapped.arrays.values()})
 
     def copy(self) -> Graph:
         """An independent copy; weights are copied too."""
@@ -385,33 +398,6 @@ class Graph:
         twin = Graph(graph, beside, copy.copy(self.batchnorms), self.notes, versions=self.versions)
         twin.output_opset = self.output_opset
         return twin
-
-
-def _update(digest: Any, value: Any) -> None:
-    """Feed a graph, tensor, array or plain value to a hash."""
-    if isinstance(value, gs.Graph):
-        for part in (value.opset, value.inputs, value.outputs, value.nodes):
-            _update(digest, part)
-    elif isinstance(value, gs.Node):
-        for part in (value.op, value.name, value.domain, sorted(value.attrs.items()), value.inputs, value.outputs):
-            _update(digest, part)
-    elif isinstance(value, gs.Constant):
-        _update(digest, value.name)
-        _update(digest, value.values)
-    elif isinstance(value, gs.Variable):
-        digest.update(f"{value.name} {value.dtype} {value.shape};".encode())
-    elif isinstance(value, np.ndarray):
-        digest.update(f"{value.dtype}{value.shape}".encode())
-        digest.update(
-            np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
-            if value.size and value.dtype != object
-            else repr(value.tolist()).encode()
-        )
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _update(digest, item)
-    else:
-        digest.update(f"{value!r};".encode())
 
 
 def replace_reads(old: gs.Tensor, new: gs.Tensor) -> None:
