@@ -65,15 +65,16 @@ def energies(reference: Any, other: Any) -> Array:
         signal = noise = 0.0
         for y, z in feed:
             kept = np.isfinite(y)
-            exact = np.where(kept, y, 0).astype(np.float64)
+            whole = bool(kept.all())  # nearly always, and then no copies are needed
+            exact = (y if whole else np.where(kept, y, 0)).astype(np.float64)
             energy = float(np.square(exact).sum())
             signal += energy
             if z is None:
                 noise += energy
-            elif not np.isfinite(z[kept]).all():
+            elif not np.isfinite(z if whole else z[kept]).all():
                 noise = float("inf")
             else:
-                noise += float(np.square(exact - np.where(kept, z, 0)).sum())
+                noise += float(np.square(exact - (z if whole else np.where(kept, z, 0))).sum())
         rows.append((signal, noise))
     return np.array(rows, np.float64).reshape(-1, 2)
 

@@ -26,6 +26,7 @@ from onnxq_plugins.measure.arrays import (
 )
 from onnxq_plugins.measure.classes import class_axes, labelled
 from onnxq_plugins.measure.metrics import check_labels, likely_axes, score
+from onnxq_plugins.measure.unlike import Part, parts
 from onnxq_plugins.spec import Array
 
 _QUARTER = 4  # steps at least in a quarter of a stream
@@ -155,6 +156,11 @@ class Samples:
             goes_on = goes_on and all(_near(values[n - 1], feed[self.state[name]]) for name, values in outputs.items())
             places.append(places[-1] + 1 if goes_on else 0)
         return places
+
+    @cached_property
+    def parts(self) -> list[list[Part]]:
+        """The parts of each output that are judged apart (`unlike.parts`); none of one that is not of floats."""
+        return [parts(values) if is_float(values) else [] for values in self.reference]
 
     def outputs(self, runner: runtimes.Session, own: bool = True, workers: int = 1) -> list[list[Any]]:
         """The outputs of another network for the feeds.

@@ -28,9 +28,8 @@ from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.measure.arrays import decibels as energy_decibels
-from onnxq_plugins.measure.arrays import is_float
 from onnxq_plugins.measure.samples import Samples
-from onnxq_plugins.measure.unlike import part_energies, part_name, parts
+from onnxq_plugins.measure.unlike import part_energies, part_name
 from onnxq_plugins.plan.floats import FloatSets
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
@@ -340,11 +339,10 @@ def decibels(job: Job, samples: Samples, plan: Plan) -> Array:
 
 def judged(samples: Samples) -> list[str]:
     """What `decibels` has a value of: outputs and parts of outputs, by name."""
-    columns = zip(samples.names, samples.reference, strict=True)
-    return [part_name(name, part) for name, values in columns if is_float(values) for part in parts(values)]
+    return [part_name(name, part) for name, found in zip(samples.names, samples.parts, strict=True) for part in found]
 
 
 def _decibels(samples: Samples, outputs: Sequence[Sequence[Any]]) -> Array:
-    columns = list(zip(samples.reference, outputs, strict=True))
-    rows = [part_energies(y, z, part) for y, z in columns if is_float(y) for part in parts(y)]
+    columns = zip(samples.reference, outputs, samples.parts, strict=True)
+    rows = [part_energies(y, z, part) for y, z, found in columns for part in found]
     return np.array([energy_decibels(row) for row in rows])

@@ -112,7 +112,13 @@ def _mse(counts: Array, values: Array, ranges: Array, levels: int, through: Call
     used = counts > 0
     x = values[used][None]
     codes = np.clip(np.rint(x / size) + zero, 0, levels - 1)
-    rounded = (codes - zero) * size
-    difference = rounded - x if through is None else through(rounded) - through(x)
-    error: Array = difference**2 @ counts[used] / counts.sum()
+    rounded = (codes - zero) * size if through is None else _through(codes, zero, size, levels, through)
+    error: Array = (rounded - (x if through is None else through(x))) ** 2 @ counts[used] / counts.sum()
     return error
+
+
+def _through(codes: Array, zero: Array, size: Array, levels: int, function: Callable[[Array], Array]) -> Array:
+    """A function's values for codes of grids, a row for each; it is evaluated once for each code where these are fewer."""
+    if levels >= codes.shape[1]:
+        return function((codes - zero) * size)
+    return np.take_along_axis(function((np.arange(levels) - zero) * size), codes.astype(np.intp), axis=1)
