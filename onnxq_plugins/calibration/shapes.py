@@ -5,7 +5,9 @@ tensor has. Sizes are taken from the layers that read it, since those of one sam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -78,30 +80,37 @@ def spatial_sizes(graph: Graph, layers: Sequence[Layer], feed: Mapping[str, Arra
             else:
                 unknown.append(layer)
     if unknown and feed is not None:
-        weights: dict[str, Array] = {}
-        model = graph.model(weights)
-        del model.graph.output[:]
-        for layer in unknown:
-            name = f"{layer.name}|sizes"
-            model.graph.node.append(helper.make_node("Shape", [layer.input], [name], name))
-            model.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None))
-        values = runtimes.session(model, weights=weights, lean=True).run(None, dict(feed))
-        sizes |= {layer.name: tuple(int(n) for n in v[2:]) for layer, v in zip(unknown, values, strict=True)}
+        shapes = shapes_of(graph, feed, [layer.input for layer in unknown])
+        sizes |= {layer.name: shapes[layer.input][2:] for layer in unknown}
     return sizes
 
 
-def shapes_of(graph: Graph, feed: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
-    """The shapes of all activations in a run of the float model on one sample."""
-    weights: dict[str, Array] = {}
-    model = graph.model(weights)
-    del model.graph.output[:]
-    tensors = [t.name for node in graph.nodes for t in node.outputs if not t.is_empty() and t.dtype is not None]
-    for name in tensors:
-        model.graph.node.append(helper.make_node("Shape", [name], [f"{name}|shape"], f"{name}|shape"))
-        model.graph.output.append(helper.make_tensor_value_info(f"{name}|shape", onnx.TensorProto.INT64, None))
-    values = runtimes.session(model, weights=weights, lean=True).run(None, dict(feed))
-    shapes = {name: tuple(int(n) for n in value) for name, value in zip(tensors, values, strict=True)}
-    return shapes | {name: tuple(np.shape(value)) for name, value in feed.items()}
+def shapes_of(graph: Graph, feed: Mapping[str, Array], names: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
+    """The shapes of some tensors, of all by default, in a run of the float model on one sample. What the last runs told is
+    remembered as long as operators, small constants and sample stay the same."""
+    sample = sorted((name, x.shape, x.dtype.str, _checksum(x)) for name, x in feed.items())
+    state = f"{graph.structure()} {sample}"
+    if graph.run_shapes[0] != state:
+        graph.run_shapes = state, {name: tuple(np.shape(x)) for name, x in feed.items()}
+    known = graph.run_shapes[1]
+    whole = [t.name for node in graph.nodes for t in node.outputs if not t.is_empty() and t.dtype is not None]
+    names = [*feed, *whole] if names is None else list(names)
+    if missing := [name for name in dict.fromkeys(names) if name not in known]:
+        tensors = [name for name in dict.fromkeys([*whole, *missing]) if name not in known]  # all at once
+        weights: dict[str, Array] = {}
+        model = graph.model(weights)
+        del model.graph.output[:]
+        for name in tensors:
+            model.graph.node.append(helper.make_node("Shape", [name], [f"{name}|shape"], f"{name}|shape"))
+            model.graph.output.append(helper.make_tensor_value_info(f"{name}|shape", onnx.TensorProto.INT64, None))
+        values = runtimes.session(model, weights=weights, lean=True).run(None, dict(feed))
+        known |= {name: tuple(int(n) for n in value) for name, value in zip(tensors, values, strict=True)}
+    return {name: known[name] for name in names}
+
+
+def _checksum(x: Array) -> int:
+    """Of values, as shapes may depend on them."""
+    return zlib.crc32(repr(x.tolist()).encode() if x.dtype == object else np.ascontiguousarray(x).tobytes())
 
 
 def multiply_adds(graph: Graph, layers: Sequence[Layer], feed: Mapping[str, Array]) -> float:
@@ -112,15 +121,8 @@ def multiply_adds(graph: Graph, layers: Sequence[Layer], feed: Mapping[str, Arra
     inner = {n: [k for k in shape[1:] if isinstance(k, int)] for n, shape in shapes.items() if shape}
     # of two axes the first may be rows of any number, such as tokens
     sizes = {n: int(np.prod(known)) for n, known in inner.items() if 2 <= len(known) == len(shapes[n] or ()) - 1}
-    unknown = [name for name in tensors if name not in sizes]
-    if unknown:
-        weights: dict[str, Array] = {}
-        model = graph.model(weights)
-        del model.graph.output[:]
-        for name in unknown:
-            model.graph.node.append(helper.make_node("Size", [tensors[name]], [f"{name}|size"], f"{name}|size"))
-            model.graph.output.append(helper.make_tensor_value_info(f"{name}|size", onnx.TensorProto.INT64, []))
-        values = runtimes.session(model, weights=weights, lean=True).run(None, dict(feed))
-        sizes |= {name: int(value) for name, value in zip(unknown, values, strict=True)}
+    unknown = {name: tensor for name, tensor in tensors.items() if name not in sizes}
+    run = shapes_of(graph, feed, unknown.values()) if unknown else {}
+    sizes |= {name: math.prod(run[tensor]) for name, tensor in unknown.items()}
     each = {y.name: y.shape[0] if y.op == "ConvTranspose" else y.channels for y in layers}
     return float(sum(sizes[y.name] * np.prod(y.shape) / each[y.name] for y in layers))

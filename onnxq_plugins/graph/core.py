@@ -71,6 +71,7 @@ class Graph:
         self.versions = versions  # opset and IR version of the user's own model
         self._contents = Contents()
         self._written: dict[bool, tuple[str, onnx.ModelProto]] = {}  # by `expand`: structure, the model with placeholders
+        self.run_shapes: tuple[str, dict[str, tuple[int, ...]]] = "", {}  # of one sample, see `calibration.shapes`
         self.output_opset = 0  # lowest opset of what is made of it; a pass that needs a newer one raises it
 
     # ---- queries ---------------------------------------------------------------------------------------------------
@@ -383,6 +384,10 @@ class Graph:
     def digest(self) -> str:
         """A fingerprint of the float function: equal for equal operators and weights. Copies no weight."""
         return self._fingerprint().whole
+
+    def structure(self) -> str:
+        """A fingerprint of all but the values of large weights."""
+        return self._fingerprint().structure
 
     def content(self, name: str) -> bytes:
         """A hash of the values of a constant."""

@@ -72,6 +72,30 @@ class OutputScore:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class FloatOutputs:
+    """What a float model gives for some feeds.
+
+    rows     values of all outputs, a row per feed
+    random   True if it gives other outputs for the same feed
+    """
+
+    rows: list[list[Any]]
+    random: bool
+
+    @classmethod
+    def of(cls, runner: runtimes.Session, feeds: Sequence[Mapping[str, Array]], workers: int = 1) -> FloatOutputs:
+        """By running it; `workers` feeds at the same time."""
+        fitting = [runtimes.wanted(runner, feed) for feed in feeds]
+        rows = [list(row) for row in zip(*runtimes.per_feed(runner, fitting, workers), strict=True)]
+        return cls(rows, runtimes.is_random(runner, fitting[0]))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        return sum(leaf.nbytes for row in self.rows for value in row for leaf in leaves(value))
+
+
 class Samples:
     """What networks are judged on.
 
@@ -108,20 +132,21 @@ class Samples:
         runner: runtimes.Session | None = None,
         state: Mapping[str, str] | None = None,
         workers: int = 1,
+        known: FloatOutputs | None = None,
     ) -> Samples:
         """Samples with what a float model gives for them.
 
         class_axis   of its outputs, as for `classes.class_axes`
         runner       a session of the model, if there is one already
         workers      samples that run at the same time
+        known        what it gives, if that is known already
         """
-        runner = runner or runtimes.session(model)
         proto = model if isinstance(model, onnx.ModelProto) else onnx.load(str(model), load_external_data=False)
-        reference = runtimes.per_feed(runner, (runtimes.wanted(runner, feed) for feed in feeds), workers)
+        known = known or FloatOutputs.of(runner or runtimes.session(model), feeds, workers)
         names = [output.name for output in proto.graph.output]
+        reference = [list(column) for column in zip(*known.rows, strict=True)]
         axes = class_axes(proto, reference, feeds[0], labels, class_axis)
-        random = runtimes.is_random(runner, runtimes.wanted(runner, feeds[0]))
-        return cls(feeds, names, reference, labels, axes, random, state)
+        return cls(feeds, names, reference, labels, axes, known.random, state)
 
     def few(self, count: int) -> Samples:
         """The same with at most `count` of the feeds, for what needs many runs; without labels."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import onnx
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.shapes import multiply_adds
@@ -33,7 +34,7 @@ from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.layers.problem import correct_biases
 from onnxq_plugins.measure.arrays import is_float
 from onnxq_plugins.measure.metrics import worst_sqnr
-from onnxq_plugins.measure.samples import Samples
+from onnxq_plugins.measure.samples import FloatOutputs, Samples
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Array, Plan
 
@@ -42,6 +43,7 @@ SAMPLES = 32  # at most
 _FEWEST = 4  # samples that must be affordable
 WORK = 2e10  # multiply-adds of one network over the samples: one to three seconds
 _RANGE = (-10.0, 60.0)  # dB
+_KEPT = 2**24  # bytes of float outputs that are kept for the next judge
 _FOLDED = 2**24  # weights up to which a session may hold them decoded, too: it runs several times faster
 
 
@@ -85,8 +87,8 @@ class Judge:
         feeds = [feed for n, feed in enumerate(data) if n in kept]
         weights: dict[str, Array] = {}
         model = job.graph.model(weights)
-        runner = runtimes.session(model, weights=weights, lean=True)
-        samples = Samples.of(model, feeds, class_axis=job.class_axis, runner=runner, state=data.state, workers=job.workers)
+        known = _float_outputs(job, model, weights, dict(zip(sorted(kept), feeds, strict=True)))
+        samples = Samples.of(model, feeds, class_axis=job.class_axis, state=data.state, known=known)
         return None if samples.random else cls(job, samples)
 
     def sqnr(self, plan: Plan, graph: Graph | None = None) -> float:
@@ -118,6 +120,28 @@ class Judge:
         """The plan with the best outputs: the first one, unless another is ahead of it by more than `TIE`."""
         scores = {name: round(self.sqnr(plan), 2) for name, plan in plans.items()}
         return Verdict(ahead(scores), scores)
+
+
+def _float_outputs(
+    job: Job, model: onnx.ModelProto, weights: Mapping[str, Array], feeds: Mapping[int, dict[str, Array]]
+) -> FloatOutputs:
+    """What the float network gives for samples, by their numbers. Outputs are kept beside the samples, if they are not large:
+    one judge after another asks for those of the same network."""
+    data = job.calibration.data
+    assert data is not None
+    key = job.graph.digest(), "outputs"
+    for old in [other for other in data.known if other[1] == key[1] and other != key]:
+        del data.known[old]
+    random, rows = data.known.get(key, (False, {}))
+    missing = [n for n in feeds if n not in rows]
+    if missing:
+        runner = runtimes.session(model, weights=weights, lean=True)
+        fresh = FloatOutputs.of(runner, [feeds[n] for n in missing], job.workers)
+        random, rows = random or fresh.random, {**rows, **dict(zip(missing, fresh.rows, strict=True))}
+    found = FloatOutputs([rows[n] for n in feeds], random)
+    if found.nbytes <= _KEPT:
+        data.known[key] = random, {n: rows[n] for n in feeds}
+    return found
 
 
 def mean_decibels(reference: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]) -> float:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import helper
 
-from onnxq_plugins import runtimes
+from onnxq_plugins.calibration.shapes import shapes_of
 from onnxq_plugins.graph import Graph
 from onnxq_plugins.graph.flow import activation_inputs, result_of
 from onnxq_plugins.plan.planned import Planned
@@ -99,18 +99,13 @@ def quantizer_groups(graph: Graph, plan: Plan, target: Target) -> list[Group]:
 def multiply_adds(graph: Graph, feed: Mapping[str, Array]) -> dict[str, int]:
     """Multiply-adds of each layer for one sample, from the shapes in a run of the float model: one for each output and
     weight that contributes to it, or for each input and weight that spreads it (ConvTranspose)."""
-    weights: dict[str, Array] = {}
-    model = graph.model(weights)
-    spreads = {layer.name: layer.op == "ConvTranspose" for layer in graph.layers}
-    del model.graph.output[:]
-    for layer in graph.layers:
-        size = f"{layer.name}|size"
-        model.graph.node.append(helper.make_node("Size", [layer.input if spreads[layer.name] else layer.output], [size]))
-        model.graph.output.append(helper.make_tensor_value_info(size, onnx.TensorProto.INT64, []))
-    sizes = runtimes.session(model, weights=weights).run(None, dict(feed)) if graph.layers else []
+    tensors = {y.name: y.input if y.op == "ConvTranspose" else y.output for y in graph.layers}
+    shapes = shapes_of(graph, feed, tensors.values())
     return {
-        layer.name: int(count) * int(np.prod(layer.shape)) // (layer.shape[0] if spreads[layer.name] else layer.channels)
-        for layer, count in zip(graph.layers, sizes, strict=True)
+        y.name: math.prod(shapes[tensors[y.name]])
+        * int(np.prod(y.shape))
+        // (y.shape[0] if y.op == "ConvTranspose" else y.channels)
+        for y in graph.layers
     }
 
 
