@@ -19,7 +19,7 @@ import onnx
 from onnx import helper
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.calibration.reductions import add_reduction, add_slice, alike, merge_of
+from onnxq_plugins.calibration.reductions import add_reduction, add_slice, alike, beside_makers, merge_of
 from onnxq_plugins.calibration.values import Gram, Histogram, InputRounding, Moments, NotFinite
 from onnxq_plugins.data import Data
 from onnxq_plugins.errors import OnnxqError
@@ -229,6 +229,7 @@ class Calibration:
         def outputs(missing: Sequence[str]) -> Run:
             weights: dict[str, Array] = {}
             model = self.graph.model(weights)
+            own = len(model.graph.node)
             del model.graph.output[:]
             for name in missing:
                 shape = self.graph.shape(name)
@@ -253,6 +254,7 @@ class Calibration:
                         state[f"{name}|peak"] = np.array([[peak, sample]])
                 return state
 
+            beside_makers(model.graph, own)
             return model, weights, read
 
         state = self._fold(statistic, names, outputs, others)
@@ -278,6 +280,7 @@ class Calibration:
         def outputs(missing: Sequence[str]) -> Run:
             weights: dict[str, Array] = {}
             model = self.graph.model(weights)
+            own = len(model.graph.node)
             fetched = list(dict.fromkeys(tensor_of[n] for n in missing))
             inputs = set(self.graph.inputs)
             del model.graph.output[:]
@@ -298,6 +301,7 @@ class Calibration:
                 _check_finite(name for name, v in by_tensor.items() if v.dtype.kind == "f" and not _finite(v))
                 return {k: v for n in missing for k, v in reduce(n, by_tensor[tensor_of[n]], sample).items()}
 
+            beside_makers(model.graph, own)
             return model, weights, read
 
         return self._fold(statistic, names, outputs)
@@ -354,7 +358,8 @@ class Calibration:
         prune(model)
         names = {t.name for t in model.graph.initializer}
         runtimes.trim()
-        session = runtimes.session(model, lean=True, weights={name: w for name, w in weights.items() if name in names})
+        read_weights = {name: w for name, w in weights.items() if name in names}
+        session = runtimes.session(model, lean=True, ordered=True, weights=read_weights)
         runtimes.trim()
 
         def state_of(numbered: tuple[int, dict[str, Array]]) -> State:

@@ -66,6 +66,7 @@ def session(
     profile: str | Path | None = None,
     folder: Path | None = None,
     written: bool = False,
+    ordered: bool = False,
 ) -> Session:
     """An onnxruntime session on the CPU.
 
@@ -78,11 +79,14 @@ def session(
     folder     of the model's external data, unless the model is a path; the data are mapped, not read, and not repacked
     written    round where the model says so: layers between Q/DQ pairs are float ones, which no machine saturates, and all
                other optimizations remain
+    ordered    run the operators in the model's order; else onnxruntime computes all that others read first
     profile    time every kernel, at some microseconds each; `end_profiling` writes a file with this prefix
 
     Raises OnnxqError if onnxruntime refuses the model; so do its runs if they fail.
     """
     options = _options(threads, optimize, lean, arena, written)
+    if ordered:
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if folder is not None:
         options.add_session_config_entry(_FOLDER, str(folder.resolve()))
         options.add_session_config_entry(_NO_PREPACKING, "1")
