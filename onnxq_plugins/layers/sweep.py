@@ -8,7 +8,8 @@ sweep costs one run of each network. The quantized operators come from the expor
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,11 +19,12 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnxq_plugins import runtimes
+from onnxq_plugins.calibration.shapes import shapes_of
 from onnxq_plugins.data import Data
 from onnxq_plugins.data.samples import spread
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.qdq import Writer
-from onnxq_plugins.graph import Layer
+from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.bodies import outer_reads
 from onnxq_plugins.graph.opsets import NARROW_OPSET, raise_opset
 from onnxq_plugins.graph.patches import gram, output_columns, patches, split
@@ -73,6 +75,9 @@ class _Network:
     live: dict[str, list[Array]]  # tensor -> one array per sample
     samples: int
     dequantizers: dict[str, onnx.NodeProto] = field(default_factory=dict)  # output -> node: copied to where it is read
+    sizes: Mapping[str, int] = field(default_factory=dict)  # bytes of a tensor per sample, where they are known
+    passing: list[_Step] = field(default_factory=list)  # the last steps, if their outputs are not held but computed again
+    kinds: dict[str, set[tuple[Any, tuple[int, ...]]]] = field(default_factory=dict)  # types and shapes of their outputs
 
     def step(self, nodes: list[onnx.NodeProto], constants: Iterable[TensorProto], keep: set[str]) -> _Step:
         """The operators as a model of their own that yields what is to be kept."""
@@ -80,7 +85,7 @@ class _Network:
         produced = {o for n in nodes for o in n.output}
         outputs = [name for name in dict.fromkeys(o for n in nodes for o in n.output) if name in keep]
         if not outputs:
-            return _Step(self, keep)
+            return _Step(self, keep, passing=bool(self.passing))
         nodes = _needed(nodes, set(outputs))
         copied: dict[str, onnx.NodeProto] = {}
         for node in nodes:
@@ -94,7 +99,7 @@ class _Network:
         graph = helper.make_graph(
             nodes,
             "step",
-            [_describe(name, self.live[name]) for name in inputs],
+            [_describe(name, self.kinds.get(name) or {(v.dtype, v.shape) for v in self.live[name]}) for name in inputs],
             [helper.make_empty_tensor_value_info(name) for name in outputs],
             [small[name] for name in needed if name in small],
         )
@@ -102,8 +107,15 @@ class _Network:
         model.ir_version = self.proto.ir_version
         weights = {name: self.floats[name] for name in needed if name in self.floats}
         session = runtimes.session(model, weights=weights, lean=True, arena=False, written=True)
+        passing = self._passing([name for name in (*self.live, *outputs) if name in keep])
         self.live |= {name: [_GONE] * self.samples for name in outputs}
-        return _Step(self, keep, session, inputs, outputs)
+        return _Step(self, keep, session, inputs, outputs, passing)
+
+    def _passing(self, names: Sequence[str]) -> bool:
+        """True if these tensors are not to be held for all samples: they are large, and what is held now is smaller."""
+        held = {name: values[0].nbytes for name, values in self.live.items()}
+        now, then = sum(held.values()), sum(held.get(name) or self.sizes.get(name, 0) for name in names)
+        return len(self.passing) < _AGAIN and then * self.samples > _HELD and now < then
 
 
 @dataclass(frozen=True)
@@ -115,24 +127,40 @@ class _Step:
     session: Any = None
     inputs: Sequence[str] = ()
     outputs: Sequence[str] = ()
+    passing: bool = False
 
     def run(self, sample: int) -> None:
-        """Advance one sample, and drop its activations that no later operator reads."""
+        """Advance one sample."""
         live = self.network.live
-        if self.session is not None:
-            values = runtimes.run(self.session, {name: live[name][sample] for name in self.inputs})
-            for name, value in zip(self.outputs, values, strict=True):
-                live[name][sample] = value
-        for name, values in live.items():
-            if name not in self.keep:
+        for step in (*self.network.passing, self):
+            if step.session is not None:
+                values = runtimes.run(step.session, {name: live[name][sample] for name in step.inputs})
+                for name, value in zip(step.outputs, values, strict=True):
+                    live[name][sample] = value
+        if self.passing:
+            for name in self.outputs:
+                self.network.kinds.setdefault(name, set()).add((live[name][sample].dtype, live[name][sample].shape))
+
+    def leave(self, sample: int) -> None:
+        """Drop a sample's activations that no later operator reads, and those that are computed again."""
+        again = {name for step in (*self.network.passing, self) for name in step.outputs} if self.passing else set[str]()
+        for name, values in self.network.live.items():
+            if name in again if self.passing else name not in self.keep:
                 values[sample] = _GONE
 
     def finish(self) -> None:
         """Forget the tensors that no later operator reads."""
-        self.network.live = {name: values for name, values in self.network.live.items() if name in self.keep}
+        network = self.network
+        if not self.passing:
+            network.passing.clear()
+            network.live = {name: values for name, values in network.live.items() if name in self.keep}
+        elif self.session is not None:
+            network.passing.append(self)
 
 
 _GONE = np.empty(0)
+_HELD = 2**26  # bytes of one network's activations, of all samples, beyond which they are rather computed again,
+_AGAIN = 3  # for so many layers: from an inverted residual's input, say, which is several times smaller than what is inside
 
 
 def sweep(
@@ -145,7 +173,8 @@ def sweep(
     limit       largest D with a full Gram matrix
     samples     of the data at most, evenly spaced; if there are more, a note in the report says so
 
-    Holds one layer's Gram matrix and, for each sample, the activations alive at that layer.
+    Holds one layer's Gram matrix and, for each sample, the activations alive at that layer, or those of the float network at
+    one shortly before, if they are smaller.
     """
     pending = {layer.name for layer in layers}
     if job.calibration.data is None:
@@ -157,6 +186,7 @@ def sweep(
     place = {node.name: i for i, node in enumerate(nodes)}
     inputs = {name: [feed[name] for feed in feeds] for name in job.graph.inputs}
     exact = _Network(proto, floats, {name: list(values) for name, values in inputs.items()}, len(feeds))
+    exact.sizes = _sizes(job.graph, feeds[0])
     writer = Writer(job.graph, job.plan, job.target)
     raise_opset(writer.model, NARROW_OPSET)  # a step of it is a model of its own, whatever it holds
     rounded = _Network(writer.model, writer.floats, inputs, len(feeds))
@@ -179,6 +209,7 @@ def sweep(
                 sums.add(parts)
         for step in steps:
             step.finish()
+        runtimes.trim()
         start, written = end, len(writer.builder.nodes)
         yield layer, sums.result()
         writer.plan = job.plan
@@ -187,12 +218,16 @@ def sweep(
             return
 
 
-def _advance(steps: Iterable[_Step], sums: _Sums, exact: _Network, numbers: Sequence[int]) -> list[list[Array]]:
+def _advance(steps: Sequence[_Step], sums: _Sums, exact: _Network, numbers: Sequence[int]) -> list[list[Array]]:
     """Take some samples through the steps; the products of a layer that follow."""
-    for step in steps:
-        for sample in numbers:
+    columns = []
+    for sample in numbers:
+        for step in steps:
             step.run(sample)
-    return sums.products(numbers, exact.live)
+        columns.append(sums.columns(sample, exact.live))
+        for step in steps:
+            step.leave(sample)
+    return sums.products(numbers, columns)
 
 
 class _Sums:
@@ -219,10 +254,12 @@ class _Sums:
         kinds = ([n for n in range(samples) if n not in self.held], sorted(self.held))
         return [numbers[first : first + step] for numbers in kinds for first in range(0, len(numbers), step)]
 
-    def products(self, numbers: Sequence[int], exact: Mapping[str, list[Array]]) -> list[list[Array]]:
+    def products(self, numbers: Sequence[int], columns: Sequence[tuple[Array, Array]]) -> list[list[Array]]:
         """Sums over the patches of some samples, those that are not judged by and those that are: x x^T, x,
-        (y - W x) x^T, y, and their number; [] without patches."""
-        columns = [self._columns(n, exact) for n in numbers]
+        (y - W x) x^T, y, and their number; [] without patches.
+
+        columns   of each sample
+        """
         if self.held:
             kinds = [[], columns] if numbers[0] in self.held else [columns, []]
         else:
@@ -254,7 +291,7 @@ class _Sums:
             np.array(float(count)),
         ]
 
-    def _columns(self, sample: int, exact: Mapping[str, list[Array]]) -> tuple[Array, Array]:
+    def columns(self, sample: int, exact: Mapping[str, list[Array]]) -> tuple[Array, Array]:
         """Patches of the quantized input and the float outputs that belong to them, float32."""
         codes = self.live[self.source][sample]
         if self.spec is not None and codes.dtype.kind in "iu":
@@ -364,9 +401,14 @@ def _needed(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodePro
     return kept[::-1]
 
 
-def _describe(name: str, values: list[Array]) -> onnx.ValueInfoProto:
-    """Type and shape of a live tensor; dynamic if samples differ in shape."""
-    shapes = {v.shape for v in values}
-    first = values[0]
-    shape = list(first.shape) if len(shapes) == 1 else [None] * first.ndim
-    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(first.dtype), shape)
+def _sizes(graph: Graph, feed: Mapping[str, Array]) -> dict[str, int]:
+    """Bytes of the activations of a sample, without those of unknown type."""
+    shapes = shapes_of(graph, feed)
+    return {name: np.dtype(t.dtype).itemsize * math.prod(shapes[name]) for name in shapes if (t := graph.tensor(name)).dtype}
+
+
+def _describe(name: str, kinds: Collection[tuple[Any, tuple[int, ...]]]) -> onnx.ValueInfoProto:
+    """Type and shape of a live tensor, from those of all samples; dynamic if samples differ in shape."""
+    dtype, first = next(iter(kinds))
+    shape = list(first) if len({shape for _, shape in kinds}) == 1 else [None] * len(first)
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), shape)
