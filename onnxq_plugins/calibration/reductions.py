@@ -47,7 +47,7 @@ def add_slice(model: onnx.ModelProto, name: str, output: str, step: int) -> None
 
 
 def beside_makers(graph: onnx.GraphProto, own: int) -> None:
-    """Move the operators that were added to a model, those behind its `own` ones, to where what they read is computed. Run in
+    """Move the operators that were added to a model, those behind its `own` ones, to where what they read is computed. In
     that order, activations are reduced while they are in the cache, and gone before the next ones come."""
     place: dict[str, int] = {}
     keys = []

@@ -123,7 +123,8 @@ class Calibration:
             low, high = ranges[name]
             flat = x.reshape(-1)[:: _stride(x.size)]
             width = (high - low) / bins or 1.0
-            at = np.clip(((flat - np.float32(low)) * np.float32(1 / width)).astype(np.int32), 0, bins - 1)
+            at = ((flat - np.float32(low)) * np.float32(1 / width)).astype(np.int32)
+            np.minimum(np.maximum(at, 0, out=at), bins - 1, out=at)
             return {f"{name}|sum": np.bincount(at, minlength=bins).astype(np.float64)}
 
         state = self._fetched(f"histograms-{bins}", names, reduce, thin=True)

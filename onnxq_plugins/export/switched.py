@@ -5,6 +5,7 @@ A search that asks what single quantizers cost, or some together, needs no expor
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cached_property
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper
 from onnxq_plugins.export.qdq import Writer
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.plan.values import bias_values, weight_values
-from onnxq_plugins.spec import Array, Plan, decode
+from onnxq_plugins.spec import Array, Plan, QuantSpec, decode
 from onnxq_plugins.targets import Target
 
 
@@ -44,19 +45,33 @@ class Switched(Writer):
 
     def states(self, names: Collection[str]) -> dict[str, Array]:
         """The inputs with which some entries of the plan are quantized, and all others are not."""
-        graph, plan = self.graph, self.plan
-        states = {switch: np.array(key in names) for key, switch in self.switches.items()}
+        plan, states = self.plan, dict(self._plain)
+        states |= {switch: np.array(True) for key, switch in self.switches.items() if key in names}
         for layer in self.planned.layers:
-            spec, on = plan[layer.weight], layer.weight in names
-            states[layer.weight] = weight_values(layer, spec) if on else graph.constant(layer.weight)
-            if layer.name in self._biases:
-                bias = bias_values(graph, layer, spec if on else spec.request())
-                bias = np.zeros(layer.channels) if bias is None else bias
-                states[self._biases[layer.name]] = bias.astype(np.float32)
+            if layer.weight in names:
+                states[layer.weight] = weight_values(layer, plan[layer.weight])
+                states |= self._bias_state(layer, plan[layer.weight])
         for name, spec in self._constants.items():
-            values, codes = graph.constant(name), spec.codes
-            states[name] = values if name not in names or codes is None else decode(codes, spec).astype(values.dtype)
+            if name in names and spec.codes is not None:
+                states[name] = decode(spec.codes, spec).astype(states[name].dtype)
         return states
+
+    @cached_property
+    def _plain(self) -> dict[str, Array]:
+        """The inputs with which nothing is quantized."""
+        states = {switch: np.array(False) for switch in self.switches.values()}
+        states |= {name: self.graph.constant(name) for name in self._inputs}
+        for layer in self.planned.layers:
+            states |= self._bias_state(layer, self.plan[layer.weight].request())
+        return states
+
+    def _bias_state(self, layer: Layer, spec: QuantSpec) -> dict[str, Array]:
+        """The bias of a layer whose weight has an entry, if it is an input."""
+        if layer.name not in self._biases:
+            return {}
+        bias = bias_values(self.graph, layer, spec)
+        bias = np.zeros(layer.channels) if bias is None else bias
+        return {self._biases[layer.name]: bias.astype(np.float32)}
 
     def _pair(self, key: str, source: str, grid: list[str], codes: str, values: str) -> None:
         if key not in self.switches:

@@ -125,7 +125,7 @@ class Judge:
 def _float_outputs(
     job: Job, model: onnx.ModelProto, weights: Mapping[str, Array], feeds: Mapping[int, dict[str, Array]]
 ) -> FloatOutputs:
-    """What the float network gives for samples, by their numbers. Outputs are kept beside the samples, if they are not large:
+    """What the float network gives for samples, by their numbers. Outputs that are not large are kept beside the samples, as
     one judge after another asks for those of the same network."""
     data = job.calibration.data
     assert data is not None

@@ -10,6 +10,7 @@ from onnx import helper
 
 from onnxq_plugins import quantize, runtimes
 from onnxq_plugins.calibration import Calibration
+from onnxq_plugins.calibration.reductions import beside_makers
 from onnxq_plugins.data import Data, graph_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import load
@@ -22,6 +23,24 @@ def calibrate(model, n=5, **options):
     """A Calibration over `n` random samples, its graph, and the feeds."""
     graph, samples = load(model), feeds(model, n)
     return Calibration(graph, Data(graph_inputs(graph), lambda: iter(samples)), **options), graph, samples
+
+
+@pytest.mark.parametrize("name", ["cnn", "transformer", "control_flow", "no_layer"])
+def test_what_is_added_to_a_model_runs_where_its_inputs_are_computed(name):
+    graph = load(ZOO[name]())
+    model = graph.model()
+    own = [node.name for node in model.graph.node]
+    made = {output: node.name for node in model.graph.node for output in node.output}
+    for tensor in [*graph.inputs, *made]:
+        model.graph.node.append(helper.make_node("Mul", [tensor, tensor], [f"{tensor}|square"], f"{tensor}|square"))
+        model.graph.node.append(helper.make_node("Size", [f"{tensor}|square"], [f"{tensor}|size"], f"{tensor}|size"))
+    beside_makers(model.graph, len(own))
+    names = [node.name for node in model.graph.node]
+    assert [n for n in names if n in own] == own
+    for tensor in [*graph.inputs, *made]:
+        square = names.index(f"{tensor}|square")
+        before = [n for n in names[: square + 1] if n in own]
+        assert names.index(f"{tensor}|size") > square and (before[-1:] == [made[tensor]] if tensor in made else not before)
 
 
 def fetch(graph, name, samples):

@@ -17,7 +17,7 @@ from onnxq_plugins.layers import sweep as sweeping
 from onnxq_plugins.layers.complete import complete, complete_ranges
 from onnxq_plugins.layers.sweep import sweep, trust
 from tests.jobs import LAYERED, fetch, make_job
-from tests.zoo import ZOO, feeds, mlp, mobilenet, some
+from tests.zoo import ZOO, Net, feeds, mlp, mobilenet, some
 
 CODES, BLOCKS = {"bits": 4}, {"bits": 4, "block": 16}
 
@@ -119,6 +119,55 @@ def test_the_sweep_does_not_depend_on_workers():
         complete(job)
         found.append([s.h for _, s in sweep(job, layerwise.solvable(job))])
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def swept(name, n=9, workers=1):
+    """The statistics of every layer, in a network whose layers are rounded to 4 bits one after another."""
+    job = make_job(ZOO[name](), {"weights": CODES}, n=n, workers=workers)
+    complete_ranges(job)
+    found = {}
+    for layer, statistics in sweep(job, layerwise.solvable(job)):
+        spec = layerwise.Problem.of(job, layer, statistics, True).solve("nearest", layerwise.Effort())[0]
+        job.plan |= {layer.weight: spec}
+        found[layer.name] = (statistics.h, statistics.mean, statistics.left, statistics.output)
+    return found
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "resnet20", "inception", "transformer", "control_flow"])
+def test_activations_that_are_computed_again_are_the_same(name, monkeypatch):
+    held = swept(name)
+    passing = []
+    finish = sweeping._Step.finish
+    monkeypatch.setattr(sweeping._Step, "finish", lambda step: (passing.append(step.passing), finish(step))[1])
+    monkeypatch.setattr(sweeping, "_HELD", 0)
+    again = swept(name, workers=2)
+    assert any(passing) and held.keys() == again.keys()
+    for layer, statistics in held.items():
+        assert all(np.array_equal(a, b) for a, b in zip(statistics, again[layer], strict=True)), layer
+
+
+def test_the_sweep_does_not_hold_what_is_wide(monkeypatch):
+    net = Net([1, 4, 16, 16])  # an inverted residual: 4 channels, 64 inside
+    inside = net.op("Relu", net.conv(net.op("Relu", net.conv("x", 4, 64, 1)), 64, 64, 3, groups=64))
+    model = net.model(net.head(net.op("Relu", net.conv(inside, 64, 4, 1)), 4))
+
+    def most(limit):
+        sizes = []
+        monkeypatch.setattr(sweeping, "_HELD", limit)
+        finish = sweeping._Step.finish
+
+        def measured(step):
+            finish(step)
+            sizes.append(sum(x.nbytes for values in step.network.live.values() for x in values if step.network.sizes))
+
+        job = make_job(model, n=8)
+        complete(job)
+        with monkeypatch.context() as patched:
+            patched.setattr(sweeping._Step, "finish", measured)
+            assert len(list(sweep(job, layerwise.solvable(job)))) == 4
+        return max(sizes)
+
+    assert most(10**9) >= 8 * 64 * 256 * 4 and most(0) == 8 * 4 * 256 * 4
 
 
 @pytest.mark.parametrize(("most", "used"), [(100, 7), (7, 7), (4, 4), (3, 3), (1, 1)])

@@ -15,6 +15,7 @@ from onnxq_plugins.data.samples import held_out
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.search import judge as judging
 from onnxq_plugins.search.judge import TIE, Judge, ahead, mean_decibels
 from tests.jobs import make_job
 from tests.measure.test_own_states import STATE, adder
@@ -65,6 +66,36 @@ def test_multiply_adds_are_those_of_a_run(name):
     for layer in job.graph.layers:
         job.graph.set_shape(layer.output, [None] * len(job.graph.shape(layer.output)), np.dtype(np.float32))
     assert known == multiply_adds(job.graph, job.graph.layers, feed) > 0
+
+
+def test_float_outputs_are_computed_once_for_all_judges_of_a_network(monkeypatch):
+    job = make_job(mlp(), n=16)
+    few, runs = Judge.of(job, apart=False, work=4 * work(job)), []
+    count = runtimes.per_feed
+    monkeypatch.setattr(
+        runtimes, "per_feed", lambda runner, feeds, *more: runs.append(len(feeds)) or count(runner, feeds, *more)
+    )
+    all_of_them = Judge.of(job, apart=False)
+    assert len(few.samples.feeds) == 4 and len(all_of_them.samples.feeds) == 16
+    assert runs == [12]  # those that the first has not seen
+    assert Judge.of(job, apart=False).samples.reference == all_of_them.samples.reference and runs == [12]
+    weight = job.graph.layers[0].weight
+    job.graph.constant(weight)[:] *= 2  # a stranger's pass, behind the graph's back
+    judge, fresh = Judge.of(job, apart=False), runtimes.session(job.graph.model())
+    assert runs == [12, 16]
+    for feed, value in zip(judge.samples.feeds, judge.samples.reference[0], strict=True):
+        np.testing.assert_array_equal(value, fresh.run(None, feed)[0])
+
+
+def work(job):
+    """Multiply-adds of a sample."""
+    return multiply_adds(job.graph, job.graph.layers, next(iter(job.calibration.data)))
+
+
+def test_large_float_outputs_are_not_kept(monkeypatch):
+    monkeypatch.setattr(judging, "_KEPT", 100)
+    job = make_job(mlp(), n=16)
+    assert Judge.of(job) is not None and not [key for key in job.calibration.data.known if key[1] == "outputs"]
 
 
 def test_it_finds_the_plan_that_is_worse_and_changes_nothing():

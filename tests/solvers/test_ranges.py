@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from onnxq_plugins.solvers import ranges
 from onnxq_plugins.solvers.ranges import kl_range, mse_range, percentile_range
 from onnxq_plugins.spec import QuantSpec, fake, from_range
 
@@ -108,3 +109,22 @@ def test_kl_cuts_outliers_but_not_always():
 def test_degenerate_histograms(choose, x):
     low, high = choose(histogram(x))
     assert np.isfinite([low, high]).all() and min(x.min(), 0) - 1 <= low <= high <= max(x.max(), 0) + 1
+
+
+@pytest.mark.parametrize(("bits", "bins"), [(4, 2048), (8, 2048), (8, 256), (8, 100), (16, 2048)])
+def test_a_function_of_codes_is_evaluated_once_for_each(bits, bins):
+    counts, low, high = np.histogram(np.random.default_rng(0).normal(size=4096), bins)[0].astype(float), -3.0, 4.0
+    values, grids = ranges._values(counts, low, high), np.array([[low, high], [-1.0, 2.0], [0.0, 4.0]])
+    asked = []
+
+    def function(x):
+        asked.append(x.size)
+        return x / (1 + np.exp(-x))
+
+    found = ranges._mse(counts, values, grids, 2**bits, function)
+    for error, (start, end) in zip(found, grids, strict=True):
+        size = (end - start) / (2**bits - 1)
+        zero = np.clip(np.rint(-start / size), 0, 2**bits - 1)
+        rounded = (np.clip(np.rint(values / size) + zero, 0, 2**bits - 1) - zero) * size
+        assert error == pytest.approx(((function(rounded) - function(values)) ** 2 * counts).sum() / counts.sum(), rel=1e-12)
+    assert asked[0] <= len(grids) * min(2**bits, bins)
