@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnxq_plugins.graph.bodies import set_nodes
 from onnxq_plugins.graph.patches import add_gram
 from onnxq_plugins.spec import Array
 
@@ -50,13 +49,13 @@ def beside_makers(graph: onnx.GraphProto, own: int) -> None:
     """Move the operators that were added to a model, those behind its `own` ones, to where what they read is computed. In
     that order, activations are reduced while they are in the cache, and gone before the next ones come."""
     place: dict[str, int] = {}
-    keys = []
+    keys: dict[str, tuple[int, int]] = {}
     for number, node in enumerate(graph.node):
         at = number if number < own else max((place.get(name, -1) for name in node.input), default=-1)
-        place |= dict.fromkeys(node.output, at)
-        keys.append((at, number))
-    nodes = list(graph.node)
-    set_nodes(graph, [nodes[number] for _, number in sorted(keys)])
+        for name in node.output:
+            place[name] = at
+        keys[" ".join(node.output)] = at, number
+    graph.node.sort(key=lambda node: keys[" ".join(node.output)])
 
 
 # ---- merging what samples give -----------------------------------------------------------------------------------------

@@ -7,9 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import onnx
 
 
+_GRAPHS = {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS, onnx.AttributeProto.UNDEFINED}  # old models have no types
+
+
 def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     """The graphs among a node's attributes."""
-    return [body for a in node.attribute for body in ([a.g] if a.HasField("g") else list(a.graphs))]
+    attributes = [a for a in node.attribute if a.type in _GRAPHS]
+    return [body for a in attributes for body in ([a.g] if a.HasField("g") else list(a.graphs))]
 
 
 def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -47,7 +47,7 @@ class Round(Pass):
     damping      fraction of the mean diagonal that GPTQ adds to the Gram matrix
     positions    patches per sample at most; a layer with D weights per output uses no more than D, or 64
     limit        largest D with a full Gram matrix (8 D^2 bytes); above it, diagonal blocks that take a quarter of that
-    samples      of the data that the sweep uses at most: their activations are kept in memory, a few MB each for images
+    samples      of the data that the sweep uses at most: their activations are kept in memory, a MB or two each for images
 
         least (w - wq) H (w - wq)^T for each row w,   H = E[x x^T]
 
