@@ -66,6 +66,22 @@ def test_weights_in_float_layers_stay_codes():
         assert np.square(y - z).sum() < 1e-2 * np.square(y).sum()
 
 
+def test_codes_are_learned_for_layers_in_float_that_read_codes():
+    """Behind an integer layer that other integer layers read, too."""
+    net = Net([1, 8, 64, 64])
+    x = net.op("Relu", net.conv("x", 8, 128))
+    wide, slow = net.conv(x, 128, 128), net.conv(x, 128, 4, 1)
+    for _ in range(3):
+        slow = net.op("Relu", net.conv(slow, 4, 4, groups=4))
+    model = net.model(net.op("Concat", wide, slow, axis=1))
+    result = made(model, {"use": "placement", "check": False}, {"use": "ranges"}, {"use": "round"})
+    floats = {row["name"] for row in result.report.layers if row.get("why_float_kind") == "slower"}
+    assert floats and floats != {y.name for y in result.graph.layers}
+    for feed in feeds(model, 2, seed=1):
+        y, z = (runtimes.session(m).run(None, dict(feed))[0] for m in (model, result.model))
+        assert np.square(y - z).sum() < 1e-2 * np.square(y).sum()
+
+
 def test_a_pooling_between_floats_and_integers_works_on_floats(tmp_path):
     """onnxruntime moves Quantize in front of a MaxPool, which is slow on codes in plain order."""
     runtimes.session(made(network()).model, dump=tmp_path / "optimized.onnx")
