@@ -6,7 +6,7 @@ The public names are all here, and in the modules that docs/write-a-plugin.md na
 from onnxq_plugins.calibration import Calibration, Gram, Histogram, Moments
 from onnxq_plugins.data import Data, DataOptions, open_data
 from onnxq_plugins.engine import Result, quantize
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, OnnxqWarning
 from onnxq_plugins.export.overrides import ort_arguments, ort_model, ort_overrides
 from onnxq_plugins.graph import (
     BatchNorm,
@@ -22,6 +22,7 @@ from onnxq_plugins.graph import (
 )
 from onnxq_plugins.hookspecs import hookimpl
 from onnxq_plugins.job import Job, Pass, Recipe
+from onnxq_plugins.report.check import Check
 from onnxq_plugins.report.curve import Curve, point_recipe
 from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
 from onnxq_plugins.runtimes import register_custom_ops
@@ -37,6 +38,7 @@ __all__ = [
     "BatchNorm",
     "Calibration",
     "ChannelGroup",
+    "Check",
     "Curve",
     "Data",
     "DataOptions",
@@ -49,6 +51,7 @@ __all__ = [
     "LayerAudit",
     "Moments",
     "OnnxqError",
+    "OnnxqWarning",
     "Pass",
     "Plan",
     "QuantSpec",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -21,7 +22,7 @@ from onnxq_plugins.calibration.branches import BranchFeeds, branches, put_back
 from onnxq_plugins.calibration.shapes import complete_shapes
 from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.data.outliers import usual
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, OnnxqWarning
 from onnxq_plugins.export.compact import Names, check_names, compact
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
@@ -32,25 +33,37 @@ from onnxq_plugins.laws import is_random, run_pass
 from onnxq_plugins.layers.complete import complete, complete_constants
 from onnxq_plugins.layers.float_inputs import keep_inputs_float
 from onnxq_plugins.measure.metrics import check_graph_labels, find_metric, metric_name, top1
+from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.parallel import Track, cores, silent
 from onnxq_plugins.plan.constants import float_constants
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import request
 from onnxq_plugins.plugins import Plugins, Trace, find_plugins
 from onnxq_plugins.recipe import Settings
+from onnxq_plugins.report.check import Check, self_check
+from onnxq_plugins.report.goals import Goals
 from onnxq_plugins.report.page import write_report
 from onnxq_plugins.report.summary import describe, original_size
 from onnxq_plugins.search.quality import keep_quality
-from onnxq_plugins.spec import Array, Plan
-from onnxq_plugins.targets import Target
+from onnxq_plugins.spec import Array
 from onnxq_plugins.targets.refusals import problems
 
 _WILD = 8.0  # times the magnitude that any other sample has
 
 
+_Solved = tuple[Job, Path | onnx.ModelProto | None, int, Samples | None]
+
+
 @dataclass(frozen=True, eq=False)
 class Result(Outcome):
-    """What `quantize` returns: what the job leaves (see the fields of `Outcome`), ready to be saved and shown."""
+    """What `quantize` returns: what the job leaves (see the fields of `Outcome`), ready to be saved and shown.
+
+    check    the quantized network beside the user's own model; None if nothing was checked
+    missed   what was insisted on (`min_sqnr`, `min_speed`) and not reached, in a sentence; "" if all was
+    """
+
+    check: Check | None = None
+    missed: str = ""
 
     def save(self, path: str | Path) -> Path:
         """Write the model; an existing file is replaced only when the new one is complete."""
@@ -62,16 +75,19 @@ class Result(Outcome):
         return write_report(self, Path(path), data, **options)
 
     def __repr__(self) -> str:
-        """The summary, and what the user should know: a note a line."""
-        return f"<Result: {self.summary}" + "".join(f"\n note: {note}" for note in self.report.notes) + ">"
+        """The summary, and what the user should know: a warning or a note a line."""
+        lines = [f"missed: {self.missed}"] if self.missed else []
+        lines += [*(f"warning: {text}" for text in self.report.warnings), *(f"note: {note}" for note in self.report.notes)]
+        return f"<Result: {self.summary}" + "".join(f"\n {line}" for line in lines) + ">"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the summary, the notes, and the layers in a fold."""
+        """What a notebook shows: the summary, warnings and notes, and the layers in a fold."""
         columns = ("name", "op", "weights", "bits_per_weight", "kernel", "why_float")
         layers = self.report.layers
         rows = ("".join(f"<td>{escape(str(row.get(key, '')))}</td>" for key in columns) for row in layers)
         head = "".join(f"<th>{key.replace('_', ' ')}</th>" for key in columns)
-        notes = "".join(f"<li>{escape(note)}</li>" for note in self.report.notes)
+        notes = "".join(f"<li><strong>{escape(text)}</strong></li>" for text in (*self.report.warnings, self.missed) if text)
+        notes += "".join(f"<li>{escape(note)}</li>" for note in self.report.notes)
         return (
             f"<p>{escape(self.summary)}</p>{f'<ul>{notes}</ul>' if notes else ''}<details>"
             f"<summary>{len(layers)} layers</summary>"
@@ -98,6 +114,9 @@ def quantize(
     state: Mapping[str, str] | None = None,
     metric: str | Metric | None = None,
     min_sqnr: float | None = None,
+    min_speed: float | None = None,
+    keep: bool = False,
+    check: bool = True,
     class_axis: int | None = None,
     names: Names = "short",
     track: Track = silent,
@@ -120,25 +139,43 @@ def quantize(
     labels     of the samples: an array [samples, ...], an .npy file or a text file
     state      output -> the input that it is at the next step, of a model of streams: see `DataOptions.state`
     metric     how searching passes judge a network: a name, ``package.module:function`` (imported), or a `job.Metric`
-    min_sqnr   dB that each output must have, in place of the recipe's quality (`job.Quality`)
+    min_sqnr, min_speed, keep   dB of each output, times float here: what misses them is not written unless `keep` says so
+    check      run both networks side by side in the end (`Result.check`), and warn of what is bad (`OnnxqWarning`)
     class_axis of outputs that are classes, such as 1 for segmentation [N, C, H, W]; None finds it
     names      of tensors inside the model: ``short``, or ``keep`` the user's own (see `onnxq_plugins.export.compact`)
-    track, trace   shows progress, see `Job.track`; receives a line of text for each hook call of a plugin
+    track, trace   show progress, see `Job.track`; receive a line of text for each hook call of a plugin
     """
     start, path, names = time.perf_counter(), None if output is None else Path(output), check_names(names)
-    _check_not_negative(seed=seed, workers=workers or 0)
+    goals = _goals(min_sqnr, min_speed, keep, seed=seed, workers=workers or 0)
     installed = find_plugins(plugins := list(plugins), trace)
     loaded = _read_recipe(installed, recipe, settings, target, samples, state, min_sqnr)
     read = partial(_read_model, model, float32, installed.target(loaded.target).flatten, path)
     opened = partial(_calibration, data=data, recipe=loaded, labels=labels, cache=cache, workers=workers, track=track)
     prepare = partial(_prepare, installed, loaded, seed, metric, class_axis)
-    job, source, size = _solved(read, opened, prepare, partial(_run, plugins=installed, verify=verify))
-    inner = partial(quantize, seed=seed, workers=workers, plugins=plugins, names=names)
-    exported, shown = _export(job, installed, seed, size, path, names, inner)
-    job.report["seconds"] = round(time.perf_counter() - start, 3)
-    installed.manager.hook.onnxq_exported(job=job, model=exported, path=path)
-    again = partial(inner, model, data=job.calibration.data, cache=cache, float32=float32, class_axis=class_axis)
-    return Result(exported, *_left(job), source, loaded, again, class_axis, shown)
+    solved = _solved(read, opened, prepare, partial(_run, plugins=installed, verify=verify))
+    again = partial(quantize, model, seed=seed, workers=workers, plugins=plugins, cache=cache, names=names, float32=float32)
+    return _finished(solved, installed, path, goals, start, check, partial(again, class_axis=class_axis, check=False))
+
+
+def _finished(
+    solved: _Solved, plugins: Plugins, path: Path | None, goals: Goals, began: float, check: bool, again: partial[Result]
+) -> Result:
+    """The result of a job with a complete plan: exported, checked and written. Warns of what is bad.
+
+    began   when quantizing began, by `time.perf_counter`
+    again   `quantize` with the same model and options
+    """
+    job, model, size, judged = solved
+    ending = partial(self_check, job, source=model, began=began, judged=judged) if check else None
+    exported, shown, checked, missed = _export(job, plugins, size, path, goals, ending, again)
+    job.report["seconds"] = round(time.perf_counter() - began, 3)
+    written = path if goals.keep or not missed else None
+    plugins.manager.hook.onnxq_exported(job=job, model=exported, path=written)
+    data = job.calibration.data
+    left = (job.plan, job.report, job.graph, job.target, data, model, job.recipe, partial(again, data=data), job.class_axis)
+    if bad := [*job.report.warnings, *([missed] if missed else [])]:
+        warnings.warn("; ".join(bad), OnnxqWarning, stacklevel=3)
+    return Result(exported, *left, shown, checked, missed)
 
 
 def _solved(
@@ -146,9 +183,10 @@ def _solved(
     calibrate: Callable[[Graph], Calibration],
     prepare: Callable[[Calibration, Sequence[str]], Job],
     run: Callable[[Job], None],
-) -> tuple[Job, Path | onnx.ModelProto | None, int]:
-    """A job with a complete plan, with the user's own model and its bytes. Activations that turn out to be NaN or infinite
-    stay float: the job starts again without them, as passes have changed the graph by then."""
+) -> _Solved:
+    """A job with a complete plan, with the user's own model, its bytes, and the samples that its outputs were judged on.
+    Activations that turn out to be NaN or infinite stay float: the job starts again without them, as passes have changed the
+    graph by then."""
     unfit: tuple[str, ...] = ()
     graph, source, size = read()
     calibration = calibrate(graph)
@@ -157,7 +195,7 @@ def _solved(
             job = prepare(calibration, unfit)
             run(job)
             complete(job)
-            keep_quality(job)
+            judged = keep_quality(job)
         except NotFinite as error:
             broken = (y for y in calibration.graph.layers if not np.isfinite(calibration.graph.constant(y.weight)).all())
             OnnxqError.check(f"layer '{y.name}': its weight has NaN or Inf; the float model is broken." for y in broken)
@@ -167,23 +205,13 @@ def _solved(
             calibration = calibration.of(graph := read()[0])
             _complete_shapes(graph, calibration.data)
         else:
-            return job, source, size
+            return job, source, size, judged
 
 
-def _left(job: Job) -> tuple[Plan, Report, Graph, Target, Data | None]:
-    """What a job leaves, as the fields of `Outcome` after the model."""
-    return job.plan, job.report, job.graph, job.target, job.calibration.data
-
-
-def check_min_sqnr(value: float) -> float:
-    """Raise OnnxqError for what is no number of decibels."""
-    if not np.isfinite(value):
-        raise OnnxqError(f"min_sqnr = {value} must be a number of decibels, such as 20.")
-    return value
-
-
-def _check_not_negative(**numbers: int) -> None:
+def _goals(sqnr: float | None, speed: float | None, keep: bool, **numbers: int) -> Goals:
+    """What the user insists on. Raises OnnxqError for numbers that make no sense, all of which must not be negative."""
     OnnxqError.check(f"{name} = {number} must not be negative." for name, number in numbers.items() if number < 0)
+    return Goals(sqnr, speed, keep)
 
 
 def _read_recipe(
@@ -199,7 +227,7 @@ def _read_recipe(
     loaded = plugins.recipe(recipe, settings)
     loaded = replace(loaded, target=target) if target else loaded
     if min_sqnr is not None:
-        loaded = replace(loaded, quality=Quality(check_min_sqnr(min_sqnr)))
+        loaded = replace(loaded, quality=Quality(min_sqnr))
     own = loaded.data
     own = replace(own, samples=samples or own.samples, state=own.state if state is None else dict(state))
     return replace(loaded, data=own)
@@ -315,13 +343,21 @@ def _open_shapes(data: Data | None) -> dict[str, list[int]]:
 
 
 def _export(
-    job: Job, plugins: Plugins, seed: int, before: int, path: Path | None, names: Names, inner: Callable[..., Result]
-) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """Make the model of a complete plan and write that to `path`; the report is complete then. Returns it, and the tensors
-    of the graph that have other names there (see `Outcome.names`).
+    job: Job,
+    plugins: Plugins,
+    before: int,
+    path: Path | None,
+    goals: Goals,
+    check: Callable[..., Check | None] | None,
+    again: partial[Result],
+) -> tuple[onnx.ModelProto, dict[str, str], Check | None, str]:
+    """Make the model of a complete plan, check it and write it to `path`; the report is complete then. Returns it, the
+    tensors of the graph that have other names there (see `Outcome.names`), the check, and what it misses of the goals: it is
+    not written then.
 
     before   bytes of the user's own model
-    inner    `quantize` for the branches of control flow
+    check    `self_check` of a model; None to leave that out
+    again    `quantize` with the same model and options
     """
     start = time.perf_counter()
     planned = Planned.of(job)
@@ -338,18 +374,20 @@ def _export(
     data = files.DataFile(path) if path is not None and job.graph.mapped.size > files.LARGE else None
     with data or contextlib.nullcontext():
         model = export(job.graph, job.plan, job.target, data=data)
-        rows = [] if data is not None else _quantize_branches(job, model, inner)
-        shown = compact(model, {node.name for node in job.graph.nodes}, names, folds=job.target.here)
+        rows = [] if data is not None else _quantize_branches(job, model, again)
+        shown = compact(model, {node.name for node in job.graph.nodes}, again.keywords["names"], folds=job.target.here)
         if text := _newer_version(job.graph, model):
             job.note(text)
         parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]
         sources = (plugins.sources[part] for part in parts)
-        sign(model, job.recipe, seed, sources, plugins.versions, _open_shapes(job.calibration.data))
+        sign(model, job.recipe, again.keywords["seed"], sources, plugins.versions, _open_shapes(job.calibration.data))
         job.report["steps"].append({"pass": "export", "seconds": round(time.perf_counter() - start, 3)})
         describe(job, model, data, before, rows)
-        if path is not None:
+        checked = None if check is None else check(model, folder=None if data is None else data.path.parent)
+        missed = goals.missed(checked, job.report.quality)
+        if path is not None and (goals.keep or not missed):
             data.finish(model) if data is not None else files.save_model(model, path)
-    return model, shown
+    return model, shown, checked, missed
 
 
 def _newer_version(graph: Graph, model: onnx.ModelProto) -> str:
@@ -361,11 +399,13 @@ def _newer_version(graph: Graph, model: onnx.ModelProto) -> str:
     return f"IR version {ir} became {model.ir_version}" if model.ir_version > ir > 0 else ""
 
 
-def _quantize_branches(job: Job, model: onnx.ModelProto, inner: Callable[..., Result]) -> list[dict[str, Any]]:
+def _quantize_branches(job: Job, model: onnx.ModelProto, again: partial[Result]) -> list[dict[str, Any]]:
     """Quantize the layers inside the branches of an If, and put them into a model. Returns their rows for the report.
 
-    inner   `quantize`
+    again   `quantize` with the options of the whole model
     """
+    options = {key: again.keywords[key] for key in ("seed", "workers", "plugins", "check")}
+    options["names"] = "keep"  # what a branch reads from around it has its name
     rows: list[dict[str, Any]] = []
     for branch in branches(job.graph):
         names = {node.name for node in branch.model.graph.node}
@@ -376,7 +416,7 @@ def _quantize_branches(job: Job, model: onnx.ModelProto, inner: Callable[..., Re
             job.note(f"no sample takes {branch.words}: what is in it computes float")
             continue
         try:
-            result = inner(branch.model, recipe, feeds, names="keep")  # what it reads from around it has its name
+            result = quantize(branch.model, recipe, feeds, **options)
         except OnnxqError as error:
             job.note(f"{branch.words} stays float: {error}")
             continue

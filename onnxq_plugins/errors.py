@@ -1,4 +1,4 @@
-"""What users read: the one exception they meet, and the reasons why something stays float."""
+"""What users read: the one exception and the one warning they meet, and the reasons why something stays float."""
 
 from __future__ import annotations
 
@@ -64,6 +64,11 @@ class OnnxqError(Exception):
         sentences = tuple(problems)
         if sentences:
             raise cls(*sentences)
+
+
+class OnnxqWarning(UserWarning):
+    """What is bad about a result, as Python's own warning: an output that is destroyed, or a model that is slower or larger
+    than the float one. All else that the user should know is a note of the report."""
 
 
 def known(given: str, names: Iterable[str]) -> str:

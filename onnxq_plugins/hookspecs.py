@@ -34,4 +34,5 @@ def onnxq_run_pass(step: Pass, job: Job) -> dict[str, Any]:  # type: ignore[empt
 
 @hookspec
 def onnxq_exported(job: Job, model: ModelProto, path: Path | None) -> None:
-    """A model was made, and written to `path` if that is given: convert, sign or upload it."""
+    """A model was made, and written to `path` if that is given (it is not if it misses what the user insists on): convert,
+    sign or upload it."""

@@ -206,6 +206,18 @@ class Report(dict[str, Any]):
         return notes
 
     @property
+    def warnings(self) -> list[str]:
+        """What is bad about the result, and what to try."""
+        warnings: list[str] = self.setdefault("warnings", [])
+        return warnings
+
+    @property
+    def check(self) -> dict[str, Any]:
+        """The quantized network beside the user's own, see `Result.check`: ``outputs``, on so many ``samples``, ``sqnr`` of
+        the worst one, ``speed``, ``bytes``, what is ``destroyed``, ``slower``, ``larger``. {} if nothing was checked."""
+        return dict(self.get("check", {}))
+
+    @property
     def floats(self) -> dict[str, Reason]:
         """Layers, and readers of other constants, that stay float by choice -> why."""
         floats: dict[str, Reason] = self.setdefault("floats", {})

@@ -14,7 +14,7 @@ import onnx
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.data import Data, DataOptions, Source
-from onnxq_plugins.engine import Result, check_min_sqnr, quantize
+from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.job import Metric
@@ -32,6 +32,7 @@ from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
 from onnxq_plugins.parallel import Track, silent
 from onnxq_plugins.report.attempts import with_remedy
 from onnxq_plugins.report.diagnosis import diagnose
+from onnxq_plugins.report.goals import Goals
 from onnxq_plugins.report.remedies import Remedy, quality
 from onnxq_plugins.spec import Array
 
@@ -150,7 +151,7 @@ def auto(
     settings: dict[str, Any] = {"target": target, "seed": seed, "workers": workers, "cache": cache, "class_axis": class_axis}
     trials = _Trials(judge, prefer, tell)
     for recipe in recipes or RECIPES[prefer]:
-        made = partial(quantize, model, recipe, calibration, float32=float32, track=track, **settings)
+        made = partial(quantize, model, recipe, calibration, float32=float32, track=track, check=False, **settings)
         if trials.add(recipe, made).met and prefer == "speed":
             break
     best = _improved(trials, attempts, workers, track)
@@ -213,7 +214,7 @@ def _check_options(prefer: Prefer, max_drop: float, min_sqnr: float) -> None:
         raise OnnxqError(f"prefer = '{prefer}' is unknown; known: {', '.join(get_args(Prefer))}.")
     if not max_drop >= 0:
         raise OnnxqError(f"max_drop = {max_drop} must be 0 or more.")
-    check_min_sqnr(min_sqnr)
+    Goals(sqnr=min_sqnr)
 
 
 def _samples(

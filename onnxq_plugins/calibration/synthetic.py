@@ -22,6 +22,8 @@ from onnxq_plugins.solvers.fractals import fractals
 from onnxq_plugins.solvers.gaussian import clipped_moments
 from onnxq_plugins.spec import Array
 
+SYNTHETIC = "the synthetic data"  # `Data.where` of it
+
 Kind = Literal["fractals", "noise"]
 Range = tuple[Array, Array]  # lowest and highest value, one each or one per channel
 _PIXELS, _TOKENS = 224, 128  # sizes of dynamic axes
@@ -97,7 +99,7 @@ def synthesize(graph: Graph, wish: Wish, rng: np.random.Generator) -> tuple[Data
                 for name, one in by_input.items()
             }
 
-    return Data(graph_inputs(graph), samples, "the synthetic data", len(at), batch=batch), by_input
+    return Data(graph_inputs(graph), samples, SYNTHETIC, len(at), batch=batch), by_input
 
 
 def _samples(graph: Graph, target: Input, wish: Wish, rng: np.random.Generator) -> Samples:

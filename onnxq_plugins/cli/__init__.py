@@ -18,7 +18,7 @@ from onnxq_plugins.cli.new_plugin import new_plugin_command
 from onnxq_plugins.cli.options import flatten
 from onnxq_plugins.cli.quantization import auto_command, quantize_command
 from onnxq_plugins.cli.quickstart import quickstart_command
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, OnnxqWarning
 from onnxq_plugins.laws import LawBroken
 
 __all__ = ["COMMANDS", "app", "main"]
@@ -56,6 +56,7 @@ def main() -> None:
     """Run the command line; problems with the input become one line each on standard error."""
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's: what is not finite is an error of its own
+    warnings.filterwarnings("ignore", category=OnnxqWarning)  # commands print them in their own form
     runtimes.quiet()
     try:
         app()

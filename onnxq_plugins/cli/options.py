@@ -79,7 +79,8 @@ MinSqnr = Annotated[
     search_option(
         "--min-sqnr",
         show_default=False,
-        help="dB that each output must have: what costs it most is kept in 16 bits or in float; the recipe's by default",
+        help="dB that each output must have: what costs it most is kept in 16 bits or in float; exit code 1 and no file if "
+        "that is not enough; the recipe's by default",
     ),
 ]
 ClassAxis = Annotated[
@@ -244,6 +245,27 @@ class RecipeOptions(OptionGroup):
         if stored is None:
             return self.recipe or "int8", self.seed or 0
         return stored[0], stored[1] if self.seed is None else self.seed
+
+
+@dataclass(frozen=True)
+class GoalOptions(OptionGroup):
+    """What the result must be."""
+
+    min_sqnr: MinSqnr = None
+    min_speed: Annotated[
+        float | None,
+        search_option(
+            "--min-speed",
+            show_default=False,
+            help="times float that the result must run at, here, on one thread; exit code 1 and no file if it does not",
+        ),
+    ] = None
+    keep: Annotated[bool, output_option("--keep", help="write the model even if --min-sqnr or --min-speed is missed")] = (
+        False
+    )
+    no_check: Annotated[
+        bool, work_option("--no-check", help="do not run both models side by side in the end: accuracy, speed, size")
+    ] = False
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from onnxq_plugins.cli.options import (
     ClusterOptions,
     DataPath,
     Float32,
+    GoalOptions,
     ImageOptions,
     Labels,
     MetricName,
-    MinSqnr,
     Model,
     OptionGroup,
     RecipeOptions,
@@ -130,7 +130,7 @@ def quantize_command(
     float32: Float32 = False,
     outputs: OutputOptions,
     metric: MetricName = "",
-    min_sqnr: MinSqnr = None,
+    goals: GoalOptions,
     class_axis: ClassAxis = None,
     point: Point = None,
     work: WorkOptions,
@@ -160,36 +160,34 @@ def quantize_command(
             settings=settings,
             labels=labels,
             metric=metric or None,
-            min_sqnr=min_sqnr,
+            min_sqnr=goals.min_sqnr,
+            min_speed=goals.min_speed,
+            keep=goals.keep,
+            check=not goals.no_check,
             class_axis=class_axis,
             names=check_names(outputs.names),
             track=track,
             trace=notify if trace else None,
         )
     notes, lines = _write_extras(outputs, result, model.name, test, work.workers)
+    _show_result(result, path, goals.keep, notes, lines)
+
+
+def _show_result(result: Result, path: Path, keep: bool, notes: list[str], lines: list[str]) -> None:
+    """Print what the user should know, and the result in a line; exit with 1 if it misses what was insisted on."""
     for note in [*result.report.notes, *notes]:
         notify(f"note: {note}")
     for line in float_lines(result.report.floats):
         notify(line)
-    echo(f"{path}: {result.summary} | {result.report['seconds']:.1f} s")
+    for text in result.report.warnings:
+        notify(f"warning: {text}")
+    written = "" if keep or not result.missed else " was not written"
+    echo(f"{path}{written}: {result.summary} | {result.report['seconds']:.1f} s")
     for line in lines:
         echo(line)
-    if min_sqnr is not None and (text := _missed(result)):
-        fail(OnnxqError(text), 1)
-
-
-def _missed(result: Result) -> str:
-    """A sentence on a quality that was asked for and not reached, or not checked; "" if it was reached."""
-    quality = result.report.quality
-    if not quality:
-        return "--min-sqnr was not checked: it needs samples of outputs of floats (--data), and a model that is not random."
-    if quality["met"]:
-        return ""
-    name, reached = min(quality["sqnr"].items(), key=lambda item: item[1])
-    return (
-        f"output '{name}' reaches {reached:.1f} dB, not {quality['asked']:g}, with all in float that was found to matter; "
-        "that model was written: lower --min-sqnr, or look at onnxq diagnose."
-    )
+    if result.missed:
+        end = "the model was written all the same" if keep else "nothing was written (--keep writes it anyway)"
+        fail(OnnxqError(f"{result.missed}; {end}."), 1)
 
 
 def _source(options: RecipeOptions, point: Path | None, curve: Path | None) -> tuple[str | dict[str, Any], int]:

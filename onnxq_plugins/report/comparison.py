@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnxq_plugins import runtimes
+from onnxq_plugins.calibration.synthetic import SYNTHETIC
 from onnxq_plugins.data import Data
 from onnxq_plugins.job import Outcome
 from onnxq_plugins.measure.classes import labelled
@@ -18,7 +19,6 @@ from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
 _CALIBRATION, _OTHER = 32, 512  # samples at most: of those it was calibrated with, of others
 _DECLINE = 3.0  # dB of growing noise that are worth a word
 _SECONDS = 0.6  # of interleaved runs for the latencies
-_SYNTHETIC = "the synthetic data"  # `Data.where` of samples that a pass made
 _GRADES = {"good": "Good", "fair": "Usable, with care", "poor": "Poor"}
 
 
@@ -69,7 +69,7 @@ class Comparison:
     @property
     def synthetic(self) -> bool:
         """True if a pass generated the samples."""
-        return self.where == _SYNTHETIC
+        return self.where == SYNTHETIC
 
     @property
     def grade(self) -> str:

@@ -205,6 +205,7 @@ def _context(result: Outcome, comparison: Comparison, diagnosis: Diagnosis, name
         "rows": _rows(diagnosis, result, numbers),
         "curve": _curve(result, name),
         "steps": _steps(result.report),
+        "warnings": result.report.warnings,
         "notes": result.report.notes,
         "seed": properties.get("onnxq.seed", "0"),
         "versions": ", ".join([*properties.get("onnxq.versions", "").split(), *machine]),

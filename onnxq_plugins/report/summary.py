@@ -66,7 +66,7 @@ def describe(
         "bits_per_weight": round(_bits_per_weight([*rows, *outside]), 3),
     }
     kernels = _kernels(job, planned, audit)
-    size = f"{before / 1e6:.2f} -> {after / 1e6:.2f} MB"
+    size = f"{before / 1e6:.2f} -> {after / 1e6:.2f} MB" if before >= 1e6 else f"{before / 1e3:.1f} -> {after / 1e3:.1f} kB"
     report["summary"] = f"{kernels} | {size}, {report.bits_per_weight:.1f} bits per weight"
 
 

@@ -25,24 +25,25 @@ _PLAIN = 8  # bits of weights whose codes need not be learned
 _LOST = 10.0  # dB under which that may cost any number of layers
 
 
-def keep_quality(job: Job) -> None:
+def keep_quality(job: Job) -> Samples | None:
     """Check the outputs of a job whose plan is solved, and keep what costs them most in 16 bits or in float, as the recipe's
-    quality asks for. The report says what was measured, and what was done, under ``quality``.
+    quality asks for. The report says what was measured, and what was done, under ``quality``. Returns the samples that it
+    judged on, None if on none.
 
     Where codes are learned, and plain ones of 8 bits would have been saved, so are they: by the same layers in float, with
     learned codes in the others or with plain ones. So they never end below what costs less to find."""
     quality, planned = job.recipe.quality, Planned.of(job)
     if quality.sqnr is None or not (planned.layers or planned.activations):
-        return
+        return None
     if job.calibration.data is None:
         if quality.asked:
             job.note("the quality that is asked for was not checked: that needs samples (--data)")
-        return
+        return None
     learned = job.recipe.provides("codes")  # only these fit samples closely
     judge = Judge.of(job, apart=learned, work=_CHECK, least=_FEWEST)
     names = [] if judge is None else judged(judge.samples)
     if judge is None or not names:
-        return
+        return None
     before = now = decibels(job, judge.samples, job.plan)
     found, samples = None, judge.samples
     if learned and not quality.asked and before.min() < quality.sqnr and _no_narrower(job):
@@ -68,10 +69,8 @@ def keep_quality(job: Job) -> None:
         _apply(job, found, before)
     elif now.min() < quality.least:
         worst = names[int(now.argmin())]
-        job.note(
-            f"output '{worst}' has {now.min():.1f} dB on the samples, and no few layers in float make it much better: "
-            "onnxq diagnose tells where it is lost"
-        )
+        job.note(f"output '{worst}' has {now.min():.1f} dB on the samples, and no few layers in float make it much better")
+    return judge.samples
 
 
 def _search(job: Job, judge: Judge, before: Array, apart: bool) -> tuple[Search, tuple[list[float], list[float]]]:
