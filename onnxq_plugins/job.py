@@ -25,7 +25,7 @@ from onnxq_plugins.targets import Target
 Metric = Callable[[Sequence[Any], Sequence[Any], Array | None], float]
 
 Stage = Literal["rewrite", "solve", "finish"]
-Service = Literal["data", "ranges", "codes", "bias", "curve"]
+Service = Literal["data", "ranges", "codes", "bias", "curve", "placement"]
 
 
 # ---- passes ---------------------------------------------------------------------------------------------------------------

@@ -41,13 +41,16 @@ from onnxq_plugins.measure.arrays import leaves
 from onnxq_plugins.measure.classes import labelled
 from onnxq_plugins.measure.metrics import chance, find_metric, metric_name, top1
 from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
+from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.report.rows import LayerError, percent
 from onnxq_plugins.runtimes.audit import Audit
+from onnxq_plugins.runtimes.changes import what_to_change
 from onnxq_plugins.runtimes.machine import has_vnni
 from onnxq_plugins.runtimes.onnxruntime import audit_model
 from onnxq_plugins.runtimes.openvino import audit_openvino
+from onnxq_plugins.runtimes.spending import Spent, classes
 from onnxq_plugins.spec import Array
 
 
@@ -55,7 +58,7 @@ def audit_command(
     model: Model,
     *,
     against: Annotated[
-        Path | None, typer.Option(show_default=False, help="the float model: measures the latency ratio, interleaved")
+        Path | None, typer.Option(show_default=False, help="the float model: times and profiles both, interleaved")
     ] = None,
     runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or openvino")] = "onnxruntime",
     data: DataPath = "",
@@ -63,7 +66,10 @@ def audit_command(
     shape: ShapeList = None,
     custom_ops: CustomOps = None,
 ) -> None:
-    """Show for every layer of MODEL which kernel runs it, and if that is a float kernel, why."""
+    """Show for every layer of MODEL which kernel runs it, and if that is a float kernel, why.
+
+    With --against, --data or --shape also where the time goes, and what to change first.
+    """
     for path in (model, against):
         if path is not None:
             read(path)
@@ -78,12 +84,19 @@ def audit_command(
     feeds = feeds and runtimes.rolled(feeds, lambda: runtimes.session(model))
     shapes = read_shapes(shape)
     audit = audit_openvino(model) if runtime == "openvino" else audit_model(model, against, data=feeds, shapes=shapes)
+    if changes := what_to_change(audit, _placed(model)):
+        echo("what to change:")
+        for number, text in enumerate(changes, 1):
+            echo(f"{number}. {text}")
+        echo("")
     show(_audit_table(audit))
     others = sorted(audit.other.items(), key=lambda item: -item[1])[:12]
     echo(f"\nother operators: {', '.join(f'{n} {op}' for op, n in others) or 'none'}")
     echo(audit.summary())
     if accumulators := audit.accumulators():
         echo(accumulators)
+    if audit.spending:
+        _show_spending(audit)
     if audit.speedup is not None and audit.milliseconds is not None:
         before, after = audit.milliseconds
         times = f"{before:.3f} -> {after:.3f} ms"
@@ -92,6 +105,44 @@ def audit_command(
         echo(f"{audit.milliseconds[0]:.3f} ms, 1 thread, timed on {audit.timed}")
     if audit.untimed:
         notify(f"note: {audit.untimed}")
+
+
+_NAMED = 5  # operators of a class
+
+
+def _placed(model: Path) -> bool | None:
+    """Whether the recipe that made a model placed its operators by what they cost; None if it tells none."""
+    try:
+        return find_plugins().recipe(recipe_of(model)[0]).provides("placement")
+    except OnnxqError:
+        return None
+
+
+def _show_spending(audit: Audit) -> None:
+    """Print the time of each class of kernels, in both models if there are two."""
+    models = ["float", "quantized"] if len(audit.spending) == 2 else [""]
+    table = Table("class of kernels", box=None, header_style="bold")
+    for name in models:
+        for column in ("kernels", "us", "%"):
+            table.add_column(f"{name} {column}".strip(), justify="right")
+    table.add_column("operators")
+    for name in classes(audit.spending):
+        rows = [spending.of_class(name) for spending in audit.spending]
+        cells = [cell for row in rows for cell in _spent_cells(row)]
+        ops = rows[-1].ops or rows[0].ops
+        words = ", ".join(f"{count} {op}" for op, count in list(ops.items())[:_NAMED]) + (", ..." if len(ops) > _NAMED else "")
+        table.add_row(name, *cells, escape(words) if set(ops) - {name} else "")
+    echo(f"\nwhere the time goes, on {audit.timed}:")
+    show(table)
+    for name, spending in zip(models, audit.spending, strict=True):
+        echo(f"{name}{': ' if name else ''}{spending.text}")
+
+
+def _spent_cells(row: Spent) -> tuple[str, str, str]:
+    """Kernels, microseconds and percent; empty for a class that a model does not have."""
+    if not row.count and not row.microseconds:
+        return ("", "", "")
+    return (str(row.count or ""), f"{row.microseconds:.1f}", f"{100 * row.share:.0f}")
 
 
 def _audit_table(audit: Audit) -> Table:
