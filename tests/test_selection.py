@@ -8,18 +8,29 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxq_plugins import OnnxqError, cli, quantize, runtimes
+from onnxq_plugins import OnnxqError, cli, quantize, runtimes, selection
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
+from onnxq_plugins.runtimes.speed import Speed
 from onnxq_plugins.selection import AutoResult
 from onnxq_plugins.selection import auto as choose
 from tests.zoo import cnn, feeds, mlp, mobilenet
 
 
+def paced(monkeypatch, *ratios: float) -> None:
+    """Candidates of these speeds, in turn; the last one counts for all others."""
+
+    def against_first(runners, feed, seconds=1.0):
+        told = [1.0, *ratios, *[ratios[-1]] * len(runners)][: len(runners)]
+        return [Speed(1.0, 1 / ratio, ratio, ratio, ratio, 60) for ratio in told]
+
+    monkeypatch.setattr(selection, "against_first", against_first)
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Latency is not what these tests are about."""
-    monkeypatch.setattr(runtimes, "latency", lambda runners, feed, seconds=1.0: [2.0, 1.0])
+    """Few tests are about latency: all candidates are twice as fast as float."""
+    paced(monkeypatch, 2.0)
 
 
 def recipes_of(outcome: AutoResult) -> list[str]:

@@ -137,7 +137,7 @@ def overhead(durations: Array, ports: Array, total: float) -> float:
     if durations.sum() <= total:
         return 0.0
     level = (np.cumsum(durations) - total) / np.cumsum(ports)  # x, if so many of the first stay above zero
-    return float(level.max())  # x is smaller for more or fewer of them
+    return max(float(level.max()), 0.0)  # x is smaller for more or fewer of them
 
 
 def typical(milliseconds: Array) -> float:

@@ -206,7 +206,7 @@ def _borders(profile: Profile, times: np.ndarray[Any, Any]) -> tuple[Around, ...
     converts = [class_of(node.op_type) in CONVERSIONS for node in nodes]
     seen: set[int] = set()
     floats: dict[str, set[int]] = defaultdict(set)
-    cost: Counter[str] = Counter()
+    cost: dict[str, float] = defaultdict(float)
     count: Counter[str] = Counter()
     for start in range(len(nodes)):
         if not converts[start] or start in seen:
