@@ -34,6 +34,29 @@ from onnxq_plugins.spec import Array
 CHANNELS = (1, 3, 8, 12, 16, 20, 24, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 192, 240, 256, 320, 384, 512, 576)
 WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536)
 SIZES = (1, 2, 4, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160)
+ELEMENTWISE = (
+    "Add",
+    "Mul",
+    "Add",
+    "Mul",
+    "Concat",
+    "Sigmoid",
+    "LeakyRelu",
+    "HardSigmoid",
+    "Tanh",
+    "Erf",
+    "Clip",
+    "Relu",
+    "Softmax",
+    "PRelu",
+    "Exp",
+    "Sub",
+    "Div",
+    "Gelu",
+    "Swish",
+    "HardSwish",
+    "LayerNormalization",
+)
 WINDOWS = ("MaxPool", "AveragePool", "GlobalAveragePool", "Resize", "ReduceMean", "Pad")
 MOVES = {
     "QuantizeLinear": "quantize",
@@ -44,6 +67,7 @@ MOVES = {
 }
 _MOST = 1.2e8  # multiply-adds of an operator
 _LARGEST = 2_000_000  # values of a tensor
+_SCALES = (0.005, 0.05, 1.0)  # of both, one for each network: operators of small networks find more in the caches
 _INPUT = _LARGEST + 1000
 Draw = Callable[[np.random.Generator], Kernel]
 
@@ -81,12 +105,7 @@ def attention(rng: np.random.Generator) -> Kernel:
 
 
 def elementwise(rng: np.random.Generator) -> Kernel:
-    op = str(
-        rng.choice(
-            "Add Mul Add Mul Concat Sigmoid LeakyRelu HardSigmoid Tanh Erf Clip Relu Softmax PRelu Exp Sub Div Gelu Swish "
-            "HardSwish LayerNormalization".split()
-        )
-    )
+    op = str(rng.choice(ELEMENTWISE))
     shape = (1, int(rng.choice(CHANNELS)), *_size(rng))
     if op == "PRelu":
         shape = (1, shape[1], *[max(n, 2) for n in shape[2:]])
@@ -126,12 +145,13 @@ INTEGER = frozenset(
 )
 
 
-def draw(rng: np.random.Generator) -> Kernel:
-    """An operator of random shape, of a size that an edge network has."""
+def draw(rng: np.random.Generator, scale: float) -> Kernel:
+    """An operator of random shape, of a size that an edge network of some scale has."""
     while True:
         make = DRAWS[rng.choice(len(DRAWS), p=[share for _, share in DRAWS])][0]
         kernel = make(rng)
-        if kernel.features(False)[1] * 1e6 < _MOST and max(map(prod, (*kernel.inputs, kernel.output))) < _LARGEST:
+        largest = max(map(prod, (*kernel.inputs, kernel.output, *([kernel.weight] if kernel.weight else []))))
+        if kernel.features(False)[1] * 1e6 < scale * _MOST and largest < scale * _LARGEST:
             return kernel
 
 
@@ -308,7 +328,10 @@ def main() -> None:
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
     added: list[tuple[int, int, float]] = []
-    every = [s for _ in range(args.rounds) for s in measured([draw(rng) for _ in range(20)], rng, args.seconds, added)]
+    every = []
+    for n in range(args.rounds):
+        kernels = [draw(rng, _SCALES[n % len(_SCALES)]) for _ in range(20)]
+        every += measured(kernels, rng, args.seconds, added)
     totals = np.array(added)
     extra, _ = nnls(totals[:, :2] / totals[:, :1], totals[:, 2] / totals[:, 0])  # per node, and per input and output
     print(f"profiling adds {extra[0]:.2f} us a node and {extra[1]:.2f} us an input or output\n")

@@ -1,4 +1,5 @@
-"""Bounds of values are Relu or Clip, which integer kernels absorb, instead of Max and Min; of two in a row one remains."""
+"""Bounds of values are Relu or Clip, which integer kernels absorb, instead of Max and Min; of two in a row one remains.
+Slopes that channels share are LeakyRelu, which has an integer kernel."""
 
 from __future__ import annotations
 
@@ -64,4 +65,16 @@ def join_bounds(graph: Graph, node: gs.Node) -> bool:
     return True
 
 
-BOUNDS: tuple[Rewrite, ...] = (bound_by_constant, join_bounds)
+@rewrite_of("PRelu")
+def share_slope(graph: Graph, node: gs.Node) -> bool:
+    """A PRelu of one slope for all channels is a LeakyRelu, which integer kernels know."""
+    slopes = values_of(node, 1)
+    if slopes is None or slopes.size == 0 or not np.isfinite(slopes).all() or (slopes != slopes.flat[0]).any():
+        return False
+    if slopes.ndim > (rank_of(node.inputs[0]) or 0) or not is_float32(node.inputs[0]):
+        return False
+    node.op, node.attrs, node.inputs = "LeakyRelu", {"alpha": float(slopes.flat[0])}, [node.inputs[0]]
+    return True
+
+
+BOUNDS: tuple[Rewrite, ...] = (bound_by_constant, join_bounds, share_slope)

@@ -161,7 +161,7 @@ def tuned(node: onnx.NodeProto, slopes: Array | None) -> list[onnx.NodeProto] | 
     where these read a DequantizeLinear, which it copies for each reader. A PRelu whose slopes are 1 at most is the larger
     of x and slope * x: a Mul and a Max, which are vectorized.
     """
-    if node.domain:
+    if node.domain or node.op_type not in ("Gelu", "Swish", "PRelu"):
         return None
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     x, y = node.input[0], node.output[0]
@@ -170,7 +170,7 @@ def tuned(node: onnx.NodeProto, slopes: Array | None) -> list[onnx.NodeProto] | 
         return [helper.make_node(op, [x], [y], node.name, domain=CONTRIB)]
     if node.op_type == "Swish":
         return [helper.make_node("QuickGelu", [x], [y], node.name, domain=CONTRIB, alpha=attributes.get("alpha", 1.0))]
-    if node.op_type == "PRelu" and slopes is not None and bool((slopes <= 1).all()):
+    if slopes is not None and bool((slopes <= 1).all()):
         scaled = helper.make_node("Mul", [x, node.input[1]], [f"{y}_scaled"], f"{node.name}_scaled")
         return [scaled, helper.make_node("Max", [x, scaled.output[0]], [y], node.name)]
     return None

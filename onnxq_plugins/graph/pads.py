@@ -25,7 +25,7 @@ _NEVER_NEGATIVE = {
 _AS_THEIR_INPUTS = {
     *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"),
     *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Dropout", "Slice", "Split", "DepthToSpace"),
-    *("SpaceToDepth", "Concat", "Add", "Mul", "Max", "Min", "Sum", "HardSwish"),
+    *("SpaceToDepth", "Concat", "Add", "Mul", "Max", "Min", "Sum", "HardSwish", "Swish"),
 }
 
 
@@ -68,7 +68,7 @@ def never_negative(tensor: gs.Tensor, depth: int = _DEPTH) -> bool:
     if node.op == "Clip":
         low = values_of(node, 1)
         return bool(low is not None and low >= 0) or (left_out(node, 1) and never_negative(node.inputs[0], depth - 1))
-    if node.op == "HardSwish":
+    if node.op in ("HardSwish", "Swish"):
         return never_negative(node.inputs[0], depth - 1)
     if node.op not in _AS_THEIR_INPUTS:
         return False

@@ -14,7 +14,7 @@ Sizes = Sequence[int | str | None]
 
 RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _CONVOLUTIONS = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool")
-_FUNCTIONS = ("Relu", "Clip", "Sigmoid", "LeakyRelu", "HardSwish", "HardSigmoid", "Tanh")
+_FUNCTIONS = ("Relu", "Clip", "Sigmoid", "LeakyRelu", "HardSwish", "Swish", "HardSigmoid", "Tanh")
 _RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout")
 
 

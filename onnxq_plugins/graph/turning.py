@@ -31,7 +31,19 @@ UNARY = {
         "Erf",
         "Not",
     ),
-    *("Softplus", "Softsign", "HardSigmoid", "HardSwish", "Gelu", "Mish", "ThresholdedRelu", "Reciprocal", "Floor", "Ceil"),
+    *(
+        "Softplus",
+        "Softsign",
+        "HardSigmoid",
+        "HardSwish",
+        "Swish",
+        "Gelu",
+        "Mish",
+        "ThresholdedRelu",
+        "Reciprocal",
+        "Floor",
+        "Ceil",
+    ),
     *("Round", "Sign", "Cast", "Identity", "Sin", "Cos", "IsNaN", "IsInf"),
 }
 ELEMENTWISE = {

@@ -17,6 +17,7 @@ from onnxq_plugins.calibration import channel_axis, channels
 from onnxq_plugins.graph import ChannelGroup, Graph, Member, channel_groups, clip_maximum, rescale
 from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.layers.shared import shared_weights
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.search.gains import seen_by
 from onnxq_plugins.search.judge import Judge
 from onnxq_plugins.solvers.equalize import Place, equalize
@@ -91,6 +92,8 @@ class Equalize(Pass):
         if self.by == "activations" and not job.calibration.ready:
             job.note("equalize by activations was skipped: without data there are no ranges to even out")
             return {"groups": 0}
+        if self.by == "activations" and not Planned.of(job).activations:
+            return {"groups": 0}  # all run in float
         groups = channel_groups(job.graph, "rescale", clips=job.calibration.ready and self.by == "weights")
         if self.by == "activations":
             planned = [layer for layer in job.graph.layers if layer.weight in job.plan]

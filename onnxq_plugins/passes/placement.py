@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.shapes import shapes_of
-from onnxq_plugins.errors import Reason
+from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph.flow import maker_of
 from onnxq_plugins.job import Job, Pass, Report, Service, Stage
@@ -22,10 +22,10 @@ from onnxq_plugins.runtimes.profiles import TURN, interleaved, typical
 from onnxq_plugins.search.placement import Placer
 from onnxq_plugins.spec import Array, Plan, from_range
 
-_SHORT = 200.0  # microseconds of a run below which no table tells one network from another
-_LONG = 50_000.0  # up to which networks are timed, too
+_LONG = 50_000.0  # microseconds of a run up to which networks are timed, too
 _SECONDS = 0.3  # of timing
 _WHY = "it is faster in float, conversions included"
+_SURE = 1.5  # times the predicted time of the choice beyond which a network is not worth timing
 _CLEAR = 0.03  # by which a network must be faster for timing to overrule the table
 
 
@@ -38,14 +38,19 @@ class Placement(Pass):
     target's kind of processor, for their sizes in this network, is minimized over all operators together, conversions
     included, by a minimum cut: exactly, and alike on every machine.
 
-    Networks of less than 0.2 ms stay as they are: there, a run is mostly the call itself. Layers that are placed in float
-    keep their weights in 8 bits in the file; onnxruntime decodes them once, at load. What the recipe says of single layers
-    (`quantize`) is kept.
+    Layers that are placed in float keep their weights in 8 bits in the file; onnxruntime decodes them once, at load. What
+    the recipe says of single layers (`quantize`) is kept.
 
+    least   milliseconds that a run must take: in shorter ones the call itself counts most
     gain    share of the predicted time that must be saved, else all stays integer
     check   time the network as integer, as placed and in float, in turn, where it takes up to 50 ms; one that is faster
             than what the table says by 3 % is taken in its place, so that on another kind of processor no network is
             slower than in float. The one decision that depends on the machine; false leaves all to the table
+
+        minimize  sum_i t_i(a_i) + sum_(i, j) c_ij(a_i, a_j),   a_i in {integer, float, float in blocks of channels}
+
+    t_i is the time of operator i, c_ij that of bringing what i writes into the form in which j reads it, once for all
+    readers.
 
     Source: our own; minimum cuts as in Boykov, Veksler and Zabih, Fast approximate energy minimization via graph cuts
     (PAMI 2001).
@@ -55,10 +60,13 @@ class Placement(Pass):
     name: ClassVar[str] = "placement"
     stage: ClassVar[Stage] = "rewrite"
     provides: ClassVar[frozenset[Service]] = frozenset({"placement"})
+    least: float = 0.2
     gain: float = 0.03
     check: bool = True
 
     def __post_init__(self) -> None:
+        if not self.least >= 0:
+            raise ValueError(f"least = {self.least} must not be negative")
         if not 0 <= self.gain < 1:
             raise ValueError(f"gain = {self.gain} must be at least 0 and less than 1")
 
@@ -67,14 +75,18 @@ class Placement(Pass):
         if data is None or costs is None:
             return None
         feed = next(iter(data))
-        placer = Placer(Planned.of(job), shapes_of(job.graph, feed), costs)
+        try:
+            shapes = shapes_of(job.graph, feed)
+        except OnnxqError:
+            return None  # calibration will run on the sample, too, and tell what is wrong with it
+        placer = Placer(Planned.of(job), shapes, costs)
         if not placer.choices:
             return None
         forced = _forced(job)
         decision = placer.place(forced)
         predicted = decision.predicted
         shortest = min(predicted.values())
-        if shortest < _SHORT:
+        if shortest < 1e3 * self.least:
             return None
         pays = decision.floats and predicted["placed"] <= (1 - self.gain) * predicted["integer"]
         choice = "placed" if pays else "integer"
@@ -82,15 +94,15 @@ class Placement(Pass):
         sets = {name: each for name, each in sets.items() if name == "integer" or each}
         result: dict[str, Any] = {"table": costs.name, "predicted": {name: round(predicted[name], 1) for name in sets}}
         plans = {name: in_float(job, names) for name, names in sets.items()}
-        if self.check and job.target.here and shortest <= _LONG:
-            timed = _timed(job, plans, feed)
+        close = {name: plan for name, plan in plans.items() if predicted[name] < _SURE * predicted[choice]}
+        if self.check and job.target.here and shortest <= _LONG and len(close) > 1:
+            timed = _timed(job, close, feed)
             result["timed"] = {name: round(1e3 * typical(own)) for name, own in timed.items()}
             choice = fastest(timed, choice)
         job.plan = plans[choice]
         if sets[choice]:
-            timed = result.get("timed", result["predicted"])
-            how, times = "predicted", result["predicted"]
-            if timed[choice] < timed["integer"] and "timed" in result:
+            how, times, timed = "predicted", result["predicted"], result.get("timed", {})
+            if timed.get(choice, np.inf) < timed.get("integer", 0.0):
                 how, times = "measured", timed
             layers = {y.name for y in job.graph.layers} & sets[choice]
             job.report.floats.update({name: Reason("slower", _WHY) for name in layers})

@@ -17,7 +17,7 @@ from onnxq_plugins.plan.requests import weight_request
 from onnxq_plugins.search.judge import Judge
 from onnxq_plugins.spec import Plan, QuantSpec
 
-_OPERATORS = 400  # bytes of the operators that decode a weight of few bits
+_OPERATORS = 160  # bytes of the operators that decode a weight of few bits
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from onnxq_plugins.errors import Reason
 from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.clipping import least_squares
-from onnxq_plugins.layers.complete import activation_spec
+from onnxq_plugins.layers.complete import activation_spec, complete
 from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.search.fallback import WIDE, Fallback, Search, decibels, judged
@@ -53,8 +54,8 @@ def keep_quality(job: Job) -> Samples | None:
         if now.min() < quality.least:
             search, levels = _search(job, judge, before, learned)
             found, samples = search.run(*levels), search.samples
-    if found is not None and not quality.asked and not _worth(found, before, quality.least):
-        found = None
+            if found is not None and not quality.asked and not _worth(found, before, quality.least):
+                found = None
     after = now if found is None else found.sqnr
     job.report["quality"] = {
         "asked": quality.sqnr,
@@ -102,13 +103,13 @@ def _as_plain(job: Job, samples: Samples, before: Array) -> Fallback | None:
     """
     quality, judge = job.recipe.quality, Judge.of(job, apart=False, work=_CHECK, least=_FEWEST)
     assert judge is not None
-    view = Planned.of(job)
-    requests = Plan({n: job.plan[n].request() for n in (*view.activations, *(y.weight for y in view.layers))})
-    plain = replace(job, plan=judge.completed(job.plan | requests), report=Report())
-    start = decibels(plain, judge.samples, plain.plan)
-    if start.min() >= quality.least or _clipped(plain, judge.samples, start).min() >= quality.least:
+    plain = replace(job, report=Report())
+    starts = [(decibels(job, judge.samples, plan), plan) for plan in _plain(job, judge)]
+    start, plain.plan = max(starts, key=lambda one: float(one[0].min()))
+    if start.min() >= quality.least:
         return None
-    search, levels = _search(plain, judge, start, False)
+    first = min((dB for dB, _ in starts), key=lambda dB: float(dB.min()))
+    search, levels = _search(plain, judge, first, False)
     found = search.run(*levels)
     if found is None or not _worth(found, start, quality.least):
         return None
@@ -120,6 +121,17 @@ def _as_plain(job: Job, samples: Samples, before: Array) -> Fallback | None:
         both = replace(both, sqnr=decibels(job, samples, both.plan))
         found = found if both.sqnr.min() < found.sqnr.min() - TIE else both
     return found
+
+
+def _plain(job: Job, judge: Judge) -> Iterator[Plan]:
+    """Plans with plain codes: with the job's ranges or the extremes, with corrected biases or without."""
+    view = Planned.of(job)
+    weights = Plan({y.weight: job.plan[y.weight].request() for y in view.layers})
+    extremes = Plan({name: job.plan[name].request() for name in view.activations})
+    for requests in (weights, weights | extremes):
+        trial = replace(job, plan=job.plan | requests, report=Report())
+        complete(trial)
+        yield from (judge.completed(job.plan | requests), trial.plan)
 
 
 def _clipped(job: Job, samples: Samples, before: Array) -> Array:

@@ -89,6 +89,7 @@ def test_a_prelu_of_large_or_unknown_slopes_stays():
     node = helper.make_node("PRelu", ["x", "slopes"], ["y"], "prelu")
     assert tuned(node, np.array([0.5, 1.5], np.float32)) is None
     assert tuned(node, None) is None
+    assert tuned(helper.make_node("RandomNormal", [], ["y"], shape=[2]), None) is None  # it reads nothing
 
 
 def test_a_silu_is_recognised_whatever_it_is_written_as():

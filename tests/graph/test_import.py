@@ -244,7 +244,7 @@ def test_nothing_beside_the_function_is_lost():
         entry = place.metadata_props.add()
         entry.key, entry.value = "source", "line 1"
     model.graph.input[0].doc_string, model.graph.output[0].doc_string = "pixels", "logits"
-    result = quantize(model, "int8", feeds(model, 8), workers=1).model
+    result = quantize(model, "int8", feeds(model, 8), workers=1, names="keep").model
     assert result.graph.input[0] == model.graph.input[0] and result.graph.output[0] == model.graph.output[0]
     assert any(p.key == "source" for p in result.metadata_props) and result.graph.metadata_props[0].value == "line 1"
     assert all(n.metadata_props for n in result.graph.node if n.name in {node.name for node in model.graph.node})

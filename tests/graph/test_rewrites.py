@@ -144,6 +144,10 @@ CASES: dict[str, list[tuple]] = {
         ),
         ([("Clip", ["x", "low"], ["a"], {}), ("Relu", ["a"], ["y"], {})], {"low": f32(-1)}, IMAGE, {"Relu": 1}),
     ],
+    "share_slope": [
+        ([("PRelu", ["x", "s"], ["y"], {})], {"s": np.full((4, 1, 1), 0.3, np.float32)}, IMAGE, {"LeakyRelu": 1}),
+        ([("PRelu", ["x", "s"], ["y"], {})], {"s": f32([-0.5])}, IMAGE, {"LeakyRelu": 1}),
+    ],
     "fold_ahead": [
         (
             [("Mul", ["x", "k"], ["p"], {}), ("Conv", ["p", "w"], ["y"], {"pads": [1] * 4})],

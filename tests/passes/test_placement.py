@@ -1,4 +1,5 @@
-"""Operators run in float where that is faster: the cut is the cheapest of all choices, the plan obeys it, files stay small."""
+"""Operators run in float where that is faster: the cut is the cheapest of all choices, the plan obeys it, files stay
+small."""
 
 from __future__ import annotations
 

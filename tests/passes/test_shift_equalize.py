@@ -313,7 +313,7 @@ def test_both_forms_compute_the_same(name):
     """A vector of scales, and one scale per weight with a Mul by powers of two behind the layer."""
     model = ZOO[name]()
     data = feeds(model, 4)
-    a, b = (quantize(model, recipe(target=t), data, verify=True) for t in ("ort-cpu", "per-tensor"))
+    a, b = (quantize(model, recipe(target=t), data, verify=True, names="keep") for t in ("ort-cpu", "per-tensor"))
     layers = {y.weight for y in load(model).layers if y.op != "ConvTranspose"}
     assert set(a.plan) >= layers and set(b.plan) >= layers
     for key, spec in b.plan.items():
@@ -497,7 +497,7 @@ def test_stored_bits_count_what_is_written(target, bits):
     """Codes, a vector of scales, or one scale and a vector of factors."""
     rows = np.random.default_rng(0).normal(size=(16, 64)) * np.exp2(-np.arange(16.0) / 2)[:, None]
     model = one_layer(rows)
-    result = quantize(model, recipe(bits=bits, target=target), feeds(model, 2))
+    result = quantize(model, recipe(bits=bits, target=target), feeds(model, 2), names="keep")
     (layer,) = load(model).layers
     told = stored_bits(layer, entry(result), TARGETS[target].rule(layer, entry(result), 8))
     wanted = {"INT4": 0.5, "INT8": 1, "FLOAT": 4}

@@ -16,7 +16,7 @@ def network():
     """A layer of few weights between two of many."""
     net = Net(["N", 64])
     hidden = net.op("Relu", net.gemm("x", 64, 128))
-    return net.model(net.gemm(net.op("Relu", net.gemm(hidden, 128, 4)), 4, 512))
+    return net.model(net.gemm(net.op("Relu", net.gemm(hidden, 128, 2)), 2, 512))
 
 
 def bits(widen, **more):

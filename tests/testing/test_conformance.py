@@ -18,6 +18,7 @@ from onnxq_plugins.passes import (
     Equalize,
     MixedPrecision,
     Orthogonality,
+    Placement,
     Ranges,
     Reorder,
     ResidualEnsemble,
@@ -59,6 +60,7 @@ CASES = [
     cases(Equalize(by="activations"), recipe=TENSOR),
     cases(MixedPrecision(samples=4, strategy="binary", curve=0, method="nearest"), expected_failures=NARROWER),
     cases(Orthogonality(samples=8), expected_failures=NARROWER),
+    cases(Placement(least=0.0, gain=0.0, check=False)),
     cases(Ranges(method="mse")),
     cases(Reorder(sweeps=1), recipe=TILES),
     cases(
