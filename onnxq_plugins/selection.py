@@ -88,15 +88,18 @@ class AutoResult:
 
     @property
     def reason(self) -> str:
-        """Why the float model was kept, in a sentence; "" if it was not."""
+        """Why the float model was kept, or what is not faster than it, in a sentence; "" for a model that is."""
+        best = self.best
         if not self.kept_float:
-            return ""
+            if not best.met or best.faster:
+                return ""
+            pace = f"slower than float, {best.speed:.2f}x its speed" if best.slower else "about as fast as float"
+            return f"{best.recipe} is {pace}, and was kept for its size"
         good = [trial for trial in self.trials if trial.met]
         speeds = ", ".join(f"{trial.recipe} {trial.speed:.2f}x its speed" for trial in good if trial.pace is not None)
-        numbers = f" ({speeds})" if speeds else ""
         smaller = any(trial.size < self.unchanged.size for trial in good)
         hint = "; --prefer size makes it smaller" if smaller else ""
-        return f"keep float: no recipe that is good enough is better{numbers}{hint}"
+        return f"keep float: no recipe that is good enough is better{f' ({speeds})' if speeds else ''}{hint}"
 
 
 def auto(

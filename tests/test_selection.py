@@ -196,7 +196,13 @@ def test_float_is_kept_where_nothing_is_faster(monkeypatch):
     again = quantize(model, outcome.result.recipe.to_dict(), feeds(model, 4), workers=1)
     assert not again.plan  # its recipe is that of float, too
     smaller = choose(model, feeds(model, 20), max_drop=100, prefer="size", recipes=["int8", "int8-storage"])
-    assert not smaller.kept_float and smaller.reason == "" and smaller.unchanged.rejected.startswith("larger than")
+    assert not smaller.kept_float and smaller.unchanged.rejected.startswith("larger than")
+    assert smaller.reason.endswith("is slower than float, 0.80x its speed, and was kept for its size")
+    paced(monkeypatch, 1.01)
+    alike = choose(model, feeds(model, 20), max_drop=100, metric="agreement", recipes=[smaller.best.recipe])
+    assert alike.reason == f"{smaller.best.recipe} is about as fast as float, and was kept for its size"
+    paced(monkeypatch, 2.0)
+    assert choose(model, feeds(model, 20), max_drop=100, metric="agreement").reason == ""
 
 
 def test_speed_keeps_the_fastest_of_the_recipes_that_were_named(monkeypatch):

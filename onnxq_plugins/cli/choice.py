@@ -175,8 +175,6 @@ def _show_trials(outcome: AutoResult) -> None:
             notify(f"note: recipe '{trial.recipe}' is not possible: {trial.why}")
     if outcome.reason:
         echo(outcome.reason)
-    elif outcome.best.slower:
-        notify(f"note: {outcome.best.recipe} is slower than float, {outcome.best.speed:.2f}x its speed")
 
 
 def _cells(trial: Candidate) -> list[str]:

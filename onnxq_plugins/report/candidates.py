@@ -149,7 +149,7 @@ def _fastest(alike: Sequence[Candidate]) -> Candidate:
 def _behind(one: Candidate, kept: Candidate, prefer: Prefer, bar: Bar) -> str:
     """What the candidate that was kept is better by, what is preferred first."""
     slower = one.speed < kept.speed * (1 - EQUAL)
-    larger = one.size > kept.size * (1 + (_ALIKE if prefer == "size" else 0.0))
+    larger = one.size > kept.size * (1 + _ALIKE)
     worse = not bar.equal(one, kept) and bar.badness(one) > bar.badness(kept)
     words = {"speed": "slower" * slower, "size": "larger" * larger, "accuracy": "less accurate" * worse}
     order = sorted(words, key=lambda kind: kind != prefer)

@@ -14,6 +14,7 @@ from onnxq_plugins.runtimes.spending import Spent, classes
 
 _SECONDS = 0.5  # of runs in turn
 
+
 def timed(result: Outcome, data: Data) -> Audit | None:
     """Both models profiled on the first sample; None where that says nothing about the target, or where they do
     not run on it."""
