@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -16,9 +16,9 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.files import save_model
 from onnxq_plugins.graph import Graph, Model, as_model, load
-from onnxq_plugins.job import FLOAT as FLOAT_BITS
-from onnxq_plugins.job import Metric, Recipe, Report
+from onnxq_plugins.job import Metric
 from onnxq_plugins.measure import IDENTICAL
 from onnxq_plugins.measure.classes import labelled
 from onnxq_plugins.measure.metrics import (
@@ -39,7 +39,7 @@ from onnxq_plugins.report.goals import Goals
 from onnxq_plugins.report.remedies import Remedy, quality
 from onnxq_plugins.report.summary import original_size
 from onnxq_plugins.runtimes.speed import against_first
-from onnxq_plugins.spec import Array, Plan
+from onnxq_plugins.spec import Array
 
 # From cheap to costly. For speed, recipes that run in the same integer kernels: the first that is accurate enough is as fast
 # as any. For size and accuracy all are tried.
@@ -48,7 +48,7 @@ RECIPES: dict[Prefer, tuple[str, ...]] = {
     "size": ("int8", "int8-storage", "mixed-coding-length", "mixed", "int4-rounded", "int4-storage"),
     "accuracy": ("int8", "int8-rounded"),
 }
-_Own = Path | onnx.ModelProto | Graph  # the user's own model
+_ALL_FLOAT = {"target": "storage", "weights": {"bits": 32}, "activations": {"bits": 32}}  # a recipe
 _APART = 16  # samples from which models are made and judged on different ones
 _MOST = 512  # samples to judge on
 _FINE = 0.2  # points below which the weight of one sample affects no decision
@@ -66,7 +66,8 @@ class AutoResult:
     metric      its name
     reference   the float model's own value of the metric; infinite for SQNR
     best        the candidate that was kept: one of the trials, or `unchanged`
-    result      its model; `result.recipe` is the recipe, whose text is `onnxq_plugins.recipe.to_toml(recipe.to_dict())`
+    result      its model; `result.recipe` is the recipe, whose text is `onnxq_plugins.recipe.to_toml(recipe.to_dict())`.
+                Where float is kept, what a recipe without codes makes of it, while `save` writes it as it is
     met         True if it is within the allowed drop, or has the least SQNR
     notes       what the user should know
     unchanged   the float model as a candidate
@@ -80,6 +81,21 @@ class AutoResult:
     met: bool
     notes: tuple[str, ...] = ()
     unchanged: Candidate = Candidate(FLOAT)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model that was kept; the float model as it is."""
+        own = self.result.original
+        if not self.kept_float:
+            return self.result.save(path)
+        return save_model(onnx.load(str(own)) if isinstance(own, Path) else own, Path(path))
+
+    @property
+    def summary(self) -> str:
+        """What was kept, in one line."""
+        if not self.kept_float:
+            return self.result.summary
+        size = self.unchanged.size
+        return f"the float model as it is | {f'{size / 1e6:.2f} MB' if size >= 1e6 else f'{size / 1e3:.1f} kB'}"
 
     @property
     def kept_float(self) -> bool:
@@ -147,44 +163,14 @@ def auto(
     options = options if state is None else replace(options or DataOptions(), state=dict(state))
     calibration, judging, notes = _samples(graph, data, test, labels, options, metric, class_axis)
     judge = _Judge.of(graph, model, judging, metric, class_axis, max_drop, min_sqnr)
-    settings: dict[str, Any] = {"target": target, "seed": seed, "workers": workers, "cache": cache, "class_axis": class_axis}
     trials = _Trials(judge, tell)
+    make = partial(quantize, model, data=calibration, seed=seed, workers=workers, cache=cache, class_axis=class_axis)
+    make = partial(make, float32=float32, check=False, track=track)
     for recipe in recipes or RECIPES[prefer]:
-        made = partial(quantize, model, recipe, calibration, float32=float32, track=track, check=False, **settings)
-        if trials.add(recipe, made).met and prefer == "speed" and not recipes:
+        if trials.add(recipe, partial(make, recipe, target=target)).met and prefer == "speed" and not recipes:
             break
     _improve(trials, attempts, workers, track)
-    unchanged = Candidate(
-        FLOAT, 0.0, IDENTICAL, True, original_size(graph, None if isinstance(model, Graph) else model), 1.0
-    )
-    best, candidates, unchanged = choose(judge.timed(trials.candidates, trials.results), unchanged, prefer, judge.bar)
-    result = trials.results[trials.nearest.recipe]
-    result = _unchanged(result, graph, model, unchanged.size) if best is unchanged else trials.results[best.recipe]
-    found = (metric_name(judge.metric), judge.reference, best, result, best.met)
-    return AutoResult(candidates, *found, (*notes, *judge.notes(best.outputs)), unchanged)
-
-
-def _unchanged(result: Result, graph: Graph, model: _Own, size: int) -> Result:
-    """The float model as a result.
-
-    result   of another candidate
-    """
-    own = graph.model() if isinstance(model, Graph) else onnx.load(str(model)) if isinstance(model, Path) else model
-    first = Recipe()
-    weights, activations = replace(first.weights, bits=FLOAT_BITS), replace(first.activations, bits=FLOAT_BITS)
-    recipe = replace(first, weights=weights, activations=activations)
-    text = f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-    report = Report(
-        summary=f"the float model as it is | {text}",
-        bytes={"float": size, "quantized": size},
-        bits_per_weight=float(FLOAT_BITS),
-        recipe=recipe.to_dict(),
-        seconds=0.0,
-        machine=result.report.get("machine", {}),
-    )
-    return Result(
-        own, Plan(), report, graph, result.target, result.data, result.source, recipe, result.again, result.class_axis
-    )
+    return trials.outcome(prefer, notes, original_size(graph, None if isinstance(model, Graph) else model), make)
 
 
 class _Trials:
@@ -215,19 +201,17 @@ class _Trials:
             raise OnnxqError(*dict.fromkeys(f"recipe '{one.recipe}': {one.why}" for one in self.candidates))
         return min(usable, key=lambda one: (not one.met, one.drop, -one.sqnr))
 
-    def outcome(
-        self, prefer: Prefer, notes: Sequence[str], graph: Graph, model: Path | onnx.ModelProto | Graph
-    ) -> AutoResult:
+    def outcome(self, prefer: Prefer, notes: Sequence[str], size: int, make: Callable[..., Result]) -> AutoResult:
         """What is kept, once all candidates and the float model ran in turn.
 
         notes   on the samples
-        model   the user's own, of which `graph` was made
+        size    bytes of the float model
+        make    a result of a recipe
         """
-        judge, nearest = self.judge, self.results[self.nearest.recipe]
-        size = original_size(graph, None if isinstance(model, Graph) else model)
+        judge = self.judge
         own = Candidate(FLOAT, 0.0, IDENTICAL, True, size, 1.0)
         best, candidates, own = choose(judge.timed(self.candidates, self.results), own, prefer, judge.bar)
-        result = _unchanged(nearest, graph, model, size) if best is own else self.results[best.recipe]
+        result = make(_ALL_FLOAT) if best is own else self.results[best.recipe]
         notes = (*notes, *judge.notes(best.outputs))
         return AutoResult(candidates, metric_name(judge.metric), judge.reference, best, result, best.met, notes, own)
 
@@ -317,7 +301,7 @@ class _Judge:
     def of(
         cls,
         graph: Graph,
-        model: _Own,
+        model: Path | onnx.ModelProto | Graph,
         data: Data,
         metric: str | Metric | None,
         class_axis: int | None,

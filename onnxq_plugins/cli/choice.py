@@ -119,11 +119,11 @@ def auto_command(
         track=track,
         tell=lambda trial: _show_progress(trial, width),
     )
-    outcome.result.save(path)
+    outcome.save(path)
     if choice.save_recipe is not None:
         write_file(f"{to_toml(outcome.result.recipe.to_dict())}\n".encode(), choice.save_recipe)
     _show_trials(outcome)
-    echo(f"{path}: {outcome.result.summary}")
+    echo(f"{path}: {outcome.summary}")
     if not outcome.met:
         fail(OnnxqError(_miss(outcome, choice.max_drop, choice.min_sqnr)), 1)
 

@@ -17,6 +17,7 @@ from onnx import TensorProto
 from onnxq_plugins import runtimes
 from onnxq_plugins.data import Input, Source, model_inputs, open_data
 from onnxq_plugins.errors import OnnxqError, Reason
+from onnxq_plugins.files import LARGE, size_of
 from onnxq_plugins.graph.bodies import with_bodies
 from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import Need, needs
@@ -54,7 +55,7 @@ def audit_model(
     model     QDQ (or any) model
     folder    of the external data of a ModelProto
     against   the float model: both are timed and profiled, in turn, one thread
-    seconds   of that; a few runs of each in any case
+    seconds   of that; a few runs of each in any case. Where both have more than 1 GB there is no profile
     data      sample inputs (see `onnxq_plugins.data.open_data`), whose first the models are timed on
     shapes    or the shapes of inputs, to time them on random numbers; without either, `examples` has sizes for open axes
 
@@ -121,6 +122,10 @@ def _timing(
         if data is not None or shapes is not None:
             raise OnnxqError(f"the model cannot be timed {error}; give other --data or --shape.") from error
         return {"untimed": f"not timed: the model does not run {error}; give --data or --shape"}
+    if sum(map(size_of, models)) > LARGE:  # each profile needs another session
+        times = runtimes.latency(runners, [runtimes.wanted(runner, feed) for runner in runners], seconds)
+        ratio = {"speedup": times[0] / times[1]} if len(times) > 1 else {}
+        return {**ratio, "milliseconds": tuple(times), "timed": written(feed) + guess}
     profiles, _ = profile(models, feed, seconds, plain=runners, folders=folders, brief=True)
     found: dict[str, Any] = {"spending": tuple(map(Spending.of, profiles)), "timed": written(feed) + guess}
     if len(profiles) == 1:
