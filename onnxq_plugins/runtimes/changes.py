@@ -64,9 +64,13 @@ def _cause(before: Spending, after: Spending) -> str:
 
 
 def _why(name: str, after: Spending) -> str:
+    """What a group of classes consists of, or why it is slow."""
     if name == "layers":
         return ", whose float kernels are faster for these shapes"
-    return _around(after) if name == "conversions" else ""
+    if name == "conversions":
+        return _around(after)
+    op, count = next(iter(after.of_class(name).ops.items()), ("", 0))  # the most costly
+    return f" ({count} {op})" if op else ""
 
 
 def _around(spending: Spending, most: int = 2) -> str:

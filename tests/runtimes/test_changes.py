@@ -74,6 +74,11 @@ def test_slower_than_float_by_layers():
     assert "400 us more, 400 for layers, whose float kernels are faster for these shapes" in text
 
 
+def test_slower_than_float_by_other_operators():
+    (text,) = what_to_change(audit(FLOAT, spent(QLinearConv=(10, 40.0), PRelu=(10, 40.0), QLinearMul=(4, 50.0))))
+    assert "400 us more, 300 for activations (10 PRelu), 200 for sums and products (4 QLinearMul): " in text
+
+
 def test_conversions_of_a_network_that_is_faster_all_the_same():
     fine = audit(FLOAT, between(10, 8.0))
     (text,) = what_to_change(fine)
