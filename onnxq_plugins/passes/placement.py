@@ -13,12 +13,12 @@ from onnxq_plugins.calibration.shapes import shapes_of
 from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph.flow import maker_of
-from onnxq_plugins.job import Job, Pass, Report, Stage
+from onnxq_plugins.job import Job, Pass, Report, Service, Stage
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import request, rule_keys
 from onnxq_plugins.runtimes.costs import tables
-from onnxq_plugins.search.latency import TURN, interleaved, typical
+from onnxq_plugins.runtimes.profiles import TURN, interleaved, typical
 from onnxq_plugins.search.placement import Placer
 from onnxq_plugins.spec import Array, Plan, from_range
 
@@ -59,6 +59,7 @@ class Placement(Pass):
 
     name: ClassVar[str] = "placement"
     stage: ClassVar[Stage] = "rewrite"
+    provides: ClassVar[frozenset[Service]] = frozenset({"placement"})
     least: float = 0.2
     gain: float = 0.03
     check: bool = True
