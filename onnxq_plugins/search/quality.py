@@ -15,7 +15,7 @@ from onnxq_plugins.search.fallback import WIDE, Fallback, Search, decibels, judg
 from onnxq_plugins.search.judge import SAMPLES, TIE, Judge
 from onnxq_plugins.spec import Array, Plan
 
-_CHECK = 1e9  # multiply-adds over the samples that a network is checked on; at least four samples, at most 32
+_CHECK = 3e9  # multiply-adds over the samples that a network is checked on; at least four samples, at most 32
 _SEARCH = 5e9  # and that a search measures on
 _FEWEST = 4
 _MARGIN = 2.0  # dB by which saved outputs must be above what was not enough: other samples have less
