@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 
-
 _GRAPHS = {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS, onnx.AttributeProto.UNDEFINED}  # old models have no types
 
 
