@@ -390,12 +390,18 @@ class Graph:
         return self._fingerprint().structure
 
     def content(self, name: str) -> bytes:
-        """A hash of the values of a constant."""
-        return self._contents.of(self.constant(name), name in self.mapped.arrays)
+        """A hash of the values of a constant; of one that is mapped for reading, and so cannot change, its identity."""
+        values = self.constant(name)
+        return str(id(values)).encode() if id(values) in self._fixed else self._contents.of(values)
+
+    @property
+    def _fixed(self) -> set[int]:
+        """Identities of arrays that nobody can write to."""
+        return {id(array) for array in self.mapped.arrays.values()}
 
     def _fingerprint(self) -> Fingerprint:
         rest = [a.SerializeToString() for rest in self._beside.rest.values() for a in rest.attributes]
-        return Fingerprint(self._graph, rest, self._contents, {id(array) for array in self.mapped.arrays.values()})
+        return Fingerprint(self._graph, rest, self._contents, self._fixed)
 
     def copy(self) -> Graph:
         """An independent copy; weights are copied too."""
