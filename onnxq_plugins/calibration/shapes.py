@@ -14,6 +14,7 @@ import onnx
 from onnx import helper
 
 from onnxq_plugins import runtimes
+from onnxq_plugins.calibration.reductions import beside_makers
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.spec import Array
@@ -99,11 +100,13 @@ def shapes_of(graph: Graph, feed: Mapping[str, Array], names: Iterable[str] | No
         tensors = [name for name in dict.fromkeys([*whole, *missing]) if name not in known]  # all at once
         weights: dict[str, Array] = {}
         model = graph.model(weights)
+        own = len(model.graph.node)
         del model.graph.output[:]
         for name in tensors:
             model.graph.node.append(helper.make_node("Shape", [name], [f"{name}|shape"], f"{name}|shape"))
             model.graph.output.append(helper.make_tensor_value_info(f"{name}|shape", onnx.TensorProto.INT64, None))
-        values = runtimes.session(model, weights=weights, lean=True).run(None, dict(feed))
+        beside_makers(model.graph, own)
+        values = runtimes.session(model, weights=weights, lean=True, ordered=True).run(None, dict(feed))
         known |= {name: tuple(int(n) for n in value) for name, value in zip(tensors, values, strict=True)}
     return {name: known[name] for name in names}
 
