@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -93,7 +94,7 @@ class TensorRequest:
 class LayerRule:
     """Settings for some layers; the ``[[layer]]`` tables. Later rules win.
 
-    match      glob on the layer's name
+    match      glob on the layer's name, or a list of them
     op         Conv, ConvTranspose, Gemm, MatMul, or Attention for products of two activations; LSTM, GRU, RNN, Gather or
                Einsum for their constants, of which only `quantize` and ``weights.bits`` count
     kind       dense, grouped or depthwise
@@ -102,13 +103,27 @@ class LayerRule:
     weights, activations   fields of TensorRequest that differ; activations means the layer's input
     """
 
-    match: str = "*"
+    match: str | tuple[str, ...] = "*"
     op: Literal["", "Conv", "ConvTranspose", "Gemm", "MatMul", "Attention", "LSTM", "GRU", "RNN", "Gather", "Einsum"] = ""
     kind: Literal["", "dense", "grouped", "depthwise"] = ""
     position: Literal["", "first", "last"] = ""
     quantize: bool | None = None
     weights: Mapping[str, Any] = field(default_factory=dict)
     activations: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """`match` as a list."""
+        return (self.match,) if isinstance(self.match, str) else tuple(self.match)
+
+    @property
+    def everywhere(self) -> bool:
+        """True if it is about layers of any name."""
+        return "*" in self.patterns
+
+    def names(self, name: str) -> bool:
+        """True if it is about layers of this name."""
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
 
 @dataclass(frozen=True)
@@ -140,7 +155,10 @@ class Quality:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A validated recipe. `onnxq_plugins.recipe` reads and writes its text."""
+    """A validated recipe. `onnxq_plugins.recipe` reads and writes its text.
+
+    exclude   operators of any kind that stay float: their names, or globs on them
+    """
 
     target: str = "ort-cpu"
     weights: TensorRequest = TensorRequest()
@@ -150,6 +168,11 @@ class Recipe:
     data: DataOptions = DataOptions()
     quality: Quality = Quality()
     name: str = ""
+    exclude: tuple[str, ...] = ()
+
+    def excludes(self, name: str) -> bool:
+        """True if an operator of this name is to stay float."""
+        return any(name == pattern or fnmatchcase(name, pattern) for pattern in self.exclude)
 
     def provides(self, *services: Service) -> bool:
         """True if one pass provides all of these."""
@@ -158,6 +181,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, defaults left out: `recipe.parse` makes the same recipe of them."""
         table: dict[str, Any] = {"recipe": 1, "target": self.target}
+        if self.exclude:
+            table["exclude"] = list(self.exclude)
         for key in ("weights", "activations", "data", "quality"):
             if changes := changed(getattr(self, key), getattr(Recipe, key)):
                 table[key] = changes

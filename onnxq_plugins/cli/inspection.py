@@ -150,6 +150,7 @@ def diagnose_command(
         workers=work.workers or None,
         cache=work.cache,
         settings=[*images.settings(), *(recipe.settings or [])],
+        exclude=recipe.exclude or (),
         check=False,
         track=track,
     )

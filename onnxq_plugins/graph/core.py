@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -60,6 +60,7 @@ class Graph:
         notes: Iterable[str] = (),
         mapped: MappedWeights | None = None,
         versions: tuple[int, int] = (0, 0),
+        imported: Collection[str] = (),
     ) -> None:
         self._graph = graph
         self._beside = beside
@@ -69,6 +70,8 @@ class Graph:
         self.mapped = mapped or MappedWeights()  # weights that stay in files
         self.defaults = beside.defaults  # values of inputs that callers may leave out
         self.versions = versions  # opset and IR version of the user's own model
+        self.imported = frozenset(imported)  # names of the operators of the user's own model
+        self.floats: frozenset[str] = frozenset()  # operators that stay float, whatever a plan has around them
         self.output_opset = 0  # lowest opset of what is made of it; a pass that needs a newer one raises it
 
     # ---- queries ---------------------------------------------------------------------------------------------------
@@ -382,8 +385,8 @@ class Graph:
     def copy(self) -> Graph:
         """An independent copy; weights are copied too."""
         graph, beside = split(self.model(expand=False), self._beside.header)
-        twin = Graph(graph, beside, copy.copy(self.batchnorms), self.notes, versions=self.versions)
-        twin.output_opset = self.output_opset
+        twin = Graph(graph, beside, copy.copy(self.batchnorms), self.notes, versions=self.versions, imported=self.imported)
+        twin.output_opset, twin.floats = self.output_opset, self.floats
         return twin
 
 

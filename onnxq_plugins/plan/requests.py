@@ -82,9 +82,10 @@ def request(
     outside = constant_requests(graph, recipe, target, unmatched)
     for n in sorted(unmatched):
         rule = recipe.layers[n]
-        if rule.match != "*":
+        if not rule.everywhere:
             names = ", ".join(layer.name for layer in graph.layers[:6])
-            problems.append(f"recipe, layer {n + 1}: nothing matches '{rule.match}'; layers are named {names} ...")
+            wanted = " or ".join(map(repr, rule.patterns))
+            problems.append(f"recipe, layer {n + 1}: nothing matches {wanted}; layers are named {names} ...")
     OnnxqError.check(problems)
     if narrowed:
         notes.append(
@@ -94,7 +95,7 @@ def request(
     stored = {each.constant.name: each.spec for each in outside if each.spec is not None}
     if graph.layers and not plan:
         notes.append("no layer is quantized")
-    chain = _chain(graph, target, set(integer), unfit, placed)
+    chain = _chain(graph, target, set(integer), unfit, {*placed, *graph.floats})
     activation_request = {**integer, **dict.fromkeys(chain, recipe.activations)}
     whole = Plan(plan) | stored | _activations(graph, target, activation_request)
     view = Planned(graph, whole, target)
@@ -112,6 +113,7 @@ def _products(
             _, activations, quantize = settings(recipe, node.name, "Attention", "", {}, unmatched)
             pays = "MatMul" in ops and 0 < target.attention <= _multiply_adds(graph, node)
             fit = set(unfit).isdisjoint(graph.root(name) for name in activation_inputs(graph, node))
+            fit = fit and node.name not in graph.floats
             if fit and (quantize or (quantize is None and pays)):
                 integer[str(node.name)] = activations
     return integer
@@ -135,7 +137,7 @@ def _why_float(
 ) -> Reason | None:
     """Why a layer stays float; None if it does not."""
     rules = [rule for rule in target.rules if rule.op == layer.op]
-    if quantize is False or weights.bits == FLOAT:
+    if quantize is False or weights.bits == FLOAT or layer.name in graph.floats:
         return Reason("recipe", "the recipe leaves it float")
     if not rules:
         return Reason("unsupported", f"target '{target.name}' has no quantized {layer.op}")

@@ -15,7 +15,7 @@ from onnx import TensorProto
 from rich.console import Console
 
 import onnxq_plugins
-from onnxq_plugins import audit_model, cli, measure, plugins, runtimes
+from onnxq_plugins import audit_model, cli, load, measure, plugins, runtimes
 from onnxq_plugins.cli.inventory import summary_lines
 from onnxq_plugins.laws import LawBroken
 from onnxq_plugins.plugins import find_plugins
@@ -56,6 +56,16 @@ def test_names_inside_the_model_are_short_or_kept(ready):
     assert inner["short"] == outputs < inner["keep"]
     ran = ready("quantize", "model.onnx", "--data", "data.npz", "--names", "long")
     assert ran.code == 2 and "names = 'long' is unknown" in ran.err
+
+
+def test_excluded_operators(ready):
+    first, second = [n.name for n in load("model.onnx").nodes if n.op == "Conv"][:2]
+    ran = ready(
+        "quantize", "model.onnx", "--data", "data.npz", "--exclude", first, "--exclude", second, "--report", "r.json"
+    )
+    floats = {row["name"] for row in json.loads(Path("r.json").read_text())["layers"] if row.get("why_float")}
+    assert not ran.code and {first, second} <= floats
+    assert "no operator 'nowhere'" in ready("quantize", "model.onnx", "--data", "data.npz", "--exclude", "nowhere").err
 
 
 def test_an_existing_output_is_replaced(ready):
