@@ -413,7 +413,7 @@ def _quantize_branches(job: Job, model: onnx.ModelProto, again: partial[Result])
     for branch in branches(job.graph):
         names = {node.name for node in branch.model.graph.node}
         rules = [rule for rule in job.recipe.layers if any(map(rule.names, names))]
-        left = tuple(name for name in job.recipe.exclude if any(map(Recipe(exclude=(name,)).excludes, names)))
+        left = tuple(p for p in job.recipe.exclude if any(map(Recipe(exclude=(p.removeprefix("!"),)).excludes, names)))
         recipe = replace(job.recipe, layers=tuple(rules), data=DataOptions(), exclude=left)
         feeds = None if job.calibration.data is None else BranchFeeds(job.graph, branch, job.calibration.data)
         if feeds is not None and next(iter(feeds), None) is None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import onnx
@@ -157,7 +157,7 @@ class Quality:
 class Recipe:
     """A validated recipe. `onnxq_plugins.recipe` reads and writes its text.
 
-    exclude   operators of any kind that stay float: their names, or globs on them
+    exclude   operators of any kind that stay float: their names, or globs on them; one that begins with ! takes back
     """
 
     target: str = "ort-cpu"
@@ -172,7 +172,18 @@ class Recipe:
 
     def excludes(self, name: str) -> bool:
         """True if an operator of this name is to stay float."""
-        return any(name == pattern or fnmatchcase(name, pattern) for pattern in self.exclude)
+        out = False
+        for pattern in self.exclude:
+            back, glob = pattern.startswith("!"), pattern.removeprefix("!")
+            if out == back and (name == glob or fnmatchcase(name, glob)):
+                out = not back
+        return out
+
+    def adding(self, step: Pass) -> Recipe:
+        """With one more pass, behind the last one of its stage or an earlier one."""
+        stages = get_args(Stage)
+        at = max((n for n, s in enumerate(self.passes, 1) if stages.index(s.stage) <= stages.index(step.stage)), default=0)
+        return replace(self, passes=(*self.passes[:at], step, *self.passes[at:]))
 
     def provides(self, *services: Service) -> bool:
         """True if one pass provides all of these."""

@@ -47,12 +47,12 @@ def exclude(graph: Graph, recipe: Recipe) -> list[str]:
     names, problems, merged = {str(node.name) for node in graph.nodes}, list[str](), list[str]()
     graph.floats = frozenset(filter(recipe.excludes, names))
     for pattern in recipe.exclude:
-        own = replace(recipe, exclude=(pattern,))
+        own = replace(recipe, exclude=(pattern.removeprefix("!"),))
         if not any(map(own.excludes, names)):
             there = sorted(filter(None, names | graph.imported))
             near = difflib.get_close_matches(pattern, there, 1) or there[:3]
             if any(map(own.excludes, graph.imported)):
-                merged.append(pattern)
+                merged += [] if pattern.startswith("!") else [pattern]
             else:
                 problems.append(f"exclude: the model has no operator '{pattern}'; it has {', '.join(near)} and others.")
     OnnxqError.check(problems)
