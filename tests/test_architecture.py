@@ -39,7 +39,7 @@ FLOORS = [
     ["plugins", "report"],
     ["laws"],
     ["engine"],
-    ["selection", "ort"],
+    ["selection", "ort", "ir"],
     [""],
     ["testing"],
     ["cli"],

@@ -70,6 +70,13 @@ def test_a_script_for_onnxruntime_runs_with_its_import_changed(run, name, tmp_pa
         ]
 
 
+def test_passes_of_onnx_ir(run, tmp_path):
+    pytest.importorskip("onnx_ir", reason="needs the extra ir")
+    output = run("onnx_ir_passes.py")
+    assert "17/17 Conv as QLinearConv" in output and (tmp_path / "digits.int8.onnx").is_file()
+    assert numbers(output, "differs by")[0] < 1e-4 and numbers(output, "SQNR")[0] > 30
+
+
 def test_a_model_in_openvino(run):
     pytest.importorskip("openvino", reason="needs the extra openvino")
     output = run("openvino_model.py")
