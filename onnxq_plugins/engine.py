@@ -21,7 +21,7 @@ from onnxq_plugins.calibration.branches import BranchFeeds, branches, put_back
 from onnxq_plugins.calibration.shapes import complete_shapes
 from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.data.outliers import usual
-from onnxq_plugins.errors import OnnxqError, OnnxqWarning
+from onnxq_plugins.errors import JUDGE, NUMBER, PATH, SEVERAL, TABLE, TEXT, WHOLE, OnnxqError, OnnxqWarning, expects
 from onnxq_plugins.export.compact import Names, check_names, compact
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
@@ -65,10 +65,12 @@ class Result(Outcome):
     check: Check | None = None
     missed: str = ""
 
+    @expects(path=PATH)
     def save(self, path: str | Path) -> Path:
         """Write the model; an existing file is replaced only when the new one is complete."""
         return files.save_model(self.model, Path(path))
 
+    @expects(path=PATH)
     def save_report(self, path: str | Path, data: Source | None = None, **options: Any) -> Path:
         """Write what was done and how good it is as one page of HTML, and the same beside it as JSON; see
         `onnxq_plugins.report.write_report`. Needs the extra ``report``."""
@@ -95,6 +97,8 @@ class Result(Outcome):
         )
 
 
+@expects(output=PATH, target=TEXT, seed=WHOLE, samples=WHOLE, workers=WHOLE, cache=PATH, names=TEXT, class_axis=WHOLE)
+@expects(settings=SEVERAL, exclude=SEVERAL, plugins=SEVERAL, state=TABLE, min_sqnr=NUMBER, min_speed=NUMBER, metric=JUDGE)
 def quantize(
     model: Model,
     recipe: str | Path | Mapping[str, Any] | Recipe = "int8",
@@ -146,7 +150,7 @@ def quantize(
     track, trace   show progress, see `Job.track`; receive a line of text for each hook call of a plugin
     """
     start, path, names = time.perf_counter(), None if output is None else Path(output), check_names(names)
-    goals = _goals(min_sqnr, min_speed, keep, seed=seed, workers=workers or 0)
+    goals = _goals(min_sqnr, min_speed, keep, seed=seed, workers=workers or 0, samples=samples)
     installed = find_plugins(plugins := list(plugins), trace)
     loaded = _read_recipe(installed, recipe, settings, exclude, target, samples, state, min_sqnr)
     read = partial(_read_model, model, float32, installed.target(loaded.target).flatten, path)
@@ -174,7 +178,7 @@ def _finished(
     data = job.calibration.data
     left = (job.plan, job.report, job.graph, job.target, data, model, job.recipe, partial(again, data=data), job.class_axis)
     if bad := [*job.report.warnings, *([missed] if missed else [])]:
-        warnings.warn("; ".join(bad), OnnxqWarning, stacklevel=3)
+        warnings.warn("; ".join(bad), OnnxqWarning, stacklevel=4)
     return Result(exported, *left, shown, checked, missed)
 
 
@@ -227,7 +231,9 @@ def _read_recipe(
     """The recipe with what overrides it, so that it makes the same model again."""
     loaded = plugins.recipe(recipe, settings)
     loaded = replace(loaded, target=target) if target else loaded
-    loaded = replace(loaded, exclude=(*loaded.exclude, *([exclude] if isinstance(exclude, str) else exclude)))
+    names = [exclude] if isinstance(exclude, str) else [*exclude]
+    OnnxqError.check(f"exclude: {name!r:.80} is no name of an operator." for name in names if not isinstance(name, str))
+    loaded = replace(loaded, exclude=(*loaded.exclude, *names))
     if min_sqnr is not None:
         loaded = replace(loaded, quality=Quality(min_sqnr))
     own = loaded.data

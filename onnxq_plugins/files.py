@@ -194,6 +194,8 @@ def write_file(content: bytes, path: Path) -> Path:
 def check_writable(path: Path) -> None:
     """Raise OnnxqError if a file could not be made at `path`."""
     folder = path.parent
+    if "\0" in str(path):
+        raise OnnxqError(f"output {str(path)!r} is no path; give a file name.")
     if not folder.is_dir():
         raise OnnxqError(f"output '{path}': the folder '{folder}' does not exist; make it first.")
     if path.is_dir():

@@ -15,7 +15,7 @@ import onnx
 from onnxq_plugins import runtimes
 from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.engine import Result, quantize
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import NUMBER, PATH, TABLE, TEXT, WHOLE, OnnxqError, expects
 from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.job import Metric
 from onnxq_plugins.measure.classes import labelled
@@ -101,6 +101,7 @@ class AutoResult:
     notes: tuple[str, ...] = ()
 
 
+@expects(max_drop=NUMBER, min_sqnr=NUMBER, attempts=WHOLE, target=TEXT, seed=WHOLE, workers=WHOLE, cache=PATH, state=TABLE)
 def auto(
     model: Model,
     data: Source,

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -30,25 +30,24 @@ from onnxq_plugins.cli.options import (
     read_shapes,
     recipe_option,
 )
-from onnxq_plugins.data import Data, Input, model_inputs, open_data
+from onnxq_plugins.data import open_data
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.compact import alike
 from onnxq_plugins.export.provenance import recipe_of
 from onnxq_plugins.graph.reading import bytes_on_disk, read
 from onnxq_plugins.measure import IDENTICAL
-from onnxq_plugins.measure.arrays import leaves
 from onnxq_plugins.measure.classes import labelled
 from onnxq_plugins.measure.metrics import chance, find_metric, metric_name, top1
 from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
+from onnxq_plugins.report.comparison import check_ranks, in_order, shared_inputs
+from onnxq_plugins.report.comparison import truth as truth_of
 from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.report.rows import LayerError, percent
 from onnxq_plugins.runtimes.audit import Audit
+from onnxq_plugins.runtimes.audits import audit
 from onnxq_plugins.runtimes.machine import has_vnni
-from onnxq_plugins.runtimes.onnxruntime import audit_model
-from onnxq_plugins.runtimes.openvino import audit_openvino
-from onnxq_plugins.spec import Array
 
 
 def audit_command(
@@ -64,34 +63,28 @@ def audit_command(
     custom_ops: CustomOps = None,
 ) -> None:
     """Show for every layer of MODEL which kernel runs it, and if that is a float kernel, why."""
-    for path in (model, against):
-        if path is not None:
-            read(path)
-    if runtime not in ("onnxruntime", "openvino"):
-        raise OnnxqError(f"runtime '{runtime}' is unknown; known: onnxruntime, openvino.")
-    if runtime == "openvino" and (against or data or shape):
-        raise OnnxqError(
-            "--against, --data and --shape are for times in onnxruntime; leave them out beside --runtime openvino "
-            "(OpenVINO's own benchmark_app measures there)."
-        )
-    feeds = open_data(data, model_inputs(read(model)), images.data_options()) if data else None
-    feeds = feeds and runtimes.rolled(feeds, lambda: runtimes.session(model))
-    shapes = read_shapes(shape)
-    audit = audit_openvino(model) if runtime == "openvino" else audit_model(model, against, data=feeds, shapes=shapes)
-    show(_audit_table(audit))
-    others = sorted(audit.other.items(), key=lambda item: -item[1])[:12]
+    result = audit(
+        model,
+        against,
+        runtime=runtime,
+        data=data or None,
+        options=images.data_options(),
+        shapes=read_shapes(shape),
+    )
+    show(_audit_table(result))
+    others = sorted(result.other.items(), key=lambda item: -item[1])[:12]
     echo(f"\nother operators: {', '.join(f'{n} {op}' for op, n in others) or 'none'}")
-    echo(audit.summary())
-    if accumulators := audit.accumulators():
+    echo(result.summary)
+    if accumulators := result.accumulators():
         echo(accumulators)
-    if audit.speedup is not None and audit.milliseconds is not None:
-        before, after = audit.milliseconds
+    if result.speedup is not None and result.milliseconds is not None:
+        before, after = result.milliseconds
         times = f"{before:.3f} -> {after:.3f} ms"
-        echo(f"{audit.speedup:.2f}x the speed of {against} ({times}, 1 thread), timed on {audit.timed}")
-    elif audit.milliseconds is not None:
-        echo(f"{audit.milliseconds[0]:.3f} ms, 1 thread, timed on {audit.timed}")
-    if audit.untimed:
-        notify(f"note: {audit.untimed}")
+        echo(f"{result.speedup:.2f}x the speed of {against} ({times}, 1 thread), timed on {result.timed}")
+    elif result.milliseconds is not None:
+        echo(f"{result.milliseconds[0]:.3f} ms, 1 thread, timed on {result.timed}")
+    if result.untimed:
+        notify(f"note: {result.untimed}")
 
 
 def _audit_table(audit: Audit) -> Table:
@@ -291,20 +284,20 @@ def compare_command(
     """Compare two models on the same data: error, agreement, size, latency; with labels also how many each gets right."""
     judge = find_metric(metric) if metric else None
     paths = (a, b)
-    inputs = _shared_inputs(paths)
+    inputs = shared_inputs(paths, paths)
     sessions = [runtimes.session(path) for path in paths]
     source = runtimes.rolled(open_data(data, inputs[0], images.data_options(samples), labels), lambda: sessions[0])
-    feeds, truth = list(track(source, "reading", source.size)), _truth(source)
+    feeds, truth = list(track(source, "reading", source.size)), truth_of(source)
     known = Samples.of(a, feeds, truth, class_axis, sessions[0], source.state)
     if judge in (None, top1):
         known.check_labels()
-    outputs = _in_order(known.names, sessions[1], known.outputs(sessions[1]), paths)
+    outputs = in_order(known.names, sessions[1], known.outputs(sessions[1]), paths)
     milliseconds = runtimes.latency(sessions, [runtimes.wanted(session, feeds[0]) for session in sessions], 2.0)
-    _check_ranks(known, outputs, paths)
+    check_ranks(known, outputs, paths)
     scores = known.table(outputs)
     show(_output_table(scores, known.axes))
     if any(score.steps for score in scores):
-        forced = _in_order(known.names, sessions[1], known.outputs(sessions[1], own=False), paths)
+        forced = in_order(known.names, sessions[1], known.outputs(sessions[1], own=False), paths)
         show(_steps_table(scores, known.table(forced)))
     if judge is None and truth is not None:
         if labelled(known.reference, truth, known.axes) is None:
@@ -343,50 +336,6 @@ def _steps_table(scores: Sequence[OutputScore], forced: Sequence[OutputScore]) -
                 f"{other.sqnr:.1f}",
             )
     return table
-
-
-def _shared_inputs(paths: Sequence[Path]) -> list[list[Input]]:
-    """The inputs of both models. Raises OnnxqError where their names differ."""
-    inputs = [model_inputs(read(path)) for path in paths]
-    names = [[value.name for value in each if not value.optional] for each in inputs]
-    if set(names[0]) != set(names[1]):
-        raise OnnxqError(
-            f"'{paths[0]}' and '{paths[1]}' have different inputs: {', '.join(names[0])} and {', '.join(names[1])}."
-        )
-    return inputs
-
-
-def _check_ranks(known: Samples, outputs: Sequence[Any], paths: Sequence[Path]) -> None:
-    """Raise OnnxqError for an output that has another number of axes in the second model."""
-    for name, one, other in zip(known.names, known.reference, outputs, strict=True):
-        shapes = [[leaf.shape for leaf in leaves(values[0])] for values in (one, other)]
-        if [len(shape) for shape in shapes[0]] != [len(shape) for shape in shapes[1]]:
-            raise OnnxqError(
-                f"output '{name}' has shape {shapes[0]} in '{paths[0]}' and {shapes[1]} in '{paths[1]}'; compare two forms "
-                "of the same model."
-            )
-
-
-def _in_order(
-    names: Sequence[str], runner: runtimes.Session, outputs: Sequence[Any], paths: Sequence[Path]
-) -> Sequence[Any]:
-    """The second model's outputs in the order of the first's. Raises OnnxqError where they are others; as many of other
-    names are taken to be the same."""
-    others = [output.name for output in runner.get_outputs()]
-    if set(names) <= set(others):
-        return [outputs[others.index(name)] for name in names]
-    if len(names) != len(others):
-        raise OnnxqError(
-            f"'{paths[0]}' and '{paths[1]}' have different outputs: {', '.join(names)} and {', '.join(others)}; compare two "
-            "forms of the same model."
-        )
-    return outputs
-
-
-def _truth(feeds: Data) -> Array | None:
-    """The labels of all samples, if there are any."""
-    labels = feeds.spread_labels(0)
-    return None if labels is None else np.concatenate(labels)
 
 
 def _output_table(scores: Sequence[OutputScore], axes: Sequence[int | None]) -> Table:

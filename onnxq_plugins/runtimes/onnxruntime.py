@@ -19,6 +19,8 @@ from onnxq_plugins.data import Input, Source, model_inputs, open_data
 from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.graph.bodies import with_bodies
 from onnxq_plugins.graph.layer import LAYER_OPS
+from onnxq_plugins.graph.models import as_model
+from onnxq_plugins.graph.reading import read
 from onnxq_plugins.runtimes.accumulators import Need, needs
 from onnxq_plugins.runtimes.audit import (
     Audit,
@@ -68,7 +70,8 @@ def audit_model(
     Raises OnnxqError if onnxruntime cannot load the model, if the two cannot have the same inputs, and if they do not run on
     the data or shapes. Where no example runs, `Audit.untimed` says so.
     """
-    proto = onnx.load(str(model)) if isinstance(model, (str, Path)) else model
+    known: Any = as_model(model)
+    proto = read(known) if isinstance(known, Path) else known
     named = proto
     if not all(node.name for node in proto.graph.node):
         named = onnx.ModelProto()
