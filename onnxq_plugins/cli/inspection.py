@@ -1,4 +1,4 @@
-"""Commands that look at models: audit, diagnose, compare."""
+"""Commands that look at what was lost: diagnose, compare."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ from onnxq_plugins.cli.options import (
     Model,
     RecipeOptions,
     SampleCount,
-    ShapeList,
     WorkOptions,
     data_option,
-    read_shapes,
     recipe_option,
 )
 from onnxq_plugins.data import open_data
@@ -45,60 +43,7 @@ from onnxq_plugins.report.comparison import truth as truth_of
 from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.report.rows import LayerError, percent
-from onnxq_plugins.runtimes.audit import Audit
-from onnxq_plugins.runtimes.audits import audit
 from onnxq_plugins.runtimes.machine import has_vnni
-
-
-def audit_command(
-    model: Model,
-    *,
-    against: Annotated[
-        Path | None, typer.Option(show_default=False, help="the float model: measures the latency ratio, interleaved")
-    ] = None,
-    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or openvino")] = "onnxruntime",
-    data: DataPath = "",
-    images: ImageOptions,
-    shape: ShapeList = None,
-    custom_ops: CustomOps = None,
-) -> None:
-    """Show for every layer of MODEL which kernel runs it, and if that is a float kernel, why."""
-    result = audit(
-        model,
-        against,
-        runtime=runtime,
-        data=data or None,
-        options=images.data_options(),
-        shapes=read_shapes(shape),
-    )
-    show(_audit_table(result))
-    others = sorted(result.other.items(), key=lambda item: -item[1])[:12]
-    echo(f"\nother operators: {', '.join(f'{n} {op}' for op, n in others) or 'none'}")
-    echo(result.summary)
-    if accumulators := result.accumulators():
-        echo(accumulators)
-    if result.speedup is not None and result.milliseconds is not None:
-        before, after = result.milliseconds
-        times = f"{before:.3f} -> {after:.3f} ms"
-        echo(f"{result.speedup:.2f}x the speed of {against} ({times}, 1 thread), timed on {result.timed}")
-    elif result.milliseconds is not None:
-        echo(f"{result.milliseconds[0]:.3f} ms, 1 thread, timed on {result.timed}")
-    if result.untimed:
-        notify(f"note: {result.untimed}")
-
-
-def _audit_table(audit: Audit) -> Table:
-    table = Table("layer", "operator", "kernel", "accumulator", "why float", box=None, header_style="bold")
-    for layer in audit.layers:
-        if layer.constant_weight or layer.quantized or layer.product:
-            bits = f"{layer.accumulator} bits" if layer.accumulator is not None else ""
-            cells = (escape(layer.name), layer.op, layer.kernel, bits, escape(layer.why))
-            table.add_row(*cells, style=None if layer.quantized else "yellow")
-    layers = {layer.name for layer in audit.layers if layer.constant_weight or layer.quantized or layer.product}
-    for held in audit.constants:
-        if held.name not in layers:
-            table.add_row(escape(held.name), held.op, held.op, "", escape(held.why), style="yellow" if held.floats else None)
-    return table
 
 
 def diagnose_command(
