@@ -275,8 +275,8 @@ def _recipe(
     if asked.ranges or asked.by_hand:  # which a search for quality would overrule; the check in the end says what is bad
         made = replace(made, quality=Quality())
     if asked.ranges:
-        left = [step.name for step in made.passes if step.stage == "rewrite"]
-        steps = [step for step in made.passes if step.stage != "rewrite"]
+        steps = [step for step in made.passes if step.stage != "rewrite" or "placement" in step.provides]
+        left = [step.name for step in made.passes if step not in steps]
         ranges = {name: list(ends) for name, ends in asked.ranges.items()}
         fixed = installed.recipe({"pass": [{"use": "fixed-ranges", "ranges": ranges}]}).passes
         made = replace(made, passes=(*fixed, *steps))

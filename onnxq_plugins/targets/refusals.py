@@ -88,8 +88,7 @@ def _too_wide(target: Target, rule: Rule, layer: Layer, weight: QuantSpec) -> st
 
 def _activation_problems(target: Target, activations: Mapping[str, QuantSpec]) -> Iterator[str]:
     widths = target.activation_bits
-    kinds = ("uint", "int") if target.symmetric else ("uint",)
-    types, bits = " or ".join(f"{kind}{n}" for n in widths for kind in kinds), " or ".join(map(str, widths))
+    types, bits = " or ".join(f"uint{n}" for n in widths), " or ".join(map(str, widths))
     runs = [f"{types} per tensor (activations.bits = {bits})"] if widths else []
     refused: dict[str, list[str]] = {}
     for name, spec in activations.items():
