@@ -15,6 +15,7 @@ from rich.table import Table
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.cli.console import echo, notify, out, show, track
+from onnxq_plugins.cli.limits import LimitOptions
 from onnxq_plugins.cli.options import (
     ClassAxis,
     CustomOps,
@@ -25,6 +26,7 @@ from onnxq_plugins.cli.options import (
     RecipeOptions,
     SampleCount,
     WorkOptions,
+    check_outputs,
     data_option,
     recipe_option,
 )
@@ -224,10 +226,12 @@ def compare_command(
         ),
     ] = "",
     class_axis: ClassAxis = None,
+    limits: LimitOptions,
     custom_ops: CustomOps = None,
 ) -> None:
     """Compare two models on the same data: error, agreement, size, latency; with labels also how many each gets right."""
     judge = find_metric(metric) if metric else None
+    check_outputs({"--junit": limits.junit}, {"reference": a, "model": b})
     paths = (a, b)
     inputs = shared_inputs(paths, paths)
     sessions = [runtimes.session(path) for path in paths]
@@ -249,9 +253,11 @@ def compare_command(
             notify("note: the labels are not classes of any output; give --class-axis, or a --metric of your own")
         else:
             judge = top1
+    drop = None
     if judge is not None:
-        score = known.score(judge)
-        echo(f"{metric_name(judge)}: {score:.2f} -> {known.score(judge, outputs):.2f}")
+        score, after = known.score(judge), known.score(judge, outputs)
+        drop = score - after
+        echo(f"{metric_name(judge)}: {score:.2f} -> {after:.2f}")
         if judge is top1 and truth is not None and (note := chance(score, known.reference, truth, known.axes)):
             notify("note: " + note.replace("the float model", f"'{a}'"))
     if known.random:
@@ -261,6 +267,8 @@ def compare_command(
         f"{len(feeds)} samples | {sizes[0]:.2f} -> {sizes[1]:.2f} MB | {milliseconds[0]:.3f} -> {milliseconds[1]:.3f} ms "
         f"({milliseconds[0] / milliseconds[1]:.2f}x, one sample a run, 1 thread)"
     )
+    worst = min((score.sqnr for score in scores if score.sqnr is not None), default=None)
+    limits.enforce(b.name, worst, drop, milliseconds[0] / milliseconds[1])
 
 
 def _steps_table(scores: Sequence[OutputScore], forced: Sequence[OutputScore]) -> Table:
