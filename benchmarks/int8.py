@@ -104,7 +104,7 @@ def judge(case: Case, models: dict[str, Path]) -> dict[str, dict[str, float | st
             "agree": 100 * measure.agreement(reference, logits),
             "ms": times[tool],
             "mb": path.stat().st_size / 1e6,
-            "kernels": "" if tool == "float" else audit_model(path).summary(),
+            "kernels": "" if tool == "float" else audit_model(path).summary,
         }
     return rows
 

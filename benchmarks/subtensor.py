@@ -73,7 +73,7 @@ def main() -> None:
         )
         cells[label] = (
             f"{measure.sqnr(reference, logits):.2f} | {_top1(logits, case.labels):.2f} | {len(clustered)} | "
-            f"{result.model.ByteSize() / 1e6:.2f} | {audit.summary()}; {movers}"
+            f"{result.model.ByteSize() / 1e6:.2f} | {audit.summary}; {movers}"
         )
     times = runtimes.latency(list(runners.values()), feeds[0], args.seconds * len(runners))
     print(f"{machine()}\n\n{case.name}, {len(feeds)} test samples\n")

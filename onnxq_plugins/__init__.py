@@ -23,10 +23,13 @@ from onnxq_plugins.graph import (
 from onnxq_plugins.hookspecs import hookimpl
 from onnxq_plugins.job import Job, Pass, Recipe
 from onnxq_plugins.report.check import Check
+from onnxq_plugins.report.comparison import Comparison
+from onnxq_plugins.report.comparison import compare_models as compare
 from onnxq_plugins.report.curve import Curve, point_recipe
 from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
 from onnxq_plugins.runtimes import register_custom_ops
 from onnxq_plugins.runtimes.audit import Audit, LayerAudit
+from onnxq_plugins.runtimes.audits import audit
 from onnxq_plugins.runtimes.onnxruntime import audit_model
 from onnxq_plugins.selection import auto
 from onnxq_plugins.spec import Plan, QuantSpec
@@ -39,6 +42,7 @@ __all__ = [
     "Calibration",
     "ChannelGroup",
     "Check",
+    "Comparison",
     "Curve",
     "Data",
     "DataOptions",
@@ -59,9 +63,11 @@ __all__ = [
     "Result",
     "Rule",
     "Target",
+    "audit",
     "audit_model",
     "auto",
     "channel_groups",
+    "compare",
     "diagnose",
     "hookimpl",
     "load",

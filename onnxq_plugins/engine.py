@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -22,7 +21,7 @@ from onnxq_plugins.calibration.branches import BranchFeeds, branches, put_back
 from onnxq_plugins.calibration.shapes import complete_shapes
 from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.data.outliers import usual
-from onnxq_plugins.errors import OnnxqError, OnnxqWarning
+from onnxq_plugins.errors import JUDGE, NUMBER, PATH, SEVERAL, TABLE, TEXT, WHOLE, OnnxqError, OnnxqWarning, expects
 from onnxq_plugins.export.compact import Names, check_names, compact
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
@@ -38,6 +37,7 @@ from onnxq_plugins.parallel import Track, cores, silent
 from onnxq_plugins.plan.constants import float_constants
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import request
+from onnxq_plugins.plan.rules import exclude as mark_excluded
 from onnxq_plugins.plugins import Plugins, Trace, find_plugins
 from onnxq_plugins.recipe import Settings
 from onnxq_plugins.report.check import Check, self_check
@@ -65,10 +65,12 @@ class Result(Outcome):
     check: Check | None = None
     missed: str = ""
 
+    @expects(path=PATH)
     def save(self, path: str | Path) -> Path:
         """Write the model; an existing file is replaced only when the new one is complete."""
         return files.save_model(self.model, Path(path))
 
+    @expects(path=PATH)
     def save_report(self, path: str | Path, data: Source | None = None, **options: Any) -> Path:
         """Write what was done and how good it is as one page of HTML, and the same beside it as JSON; see
         `onnxq_plugins.report.write_report`. Needs the extra ``report``."""
@@ -95,6 +97,8 @@ class Result(Outcome):
         )
 
 
+@expects(output=PATH, target=TEXT, seed=WHOLE, samples=WHOLE, workers=WHOLE, cache=PATH, names=TEXT, class_axis=WHOLE)
+@expects(settings=SEVERAL, exclude=SEVERAL, plugins=SEVERAL, state=TABLE, min_sqnr=NUMBER, min_speed=NUMBER, metric=JUDGE)
 def quantize(
     model: Model,
     recipe: str | Path | Mapping[str, Any] | Recipe = "int8",
@@ -109,6 +113,7 @@ def quantize(
     verify: bool = False,
     float32: bool = False,
     settings: Settings = (),
+    exclude: Iterable[str] = (),
     plugins: Iterable[object] = (),
     labels: str | Path | Array | None = None,
     state: Mapping[str, str] | None = None,
@@ -127,14 +132,13 @@ def quantize(
     model      path, ModelProto or its bytes, Graph, ONNXProgram of torch or onnx_ir.Model; left alone
     recipe     built-in name, path, mapping or Recipe
     data       sample inputs, see `onnxq_plugins.data.open_data`
-    output     write the model here as well
-    target     overrides the recipe's target
+    output, target   write the model here as well; overrides the recipe's target
     seed       one seed, one result
     samples, workers   use that many samples, spread evenly (0: all); threads and processes at once (None: one per core)
     cache      folder that keeps calibration results between runs
-    verify     check after every pass that the float function stayed (law L1)
-    float32    convert half-precision models first
+    verify, float32   check after every pass that the float function stayed (law L1); convert half-precision models first
     settings   changes to the recipe: one or several such as ``ranges.method=mse``, or a mapping from key to value
+    exclude    operators of any kind that stay float: names, or globs on them
     plugins    further plugin objects beside the installed ones
     labels     of the samples: an array [samples, ...], an .npy file or a text file
     state      output -> the input that it is at the next step, of a model of streams: see `DataOptions.state`
@@ -146,9 +150,9 @@ def quantize(
     track, trace   show progress, see `Job.track`; receive a line of text for each hook call of a plugin
     """
     start, path, names = time.perf_counter(), None if output is None else Path(output), check_names(names)
-    goals = _goals(min_sqnr, min_speed, keep, seed=seed, workers=workers or 0)
+    goals = _goals(min_sqnr, min_speed, keep, seed=seed, workers=workers or 0, samples=samples)
     installed = find_plugins(plugins := list(plugins), trace)
-    loaded = _read_recipe(installed, recipe, settings, target, samples, state, min_sqnr)
+    loaded = _read_recipe(installed, recipe, settings, exclude, target, samples, state, min_sqnr)
     read = partial(_read_model, model, float32, installed.target(loaded.target).flatten, path)
     opened = partial(_calibration, data=data, recipe=loaded, labels=labels, cache=cache, workers=workers, track=track)
     prepare = partial(_prepare, installed, loaded, seed, metric, class_axis)
@@ -174,7 +178,7 @@ def _finished(
     data = job.calibration.data
     left = (job.plan, job.report, job.graph, job.target, data, model, job.recipe, partial(again, data=data), job.class_axis)
     if bad := [*job.report.warnings, *([missed] if missed else [])]:
-        warnings.warn("; ".join(bad), OnnxqWarning, stacklevel=3)
+        warnings.warn("; ".join(bad), OnnxqWarning, stacklevel=4)
     return Result(exported, *left, shown, checked, missed)
 
 
@@ -218,6 +222,7 @@ def _read_recipe(
     plugins: Plugins,
     recipe: str | Path | Mapping[str, Any] | Recipe,
     settings: Settings,
+    exclude: Iterable[str],
     target: str | None,
     samples: int,
     state: Mapping[str, str] | None,
@@ -226,6 +231,9 @@ def _read_recipe(
     """The recipe with what overrides it, so that it makes the same model again."""
     loaded = plugins.recipe(recipe, settings)
     loaded = replace(loaded, target=target) if target else loaded
+    names = [exclude] if isinstance(exclude, str) else [*exclude]
+    OnnxqError.check(f"exclude: {name!r:.80} is no name of an operator." for name in names if not isinstance(name, str))
+    loaded = replace(loaded, exclude=(*loaded.exclude, *names))
     if min_sqnr is not None:
         loaded = replace(loaded, quality=Quality(min_sqnr))
     own = loaded.data
@@ -289,11 +297,12 @@ def _prepare(
     graph, data, target = calibration.graph, calibration.data, plugins.target(recipe.target)
     if data is not None and judge in (None, top1):
         check_graph_labels(data, graph, class_axis)
+    excluded = mark_excluded(graph, recipe)
     first = request(graph, recipe, target, unfit)
     OnnxqError.check(problems(target, graph, first.plan, first.inputs))
     if calibration.cache:
         files.clear_leftovers(calibration.cache)
-    notes = [*graph.notes, *first.notes, *(data.remarks() if data else ())]
+    notes = [*graph.notes, *excluded, *first.notes, *(data.remarks() if data else ())]
     if unfit:
         names = ", ".join(f"'{name}'" for name in unfit[:4]) + (" ..." if len(unfit) > 4 else "")
         notes.append(
@@ -409,8 +418,9 @@ def _quantize_branches(job: Job, model: onnx.ModelProto, again: partial[Result])
     rows: list[dict[str, Any]] = []
     for branch in branches(job.graph):
         names = {node.name for node in branch.model.graph.node}
-        rules = [rule for rule in job.recipe.layers if any(fnmatchcase(name, rule.match) for name in names)]
-        recipe = replace(job.recipe, layers=tuple(rules), data=DataOptions())
+        rules = [rule for rule in job.recipe.layers if any(map(rule.names, names))]
+        left = tuple(p for p in job.recipe.exclude if any(map(Recipe(exclude=(p.removeprefix("!"),)).excludes, names)))
+        recipe = replace(job.recipe, layers=tuple(rules), data=DataOptions(), exclude=left)
         feeds = None if job.calibration.data is None else BranchFeeds(job.graph, branch, job.calibration.data)
         if feeds is not None and next(iter(feeds), None) is None:
             job.note(f"no sample takes {branch.words}: what is in it computes float")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
+import numbers
+import os
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, ParamSpec, Self, TypeVar
 
 Kind = Literal[
     "recipe",  # the recipe says so
@@ -69,6 +73,46 @@ class OnnxqError(Exception):
 class OnnxqWarning(UserWarning):
     """What is bad about a result, as Python's own warning: an output that is destroyed, or a model that is slower or larger
     than the float one. All else that the user should know is a note of the report."""
+
+
+# What an argument may be: its types, and how a sentence names them.
+Expected = tuple[tuple[type, ...], str]
+PATH: Expected = ((str, os.PathLike), "a path")
+TEXT: Expected = ((str,), "text")
+WHOLE: Expected = ((numbers.Integral,), "a whole number")
+NUMBER: Expected = ((numbers.Real,), "a number")
+SEVERAL: Expected = ((Iterable,), "a list")
+TABLE: Expected = ((Mapping,), "a mapping")
+JUDGE: Expected = ((str, Callable), "a name or a function")  # type: ignore[assignment]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def expects(**arguments: Expected) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Have a function raise OnnxqError, a sentence each, for arguments of other types. None is left to it. Several may
+    follow each other: they become one."""
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        if hasattr(function, "expected"):
+            function.expected.update(arguments)
+            return function
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            given: dict[str, Any] = signature.bind(*args, **kwargs).arguments
+            OnnxqError.check(
+                f"{name} = {value!r:.80} must be {arguments[name][1]}."
+                for name, value in given.items()
+                if name in arguments and value is not None and not isinstance(value, arguments[name][0])
+            )
+            return function(*args, **kwargs)
+
+        checked.expected = arguments  # type: ignore[attr-defined]
+        return checked
+
+    return decorate
 
 
 def known(given: str, names: Iterable[str]) -> str:

@@ -163,16 +163,19 @@ def skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
     return shell
 
 
-def save_model(model: onnx.ModelProto, path: Path) -> Path:
-    """Write a model, complete or not at all; one that is too large for a protobuf message with external data beside it.
-    Raises OnnxqError if that is not possible."""
+def save_model(model: onnx.ModelProto, path: Path, beside: bool = False) -> Path:
+    """Write a model, complete or not at all; one that is too large for a protobuf message with external data beside it, and
+    any other `beside`. Raises OnnxqError if that is not possible."""
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        if beside and path.is_file():  # it has been
+            return path
         raise OnnxqError(f"output '{path}': the model's weights lie beside the output it was made for; copy both files.")
-    if size_of(model) <= LARGEST_MESSAGE:
+    if size_of(model) <= LARGEST_MESSAGE and not beside:
         return write_file(model.SerializeToString(), path)
     check_writable(path)
     shell = skeleton(model)
     with DataFile(path) as data:
+        data.least = 1024 if beside else data.least
         for tensor in model.graph.initializer:
             stored = shell.graph.initializer.add()
             stored.CopyFrom(tensor)
@@ -191,6 +194,8 @@ def write_file(content: bytes, path: Path) -> Path:
 def check_writable(path: Path) -> None:
     """Raise OnnxqError if a file could not be made at `path`."""
     folder = path.parent
+    if "\0" in str(path):
+        raise OnnxqError(f"output {str(path)!r} is no path; give a file name.")
     if not folder.is_dir():
         raise OnnxqError(f"output '{path}': the folder '{folder}' does not exist; make it first.")
     if path.is_dir():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import onnx
@@ -94,7 +95,7 @@ class TensorRequest:
 class LayerRule:
     """Settings for some layers; the ``[[layer]]`` tables. Later rules win.
 
-    match      glob on the layer's name
+    match      glob on the layer's name, or a list of them
     op         Conv, ConvTranspose, Gemm, MatMul, or Attention for products of two activations; LSTM, GRU, RNN, Gather or
                Einsum for their constants, of which only `quantize` and ``weights.bits`` count
     kind       dense, grouped or depthwise
@@ -103,13 +104,27 @@ class LayerRule:
     weights, activations   fields of TensorRequest that differ; activations means the layer's input
     """
 
-    match: str = "*"
+    match: str | tuple[str, ...] = "*"
     op: Literal["", "Conv", "ConvTranspose", "Gemm", "MatMul", "Attention", "LSTM", "GRU", "RNN", "Gather", "Einsum"] = ""
     kind: Literal["", "dense", "grouped", "depthwise"] = ""
     position: Literal["", "first", "last"] = ""
     quantize: bool | None = None
     weights: Mapping[str, Any] = field(default_factory=dict)
     activations: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """`match` as a list."""
+        return (self.match,) if isinstance(self.match, str) else tuple(self.match)
+
+    @property
+    def everywhere(self) -> bool:
+        """True if it is about layers of any name."""
+        return "*" in self.patterns
+
+    def names(self, name: str) -> bool:
+        """True if it is about layers of this name."""
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
 
 @dataclass(frozen=True)
@@ -141,7 +156,10 @@ class Quality:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A validated recipe. `onnxq_plugins.recipe` reads and writes its text."""
+    """A validated recipe. `onnxq_plugins.recipe` reads and writes its text.
+
+    exclude   operators of any kind that stay float: their names, or globs on them; one that begins with ! takes back
+    """
 
     target: str = "ort-cpu"
     weights: TensorRequest = TensorRequest()
@@ -151,6 +169,22 @@ class Recipe:
     data: DataOptions = DataOptions()
     quality: Quality = Quality()
     name: str = ""
+    exclude: tuple[str, ...] = ()
+
+    def excludes(self, name: str) -> bool:
+        """True if an operator of this name is to stay float."""
+        out = False
+        for pattern in self.exclude:
+            back, glob = pattern.startswith("!"), pattern.removeprefix("!")
+            if out == back and (name == glob or fnmatchcase(name, glob)):
+                out = not back
+        return out
+
+    def adding(self, step: Pass) -> Recipe:
+        """With one more pass, behind the last one of its stage or an earlier one."""
+        stages = get_args(Stage)
+        at = max((n for n, s in enumerate(self.passes, 1) if stages.index(s.stage) <= stages.index(step.stage)), default=0)
+        return replace(self, passes=(*self.passes[:at], step, *self.passes[at:]))
 
     def provides(self, *services: Service) -> bool:
         """True if one pass provides all of these."""
@@ -159,6 +193,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, defaults left out: `recipe.parse` makes the same recipe of them."""
         table: dict[str, Any] = {"recipe": 1, "target": self.target}
+        if self.exclude:
+            table["exclude"] = list(self.exclude)
         for key in ("weights", "activations", "data", "quality"):
             if changes := changed(getattr(self, key), getattr(Recipe, key)):
                 table[key] = changes

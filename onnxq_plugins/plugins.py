@@ -102,6 +102,12 @@ def find_plugins(extra: Iterable[object] = (), trace: Trace | None = None) -> Pl
             _broken(plugins, point.name, f"import failed with {raised(error)}" + _hint(error))
         else:
             _add(plugins, plugin, point.name, source, trace)
+    extra = [*extra]
+    OnnxqError.check(
+        f"plugins: {plugin!r:.80} is no plugin; give a module or an object with hooks, and names of passes in the recipe."
+        for plugin in extra
+        if isinstance(plugin, (str, int, float, type(None)))
+    )
     for plugin in extra:
         _add(plugins, plugin, getattr(plugin, "__name__", type(plugin).__name__), "given in Python", trace)
     return plugins

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 import types
 import typing
@@ -14,8 +15,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tomli_w
 
 from onnxq_plugins.errors import OnnxqError, known
-from onnxq_plugins.job import FLOAT, LayerRule, Pass, Recipe, TensorRequest
+from onnxq_plugins.job import FLOAT, LayerRule, Pass, Recipe, Stage, TensorRequest
 
+_KEYS = ("recipe", "target", "exclude", "weights", "activations", "data", "quality", "pass", "layer")
 Settings = Iterable[str | Mapping[str, Any]] | Mapping[str, Any]  # or one str, which is an iterable of them
 
 
@@ -35,7 +37,8 @@ def load_recipe(
 ) -> Recipe:
     """Make a Recipe.
 
-    recipe     name of a built-in, path of a .toml or .json file, mapping with the same tables, or Recipe
+    recipe     name of a built-in, path of a .toml or .json file, mapping with the same tables, or Recipe; with ``extends``
+             it changes another one, see `_extended`
     passes     the known passes by name
     settings   changes such as ``ranges.method=mse`` or ``weights.bits=4``, where the right side is a TOML value or a word;
                or mappings such as {"weights.bits": 4}
@@ -46,9 +49,15 @@ def load_recipe(
         table, where, name = recipe.to_dict(), "the recipe", recipe.name
     elif isinstance(recipe, Mapping):
         table, where, name = dict(recipe), "the recipe", ""
-    else:
+    elif isinstance(recipe, (str, os.PathLike)):
         table, where, name = *_read(recipe), Path(recipe).stem
+    else:
+        raise OnnxqError(
+            f"an object of type {type(recipe).__name__} is no recipe; give the name of a built-in, the path of a "
+            ".toml or .json file, a mapping with its tables, or a Recipe."
+        )
     problems: list[str] = []
+    table = _extended(table, where, passes, problems)
     settings = _texts(settings, problems)
     for setting in settings:
         apply_setting(table, setting, problems)
@@ -65,7 +74,7 @@ def parse(
 ) -> Recipe:
     """The tables of a recipe as a Recipe. Raises OnnxqError with all problems at once."""
     problems = [] if problems is None else problems
-    _unknown(table, ("recipe", "target", "weights", "activations", "data", "quality", "pass", "layer"), where, problems)
+    _unknown(table, _KEYS, where, problems)
     if table.get("recipe", 1) != 1:
         problems.append(f"{where}: recipe = {table['recipe']!r} is a version this release does not know; use 1.")
     steps, rules = _passes(table, passes, where, problems), _rules(table, where, problems)
@@ -79,10 +88,13 @@ def parse(
     target = table.get("target", Recipe.target)
     if not isinstance(target, str):
         problems.append(f"{where}: target must be a name.")
+    exclude = _fit(table.get("exclude", []), tuple[str, ...])
+    if exclude is _WRONG:
+        problems.append(f"{where}: exclude = {table['exclude']!r} must be a list of names of operators.")
     for key in ("weights", "activations"):
         _check_request(requests.get(key), f"{where}, [{key}]", problems)
     OnnxqError.check(problems)
-    return Recipe(str(target), passes=tuple(steps), layers=tuple(rules), name=name, **requests)
+    return Recipe(str(target), passes=tuple(steps), layers=tuple(rules), name=name, exclude=exclude, **requests)
 
 
 def to_toml(recipe: Mapping[str, Any]) -> str:
@@ -151,7 +163,54 @@ def _rules(table: Mapping[str, Any], where: str, problems: list[str]) -> list[La
     return rules
 
 
-def _read(recipe: str | Path) -> tuple[dict[str, Any], str]:
+def _extended(
+    table: dict[str, Any], where: str, passes: Mapping[str, type[Pass]], problems: list[str], seen: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The tables of a recipe with those of the one that it extends. Keys of tables, and parameters of passes that both have,
+    are its own; its other passes go behind the last one of their stage or an earlier one; its rules go behind the others."""
+    base, without = table.get("extends"), _fit(table.get("without", []), tuple[str, ...])
+    own = {key: value for key, value in table.items() if key not in ("extends", "without")}
+    if without is _WRONG:
+        problems.append(f"{where}: without = {table['without']!r} must be a list of names of passes.")
+        return own
+    if base is None:
+        problems += [f"{where}: without = {list(without)} says nothing where no recipe is extended."] if without else []
+        return own
+    if not isinstance(base, str) or base in seen:
+        other = " that does not extend it" * bool(seen)
+        problems.append(f"{where}: extends = {base!r} must be a built-in recipe or a file{other}.")
+        return own
+    under, place = _read(base)
+    under = _extended(under, place, passes, problems, (*seen, base))
+    steps = [dict(step) for step in _tables(under, "pass", place, problems)]
+    names = [str(step.get("use")) for step in steps]
+    steps = [step for step in steps if step.get("use") not in without]
+    unknown = [name for name in without if name not in names]
+    problems += [f"{where}: without names '{n}', which {place} does not have; {known(n, names)}." for n in unknown]
+    for values in _tables(own, "pass", where, problems):
+        same = [step for step in steps if step.get("use") == values.get("use")]
+        for step in same:
+            step.update(values)
+        if not same:
+            steps.insert(_place(steps, values, passes), dict(values))
+    merged = {**under, **own, "pass": steps}
+    for key in ("weights", "activations", "data", "quality", "layer", "exclude"):
+        first, second = under.get(key), own.get(key)
+        if isinstance(first, dict) and isinstance(second, Mapping):
+            merged[key] = {**first, **second}
+        elif isinstance(first, list) and isinstance(second, (list, tuple)):
+            merged[key] = [*first, *second]
+    return merged
+
+
+def _place(steps: list[dict[str, Any]], values: Mapping[str, Any], passes: Mapping[str, type[Pass]]) -> int:
+    """Where a pass goes among others: behind the last one of its stage or an earlier one."""
+    stages = get_args(Stage)
+    at = [stages.index(passes[use].stage) if (use := str(s.get("use"))) in passes else 0 for s in (*steps, values)]
+    return max((n + 1 for n, stage in enumerate(at[:-1]) if stage <= at[-1]), default=0)
+
+
+def _read(recipe: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     builtin = builtin_recipes()
     path = Path(recipe)
     if str(recipe) in builtin:

@@ -15,7 +15,7 @@ import onnx
 from onnxq_plugins import runtimes
 from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.engine import Result, quantize
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import NUMBER, PATH, TABLE, TEXT, WHOLE, OnnxqError, expects
 from onnxq_plugins.files import save_model
 from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.job import Metric
@@ -118,6 +118,7 @@ class AutoResult:
         return f"keep float: no recipe that is good enough is better{f' ({speeds})' if speeds else ''}{hint}"
 
 
+@expects(max_drop=NUMBER, min_sqnr=NUMBER, attempts=WHOLE, target=TEXT, seed=WHOLE, workers=WHOLE, cache=PATH, state=TABLE)
 def auto(
     model: Model,
     data: Source,

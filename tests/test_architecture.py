@@ -39,7 +39,7 @@ FLOORS = [
     ["plugins", "report"],
     ["laws"],
     ["engine"],
-    ["selection"],
+    ["selection", "ort", "ir"],
     [""],
     ["testing"],
     ["cli"],

@@ -77,9 +77,11 @@ def test_every_check_is_documented():
 
 
 def test_recipe_example_is_valid():
-    (recipe,) = blocks(ROOT / "docs" / "recipes.md", "toml")
-    made = parse(tomllib.loads(recipe), find_plugins().passes)
+    whole, changes = blocks(ROOT / "docs" / "recipes.md", "toml")
+    made = parse(tomllib.loads(whole), find_plugins().passes)
     assert [step.name for step in made.passes] == ["ranges"] and len(made.layers) == 2
+    extended = find_plugins().recipe(tomllib.loads(changes))
+    assert {"ranges", "reorder", "equalize"} <= {step.name for step in extended.passes}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

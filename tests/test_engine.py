@@ -637,7 +637,7 @@ def test_a_sample_unlike_all_others_is_named(wild):
 
 
 def test_symmetric_activations_are_refused_once_not_tensor_by_tensor():
-    for target in ("ort-cpu", "openvino", "npu"):
+    for target in ("ort-cpu", "openvino", "npu4"):
         with pytest.raises(OnnxqError) as caught:
             quantize(mobilenet(), {"target": target, "activations": {"symmetric": True}}, feeds(mobilenet(), 4))
         assert len(caught.value.problems) == 1 and "activations.symmetric = false" in str(caught.value)

@@ -8,6 +8,7 @@ import runpy
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 
 import onnxq_plugins as onnxq
@@ -31,7 +32,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def numbers(text: str, what: str) -> list[float]:
     """The numbers behind a word."""
-    return [float(found) for found in re.findall(rf"{what} ([-+0-9.e]+)", text)]
+    return [float(found) for found in re.findall(rf"{what} ([-+0-9.e]+|inf)", text)]
 
 
 def test_float_rewrites_in_front_of_onnxruntimes_tool(run):
@@ -48,6 +49,32 @@ def test_a_calibration_reader_as_it_is(run, tmp_path):
 def test_a_plan_for_onnxruntimes_tool(run):
     ours, theirs = numbers(run("plan_to_ort.py"), "SQNR")
     assert abs(ours - theirs) < 1
+
+
+@pytest.mark.parametrize("name", ["ort_static.py", "ort_dynamic.py"])
+def test_a_script_for_onnxruntime_runs_with_its_import_changed(run, name, tmp_path, monkeypatch):
+    """Beside the same script as it was: the same ports, outputs no worse."""
+    text = (EXAMPLES / name).read_text("utf-8")
+    assert text.count("onnxq_plugins.ort") == 1
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / name).write_text(text.replace("onnxq_plugins.ort", "onnxruntime.quantization"), "utf-8")
+    ours = numbers(run(name), "SQNR")
+    monkeypatch.chdir(theirs)
+    before = numbers(run(str(theirs / name)), "SQNR")
+    assert ours[0] == before[0] == float("inf") and all(a >= b for a, b in zip(ours[1:], before[1:], strict=True))
+    for file in theirs.glob("*.onnx"):
+        own, other = (onnx.load(path, load_external_data=False).graph for path in (tmp_path / file.name, file))
+        assert [(v.name, v.type) for v in (*own.input, *own.output)] == [
+            (v.name, v.type) for v in (*other.input, *other.output)
+        ]
+
+
+def test_passes_of_onnx_ir(run, tmp_path):
+    pytest.importorskip("onnx_ir", reason="needs the extra ir")
+    output = run("onnx_ir_passes.py")
+    assert "17/17 Conv as QLinearConv" in output and (tmp_path / "digits.int8.onnx").is_file()
+    assert numbers(output, "differs by")[0] < 1e-4 and numbers(output, "SQNR")[0] > 30
 
 
 def test_a_model_in_openvino(run):

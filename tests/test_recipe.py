@@ -7,19 +7,22 @@ import re
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxq_plugins import OnnxqError, Pass, Recipe, load
+from onnxq_plugins import OnnxqError, Pass, Recipe, audit_model, load, quantize
 from onnxq_plugins.data import DataOptions
+from onnxq_plugins.graph import constants as graph_constants
 from onnxq_plugins.job import LayerRule, TensorRequest
 from onnxq_plugins.passes import BUILTIN
 from onnxq_plugins.plan import requests
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import builtin_recipes, load_recipe, parse
 from onnxq_plugins.targets.ort_cpu import ORT_CPU
-from tests.zoo import ZOO, cnn, examples, mobilenet, transformer
+from tests.zoo import ZOO, Net, cnn, examples, feeds, mobilenet, resnet20, transformer
 
 
 @dataclass(frozen=True)
@@ -452,3 +455,105 @@ def test_rules_for_all_layers_do_not_speak_of_attention():
         plan = requests.request(graph, parse({"layer": [rule]}, PASSES), ORT_CPU).plan
         softmax = next(node for node in graph.nodes if node.op == "Softmax")
         assert (softmax.outputs[0].name in plan) == integer
+
+
+# ---- excluded operators, lists of names, recipes that extend others -------------------------------------------------------
+
+
+def names_of(model, op) -> list[str]:
+    return [node.name for node in load(model).nodes if node.op == op]
+
+
+@pytest.mark.parametrize("op", ["Conv", "Add", "GlobalAveragePool", "Gemm"])
+def test_an_excluded_operator_of_any_kind_is_float(op):
+    model = resnet20()
+    names = names_of(model, op)
+    before, after = (
+        quantize(model, {}, feeds(model, 4), exclude=names[:1] if out else (), check=False, names="keep")
+        for out in (False, True)
+    )
+    assert names[0] in Planned(before.graph, before.plan, before.target).integer
+    assert names[0] not in Planned(after.graph, after.plan, after.target).integer
+    kernels = [sum(n for k, n in audit_model(r.model).other.items() if k == f"QLinear{op}") for r in (before, after)]
+    assert op in ("Conv", "Gemm") or kernels[1] < kernels[0]
+    assert after.report.recipe["exclude"] == names[:1] and not any("exclude" in note for note in after.report.notes)
+
+
+def test_excluded_tables_are_stored_as_floats():
+    net = Net(["N", 4])
+    rows = net.op("Gather", net.weight(64, 32), net.op("Cast", "x", to=7))
+    model = net.model(net.linear(rows, 32, 8))
+    samples = [{"x": np.arange(4, dtype=np.float32)[None] + n} for n in range(4)]
+    table = next(each for each in graph_constants(load(model)) if each.op == "Gather")
+    plans = [quantize(model, {}, samples, exclude=some, check=False).plan for some in ((), [table.readers[0][0]])]
+    assert table.name in plans[0] and table.name not in plans[1]
+
+
+def test_excluded_names_that_do_not_exist_are_an_error_and_those_merged_a_note(tmp_path):
+    net = Net(["N", 3, 8, 8])
+    model = net.model(net.head(net.op("Relu", net.batchnorm(net.conv("x", 3, 8), 8)), 8))
+    batchnorm = next(n.name for n in model.graph.node if n.op_type == "BatchNormalization")
+    with pytest.raises(OnnxqError) as caught:
+        quantize(model, {}, feeds(model, 4), exclude=["nowhere", "conv*"], output=tmp_path / "q.onnx")
+    assert [p for p in caught.value.problems if "'nowhere'" in p] and not (tmp_path / "q.onnx").exists()
+    notes = quantize(model, {}, feeds(model, 4), exclude=[batchnorm], check=False).report.notes
+    assert any(f"'{batchnorm}' were merged" in note for note in notes)
+
+
+def test_exclusions_survive_in_what_recipes_and_their_text_hold():
+    recipe = load_recipe({"exclude": ["a", "b/*"]}, PASSES)
+    assert recipe.excludes("a") and recipe.excludes("b/c") and not recipe.excludes("b")
+    assert parse(json.loads(recipe.to_json()), PASSES) == recipe
+    assert Recipe(exclude=("x[0]",)).excludes("x[0]")
+    assert "exclude" in problems({"exclude": 3})[0]
+
+
+def test_match_takes_a_list():
+    model = cnn()
+    first, second = names_of(model, "Conv")[:2]
+    rule = {"match": [first, second], "quantize": False}
+    result = quantize(model, {"layer": [rule]}, feeds(model, 4), check=False)
+    assert {first, second} == set(result.report.floats)
+    assert load_recipe({"layer": [rule]}, PASSES).to_dict()["layer"][0]["match"] == [first, second]
+    with pytest.raises(OnnxqError, match="nothing matches 'no' or 'none'"):
+        quantize(model, {"layer": [{"match": ["no", "none"], "quantize": False}]}, feeds(model, 4))
+
+
+def test_a_recipe_extends_another():
+    base = load_recipe("int8", PASSES)
+    own = load_recipe(
+        {
+            "extends": "int8",
+            "without": ["placement"],
+            "weights": {"bits": 7},
+            "pass": [{"use": "ranges", "percentile": 99}, {"use": "reorder"}, {"use": "test.everything", "whole": 2}],
+            "layer": [{"kind": "depthwise", "quantize": False}],
+        },
+        PASSES,
+    )
+    names = [step.name for step in own.passes]
+    assert own.weights.bits == 7 and own.weights.block == base.weights.block and own.quality == base.quality
+    assert "placement" not in names and set(names) == {s.name for s in base.passes} - {"placement"} | {
+        "reorder",
+        "test.everything",
+    }
+    assert next(s for s in own.passes if s.name == "ranges").percentile == 99
+    stages = ["rewrite", "solve", "finish"]
+    order = [stages.index(step.stage) for step in own.passes]
+    assert order == sorted(order) and len(own.layers) == 1
+    assert parse(own.to_dict(), PASSES) == own  # what is kept says all by itself
+
+
+def test_a_recipe_that_extends_nothing_known(tmp_path):
+    assert "neither a built-in nor a file" in problems({"extends": "int9"})[0]
+    assert "without names 'nowhere'" in problems({"extends": "int8", "without": ["nowhere"]})[0]
+    assert "no recipe is extended" in problems({"without": ["ranges"]})[0]
+    assert "must be a built-in recipe or a file" in problems({"extends": 3})[0]
+    loop = tmp_path / "loop.toml"
+    loop.write_text(f'extends = "{loop}"\n')
+    assert any("does not extend it" in text for text in problems(loop))
+
+
+@pytest.mark.parametrize("recipe", [3, None, ["int8"], object()])
+def test_what_is_no_recipe(recipe):
+    assert "is no recipe" in problems(recipe)[0]

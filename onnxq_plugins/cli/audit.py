@@ -9,18 +9,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from onnxq_plugins import runtimes
 from onnxq_plugins.cli.console import echo, notify, show
 from onnxq_plugins.cli.options import CustomOps, DataPath, ImageOptions, Model, ShapeList, read_shapes
-from onnxq_plugins.data import model_inputs, open_data
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import recipe_of
-from onnxq_plugins.graph.reading import read
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.runtimes.audit import Audit
+from onnxq_plugins.runtimes.audits import audit as audit_of
 from onnxq_plugins.runtimes.changes import what_to_change
-from onnxq_plugins.runtimes.onnxruntime import audit_model
-from onnxq_plugins.runtimes.openvino import audit_openvino
 from onnxq_plugins.runtimes.spending import Spent, classes
 
 
@@ -40,20 +36,14 @@ def audit_command(
 
     With --against, --data or --shape also where the time goes, and what to change first.
     """
-    for path in (model, against):
-        if path is not None:
-            read(path)
-    if runtime not in ("onnxruntime", "openvino"):
-        raise OnnxqError(f"runtime '{runtime}' is unknown; known: onnxruntime, openvino.")
-    if runtime == "openvino" and (against or data or shape):
-        raise OnnxqError(
-            "--against, --data and --shape are for times in onnxruntime; leave them out beside --runtime openvino "
-            "(OpenVINO's own benchmark_app measures there)."
-        )
-    feeds = open_data(data, model_inputs(read(model)), images.data_options()) if data else None
-    feeds = feeds and runtimes.rolled(feeds, lambda: runtimes.session(model))
-    shapes = read_shapes(shape)
-    audit = audit_openvino(model) if runtime == "openvino" else audit_model(model, against, data=feeds, shapes=shapes)
+    audit = audit_of(
+        model,
+        against,
+        runtime=runtime,
+        data=data or None,
+        options=images.data_options(),
+        shapes=read_shapes(shape),
+    )
     if changes := what_to_change(audit, _placed(model)):
         echo("what to change:")
         for number, text in enumerate(changes, 1):
@@ -62,7 +52,7 @@ def audit_command(
     show(_audit_table(audit))
     others = sorted(audit.other.items(), key=lambda item: -item[1])[:12]
     echo(f"\nother operators: {', '.join(f'{n} {op}' for op, n in others) or 'none'}")
-    echo(audit.summary())
+    echo(audit.summary)
     if accumulators := audit.accumulators():
         echo(accumulators)
     if audit.spending:

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.cli.console import echo, notify, out, show, track
+from onnxq_plugins.cli.limits import LimitOptions
 from onnxq_plugins.cli.options import (
     ClassAxis,
     CustomOps,
@@ -25,25 +26,26 @@ from onnxq_plugins.cli.options import (
     RecipeOptions,
     SampleCount,
     WorkOptions,
+    check_outputs,
     data_option,
     recipe_option,
 )
-from onnxq_plugins.data import Data, Input, model_inputs, open_data
+from onnxq_plugins.data import open_data
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.compact import alike
 from onnxq_plugins.export.provenance import recipe_of
 from onnxq_plugins.graph.reading import bytes_on_disk, read
 from onnxq_plugins.measure import IDENTICAL
-from onnxq_plugins.measure.arrays import leaves
 from onnxq_plugins.measure.classes import labelled
 from onnxq_plugins.measure.metrics import chance, find_metric, metric_name, top1
 from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
+from onnxq_plugins.report.comparison import check_ranks, in_order, shared_inputs
+from onnxq_plugins.report.comparison import truth as truth_of
 from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.report.rows import LayerError, percent
 from onnxq_plugins.runtimes.machine import has_vnni
-from onnxq_plugins.spec import Array
 
 
 def diagnose_command(
@@ -88,6 +90,7 @@ def diagnose_command(
         workers=work.workers or None,
         cache=work.cache,
         settings=[*images.settings(), *(recipe.settings or [])],
+        exclude=recipe.exclude or (),
         check=False,
         track=track,
     )
@@ -223,34 +226,38 @@ def compare_command(
         ),
     ] = "",
     class_axis: ClassAxis = None,
+    limits: LimitOptions,
     custom_ops: CustomOps = None,
 ) -> None:
     """Compare two models on the same data: error, agreement, size, latency; with labels also how many each gets right."""
     judge = find_metric(metric) if metric else None
+    check_outputs({"--junit": limits.junit}, {"reference": a, "model": b})
     paths = (a, b)
-    inputs = _shared_inputs(paths)
+    inputs = shared_inputs(paths, paths)
     sessions = [runtimes.session(path) for path in paths]
     source = runtimes.rolled(open_data(data, inputs[0], images.data_options(samples), labels), lambda: sessions[0])
-    feeds, truth = list(track(source, "reading", source.size)), _truth(source)
+    feeds, truth = list(track(source, "reading", source.size)), truth_of(source)
     known = Samples.of(a, feeds, truth, class_axis, sessions[0], source.state)
     if judge in (None, top1):
         known.check_labels()
-    outputs = _in_order(known.names, sessions[1], known.outputs(sessions[1]), paths)
+    outputs = in_order(known.names, sessions[1], known.outputs(sessions[1]), paths)
     milliseconds = runtimes.latency(sessions, [runtimes.wanted(session, feeds[0]) for session in sessions], 2.0)
-    _check_ranks(known, outputs, paths)
+    check_ranks(known, outputs, paths)
     scores = known.table(outputs)
     show(_output_table(scores, known.axes))
     if any(score.steps for score in scores):
-        forced = _in_order(known.names, sessions[1], known.outputs(sessions[1], own=False), paths)
+        forced = in_order(known.names, sessions[1], known.outputs(sessions[1], own=False), paths)
         show(_steps_table(scores, known.table(forced)))
     if judge is None and truth is not None:
         if labelled(known.reference, truth, known.axes) is None:
             notify("note: the labels are not classes of any output; give --class-axis, or a --metric of your own")
         else:
             judge = top1
+    drop = None
     if judge is not None:
-        score = known.score(judge)
-        echo(f"{metric_name(judge)}: {score:.2f} -> {known.score(judge, outputs):.2f}")
+        score, after = known.score(judge), known.score(judge, outputs)
+        drop = score - after
+        echo(f"{metric_name(judge)}: {score:.2f} -> {after:.2f}")
         if judge is top1 and truth is not None and (note := chance(score, known.reference, truth, known.axes)):
             notify("note: " + note.replace("the float model", f"'{a}'"))
     if known.random:
@@ -260,6 +267,8 @@ def compare_command(
         f"{len(feeds)} samples | {sizes[0]:.2f} -> {sizes[1]:.2f} MB | {milliseconds[0]:.3f} -> {milliseconds[1]:.3f} ms "
         f"({milliseconds[0] / milliseconds[1]:.2f}x, one sample a run, 1 thread)"
     )
+    worst = min((score.sqnr for score in scores if score.sqnr is not None), default=None)
+    limits.enforce(b.name, worst, drop, milliseconds[0] / milliseconds[1])
 
 
 def _steps_table(scores: Sequence[OutputScore], forced: Sequence[OutputScore]) -> Table:
@@ -280,50 +289,6 @@ def _steps_table(scores: Sequence[OutputScore], forced: Sequence[OutputScore]) -
                 f"{other.sqnr:.1f}",
             )
     return table
-
-
-def _shared_inputs(paths: Sequence[Path]) -> list[list[Input]]:
-    """The inputs of both models. Raises OnnxqError where their names differ."""
-    inputs = [model_inputs(read(path)) for path in paths]
-    names = [[value.name for value in each if not value.optional] for each in inputs]
-    if set(names[0]) != set(names[1]):
-        raise OnnxqError(
-            f"'{paths[0]}' and '{paths[1]}' have different inputs: {', '.join(names[0])} and {', '.join(names[1])}."
-        )
-    return inputs
-
-
-def _check_ranks(known: Samples, outputs: Sequence[Any], paths: Sequence[Path]) -> None:
-    """Raise OnnxqError for an output that has another number of axes in the second model."""
-    for name, one, other in zip(known.names, known.reference, outputs, strict=True):
-        shapes = [[leaf.shape for leaf in leaves(values[0])] for values in (one, other)]
-        if [len(shape) for shape in shapes[0]] != [len(shape) for shape in shapes[1]]:
-            raise OnnxqError(
-                f"output '{name}' has shape {shapes[0]} in '{paths[0]}' and {shapes[1]} in '{paths[1]}'; compare two forms "
-                "of the same model."
-            )
-
-
-def _in_order(
-    names: Sequence[str], runner: runtimes.Session, outputs: Sequence[Any], paths: Sequence[Path]
-) -> Sequence[Any]:
-    """The second model's outputs in the order of the first's. Raises OnnxqError where they are others; as many of other
-    names are taken to be the same."""
-    others = [output.name for output in runner.get_outputs()]
-    if set(names) <= set(others):
-        return [outputs[others.index(name)] for name in names]
-    if len(names) != len(others):
-        raise OnnxqError(
-            f"'{paths[0]}' and '{paths[1]}' have different outputs: {', '.join(names)} and {', '.join(others)}; compare two "
-            "forms of the same model."
-        )
-    return outputs
-
-
-def _truth(feeds: Data) -> Array | None:
-    """The labels of all samples, if there are any."""
-    labels = feeds.spread_labels(0)
-    return None if labels is None else np.concatenate(labels)
 
 
 def _output_table(scores: Sequence[OutputScore], axes: Sequence[int | None]) -> Table:

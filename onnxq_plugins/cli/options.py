@@ -63,6 +63,12 @@ Settings = Annotated[
     list[str] | None,
     recipe_option("--set", metavar="KEY=VALUE", show_default=False, help="change a key: weights.bits=4, pass.key=value"),
 ]
+Exclude = Annotated[
+    list[str] | None,
+    recipe_option(
+        "--exclude", metavar="NAME", show_default=False, help="an operator that stays float, or a glob on names; repeatable"
+    ),
+]
 TargetName = Annotated[str, recipe_option("--target", show_default=False, help="the runtime; the recipe's by default")]
 Seed = Annotated[int | None, recipe_option(show_default=False, help="same seed, same result; 0 by default")]
 Float32 = Annotated[bool, recipe_option("--float32", help="convert an fp16 or bf16 model to float32 first")]
@@ -234,6 +240,7 @@ class RecipeOptions(OptionGroup):
 
     recipe: RecipeName = ""
     settings: Settings = None
+    exclude: Exclude = None
     target: TargetName = ""
     seed: Seed = None
 

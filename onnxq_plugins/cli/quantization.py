@@ -153,6 +153,7 @@ def quantize_command(
             verify=verify,
             float32=float32,
             settings=settings,
+            exclude=recipe.exclude or (),
             labels=labels,
             metric=metric or None,
             min_sqnr=goals.min_sqnr,

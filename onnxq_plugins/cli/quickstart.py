@@ -86,7 +86,7 @@ def quickstart_command(
     show(table)
     speed = original.milliseconds / quantized.milliseconds
     small = ": this model is too small to gain, larger ones do" if speed < 1.2 else ""
-    echo(f"{audit_model(quantized.path).summary()} | {speed:.2f}x the speed of float{small}")
+    echo(f"{audit_model(quantized.path).summary} | {speed:.2f}x the speed of float{small}")
     if page is not None:
         echo(f"layer by layer, with plots: {page}")
     echo(

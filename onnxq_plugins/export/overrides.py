@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import Expected, OnnxqError, expects
 from onnxq_plugins.export.qdq import needs_narrow
 from onnxq_plugins.export.weights import stored_form
 from onnxq_plugins.graph import Layer
@@ -27,10 +27,12 @@ from onnxq_plugins.plan.values import bias_values, weight_values
 from onnxq_plugins.spec import Array, QuantSpec
 from onnxq_plugins.targets import granularity_of
 
+_RESULT: Expected = ((Outcome,), "what quantize returns")
 # Operators whose outputs get the scale of their input from quantize_static, whatever the overrides say.
 _SHARES_SCALE = frozenset({"AveragePool"})
 
 
+@expects(result=_RESULT)
 def ort_overrides(result: Outcome) -> dict[str, Any]:
     """What `quantize_static` needs in order to quantize `ort_model(result)` as planned, as plain values that JSON can hold.
 
@@ -69,6 +71,7 @@ def ort_overrides(result: Outcome) -> dict[str, Any]:
     }
 
 
+@expects(result=_RESULT)
 def ort_model(result: Outcome) -> onnx.ModelProto:
     """The float model for `quantize_static` with the overrides: `result.float_model` with weights on the grids of the plan,
     and biases with the planned shifts."""
@@ -96,6 +99,7 @@ def ort_model(result: Outcome) -> onnx.ModelProto:
     return model
 
 
+@expects(overrides=((Outcome, Mapping, str, Path), "what ort_overrides returns, a Result or a file"))
 def ort_arguments(overrides: Outcome | Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """Keyword arguments of `onnxruntime.quantization.quantize_static` beside the model, the output and the data.
 

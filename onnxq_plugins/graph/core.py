@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -60,6 +60,7 @@ class Graph:
         notes: Iterable[str] = (),
         mapped: MappedWeights | None = None,
         versions: tuple[int, int] = (0, 0),
+        imported: Collection[str] = (),
     ) -> None:
         self._graph = graph
         self._beside = beside
@@ -72,6 +73,8 @@ class Graph:
         self._contents = Contents()
         self._written: dict[bool, tuple[str, onnx.ModelProto]] = {}  # by `expand`: structure, the model with placeholders
         self.run_shapes: tuple[str, dict[str, tuple[int, ...]]] = "", {}  # of one sample, see `calibration.shapes`
+        self.imported = frozenset(imported)  # names of the operators of the user's own model
+        self.floats: frozenset[str] = frozenset()  # operators that stay float, whatever a plan has around them
         self.output_opset = 0  # lowest opset of what is made of it; a pass that needs a newer one raises it
 
     # ---- queries ---------------------------------------------------------------------------------------------------
@@ -406,8 +409,8 @@ class Graph:
     def copy(self) -> Graph:
         """An independent copy; weights are copied too."""
         graph, beside = split(self.model(expand=False), self._beside.header)
-        twin = Graph(graph, beside, copy.copy(self.batchnorms), self.notes, versions=self.versions)
-        twin.output_opset = self.output_opset
+        twin = Graph(graph, beside, copy.copy(self.batchnorms), self.notes, versions=self.versions, imported=self.imported)
+        twin.output_opset, twin.floats = self.output_opset, self.floats
         return twin
 
 

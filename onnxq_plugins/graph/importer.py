@@ -19,7 +19,7 @@ from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.folding import fold_constants
 from onnxq_plugins.graph.mapped import MappedWeights
 from onnxq_plugins.graph.models import Model, as_model
-from onnxq_plugins.graph.normalize import inline_branches, name_nodes, normalize
+from onnxq_plugins.graph.normalize import inline_branches, name_nodes, node_names, normalize
 from onnxq_plugins.graph.opsets import OWN_OPSET, QDQ_OPSET, opset_of, raise_opset
 from onnxq_plugins.graph.reading import first_line, read
 from onnxq_plugins.graph.refusals import INVALID, check_sizes, half_type, invalid, misfits, problems_of
@@ -56,12 +56,13 @@ def load(model: Model, *, float32: bool = False, flatten: bool = True) -> Graph:
 
 def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool, mapped: MappedWeights) -> Graph:
     OnnxqError.check(problems_of(proto, where, float32))
-    versions = opset_of(proto), proto.ir_version
+    versions, names = (opset_of(proto), proto.ir_version), node_names(proto.graph)
     proto, notes = normalize(proto, where)
     if float32:
         kind = half_type(proto)
         if to_float32(proto):
             notes.append(f"{'half-precision' if kind else 'float64'} weights were converted to float32")
+    names |= node_names(proto.graph)
     if not proto.graph.node:
         raise OnnxqError(f"{where} has no operator but constants, so there is nothing to quantize.")
     proto = _newer(proto, where)
@@ -71,7 +72,7 @@ def _imported(proto: onnx.ModelProto, where: str, float32: bool, flatten: bool, 
     logging.getLogger("onnx_graphsurgeon").setLevel(logging.CRITICAL)
     for attempt in range(_BRANCHES):
         _infer(proto, where)
-        graph = Graph(*split(proto, header), notes=notes, mapped=mapped, versions=versions)
+        graph = Graph(*split(proto, header), notes=notes, mapped=mapped, versions=versions, imported=names)
         del proto
         graph.load_constants()
         if not attempt:

@@ -204,6 +204,11 @@ def name_nodes(graph: onnx.GraphProto) -> None:
         taken.add(candidate)
 
 
+def node_names(graph: onnx.GraphProto) -> set[str]:
+    """The names of a graph's operators, those inside of control flow included."""
+    return {node.name for part in all_graphs(graph) for node in part.node if node.name}
+
+
 def _sort(graph: onnx.GraphProto, where: str) -> None:
     """Put operators behind those whose outputs they read, where they are not."""
     place = {o: i for i, node in enumerate(graph.node) for o in node.output if o}

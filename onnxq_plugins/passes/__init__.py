@@ -9,6 +9,7 @@ from onnxq_plugins.passes.centre import Centre as Centre
 from onnxq_plugins.passes.coding_length import CodingLength as CodingLength
 from onnxq_plugins.passes.data_free import DataFree as DataFree
 from onnxq_plugins.passes.equalize import Equalize as Equalize
+from onnxq_plugins.passes.fixed_ranges import FixedRanges as FixedRanges
 from onnxq_plugins.passes.mixed_precision import MixedPrecision as MixedPrecision
 from onnxq_plugins.passes.orthogonality import Orthogonality as Orthogonality
 from onnxq_plugins.passes.placement import Placement as Placement

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -127,7 +126,7 @@ def _chains(job: Job) -> list[_Chain]:
     """The chains that can be split: from integer convolutions whose results only chains of integer operators read, with
     activations between them, float or not."""
     graph, view = job.graph, Planned.of(job)
-    names = [rule.match for rule in job.recipe.layers if rule.match != "*"]
+    rules = [rule for rule in job.recipe.layers if not rule.everywhere]
     depthwise = {y.name for y in view.layers if y.kind == "depthwise" and not job.plan[y.weight].solved}
     through = {n for n in view.integer if n in depthwise or n not in {y.name for y in graph.layers}}
     outputs = {y.output for y in view.layers}
@@ -144,7 +143,7 @@ def _chains(job: Job) -> list[_Chain]:
             or layer.result not in job.plan
             or job.plan[layer.result].solved
             or job.plan[layer.weight].solved
-            or any(fnmatchcase(layer.name, name) for name in names)
+            or any(rule.names(layer.name) for rule in rules)
         ):
             continue
         nodes, ends = channelwise(graph, layer.result, through)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from onnxq_plugins.graph import Layer, split_outputs
@@ -84,7 +83,7 @@ class SplitHeads(Pass):
 def _heads(job: Job) -> list[Layer]:
     """Layers whose integer kernel has to write codes though no integer operator follows."""
     view = Planned.of(job)
-    names = [rule.match for rule in job.recipe.layers if rule.match != "*"]
+    rules = [rule for rule in job.recipe.layers if not rule.everywhere]
     before = _before_integer(job)
     return [
         layer
@@ -95,7 +94,7 @@ def _heads(job: Job) -> list[Layer]:
         and view.input(layer)
         and layer.name not in before
         and not (job.plan[layer.result].solved or job.plan[layer.weight].solved)
-        and not any(fnmatchcase(layer.name, name) for name in names)
+        and not any(rule.names(layer.name) for rule in rules)
     ]
 
 

@@ -49,7 +49,8 @@ def _request(graph: Graph, constant: Constant, recipe: Recipe, target: Target, u
     base = replace(recipe, weights=replace(recipe.weights, bits=FLOAT if recipe.weights.bits == FLOAT else 8))
     found = [settings(base, name, op, "", {}, unmatched) for name, op in constant.readers]
     bits = max(weights.bits for weights, _, _ in found)
-    if bits == FLOAT or any(quantize is False for _, _, quantize in found):
+    left_out = any(name in graph.floats for name, _ in constant.readers)
+    if bits == FLOAT or left_out or any(quantize is False for _, _, quantize in found):
         return Reason("recipe", "the recipe leaves it float")
     if not target.decodes or any(op in target.plain for _, op in constant.readers):
         return Reason("unsupported", f"target '{target.name}' has no 8-bit form of {constant.op}")

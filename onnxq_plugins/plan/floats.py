@@ -6,7 +6,6 @@ from __future__ import annotations
 import glob
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph
@@ -30,7 +29,7 @@ class FloatSets:
 
     def __init__(self, graph: Graph, recipe: Recipe, target: Target, most: int) -> None:
         names = {str(node.name) for node in graph.nodes}
-        rules = tuple(r for r in recipe.layers if r.match == "*" or any(fnmatchcase(n, r.match) for n in names))
+        rules = tuple(r for r in recipe.layers if r.everywhere or any(map(r.names, names)))
         self.graph, self.target, self.most = graph, target, most
         self.recipe = replace(recipe, layers=rules)  # without those about layers that a pass replaced
         products = {n.name for n in graph.nodes if n.op == "MatMul" and not n.domain}  # of two activations, too

@@ -97,7 +97,7 @@ class Planned:
         names = set()
         for node in graph.nodes:
             inputs = activation_inputs(graph, node)
-            if not inputs or not all(self.source(name) for name in inputs):
+            if node.name in graph.floats or not inputs or not all(self.source(name) for name in inputs):
                 continue
             if node.name in layers:
                 fits = bool(self.input(layers[node.name])) and (

@@ -54,8 +54,7 @@ def request(
     unfit = {graph.root(name) for name in unfit if name in graph} | set(unfit)
     problems: list[str] = []
     floats: dict[str, Reason] = {}
-    notes: list[str] = []
-    narrowed = 0
+    narrowed, decoded = 0, list[str]()
     plan: dict[str, QuantSpec] = {}
     integer: dict[str, TensorRequest] = {}  # node name -> the request of its inputs
     unmatched = set(range(len(recipe.layers)))
@@ -69,6 +68,11 @@ def request(
             plan[layer.weight] = _stored(graph, layer, recipe, weights)
             continue
         weight_only = activations.bits == FLOAT
+        if weight_only and not _weight_only(target, layer.op):
+            decoded.append(layer.op)
+            floats[layer.name] = Reason("weight-only", f"target '{target.name}' has no weight-only {layer.op}")
+            plan |= _decoded(layer, _stored(graph, layer, recipe, weights), target)
+            continue
         bits = weights.bits if weight_only else _narrowed(weights.bits, target)
         narrowed += bits != weights.bits
         plan[layer.weight] = _weight(layer, replace(weights, bits=bits), target, problems)
@@ -80,26 +84,44 @@ def request(
     products = _products(graph, recipe, target, unfit, unmatched)
     integer |= {name: activations for name, activations in products.items() if name not in placed}
     outside = constant_requests(graph, recipe, target, unmatched)
-    for n in sorted(unmatched):
-        rule = recipe.layers[n]
-        if rule.match != "*":
-            names = ", ".join(layer.name for layer in graph.layers[:6])
-            problems.append(f"recipe, layer {n + 1}: nothing matches '{rule.match}'; layers are named {names} ...")
-    OnnxqError.check(problems)
-    if narrowed:
-        notes.append(
-            f"{narrowed} layers have {target.code_bits}-bit weight codes, since target '{target.name}' "
-            f"allows |code| <= {target.max_code}"
-        )
+    OnnxqError.check([*problems, *_idle_rules(graph, recipe, unmatched)])
+    notes = _notes(target, narrowed, decoded)
     stored = {each.constant.name: each.spec for each in outside if each.spec is not None}
     if graph.layers and not plan:
         notes.append("no layer is quantized")
-    chain = _chain(graph, target, set(integer), unfit, placed)
+    chain = _chain(graph, target, set(integer), unfit, {*placed, *graph.floats})
     activation_request = {**integer, **dict.fromkeys(chain, recipe.activations)}
     whole = Plan(plan) | stored | _activations(graph, target, activation_request)
     view = Planned(graph, whole, target)
     inputs = {layer.name: view.source(layer.input) if layer.name in integer else "" for layer in view.layers}
     return Request(whole, inputs, floats, tuple(notes), tuple(outside))
+
+
+def _idle_rules(graph: Graph, recipe: Recipe, unmatched: Collection[int]) -> list[str]:
+    """Problems with rules for single layers that there are not."""
+    names = ", ".join(layer.name for layer in graph.layers[:6])
+    return [
+        f"recipe, layer {n + 1}: nothing matches {' or '.join(map(repr, recipe.layers[n].patterns))}; layers are named "
+        f"{names} ..."
+        for n in sorted(unmatched)
+        if not recipe.layers[n].everywhere
+    ]
+
+
+def _notes(target: Target, narrowed: int, decoded: Collection[str]) -> list[str]:
+    """Notes about so many weights of fewer bits than the recipe says, and about operators with weights that are decoded."""
+    notes = []
+    if narrowed:
+        notes.append(
+            f"{narrowed} layers have {target.code_bits}-bit weight codes, since target '{target.name}' "
+            f"allows |code| <= {target.max_code}"
+        )
+    if decoded:
+        notes.append(
+            f"target '{target.name}' has no weight-only {' and '.join(sorted(set(decoded)))}: their weights are stored in 8 "
+            "bits per channel and decoded at load"
+        )
+    return notes
 
 
 def _products(
@@ -112,6 +134,7 @@ def _products(
             _, activations, quantize = settings(recipe, node.name, "Attention", "", {}, unmatched)
             pays = "MatMul" in ops and 0 < target.attention <= _multiply_adds(graph, node)
             fit = set(unfit).isdisjoint(graph.root(name) for name in activation_inputs(graph, node))
+            fit = fit and node.name not in graph.floats
             if fit and (quantize or (quantize is None and pays)):
                 integer[str(node.name)] = activations
     return integer
@@ -135,15 +158,20 @@ def _why_float(
 ) -> Reason | None:
     """Why a layer stays float; None if it does not."""
     rules = [rule for rule in target.rules if rule.op == layer.op]
-    if quantize is False or weights.bits == FLOAT:
+    if quantize is False or weights.bits == FLOAT or layer.name in graph.floats:
         return Reason("recipe", "the recipe leaves it float")
     if not rules:
         return Reason("unsupported", f"target '{target.name}' has no quantized {layer.op}")
     if not set(unfit).isdisjoint((graph.root(layer.input), layer.input, layer.output, layer.result)):
         return Reason("not-finite", "it reads or writes values that are NaN or infinite in the float model")
-    if activations.bits == FLOAT and all(rule.activations for rule in rules) and not target.only_stores(layer.op):
+    if activations.bits == FLOAT and not _weight_only(target, layer.op) and not target.decodes:
         return Reason("weight-only", f"target '{target.name}' has no weight-only {layer.op}")
     return None
+
+
+def _weight_only(target: Target, op: str) -> bool:
+    """True if a target runs layers of an operator with quantized weights beside float inputs."""
+    return any(not rule.activations for rule in target.rules if rule.op == op)
 
 
 def pinned(graph: Graph, recipe: Recipe) -> set[str]:
@@ -171,6 +199,8 @@ def weight_request(graph: Graph, recipe: Recipe, target: Target, layer: Layer, b
     Whether the target runs it is up to `Target.rule`. Raises OnnxqError if a block does not fit the layer."""
     place = [other.name for other in graph.layers].index(layer.name)
     weights, activations, _ = settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, place), set())
+    if activations.bits == FLOAT and target.decodes and not _weight_only(target, layer.op):
+        return QuantSpec(bits, True, channel_block(layer), decoded=True)
     problems: list[str] = []
     spec = _weight(
         layer, replace(weights, bits=bits if activations.bits == FLOAT else _narrowed(bits, target)), target, problems

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.synthetic import SYNTHETIC
-from onnxq_plugins.data import Data
+from onnxq_plugins.data import Data, DataOptions, Input, Source, model_inputs, open_data
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.graph.models import Model
+from onnxq_plugins.graph.reading import read
 from onnxq_plugins.job import Outcome
+from onnxq_plugins.measure.arrays import leaves
 from onnxq_plugins.measure.classes import labelled
 from onnxq_plugins.measure.metrics import percent_agreement, top1, worst_sqnr
 from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
+from onnxq_plugins.runtimes.audits import file_or_proto
+from onnxq_plugins.spec import Array
 
 _CALIBRATION, _OTHER = 32, 512  # samples at most: of those it was calibrated with, of others
 _DECLINE = 3.0  # dB of growing noise that are worth a word
@@ -60,6 +69,10 @@ class Comparison:
     top1: Pair | None = None
     outputs: tuple[OutputScore, ...] = ()
     random: bool = False
+
+    def __repr__(self) -> str:
+        """The verdict."""
+        return f"<Comparison: {self.verdict}>"
 
     @property
     def speed(self) -> float:
@@ -157,14 +170,59 @@ def compare(result: Outcome, data: Data) -> Comparison:
     """Measure the quantized network and the user's own model on some samples."""
     calibration = data is result.data
     most = _CALIBRATION if calibration and not data.state else _OTHER  # errors take many steps to feed back
-    feeds, labels = data.spread(most), data.spread_labels(most)
     runners = [runtimes.session(result.original), runtimes.session(result.model)]
-    truth = None if labels is None else np.concatenate(labels)
-    known = Samples.of(result.original, feeds, truth, result.class_axis, runners[0], data.state)
-    quantized = known.outputs(runners[1])
+    return _measured(result.original, runners, data, most, calibration, result.class_axis)
+
+
+def compare_models(
+    a: Model,
+    b: Model,
+    data: Source,
+    *,
+    labels: str | Path | Array | None = None,
+    options: DataOptions | None = None,
+    class_axis: int | None = None,
+) -> Comparison:
+    """How near a model is to another, and how fast, on the same data.
+
+    a, b      the reference, usually the float model, and the model to judge: paths, ModelProtos, bytes, onnx_ir.Models
+    data, labels, options   samples, see `onnxq_plugins.data.open_data`
+    class_axis   of outputs that are classes; None finds it
+
+    Raises OnnxqError for what is no model, and for two that have other inputs or outputs.
+    """
+    models = [file_or_proto(model) for model in (a, b)]
+    paths = [
+        model if isinstance(model, Path) else name for model, name in zip(models, ("the first", "the second"), strict=True)
+    ]
+    inputs = shared_inputs(models, paths)
+    runners = [runtimes.session(model) for model in models]
+    source = runtimes.rolled(open_data(data, inputs[0], options, labels), lambda: runners[0])
+    return _measured(models[0], runners, source, 0, False, class_axis, paths)
+
+
+def _measured(
+    reference: Path | onnx.ModelProto,
+    runners: Sequence[runtimes.Session],
+    data: Data,
+    most: int,
+    calibration: bool,
+    class_axis: int | None,
+    paths: Sequence[object] = ("the float model", "the quantized one"),
+) -> Comparison:
+    """Measure two models.
+
+    most   samples, 0 for all
+    """
+    feeds = data.spread(most)
+    labels = data.spread_labels(most)
+    known_labels = None if labels is None else np.concatenate(labels)
+    known = Samples.of(reference, feeds, known_labels, class_axis, runners[0], data.state)
+    quantized = in_order(known.names, runners[1], known.outputs(runners[1]), paths)
+    check_ranks(known, quantized, paths)
     same = round(known.score(percent_agreement, quantized), 2) if known.telling else None
     correct = None
-    if truth is not None and labelled(known.reference, truth, known.axes) is not None:
+    if known_labels is not None and labelled(known.reference, known_labels, known.axes) is not None:
         correct = Pair(round(known.score(top1), 2), round(known.score(top1, quantized), 2))
     times = runtimes.latency(runners, [runtimes.wanted(runner, feeds[0]) for runner in runners], _SECONDS)
     return Comparison(
@@ -179,6 +237,53 @@ def compare(result: Outcome, data: Data) -> Comparison:
         tuple(known.table(quantized)),
         known.random,
     )
+
+
+# ---- two models on the same inputs -----------------------------------------------------------------------------------
+
+
+def shared_inputs(models: Sequence[Path | onnx.ModelProto], paths: Sequence[object]) -> list[list[Input]]:
+    """The inputs of both models, called `paths` in sentences. Raises OnnxqError where their names differ."""
+    inputs = [model_inputs(read(model) if isinstance(model, Path) else model) for model in models]
+    names = [[value.name for value in each if not value.optional] for each in inputs]
+    if set(names[0]) != set(names[1]):
+        raise OnnxqError(
+            f"'{paths[0]}' and '{paths[1]}' have different inputs: {', '.join(names[0])} and {', '.join(names[1])}."
+        )
+    return inputs
+
+
+def check_ranks(known: Samples, outputs: Sequence[Any], paths: Sequence[object]) -> None:
+    """Raise OnnxqError for an output that has another number of axes in the second model."""
+    for name, one, other in zip(known.names, known.reference, outputs, strict=True):
+        shapes = [[leaf.shape for leaf in leaves(values[0])] for values in (one, other)]
+        if [len(shape) for shape in shapes[0]] != [len(shape) for shape in shapes[1]]:
+            raise OnnxqError(
+                f"output '{name}' has shape {shapes[0]} in '{paths[0]}' and {shapes[1]} in '{paths[1]}'; compare two forms "
+                "of the same model."
+            )
+
+
+def in_order(
+    names: Sequence[str], runner: runtimes.Session, outputs: Sequence[Any], paths: Sequence[object]
+) -> Sequence[Any]:
+    """The second model's outputs in the order of the first's. Raises OnnxqError where they are others; as many of other
+    names are taken to be the same."""
+    others = [output.name for output in runner.get_outputs()]
+    if set(names) <= set(others):
+        return [outputs[others.index(name)] for name in names]
+    if len(names) != len(others):
+        raise OnnxqError(
+            f"'{paths[0]}' and '{paths[1]}' have different outputs: {', '.join(names)} and {', '.join(others)}; compare two "
+            "forms of the same model."
+        )
+    return outputs
+
+
+def truth(feeds: Data) -> Array | None:
+    """The labels of all samples, if there are any."""
+    labels = feeds.spread_labels(0)
+    return None if labels is None else np.concatenate(labels)
 
 
 def _grade(value: float, good: float, fair: float) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import Calibration, channels
 from onnxq_plugins.data import Data, DataOptions, Source
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import WHOLE, OnnxqError, expects
 from onnxq_plugins.job import Outcome
 from onnxq_plugins.measure import IDENTICAL
 from onnxq_plugins.measure.metrics import worst_sqnr
@@ -179,6 +179,7 @@ class Diagnosis:
         return layer.text
 
 
+@expects(result=((Outcome,), "what quantize returns"), samples=WHOLE, alone=WHOLE, attempts=WHOLE, workers=WHOLE)
 def diagnose(
     result: Outcome,
     data: Source | Data | None = None,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from onnxq_plugins.data import Data, Source
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import PATH, OnnxqError, expects
 from onnxq_plugins.files import write_file
 from onnxq_plugins.job import Outcome, Report
 from onnxq_plugins.measure import IDENTICAL
@@ -79,6 +79,7 @@ def is_page(path: Path) -> bool:
     return path.suffix.lower() in (".html", ".htm")
 
 
+@expects(path=PATH)
 def write_report(
     result: Outcome,
     path: str | Path,

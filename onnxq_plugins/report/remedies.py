@@ -74,7 +74,7 @@ class Remedy:
         steps = [
             " ".join([step.name, *(f"{key}={value}" for key, value in parameters(step).items())]) for step in self.passes
         ]
-        rules = [f"{rule.match} {_rule_name(rule)}" for rule in self.layers[:2]]
+        rules = [f"{', '.join(rule.patterns)} {_rule_name(rule)}" for rule in self.layers[:2]]
         more = [f"{len(self.layers) - 2} more"] if len(self.layers) > 2 else []
         return ", ".join([*self.settings, *steps, *rules, *more])
 

@@ -181,7 +181,7 @@ def _kernels(job: Job, planned: Planned, audit: Audit) -> str:
         outside = describe_held([held for held in audit.constants if held.name not in names], audit.total)
         kernels = "; ".join([f"{decoded}/{count} layers decoded at load, run in float", *outside])
     else:
-        kernels = audit.summary() if job.target.here else _elsewhere(job, planned, audit, wide)
+        kernels = audit.summary if job.target.here else _elsewhere(job, planned, audit, wide)
     return kernels + (f"; {wide}/{count} layers with 16-bit activations run in float there" if wide else "")
 
 
@@ -193,7 +193,7 @@ def _elsewhere(job: Job, planned: Planned, audit: Audit, wide: int) -> str:
     ops = {y.name: y.op for y in planned.layers}
     floats = sum(entry.name in ops and not entry.quantized for entry in audit.layers) - wide
     if floats <= 0:
-        return f"{audit.summary()} in onnxruntime"
+        return f"{audit.summary} in onnxruntime"
     every, quantized = Counter(y.op for y in job.graph.layers), Counter(ops.values())
     counts = "; ".join(f"{quantized[op]}/{n} {op}" for op, n in every.items())
     return "; ".join([f"{counts} quantized for {job.target.name}; {floats} run in float in onnxruntime", *audit.outside()])

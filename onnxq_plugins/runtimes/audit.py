@@ -80,6 +80,7 @@ class Audit:
         """Names of the products of two activations that run in float."""
         return [layer.name for layer in self.layers if layer.product and not layer.quantized]
 
+    @property
     def summary(self) -> str:
         """One line: how many layers of each operator run quantized, in which kernels, and how many products of two
         activations do not."""
@@ -95,6 +96,12 @@ class Audit:
         if n := len(self.products()):
             parts.append(f"{n} product{'s' * (n > 1)} of two activations stay{'s' * (n == 1)} float")
         return "; ".join([*parts, *self.outside()])
+
+    def __repr__(self) -> str:
+        """The summary, and times if there are any."""
+        times = "" if self.milliseconds is None else f" | {' -> '.join(f'{ms:.3f}' for ms in self.milliseconds)} ms"
+        speed = "" if self.speedup is None else f", {self.speedup:.2f}x the speed of float"
+        return f"<Audit: {self.summary}{times}{speed}>"
 
     def outside(self) -> list[str]:
         """The weights outside integer kernels in clauses: how many operators store them in codes, and how many in float."""

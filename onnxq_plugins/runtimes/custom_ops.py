@@ -22,6 +22,9 @@ def register_custom_ops(*libraries: str | Path) -> None:
 
     Raises OnnxqError for a file that onnxruntime does not load.
     """
+    OnnxqError.check(
+        f"library {library!r:.80} must be a path." for library in libraries if not isinstance(library, (str, Path))
+    )
     fresh = [
         path for path in dict.fromkeys(str(Path(library).absolute()) for library in libraries) if path not in _libraries
     ]

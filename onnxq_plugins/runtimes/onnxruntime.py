@@ -20,6 +20,8 @@ from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.files import LARGE, size_of
 from onnxq_plugins.graph.bodies import with_bodies
 from onnxq_plugins.graph.layer import LAYER_OPS
+from onnxq_plugins.graph.models import as_model
+from onnxq_plugins.graph.reading import read
 from onnxq_plugins.runtimes.accumulators import Need, needs
 from onnxq_plugins.runtimes.audit import (
     Audit,
@@ -62,7 +64,8 @@ def audit_model(
     Raises OnnxqError if onnxruntime cannot load the model, if the two cannot have the same inputs, and if they do not run on
     the data or shapes. Where no example runs, `Audit.untimed` says so.
     """
-    proto = onnx.load(str(model)) if isinstance(model, (str, Path)) else model
+    known: Any = as_model(model)
+    proto = read(known) if isinstance(known, Path) else known
     named = _named(proto)
     with tempfile.TemporaryDirectory() as scratch:
         dump = Path(scratch) / "optimized.onnx"

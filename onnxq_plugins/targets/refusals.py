@@ -92,10 +92,11 @@ def _activation_problems(target: Target, activations: Mapping[str, QuantSpec]) -
     runs = [f"{types} per tensor (activations.bits = {bits})"] if widths else []
     refused: dict[str, list[str]] = {}
     for name, spec in activations.items():
-        if spec.bits not in widths or spec.symmetric or spec.block is not None:
+        if spec.bits not in widths or (spec.symmetric and not target.symmetric) or spec.block is not None:
             refused.setdefault(spec.describe(), []).append(name)
     for form, names in refused.items():
-        hint = ": set activations.symmetric = false" if all(activations[name].symmetric for name in names) and runs else ""
+        signed = not target.symmetric and all(activations[name].symmetric for name in names) and bool(runs)
+        hint = ": set activations.symmetric = false" if signed else ""
         yield (
             f"target '{target.name}' cannot run activation{'s' * (len(names) > 1)} {_names(names)} as {form}; it runs "
             f"{', or '.join([*runs, 'float (activations.bits = 32)'])}{hint}."

@@ -17,6 +17,7 @@ STORAGE = Target(
         for activations in (8, 0)
     ),
     CHAIN,
+    symmetric=True,
     decodes=True,
     flatten=False,
 )

@@ -49,6 +49,7 @@ class Target:
     rules         forms of layers it runs quantized
     integer_ops   other operators with an integer kernel, which keep a chain of layers integer
     output_scale  layers that have to write quantized outputs to run as integer (the others may write float)
+    symmetric     its activations may be symmetric, too: signed codes with zero point 0
     max_code      largest |code| of a weight beside 8-bit activations
     attention     multiply-adds from which on a product of two activation matrices is faster as integer; 0 for never
                   (`python -m benchmarks.kernels` times some)
@@ -67,6 +68,7 @@ class Target:
     rules: tuple[Rule, ...]
     integer_ops: frozenset[str] = field(default_factory=frozenset)
     output_scale: frozenset[str] = frozenset({"Conv"})
+    symmetric: bool = False
     max_code: int = 127
     attention: int = 0
     flatten: bool = True

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import onnx
 import pytest
@@ -15,7 +16,7 @@ from onnx import TensorProto
 from rich.console import Console
 
 import onnxq_plugins
-from onnxq_plugins import audit_model, cli, measure, plugins, runtimes
+from onnxq_plugins import audit_model, cli, load, measure, plugins, runtimes
 from onnxq_plugins.cli.inventory import summary_lines
 from onnxq_plugins.laws import LawBroken
 from onnxq_plugins.plugins import find_plugins
@@ -56,6 +57,16 @@ def test_names_inside_the_model_are_short_or_kept(ready):
     assert inner["short"] == outputs < inner["keep"]
     ran = ready("quantize", "model.onnx", "--data", "data.npz", "--names", "long")
     assert ran.code == 2 and "names = 'long' is unknown" in ran.err
+
+
+def test_excluded_operators(ready):
+    first, second = [n.name for n in load("model.onnx").nodes if n.op == "Conv"][:2]
+    ran = ready(
+        "quantize", "model.onnx", "--data", "data.npz", "--exclude", first, "--exclude", second, "--report", "r.json"
+    )
+    floats = {row["name"] for row in json.loads(Path("r.json").read_text())["layers"] if row.get("why_float")}
+    assert not ran.code and {first, second} <= floats
+    assert "no operator 'nowhere'" in ready("quantize", "model.onnx", "--data", "data.npz", "--exclude", "nowhere").err
 
 
 def test_an_existing_output_is_replaced(ready):
@@ -125,6 +136,20 @@ def test_compare(ready):
     assert float(rows[0][1]) > 30
     same = ready("compare", "model.onnx", "model.onnx", "--data", "data.npz").out
     assert "200.00" in same
+
+
+def test_compare_with_limits_is_a_gate(ready):
+    """Exit code 1 for what misses a limit, each of which is a test of JUnit."""
+    ready("quantize", "model.onnx", "--data", "data.npz", "-o", "q.onnx")
+    base = ("compare", "model.onnx", "q.onnx", "--data", "data.npz", "--junit", "out.xml")
+    kept = ready(*base, "--min-sqnr", "20", "--min-speed", "0.0001", "--max-drop", "100", "--metric", "agreement")
+    suite = ElementTree.parse("out.xml").getroot()
+    assert kept.code == 0 and (suite.get("tests"), suite.get("failures"), len(suite)) == ("3", "0", 3)
+    missed = ready(*base, "--min-sqnr", "500", "--min-speed", "1000")
+    suite = ElementTree.parse("out.xml").getroot()
+    assert missed.code == 1 and "missed: SQNR of 500 dB" in missed.err and "missed: 1000 times" in missed.err
+    assert suite.get("failures") == "2" and "dB" in suite.find("testcase/failure").get("message")
+    assert ready(*base, "--max-drop", "1").code == 2 and ready(*base[:-1], "q.onnx").code == 2
 
 
 def test_compare_lists_every_output(ready):

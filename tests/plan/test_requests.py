@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from onnxq_plugins import OnnxqError, load
+from onnxq_plugins import OnnxqError, load, measure, quantize, runtimes
 from onnxq_plugins.plan import requests
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
+from onnxq_plugins.targets import BUILTIN as TARGETS
 from onnxq_plugins.targets.npu import NPU
 from onnxq_plugins.targets.ort_cpu import ORT_CPU, ORT_CPU_AVX2
-from tests.zoo import ZOO, mobilenet
+from tests.zoo import ZOO, feeds, mobilenet
 
 
 def recipe_of(values):
@@ -37,7 +38,8 @@ def test_a_request_at_the_width_of_the_recipe_is_that_of_the_plan(name, values, 
     plan = requests.request(graph, recipe, target).plan
     for i, layer in enumerate(graph.layers):
         if layer.weight in plan:
-            bits = 8 if i == 0 and recipe.layers else recipe.weights.bits
+            stored = plan[layer.weight].decoded  # the target has no kernel for it: 8 bits
+            bits = 8 if stored or (i == 0 and recipe.layers) else recipe.weights.bits
             made = requests.weight_request(graph, recipe, target, layer, bits)
             assert made.to_dict() == plan[layer.weight].to_dict()
 
@@ -61,3 +63,20 @@ def test_a_block_that_does_not_fit_is_told():
     graph = load(mobilenet())
     with pytest.raises(OnnxqError, match="block"):
         requests.weight_request(graph, recipe_of({"weights": {"block": [1, 2, 3]}}), ORT_CPU, graph.layers[0], 4)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.integer and t.decodes], ids=lambda t: t.name)
+@pytest.mark.parametrize("name", ["cnn", "mobilenet", "resnet20", "transformer"])
+def test_weights_without_a_weight_only_kernel_are_stored_and_decoded(name, target):
+    """A weight-only recipe makes every model smaller, or says why not."""
+    model = ZOO[name]()
+    result = quantize(model, {"activations": {"bits": 32}, "weights": {"block": 32}}, None, target=target.name, check=False)
+    for layer in result.graph.layers:
+        kernel = any(rule.op == layer.op and not rule.activations for rule in target.rules)
+        spec = result.plan[layer.weight]
+        assert kernel or (spec.decoded and spec.bits == 8)
+        assert kernel or result.report.floats[layer.name].kind == "weight-only"
+    assert result.report.size("quantized") < result.report.size("float") * 0.7
+    feed = feeds(model, 4)
+    reference, outputs = (runtimes.outputs(runtimes.session(m), feed)[0] for m in (model, result.model))
+    assert measure.sqnr(reference, outputs) > 35

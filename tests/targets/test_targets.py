@@ -6,12 +6,14 @@ import itertools
 import re
 from pathlib import Path
 
+import onnx
 import onnxruntime
 import pytest
 
 from benchmarks import targets
+from onnxq_plugins import OnnxqError, measure, quantize, runtimes
 from onnxq_plugins.targets import BUILTIN
-from tests.zoo import slowly
+from tests.zoo import feeds, resnet20, slowly
 
 PAGE = Path(__file__).parents[2] / "docs" / "targets.md"
 ALIKE = {"MatMulIntegerToFloat": "QLinearMatMul"}  # where what follows is float
@@ -41,3 +43,25 @@ def test_every_form_takes_the_kernel_of_its_rule_and_the_page_tells_it(target, e
     if target.name in targets.IN_OPENVINO and not targets.openvino_installed():
         pytest.skip("rules hold; the page has a column for OpenVINO, which is not installed here")
     assert targets.section(target) in text, "run: python -m benchmarks.targets > docs/targets.md"
+
+
+@pytest.mark.parametrize("target", BUILTIN, ids=lambda target: target.name)
+def test_symmetric_activations_are_signed_codes_where_a_target_has_them_and_else_a_sentence(target):
+    """All ranges mirror each other, and the network is right."""
+    model = resnet20()
+    samples = feeds(model, 8)
+    options = {"target": target.name, "settings": {"activations.symmetric": True}, "check": False}
+    recipe = {"weights": {"block": "tensor"}}
+    if not target.symmetric:
+        with pytest.raises(OnnxqError, match=r"set activations\.symmetric = false") as caught:
+            quantize(model, recipe, samples, **options)
+        assert len(caught.value.problems) == 1
+        return
+    result = quantize(model, recipe, samples, **options)
+    activations = [spec for spec in result.plan.values() if spec.codes is None]
+    assert len(activations) > 5 and all(spec.symmetric and spec.zero_point == 0 for spec in activations)
+    zeros = [node.input[2] for node in result.model.graph.node if node.op_type == "QuantizeLinear"]
+    types = {t.name: t.data_type for t in result.model.graph.initializer}
+    assert zeros and {types[name] for name in zeros} == {onnx.TensorProto.INT8}
+    reference, outputs = (runtimes.outputs(runtimes.session(m), samples)[0] for m in (model, result.model))
+    assert measure.sqnr(reference, outputs) > 30
