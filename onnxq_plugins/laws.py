@@ -20,8 +20,10 @@ from onnxq_plugins import measure, runtimes
 from onnxq_plugins.data import Data, graph_inputs
 from onnxq_plugins.errors import OnnxqError, raised
 from onnxq_plugins.graph import Graph
+from onnxq_plugins.graph.soundness import Structure, mend, newest_named, same_structure, structure
 from onnxq_plugins.job import Job, Pass, parameters
 from onnxq_plugins.plan.entries import entry_problem
+from onnxq_plugins.plan.missing import missing
 from onnxq_plugins.plugins import Plugins
 from onnxq_plugins.spec import Array, Plan
 
@@ -38,7 +40,7 @@ def run_pass(job: Job, step: Pass, plugins: Plugins, verify: bool) -> dict[str, 
     verify   run the float model before and behind it (law L1)
     """
     data = job.calibration.data  # the pass may bring its own
-    plan, weights = job.plan, _weights(job.graph)
+    plan, weights, shape = job.plan, _weights(job.graph), structure(job.graph)
     reference = _probe(job.graph, data) if verify and step.exact else None
     job.graph.touched.clear()
     start = time.perf_counter()
@@ -47,6 +49,8 @@ def run_pass(job: Job, step: Pass, plugins: Plugins, verify: bool) -> dict[str, 
     if changes := parameters(step):
         entry["parameters"] = changes
     entry |= {"result": result, "told": result}  # the old name, for one more release
+    if not same_structure(shape, job.graph):
+        _check_structure(job, step, plugins, shape)
     if reference is not None:
         entry["drift"] = _drift(step, reference, _probe(job.graph, data))
     if not isinstance(job.plan, Plan):
@@ -54,7 +58,13 @@ def run_pass(job: Job, step: Pass, plugins: Plugins, verify: bool) -> dict[str, 
             f"pass '{step.name}' leaves a {type(job.plan).__name__} in job.plan; write job.plan |= "
             "{name: spec}, which makes a new Plan."
         )
-    _drop_stale(job, plan, weights)
+    if (dropped := _drop_stale(job, plan, weights)) and step.stage != "rewrite":
+        job.note(
+            f"pass '{step.name}' changed {len(dropped)} weight{'s' * (len(dropped) > 1)} ('{dropped[0]}') without its entry "
+            "in the plan: what earlier passes solved for it is dropped"
+        )
+    if not same_structure(shape, job.graph):
+        job.plan |= missing(job)
     for name, spec in job.plan.items():
         if spec is not plan.get(name) and (problem := entry_problem(job.graph, name, spec)):
             raise LawBroken(
@@ -74,20 +84,51 @@ def _drift(step: Pass, before: list[Any], after: list[Any]) -> float:
     return drift
 
 
-def _drop_stale(job: Job, before: Plan, weights: dict[str, int]) -> None:
-    """Drop solutions of what a pass changed without planning it anew, and entries of tensors that are gone."""
+def _check_structure(job: Job, step: Pass, plugins: Plugins, before: Structure) -> None:
+    """Mend what a pass made of the graph. Raises LawBroken if no file can hold it, or onnxruntime does not load it.
+
+    before   the structure that the pass found
+    """
+    problem = mend(job.graph, before)
+    if not problem:
+        try:
+            weights: dict[str, Array] = {}
+            runtimes.session(job.graph.model(weights), optimize=False, weights=weights)
+        except OnnxqError as error:
+            text = str(error).rstrip(".")
+            named = newest_named(job.graph, before, text)
+            problem = f"cannot be loaded ({text})" + (f"; this is about {named}" if named else "")
+    if problem:
+        raise LawBroken(
+            f"the graph that pass '{step.name}'{_by(step, plugins)} leaves {problem}; this is a bug of the pass."
+        )
+
+
+def _by(step: Pass, plugins: Plugins) -> str:
+    """The package of a pass, in brackets, and its version; the file and line of the pass where no package is known."""
+    source = plugins.sources.get(f"pass {step.name}", "")
+    if source in plugins.versions:
+        return f" ({source} {plugins.versions[source]})"
+    code = type(step).apply.__code__ if hasattr(type(step).apply, "__code__") else None
+    return f" ({'/'.join(Path(code.co_filename).parts[-2:])}, line {code.co_firstlineno})" if code is not None else ""
+
+
+def _drop_stale(job: Job, before: Plan, weights: dict[str, int]) -> list[str]:
+    """Drop solutions of what a pass changed without planning it anew, and entries of tensors that are gone. Returns the
+    weights of layers whose solutions are dropped."""
     changed = {n for n, w in _weights(job.graph).items() if n in weights and w != weights[n]} | job.graph.touched
     stale = [n for n in changed if n in job.plan and job.plan[n].solved and job.plan[n] is before.get(n)]
     job.plan |= {n: job.plan[n].request() for n in stale}
     if gone := [n for n in job.plan if n not in job.graph and n in before]:
         job.plan = job.plan.without(*gone)
+    return sorted(weights.keys() & set(stale))
 
 
 def _guarded(step: Pass, run: Callable[[], Any], plugins: Plugins) -> dict[str, Any]:
     """What a pass returns. Raises LawBroken where it fails by anything but an OnnxqError, and for what reports cannot
     hold."""
     try:
-        result = run() or {}
+        result = run()
     except OnnxqError:
         raise
     except Exception as error:  # whatever a stranger's code raises
@@ -100,6 +141,8 @@ def _guarded(step: Pass, run: Callable[[], Any], plugins: Plugins) -> dict[str, 
             "of what it was given to call."
         ) from error
     try:
+        if result is None:  # an `apply` without one leaves {}
+            raise LawBroken(f"{_wrappers(plugins)} returns nothing around pass '{step.name}'; end it with: return result.")
         if not isinstance(result, dict):
             raise TypeError(f"it is a {type(result).__name__}")
         json.dumps(result, allow_nan=False)
@@ -109,6 +152,12 @@ def _guarded(step: Pass, run: Callable[[], Any], plugins: Plugins) -> dict[str, 
             "text, lists and dicts, such as int(n) for a numpy number."
         ) from error
     return result
+
+
+def _wrappers(plugins: Plugins) -> str:
+    """Those that run around passes, for a sentence."""
+    around = [h for h in plugins.manager.hook.onnxq_run_pass.get_hookimpls() if h.wrapper or h.hookwrapper]
+    return "onnxq_run_pass of " + " or ".join(f"plugin '{h.plugin_name}'" for h in around)
 
 
 def _weights(graph: Graph) -> dict[str, int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import reprlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib.metadata import entry_points
 from itertools import chain
@@ -127,8 +127,8 @@ def _add(plugins: Plugins, plugin: object, name: str, source: str, trace: Trace 
             raise ValueError("it is registered already")
         alone.check_pending()
         hooks = {caller.name for caller in alone.get_hookcallers(plugin) or ()}
-        passes = list(chain(*alone.hook.onnxq_passes())) if "onnxq_passes" in hooks else []
-        targets = list(chain(*alone.hook.onnxq_targets())) if "onnxq_targets" in hooks else []
+        passes = _brought(alone, "onnxq_passes", hooks, "MyPass")
+        targets = _brought(alone, "onnxq_targets", hooks, "MY_TARGET")
         for kind in passes:
             _check_pass(kind, guest)
         for target in targets:
@@ -155,6 +155,20 @@ def _add(plugins: Plugins, plugin: object, name: str, source: str, trace: Trace 
             if first != BUILTIN_SOURCE:  # which one a recipe means is not known
                 registry.pop(item.name, None)
             _broken(plugins, label, f"{what} '{item.name}' comes from both '{first}' and '{source}'; uninstall one of them")
+
+
+def _brought(alone: pluggy.PluginManager, hook: str, hooks: Container[str], example: str) -> list[Any]:
+    """What a plugin lists through a hook. Raises TypeError for anything but a list, with what was probably meant."""
+    if hook not in hooks:
+        return []
+    found = getattr(alone.hook, hook)()  # pluggy leaves out None
+    if not found:
+        raise TypeError(f"{hook} returns nothing; end it with: return [{example}]")
+    for each in found:
+        if not isinstance(each, (list, tuple, set, frozenset)):
+            name, what = (each.__name__, "class ") if isinstance(each, type) else (type(each).__name__, "a ")
+            raise TypeError(f"{hook} returns {what}{name} instead of a list; return [{name}]")
+    return list(chain(*found))
 
 
 def _check_pass(kind: Any, guest: bool) -> None:

@@ -387,3 +387,20 @@ def test_a_hook_may_be_implemented_under_another_name(install):
             return [Note]
 
     assert find_plugins([Renamed()]).passes["vendor.note"] is Note
+
+
+@pytest.mark.parametrize(
+    ("returned", "why"),
+    [
+        (Note, "onnxq_passes returns class Note instead of a list; return [Note]"),
+        (Note(), "onnxq_passes returns a Note instead of a list"),
+        (None, "onnxq_passes returns nothing; end it with: return [MyPass]"),
+    ],
+)
+def test_what_is_no_list_of_passes_is_told(install, returned, why):
+    class Plugin:
+        @hookimpl
+        def onnxq_passes(self):
+            return returned
+
+    assert why in find_plugins([Plugin()]).broken["Plugin"]
