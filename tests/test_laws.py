@@ -167,3 +167,23 @@ def test_solutions_that_a_late_pass_makes_stale_are_told():
     result = run(body, before=("ranges", "round"), stage="finish")
     assert any("'acme.mine' changed 1 weight" in note for note in result.report.notes)
     assert not any("changed 1 weight" in note for note in run(body, before=("ranges", "round")).report.notes)
+
+
+def test_what_a_pass_adds_has_shapes_and_types_and_the_plan_that_layers_need():
+    seen = {}
+
+    def body(job):
+        layer = job.graph.layers[-1]
+        shape = job.graph.add_node("Shape", "", [layer.input])
+        seen["shape"] = shape.outputs[0]
+        relu = job.graph.add_node("Relu", "", [layer.input])
+        seen["relu"] = relu.outputs[0]
+        job.graph.set_input(job.graph.producer(layer.output), 0, relu.outputs[0])
+        kept = job.graph.add_node("Reshape", "", [layer.output, shape.outputs[0]])  # nothing reads it
+        assert kept.outputs
+
+    model = cnn()
+    result = run(body, model, verify=False)
+    layer = result.graph.layers[-1]
+    assert result.graph.shape(layer.input) is not None and layer.input in result.plan
+    assert all(spec.solved for spec in result.plan.values())

@@ -10,6 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper
 
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.core import Graph
 from onnxq_plugins.graph.opsets import lacks
 
@@ -56,7 +57,10 @@ def mend(graph: Graph, before: Structure) -> str:
         text = " ".join(str(error).split())[:200].rstrip(".")
         return f"cannot be put in order ({text or type(error).__name__}); do operators read each other in a circle?"
     _name_nodes(graph, before)
-    return next(_invalid_nodes(graph, before), "")
+    if problem := next(_invalid_nodes(graph, before), ""):
+        return problem
+    _infer(graph, before)
+    return ""
 
 
 def _names(graph: Graph) -> Iterator[str]:
@@ -117,6 +121,25 @@ def _invalid_nodes(graph: Graph, before: Structure) -> Iterator[str]:
         except (onnx.checker.ValidationError, TypeError, ValueError) as error:
             text = " ".join(str(error).partition("==>")[0].split())[:200].rstrip(".")
             yield f"has {describe(node)}, which onnx.checker refuses: {text}"
+
+
+def _infer(graph: Graph, before: Structure) -> None:
+    """Shapes and types of what new operators write, as far as onnx infers them: passes that follow ask for channels."""
+    old = {id(node) for node, _ in before}
+    open_ = {t.name: t for n in graph._graph.nodes if id(n) not in old for t in n.outputs if not t.is_empty()}
+    if all(t.shape is not None for t in open_.values()):
+        return
+    try:
+        inferred = onnx.shape_inference.infer_shapes(graph.model({}))
+    except (onnx.shape_inference.InferenceError, OnnxqError, ValueError):
+        return
+    for value in inferred.graph.value_info:
+        kind, tensor = value.type.tensor_type, open_.get(value.name)
+        if tensor is None or not kind.elem_type:
+            continue
+        tensor.dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        if tensor.shape is None and kind.HasField("shape"):
+            tensor.shape = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in kind.shape.dim]
 
 
 def describe(node: gs.Node) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from onnxq_plugins.job import FLOAT, Job
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.plan.rules import settings
 from onnxq_plugins.spec import QuantSpec
 
 
@@ -19,7 +18,7 @@ def missing(job: Job) -> dict[str, QuantSpec]:
         if not key and job.target.rule(layer, spec, 0) is not None:
             continue  # it reads float
         ends = {"first": layer.name == names[0], "last": layer.name == names[-1]}
-        request = settings(job.recipe, layer.name, layer.op, layer.kind, ends, set())[1]
+        request = job.recipe.settings(layer.name, layer.op, layer.kind, ends, set())[1]
         if request.bits == FLOAT:
             continue
         made = QuantSpec(request.bits, request.symmetric, None, None, request.pow2)

@@ -329,7 +329,8 @@ def _advice(job: Job, check: Check) -> str:
     if check.larger and (job.report.bits_per_weight < _WIDE or check.before < _SMALL):
         return f"{keep}, which is too small to gain"
     if check.larger:  # a part stayed float, or a weight became several
-        return keep if recipe.quality.asked else stored if job.report.floats and rounded else "-r int8, with smaller weights"
+        chosen = any(reason.kind != "pass" for reason in job.report.floats.values())
+        return keep if recipe.quality.asked else stored if chosen and rounded else "-r int8, with smaller weights"
     if check.slower:
         if check.speed is not None and check.speed.reference < _TINY:
             return f"{keep}, which takes only {check.speed.reference:.3f} ms"

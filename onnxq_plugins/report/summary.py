@@ -50,6 +50,8 @@ def describe(
     after = files.size_of(model) + (data.size if data is not None else 0)
     rows = _rows(job, planned, audit)
     outside = _constants(job)
+    aside = {name for name, reason in job.report.floats.items() if reason.kind == "pass"}
+    audit = replace(audit, layers=tuple(entry for entry in audit.layers if entry.name not in aside))
     report |= {
         "recipe_name": job.recipe.name,
         "recipe": job.recipe.to_dict(),
@@ -170,8 +172,9 @@ def _rows(job: Job, planned: Planned, audit: Audit) -> list[dict[str, Any]]:
 
 
 def _kernels(job: Job, planned: Planned, audit: Audit) -> str:
-    """The kernels that run, for the summary."""
-    count = len(job.graph.layers)
+    """The kernels that run, for the summary; layers that a pass keeps in float are left out."""
+    reasons = job.report.floats
+    count = sum(y.name not in reasons or reasons[y.name].kind != "pass" for y in job.graph.layers)
     quantized = {entry.name: entry.quantized for entry in audit.layers}
     rules = {y.name: planned.rule(y) for y in planned.layers}
     wide = sum(rule is not None and rule.activations > 8 and not quantized.get(name, True) for name, rule in rules.items())

@@ -74,7 +74,7 @@ def test_packages_install_pass_their_tests_run_from_a_recipe_and_appear_in_a_tra
         Path(shutil.copytree(file.parent, tmp_path / file.parent.name, ignore=shutil.ignore_patterns("__pycache__")))
         for file in sorted(SAMPLES.glob("*/pyproject.toml"))
     ]
-    assert [sample.name for sample in samples] == ["acme-edge", "acme-keep"]
+    assert [sample.name for sample in samples] == ["acme-edge", "acme-keep", "acme-side"]
     packages = [new, *samples]
     environment = Environment(tmp_path / "venv", *packages)
     for package in packages:

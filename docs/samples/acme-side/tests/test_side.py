@@ -1,0 +1,37 @@
+"""What every pass must do, and what this one is for."""
+
+from onnxq_plugins import quantize
+from onnxq_plugins.testing import parametrize_with_checks
+from onnxq_plugins.testing.models import feeds, mlp, outliers
+
+from acme_side import SidePath
+
+PASSES = [{"use": "acme.side-path"}, {"use": "ranges"}]
+
+
+@parametrize_with_checks([SidePath(), SidePath(channels=2, factor=2.0)])
+def test_conformance(step, check):
+    check(step)
+
+
+def both(model):
+    """Quantized without the pass, and with it."""
+    return (quantize(model, {"pass": steps}, feeds(model, 8)) for steps in (PASSES[1:], PASSES))
+
+
+def test_outliers_no_longer_widen_the_grid():
+    model = outliers()
+    plain, split = (
+        quantize(model, {"pass": steps}, feeds(model, 8)) for steps in (PASSES[1:], PASSES)
+    )
+    assert split.check.sqnr > plain.check.sqnr + 6
+    paths = {name: reason for name, reason in split.report.floats.items() if reason.kind == "pass"}
+    assert len(paths) == 2 and all("side path of" in reason for reason in paths.values())
+    assert "2/2 MatMul" in split.summary  # the side paths do not count
+
+
+def test_networks_without_outliers_stay_as_they_are():
+    plain, same = (
+        quantize(mlp(), {"pass": steps}, feeds(mlp(), 8)) for steps in (PASSES[1:], PASSES)
+    )
+    assert plain.model.graph == same.model.graph
