@@ -70,6 +70,10 @@ class Plugins:
             raise OnnxqError(f"target '{name}' is unknown; {known(name, sorted(self.targets))}." + self.excuse())
         return self.targets[name]
 
+    def target_of(self, recipe: Recipe) -> Target:
+        """The target of a recipe, with what the recipe sets for its vendor."""
+        return self.target(recipe.target).with_settings(recipe.vendors)
+
     def recipe(self, recipe: str | Path | Mapping[str, Any] | Recipe, settings: Settings = ()) -> Recipe:
         """`load_recipe` with these passes. Raises OnnxqError, with broken plugins first: they may be the reason."""
         try:

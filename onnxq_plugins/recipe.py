@@ -76,13 +76,11 @@ def parse(
             requests[key] = _build(getattr(Recipe, key), values, f"{where}, [{key}]", problems)
         else:
             problems.append(f"{where}: {key} must be a table.")
-    target = table.get("target", Recipe.target)
-    if not isinstance(target, str):
-        problems.append(f"{where}: target must be a name.")
+    target, vendors = _target(table.get("target", Recipe.target), where, problems)
     for key in ("weights", "activations"):
         _check_request(requests.get(key), f"{where}, [{key}]", problems)
     OnnxqError.check(problems)
-    return Recipe(str(target), passes=tuple(steps), layers=tuple(rules), name=name, **requests)
+    return Recipe(target, vendors=vendors, passes=tuple(steps), layers=tuple(rules), name=name, **requests)
 
 
 def to_toml(recipe: Mapping[str, Any]) -> str:
@@ -116,6 +114,20 @@ def _literal(value: Any) -> str:
 
 
 # ---- details --------------------------------------------------------------------------------------------------------------
+
+
+def _target(value: Any, where: str, problems: list[str]) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The target's name, and settings by vendor: a text, or a table with both."""
+    table = dict(value) if isinstance(value, Mapping) else {"use": value}
+    name = table.pop("use", Recipe.target)
+    if not isinstance(name, str):
+        problems.append(f"{where}: target must be a name.")
+    if wrong := [key for key, values in table.items() if not isinstance(values, Mapping)]:
+        problems.append(
+            f"{where}, [target]: '{wrong[0]}' must be a table of settings by vendor, such as [target.acme] with soc = 3; "
+            'the name of the target is use = "acme.npu".'
+        )
+    return str(name), {str(key): dict(values) for key, values in table.items() if isinstance(values, Mapping)}
 
 
 def _passes(table: Mapping[str, Any], passes: Mapping[str, type[Pass]], where: str, problems: list[str]) -> list[Pass]:
@@ -193,8 +205,13 @@ def apply_setting(table: dict[str, Any], setting: str, problems: list[str]) -> N
         value = tomllib.loads(f"v = {right}")["v"]
     except tomllib.TOMLDecodeError:
         value = right.strip()
-    if not dot:
-        table[key] = value
+    if not dot:  # the target
+        settings = table.get(key)
+        table[key] = {**settings, "use": value} if isinstance(settings, dict) else value
+    elif name.startswith("target."):
+        chosen = table.get("target", Recipe.target)
+        chosen, vendor = dict(chosen) if isinstance(chosen, dict) else {"use": chosen}, name.removeprefix("target.")
+        table["target"] = {**chosen, vendor: {**chosen.get(vendor, {}), key: value}}
     elif name in ("weights", "activations", "data", "quality"):
         table[name] = {**table.get(name, {}), key: value}
     else:

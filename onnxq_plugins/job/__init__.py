@@ -100,7 +100,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A validated recipe. `onnxq_plugins.recipe` reads and writes its text."""
+    """A validated recipe. `onnxq_plugins.recipe` reads and writes its text.
+
+    vendors   settings of targets by vendor, the first part of their names; the ``[target.VENDOR]`` tables
+    """
 
     target: str = "ort-cpu"
     weights: TensorRequest = TensorRequest()
@@ -110,6 +113,7 @@ class Recipe:
     data: DataOptions = DataOptions()
     quality: Quality = Quality()
     name: str = ""
+    vendors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def provides(self, *services: Service) -> bool:
         """True if one pass provides all of these."""
@@ -134,7 +138,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, defaults left out: `recipe.parse` makes the same recipe of them."""
-        table: dict[str, Any] = {"recipe": 1, "target": self.target}
+        vendors = {name: dict(values) for name, values in self.vendors.items() if values}
+        table: dict[str, Any] = {"recipe": 1, "target": {"use": self.target, **vendors} if vendors else self.target}
         for key in ("weights", "activations", "data", "quality"):
             if changes := changed(getattr(self, key), getattr(Recipe, key)):
                 table[key] = changes

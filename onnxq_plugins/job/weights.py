@@ -1,5 +1,5 @@
 """What a recipe's request makes of one layer's weight: its block on the axes of the layer, as wide as the target's codes may
-be."""
+be; and of an activation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ from onnxq_plugins.spec import Block, QuantSpec, block_shape
 from onnxq_plugins.targets import Target, channel_block, channel_multipliers
 
 
+def activation_request(request: TensorRequest, target: Target) -> QuantSpec:
+    """The entry of an activation: on a symmetric grid where the target knows no other."""
+    return QuantSpec(request.bits, request.symmetric or target.symmetric, None, None, request.pow2)
+
+
+def one_scale(layer: Layer, request: TensorRequest, target: Target) -> bool:
+    """True if a weight gets one scale although its channels are to have their own: the target has no others."""
+    known = target.granularities(layer.op)
+    return request.block == "channel" and request.sub_block == "none" and "channel" not in known and "tensor" in known
+
+
 def narrowed(bits: int, target: Target) -> int:
     """The width of a weight beside quantized activations: 8 bits are fewer where the target's codes are narrower."""
     return target.code_bits if target.code_bits < bits <= 8 else bits
@@ -19,7 +30,7 @@ def narrowed(bits: int, target: Target) -> int:
 def weight_spec(layer: Layer, request: TensorRequest, target: Target, problems: list[str]) -> QuantSpec:
     """The request of one weight. Multipliers are left out where they could only be 1 (8-bit codes leave no room in an int8)
     or are not finer than the scale (depthwise layers have one input per output)."""
-    block = _block(layer, request.block, problems)
+    block = None if one_scale(layer, request, target) else _block(layer, request.block, problems)
     spec = QuantSpec(request.bits, request.symmetric, block, None, request.pow2, request.max_multiplier, full=request.full)
     if request.sub_block == "none":
         return spec

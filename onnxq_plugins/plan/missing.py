@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from onnxq_plugins.job import FLOAT, Job
+from onnxq_plugins.job.weights import activation_request
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import QuantSpec
 
@@ -21,7 +22,7 @@ def missing(job: Job) -> dict[str, QuantSpec]:
         request = job.recipe.settings(layer.name, layer.op, layer.kind, ends, set())[1]
         if request.bits == FLOAT:
             continue
-        made = QuantSpec(request.bits, request.symmetric, None, None, request.pow2)
+        made = activation_request(request, job.target)
         if not key:
             found[job.graph.root(layer.input)] = made
         if layer.op in job.target.output_scale and layer.result not in job.plan:

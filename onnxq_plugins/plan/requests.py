@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.flow import activation_inputs, readers, result_of, source_of
 from onnxq_plugins.job import FLOAT, Recipe, TensorRequest
 from onnxq_plugins.job.tables import matches
-from onnxq_plugins.job.weights import narrowed, weight_spec
+from onnxq_plugins.job.weights import activation_request, narrowed, one_scale, weight_spec
 from onnxq_plugins.plan.constants import ConstantRequest, constant_requests
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Plan, QuantSpec
@@ -56,7 +56,7 @@ def request(
     problems: list[str] = []
     floats: dict[str, Reason] = {}
     notes: list[str] = []
-    fewer = 0
+    fewer = coarser = 0
     plan: dict[str, QuantSpec] = {}
     integer: dict[str, TensorRequest] = {}  # node name -> the request of its inputs
     unmatched = set(range(len(recipe.layers)))
@@ -71,6 +71,7 @@ def request(
             continue
         weight_only = activations.bits == FLOAT
         bits = weights.bits if weight_only else narrowed(weights.bits, target)
+        coarser += one_scale(layer, weights, target)
         fewer += bits != weights.bits
         plan[layer.weight] = weight_spec(layer, replace(weights, bits=bits), target, problems)
         if layer.name in placed and not weight_only:
@@ -87,11 +88,7 @@ def request(
             names = ", ".join(layer.name for layer in graph.layers[:6])
             problems.append(f"recipe, layer {n + 1}: nothing matches '{rule.match}'; layers are named {names} ...")
     OnnxqError.check(problems)
-    if fewer:
-        notes.append(
-            f"{fewer} layers have {target.code_bits}-bit weight codes, since target '{target.name}' "
-            f"allows |code| <= {target.max_code}"
-        )
+    notes += _adapted(target, fewer, coarser)
     stored = {each.constant.name: each.spec for each in outside if each.spec is not None}
     if graph.layers and not plan:
         notes.append("no layer is quantized")
@@ -101,6 +98,23 @@ def request(
     view = Planned(graph, whole, target)
     inputs = {layer.name: view.source(layer.input) if layer.name in integer else "" for layer in view.layers}
     return Request(whole, inputs, floats, tuple(notes), tuple(outside))
+
+
+def _adapted(target: Target, fewer: int, coarser: int) -> Iterator[str]:
+    """Notes on weights that are planned in another form than the recipe says, as the target knows no other.
+
+    fewer, coarser   numbers of those with fewer bits, and with one scale for all channels
+    """
+    if fewer:
+        yield (
+            f"{fewer} layers have {target.code_bits}-bit weight codes, since target '{target.name}' "
+            f"allows |code| <= {target.max_code}"
+        )
+    if coarser:
+        yield (
+            f"{coarser} layers have one scale for their weight, since target '{target.name}' knows none per channel; "
+            "passes that even out channels, such as shift-equalize, help"
+        )
 
 
 def _products(
@@ -140,6 +154,8 @@ def _why_float(
         return Reason("recipe", "the recipe leaves it float")
     if not rules:
         return Reason("unsupported", f"target '{target.name}' has no quantized {layer.op}")
+    if not target.fits(layer) and not target.only_stores(layer.op):
+        return Reason("unsupported", f"target '{target.name}' needs channels in multiples of {target.aligned}")
     if not set(unfit).isdisjoint((graph.root(layer.input), layer.input, layer.output, layer.result)):
         return Reason("not-finite", "it reads or writes values that are NaN or infinite in the float model")
     if activations.bits == FLOAT and all(rule.activations for rule in rules) and not target.only_stores(layer.op):
@@ -231,15 +247,12 @@ def _activations(graph: Graph, target: Target, integer: Mapping[str, TensorReque
     layers = {layer.name: layer for layer in graph.layers}
     specs: dict[str, QuantSpec] = {}
 
-    def spec(request: TensorRequest) -> QuantSpec:
-        return QuantSpec(request.bits, request.symmetric, None, None, request.pow2)
-
     for node in graph.nodes:
         if node.name in integer:
             for name in activation_inputs(graph, node):
                 reads[graph.root(name)].append((name, integer[node.name]))
             if node.op in target.output_scale or (node.name not in layers and node.op != "MatMul"):
-                specs[result_of(graph, node)] = spec(integer[node.name])
+                specs[result_of(graph, node)] = activation_request(integer[node.name], target)
     for root, pairs in reads.items():
         parts: dict[str, list[TensorRequest]] = defaultdict(list)
         alone = len({name for name, _ in pairs}) == 1
@@ -250,7 +263,7 @@ def _activations(graph: Graph, target: Target, integer: Mapping[str, TensorReque
         pooled = any((node := graph.producer(name)) is not None and node.op == "MaxPool" for name in parts)
         apart = source_of(graph, root) not in integer and (alone or pooled or _smaller(graph, parts, root))
         for name, requests in parts.items() if apart else [(root, [request for _, request in pairs])]:
-            specs[name] = spec(max(requests, key=lambda request: request.bits))
+            specs[name] = activation_request(max(requests, key=lambda request: request.bits), target)
     return Plan(specs)
 
 

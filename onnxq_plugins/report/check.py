@@ -176,7 +176,8 @@ def self_check(
             runs.run(lambda count: count >= _FEWEST and time.perf_counter() > until and not job.recipe.quality.asked)
             speed = runs.speed(until - time.perf_counter()) if here and folder is None else None
         except OnnxqError as error:
-            _warn(job, f"the result does not run on sample {len(runs.reference)}: {error}")
+            text = f"the result does not run on sample {len(runs.reference)}: {error}"
+            job.note(f"in onnxruntime {text}") if job.target.foreign else _warn(job, text)
             return None
     names = [output.name for output in model.graph.output]
     outputs = () if runs.random else judge_outputs(names, *runs.columns(), bounded_outputs(model))

@@ -355,7 +355,7 @@ def rule_without_layer():
     return ["-r", "my.toml"]
 
 
-@bad("cannot run Conv 'conv0', 'conv3' with int8 block [1, 32] weights", "QLinearConv")
+@bad("cannot run Conv 'conv0', 'conv3' and Gemm 'gemm7' with int8 block [1, 32] weights")
 def block_that_the_target_lacks():
     return ["--set", "weights.block=32"]
 

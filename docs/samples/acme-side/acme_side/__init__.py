@@ -33,10 +33,7 @@ class SidePath(Pass):
             # one that is planned, reads codes, and has the channels of its input on the last axis
             if layer.op in ("MatMul", "Gemm") and job.input_of(layer) == layer.input:
                 by_input.setdefault(layer.input, []).append(layer)
-        # where other operators read the tensor too, its range is theirs as well
-        inputs = [
-            name for name, layers in by_input.items() if len(job.readers(name)) == len(layers)
-        ]
+        inputs = list(by_input)
         if not inputs or not job.calibration.ready:
             return {"layers": {}}
         ranges = job.calibration.channel_ranges(inputs)
@@ -59,7 +56,7 @@ class SidePath(Pass):
     def _split(
         self, job: Job, name: str, layers: list[Layer], over: Any, ends: tuple[float, float]
     ) -> None:
-        """Add the operators. The engine sorts and checks them behind the pass, and plans what the layers read."""
+        """Add the operators. The engine sorts and checks them, and plans what layers read."""
         graph = job.graph
         low, high = (
             graph.add_constant(f"{name}_{i}", np.float32(end)) for i, end in enumerate(ends)
@@ -69,7 +66,8 @@ class SidePath(Pass):
         inside = graph.add_node("Clip", "", [few.outputs[0], low, high])
         beyond = graph.add_node("Sub", "", [few.outputs[0], inside.outputs[0]])
         clipped = graph.add_node("Clip", "", [name, low, high])
-        job.plan = job.plan.without(name)  # it is the clipped tensor that becomes codes
+        if len(job.readers(name)) == len(layers) + 2:  # the Gather and the Clip: no other reads it
+            job.plan = job.plan.without(name)  # it is the clipped tensor that becomes codes
         for layer in layers:
             output = graph.tensor(layer.output)
             node = graph.producer(layer.output)
