@@ -28,7 +28,7 @@ import onnxq_plugins
 from benchmarks.int8 import machine
 from onnxq_plugins.graph.opsets import CONTRIB, tuned
 from onnxq_plugins.runtimes.costs import FEATURES, Kernel
-from onnxq_plugins.search.latency import profile
+from onnxq_plugins.runtimes.profiles import profile
 from onnxq_plugins.spec import Array
 
 CHANNELS = (1, 3, 8, 12, 16, 20, 24, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 192, 240, 256, 320, 384, 512, 576)

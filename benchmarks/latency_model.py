@@ -26,6 +26,7 @@ from onnxq_plugins.job import Job, Report
 from onnxq_plugins.plan import requests
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
+from onnxq_plugins.runtimes.profiles import interleaved, typical
 from onnxq_plugins.search import latency
 from onnxq_plugins.search.quantizers import parse_widths
 from onnxq_plugins.search.widths import Widths
@@ -75,7 +76,7 @@ def alone(case: Case, widths: Widths) -> None:
     graph, target = widths.job.graph, widths.job.target
     plans = [plan, *(plan.without(y.weight) for y in graph.layers)]
     sessions = [runtimes.session(qdq.export(graph, p, target)) for p in plans]
-    taken = [latency.typical(own) for own in latency.interleaved(sessions, case.feeds()[0], 20.0)]
+    taken = [typical(own) for own in interleaved(sessions, case.feeds()[0], 20.0)]
     ratio = np.array(taken[1:]) / taken[0]
     print(
         f"| {case.name} | {ratio.min():.3f} to {ratio.max():.3f} | {np.median(ratio):.3f} | "

@@ -1,5 +1,5 @@
-"""`onnxq auto`: try built-in recipes from cheap to costly, measure each on samples it was not made with, keep the best.
-Where none is good enough, what a diagnosis of the best suggests is tried as well."""
+"""`onnxq auto`: try built-in recipes from cheap to costly, measure each on samples it was not made with, keep the best, or
+the float model. Where none is good enough, what a diagnosis of the best suggests is tried as well."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -16,8 +16,10 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.files import save_model
 from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.job import Metric
+from onnxq_plugins.measure import IDENTICAL
 from onnxq_plugins.measure.classes import labelled
 from onnxq_plugins.measure.metrics import (
     chance,
@@ -31,52 +33,29 @@ from onnxq_plugins.measure.metrics import (
 from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
 from onnxq_plugins.parallel import Track, silent
 from onnxq_plugins.report.attempts import with_remedy
+from onnxq_plugins.report.candidates import FLOAT, Bar, Candidate, Prefer, choose
 from onnxq_plugins.report.diagnosis import diagnose
 from onnxq_plugins.report.goals import Goals
 from onnxq_plugins.report.remedies import Remedy, quality
+from onnxq_plugins.report.summary import original_size
+from onnxq_plugins.runtimes.speed import against_first
 from onnxq_plugins.spec import Array
 
-Prefer = Literal["speed", "size"]
 # From cheap to costly. For speed, recipes that run in the same integer kernels: the first that is accurate enough is as fast
-# as any. For size all are tried, since only the file shows it.
+# as any. For size and accuracy all are tried.
 RECIPES: dict[Prefer, tuple[str, ...]] = {
     "speed": ("int8", "int8-rounded"),
-    "size": ("int8", "mixed-coding-length", "mixed", "int4-rounded", "int4-storage"),
+    "size": ("int8", "int8-storage", "mixed-coding-length", "mixed", "int4-rounded", "int4-storage"),
+    "accuracy": ("int8", "int8-rounded"),
 }
+_ALL_FLOAT = {"target": "storage", "weights": {"bits": 32}, "activations": {"bits": 32}}  # a recipe
 _APART = 16  # samples from which models are made and judged on different ones
 _MOST = 512  # samples to judge on
 _FINE = 0.2  # points below which the weight of one sample affects no decision
 _DESTROYED = 5.0  # dB below which an output is lost, whatever the classes say
 _MARGIN = 1.0  # dB that other samples may take off
 _SATURATED = 1.0  # dB that the kernels of this machine must take off for others to be tried
-_SECONDS = 1.0  # of latency measurement for each model
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The model that a recipe makes, and what it is worth.
-
-    recipe          its name; with remedies that were added, such as "int8 + ranges.method=mse"
-    drop            of the metric, in its own units, below the float model; on samples not used to make the model. Judged by
-                    SQNR: the dB that are missing, 0 if there are enough
-    sqnr            of the worst output, dB
-    met             True if it is good enough
-    size            bytes of the model
-    speed           times float, measured in turn with it in onnxruntime
-    seconds         to make it
-    why             why there is no model, if there is none
-    outputs         how near each output is to the float model's
-    """
-
-    recipe: str
-    drop: float = float("inf")
-    sqnr: float = 0.0
-    met: bool = False
-    size: int = 0
-    speed: float = 0.0
-    seconds: float = 0.0
-    why: str = ""
-    outputs: tuple[OutputScore, ...] = ()
+_SECONDS = 0.5  # of runs in turn, for each model
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +65,12 @@ class AutoResult:
     trials      the candidates in the order in which they were made
     metric      its name
     reference   the float model's own value of the metric; infinite for SQNR
-    best        the candidate that was kept
-    result      its model; `result.recipe` is the recipe, whose text is `onnxq_plugins.recipe.to_toml(recipe.to_dict())`
+    best        the candidate that was kept: one of the trials, or `unchanged`
+    result      its model; `result.recipe` is the recipe, whose text is `onnxq_plugins.recipe.to_toml(recipe.to_dict())`.
+                Where float is kept, what a recipe without codes makes of it, while `save` writes it as it is
     met         True if it is within the allowed drop, or has the least SQNR
     notes       what the user should know
+    unchanged   the float model as a candidate
     """
 
     trials: tuple[Candidate, ...]
@@ -99,6 +80,42 @@ class AutoResult:
     result: Result
     met: bool
     notes: tuple[str, ...] = ()
+    unchanged: Candidate = Candidate(FLOAT)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model that was kept; the float model as it is."""
+        own = self.result.original
+        if not self.kept_float:
+            return self.result.save(path)
+        return save_model(onnx.load(str(own)) if isinstance(own, Path) else own, Path(path))
+
+    @property
+    def summary(self) -> str:
+        """What was kept, in one line."""
+        if not self.kept_float:
+            return self.result.summary
+        size = self.unchanged.size
+        return f"the float model as it is | {f'{size / 1e6:.2f} MB' if size >= 1e6 else f'{size / 1e3:.1f} kB'}"
+
+    @property
+    def kept_float(self) -> bool:
+        """True if the float model itself is the best."""
+        return self.best is self.unchanged
+
+    @property
+    def reason(self) -> str:
+        """Why the float model was kept, or what is not faster than it, in a sentence; "" for a model that is."""
+        best = self.best
+        if not self.kept_float:
+            if not best.met or best.faster:
+                return ""
+            pace = f"slower than float, {best.speed:.2f}x its speed" if best.slower else "about as fast as float"
+            return f"{best.recipe} is {pace}, and was kept for its size"
+        good = [trial for trial in self.trials if trial.met]
+        speeds = ", ".join(f"{trial.recipe} {trial.speed:.2f}x its speed" for trial in good if trial.pace is not None)
+        smaller = any(trial.size < self.unchanged.size for trial in good)
+        hint = "; --prefer size makes it smaller" if smaller else ""
+        return f"keep float: no recipe that is good enough is better{f' ({speeds})' if speeds else ''}{hint}"
 
 
 def auto(
@@ -124,46 +141,43 @@ def auto(
     track: Track = silent,
     tell: Callable[[Candidate], None] = lambda _: None,
 ) -> AutoResult:
-    """Try recipes in their order and keep the best that is good enough.
+    """Try recipes in their order and keep the best that is good enough, or the float model where none is better.
 
     model      as for `quantize`
     data       samples; without `test`, every second one is kept apart to judge on, if there are 16 or more
     test       samples to judge on; `labels` are of these then
     max_drop   how far the metric may fall below the float model's, in its own units: percent of samples
     min_sqnr   what the worst output must have where SQNR is the metric, dB
-    prefer     ``speed``: the first recipe within the drop, as all run integer kernels. ``size``: all are tried, the smallest
-               file wins
+    prefer     ``speed``: the fastest within the drop; of the built-in recipes the first, as all run integer kernels;
+               ``size``, ``accuracy``: the smallest, the most accurate of all. Slower than float is kept only for size
     metric     as for `quantize`, as are state and class_axis. None: top1 if there are labels of classes; else agreement if
                outputs are classes (no output may be below 5 dB then); else SQNR
-    recipes    names or files, in place of the built-in choice
+    recipes    names or files, in place of the built-in choice. Raises OnnxqError if none makes a model
     attempts   remedies to try where no recipe is good enough, each on top of what helped: the most promising ones of a
-               diagnosis of the best model, at last the smallest part of the network in float
-    tell       called with each candidate as soon as it was measured
-
-    If none is good enough, the one that drops least is kept. Raises OnnxqError if no recipe makes a model.
+               diagnosis of the best model, at last the smallest part of the network in float. Else what drops least is kept
+    tell       called with each candidate as soon as it was judged; speeds come at the end
     """
     _check_options(prefer, max_drop, min_sqnr)
     model = as_model(model)
     graph = load(model, float32=float32)
     options = options if state is None else replace(options or DataOptions(), state=dict(state))
     calibration, judging, notes = _samples(graph, data, test, labels, options, metric, class_axis)
-    judge = _Judge.of(graph, model, judging, metric, class_axis, _Bar(max_drop, min_sqnr))
-    settings: dict[str, Any] = {"target": target, "seed": seed, "workers": workers, "cache": cache, "class_axis": class_axis}
-    trials = _Trials(judge, prefer, tell)
+    judge = _Judge.of(graph, model, judging, metric, class_axis, max_drop, min_sqnr)
+    trials = _Trials(judge, tell)
+    make = partial(quantize, model, data=calibration, seed=seed, workers=workers, cache=cache, class_axis=class_axis)
+    make = partial(make, float32=float32, check=False, track=track)
     for recipe in recipes or RECIPES[prefer]:
-        made = partial(quantize, model, recipe, calibration, float32=float32, track=track, check=False, **settings)
-        if trials.add(recipe, made).met and prefer == "speed":
+        if trials.add(recipe, partial(make, recipe, target=target)).met and prefer == "speed" and not recipes:
             break
-    best = _improved(trials, attempts, workers, track)
-    found = (metric_name(judge.metric), judge.reference, best, trials.results[best.recipe], best.met)
-    return AutoResult(tuple(trials.candidates), *found, (*notes, *judge.notes(best.outputs)))
+    _improve(trials, attempts, workers, track)
+    return trials.outcome(prefer, notes, original_size(graph, None if isinstance(model, Graph) else model), make)
 
 
 class _Trials:
     """The candidates so far, and their results by name."""
 
-    def __init__(self, judge: _Judge, prefer: Prefer, tell: Callable[[Candidate], None]) -> None:
-        self.judge, self.prefer, self.tell = judge, prefer, tell
+    def __init__(self, judge: _Judge, tell: Callable[[Candidate], None]) -> None:
+        self.judge, self.tell = judge, tell
         self.candidates: list[Candidate] = []
         self.results: dict[str, Result] = {}
 
@@ -180,26 +194,42 @@ class _Trials:
         return found
 
     @property
-    def best(self) -> Candidate:
-        """The one to keep. Raises OnnxqError if no recipe made a model."""
-        return _best(self.candidates, self.prefer)
+    def nearest(self) -> Candidate:
+        """The most accurate one. Raises OnnxqError if no recipe made a model."""
+        usable = [candidate for candidate in self.candidates if not candidate.why]
+        if not usable:
+            raise OnnxqError(*dict.fromkeys(f"recipe '{one.recipe}': {one.why}" for one in self.candidates))
+        return min(usable, key=lambda one: (not one.met, one.drop, -one.sqnr))
+
+    def outcome(self, prefer: Prefer, notes: Sequence[str], size: int, make: Callable[..., Result]) -> AutoResult:
+        """What is kept, once all candidates and the float model ran in turn.
+
+        notes   on the samples
+        size    bytes of the float model
+        make    a result of a recipe
+        """
+        judge = self.judge
+        own = Candidate(FLOAT, 0.0, IDENTICAL, True, size, 1.0)
+        best, candidates, own = choose(judge.timed(self.candidates, self.results), own, prefer, judge.bar)
+        result = make(_ALL_FLOAT) if best is own else self.results[best.recipe]
+        notes = (*notes, *judge.notes(best.outputs))
+        return AutoResult(candidates, metric_name(judge.metric), judge.reference, best, result, best.met, notes, own)
 
 
-def _improved(trials: _Trials, attempts: int, workers: int | None, track: Track) -> Candidate:
-    """The best candidate, after some remedies were tried if it is not good enough."""
-    best = trials.best
+def _improve(trials: _Trials, attempts: int, workers: int | None, track: Track) -> None:
+    """Try some remedies if no candidate is good enough."""
+    best = trials.nearest
     result = trials.results[best.recipe]
     if best.met or attempts < 1 or result.data is None:
-        return best
+        return
     found = diagnose(result, alone=0, workers=workers, track=track)
     remedies = [remedy for _, remedy in found.promising if remedy not in found.overall][: attempts - 1]
     if found.written - found.sqnr >= _SATURATED:
         remedies = [Remedy("weights with which no sum saturates", ("target=ort-cpu-avx2",)), *remedies][: attempts - 1]
     for remedy in [*remedies, *quality(found.written, result.recipe, trials.judge.goal)]:
-        base = trials.results[trials.best.recipe]
-        if trials.add(f"{trials.best.recipe} + {remedy.name}", partial(_with, base, remedy)).met:
+        base = trials.results[trials.nearest.recipe]
+        if trials.add(f"{trials.nearest.recipe} + {remedy.name}", partial(_with, base, remedy)).met:
             break
-    return trials.best
 
 
 def _with(result: Result, remedy: Remedy) -> Result:
@@ -252,28 +282,19 @@ def _halves(data: Data) -> tuple[Data, Data, tuple[str, ...]]:
     return *halves, (f"made with {sizes[0]} samples, judged on the other {sizes[1]}",)
 
 
-@dataclass(frozen=True)
-class _Bar:
-    """What is good enough: the most that a metric may drop, and the least SQNR in dB."""
-
-    drop: float
-    sqnr: float
-
-
 @dataclass(frozen=True, eq=False)
 class _Judge:
     """What models are judged by.
 
     reference   the float model's own value of the metric
-    least       dB that the worst output must have
+    bar         what is good enough
     original    the user's own model, which may be slower than its canonical form
     """
 
     metric: Metric
     samples: Samples
     reference: float
-    bar: _Bar
-    least: float
+    bar: Bar
     original: runtimes.Session
 
     @classmethod
@@ -284,7 +305,8 @@ class _Judge:
         data: Data,
         metric: str | Metric | None,
         class_axis: int | None,
-        bar: _Bar,
+        max_drop: float,
+        min_sqnr: float,
     ) -> _Judge:
         """A judge by a metric. If none is named, by labels of classes, by agreement of classes, or by SQNR."""
         feeds, portions = data.spread(_MOST), data.spread_labels(_MOST)
@@ -297,39 +319,46 @@ class _Judge:
         else:
             by = percent_agreement if samples.telling else worst_sqnr
         own = graph.model() if isinstance(model, Graph) else model
-        least = bar.sqnr if by is worst_sqnr else _DESTROYED if metric is None and by is percent_agreement else -np.inf
+        least = min_sqnr if by is worst_sqnr else _DESTROYED if metric is None and by is percent_agreement else -np.inf
         reference = np.inf if by is worst_sqnr else samples.score(by)
-        return cls(by, samples, reference, bar, least, runtimes.session(own))
+        noise = 100 / max(_answers(by, samples), 1) if by in (top1, percent_agreement) else 0.0
+        bar = Bar(max_drop, least, noise, decibels=by is worst_sqnr)
+        return cls(by, samples, reference, bar, runtimes.session(own))
 
     @property
     def goal(self) -> float | None:
         """dB to ask of every output, with a margin for samples that none was made with; None where they are not what
         counts."""
-        return self.least + _MARGIN if self.metric is worst_sqnr else None
+        return self.bar.sqnr + _MARGIN if self.metric is worst_sqnr else None
 
     def candidate(self, recipe: str, result: Result) -> Candidate:
-        """What a recipe's model is worth."""
-        quantized = runtimes.session(result.model)
-        outputs = self.samples.outputs(quantized)
-        feed = self.samples.feeds[0]
-        before, after = runtimes.latency([self.original, quantized], [runtimes.wanted(self.original, feed), feed], _SECONDS)
+        """What a recipe's model is worth, but for its speed."""
+        outputs = self.samples.outputs(runtimes.session(result.model))
         sqnr = self.samples.score(worst_sqnr, outputs)
         if self.metric is worst_sqnr:
-            drop = max(self.least - sqnr, 0.0)
+            drop = max(self.bar.sqnr - sqnr, 0.0)
             met = drop == 0
         else:
             drop = self.reference - self.samples.score(self.metric, outputs)
-            met = drop <= self.bar.drop and sqnr >= self.least
+            met = drop <= self.bar.drop and sqnr >= self.bar.sqnr
         return Candidate(
             recipe,
             drop,
             sqnr,
             met,
             result.report.size("quantized"),
-            before / after,
-            float(result.report["seconds"]),
+            seconds=float(result.report["seconds"]),
             outputs=tuple(self.samples.table(outputs)),
         )
+
+    def timed(self, candidates: Sequence[Candidate], results: Mapping[str, Result]) -> list[Candidate]:
+        """The candidates with their speed where it says something about their target: all run in turn with the user's own
+        model."""
+        here = [one for one in candidates if not one.why and _runs_here(results[one.recipe])]
+        runners = [self.original, *(runtimes.session(results[one.recipe].model) for one in here)]
+        speeds = against_first(runners, self.samples.feeds[0], _SECONDS * len(runners)) if here else []
+        paces = {one.recipe: pace for one, pace in zip(here, speeds[1:], strict=True)}
+        return [replace(one, speed=pace.ratio, pace=pace) if (pace := paces.get(one.recipe)) else one for one in candidates]
 
     def notes(self, outputs: Sequence[OutputScore]) -> list[str]:
         """What limits the judgement: too few samples for the drop, a float model that guesses or is random, outputs that
@@ -337,7 +366,7 @@ class _Judge:
         notes, samples = [RANDOM] if self.samples.random else [], self.samples
         if self.metric is worst_sqnr and samples.labels is not None:
             notes.append("the labels are not classes of any output, so that models are judged by SQNR")
-        answers = samples.labels.size if self.metric is top1 and samples.labels is not None else samples.answers
+        answers = _answers(self.metric, samples)
         if self.metric in (top1, percent_agreement) and 100 / max(answers, 1) > max(self.bar.drop, _FINE):
             notes.append(
                 f"one of {answers} samples is {100 / max(answers, 1):.1f} points, more than the drop of {self.bar.drop:g} "
@@ -349,12 +378,11 @@ class _Judge:
         return [note for note in notes if note]
 
 
-def _best(candidates: Sequence[Candidate], prefer: Prefer) -> Candidate:
-    """The candidate to keep. Raises OnnxqError if no recipe made a model."""
-    usable = [candidate for candidate in candidates if not candidate.why]
-    if not usable:
-        raise OnnxqError(*dict.fromkeys(f"recipe '{candidate.recipe}': {candidate.why}" for candidate in candidates))
-    good = [candidate for candidate in usable if candidate.met]
-    if not good:
-        return min(usable, key=lambda candidate: (candidate.drop, -candidate.sqnr))
-    return min(good, key=lambda candidate: candidate.size if prefer == "size" else -candidate.speed)
+def _answers(metric: Metric, samples: Samples) -> int:
+    """How many answers a metric counts."""
+    return int(samples.labels.size) if metric is top1 and samples.labels is not None else samples.answers
+
+
+def _runs_here(result: Result) -> bool:
+    """True if the model runs in onnxruntime on this machine as it will in use; float operators run anywhere."""
+    return result.target.here or not result.target.integer

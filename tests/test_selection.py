@@ -8,18 +8,29 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxq_plugins import OnnxqError, cli, quantize, runtimes
+from onnxq_plugins import OnnxqError, cli, quantize, runtimes, selection
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import load_recipe
+from onnxq_plugins.runtimes.speed import Speed
 from onnxq_plugins.selection import AutoResult
 from onnxq_plugins.selection import auto as choose
 from tests.zoo import cnn, feeds, mlp, mobilenet
 
 
+def paced(monkeypatch, *ratios: float) -> None:
+    """Candidates of these speeds, in turn; the last one counts for all others."""
+
+    def against_first(runners, feed, seconds=1.0):
+        told = [1.0, *ratios, *[ratios[-1]] * len(runners)][: len(runners)]
+        return [Speed(1.0, 1 / ratio, ratio, ratio, ratio, 60) for ratio in told]
+
+    monkeypatch.setattr(selection, "against_first", against_first)
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Latency is not what these tests are about."""
-    monkeypatch.setattr(runtimes, "latency", lambda runners, feed, seconds=1.0: [2.0, 1.0])
+    """Few tests are about latency: all candidates are twice as fast as float."""
+    paced(monkeypatch, 2.0)
 
 
 def recipes_of(outcome: AutoResult) -> list[str]:
@@ -168,3 +179,77 @@ def test_the_command(limit, code, tmp_path, monkeypatch, capsys):
     assert "kept" in printed.out and "drop is of judge (float: 101.00)" in printed.out
     assert ("no recipe stays within" in printed.err) == bool(code)
     runtimes.session(tmp_path / "m.auto.onnx")
+
+
+# ---- the float model as an answer -----------------------------------------------------------------------------------------
+
+
+def test_float_is_kept_where_nothing_is_faster(monkeypatch, tmp_path):
+    paced(monkeypatch, 0.8)
+    model = mobilenet()
+    outcome = choose(model, feeds(model, 20), max_drop=100, metric="agreement")
+    assert outcome.kept_float and outcome.met and outcome.best is outcome.unchanged
+    assert recipes_of(outcome) == ["int8"] and outcome.trials[0].rejected == "slower than float"
+    assert "keep float: no recipe that is good enough is better (int8 0.80x its speed)" in outcome.reason
+    assert onnx.load(outcome.save(tmp_path / "kept.onnx")).SerializeToString() == model.SerializeToString()
+    assert outcome.summary == f"the float model as it is | {model.ByteSize() / 1e3:.1f} kB"
+    assert not outcome.result.plan and outcome.result.save_report(tmp_path / "r.json").is_file()
+    smaller = choose(model, feeds(model, 20), max_drop=100, prefer="size", recipes=["int8", "int8-storage"])
+    assert not smaller.kept_float and smaller.unchanged.rejected.startswith("larger than")
+    assert smaller.reason.endswith("is slower than float, 0.80x its speed, and was kept for its size")
+    paced(monkeypatch, 1.01)
+    alike = choose(model, feeds(model, 20), max_drop=100, metric="agreement", recipes=[smaller.best.recipe])
+    assert alike.reason == f"{smaller.best.recipe} is about as fast as float, and was kept for its size"
+    paced(monkeypatch, 2.0)
+    assert choose(model, feeds(model, 20), max_drop=100, metric="agreement").reason == ""
+
+
+def test_speed_keeps_the_fastest_of_the_recipes_that_were_named(monkeypatch):
+    paced(monkeypatch, 1.2, 1.5)
+    model = mobilenet()
+    outcome = choose(model, feeds(model, 20), max_drop=100, recipes=["int8", "int8-rounded"])
+    assert outcome.best.recipe == "int8-rounded" and outcome.trials[0].rejected == "slower than int8-rounded"
+    assert outcome.best.speed == 1.5 and outcome.unchanged.rejected == "slower than int8-rounded"
+
+
+def test_accuracy_keeps_the_most_accurate_of_all():
+    model = mobilenet()
+    outcome = choose(model, feeds(model, 20), metric="sqnr", min_sqnr=5, prefer="accuracy")
+    assert recipes_of(outcome) == ["int8", "int8-rounded"] and outcome.best.sqnr >= max(t.sqnr for t in outcome.trials) - 0.1
+    assert [trial.rejected == "" for trial in outcome.trials] == [trial is outcome.best for trial in outcome.trials]
+
+
+def test_all_run_in_turn_once_all_are_made(monkeypatch):
+    counts = []
+
+    def against_first(runners, feed, seconds):
+        counts.append(len(runners))
+        return [Speed(1.0, 0.5, 2.0, 2.0, 2.0, 60)] * len(runners)
+
+    monkeypatch.setattr(selection, "against_first", against_first)
+    model = mlp()
+    told = []
+    outcome = choose(model, feeds(model, 20), recipes=["nope", "int8", "int8-rounded"], max_drop=100, tell=told.append)
+    assert counts == [3] and [trial.speed for trial in outcome.trials] == [0.0, 2.0, 2.0]
+    assert [trial.speed for trial in told] == [0.0] * 3
+    other = choose(model, feeds(model, 20), recipes=["int8"], target="openvino", max_drop=100)
+    assert counts == [3] and other.trials[0].pace is None and other.best is other.trials[0]
+
+
+@pytest.mark.parametrize("prefer", ["speed", "accuracy"])
+def test_the_command_copies_the_float_model(prefer, tmp_path, monkeypatch, capsys):
+    paced(monkeypatch, 0.7)
+    monkeypatch.chdir(tmp_path)
+    model = mobilenet()
+    onnx.save(model, "m.onnx")
+    np.savez("data.npz", x=np.concatenate([feed["x"] for feed in feeds(model, 20)]))
+    options = ["--max-drop", "100", "--min-sqnr", "1", "--prefer", prefer, "--save-recipe", "kept.toml"]
+    monkeypatch.setattr(sys, "argv", ["onnxq", "auto", "m.onnx", "--data", "data.npz", *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    printed = capsys.readouterr().out
+    assert not ended.value.code and "keep float: no recipe that is good enough is better (int8 0.70x" in printed
+    rows = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
+    assert rows["float"].rstrip().endswith("kept") and "slower than float" in rows["int8"]
+    assert onnx.load("m.auto.onnx").SerializeToString() == model.SerializeToString()
+    load_recipe("kept.toml", find_plugins().passes)

@@ -11,12 +11,14 @@ from typing import Annotated
 import typer
 
 from onnxq_plugins import __version__, runtimes
+from onnxq_plugins.cli.audit import audit_command
+from onnxq_plugins.cli.choice import auto_command
 from onnxq_plugins.cli.console import echo, fail, interruptible
-from onnxq_plugins.cli.inspection import audit_command, compare_command, diagnose_command
+from onnxq_plugins.cli.inspection import compare_command, diagnose_command
 from onnxq_plugins.cli.inventory import check_command, plugins_command, recipes_command
 from onnxq_plugins.cli.new_plugin import new_plugin_command
 from onnxq_plugins.cli.options import flatten
-from onnxq_plugins.cli.quantization import auto_command, quantize_command
+from onnxq_plugins.cli.quantization import quantize_command
 from onnxq_plugins.cli.quickstart import quickstart_command
 from onnxq_plugins.errors import OnnxqError, OnnxqWarning
 from onnxq_plugins.laws import LawBroken

@@ -1,4 +1,4 @@
-"""Commands that look at models: audit, diagnose, compare."""
+"""Commands that look at what was lost: diagnose, compare."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ from onnxq_plugins.cli.options import (
     Model,
     RecipeOptions,
     SampleCount,
-    ShapeList,
     WorkOptions,
     data_option,
-    read_shapes,
     recipe_option,
 )
 from onnxq_plugins.data import Data, Input, model_inputs, open_data
@@ -44,68 +42,8 @@ from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
 from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.report.rows import LayerError, percent
-from onnxq_plugins.runtimes.audit import Audit
 from onnxq_plugins.runtimes.machine import has_vnni
-from onnxq_plugins.runtimes.onnxruntime import audit_model
-from onnxq_plugins.runtimes.openvino import audit_openvino
 from onnxq_plugins.spec import Array
-
-
-def audit_command(
-    model: Model,
-    *,
-    against: Annotated[
-        Path | None, typer.Option(show_default=False, help="the float model: measures the latency ratio, interleaved")
-    ] = None,
-    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or openvino")] = "onnxruntime",
-    data: DataPath = "",
-    images: ImageOptions,
-    shape: ShapeList = None,
-    custom_ops: CustomOps = None,
-) -> None:
-    """Show for every layer of MODEL which kernel runs it, and if that is a float kernel, why."""
-    for path in (model, against):
-        if path is not None:
-            read(path)
-    if runtime not in ("onnxruntime", "openvino"):
-        raise OnnxqError(f"runtime '{runtime}' is unknown; known: onnxruntime, openvino.")
-    if runtime == "openvino" and (against or data or shape):
-        raise OnnxqError(
-            "--against, --data and --shape are for times in onnxruntime; leave them out beside --runtime openvino "
-            "(OpenVINO's own benchmark_app measures there)."
-        )
-    feeds = open_data(data, model_inputs(read(model)), images.data_options()) if data else None
-    feeds = feeds and runtimes.rolled(feeds, lambda: runtimes.session(model))
-    shapes = read_shapes(shape)
-    audit = audit_openvino(model) if runtime == "openvino" else audit_model(model, against, data=feeds, shapes=shapes)
-    show(_audit_table(audit))
-    others = sorted(audit.other.items(), key=lambda item: -item[1])[:12]
-    echo(f"\nother operators: {', '.join(f'{n} {op}' for op, n in others) or 'none'}")
-    echo(audit.summary())
-    if accumulators := audit.accumulators():
-        echo(accumulators)
-    if audit.speedup is not None and audit.milliseconds is not None:
-        before, after = audit.milliseconds
-        times = f"{before:.3f} -> {after:.3f} ms"
-        echo(f"{audit.speedup:.2f}x the speed of {against} ({times}, 1 thread), timed on {audit.timed}")
-    elif audit.milliseconds is not None:
-        echo(f"{audit.milliseconds[0]:.3f} ms, 1 thread, timed on {audit.timed}")
-    if audit.untimed:
-        notify(f"note: {audit.untimed}")
-
-
-def _audit_table(audit: Audit) -> Table:
-    table = Table("layer", "operator", "kernel", "accumulator", "why float", box=None, header_style="bold")
-    for layer in audit.layers:
-        if layer.constant_weight or layer.quantized or layer.product:
-            bits = f"{layer.accumulator} bits" if layer.accumulator is not None else ""
-            cells = (escape(layer.name), layer.op, layer.kernel, bits, escape(layer.why))
-            table.add_row(*cells, style=None if layer.quantized else "yellow")
-    layers = {layer.name for layer in audit.layers if layer.constant_weight or layer.quantized or layer.product}
-    for held in audit.constants:
-        if held.name not in layers:
-            table.add_row(escape(held.name), held.op, held.op, "", escape(held.why), style="yellow" if held.floats else None)
-    return table
 
 
 def diagnose_command(

@@ -1,4 +1,4 @@
-"""Commands that make a quantized model: quantize, auto."""
+"""The command that makes a quantized model by a recipe: quantize."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from rich.table import Table
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.cli.console import echo, err, fail, float_lines, notify, show, track
+from onnxq_plugins.cli.console import echo, fail, float_lines, notify, show, track
 from onnxq_plugins.cli.options import (
     ClassAxis,
     ClusterOptions,
@@ -27,28 +27,23 @@ from onnxq_plugins.cli.options import (
     OptionGroup,
     RecipeOptions,
     SampleCount,
-    Seed,
-    TargetName,
     WorkOptions,
     check_outputs,
     output_option,
-    recipe_option,
     search_option,
     work_option,
 )
 from onnxq_plugins.data import Data, DataOptions
 from onnxq_plugins.engine import Result, quantize
-from onnxq_plugins.errors import OnnxqError, known
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.compact import check_names
 from onnxq_plugins.export.overrides import ort_model, ort_overrides
 from onnxq_plugins.files import save_model, write_file
 from onnxq_plugins.graph import load
 from onnxq_plugins.job import Recipe
 from onnxq_plugins.plugins import find_plugins
-from onnxq_plugins.recipe import to_toml
 from onnxq_plugins.report.curve import Curve, check_folder, point_recipe
 from onnxq_plugins.report.page import check_page, is_page, write_report
-from onnxq_plugins.selection import RECIPES, AutoResult, Candidate, Prefer, auto
 
 Point = Annotated[
     Path | None,
@@ -302,147 +297,3 @@ def _show_curve(curve: Curve) -> None:
         "size (bits), file (as stored: codes of 5 to 7 bits take a byte) and bops are relative to 8-bit weights and "
         "activations; the other columns count groups\n"
     )
-
-
-@dataclass(frozen=True)
-class ChoiceOptions(OptionGroup):
-    """What `auto` keeps, and where it goes."""
-
-    output: Annotated[
-        Path | None, output_option("-o", "--output", show_default=False, help="the model; ./MODEL.auto.onnx by default")
-    ] = None
-    save_recipe: Annotated[
-        Path | None, output_option("--save-recipe", metavar="R.TOML", show_default=False, help="the recipe that was kept")
-    ] = None
-    max_drop: Annotated[float, search_option(help="how far the metric may fall, mostly in percent of samples")] = 1.0
-    min_sqnr: Annotated[float, search_option(help="dB of the worst output where no output is classes")] = 20.0
-    prefer: Annotated[str, search_option(help="speed or size")] = "speed"
-    attempts: Annotated[
-        int, search_option("--try", help="remedies to try where no recipe is good enough, as diagnose suggests them")
-    ] = 4
-    test: Annotated[
-        str,
-        search_option(metavar="PATH", show_default=False, help="samples to judge by; every second one of --data by default"),
-    ] = ""
-
-    def path(self, model: Path, data: str) -> Path:
-        """Of the model that is kept. Raises OnnxqError for options that make no sense."""
-        path = self.output or Path(f"{model.stem}.auto.onnx")
-        inputs = {"model": model, "data": Path(data), "test": Path(self.test) if self.test else None}
-        check_outputs({"-o": path, "--save-recipe": self.save_recipe}, inputs)
-        if self.attempts < 0:
-            raise OnnxqError("--try must not be negative.")
-        return path
-
-    @property
-    def preferred(self) -> Prefer:
-        """What --prefer says. Raises OnnxqError for what is unknown."""
-        found = next((kind for kind in RECIPES if kind == self.prefer), None)
-        if found is None:
-            raise OnnxqError(f"--prefer {self.prefer} is unknown; {known(self.prefer, RECIPES)}.")
-        return found
-
-
-def auto_command(
-    model: Model,
-    *,
-    data: DataPath,
-    labels: Labels = None,
-    images: ImageOptions,
-    recipes: Annotated[
-        list[str] | None,
-        recipe_option(
-            "-r", "--recipe", metavar="RECIPE", show_default=False, help="try this instead of the built-in ones; repeatable"
-        ),
-    ] = None,
-    target: TargetName = "",
-    seed: Seed = None,
-    float32: Float32 = False,
-    choice: ChoiceOptions,
-    metric: MetricName = "",
-    class_axis: ClassAxis = None,
-    work: WorkOptions,
-) -> None:
-    """Try recipes on MODEL from cheap to costly, measure each, and keep the best within a drop of accuracy."""
-    path = choice.path(model, data)
-    width = max(len(name) for name in recipes or RECIPES[choice.preferred])
-    outcome = auto(
-        model,
-        data,
-        max_drop=choice.max_drop,
-        min_sqnr=choice.min_sqnr,
-        prefer=choice.preferred,
-        test=choice.test or None,
-        labels=labels,
-        metric=metric or None,
-        class_axis=class_axis,
-        recipes=recipes or (),
-        attempts=choice.attempts,
-        target=target or None,
-        seed=seed or 0,
-        workers=work.workers or None,
-        cache=work.cache,
-        float32=float32,
-        options=images.data_options(),
-        track=track,
-        tell=lambda trial: _show_progress(trial, width),
-    )
-    outcome.result.save(path)
-    if choice.save_recipe is not None:
-        write_file(f"{to_toml(outcome.result.recipe.to_dict())}\n".encode(), choice.save_recipe)
-    _show_trials(outcome)
-    echo(f"{path}: {outcome.result.summary}")
-    if not outcome.met:
-        fail(OnnxqError(_miss(outcome, choice.max_drop, choice.min_sqnr)), 1)
-
-
-def _miss(outcome: AutoResult, max_drop: float, min_sqnr: float) -> str:
-    """A sentence on why no model is good enough."""
-    if outcome.metric == "sqnr":
-        return (
-            f"no recipe stays at {min_sqnr:g} dB or more; the best, with {outcome.best.sqnr:.1f} dB at the worst output, "
-            "was written: lower --min-sqnr, or look at onnxq diagnose."
-        )
-    if outcome.best.drop <= max_drop:
-        return (
-            f"no recipe stays within a drop of {max_drop:g} and keeps each output; the best, with {outcome.best.sqnr:.1f} "
-            "dB at the worst output, was written: name a --metric if that output does not matter, or look at onnxq diagnose."
-        )
-    return (
-        f"no recipe stays within a drop of {max_drop:g}; the most accurate one was written. Raise --max-drop, or look at "
-        "onnxq diagnose."
-    )
-
-
-def _show_progress(trial: Candidate, width: int) -> None:
-    """Print a trial in a line, on a terminal; the table at the end holds the same."""
-    if not err.is_terminal:
-        return
-    drop, sqnr, size, speed, seconds = _cells(trial)
-    numbers = f"drop {drop}, {sqnr} dB, {size}, {speed} x float, {seconds} s"
-    notify(f"{trial.recipe:{width}}  {f'not possible: {trial.why}' if trial.why else numbers}")
-
-
-def _show_trials(outcome: AutoResult) -> None:
-    """Print all trials as a table, how to read it, and notes."""
-    table = Table("recipe", "drop", "SQNR dB", "size", "x float", "seconds", "", box=None, header_style="bold")
-    for trial in outcome.trials:
-        best = trial is outcome.best
-        cells = ["-"] * 5 if trial.why else _cells(trial)
-        table.add_row(trial.recipe, *cells, "kept" if best else "", style="bold" if best else None)
-    show(table)
-    better = " (below 0: better than float on these samples)" if any(trial.drop < 0 for trial in outcome.trials) else ""
-    judged = f"drop{better} is of {outcome.metric} (float: {outcome.reference:.2f})"
-    judged = "SQNR, of the worst output, is what counts, and drop what is missing" if outcome.metric == "sqnr" else judged
-    echo(f"{judged}; x float is the speed in onnxruntime, batch 1, 1 thread")
-    for note in outcome.notes:
-        notify(f"note: {note}")
-    for trial in outcome.trials:
-        if trial.why:
-            notify(f"note: recipe '{trial.recipe}' is not possible: {trial.why}")
-
-
-def _cells(trial: Candidate) -> list[str]:
-    """Drop, SQNR, size, speed and seconds as text."""
-    size = f"{trial.size / 1e6:.2f} MB" if trial.size >= 1e6 else f"{trial.size / 1e3:.0f} kB"
-    return [f"{trial.drop:.2f}", f"{trial.sqnr:.1f}", size, f"{trial.speed:.2f}", f"{trial.seconds:.1f}"]

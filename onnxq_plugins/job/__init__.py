@@ -61,7 +61,7 @@ __all__ = [
 Metric = Callable[[Sequence[Any], Sequence[Any], Array | None], float]
 
 Stage = Literal["rewrite", "solve", "finish"]
-Service = Literal["data", "ranges", "codes", "bias", "curve"]
+Service = Literal["data", "ranges", "codes", "bias", "curve", "placement"]
 
 
 # ---- passes ---------------------------------------------------------------------------------------------------------------
@@ -81,7 +81,8 @@ class Pass:
               ``codes`` of weights, by the error they cause;
               ``bias`` takes back mean errors;
               ``curve`` its result holds the points of a search under ``curve``, and its parameter ``widths`` makes one of
-              them again (see `onnxq_plugins.Curve`)
+              them again (see `onnxq_plugins.Curve`);
+              ``placement`` decides by cost what runs as integer
     """
 
     name: ClassVar[str] = ""

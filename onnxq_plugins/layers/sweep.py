@@ -205,8 +205,8 @@ class _Sums:
         self.layer, self.limit, self.live, self.held = layer, limit, network.live, held
         self.inputs = int(np.prod(layer.shape)) // layer.channels
         self.positions = min(positions, max(64, self.inputs))
-        key = Planned.of(job).input(layer)
-        self.spec = job.plan[key] if key else None  # of the input
+        key = Planned.of(job).source(layer.input)  # codes, which a layer in float may read, too
+        self.spec = job.plan[key] if key else None
         self.source = _source(writer, layer.name, layer.input, network.dequantizers)
         self.bias = job.graph.constant(layer.bias).reshape(layer.groups, -1, 1) if layer.bias is not None else None
         self.weight = layer.matrix(job.graph.constant(layer.weight)).astype(np.float32)

@@ -17,8 +17,6 @@ from onnxq_plugins.search.judge import Judge
 
 _WORK = 1e9  # multiply-adds over the samples up to which the whole network is judged
 
-_FINE = 8  # bits
-
 
 @dataclass(frozen=True)
 class BiasCorrect(Pass):
@@ -55,8 +53,6 @@ class BiasCorrect(Pass):
     def apply(self, job: Job) -> dict[str, Any]:
         graph, planned = job.graph, Planned.of(job)
         layers = [layer for layer in planned.layers if layer.op in ("Conv", "Gemm")]
-        if not planned.activations and all(job.plan[y.weight].decoded and job.plan[y.weight].bits >= _FINE for y in layers):
-            return {"layers": 0}  # all run in float, on weights whose rounding moves no mean to speak of
         if self.method == "analytic":
             expected = propagate(graph, {}, through=False)
             means = {

@@ -6,27 +6,24 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
-
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.shapes import shapes_of
 from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph.flow import maker_of
-from onnxq_plugins.job import Job, Pass, Report, Stage
+from onnxq_plugins.job import Job, Pass, Report, Service, Stage
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import request, rule_keys
 from onnxq_plugins.runtimes.costs import tables
-from onnxq_plugins.search.latency import TURN, interleaved, typical
+from onnxq_plugins.runtimes.speed import EQUAL, Speed, against_first
 from onnxq_plugins.search.placement import Placer
 from onnxq_plugins.spec import Array, Plan, from_range
 
 _LONG = 50_000.0  # microseconds of a run up to which networks are timed, too
-_SECONDS = 0.3  # of timing
-_WHY = "it is faster in float, conversions included"
+_SECONDS, _LIMIT = 0.4, 1.0  # of timing, and after which three rounds are enough
+_WHY = "it is faster in float, or as fast, conversions included"
 _SURE = 1.5  # times the predicted time of the choice beyond which a network is not worth timing
-_CLEAR = 0.03  # by which a network must be faster for timing to overrule the table
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,10 @@ class Placement(Pass):
 
     least   milliseconds that a run must take: in shorter ones the call itself counts most
     gain    share of the predicted time that must be saved, else all stays integer
-    check   time the network as integer, as placed and in float, in turn, where it takes up to 50 ms; one that is faster
-            than what the table says by 3 % is taken in its place, so that on another kind of processor no network is
-            slower than in float. The one decision that depends on the machine; false leaves all to the table
+    check   time the network as integer, as placed and in float, in turn, where it takes up to 50 ms; the
+            fastest is taken, and of those that are as fast the one with most in float, so that on another kind of
+            processor, too, no network is slower than in float. The one decision that depends on the machine; false leaves
+            all to the table
 
         minimize  sum_i t_i(a_i) + sum_(i, j) c_ij(a_i, a_j),   a_i in {integer, float, float in blocks of channels}
 
@@ -59,6 +57,7 @@ class Placement(Pass):
 
     name: ClassVar[str] = "placement"
     stage: ClassVar[Stage] = "rewrite"
+    provides: ClassVar[frozenset[Service]] = frozenset({"placement"})
     least: float = 0.2
     gain: float = 0.03
     check: bool = True
@@ -95,23 +94,27 @@ class Placement(Pass):
         plans = {name: in_float(job, names) for name, names in sets.items()}
         close = {name: plan for name, plan in plans.items() if predicted[name] < _SURE * predicted[choice]}
         if self.check and job.target.here and shortest <= _LONG and len(close) > 1:
-            timed = _timed(job, close, feed)
-            result["timed"] = {name: round(1e3 * typical(own)) for name, own in timed.items()}
-            choice = fastest(timed, choice)
+            speeds = _timed(job, close, choice, feed)
+            result["timed"] = {name: round(1e3 * speed.quantized, 1) for name, speed in speeds.items()}
+            choice = chosen(speeds, sets)
         job.plan = plans[choice]
         if sets[choice]:
-            how, times, timed = "predicted", result["predicted"], result.get("timed", {})
-            if timed.get(choice, np.inf) < timed.get("integer", 0.0):
-                how, times = "measured", timed
-            layers = {y.name for y in job.graph.layers} & sets[choice]
-            job.report.floats.update({name: Reason("slower", _WHY) for name in layers})
-            others = len(sets[choice]) - len(layers)
-            job.note(
-                f"{len(layers)} layer{'s' * (len(layers) != 1)}{f' and {others} other operators' * (others > 1)} run in "
-                "float, where that is faster: the network takes "
-                f"{times[choice] / 1e3:.3g} ms {how}, against {times['integer'] / 1e3:.3g} ms as integers"
-            )
+            _tell(job, sets[choice], choice, result)
         return result | {"choice": choice, "float": sorted(sets[choice])}
+
+
+def _tell(job: Job, floats: Collection[str], choice: str, result: Mapping[str, Any]) -> None:
+    """Say what runs in float, and what that gains."""
+    how = "timed" if {choice, "integer"} <= set(result.get("timed", ())) else "predicted"
+    times, word = result[how], "measured" if how == "timed" else "predicted"
+    layers = {y.name for y in job.graph.layers} & set(floats)
+    job.report.floats.update({name: Reason("slower", _WHY) for name in layers})
+    others = len(floats) - len(layers)
+    job.note(
+        f"{len(layers)} layer{'s' * (len(layers) != 1)}{f' and {others} other operators' * (others > 1)} run in float, "
+        f"where that is faster or as fast: the network takes {times[choice] / 1e3:.3g} ms {word}, against "
+        f"{times['integer'] / 1e3:.3g} ms as integers"
+    )
 
 
 def in_float(job: Job, names: Collection[str]) -> Plan:
@@ -132,29 +135,28 @@ def _forced(job: Job) -> frozenset[str]:
     return frozenset(layers | (products if attention else set()))
 
 
-def fastest(times: Mapping[str, Array], first: str) -> str:
-    """The network that is clearly faster than the `first`; the first, if none is.
+def chosen(speeds: Mapping[str, Speed], floats: Mapping[str, Collection[str]]) -> str:
+    """The fastest of some networks. Those that are not slower than it beyond doubt count as fast: of these the one with most
+    operators in float, which is the most accurate.
 
-    times   milliseconds of each in runs that took turns [runs]: it must be ahead by 3 % in the median of neighbouring runs,
-            and ahead in most of them
+    speeds   against one of them
+    floats   the operators that each has in float
     """
-    ahead = {name: own / times[first] for name, own in times.items()}
-    clear = [n for n, r in ahead.items() if np.median(r) < 1 - _CLEAR and np.quantile(r, 0.65) < 1]
-    return min(clear, key=lambda name: float(np.median(ahead[name])), default=first)
+    best = max([1.0, *(speed.ratio for speed in speeds.values() if speed.low > 1)])
+    return max((n for n, speed in speeds.items() if speed.ratio >= (1 - EQUAL) * best), key=lambda n: len(floats[n]))
 
 
-def _timed(job: Job, plans: Mapping[str, Plan], feed: Mapping[str, Array]) -> dict[str, Array]:
-    """Milliseconds of networks in runs that take turns, the best of a few at a time. Any codes do for that."""
-    sessions = []
-    for plan in plans.values():
-        ends = {
-            n: (0.0 if maker_of(job.graph, n) is not job.graph.producer(n) else -1.0, 1.0)
-            for n in plan
-            if not plan[n].solved
-        }
-        ranges = {n: from_range(*ends[n], plan[n]) for n in ends if not job.graph.is_constant(n)}
+def _timed(job: Job, plans: Mapping[str, Plan], first: str, feed: Mapping[str, Array]) -> dict[str, Speed]:
+    """How fast networks are against the first of them. Any codes do for that."""
+    sessions = {}
+    for name in sorted(plans, key=lambda name: name != first):
+        plan, ranges = plans[name], {}
+        for tensor in plan:
+            if not plan[tensor].solved and not job.graph.is_constant(tensor):
+                low = 0.0 if maker_of(job.graph, tensor) is not job.graph.producer(tensor) else -1.0  # a Relu is absorbed
+                ranges[tensor] = from_range(low, 1.0, plan[tensor])
         trial = replace(job, plan=plan | ranges, report=Report())
         complete(trial)
-        sessions.append(runtimes.session(export(job.graph, trial.plan, job.target)))
-    taken = interleaved(sessions, feed, _SECONDS)
-    return {name: own.reshape(-1, TURN - 1).min(axis=1) for name, own in zip(plans, taken, strict=True)}
+        sessions[name] = runtimes.session(export(job.graph, trial.plan, job.target))
+    speeds = against_first(list(sessions.values()), dict(feed), _SECONDS, _LIMIT)
+    return dict(zip(sessions, speeds, strict=True))

@@ -37,7 +37,9 @@ class Round(Pass):
     method       ``nearest``, ``gptq``, ``gpfq``, ``descent`` (coordinate descent), ``adaround``, ``attention`` (Attention
                  Round), or ``auto``: the best loss of GPTQ, descent and AdaRound, row by row
     sequential   a layer reads the inputs that the quantized layers before it produce, and compensates for their errors (one
-                 sweep through both networks). False: every layer reads float inputs; layers are solved side by side
+                 sweep through both networks). False: every layer reads float inputs; layers are solved side by side, as
+                 they always are where activations are rounded and the data are steps of a stream: one speaker, one level
+                 of noise, so that errors seen there are no guide for others, and no held-out step would show it
     search       choose scales that are still open by the output error they cause, too
     shift        solve biases along with the codes
     seconds      what ``auto`` may spend on AdaRound in all; 0 leaves it out. Work is counted, as if a core did 20 billion
@@ -93,7 +95,7 @@ class Round(Pass):
         plain |= {y.weight: replace(plain[y.weight], codes=None, shift=None) for y in layers}
         solutions: dict[str, Solution] = {}
 
-        solve = self._in_sequence if self.sequential else self._side_by_side
+        solve = self._in_sequence if self.sequential and not _alike(job) else self._side_by_side
         for layer, solution in itertools.chain(self._shared(job, layers, efforts), solve(job, layers, efforts)):
             solutions[layer.name] = solution
         result: dict[str, Any] = {
@@ -160,6 +162,12 @@ class Round(Pass):
 
 
 _LARGE = 1e9  # multiplications that make several threads worth it: they wait for each other on a busy machine
+
+
+def _alike(job: Job) -> bool:
+    """True if activations are rounded and the samples are steps of a stream, by the names and shapes of its states."""
+    data = job.calibration.data
+    return data is not None and any(i.follows for i in data.inputs) and bool(Planned.of(job).activations)
 
 
 def _cost(layer: Layer) -> float:

@@ -25,6 +25,7 @@ from onnxq_plugins.report.diagnosis import Diagnosis, diagnose, samples_of
 from onnxq_plugins.report.plots import drawing, over_steps, plots
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.report.rows import LayerError, percent
+from onnxq_plugins.report.times import time_context, time_table, timed
 from onnxq_plugins.runtimes.machine import machine_name
 
 
@@ -98,7 +99,7 @@ def write_report(
     command   that made the result
     samples, attempts, workers   as for `diagnose`
 
-    Cost: runs of both networks, up to 32 on calibration samples or 512 on others, 0.6 s of timing, and a diagnosis.
+    Cost: runs of both networks, up to 32 on calibration samples or 512 on others, 1.1 s of timing, and a diagnosis.
     Raises OnnxqError without the extra ``report``, without samples, or if a file cannot be written.
     """
     path = Path(path)
@@ -107,7 +108,7 @@ def write_report(
     check_page()
     start = time.perf_counter()
     data = samples_of(result, data)
-    comparison = compare(result, data)
+    comparison, audit = compare(result, data), timed(result, data)
     diagnosis = diagnose(result, data, samples=samples, attempts=attempts, workers=workers, track=track)
     made = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine_name()}
     table = {
@@ -115,12 +116,13 @@ def write_report(
         "made": made,
         "verdict": {"level": comparison.grade, "text": comparison.verdict},
         "measured": comparison.to_dict(),
+        "time": time_table(result, audit),
         "diagnosis": diagnosis.to_dict(),
         "activations": _activations(diagnosis),
     }
     context = _context(result, comparison, diagnosis, name)
     cost = _cost(diagnosis, comparison, time.perf_counter() - start)
-    page = _render({**context, "made": made, "command": command, "cost": cost})
+    page = _render({**context, "time": time_context(result, audit), "made": made, "command": command, "cost": cost})
     write_file((json.dumps(table, indent=2) + "\n").encode(), path.with_suffix(".json"))
     return write_file(page.encode(), path)
 

@@ -4,8 +4,8 @@ per runtime fills it in."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import onnx
 
@@ -13,6 +13,8 @@ from onnxq_plugins.errors import Reason
 from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import Need
 from onnxq_plugins.runtimes.constants import Held, describe_held, held_constants
+from onnxq_plugins.runtimes.speed import Speed
+from onnxq_plugins.runtimes.spending import Spending
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,14 @@ class Audit:
 
     speedup        time of the float model / time of this one, if measured
     milliseconds   of the float model, where there is one, and of this one
-    timed          the shapes that they are for, in words
+    speed          the same with what is sure about it
+    spending       where the time goes, of the same models
+    timed          the shapes that all times are for, in words
     untimed        why there are none although they were wanted: a sentence
     constants      operators that hold weights outside integer kernels
     total          bytes that float ones are told as a part of
+    nodes          layers -> their nodes in `Spending.nodes`
+    placed         whether operators were placed by what they cost: no, or None where nobody knows
     """
 
     layers: tuple[LayerAudit, ...]
@@ -61,6 +67,10 @@ class Audit:
     untimed: str = ""
     constants: tuple[Held, ...] = ()
     total: int = 0
+    speed: Speed | None = None
+    spending: tuple[Spending, ...] = ()
+    nodes: Mapping[str, str] = field(default_factory=dict)
+    placed: bool | None = None
 
     def counts(self) -> dict[str, int]:
         """Kernel -> number of layers."""

@@ -17,6 +17,7 @@ from onnx import TensorProto
 from onnxq_plugins import runtimes
 from onnxq_plugins.data import Input, Source, model_inputs, open_data
 from onnxq_plugins.errors import OnnxqError, Reason
+from onnxq_plugins.files import LARGE, size_of
 from onnxq_plugins.graph.bodies import with_bodies
 from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import Need, needs
@@ -32,19 +33,11 @@ from onnxq_plugins.runtimes.audit import (
 )
 from onnxq_plugins.runtimes.constants import constant_bytes
 from onnxq_plugins.runtimes.examples import Shapes, examples, first_running, guesses, written
+from onnxq_plugins.runtimes.profiles import profile
+from onnxq_plugins.runtimes.speed import Speed
+from onnxq_plugins.runtimes.spending import INTEGER, Spending
 
-QUANTIZED = {
-    "QLinearConv",
-    "QGemm",
-    "QLinearMatMul",
-    "MatMulIntegerToFloat",
-    "MatMulNBits",
-    "ConvInteger",
-    "MatMulInteger",
-    "DynamicQuantizeMatMul",
-    "QAttention",
-    "int8",
-}
+QUANTIZED = {*INTEGER, "int8"}
 
 _PRODUCT = Reason("product", 'a product of two activations; [[layer]] op = "Attention" quantize = true makes it integer')
 
@@ -52,7 +45,7 @@ _PRODUCT = Reason("product", 'a product of two activations; [[layer]] op = "Atte
 def audit_model(
     model: onnx.ModelProto | str | Path,
     against: str | Path | onnx.ModelProto | None = None,
-    seconds: float = 2.0,
+    seconds: float = 1.0,
     folder: Path | None = None,
     data: Source | None = None,
     shapes: Shapes | None = None,
@@ -61,7 +54,8 @@ def audit_model(
 
     model     QDQ (or any) model
     folder    of the external data of a ModelProto
-    against   the float model: the latency ratio is measured too, interleaved, one thread
+    against   the float model: both are timed and profiled, in turn, one thread
+    seconds   of that; a few runs of each in any case. Where both have more than 1 GB there is no profile
     data      sample inputs (see `onnxq_plugins.data.open_data`), whose first the models are timed on
     shapes    or the shapes of inputs, to time them on random numbers; without either, `examples` has sizes for open axes
 
@@ -69,32 +63,46 @@ def audit_model(
     the data or shapes. Where no example runs, `Audit.untimed` says so.
     """
     proto = onnx.load(str(model)) if isinstance(model, (str, Path)) else model
-    named = proto
-    if not all(node.name for node in proto.graph.node):
-        named = onnx.ModelProto()
-        named.CopyFrom(proto)
-        for i, node in enumerate(named.graph.node):
-            node.name = node.name or f"{node.op_type}_{node.output[0] if node.output else i}"
+    named = _named(proto)
     with tempfile.TemporaryDirectory() as scratch:
         dump = Path(scratch) / "optimized.onnx"
         session = runtimes.session(named, dump=dump, folder=folder)
         optimized = onnx.load(str(dump), load_external_data=False)
-    whole = with_bodies(optimized.graph)
-    layers = tuple(_layers(with_bodies(named.graph), whole, needs(named, folder)))
+    whole, known = with_bodies(optimized.graph), with_bodies(named.graph)
+    layers = tuple(_layers(known, whole, needs(named, folder)))
     other = Counter(n.op_type for n in whole.node if n.op_type not in QUANTIZED)
     audit = Audit(layers, dict(other), constants=outside_kernels(named.graph, layers), total=constant_bytes(named.graph))
     if against is None and data is None and shapes is None:
         return audit
-    models, runners = [proto], [session]
+    models, runners, folders = [named], [session], [folder]
     if against is not None:
-        models = [onnx.load(str(against)) if isinstance(against, (str, Path)) else against, proto]
-        runners = [runtimes.session(models[0]), session]
-    return replace(audit, **_timing(models, runners, seconds, data, shapes))
+        models = [onnx.load(str(against)) if isinstance(against, (str, Path)) else against, named]
+        runners, folders = [runtimes.session(models[0]), session], [None, folder]
+    timed = replace(audit, **_timing(models, runners, folders, seconds, data, shapes))
+    names = {name: node.name for name, node in kernels(known, whole).items()}
+    return replace(timed, nodes=names, placed=None if _ours(proto) else False)
+
+
+def _named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with a name for every operator."""
+    if all(node.name for node in model.graph.node):
+        return model
+    named = onnx.ModelProto()
+    named.CopyFrom(model)
+    for i, node in enumerate(named.graph.node):
+        node.name = node.name or f"{node.op_type}_{node.output[0] if node.output else i}"
+    return named
+
+
+def _ours(model: onnx.ModelProto) -> bool:
+    """True if onnxq made the model, by passes that it does not name here."""
+    return any(entry.key.startswith("onnxq.") for entry in model.metadata_props)
 
 
 def _timing(
     models: Sequence[onnx.ModelProto],
     runners: Sequence[runtimes.Session],
+    folders: Sequence[Path | None],
     seconds: float,
     data: Source | None,
     shapes: Shapes | None,
@@ -114,9 +122,16 @@ def _timing(
         if data is not None or shapes is not None:
             raise OnnxqError(f"the model cannot be timed {error}; give other --data or --shape.") from error
         return {"untimed": f"not timed: the model does not run {error}; give --data or --shape"}
-    times = runtimes.latency(runners, [runtimes.wanted(runner, feed) for runner in runners], seconds)
-    speed = {"speedup": times[0] / times[1]} if len(times) > 1 else {}
-    return {**speed, "milliseconds": tuple(times), "timed": written(feed) + guess}
+    if sum(map(size_of, models)) > LARGE:  # each profile needs another session
+        times = runtimes.latency(runners, [runtimes.wanted(runner, feed) for runner in runners], seconds)
+        ratio = {"speedup": times[0] / times[1]} if len(times) > 1 else {}
+        return {**ratio, "milliseconds": tuple(times), "timed": written(feed) + guess}
+    profiles, _ = profile(models, feed, seconds, plain=runners, folders=folders, brief=True)
+    found: dict[str, Any] = {"spending": tuple(map(Spending.of, profiles)), "timed": written(feed) + guess}
+    if len(profiles) == 1:
+        return {**found, "milliseconds": (profiles[0].milliseconds,)}
+    speed = Speed.of([(a / 1e3, b / 1e3) for a, b in zip(*(one.runs for one in profiles), strict=True)])
+    return {**found, "speed": speed, "speedup": speed.ratio, "milliseconds": (speed.reference, speed.quantized)}
 
 
 def _compatible(own: list[Input], theirs: list[Input]) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxq_plugins.runtimes.sessions import Feed, Session
+from onnxq_plugins.runtimes.sessions import Feed, Session, wanted
 from onnxq_plugins.spec import Array
 
 EQUAL = 0.03  # of a ratio that is no difference
@@ -20,6 +20,7 @@ _DECILE = 0.1
 _GROUPS = 3  # of pairs, each of which must say the same
 _DOUBT = 1.1  # by which a few pairs may be off
 _LEAST, _ENOUGH, _MOST = 3, 5, 60  # pairs
+_ROUNDS = 1000  # of several models
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,28 @@ def side_by_side(
         times.append((pair[0], pair[1]))
         count += 1
     return Speed.of(times)
+
+
+def against_first(runners: Sequence[Session], feed: Feed, seconds: float = 1.0, limit: float = 5.0) -> list[Speed]:
+    """How fast each of several models is, compared with the first: all run in turn, so that ratios are of the same moments.
+
+    seconds   to measure, if that gives five rounds
+    limit     seconds after which three are enough
+    """
+    feeds = [dict(wanted(runner, feed)) for runner in runners]
+    rounds: list[list[float]] = []
+    for runner, values in zip(runners, feeds, strict=True):
+        runner.run(None, values)
+    start = time.perf_counter()
+    while len(rounds) < _ROUNDS and not _enough(len(rounds), time.perf_counter() - start, seconds, limit):
+        taken = [0.0] * len(runners)
+        for k in range(len(runners)):
+            which = (k + len(rounds)) % len(runners)  # what comes after another finds its caches
+            began = time.perf_counter()
+            runners[which].run(None, feeds[which])
+            taken[which] = time.perf_counter() - began
+        rounds.append(taken)
+    return [Speed.of([(taken[0], taken[k]) for taken in rounds]) for k in range(len(runners))]
 
 
 def _enough(pairs: int, passed: float, seconds: float, limit: float) -> bool:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import platform
-import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.errors import OnnxqError
@@ -22,13 +19,10 @@ from onnxq_plugins.files import digest, replacing
 from onnxq_plugins.runtimes import Feed
 from onnxq_plugins.runtimes.machine import machine_name, processor
 from onnxq_plugins.runtimes.onnxruntime import kernels, plain_name
+from onnxq_plugins.runtimes.profiles import Profile, interleaved, overhead, profile, typical
 from onnxq_plugins.search.quantizers import Group, Width
-from onnxq_plugins.spec import Array
 
 Network = tuple[tuple[Width, ...], onnx.ModelProto]  # the width of each group, the exported model
-_EVENTS = 400_000  # of kernels in the profile of a session at most; onnxruntime drops those beyond a million
-TURN = 4  # runs of a session at a time, the first not counted
-_FEWEST, _STEADY = 60, 0.005  # least number of runs; relative difference of the medians of both halves that ends them
 
 
 @dataclass(frozen=True)
@@ -48,22 +42,6 @@ class Times:
         """Milliseconds of a group at a width; at its slowest width if that one was not measured."""
         known = self.groups[number]
         return known.get(width, max(known.values()))
-
-
-@dataclass(frozen=True, eq=False)
-class Profile:
-    """A network with the times of its kernels.
-
-    milliseconds   of a whole run without profiling
-    optimized      the graph as optimized by onnxruntime
-    nodes          milliseconds of each of its nodes, with profiling [nodes]; NaN where one never ran
-    types          types and shapes of the inputs of each
-    """
-
-    milliseconds: float
-    optimized: onnx.GraphProto
-    nodes: Array
-    types: list[str]
 
 
 @dataclass(frozen=True, order=True)
@@ -113,42 +91,6 @@ def measured(
         if file is not None:
             _save(file, times)
     return times
-
-
-def profile(models: Sequence[onnx.ModelProto], feed: Feed, seconds: float) -> tuple[list[Profile], int]:
-    """Profiles of networks that run in turn, and the number of rounds."""
-    with tempfile.TemporaryDirectory() as folder:
-        plain = [runtimes.session(model) for model in models]
-        profiled = [
-            runtimes.session(model, profile=Path(folder) / f"profile{k}", dump=Path(folder) / f"{k}.onnx")
-            for k, model in enumerate(models)
-        ]
-        optimized = [onnx.load(str(Path(folder) / f"{k}.onnx"), load_external_data=False).graph for k in range(len(models))]
-        most = _EVENTS // max((len(graph.node) for graph in optimized), default=1)
-        durations = interleaved([*plain, *profiled], feed, seconds, most)
-        files = [Path(runner.end_profiling()) for runner in profiled]
-        return [
-            Profile(typical(own), graph, *_events(graph, json.loads(file.read_text(encoding="utf-8"))))
-            for own, graph, file in zip(durations, optimized, files, strict=False)
-        ], len(durations[0])
-
-
-def interleaved(runners: Sequence[ort.InferenceSession], feed: Feed, seconds: float, most: int = 10_000) -> list[Array]:
-    """Milliseconds of each run of each session [rounds]. They take turns, so that a noisy machine affects all alike, each
-    with some runs at a time: the first one, which finds the caches full of another's weights, is not counted.
-
-    most   runs of each session
-    """
-    durations: list[list[float]] = [[] for _ in runners]
-    rounds, stop = 0, time.perf_counter() + seconds
-    while rounds < 3 or (rounds * TURN < most and time.perf_counter() < stop and not _steady(durations)):
-        for runner, own in zip(runners, durations, strict=True):
-            for k in range(TURN):
-                start = time.perf_counter()
-                runner.run(None, dict(feed))
-                own += [1e3 * (time.perf_counter() - start)] * (k > 0)
-        rounds += 1
-    return [np.array(own) for own in durations]
 
 
 def compared(models: Sequence[onnx.ModelProto], feed: Feed, seconds: float = 2.0) -> list[float]:
@@ -266,61 +208,6 @@ def owners(
             if at is not None:
                 moved[node.name] = codes[plain_name(at.output[0])]
     return follow(optimized, written | ran | moved)
-
-
-def overhead(durations: Array, ports: Array, total: float) -> float:
-    """The least x >= 0 for which the sum of max(duration - x * ports, 0) is at most `total`.
-
-    durations, ports   [n], durations not negative, ports positive
-    """
-    order = np.argsort(-durations / ports)  # those that reach zero last are first
-    durations, ports = durations[order], ports[order]
-    if durations.sum() <= total:
-        return 0.0
-    level = (np.cumsum(durations) - total) / np.cumsum(ports)  # x, if so many of the first stay above zero
-    return float(level.max())  # x is smaller for more or fewer of them
-
-
-def typical(milliseconds: Array) -> float:
-    """Duration of undisturbed runs [n]: the mean of the fastest quarter."""
-    return float(milliseconds[fastest(milliseconds)].mean())
-
-
-def fastest(values: Array) -> Array:
-    """Positions of the smallest quarter of values [n]: undisturbed runs, on a machine with other work."""
-    return np.argsort(values, kind="stable")[: -(-len(values) // 4)]
-
-
-def _steady(durations: Sequence[Sequence[float]]) -> bool:
-    """True if both halves of the runs agree for every session."""
-    runs = len(durations[0]) if durations else _FEWEST
-    if runs < _FEWEST or runs % _FEWEST:  # not after every round: the check takes time, too
-        return False
-    halves = [(typical(np.array(own[: runs // 2])), typical(np.array(own[runs // 2 :]))) for own in durations]
-    return all(abs(a - b) <= _STEADY * b for a, b in halves)
-
-
-def _events(graph: onnx.GraphProto, events: Sequence[Mapping[str, object]]) -> tuple[Array, list[str]]:
-    """Milliseconds and types of inputs per node of an optimized graph, mean of its fastest runs. Kernels inside Loop or If
-    bodies are left out: their time is part of the node that contains them."""
-    names = {node.name for node in graph.node if node.name}
-    recorded: dict[str, dict[str, list[float]]] = defaultdict(dict)  # name -> number of the node -> its durations
-    types: dict[str, str] = {}
-    for event in events:
-        if event["cat"] == "Node":
-            details = event["args"]
-            assert isinstance(details, dict) and isinstance(event["dur"], int)
-            name = str(event["name"]).removesuffix("_kernel_time")
-            key, number = name if name in names else str(details["op_name"]), str(details["node_index"])
-            recorded[key].setdefault(number, []).append(event["dur"] / 1e3)
-            types[number] = json.dumps(details["input_type_shape"])
-    left = {key: list(numbers) for key, numbers in recorded.items()}  # nodes of one name, in the order they ran
-    numbers = [left[key].pop(0) if left.get(key := node.name or node.op_type) else "" for node in graph.node]
-    durations = {number: np.array(values) for each in recorded.values() for number, values in each.items()}
-    runs = max(map(len, durations.values()), default=0)
-    table = np.array([durations[n] if n and len(durations[n]) == runs else np.full(runs, np.nan) for n in numbers])
-    table = table.reshape(len(numbers), runs)[:, np.arange(runs) % TURN > 0]
-    return table[:, fastest(np.nansum(table, axis=0))].mean(axis=1), [types.get(number, "") for number in numbers]
 
 
 # ---- kept between runs ---------------------------------------------------------------------------------------------------

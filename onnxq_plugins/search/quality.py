@@ -15,9 +15,9 @@ from onnxq_plugins.search.fallback import WIDE, Fallback, Search, decibels, judg
 from onnxq_plugins.search.judge import SAMPLES, TIE, Judge
 from onnxq_plugins.spec import Array, Plan
 
-_CHECK = 1e9  # multiply-adds over the samples that a network is checked on; at least four samples, at most 32
+_CHECK = 3e9  # multiply-adds over the samples that a network is checked on; at most 32 samples
 _SEARCH = 5e9  # and that a search measures on
-_FEWEST = 4
+_FEWEST = 8  # samples
 _MARGIN = 2.0  # dB by which saved outputs must be above what was not enough: other samples have less
 _MOST = 0.25  # of the multiply-adds in float, where destroyed outputs are already saved
 _WORTH = 3.0  # dB that a fallback must gain that was not asked for

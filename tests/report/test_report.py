@@ -17,6 +17,7 @@ import pytest
 
 import onnxq_plugins as onnxq
 from onnxq_plugins import OnnxqError, cli, runtimes
+from onnxq_plugins.report import times
 from onnxq_plugins.report.comparison import Comparison, Pair
 from onnxq_plugins.report.diagnosis import diagnose
 from onnxq_plugins.report.page import check_page
@@ -173,6 +174,27 @@ def test_synthetic_samples_are_called_so(tmp_path):
     result = onnxq.quantize(mobilenet(), "int8-data-free", workers=1)
     text = result.save_report(tmp_path / "a.html").read_text("utf-8")
     assert "synthetic samples" in text and "calibration samples" not in text and "for lack of data" in text
+
+
+def test_the_page_shows_where_the_time_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(times, "what_to_change", lambda audit, placed: (f"change this, {placed} & {NASTY}",))
+    text, table = made(tmp_path, mobilenet())
+    alone(text)
+    assert text.index("What to change first") < text.index('<dl class="cards">') < text.index("Where the time goes")
+    assert "change this, True &amp; " in text and NASTY not in text
+    time = table["time"]
+    for kind, kernel in (("float", "Conv"), ("quantized", "QLinearConv")):
+        assert sum(row["share"] for row in time[kind]["classes"].values()) == pytest.approx(1, abs=1e-3)
+        assert f"<tr><td>{kernel}</td>" in text and time[kind]["classes"][kernel]["kernels"] > 0
+    assert time["changes"] == [f"change this, True & {NASTY}"] and time["shapes"] in text
+    monkeypatch.setattr(times, "what_to_change", lambda *_: ())
+    text, _ = made(tmp_path, mobilenet())
+    assert "What to change first" not in text and "Where the time goes" in text
+
+
+def test_a_target_that_does_not_run_here_has_no_times(tmp_path):
+    text, table = made(tmp_path, mobilenet(), {"target": "openvino"})
+    assert table["time"] == {} and "Where the time goes" not in text
 
 
 def test_bits_are_drawn_where_they_differ(tmp_path):

@@ -84,3 +84,26 @@ def test_shifts_for_other_targets_are_not_blamed(onnxq):
     assert "run in float in onnxruntime" in out
     _, out, _ = onnxq("audit", "q.onnx")
     assert "shifts its channels, as target per-tensor needs" in out and "is read in float by" not in out
+
+
+def test_what_to_change_comes_first_and_the_profile_says_its_shapes(onnxq, monkeypatch):
+    from onnxq_plugins.cli import audit
+
+    model = cnn()
+    onnx.save(model, "m.onnx")
+    np.savez("d.npz", x=rows(model, 8))
+    code, *_ = onnxq("quantize", "m.onnx", "--data", "d.npz", "-o", "q.onnx", "--no-check")
+    assert code == 0
+    asked = []
+    monkeypatch.setattr(audit, "what_to_change", lambda found, placed: asked.append(placed) or ("this", "that"))
+    code, out, _ = onnxq("audit", "q.onnx", "--against", "m.onnx")
+    assert code == 0 and out.startswith("what to change:\n1. this\n2. that\n")
+    shapes = f"x {[d.dim_value or 1 for d in model.graph.input[0].type.tensor_type.shape.dim]}"
+    assert f"where the time goes, on {shapes}" in out and out.rstrip().endswith(f"timed on {shapes}")
+    assert "QLinearConv" in out.partition("where the time goes")[2] and "quantized: " in out and "float kernels" in out
+    code, out, _ = onnxq("audit", "m.onnx", "--data", "d.npz")
+    assert code == 0 and "where the time goes" in out and "float kernels" not in out
+    assert asked == [True, None]  # the recipe in the file tells
+    monkeypatch.setattr(audit, "what_to_change", lambda *_: ())
+    _, out, _ = onnxq("audit", "q.onnx")
+    assert "what to change" not in out and "where the time goes" not in out

@@ -84,3 +84,23 @@ def test_runs_that_were_measured_before_count(monkeypatch):
     known = [(10.0, 5.0)] * 3
     found = side_by_side((clock.model(10.0), clock.model(5.0)), [({}, {})], known, seconds=0.0, limit=0.0)
     assert clock.runs == 0 and found.ratio == 2
+
+
+# ---- several models ------------------------------------------------------------------------------------------------------
+
+
+def named(clock: Clock, seconds: float) -> object:
+    runner = clock.model(seconds)
+    runner.get_inputs = runner.get_overridable_initializers = list
+    return runner
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(1e-6, 1000), (0.01, 25), (0.1, 5), (10.0, 3)])
+def test_several_models_run_in_turn(monkeypatch, seconds, rounds):
+    clock = Clock()
+    monkeypatch.setattr(speed, "time", clock)
+    runners = [named(clock, share * seconds) for share in (1.0, 2.0, 0.5, 0.5)]
+    found = speed.against_first(runners, {}, seconds=1.0, limit=2.0)
+    assert [one.ratio for one in found] == pytest.approx([1.0, 0.5, 2.0, 2.0])
+    assert {one.pairs for one in found} == {rounds} and clock.runs == 4 * (rounds + 1)
+    assert found[1].slower and not any(one.slower for one in (found[0], *found[2:]))

@@ -1,0 +1,131 @@
+"""The command that shows what runs, and where the time goes: audit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from onnxq_plugins import runtimes
+from onnxq_plugins.cli.console import echo, notify, show
+from onnxq_plugins.cli.options import CustomOps, DataPath, ImageOptions, Model, ShapeList, read_shapes
+from onnxq_plugins.data import model_inputs, open_data
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.export.provenance import recipe_of
+from onnxq_plugins.graph.reading import read
+from onnxq_plugins.plugins import find_plugins
+from onnxq_plugins.runtimes.audit import Audit
+from onnxq_plugins.runtimes.changes import what_to_change
+from onnxq_plugins.runtimes.onnxruntime import audit_model
+from onnxq_plugins.runtimes.openvino import audit_openvino
+from onnxq_plugins.runtimes.spending import Spent, classes
+
+
+def audit_command(
+    model: Model,
+    *,
+    against: Annotated[
+        Path | None, typer.Option(show_default=False, help="the float model: times and profiles both, interleaved")
+    ] = None,
+    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or openvino")] = "onnxruntime",
+    data: DataPath = "",
+    images: ImageOptions,
+    shape: ShapeList = None,
+    custom_ops: CustomOps = None,
+) -> None:
+    """Show for every layer of MODEL which kernel runs it, and if that is a float kernel, why.
+
+    With --against, --data or --shape also where the time goes, and what to change first.
+    """
+    for path in (model, against):
+        if path is not None:
+            read(path)
+    if runtime not in ("onnxruntime", "openvino"):
+        raise OnnxqError(f"runtime '{runtime}' is unknown; known: onnxruntime, openvino.")
+    if runtime == "openvino" and (against or data or shape):
+        raise OnnxqError(
+            "--against, --data and --shape are for times in onnxruntime; leave them out beside --runtime openvino "
+            "(OpenVINO's own benchmark_app measures there)."
+        )
+    feeds = open_data(data, model_inputs(read(model)), images.data_options()) if data else None
+    feeds = feeds and runtimes.rolled(feeds, lambda: runtimes.session(model))
+    shapes = read_shapes(shape)
+    audit = audit_openvino(model) if runtime == "openvino" else audit_model(model, against, data=feeds, shapes=shapes)
+    if changes := what_to_change(audit, _placed(model)):
+        echo("what to change:")
+        for number, text in enumerate(changes, 1):
+            echo(f"{number}. {text}")
+        echo("")
+    show(_audit_table(audit))
+    others = sorted(audit.other.items(), key=lambda item: -item[1])[:12]
+    echo(f"\nother operators: {', '.join(f'{n} {op}' for op, n in others) or 'none'}")
+    echo(audit.summary())
+    if accumulators := audit.accumulators():
+        echo(accumulators)
+    if audit.spending:
+        _show_spending(audit)
+    if audit.speedup is not None and audit.milliseconds is not None:
+        before, after = audit.milliseconds
+        times = f"{before:.3f} -> {after:.3f} ms"
+        echo(f"{audit.speedup:.2f}x the speed of {against} ({times}, 1 thread), timed on {audit.timed}")
+    elif audit.milliseconds is not None:
+        echo(f"{audit.milliseconds[0]:.3f} ms, 1 thread, timed on {audit.timed}")
+    if audit.untimed:
+        notify(f"note: {audit.untimed}")
+
+
+_NAMED = 5  # operators of a class
+
+
+def _placed(model: Path) -> bool | None:
+    """Whether the recipe that made a model placed its operators by what they cost; None if it tells none."""
+    try:
+        return find_plugins().recipe(recipe_of(model)[0]).provides("placement")
+    except OnnxqError:
+        return None
+
+
+def _show_spending(audit: Audit) -> None:
+    """Print the time of each class of kernels, in both models if there are two."""
+    models = ["float", "quantized"] if len(audit.spending) == 2 else [""]
+    table = Table("class of kernels", box=None, header_style="bold")
+    for name in models:
+        for column in ("kernels", "us", "%"):
+            table.add_column(f"{name} {column}".strip(), justify="right")
+    table.add_column("operators")
+    for name in classes(audit.spending):
+        rows = [spending.of_class(name) for spending in audit.spending]
+        cells = [cell for row in rows for cell in _spent_cells(row)]
+        ops = rows[-1].ops or rows[0].ops
+        words = ", ".join(f"{count} {op}" for op, count in list(ops.items())[:_NAMED]) + (
+            ", ..." if len(ops) > _NAMED else ""
+        )
+        table.add_row(name, *cells, escape(words) if set(ops) - {name} else "")
+    echo(f"\nwhere the time goes, on {audit.timed}:")
+    show(table)
+    for name, spending in zip(models, audit.spending, strict=True):
+        echo(f"{name}{': ' if name else ''}{spending.text}")
+
+
+def _spent_cells(row: Spent) -> tuple[str, str, str]:
+    """Kernels, microseconds and percent; empty for a class that a model does not have."""
+    if not row.count and not row.microseconds:
+        return ("", "", "")
+    return (str(row.count or ""), f"{row.microseconds:.1f}", f"{100 * row.share:.0f}")
+
+
+def _audit_table(audit: Audit) -> Table:
+    table = Table("layer", "operator", "kernel", "accumulator", "why float", box=None, header_style="bold")
+    for layer in audit.layers:
+        if layer.constant_weight or layer.quantized or layer.product:
+            bits = f"{layer.accumulator} bits" if layer.accumulator is not None else ""
+            cells = (escape(layer.name), layer.op, layer.kernel, bits, escape(layer.why))
+            table.add_row(*cells, style=None if layer.quantized else "yellow")
+    layers = {layer.name for layer in audit.layers if layer.constant_weight or layer.quantized or layer.product}
+    for held in audit.constants:
+        if held.name not in layers:
+            table.add_row(escape(held.name), held.op, held.op, "", escape(held.why), style="yellow" if held.floats else None)
+    return table

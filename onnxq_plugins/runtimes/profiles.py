@@ -1,0 +1,185 @@
+"""How long each kernel of a network takes in onnxruntime: its own profile, in runs that take turns with those of others and
+with runs without a profile, so that neither other work of the machine nor the profile itself counts."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from onnxq_plugins.runtimes.sessions import Feed, session, wanted
+from onnxq_plugins.spec import Array
+
+_EVENTS = 400_000  # of kernels in the profile of a session at most; onnxruntime drops those beyond a million
+_BRIEF = 20_000  # where reading them must take no longer than running
+TURN = 4  # runs of a session at a time, the first not counted
+_ROUNDS = 3  # turns of each session at least
+_FEWEST, _STEADY = 60, 0.005  # least number of runs; relative difference of the medians of both halves that ends them
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """A network with the times of its kernels.
+
+    milliseconds   of a whole run without profiling
+    optimized      the graph as optimized by onnxruntime
+    nodes          milliseconds of each of its nodes, with profiling [nodes]; NaN where one never ran
+    types          types and shapes of the inputs of each
+    runs           milliseconds of each run without profiling [runs]
+    """
+
+    milliseconds: float
+    optimized: onnx.GraphProto
+    nodes: Array
+    types: list[str]
+    runs: Array = field(default_factory=lambda: np.zeros(0))
+
+    def corrected(self) -> Array:
+        """Milliseconds of each node without what profiling adds [nodes], which together are no more than a run's."""
+        ports = np.array([max(len(node.input) + len(node.output), 1) for node in self.optimized.node], np.float64)
+        ran = ~np.isnan(self.nodes)
+        times = self.nodes.copy()
+        if ran.any():
+            extra = overhead(times[ran], ports[ran], self.milliseconds)
+            times[ran] = np.maximum(times[ran] - extra * ports[ran], 0.0)
+        return times
+
+
+def profile(
+    models: Sequence[onnx.ModelProto],
+    feed: Feed,
+    seconds: float,
+    *,
+    plain: Sequence[ort.InferenceSession] | None = None,
+    folders: Sequence[Path | None] = (),
+    brief: bool = False,
+) -> tuple[list[Profile], int]:
+    """Profiles of networks that run in turn, and the number of rounds.
+
+    plain     sessions of the networks, where there are some
+    folders   of their external data
+    brief     no more than that, and what reading takes: one short turn each where a few long ones take more than `seconds`
+    """
+    where = list(folders) or [None] * len(models)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = [Path(scratch) / f"{k}" for k in range(len(models))]
+        plain = plain or [session(model, folder=own) for model, own in zip(models, where, strict=True)]
+        profiled = []
+        for file, model, own in zip(files, models, where, strict=True):
+            file.mkdir()
+            profiled.append(session(model, profile=file / "profile", dump=file / "made.onnx", folder=own))
+        optimized = [onnx.load(str(file / "made.onnx"), load_external_data=False).graph for file in files]
+        most = (_BRIEF if brief else _EVENTS) // max((len(graph.node) for graph in optimized), default=1)
+        turn, least = TURN, _ROUNDS
+        if brief and 2 * least * turn * _once(plain, feed) > seconds:
+            turn, least = 2, 1
+        durations = interleaved([*plain, *profiled], feed, seconds, most, turn=turn, least=least)
+        events = [json.loads(Path(runner.end_profiling()).read_text(encoding="utf-8")) for runner in profiled]
+        return [
+            Profile(typical(own), graph, *_events(graph, each, turn), own)
+            for own, graph, each in zip(durations, optimized, events, strict=False)
+        ], len(durations[0])
+
+
+def _once(runners: Sequence[ort.InferenceSession], feed: Feed) -> float:
+    """Seconds of a run of each, after a first one that found everything cold."""
+    for _ in range(2):
+        start = time.perf_counter()
+        for runner in runners:
+            runner.run(None, dict(wanted(runner, feed)))
+    return time.perf_counter() - start
+
+
+def interleaved(
+    runners: Sequence[ort.InferenceSession],
+    feed: Feed,
+    seconds: float,
+    most: int = 10_000,
+    *,
+    turn: int = TURN,
+    least: int = _ROUNDS,
+) -> list[Array]:
+    """Milliseconds of each run of each session [rounds]. They take turns, so that a noisy machine affects all alike, each
+    with some runs at a time: the first one, which finds the caches full of another's weights, is not counted.
+
+    most    runs of each session
+    turn    runs of a session at a time
+    least   turns of each
+    """
+    durations: list[list[float]] = [[] for _ in runners]
+    feeds = [dict(wanted(runner, feed)) for runner in runners]
+    rounds, stop = 0, time.perf_counter() + seconds
+    while rounds < least or (rounds * turn < most and time.perf_counter() < stop and not _steady(durations)):
+        for runner, values, own in zip(runners, feeds, durations, strict=True):
+            for k in range(turn):
+                start = time.perf_counter()
+                runner.run(None, values)
+                own += [1e3 * (time.perf_counter() - start)] * (k > 0)
+        rounds += 1
+    return [np.array(own) for own in durations]
+
+
+def overhead(durations: Array, ports: Array, total: float) -> float:
+    """The least x >= 0 for which the sum of max(duration - x * ports, 0) is at most `total`.
+
+    durations, ports   [n], durations not negative, ports positive
+    """
+    order = np.argsort(-durations / ports)  # those that reach zero last are first
+    durations, ports = durations[order], ports[order]
+    if durations.sum() <= total:
+        return 0.0
+    level = (np.cumsum(durations) - total) / np.cumsum(ports)  # x, if so many of the first stay above zero
+    return max(float(level.max()), 0.0)  # x is smaller for more or fewer of them
+
+
+def typical(milliseconds: Array) -> float:
+    """Duration of undisturbed runs [n]: the mean of the fastest quarter."""
+    return float(milliseconds[fastest(milliseconds)].mean())
+
+
+def fastest(values: Array) -> Array:
+    """Positions of the smallest quarter of values [n]: undisturbed runs, on a machine with other work."""
+    return np.argsort(values, kind="stable")[: -(-len(values) // 4)]
+
+
+def _steady(durations: Sequence[Sequence[float]]) -> bool:
+    """True if both halves of the runs agree for every session."""
+    runs = len(durations[0]) if durations else _FEWEST
+    if runs < _FEWEST or runs % _FEWEST:  # not after every round: the check takes time, too
+        return False
+    halves = [(typical(np.array(own[: runs // 2])), typical(np.array(own[runs // 2 :]))) for own in durations]
+    return all(abs(a - b) <= _STEADY * b for a, b in halves)
+
+
+def _events(graph: onnx.GraphProto, events: Sequence[Mapping[str, object]], turn: int) -> tuple[Array, list[str]]:
+    """Milliseconds and types of inputs per node of an optimized graph, mean of its fastest runs. Kernels inside Loop or If
+    bodies are left out: their time is part of the node that contains them.
+
+    turn   runs at a time, the first not counted
+    """
+    names = {node.name for node in graph.node if node.name}
+    recorded: dict[str, dict[str, list[float]]] = defaultdict(dict)  # name -> number of the node -> its durations
+    types: dict[str, str] = {}
+    for event in events:
+        if event["cat"] == "Node":
+            details = event["args"]
+            assert isinstance(details, dict) and isinstance(event["dur"], int)
+            name = str(event["name"]).removesuffix("_kernel_time")
+            key, number = name if name in names else str(details["op_name"]), str(details["node_index"])
+            recorded[key].setdefault(number, []).append(event["dur"] / 1e3)
+            types[number] = json.dumps(details["input_type_shape"])
+    left = {key: list(numbers) for key, numbers in recorded.items()}  # nodes of one name, in the order they ran
+    numbers = [left[key].pop(0) if left.get(key := node.name or node.op_type) else "" for node in graph.node]
+    durations = {number: np.array(values) for each in recorded.values() for number, values in each.items()}
+    runs = max(map(len, durations.values()), default=0)
+    table = np.array([durations[n] if n and len(durations[n]) == runs else np.full(runs, np.nan) for n in numbers])
+    table = table.reshape(len(numbers), runs)[:, np.arange(runs) % turn > 0]
+    return table[:, fastest(np.nansum(table, axis=0))].mean(axis=1), [types.get(number, "") for number in numbers]
