@@ -22,9 +22,11 @@ from onnxq_plugins.graph import (
 )
 from onnxq_plugins.hookspecs import hookimpl
 from onnxq_plugins.job import Job, Pass, Recipe
+from onnxq_plugins.report.causes import Cause
 from onnxq_plugins.report.check import Check
 from onnxq_plugins.report.curve import Curve, point_recipe
 from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
+from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.runtimes import register_custom_ops
 from onnxq_plugins.runtimes.audit import Audit, LayerAudit
 from onnxq_plugins.runtimes.onnxruntime import audit_model
@@ -37,6 +39,7 @@ __all__ = [
     "Audit",
     "BatchNorm",
     "Calibration",
+    "Cause",
     "ChannelGroup",
     "Check",
     "Curve",
@@ -56,6 +59,7 @@ __all__ = [
     "Plan",
     "QuantSpec",
     "Recipe",
+    "Remedy",
     "Result",
     "Rule",
     "Target",

@@ -30,7 +30,7 @@ from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.graph.conform import conform
 from onnxq_plugins.graph.opsets import NARROW_OPSET, opset_of
 from onnxq_plugins.job import Job, Metric, Outcome, Quality, Recipe, Report
-from onnxq_plugins.laws import is_random, run_pass
+from onnxq_plugins.laws import exporting, is_random, proposed, run_pass
 from onnxq_plugins.layers.complete import complete, complete_constants
 from onnxq_plugins.layers.float_inputs import keep_inputs_float
 from onnxq_plugins.measure.metrics import check_graph_labels, find_metric, metric_name, top1
@@ -177,7 +177,7 @@ def _finished(
     left = (job.plan, job.report, job.graph, job.target, data, model, job.recipe, partial(again, data=data), job.class_axis)
     if bad := [*job.report.warnings, *([missed] if missed else [])]:
         warnings.warn("; ".join(bad), OnnxqWarning, stacklevel=3)
-    return Result(exported, *left, shown, checked, missed)
+    return Result(exported, *left, shown, partial(proposed, plugins, job), checked, missed)
 
 
 def _solved(
@@ -378,6 +378,7 @@ def _export(
         model = export(job.graph, job.plan, job.target, data=data)
         rows = [] if data is not None else _quantize_branches(job, model, again)
         shown = compact(model, {node.name for node in job.graph.nodes}, again.keywords["names"], folds=job.target.here)
+        model = model if data is not None else exporting(plugins, job, model)
         OnnxqError.check(missing_operators(job.target, model))
         if text := _newer_version(job.graph, model):
             job.note(text)

@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx import ModelProto
 
 from onnxq_plugins import measure, runtimes
 from onnxq_plugins.data import Data, graph_inputs
 from onnxq_plugins.errors import OnnxqError, raised
-from onnxq_plugins.graph import Graph
+from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.soundness import Structure, mend, newest_named, same_structure, structure
 from onnxq_plugins.job import Job, Pass, parameters
 from onnxq_plugins.plan.entries import entry_problem
 from onnxq_plugins.plan.missing import missing
 from onnxq_plugins.plugins import Plugins
+from onnxq_plugins.report.causes import Cause
+from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.spec import Array, Plan
 
 DRIFT = 1e-4  # law L1, relative
@@ -196,3 +200,49 @@ def _feeds(graph: Graph, data: Data | None) -> list[dict[str, Array]]:
             for i in graph_inputs(graph)
         }
     ]
+
+
+# ---- other hooks of guests ------------------------------------------------------------------------------------------------
+
+
+def proposed(plugins: Plugins, job: Job, cause: Cause, layer: Layer | None) -> tuple[Remedy, ...]:
+    """What all plugins propose against a cause, built-ins first. Raises LawBroken for what is no list of remedies."""
+    found: list[Remedy] = []
+    for label, propose in plugins.each("onnxq_remedies"):
+        given = propose(cause=cause, layer=layer, job=job)
+        wrong = [one for one in given if not isinstance(one, Remedy)] if isinstance(given, (list, tuple)) else [given]
+        if wrong:
+            what = "nothing" if wrong[0] is None else f"a {type(wrong[0]).__name__}"
+            raise LawBroken(
+                f"onnxq_remedies of plugin {plugins.owner(label)} returns {what} where a list of Remedy values is wanted; "
+                "return [] for none."
+            )
+        found += given
+    return tuple({one.typed: one for one in found}.values())
+
+
+def exporting(plugins: Plugins, job: Job, model: ModelProto) -> ModelProto:
+    """The model that all plugins make of an exported one. Raises LawBroken where one leaves no valid file."""
+    for label, change in plugins.each("onnxq_exporting"):
+        who, ports = f"onnxq_exporting of plugin {plugins.owner(label)}", _ports(model)
+        made = change(job=job, model=model)
+        if not isinstance(made, ModelProto):
+            what = "nothing" if made is None else f"a {type(made).__name__}"
+            raise LawBroken(f"{who} returns {what} instead of a ModelProto; end it with: return model.")
+        if _ports(made) != ports:
+            raise LawBroken(f"{who} changes the inputs and outputs {ports} to {_ports(made)}; keep their names and order.")
+        try:
+            onnx.checker.check_model(made)
+            runtimes.session(made, optimize=False)
+        except OnnxqError as error:
+            if not job.target.foreign:
+                raise LawBroken(f"what {who} returns cannot be loaded ({str(error).rstrip('.')}).") from error
+        except Exception as error:  # onnx raises types of its own
+            text = " ".join(str(error).partition("==>")[0].split())[:200].rstrip(".")
+            raise LawBroken(f"what {who} returns is no valid model, onnx.checker says: {text}.") from error
+        model = made
+    return model
+
+
+def _ports(model: ModelProto) -> list[str]:
+    return [port.name for ports in (model.graph.input, model.graph.output) for port in ports]

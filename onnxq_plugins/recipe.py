@@ -31,7 +31,10 @@ def builtin_recipes() -> dict[str, Path]:
 
 
 def load_recipe(
-    recipe: str | Path | Mapping[str, Any] | Recipe, passes: Mapping[str, type[Pass]], settings: Settings = ()
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    passes: Mapping[str, type[Pass]],
+    settings: Settings = (),
+    recipes: Mapping[str, Path] | None = None,
 ) -> Recipe:
     """Make a Recipe.
 
@@ -39,6 +42,7 @@ def load_recipe(
     passes     the known passes by name
     settings   changes such as ``ranges.method=mse`` or ``weights.bits=4``, where the right side is a TOML value or a word;
                or mappings such as {"weights.bits": 4}
+    recipes    files of recipes by name; None: the built-in ones
 
     Raises OnnxqError with all problems at once.
     """
@@ -47,7 +51,9 @@ def load_recipe(
     elif isinstance(recipe, Mapping):
         table, where, name = dict(recipe), "the recipe", ""
     else:
-        table, where, name = *_read(recipe), Path(recipe).stem
+        files = builtin_recipes() if recipes is None else recipes
+        table, where = _read(recipe, files)
+        name = str(recipe) if str(recipe) in files else Path(recipe).stem
     problems: list[str] = []
     settings = _texts(settings, problems)
     for setting in settings:
@@ -163,8 +169,7 @@ def _rules(table: Mapping[str, Any], where: str, problems: list[str]) -> list[La
     return rules
 
 
-def _read(recipe: str | Path) -> tuple[dict[str, Any], str]:
-    builtin = builtin_recipes()
+def _read(recipe: str | Path, builtin: Mapping[str, Path]) -> tuple[dict[str, Any], str]:
     path = Path(recipe)
     if str(recipe) in builtin:
         path = builtin[str(recipe)]

@@ -29,7 +29,6 @@ from onnxq_plugins.job import default_of
 from onnxq_plugins.plan import requests
 from onnxq_plugins.plan.constants import ConstantRequest
 from onnxq_plugins.plugins import BUILTIN_SOURCE, Plugins, find_plugins
-from onnxq_plugins.recipe import builtin_recipes
 from onnxq_plugins.runtimes.examples import Shapes, examples, first_running, written
 from onnxq_plugins.targets.refusals import choices, problems
 
@@ -113,8 +112,8 @@ def _shorten(text: str, width: int) -> str:
 
 
 def recipes_command(name: Annotated[str, typer.Argument(help="a recipe: prints it", show_default=False)] = "") -> None:
-    """List the built-in recipes, or print one (a start for your own)."""
-    recipes = builtin_recipes()
+    """List the recipes, or print one (a start for your own)."""
+    recipes = find_plugins().recipes
     if name:
         if name not in recipes:
             raise OnnxqError(f"recipe '{name}' is unknown; {known(name, recipes)}.")

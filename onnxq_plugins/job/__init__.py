@@ -290,6 +290,7 @@ class Outcome:
     again    quantizes the same model on the same data by another recipe: again(recipe, settings=())
     class_axis   of the classes in the outputs, as the user gave it
     names    tensor of `graph` -> its name in `model`, where that is another one
+    propose  the remedies that plugins have against a cause: propose(cause, layer)
     """
 
     model: onnx.ModelProto
@@ -303,6 +304,7 @@ class Outcome:
     again: Callable[..., Outcome] | None = None
     class_axis: int | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    propose: Callable[[Any, Layer | None], Any] | None = None
 
     @property
     def float_model(self) -> onnx.ModelProto:

@@ -1,10 +1,11 @@
 """acme-side: a pass that adds operators: a float side path for channels that widen a grid."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from onnxq_plugins import Job, Layer, Pass, hookimpl
+from onnxq_plugins import Cause, Job, Layer, Pass, Remedy, hookimpl
 from onnxq_plugins.job import Stage
 
 
@@ -89,3 +90,16 @@ class SidePath(Pass):
 @hookimpl
 def onnxq_passes() -> list[type[Pass]]:
     return [SidePath]
+
+
+@hookimpl
+def onnxq_recipes() -> dict[str, Path]:
+    return {"acme.side": Path(__file__).with_name("side.toml")}
+
+
+@hookimpl
+def onnxq_remedies(cause: Cause, layer: Layer | None) -> list[Remedy]:
+    """`onnxq diagnose --try` and `onnxq auto` try it where a few channels hold the range."""
+    if cause.kind == "outlier-channels" and layer is not None and layer.op in ("MatMul", "Gemm"):
+        return [Remedy("outlier channels in a float side path", passes=(SidePath(),))]
+    return []
