@@ -49,10 +49,12 @@ def mend(graph: Graph, before: Structure) -> str:
     if problem := next(_names(graph), ""):  # graphsurgeon goes by names
         return problem
     try:
-        graph._graph.cleanup()
+        if not _tidy(graph):
+            graph._graph.cleanup()
         if problem := next(_broken_edges(graph), ""):
             return problem
-        graph.tidy()
+        if not _tidy(graph):
+            graph.tidy()
     except Exception as error:  # graphsurgeon raises its own kinds
         text = " ".join(str(error).split())[:200].rstrip(".")
         return f"cannot be put in order ({text or type(error).__name__}); do operators read each other in a circle?"
@@ -61,6 +63,18 @@ def mend(graph: Graph, before: Structure) -> str:
         return problem
     _infer(graph, before)
     return ""
+
+
+def _tidy(graph: Graph) -> bool:
+    """True if the operators are in order and all needed: sorting them again would give another order of the same worth, and
+    statistics that a pass carries over are known by the order."""
+    inner = graph._graph
+    outputs, place = {id(t) for t in inner.outputs}, {id(node): n for n, node in enumerate(inner.nodes)}
+    return all(
+        any(t.outputs or id(t) in outputs for t in node.outputs)
+        and all(place.get(id(writer), n) < n for t in node.inputs for writer in t.inputs)
+        for n, node in enumerate(inner.nodes)
+    )
 
 
 def _names(graph: Graph) -> Iterator[str]:
