@@ -22,11 +22,13 @@ from onnxq_plugins.graph import (
 )
 from onnxq_plugins.hookspecs import hookimpl
 from onnxq_plugins.job import Job, Pass, Recipe
+from onnxq_plugins.report.causes import Cause
 from onnxq_plugins.report.check import Check
 from onnxq_plugins.report.comparison import Comparison
 from onnxq_plugins.report.comparison import compare_models as compare
 from onnxq_plugins.report.curve import Curve, point_recipe
 from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
+from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.runtimes import register_custom_ops
 from onnxq_plugins.runtimes.audit import Audit, LayerAudit
 from onnxq_plugins.runtimes.audits import audit
@@ -40,6 +42,7 @@ __all__ = [
     "Audit",
     "BatchNorm",
     "Calibration",
+    "Cause",
     "ChannelGroup",
     "Check",
     "Comparison",
@@ -60,6 +63,7 @@ __all__ = [
     "Plan",
     "QuantSpec",
     "Recipe",
+    "Remedy",
     "Result",
     "Rule",
     "Target",

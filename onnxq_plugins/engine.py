@@ -26,9 +26,10 @@ from onnxq_plugins.export.compact import Names, check_names, compact
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph import Graph, Model, as_model, load
+from onnxq_plugins.graph.conform import conform
 from onnxq_plugins.graph.opsets import NARROW_OPSET, opset_of
 from onnxq_plugins.job import Job, Metric, Outcome, Quality, Recipe, Report
-from onnxq_plugins.laws import is_random, run_pass
+from onnxq_plugins.laws import exporting, is_random, proposed, run_pass
 from onnxq_plugins.layers.complete import complete, complete_constants
 from onnxq_plugins.layers.float_inputs import keep_inputs_float
 from onnxq_plugins.measure.metrics import check_graph_labels, find_metric, metric_name, top1
@@ -46,7 +47,8 @@ from onnxq_plugins.report.page import write_report
 from onnxq_plugins.report.summary import describe, original_size
 from onnxq_plugins.search.quality import keep_quality
 from onnxq_plugins.spec import Array
-from onnxq_plugins.targets.refusals import problems
+from onnxq_plugins.targets import Target
+from onnxq_plugins.targets.refusals import missing_operators, problems
 
 _WILD = 8.0  # times the magnitude that any other sample has
 
@@ -153,7 +155,7 @@ def quantize(
     goals = _goals(min_sqnr, min_speed, keep, seed=seed, workers=workers or 0, samples=samples)
     installed = find_plugins(plugins := list(plugins), trace)
     loaded = _read_recipe(installed, recipe, settings, exclude, target, samples, state, min_sqnr)
-    read = partial(_read_model, model, float32, installed.target(loaded.target).flatten, path)
+    read = partial(_read_model, model, float32, installed.target_of(loaded), path)
     opened = partial(_calibration, data=data, recipe=loaded, labels=labels, cache=cache, workers=workers, track=track)
     prepare = partial(_prepare, installed, loaded, seed, metric, class_axis)
     solved = _solved(read, opened, prepare, partial(_run, plugins=installed, verify=verify))
@@ -179,7 +181,7 @@ def _finished(
     left = (job.plan, job.report, job.graph, job.target, data, model, job.recipe, partial(again, data=data), job.class_axis)
     if bad := [*job.report.warnings, *([missed] if missed else [])]:
         warnings.warn("; ".join(bad), OnnxqWarning, stacklevel=4)
-    return Result(exported, *left, shown, checked, missed)
+    return Result(exported, *left, shown, partial(proposed, plugins, job), checked, missed)
 
 
 def _solved(
@@ -242,7 +244,7 @@ def _read_recipe(
 
 
 def _read_model(
-    model: Model, float32: bool, flatten: bool, output: Path | None
+    model: Model, float32: bool, target: Target, output: Path | None
 ) -> tuple[Graph, Path | onnx.ModelProto | None, int]:
     """The graph, the user's own model (None for a Graph, and where `output` will replace it) and its bytes. Raises
     OnnxqError
@@ -250,7 +252,7 @@ def _read_model(
     if output is not None:
         files.check_writable(output)
     model = as_model(model)
-    graph = load(model, float32=float32, flatten=flatten)
+    graph = conform(load(model, float32=float32, flatten=target.flatten), target.operators)
     source = model.absolute() if isinstance(model, Path) else None if isinstance(model, Graph) else model
     size = original_size(graph, source)
     replaced = isinstance(source, Path) and output is not None and source.resolve() == output.resolve()
@@ -294,7 +296,7 @@ def _prepare(
     unfit   activations that are NaN or infinite
     """
     judge = None if metric is None else find_metric(metric)
-    graph, data, target = calibration.graph, calibration.data, plugins.target(recipe.target)
+    graph, data, target = calibration.graph, calibration.data, plugins.target_of(recipe)
     if data is not None and judge in (None, top1):
         check_graph_labels(data, graph, class_axis)
     excluded = mark_excluded(graph, recipe)
@@ -385,6 +387,8 @@ def _export(
         model = export(job.graph, job.plan, job.target, data=data)
         rows = [] if data is not None else _quantize_branches(job, model, again)
         shown = compact(model, {node.name for node in job.graph.nodes}, again.keywords["names"], folds=job.target.here)
+        model = model if data is not None else exporting(plugins, job, model)
+        OnnxqError.check(missing_operators(job.target, model))
         if text := _newer_version(job.graph, model):
             job.note(text)
         parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]

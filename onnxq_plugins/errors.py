@@ -18,6 +18,7 @@ Kind = Literal[
     "slower",  # integer kernels and conversions would take longer
     "quality",  # in 8 bits it would cost the outputs too much
     "outliers",  # it reads a few channels that would widen a grid
+    "pass",  # a pass keeps it so (`Job.keep_float`)
     "unsupported",  # no quantized kernel for this operator
     "weight-only",  # no kernel for a quantized weight beside float activations
     "not-finite",  # values that are NaN or infinite in the float model

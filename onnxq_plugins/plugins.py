@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 import reprlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from itertools import chain
 from pathlib import Path
@@ -26,7 +27,7 @@ from onnxq_plugins import hookspecs
 from onnxq_plugins.errors import OnnxqError, known, raised
 from onnxq_plugins.job import Job, Pass, Recipe
 from onnxq_plugins.passes import BUILTIN
-from onnxq_plugins.recipe import Settings, load_recipe
+from onnxq_plugins.recipe import Settings, builtin_recipes, load_recipe
 from onnxq_plugins.targets import BUILTIN as TARGETS
 from onnxq_plugins.targets import Target
 
@@ -47,6 +48,14 @@ class _Builtins:
     def onnxq_targets(self) -> list[Target]:
         return list(TARGETS)
 
+    @hookspecs.hookimpl
+    def onnxq_recipes(self) -> dict[str, Path]:
+        return builtin_recipes()
+
+    @hookspecs.hookimpl
+    def onnxq_remedies(self, cause: Any) -> list[Any]:
+        return list(cause.remedies)
+
     @hookspecs.hookimpl(trylast=True)
     def onnxq_run_pass(self, step: Pass, job: Any) -> dict[str, Any]:
         return step.apply(job) or {}
@@ -63,6 +72,31 @@ class Plugins:
     versions: dict[str, str]  # distribution -> version
     broken: dict[str, str]  # entry point -> what is wrong
     labels: dict[str, str]  # name of a plugin in the manager -> distribution
+    recipes: dict[str, Path]  # by name
+
+    def each(self, hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """The implementations of a hook, built-ins first: the label of the plugin, and a function of the hook's arguments
+        that returns what it returns, None for nothing. It raises OnnxqError with the owner of what fails."""
+        for one in getattr(self.manager.hook, hook).get_hookimpls():
+            others = [plugin for plugin in self.manager.get_plugins() if plugin is not one.plugin]
+            alone = self.manager.subset_hook_caller(hook, others)
+            yield one.plugin_name, partial(self._call, f"{hook} of plugin {self.owner(one.plugin_name)}", alone)
+
+    @staticmethod
+    def _call(who: str, alone: Callable[..., list[Any]], **arguments: Any) -> Any:
+        try:
+            found = alone(**arguments)
+        except OnnxqError:
+            raise
+        except Exception as error:  # whatever a stranger's code raises
+            raise OnnxqError(f"{who} fails with {raised(error)}; this is a bug of the plugin.") from error
+        return found[0] if found else None
+
+    def owner(self, label: str) -> str:
+        """A plugin with its package and version, for a sentence."""
+        source = self.labels.get(label, "")
+        version = f" {self.versions[source]}" if source in self.versions else ""
+        return f"'{label}'" + (f" ({source}{version})" if version else "")
 
     def target(self, name: str) -> Target:
         """The target of that name. Raises OnnxqError listing the known ones."""
@@ -70,10 +104,14 @@ class Plugins:
             raise OnnxqError(f"target '{name}' is unknown; {known(name, sorted(self.targets))}." + self.excuse())
         return self.targets[name]
 
+    def target_of(self, recipe: Recipe) -> Target:
+        """The target of a recipe, with what the recipe sets for its vendor."""
+        return self.target(recipe.target).with_settings(recipe.vendors)
+
     def recipe(self, recipe: str | Path | Mapping[str, Any] | Recipe, settings: Settings = ()) -> Recipe:
         """`load_recipe` with these passes. Raises OnnxqError, with broken plugins first: they may be the reason."""
         try:
-            return load_recipe(recipe, self.passes, settings)
+            return load_recipe(recipe, self.passes, settings, self.recipes)
         except OnnxqError as error:
             raise OnnxqError(*([self.excuse().strip()] if self.broken else []), *error.problems) from None
 
@@ -90,7 +128,7 @@ def find_plugins(extra: Iterable[object] = (), trace: Trace | None = None) -> Pl
     A name that two plugins provide belongs to neither: both are left out, and recipes that use it get an error.
     """
     labels: dict[str, str] = {}
-    plugins = Plugins(_manager(labels, trace), {}, {}, {}, {}, {}, labels)
+    plugins = Plugins(_manager(labels, trace), {}, {}, {}, {}, {}, labels, {})
     _add(plugins, _Builtins(), "built-in", BUILTIN_SOURCE, trace, guest=False)
     for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
         source = point.dist.name if point.dist is not None else point.name
@@ -133,8 +171,9 @@ def _add(plugins: Plugins, plugin: object, name: str, source: str, trace: Trace 
             raise ValueError("it is registered already")
         alone.check_pending()
         hooks = {caller.name for caller in alone.get_hookcallers(plugin) or ()}
-        passes = list(chain(*alone.hook.onnxq_passes())) if "onnxq_passes" in hooks else []
-        targets = list(chain(*alone.hook.onnxq_targets())) if "onnxq_targets" in hooks else []
+        passes = _brought(alone, "onnxq_passes", hooks, "MyPass")
+        targets = _brought(alone, "onnxq_targets", hooks, "MY_TARGET")
+        recipes = _brought_recipes(alone, guest) if "onnxq_recipes" in hooks else []
         for kind in passes:
             _check_pass(kind, guest)
         for target in targets:
@@ -149,6 +188,7 @@ def _add(plugins: Plugins, plugin: object, name: str, source: str, trace: Trace 
     registries: tuple[tuple[str, dict[str, Any], list[Any]], ...] = (
         ("pass", plugins.passes, passes),
         ("target", plugins.targets, targets),
+        ("recipe", plugins.recipes, recipes),
     )
     taken = set(plugins.sources)
     for what, registry, items in registries:
@@ -156,11 +196,45 @@ def _add(plugins: Plugins, plugin: object, name: str, source: str, trace: Trace 
             first = plugins.sources.setdefault(key := f"{what} {item.name}", source)
             if key not in taken:
                 taken.add(key)
-                registry[item.name] = item
+                registry[item.name] = item.file if isinstance(item, _RecipeFile) else item
                 continue
             if first != BUILTIN_SOURCE:  # which one a recipe means is not known
                 registry.pop(item.name, None)
             _broken(plugins, label, f"{what} '{item.name}' comes from both '{first}' and '{source}'; uninstall one of them")
+
+
+def _brought(alone: pluggy.PluginManager, hook: str, hooks: Container[str], example: str) -> list[Any]:
+    """What a plugin lists through a hook. Raises TypeError for anything but a list, with what was probably meant."""
+    if hook not in hooks:
+        return []
+    found = getattr(alone.hook, hook)()  # pluggy leaves out None
+    if not found:
+        raise TypeError(f"{hook} returns nothing; end it with: return [{example}]")
+    for each in found:
+        if not isinstance(each, (list, tuple, set, frozenset)):
+            name, what = (each.__name__, "class ") if isinstance(each, type) else (type(each).__name__, "a ")
+            raise TypeError(f"{hook} returns {what}{name} instead of a list; return [{name}]")
+    return list(chain(*found))
+
+
+@dataclass(frozen=True)
+class _RecipeFile:
+    name: str
+    file: Path
+
+
+def _brought_recipes(alone: pluggy.PluginManager, guest: bool) -> list[_RecipeFile]:
+    """The recipes of a plugin. Raises TypeError or ValueError for what is no mapping from names to files."""
+    found = alone.hook.onnxq_recipes()
+    if not found or not isinstance(found[0], Mapping):
+        what = f"a {type(found[0]).__name__}" if found else "nothing"
+        raise TypeError(f'onnxq_recipes returns {what} instead of a dict; return {{"vendor.name": Path(...)}}')
+    for name, file in found[0].items():
+        if guest and "." not in name:
+            raise ValueError(f"recipe '{name}' needs a name like vendor.{name}")
+        if not Path(file).is_file():
+            raise ValueError(f"recipe '{name}': there is no file '{file}'; is it part of the wheel?")
+    return [_RecipeFile(name, Path(file)) for name, file in found[0].items()]
 
 
 def _check_pass(kind: Any, guest: bool) -> None:

@@ -33,7 +33,10 @@ def builtin_recipes() -> dict[str, Path]:
 
 
 def load_recipe(
-    recipe: str | Path | Mapping[str, Any] | Recipe, passes: Mapping[str, type[Pass]], settings: Settings = ()
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    passes: Mapping[str, type[Pass]],
+    settings: Settings = (),
+    recipes: Mapping[str, Path] | None = None,
 ) -> Recipe:
     """Make a Recipe.
 
@@ -42,22 +45,25 @@ def load_recipe(
     passes     the known passes by name
     settings   changes such as ``ranges.method=mse`` or ``weights.bits=4``, where the right side is a TOML value or a word;
                or mappings such as {"weights.bits": 4}
+    recipes    files of recipes by name; None: the built-in ones
 
     Raises OnnxqError with all problems at once.
     """
+    files = builtin_recipes() if recipes is None else recipes
     if isinstance(recipe, Recipe):
         table, where, name = recipe.to_dict(), "the recipe", recipe.name
     elif isinstance(recipe, Mapping):
         table, where, name = dict(recipe), "the recipe", ""
     elif isinstance(recipe, (str, os.PathLike)):
-        table, where, name = *_read(recipe), Path(recipe).stem
+        table, where = _read(recipe, files)
+        name = str(recipe) if str(recipe) in files else Path(recipe).stem
     else:
         raise OnnxqError(
             f"an object of type {type(recipe).__name__} is no recipe; give the name of a built-in, the path of a "
             ".toml or .json file, a mapping with its tables, or a Recipe."
         )
     problems: list[str] = []
-    table = _extended(table, where, passes, problems)
+    table = _extended(table, where, passes, files, problems)
     settings = _texts(settings, problems)
     for setting in settings:
         apply_setting(table, setting, problems)
@@ -85,16 +91,15 @@ def parse(
             requests[key] = _build(getattr(Recipe, key), values, f"{where}, [{key}]", problems)
         else:
             problems.append(f"{where}: {key} must be a table.")
-    target = table.get("target", Recipe.target)
-    if not isinstance(target, str):
-        problems.append(f"{where}: target must be a name.")
+    target, vendors = _target(table.get("target", Recipe.target), where, problems)
     exclude = _fit(table.get("exclude", []), tuple[str, ...])
     if exclude is _WRONG:
         problems.append(f"{where}: exclude = {table['exclude']!r} must be a list of names of operators.")
     for key in ("weights", "activations"):
         _check_request(requests.get(key), f"{where}, [{key}]", problems)
     OnnxqError.check(problems)
-    return Recipe(str(target), passes=tuple(steps), layers=tuple(rules), name=name, exclude=exclude, **requests)
+    more: dict[str, Any] = {"vendors": vendors, "exclude": exclude, **requests}
+    return Recipe(target, passes=tuple(steps), layers=tuple(rules), name=name, **more)
 
 
 def to_toml(recipe: Mapping[str, Any]) -> str:
@@ -128,6 +133,20 @@ def _literal(value: Any) -> str:
 
 
 # ---- details --------------------------------------------------------------------------------------------------------------
+
+
+def _target(value: Any, where: str, problems: list[str]) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The target's name, and settings by vendor: a text, or a table with both."""
+    table = dict(value) if isinstance(value, Mapping) else {"use": value}
+    name = table.pop("use", Recipe.target)
+    if not isinstance(name, str):
+        problems.append(f"{where}: target must be a name.")
+    if wrong := [key for key, values in table.items() if not isinstance(values, Mapping)]:
+        problems.append(
+            f"{where}, [target]: '{wrong[0]}' must be a table of settings by vendor, such as [target.acme] with soc = 3; "
+            'the name of the target is use = "acme.npu".'
+        )
+    return str(name), {str(key): dict(values) for key, values in table.items() if isinstance(values, Mapping)}
 
 
 def _passes(table: Mapping[str, Any], passes: Mapping[str, type[Pass]], where: str, problems: list[str]) -> list[Pass]:
@@ -164,7 +183,12 @@ def _rules(table: Mapping[str, Any], where: str, problems: list[str]) -> list[La
 
 
 def _extended(
-    table: dict[str, Any], where: str, passes: Mapping[str, type[Pass]], problems: list[str], seen: tuple[str, ...] = ()
+    table: dict[str, Any],
+    where: str,
+    passes: Mapping[str, type[Pass]],
+    files: Mapping[str, Path],
+    problems: list[str],
+    seen: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """The tables of a recipe with those of the one that it extends. Keys of tables, and parameters of passes that both have,
     are its own; its other passes go behind the last one of their stage or an earlier one; its rules go behind the others."""
@@ -180,8 +204,8 @@ def _extended(
         other = " that does not extend it" * bool(seen)
         problems.append(f"{where}: extends = {base!r} must be a built-in recipe or a file{other}.")
         return own
-    under, place = _read(base)
-    under = _extended(under, place, passes, problems, (*seen, base))
+    under, place = _read(base, files)
+    under = _extended(under, place, passes, files, problems, (*seen, base))
     steps = [dict(step) for step in _tables(under, "pass", place, problems)]
     names = [str(step.get("use")) for step in steps]
     steps = [step for step in steps if step.get("use") not in without]
@@ -210,8 +234,7 @@ def _place(steps: list[dict[str, Any]], values: Mapping[str, Any], passes: Mappi
     return max((n + 1 for n, stage in enumerate(at[:-1]) if stage <= at[-1]), default=0)
 
 
-def _read(recipe: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
-    builtin = builtin_recipes()
+def _read(recipe: str | os.PathLike[str], builtin: Mapping[str, Path]) -> tuple[dict[str, Any], str]:
     path = Path(recipe)
     if str(recipe) in builtin:
         path = builtin[str(recipe)]
@@ -252,8 +275,13 @@ def apply_setting(table: dict[str, Any], setting: str, problems: list[str]) -> N
         value = tomllib.loads(f"v = {right}")["v"]
     except tomllib.TOMLDecodeError:
         value = right.strip()
-    if not dot:
-        table[key] = value
+    if not dot:  # the target
+        settings = table.get(key)
+        table[key] = {**settings, "use": value} if isinstance(settings, dict) else value
+    elif name.startswith("target."):
+        chosen = table.get("target", Recipe.target)
+        chosen, vendor = dict(chosen) if isinstance(chosen, dict) else {"use": chosen}, name.removeprefix("target.")
+        table["target"] = {**chosen, vendor: {**chosen.get(vendor, {}), key: value}}
     elif name in ("weights", "activations", "data", "quality"):
         table[name] = {**table.get(name, {}), key: value}
     else:

@@ -32,6 +32,7 @@ from onnxq_plugins.measure.metrics import (
 )
 from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
 from onnxq_plugins.parallel import Track, silent
+from onnxq_plugins.plugins import BUILTIN_SOURCE, find_plugins
 from onnxq_plugins.report.attempts import with_remedy
 from onnxq_plugins.report.candidates import FLOAT, Bar, Candidate, Prefer, choose
 from onnxq_plugins.report.diagnosis import diagnose
@@ -167,11 +168,19 @@ def auto(
     trials = _Trials(judge, tell)
     make = partial(quantize, model, data=calibration, seed=seed, workers=workers, cache=cache, class_axis=class_axis)
     make = partial(make, float32=float32, check=False, track=track)
-    for recipe in recipes or RECIPES[prefer]:
+    for recipe in recipes or (*RECIPES[prefer], *guest_recipes(target)):
         if trials.add(recipe, partial(make, recipe, target=target)).met and prefer == "speed" and not recipes:
             break
     _improve(trials, attempts, workers, track)
     return trials.outcome(prefer, notes, original_size(graph, None if isinstance(model, Graph) else model), make)
+
+
+def guest_recipes(target: str | None) -> list[str]:
+    """The recipes of other packages for a target, or for those that run here."""
+    plugins = find_plugins()
+    names = [name for name in plugins.recipes if plugins.sources[f"recipe {name}"] != BUILTIN_SOURCE]
+    made_for = {name: plugins.target_of(plugins.recipe(name)) for name in names}
+    return [name for name, one in made_for.items() if (one.here if target is None else one.name == target)]
 
 
 class _Trials:

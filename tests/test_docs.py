@@ -50,7 +50,7 @@ def acme(monkeypatch):
 
 
 def test_the_smallest_plugin_has_11_lines_and_works(acme, tmp_path, monkeypatch):
-    smallest, example, _ = blocks(ROOT / "docs" / "write-a-plugin.md", "python")
+    smallest, example, *_ = blocks(ROOT / "docs" / "write-a-plugin.md", "python")
     assert sum(bool(line.strip()) for line in smallest.splitlines()) == 11
     monkeypatch.chdir(tmp_path)
     Path("model.onnx").write_bytes(digits_model_path().read_bytes())
@@ -64,10 +64,22 @@ def test_the_smallest_plugin_has_11_lines_and_works(acme, tmp_path, monkeypatch)
 @pytest.mark.parametrize("name", some(CHECKS, *(name for name in CHECKS if name not in LONG_CHECKS)))
 def test_the_smallest_plugin_conforms(acme, name):
     made: dict[str, Callable[..., None]] = {}
-    exec(blocks(ROOT / "docs" / "write-a-plugin.md", "python")[2], made)
+    exec(next(b for b in blocks(ROOT / "docs" / "write-a-plugin.md", "python") if "parametrize" in b), made)
     (mark,) = made["test_keep_last"].pytestmark
     step, check = next(case.values for case in mark.args[1] if case.id == f"acme.keep-last-{name.removeprefix('check_')}")
     made["test_keep_last"](step, check)
+
+
+def test_the_lines_that_add_operators_are_those_of_the_sample():
+    page = blocks(ROOT / "docs" / "write-a-plugin.md", "python")[2]
+    sample = (ROOT / "docs" / "samples" / "acme-side" / "acme_side" / "__init__.py").read_text("utf-8")
+    for line in (
+        'graph.add_node("Gather", "", [name, at], axis=-1)',
+        'graph.add_node("Add", "", [own, side.outputs[0]], [output])',
+    ):
+        assert line in page and line in sample
+    for call in set(re.findall(r"job\.(\w+)\(", (ROOT / "docs" / "write-a-plugin.md").read_text("utf-8"))):
+        assert hasattr(onnxq.Job, call), call
 
 
 def test_every_check_is_documented():

@@ -364,11 +364,14 @@ def test_a_trace_shows_each_hook_call_with_who_answered_it(install):
     recipe = {"pass": [{"use": "vendor.note", "text": "it ran"}, {"use": "ranges"}]}
     quantize(cnn(), recipe, feeds(cnn(), 2), workers=1, plugins=[Timer()], trace=lines.append)
     calls = [line.partition("(")[0] for line in lines]
-    assert calls == ["onnxq_passes", "onnxq_targets", "onnxq_passes", "onnxq_run_pass", "onnxq_run_pass", "onnxq_exported"]
-    assert "by vendor (vendor-package) -> [[vendor.note]]" in lines[2]
-    assert "step=vendor.note text='it ran'" in lines[3]
-    assert "by Timer (given in Python) [wrapper], the pass itself" in lines[3]
-    assert "'timed': True" in lines[3] and "path=None" in lines[5] and "by Timer" in lines[5]
+    assert calls == [
+        *("onnxq_passes", "onnxq_targets", "onnxq_recipes"),  # of the built-ins
+        *("onnxq_passes", "onnxq_run_pass", "onnxq_run_pass", "onnxq_exported"),
+    ]
+    assert "by vendor (vendor-package) -> [[vendor.note]]" in lines[3]
+    assert "step=vendor.note text='it ran'" in lines[4]
+    assert "by Timer (given in Python) [wrapper], the pass itself" in lines[4]
+    assert "'timed': True" in lines[4] and "path=None" in lines[6] and "by Timer" in lines[6]
     assert all(line.endswith(" ms") for line in lines)
 
 
@@ -387,3 +390,20 @@ def test_a_hook_may_be_implemented_under_another_name(install):
             return [Note]
 
     assert find_plugins([Renamed()]).passes["vendor.note"] is Note
+
+
+@pytest.mark.parametrize(
+    ("returned", "why"),
+    [
+        (Note, "onnxq_passes returns class Note instead of a list; return [Note]"),
+        (Note(), "onnxq_passes returns a Note instead of a list"),
+        (None, "onnxq_passes returns nothing; end it with: return [MyPass]"),
+    ],
+)
+def test_what_is_no_list_of_passes_is_told(install, returned, why):
+    class Plugin:
+        @hookimpl
+        def onnxq_passes(self):
+            return returned
+
+    assert why in find_plugins([Plugin()]).broken["Plugin"]

@@ -23,12 +23,12 @@ from onnxq_plugins.data import model_inputs, open_data
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.graph import load
+from onnxq_plugins.graph.conform import conform
 from onnxq_plugins.graph.reading import read
 from onnxq_plugins.job import default_of
 from onnxq_plugins.plan import requests
 from onnxq_plugins.plan.constants import ConstantRequest
 from onnxq_plugins.plugins import BUILTIN_SOURCE, Plugins, find_plugins
-from onnxq_plugins.recipe import builtin_recipes
 from onnxq_plugins.runtimes.examples import Shapes, examples, first_running, written
 from onnxq_plugins.targets.refusals import choices, problems
 
@@ -112,8 +112,8 @@ def _shorten(text: str, width: int) -> str:
 
 
 def recipes_command(name: Annotated[str, typer.Argument(help="a recipe: prints it", show_default=False)] = "") -> None:
-    """List the built-in recipes, or print one (a start for your own)."""
-    recipes = builtin_recipes()
+    """List the recipes, or print one (a start for your own)."""
+    recipes = find_plugins().recipes
     if name:
         if name not in recipes:
             raise OnnxqError(f"recipe '{name}' is unknown; {known(name, recipes)}.")
@@ -142,12 +142,12 @@ def check_command(
     """Check a recipe, whether it fits a model, and whether the model runs on the first sample, without quantizing."""
     plugins = find_plugins()
     parsed = plugins.recipe(recipe, [*(settings or ()), *([f"target={target}"] if target else [])])
-    runtime = plugins.target(parsed.target)
+    runtime = plugins.target_of(parsed)
     passes = ", ".join(step.name for step in parsed.passes) or "none"
     echo(f"recipe '{recipe}' is valid: target {parsed.target}, passes: {passes}")
     if model is None:
         return
-    graph = load(model, flatten=runtime.flatten)
+    graph = conform(load(model, flatten=runtime.flatten), runtime.operators)
     request = requests.request(graph, parsed, runtime)
     OnnxqError.check(problems(runtime, graph, request.plan, request.inputs))
     session = runtimes.session(model, optimize=False)  # raises what onnxruntime has against it

@@ -16,7 +16,6 @@ import onnx
 from onnx import numpy_helper
 
 from onnxq_plugins.errors import Expected, OnnxqError, expects
-from onnxq_plugins.export.qdq import needs_narrow
 from onnxq_plugins.export.weights import stored_form
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.flow import maker_of, result_of
@@ -26,6 +25,7 @@ from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_values, weight_values
 from onnxq_plugins.spec import Array, QuantSpec
 from onnxq_plugins.targets import granularity_of
+from onnxq_plugins.targets.refusals import needs_narrow
 
 _RESULT: Expected = ((Outcome,), "what quantize returns")
 # Operators whose outputs get the scale of their input from quantize_static, whatever the overrides say.

@@ -33,11 +33,13 @@ from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.bodies import outer_reads
 from onnxq_plugins.graph.constants import tables
 from onnxq_plugins.graph.flow import activation_inputs, maker_of, readers
-from onnxq_plugins.graph.opsets import CONTRIB, NARROW_OPSET, expand, opset_of, raise_opset, tuned
+from onnxq_plugins.graph.lowering import lower_opset
+from onnxq_plugins.graph.opsets import CONTRIB, NARROW_OPSET, NEWEST_OPSET, expand, opset_of, raise_opset, tuned
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_scale, bias_values
 from onnxq_plugins.spec import Array, Plan, QuantSpec
 from onnxq_plugins.targets import Rule, Target
+from onnxq_plugins.targets.refusals import needs_narrow
 
 # Operators that onnxruntime fuses with a Gemm or MatMul before it looks for integer kernels.
 _FUSED_IN_FLOAT = {
@@ -94,7 +96,9 @@ class Writer:
         self.layers = {layer.name: layer for layer in graph.layers}
         self.floats: dict[str, Array] = {}  # most are replaced by codes: only what stays float is copied, at the end
         self.model = graph.model(self.floats, expand=False)
-        raise_opset(self.model, max(graph.output_opset, NARROW_OPSET if needs_narrow(plan) else 0))
+        lowest, highest = target.opsets
+        raise_opset(self.model, max(graph.output_opset, lowest, NARROW_OPSET if needs_narrow(plan) else 0))
+        lower_opset(self.model, highest or NEWEST_OPSET, target.name)
         self.builder = Builder(self.model, graph.mapped, data)
         proto = self.model.graph
         self.captured = {name for node in proto.node for name in outer_reads(node)}
@@ -178,7 +182,7 @@ class Writer:
         renamed = name in self.outputs and maker is not None
         source = self._renamed(name) if renamed else name
         scale = build.constant(f"{key}_scale", np.asarray(spec.scale, np.float32))
-        zero = build.constant(f"{key}_zero_point", np.asarray(spec.zero_point).astype(_code_type(spec)))
+        zero = build.constant(f"{key}_zero_point", _zero_point(spec, self.target))
         codes = build.fresh(f"{name}_quantized")
         apart = renamed and name in self.captured
         values = build.fresh(f"{name}_dequantized") if apart or not renamed else name
@@ -287,7 +291,11 @@ class Writer:
             readers[0].name in self.integer
             or (readers[0].op in ("Relu", "Clip") and readers[0].outputs[0].name in self.plan)
         )
-        return layer.output not in self.plan and not absorbed and any(n.op in _FUSED_IN_FLOAT[layer.op] for n in readers)
+        return (
+            layer.output not in self.plan
+            and not absorbed
+            and any(n.op in _FUSED_IN_FLOAT.get(layer.op, ()) for n in readers)
+        )
 
     def _between(self, node: onnx.NodeProto, layer: Layer) -> bool:
         """True if a layer that runs in float stands between a DQ and a Q, perhaps behind operators that a Q moves across."""
@@ -300,6 +308,8 @@ class Writer:
         optimized away. Without it onnxruntime would silently quantize the weight of a layer that is to stay float between a
         DQ and a Q (per tensor), or fuse a quantized Gemm with a float Relu into a float kernel."""
         node = self.builder.nodes[-1]
+        if self.target.operators and "Sum" not in self.target.operators:
+            return
         if node.op_type == "Sum":  # the bias of a weight-only layer already does so
             return
         node.output[0] = self.builder.fresh(f"{output}_apart")
@@ -345,6 +355,8 @@ class Writer:
         if bias is None:
             return ""
         bias = bias if factor is None else bias / factor
+        if self.target.bias == "float":
+            return self.builder.constant(f"{layer.bias or layer.name}_float", bias.astype(np.float32))
         scale = bias_scale(layer, spec, activation)
         if activation.bits > 8:
             least = np.abs(bias) / 2.0**30
@@ -382,9 +394,11 @@ def _by_row(spec: QuantSpec) -> bool:
     return spec.bits > 4 and spec.block is not None and spec.block[0] == 1 and not any(spec.block[1:])
 
 
-def _code_type(spec: QuantSpec) -> Any:
-    """The integer type of an activation's codes."""
-    return (np.int8 if spec.symmetric else np.uint8) if spec.bits <= 8 else (np.int16 if spec.symmetric else np.uint16)
+def _zero_point(spec: QuantSpec, target: Target) -> Array:
+    """The zero point of an activation as the target stores it; its type is that of the codes."""
+    signed = target.signed or (target.either and spec.symmetric)
+    types = (np.int8, np.int16) if signed else (np.uint8, np.uint16)
+    return np.asarray(np.asarray(spec.zero_point) + target.offset(spec)).astype(types[spec.bits > 8])
 
 
 def _first_of_equal(floats: Mapping[str, Array], fixed: Collection[str]) -> dict[str, str]:
@@ -399,15 +413,3 @@ def _first_of_equal(floats: Mapping[str, Array], fixed: Collection[str]) -> dict
         if kept != name and name not in fixed:
             same[name] = kept
     return same
-
-
-def needs_narrow(plan: Plan) -> bool:
-    """True if a plan asks for codes of 4 or 16 bits, for multipliers, which have 4 bits where they fit, or for scales per
-    block: these came with `NARROW_OPSET`."""
-    return any(
-        spec.bits <= 4
-        or spec.bits > 8
-        or max(spec.sub_block or (0,)) > 1
-        or (spec.block is not None and len(spec.block) == 2 and max(spec.block) > 1)
-        for spec in plan.values()
-    )

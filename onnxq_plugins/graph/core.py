@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Sequence
+import itertools
+import sys
+from collections.abc import Collection, Container, Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -264,18 +267,44 @@ class Graph:
         self,
         op: str,
         name: str,
-        inputs: Sequence[gs.Tensor],
-        outputs: Sequence[gs.Tensor],
+        inputs: Sequence[gs.Tensor | str | None],
+        outputs: Sequence[gs.Tensor] | None = None,
         before: gs.Node | None = None,
+        domain: str = "",
         **attrs: Any,
     ) -> gs.Node:
-        """Insert an operator before another, at the end by default; `tidy` sorts. Its outputs must have no producer."""
-        node = gs.Node(op=op, name=name, attrs=attrs, inputs=list(inputs), outputs=list(outputs))
+        """Insert an operator before another, at the end by default; the engine sorts behind each pass.
+
+        name      "" makes one; where another operator has it in the end, the engine numbers the new one
+        inputs    tensors or their names; None leaves an optional one out
+        outputs   tensors without a producer; None makes one activation, named after the operator
+        """
+        name = name or self.fresh_node(op.lower(), {node.name for node in self._graph.nodes})
+        reads = [gs.Variable.empty() if t is None else self.tensor(t) if isinstance(t, str) else t for t in inputs]
+        writes = [self.add_variable(f"{name}_out")] if outputs is None else list(outputs)
+        node = gs.Node(op=op, name=name, attrs=attrs, inputs=reads, outputs=writes, domain=domain or None)
+        node.made_in = _caller()  # for whoever has to say what is wrong with it
         nodes = self._graph.nodes
         position = next((i for i, n in enumerate(nodes) if n is before), len(nodes))
         nodes.insert(position, node)
         self.changed()
         return node
+
+    def set_input(self, node: gs.Node, at: int, tensor: gs.Tensor | str | None) -> None:
+        """Let an operator read another tensor, by itself or by name, as input `at`; None leaves that input out. Optional
+        inputs before it that it does not have are left out."""
+        _ = self._tensors  # what is no longer read stays known by its name until `tidy`
+        inputs = list(node.inputs) + [gs.Variable.empty()] * (at + 1 - len(node.inputs))
+        inputs[at] = gs.Variable.empty() if tensor is None else self.tensor(tensor) if isinstance(tensor, str) else tensor
+        while inputs and inputs[-1].is_empty():
+            inputs.pop()
+        for old in node.inputs:  # graphsurgeon's own removal goes by equality, and may take an equal operator's place
+            kept = [reader for reader in old.outputs if reader is not node]
+            list.clear(old.outputs)
+            list.extend(old.outputs, kept)
+        list.clear(node.inputs)
+        node.inputs.extend(inputs)
+        self.changed()
 
     def add_variable(
         self, name: str, like: gs.Tensor | None = None, shape: Sequence[int | str | None] | None = None
@@ -295,6 +324,10 @@ class Graph:
         while candidate in self._tensors:
             candidate, i = f"{name}_{i}", i + 1
         return candidate
+
+    def fresh_node(self, name: str, taken: Container[str]) -> str:
+        """`name`, numbered if it is among the names of operators that are taken."""
+        return next(n for i in itertools.count() if (n := f"{name}_{i}" if i else name) not in taken)
 
     def bypass(self, node: gs.Node, by: gs.Tensor) -> None:
         """Remove a one-output node; consumers of its output then read `by`. A model output keeps its name."""
@@ -420,3 +453,11 @@ def replace_reads(old: gs.Tensor, new: gs.Tensor) -> None:
         for i, tensor in enumerate(consumer.inputs):
             if tensor is old:
                 consumer.inputs[i] = new
+
+
+def _caller() -> str:
+    """The line outside this room that is being run, with its file and folder."""
+    frame, room = sys._getframe(1), str(Path(__file__).parent)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(room):
+        frame = frame.f_back
+    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}, line {frame.f_lineno}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -57,7 +58,7 @@ def fuse_scalar_functions(graph: Graph) -> None:
                 op, attrs = match[:2]
                 output = end.outputs[0]
                 end.outputs.clear()
-                graph.add_node(op, end.name, [x], [output], before=end, **attrs)
+                graph.add_node(op, end.name, [x], [output], before=end, **dict[str, Any](attrs))
                 break
     graph.tidy()
 

@@ -151,6 +151,11 @@ def expand(node: onnx.NodeProto, opset: int, constant: Constants) -> list[onnx.N
     return [node] if node.domain or opset >= _FIRST.get(node.op_type, 0) else _elementary(node, constant)
 
 
+def lacks(op: str, opset: int) -> bool:
+    """True if an opset does not have an operator that `expand` writes out."""
+    return opset < _FIRST.get(op, 0)
+
+
 def tuned(node: onnx.NodeProto, slopes: Array | None) -> list[onnx.NodeProto] | None:
     """An activation in the form that onnxruntime's CPU provider computes fastest beside quantized operators, exactly; None
     if that is the form it has.

@@ -14,7 +14,6 @@ import numpy as np
 from onnxq_plugins.errors import Reason
 from onnxq_plugins.graph import Constant, Graph, constants
 from onnxq_plugins.job import FLOAT, Recipe
-from onnxq_plugins.plan.rules import settings
 from onnxq_plugins.runtimes.constants import OPERANDS
 from onnxq_plugins.spec import Array, QuantSpec, block_shape
 from onnxq_plugins.targets import Target
@@ -47,7 +46,7 @@ def float_constants(requests: Iterable[ConstantRequest]) -> dict[str, Reason]:
 
 def _request(graph: Graph, constant: Constant, recipe: Recipe, target: Target, unmatched: set[int]) -> QuantSpec | Reason:
     base = replace(recipe, weights=replace(recipe.weights, bits=FLOAT if recipe.weights.bits == FLOAT else 8))
-    found = [settings(base, name, op, "", {}, unmatched) for name, op in constant.readers]
+    found = [base.settings(name, op, "", {}, unmatched) for name, op in constant.readers]
     bits = max(weights.bits for weights, _, _ in found)
     left_out = any(name in graph.floats for name, _ in constant.readers)
     if bits == FLOAT or left_out or any(quantize is False for _, _, quantize in found):

@@ -12,6 +12,7 @@ from onnxq_plugins.job import Job
 from onnxq_plugins.plan.values import bias_values
 from onnxq_plugins.spec import Array, Plan, QuantSpec
 from onnxq_plugins.targets import Rule, Target
+from onnxq_plugins.targets.reading import input_in, source_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,23 +47,12 @@ class Planned:
     def source(self, tensor: str) -> str:
         """The planned activation from which a reader of `tensor` gets its codes: itself or what it is tied to through
         shape-only operators; "" if none is planned."""
-        graph, plan = self.graph, self.plan
-        while True:
-            if tensor in plan and not graph.is_constant(tensor):
-                return tensor
-            node = graph.producer(tensor)
-            if node is None or not graph.is_shape_only(node):
-                return ""
-            tensor = node.inputs[0].name
+        return source_in(self.graph, self.plan, tensor)
 
     def input(self, layer: Layer) -> str:
         """The planned activation that a layer reads; "" if it reads float. A weight-only layer reads float even where
         another reader of the same tensor made it planned."""
-        spec = self.plan.get(layer.weight)
-        key = self.source(layer.input) if spec is not None else ""
-        if key and spec is not None and self.target.rule(layer, spec, self.plan[key].bits) is None:
-            return "" if self.target.rule(layer, spec, 0) is not None else key
-        return key
+        return input_in(self.graph, self.plan, self.target, layer)
 
     def bits(self, layer: Layer) -> int:
         """Bits of the activation that a layer reads; 0 for float."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +19,13 @@ import numpy as np
 from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.flow import activation_inputs, readers, result_of, source_of
-from onnxq_plugins.job import FLOAT, BlockRequest, Recipe, TensorRequest
+from onnxq_plugins.job import FLOAT, Recipe, TensorRequest
+from onnxq_plugins.job.tables import matches
+from onnxq_plugins.job.weights import activation_request, narrowed, one_scale, weight_spec
 from onnxq_plugins.plan.constants import ConstantRequest, constant_requests
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.plan.rules import matches, settings
-from onnxq_plugins.spec import Block, Plan, QuantSpec, block_shape
-from onnxq_plugins.targets import Target, channel_block, channel_multipliers
+from onnxq_plugins.spec import Plan, QuantSpec
+from onnxq_plugins.targets import Target, channel_block
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ def request(
     unfit = {graph.root(name) for name in unfit if name in graph} | set(unfit)
     problems: list[str] = []
     floats: dict[str, Reason] = {}
-    narrowed, decoded = 0, list[str]()
+    fewer, coarser, decoded = 0, 0, list[str]()
     plan: dict[str, QuantSpec] = {}
     integer: dict[str, TensorRequest] = {}  # node name -> the request of its inputs
     unmatched = set(range(len(recipe.layers)))
     for i, layer in enumerate(graph.layers):
-        weights, activations, quantize = settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, i), unmatched)
+        weights, activations, quantize = recipe.settings(layer.name, layer.op, layer.kind, _ends(graph, i), unmatched)
         reason = _why_float(graph, layer, weights, activations, quantize, target, unfit)
         if reason is not None:
             floats[layer.name] = reason
@@ -73,9 +74,10 @@ def request(
             floats[layer.name] = Reason("weight-only", f"target '{target.name}' has no weight-only {layer.op}")
             plan |= _decoded(layer, _stored(graph, layer, recipe, weights), target)
             continue
-        bits = weights.bits if weight_only else _narrowed(weights.bits, target)
-        narrowed += bits != weights.bits
-        plan[layer.weight] = _weight(layer, replace(weights, bits=bits), target, problems)
+        bits = weights.bits if weight_only else narrowed(weights.bits, target)
+        coarser += one_scale(layer, weights, target)
+        fewer += bits != weights.bits
+        plan[layer.weight] = weight_spec(layer, replace(weights, bits=bits), target, problems)
         if layer.name in placed and not weight_only:
             floats[layer.name] = Reason("slower", "it is faster in float, conversions included")
             plan |= _decoded(layer, plan.pop(layer.weight), target)
@@ -85,7 +87,7 @@ def request(
     integer |= {name: activations for name, activations in products.items() if name not in placed}
     outside = constant_requests(graph, recipe, target, unmatched)
     OnnxqError.check([*problems, *_idle_rules(graph, recipe, unmatched)])
-    notes = _notes(target, narrowed, decoded)
+    notes = [*_adapted(target, fewer, coarser, decoded)]
     stored = {each.constant.name: each.spec for each in outside if each.spec is not None}
     if graph.layers and not plan:
         notes.append("no layer is quantized")
@@ -108,20 +110,27 @@ def _idle_rules(graph: Graph, recipe: Recipe, unmatched: Collection[int]) -> lis
     ]
 
 
-def _notes(target: Target, narrowed: int, decoded: Collection[str]) -> list[str]:
-    """Notes about so many weights of fewer bits than the recipe says, and about operators with weights that are decoded."""
-    notes = []
-    if narrowed:
-        notes.append(
-            f"{narrowed} layers have {target.code_bits}-bit weight codes, since target '{target.name}' "
+def _adapted(target: Target, fewer: int, coarser: int, decoded: Collection[str]) -> Iterator[str]:
+    """Notes on weights that are planned in another form than the recipe says, as the target knows no other.
+
+    fewer, coarser   numbers of those with fewer bits, and with one scale for all channels
+    decoded          operators of layers whose weights are only stored
+    """
+    if fewer:
+        yield (
+            f"{fewer} layers have {target.code_bits}-bit weight codes, since target '{target.name}' "
             f"allows |code| <= {target.max_code}"
         )
+    if coarser:
+        yield (
+            f"{coarser} layers have one scale for their weight, since target '{target.name}' knows none per channel; "
+            "passes that even out channels, such as shift-equalize, help"
+        )
     if decoded:
-        notes.append(
+        yield (
             f"target '{target.name}' has no weight-only {' and '.join(sorted(set(decoded)))}: their weights are stored in 8 "
             "bits per channel and decoded at load"
         )
-    return notes
 
 
 def _products(
@@ -131,7 +140,7 @@ def _products(
     ops, integer = {rule.op for rule in target.rules}, {}
     for node in graph.nodes:
         if node.op == "MatMul" and not node.domain and not any(graph.is_constant(t.name) for t in node.inputs):
-            _, activations, quantize = settings(recipe, node.name, "Attention", "", {}, unmatched)
+            _, activations, quantize = recipe.settings(node.name, "Attention", "", {}, unmatched)
             pays = "MatMul" in ops and 0 < target.attention <= _multiply_adds(graph, node)
             fit = set(unfit).isdisjoint(graph.root(name) for name in activation_inputs(graph, node))
             fit = fit and node.name not in graph.floats
@@ -162,6 +171,8 @@ def _why_float(
         return Reason("recipe", "the recipe leaves it float")
     if not rules:
         return Reason("unsupported", f"target '{target.name}' has no quantized {layer.op}")
+    if not target.fits(layer) and not target.only_stores(layer.op):
+        return Reason("unsupported", f"target '{target.name}' needs channels in multiples of {target.aligned}")
     if not set(unfit).isdisjoint((graph.root(layer.input), layer.input, layer.output, layer.result)):
         return Reason("not-finite", "it reads or writes values that are NaN or infinite in the float model")
     if activations.bits == FLOAT and not _weight_only(target, layer.op) and not target.decodes:
@@ -198,12 +209,12 @@ def weight_request(graph: Graph, recipe: Recipe, target: Target, layer: Layer, b
     granularity and multipliers as far as this width leaves room for them, and no wider than the target's codes may be.
     Whether the target runs it is up to `Target.rule`. Raises OnnxqError if a block does not fit the layer."""
     place = [other.name for other in graph.layers].index(layer.name)
-    weights, activations, _ = settings(recipe, layer.name, layer.op, layer.kind, _ends(graph, place), set())
+    weights, activations, _ = recipe.settings(layer.name, layer.op, layer.kind, _ends(graph, place), set())
     if activations.bits == FLOAT and target.decodes and not _weight_only(target, layer.op):
         return QuantSpec(bits, True, channel_block(layer), decoded=True)
     problems: list[str] = []
-    spec = _weight(
-        layer, replace(weights, bits=bits if activations.bits == FLOAT else _narrowed(bits, target)), target, problems
+    spec = weight_spec(
+        layer, replace(weights, bits=bits if activations.bits == FLOAT else narrowed(bits, target)), target, problems
     )
     OnnxqError.check(problems)
     return spec
@@ -214,58 +225,9 @@ def _stored(graph: Graph, layer: Layer, recipe: Recipe, weights: TensorRequest) 
     return QuantSpec(weights.bits if layer.name in pinned(graph, recipe) else 8, True, channel_block(layer))
 
 
-def _narrowed(bits: int, target: Target) -> int:
-    """The width of a weight beside quantized activations: 8 bits are fewer where the target's codes are narrower."""
-    return target.code_bits if target.code_bits < bits <= 8 else bits
-
-
 def _ends(graph: Graph, place: int) -> dict[str, bool]:
     """Whether the layer at a place is the first, or the last, of the network."""
     return {"first": place == 0, "last": place == len(graph.layers) - 1}
-
-
-def _weight(layer: Layer, request: TensorRequest, target: Target, problems: list[str]) -> QuantSpec:
-    """The request of one weight. Multipliers are left out where they could only be 1 (8-bit codes leave no room in an int8)
-    or are not finer than the scale (depthwise layers have one input per output)."""
-    block = _block(layer, request.block, problems)
-    spec = QuantSpec(request.bits, request.symmetric, block, None, request.pow2, request.max_multiplier, full=request.full)
-    if request.sub_block == "none":
-        return spec
-    sub_block = _block(layer, request.sub_block, problems)
-    top = min(request.max_multiplier, target.max_code // spec.top)
-    if sub_block is not None and channel_multipliers(layer, replace(spec, sub_block=sub_block)):
-        top = request.max_multiplier
-    if top <= 1 or sub_block is None or not _finer(layer, sub_block, block):
-        return replace(spec, pow2=False)
-    return replace(spec, sub_block=sub_block, max_multiplier=top)
-
-
-def _finer(layer: Layer, block: Block, other: Block | None) -> bool:
-    """True if a block divides some axis of the weight into more parts than another does."""
-    parts = block_shape(layer.shape, other) or (1,) * len(layer.shape)
-    return any(a > b for a, b in zip(block_shape(layer.shape, block), parts, strict=True))
-
-
-def _block(layer: Layer, request: BlockRequest, problems: list[str]) -> Block | None:
-    """A block of the recipe, for the axes of this layer's weight."""
-    if request == "tensor":
-        return None
-    if request == "channel":
-        return channel_block(layer)
-    sizes = (request,) if isinstance(request, int) else tuple(int(n) for n in request)
-    sizes = (1, *sizes) if len(sizes) == 1 else sizes
-    if len(sizes) == 2:
-        return tuple(
-            sizes[0] if a == layer.out_axis else sizes[1] if a == layer.in_axis else 0 for a in range(len(layer.shape))
-        )
-    if len(sizes) != len(layer.shape):
-        problem = (
-            f"block {list(sizes)} has {len(sizes)} sizes, the weight of a {layer.op} with {len(layer.shape)} axes "
-            "takes [outputs, inputs], or one size per axis."
-        )
-        problems += [problem] if problem not in problems else []
-        return None
-    return sizes
 
 
 def _multiply_adds(graph: Graph, node: Any) -> int:
@@ -309,15 +271,12 @@ def _activations(graph: Graph, target: Target, integer: Mapping[str, TensorReque
     layers = {layer.name: layer for layer in graph.layers}
     specs: dict[str, QuantSpec] = {}
 
-    def spec(request: TensorRequest) -> QuantSpec:
-        return QuantSpec(request.bits, request.symmetric, None, None, request.pow2)
-
     for node in graph.nodes:
         if node.name in integer:
             for name in activation_inputs(graph, node):
                 reads[graph.root(name)].append((name, integer[node.name]))
             if node.op in target.output_scale or (node.name not in layers and node.op != "MatMul"):
-                specs[result_of(graph, node)] = spec(integer[node.name])
+                specs[result_of(graph, node)] = activation_request(integer[node.name], target)
     for root, pairs in reads.items():
         parts: dict[str, list[TensorRequest]] = defaultdict(list)
         alone = len({name for name, _ in pairs}) == 1
@@ -328,7 +287,7 @@ def _activations(graph: Graph, target: Target, integer: Mapping[str, TensorReque
         pooled = any((node := graph.producer(name)) is not None and node.op == "MaxPool" for name in parts)
         apart = source_of(graph, root) not in integer and (alone or pooled or _smaller(graph, parts, root))
         for name, requests in parts.items() if apart else [(root, [request for _, request in pairs])]:
-            specs[name] = spec(max(requests, key=lambda request: request.bits))
+            specs[name] = activation_request(max(requests, key=lambda request: request.bits), target)
     return Plan(specs)
 
 

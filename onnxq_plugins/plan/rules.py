@@ -1,44 +1,14 @@
-"""The recipe's rules for one operator: which apply, and what they make of its requests."""
+"""Operators that a recipe excludes."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph
-from onnxq_plugins.job import LayerRule, Recipe, TensorRequest
-
-
-def settings(
-    recipe: Recipe, name: str, op: str, kind: str, ends: Mapping[str, bool], unmatched: set[int]
-) -> tuple[TensorRequest, TensorRequest, bool | None]:
-    """Requests of weights and activations, and `quantize`, after all rules that match; these leave `unmatched`."""
-    weights, activations, quantize = recipe.weights, recipe.activations, None
-    for n, rule in enumerate(recipe.layers):
-        if matches(rule, name, op, kind, ends):
-            unmatched.discard(n)
-            weights = replace(weights, **_tuples(rule.weights))
-            activations = replace(activations, **_tuples(rule.activations))
-            quantize = rule.quantize if rule.quantize is not None else quantize
-    return weights, activations, quantize
-
-
-def matches(rule: LayerRule, name: str, op: str, kind: str, ends: Mapping[str, bool]) -> bool:
-    """True if a rule is about an operator.
-
-    ends   whether it is the first, or the last, layer
-    """
-    if op == "Attention" and rule.op != "Attention" and rule.everywhere:
-        return False  # rules for all layers mean layers with weights
-    return (
-        rule.names(name)
-        and rule.op in ("", op)
-        and rule.kind in ("", kind)
-        and (not rule.position or ends.get(rule.position, False))
-    )
+from onnxq_plugins.job import Recipe
 
 
 def exclude(graph: Graph, recipe: Recipe) -> list[str]:
@@ -75,7 +45,3 @@ def exclude(graph: Graph, recipe: Recipe) -> list[str]:
 
 def _quoted(names: Sequence[str]) -> str:
     return ", ".join(f"'{name}'" for name in names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
-
-
-def _tuples(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}

@@ -176,7 +176,8 @@ def self_check(
             runs.run(lambda count: count >= _FEWEST and time.perf_counter() > until and not job.recipe.quality.asked)
             speed = runs.speed(until - time.perf_counter()) if here and folder is None else None
         except OnnxqError as error:
-            _warn(job, f"the result does not run on sample {len(runs.reference)}: {error}")
+            text = f"the result does not run on sample {len(runs.reference)}: {error}"
+            job.note(f"in onnxruntime {text}") if job.target.foreign else _warn(job, text)
             return None
     names = [output.name for output in model.graph.output]
     outputs = () if runs.random else judge_outputs(names, *runs.columns(), bounded_outputs(model))
@@ -329,7 +330,8 @@ def _advice(job: Job, check: Check) -> str:
     if check.larger and (job.report.bits_per_weight < _WIDE or check.before < _SMALL):
         return f"{keep}, which is too small to gain"
     if check.larger:  # a part stayed float, or a weight became several
-        return keep if recipe.quality.asked else stored if job.report.floats and rounded else "-r int8, with smaller weights"
+        chosen = any(reason.kind != "pass" for reason in job.report.floats.values())
+        return keep if recipe.quality.asked else stored if chosen and rounded else "-r int8, with smaller weights"
     if check.slower:
         if check.speed is not None and check.speed.reference < _TINY:
             return f"{keep}, which takes only {check.speed.reference:.3f} ms"

@@ -43,11 +43,11 @@ class FloatLayer:
 
 
 def float_layers(result: Outcome, feed: Mapping[str, Array]) -> tuple[FloatLayer, ...]:
-    """The layers of a result that run in float kernels, those with the most work first.
+    """The layers of a result that run in float kernels, those with the most work first; not those that a pass keeps there.
 
     feed   one sample, from which the work of layers of dynamic size is known
     """
-    rows = [row for row in result.report.layers if "why_float" in row]
+    rows = [row for row in result.report.layers if row.get("why_float_kind", "pass") != "pass"]
     if not rows:
         return ()
     work = multiply_adds(result.graph, feed)

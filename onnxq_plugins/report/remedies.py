@@ -223,7 +223,7 @@ def float_remedies(name: str, op: str, reason: Reason, target: Target, set_by_ru
     set_by_rules   keys that [[layer]] rules of the recipe set for this layer, such as ``activations.bits``
     """
     kind = reason.kind
-    chosen = ("wide-codes", "recipe", "search", "quality", "outliers")
+    chosen = ("wide-codes", "recipe", "search", "quality", "outliers", "pass")
     if kind in chosen or set_by_rules & {"quantize", "activations.bits"}:
         return ()
     if op != "ConvTranspose" and (kind == "decoded" or not target.integer):

@@ -155,13 +155,14 @@ def rows(
         mine = None if key in shared else activations.get(key)  # what others read, too, has a row for itself
         noises = (10 ** (-error.weight / 10), 10 ** (-error.input / 10) if mine is not None else 0.0)
         weight = graph.constant(y.weight)
-        return replace(found, causes=causes(y, weight, plan[y.weight], mine, noises, error.mean_share, scene))
+        known = causes(y, weight, plan[y.weight], mine, noises, error.mean_share, scene)
+        return replace(found, causes=_with_proposed(result, known, y))
 
     def of_tensor(p: Player) -> LayerError:
         name, maker = p.entries[0], maker_of(graph, p.entries[0])
         reading = [layers[n] for n in p.readers if n in layers]
         known = tensor_causes(activations[name], reading, [graph.constant(y.weight) for y in reading], scene)
-        op = maker.op if maker is not None else "input"
+        op, known = maker.op if maker is not None else "input", _with_proposed(result, known)
         return LayerError(p.name, op, name, name, sqnr[name], own[p.name], causes=known, readers=p.readers, place=p.place)
 
     def of_constant(p: Player) -> LayerError:
@@ -169,11 +170,17 @@ def rows(
         rounded = decode(spec.codes, spec) if spec.codes is not None else graph.constant(name)
         error = measure.sqnr(graph.constant(name), rounded.astype(np.float32))
         op = next((str(node.op) for node in graph.nodes if node.name in p.readers), "")
-        own, known = Own(error, IDENTICAL, error, 0.0), constant_causes(spec, p.readers, scene)
+        own, known = Own(error, IDENTICAL, error, 0.0), _with_proposed(result, constant_causes(spec, p.readers, scene))
         return LayerError(p.name, op, name, "", error, own, causes=known, readers=p.readers, place=p.place)
 
     others = [(of_tensor if p.kind == "tensor" else of_constant)(p) for p in parts if p.kind != "layer"]
     return [*(of_layer(y) for y in graph.layers), *others]
+
+
+def _with_proposed(result: Outcome, known: Sequence[Cause], layer: Layer | None = None) -> tuple[Cause, ...]:
+    """Causes with the remedies that plugins propose, those of the built-in rules first."""
+    propose = result.propose
+    return tuple(known if propose is None else (replace(cause, remedies=propose(cause, layer)) for cause in known))
 
 
 def _scene(result: Outcome, planned: Planned) -> Scene:

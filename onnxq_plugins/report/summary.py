@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from onnxq_plugins import files
-from onnxq_plugins.errors import Reason
+from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.export.provenance import version_of
 from onnxq_plugins.export.weights import stored_bits
 from onnxq_plugins.graph import Graph, constants
@@ -40,7 +40,7 @@ def describe(
     if data is not None:
         data.flush()
     with job.graph.mapped.reading():
-        audit = audit_model(model, folder=data.path.parent if data is not None else None)
+        audit = _audited(job, model, data.path.parent if data is not None else None)
     audit = replace(audit, total=before)
     products = audit.products()
     if products and planned.activations:
@@ -50,6 +50,8 @@ def describe(
     after = files.size_of(model) + (data.size if data is not None else 0)
     rows = _rows(job, planned, audit)
     outside = _constants(job)
+    aside = {name for name, reason in job.report.floats.items() if reason.kind == "pass"}
+    audit = replace(audit, layers=tuple(entry for entry in audit.layers if entry.name not in aside))
     report |= {
         "recipe_name": job.recipe.name,
         "recipe": job.recipe.to_dict(),
@@ -68,6 +70,17 @@ def describe(
     kernels = _kernels(job, planned, audit)
     size = f"{before / 1e6:.2f} -> {after / 1e6:.2f} MB" if before >= 1e6 else f"{before / 1e3:.1f} -> {after / 1e3:.1f} kB"
     report["summary"] = f"{kernels} | {size}, {report.bits_per_weight:.1f} bits per weight"
+
+
+def _audited(job: Job, model: onnx.ModelProto, folder: Path | None) -> Audit:
+    """What runs in onnxruntime. It is only asked for its opinion about a file that is for integer kernels elsewhere."""
+    try:
+        return audit_model(model, folder=folder)
+    except OnnxqError as error:
+        if not job.target.foreign:
+            raise
+        job.note(f"the file is for target '{job.target.name}', and onnxruntime does not take it: {error}")
+        return Audit((), {})
 
 
 def original_size(graph: Graph, source: Path | onnx.ModelProto | None) -> int:
@@ -170,8 +183,9 @@ def _rows(job: Job, planned: Planned, audit: Audit) -> list[dict[str, Any]]:
 
 
 def _kernels(job: Job, planned: Planned, audit: Audit) -> str:
-    """The kernels that run, for the summary."""
-    count = len(job.graph.layers)
+    """The kernels that run, for the summary; layers that a pass keeps in float are left out."""
+    reasons = job.report.floats
+    count = sum(y.name not in reasons or reasons[y.name].kind != "pass" for y in job.graph.layers)
     quantized = {entry.name: entry.quantized for entry in audit.layers}
     rules = {y.name: planned.rule(y) for y in planned.layers}
     wide = sum(rule is not None and rule.activations > 8 and not quantized.get(name, True) for name, rule in rules.items())
@@ -191,9 +205,10 @@ def _elsewhere(job: Job, planned: Planned, audit: Audit, wide: int) -> str:
     wide   layers with 16-bit activations that run in float in onnxruntime, which the summary mentions anyway
     """
     ops = {y.name: y.op for y in planned.layers}
-    floats = sum(entry.name in ops and not entry.quantized for entry in audit.layers) - wide
-    if floats <= 0:
-        return f"{audit.summary} in onnxruntime"
     every, quantized = Counter(y.op for y in job.graph.layers), Counter(ops.values())
+    floats = sum(entry.name in ops and not entry.quantized for entry in audit.layers) - wide
+    if floats <= 0 and (audit.layers or not every):
+        return f"{audit.summary} in onnxruntime"
     counts = "; ".join(f"{quantized[op]}/{n} {op}" for op, n in every.items())
-    return "; ".join([f"{counts} quantized for {job.target.name}; {floats} run in float in onnxruntime", *audit.outside()])
+    there = f"; {floats} run in float in onnxruntime" if audit.layers else ""
+    return "; ".join([f"{counts} quantized for {job.target.name}{there}", *audit.outside()])

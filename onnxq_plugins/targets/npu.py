@@ -13,7 +13,7 @@ NPU = Target(
         for rule in (*dense_rules(op, "int8"), *dense_rules(op, "W2..8A16, float in onnxruntime", 16))
     ),
     CHAIN,
-    symmetric=True,
+    either=True,
     flatten=False,
 )
 NPU4 = Target(

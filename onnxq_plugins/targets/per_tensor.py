@@ -10,6 +10,6 @@ PER_TENSOR = Target(
     "become a power-of-two Mul behind the layer, and are listed in the model's metadata",
     tuple(Rule(op, "int8", 8, tuple(range(2, 9)), ("tensor",), "int8") for op in ("Conv", "Gemm", "MatMul")),
     CHAIN,
-    symmetric=True,
+    either=True,
     flatten=False,
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+import onnx
 
 from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.graph.bodies import all_graphs
+from onnxq_plugins.graph.opsets import NARROW_OPSET
 from onnxq_plugins.spec import Plan, QuantSpec
 from onnxq_plugins.targets import BUILTIN
 from onnxq_plugins.targets.target import Rule, Target, channel_multipliers, granularity_of
@@ -17,40 +21,73 @@ def problems(target: Target, graph: Graph, plan: Plan, inputs: Mapping[str, str]
 
     inputs   planned layers by name -> the planned activation they read, "" for float (`Planned.input`)
     """
-    sentences = []
-    refused: dict[str, dict[str, list[str]]] = {}  # refusal -> names of the layers it is about, by operator
+    refused: dict[tuple[str, str, str], dict[str, list[str]]] = {}  # form, inputs, advice -> names of layers by operator
+    others: dict[str, list[str]] = {}  # sentence with a placeholder -> names of layers
     for layer in (layer for layer in graph.layers if layer.weight in plan):
         weight, key = plan[layer.weight], inputs[layer.name]
         bits = plan[key].bits if key else 0
         rule = target.rule(layer, weight, bits)
         if rule is None:
-            by_op = refused.setdefault(refusal(target, layer, weight, bits), {})
+            form = weight.describe((layer.out_axis, layer.in_axis))
+            beside = f"{bits}-bit activations" if bits else "float activations (weight-only)"
+            by_op = refused.setdefault((form, beside, _advice(target, layer, weight, bits)), {})
             by_op.setdefault(layer.op, []).append(layer.name)
         elif text := _too_wide(target, rule, layer, weight):
-            sentences.append(text)
+            others.setdefault(text, []).append(layer.name)
         if weight.shift is not None and not layer.takes_bias:
-            sentences.append(
-                f"{layer.op} '{layer.name}' has no bias that its planned shift could be added to; leave out "
-                "the shift of its weight."
+            text = (
+                f"{layer.op} {{}} has no bias that its planned shift could be added to; leave out the shift of its weight."
             )
+            others.setdefault(text, []).append(layer.name)
     activations = {name: spec for name, spec in plan.items() if not graph.is_constant(name)}
     return [
-        *(
-            text.format(" and ".join(f"{op} {_names(names)}" for op, names in by_op.items()))
-            for text, by_op in refused.items()
-        ),
-        *sentences,
+        *(_refusal(target, *form, by_op) for form, by_op in refused.items()),
+        *(text.format(_names(names)) for text, names in others.items()),
+        *_narrow_problems(target, plan),
         *_activation_problems(target, activations),
     ]
 
 
-def refusal(target: Target, layer: Layer, weight: QuantSpec, activations: int) -> str:
-    """Why a layer cannot run as requested, and how it can; with a placeholder {} for operators and names."""
-    beside = f"{activations}-bit activations" if activations else "float activations (weight-only)"
-    form = weight.describe((layer.out_axis, layer.in_axis))
-    return (
-        f"target '{target.name}' cannot run {{}} with {form} weights and {beside}; it "
-        f"runs {choices(target, layer.op) or 'no quantized ' + layer.op}." + _advice(target, layer, weight, activations)
+def _refusal(target: Target, form: str, beside: str, advice: str, by_op: Mapping[str, list[str]]) -> str:
+    """Why layers cannot run as requested, and how they can, in one sentence for all of them."""
+    runs: dict[str, list[str]] = {}
+    for op in by_op:
+        runs.setdefault(choices(target, op) or f"no quantized {op}", []).append(op)
+    valid = "; ".join(text if len(runs) == 1 else f"{' and '.join(ops)}: {text}" for text, ops in runs.items())
+    layers = " and ".join(f"{op} {_names(names)}" for op, names in by_op.items())
+    return f"target '{target.name}' cannot run {layers} with {form} weights and {beside}; it runs {valid}." + advice
+
+
+def missing_operators(target: Target, model: onnx.ModelProto) -> list[str]:
+    """What a model has that the runtime has not, in one sentence with counts; [] if nothing."""
+    have = target.operators | {"QuantizeLinear", "DequantizeLinear"}
+    nodes = [node for graph in all_graphs(model.graph) for node in graph.node]
+    left = Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in nodes if n.domain or n.op_type not in have)
+    if not left or not target.operators:
+        return []
+    names = ", ".join(f"{op} ({n})" for op, n in left.most_common())
+    return [f"target '{target.name}' has no {names}; replace them in the model, or give the target what it has."]
+
+
+def _narrow_problems(target: Target, plan: Plan) -> Iterator[str]:
+    """Codes that need a newer opset than the runtime reads."""
+    highest = target.opsets[1]
+    if 0 < highest < NARROW_OPSET and needs_narrow(plan):
+        yield (
+            f"target '{target.name}' reads opset {highest} at most, and codes of 4 or 16 bits, multipliers and scales per "
+            f"block need {NARROW_OPSET}; plan weights of 5 to 8 bits, and activations of 8."
+        )
+
+
+def needs_narrow(plan: Plan) -> bool:
+    """True if a plan asks for codes of 4 or 16 bits, for multipliers, which have 4 bits where they fit, or for scales per
+    block: these came with `NARROW_OPSET`."""
+    return any(
+        spec.bits <= 4
+        or spec.bits > 8
+        or max(spec.sub_block or (0,)) > 1
+        or (spec.block is not None and len(spec.block) == 2 and max(spec.block) > 1)
+        for spec in plan.values()
     )
 
 
@@ -74,7 +111,7 @@ def _too_wide(target: Target, rule: Rule, layer: Layer, weight: QuantSpec) -> st
         if largest * weight.top <= target.max_code:
             return ""
         return (
-            f"{layer.op} '{layer.name}': {weight.bits}-bit codes times multipliers up to {largest} "
+            f"{layer.op} {{}}: {weight.bits}-bit codes times multipliers up to {largest} "
             f"reach {largest * weight.top}, target '{target.name}' runs codes up to {target.max_code}; "
             f"set max_multiplier = {target.max_code // weight.top}."
         )
@@ -88,15 +125,16 @@ def _too_wide(target: Target, rule: Rule, layer: Layer, weight: QuantSpec) -> st
 
 def _activation_problems(target: Target, activations: Mapping[str, QuantSpec]) -> Iterator[str]:
     widths = target.activation_bits
-    types, bits = " or ".join(f"uint{n}" for n in widths), " or ".join(map(str, widths))
+    sign = "int" if target.symmetric else "uint"
+    types, bits = " or ".join(f"{sign}{n}" for n in widths), " or ".join(map(str, widths))
     runs = [f"{types} per tensor (activations.bits = {bits})"] if widths else []
     refused: dict[str, list[str]] = {}
     for name, spec in activations.items():
-        if spec.bits not in widths or (spec.symmetric and not target.symmetric) or spec.block is not None:
+        if spec.bits not in widths or not (target.either or spec.symmetric == target.symmetric) or spec.block is not None:
             refused.setdefault(spec.describe(), []).append(name)
     for form, names in refused.items():
-        signed = not target.symmetric and all(activations[name].symmetric for name in names) and bool(runs)
-        hint = ": set activations.symmetric = false" if signed else ""
+        other = not target.either and all(activations[name].symmetric != target.symmetric for name in names) and runs
+        hint = f": set activations.symmetric = {str(target.symmetric).lower()}" if other else ""
         yield (
             f"target '{target.name}' cannot run activation{'s' * (len(names) > 1)} {_names(names)} as {form}; it runs "
             f"{', or '.join([*runs, 'float (activations.bits = 32)'])}{hint}."

@@ -17,7 +17,7 @@ STORAGE = Target(
         for activations in (8, 0)
     ),
     CHAIN,
-    symmetric=True,
+    either=True,
     decodes=True,
     flatten=False,
 )

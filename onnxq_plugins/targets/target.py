@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
+from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.spec import Block, QuantSpec
 
@@ -49,7 +51,6 @@ class Target:
     rules         forms of layers it runs quantized
     integer_ops   other operators with an integer kernel, which keep a chain of layers integer
     output_scale  layers that have to write quantized outputs to run as integer (the others may write float)
-    symmetric     its activations may be symmetric, too: signed codes with zero point 0
     max_code      largest |code| of a weight beside 8-bit activations
     attention     multiply-adds from which on a product of two activation matrices is faster as integer; 0 for never
                   (`python -m benchmarks.kernels` times some)
@@ -61,6 +62,18 @@ class Target:
     tuned         activations are written in the form that onnxruntime's CPU provider computes fastest (`graph.opsets.tuned`)
     costs         name of the table of what kernels cost there (`runtimes.costs`); "" for none
     here          its models run in onnxruntime on this CPU as they will in use
+    signed        activations are stored as signed codes (int8, int16), not unsigned ones
+    symmetric     their zero point is the middle of the grid: 0 of signed codes, 128 of uint8. Plans have symmetric entries
+                  then, whatever a recipe says
+    either        activations that a recipe makes symmetric are taken, too, as signed codes with zero point 0
+    bias          biases of integer layers: ``int32`` codes at the scale of the products, or ``float`` constants
+    aligned       input and output channels of an integer layer must be multiples of it (depthwise: the channels); other
+                  layers stay float
+    operators     ai.onnx operators that it has, beside QuantizeLinear and DequantizeLinear; empty: all. A Gemm becomes
+                  MatMul and Add where it is missing; models that need something else that is missing are refused
+    opsets        lowest and highest opset of ai.onnx that it reads; 0: any
+    settings      names and defaults of settings of its own, which recipes change: ``[target.acme]`` ``soc = 3``
+    configure     makes a target of this one with other `settings`, where these change what it has
     """
 
     name: str
@@ -68,7 +81,6 @@ class Target:
     rules: tuple[Rule, ...]
     integer_ops: frozenset[str] = field(default_factory=frozenset)
     output_scale: frozenset[str] = frozenset({"Conv"})
-    symmetric: bool = False
     max_code: int = 127
     attention: int = 0
     flatten: bool = True
@@ -77,6 +89,44 @@ class Target:
     tuned: bool = False
     costs: str = ""
     here: bool = False
+    signed: bool = False
+    symmetric: bool = False
+    either: bool = False
+    bias: Literal["int32", "float"] = "int32"
+    aligned: int = 1
+    operators: frozenset[str] = frozenset()
+    opsets: tuple[int, int] = (0, 0)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    configure: Callable[[Target], Target] | None = field(default=None, compare=False)
+
+    def with_settings(self, vendors: Mapping[str, Mapping[str, Any]]) -> Target:
+        """This target with what a recipe sets for its vendor, the first part of its name. Raises OnnxqError for a setting
+        that it does not have, or a value of another type."""
+        vendor = self.name.partition(".")[0]
+        given = vendors.get(vendor, {})
+        problems = []
+        for key, value in given.items():
+            if key not in self.settings:
+                problems.append(f"target '{self.name}' has no setting '{key}'; {known(key, sorted(self.settings))}.")
+                continue
+            default = self.settings[key]
+            if type(value) is not type(default) and (type(default), type(value)) != (float, int):
+                what = f"of type {type(default).__name__}, such as {default!r}"
+                problems.append(f"target '{self.name}': {key} = {value!r} must be {what}.")
+        OnnxqError.check(problems)
+        if not given:
+            return self
+        changed = replace(self, settings={**self.settings, **given})
+        return changed if self.configure is None else self.configure(changed)
+
+    def fits(self, layer: Layer) -> bool:
+        """True if the channels of a layer are multiples of what the hardware needs."""
+        inputs = 1 if layer.kind == "depthwise" else layer.shape[layer.in_axis]
+        return self.aligned == 1 or (layer.channels % self.aligned == 0 and (inputs == 1 or inputs % self.aligned == 0))
+
+    def offset(self, spec: QuantSpec) -> int:
+        """What is added to the codes of an activation, and their zero point, in the file."""
+        return 0 if spec.symmetric == self.signed or self.either else 2 ** (spec.bits - 1) * (1 if spec.symmetric else -1)
 
     @property
     def code_bits(self) -> int:
@@ -87,6 +137,11 @@ class Target:
     def activation_bits(self) -> list[int]:
         """Widths of the activations that some rule reads, ascending."""
         return sorted({rule.activations for rule in self.rules} - {0})
+
+    @property
+    def foreign(self) -> bool:
+        """True if it runs layers in integers, in another runtime or on other hardware."""
+        return self.integer and not self.here
 
     @property
     def integer(self) -> bool:

@@ -18,10 +18,12 @@ from typing import Any
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Pass, Recipe
+from onnxq_plugins.targets import Target
 from onnxq_plugins.testing.bench import Bench
 from onnxq_plugins.testing.checks import CHECKS
+from onnxq_plugins.testing.targets import TARGET_CHECKS
 
-__all__ = ["CHECKS", "cases", "parametrize_with_checks"]
+__all__ = ["CHECKS", "TARGET_CHECKS", "cases", "parametrize_target", "parametrize_with_checks"]
 
 
 def parametrize_with_checks(
@@ -80,6 +82,23 @@ def cases(
         )
         for name, check in CHECKS.items()
     ]
+
+
+def parametrize_target(target: Target, *, plugins: Iterable[object] = ()) -> Callable[..., Any]:
+    """Decorate a test function of (check) that calls ``check()``: one test for each check of `targets.TARGET_CHECKS`.
+
+    plugins   plugin objects that bring the target, if it is not installed
+    """
+    import pytest
+
+    bench = Bench({}, tuple(plugins))
+    return pytest.mark.parametrize(
+        "check",
+        [
+            pytest.param(partial(check, target, bench), id=f"{target.name}-{name.removeprefix('check_target_')}")
+            for name, check in TARGET_CHECKS.items()
+        ],
+    )
 
 
 def _label(step: Pass) -> str:

@@ -86,7 +86,7 @@ class Bench:
         model = make(name) if model is None else model
         plugins = [*self.guests(*steps), *([] if watch is None else [watch])]
         try:
-            return quantize(
+            result = quantize(
                 model,
                 self.table(*steps, **(changes or {})),
                 feeds(model, SAMPLES) if data is ... else data,
@@ -95,6 +95,14 @@ class Bench:
             )
         except LawBroken as error:
             raise AssertionError(f"on model '{name}', {error}") from error
+        try:
+            onnx.checker.check_model(result.model, full_check=True)
+        except Exception as error:  # the checker raises one type, inference of shapes others
+            text = " ".join(str(error).partition("==>")[0].split())[:300].rstrip(".")
+            raise AssertionError(
+                f"what {_subject(steps)} leaves of model '{name}' is no valid ONNX file: onnx.checker says {text}."
+            ) from error
+        return result
 
     def result(
         self, steps: Sequence[Pass], name: str, *, changes: Mapping[str, Any] | None = None, verify: bool = False

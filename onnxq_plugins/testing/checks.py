@@ -28,9 +28,10 @@ from onnxq_plugins.passes import BUILTIN
 from onnxq_plugins.passes.ranges import Ranges
 from onnxq_plugins.passes.round import Round
 from onnxq_plugins.recipe import parse
+from onnxq_plugins.spec import QuantSpec
 from onnxq_plugins.targets import BUILTIN as TARGETS
 from onnxq_plugins.testing.bench import SAMPLES, Bench, Watch, outputs, reference_outputs
-from onnxq_plugins.testing.models import HARSH, ZOO, batch, feeds, harsh, make
+from onnxq_plugins.testing.models import HARSH, MORE, ZOO, batch, feeds, harsh, make
 
 PLAIN = ("cnn", "mobilenet", "mlp")
 HARM = 1.0  # dB that a pass may lose on average over the plain models, whose outputs are few
@@ -153,6 +154,45 @@ def check_plan(step: Pass, bench: Bench) -> None:
         assert watch.runs, f"pass '{step.name}' was not run on model '{name}'; give the kit a suitable recipe (recipe=...)."
 
 
+def check_effect(step: Pass, bench: Bench) -> None:
+    """On at least one of the small models the file is another one with the pass than without it.
+
+    Why: a pass whose condition never holds looks like one that works. Give the kit the recipe that the pass is for. A pass
+    that only measures, or that acts on nothing the kit has, says so in ``expected_failures``.
+    """
+    for name in (*PLAIN, *(name for name in (*ZOO, *MORE) if name not in PLAIN)):
+        with contextlib.suppress(OnnxqError, AssertionError):  # other checks are about what fails
+            files = [bench.result(steps, name).model.graph.SerializeToString() for steps in ((), (step,))]
+            if files[0] != files[1]:
+                return
+    raise AssertionError(
+        f"pass '{step.name}' changes nothing on any of the {len(ZOO) + len(MORE)} models of the kit: does its condition "
+        "ever hold, and does it assign job.plan (job.plan |= ...)? Give the kit the recipe it is for (recipe=...)."
+    )
+
+
+def check_solved_left_alone(step: Pass, bench: Bench) -> None:
+    """After ``ranges`` and ``round``, a pass of stage ``solve`` leaves every solved entry as it is, and a pass of any stage
+    changes no weight without its entry, unless it is a ``rewrite``.
+
+    Why: users put a pass behind another to have both. One that overwrites what was solved, or changes the weights that
+    codes were found for, undoes the other in silence. ``finish`` is the stage of passes that work on what was solved.
+    """
+    for name in PLAIN:
+        watch = Watch(step.name)
+        with contextlib.suppress(OnnxqError):
+            result = bench.quantize((Ranges(), Round(seconds=0), step), name, watch=watch)
+            dropped = next((note for note in result.report.notes if f"'{step.name}' changed" in note), "")
+            assert not dropped, f"on model '{name}', {dropped}; plan it anew, or declare stage = \"rewrite\"."
+        for before, after, *_ in watch.runs:
+            solved = {n: spec for n, spec in before.items() if spec.solved and n in after}
+            other = [n for n, spec in solved.items() if not _same(spec, after[n])]
+            assert not other or step.stage != "solve", (
+                f"pass '{step.name}' overwrites {len(other)} entries that an earlier pass has solved, such as '{other[0]}' "
+                f"of model '{name}'; skip entries with spec.solved, or, if that is the point, declare stage = \"finish\"."
+            )
+
+
 def check_repeatable(step: Pass, bench: Bench) -> None:
     """One seed, one result: the same bytes in a second run, with two workers, and for any state of numpy's global generator.
 
@@ -233,13 +273,13 @@ def check_twice(step: Pass, bench: Bench) -> None:
 def check_odd_graphs(step: Pass, bench: Bench) -> None:
     """The pass works, and does not change the float function if it is exact, on graphs with shared weights, no layer at all,
     dead channels, channel counts that no block divides, grouped and depthwise convolutions, ConvTranspose, attention,
-    control flow and a fixed batch size, and where the recipe leaves every layer float.
+    control flow, outlier channels and a fixed batch size, and where the recipe leaves every layer float.
 
     Why: real models have all of these. A pass leaves unchanged what it cannot handle, and reports it; it does not refuse the
     model.
     """
     everything_float = {"layer": [{"quantize": False}]}
-    cases: list[tuple[str, dict[str, Any], str]] = [(name, {}, "") for name in (*ZOO, "fixed_batch") if name not in PLAIN]
+    cases: list[tuple[str, dict[str, Any], str]] = [(name, {}, "") for name in (*ZOO, *MORE) if name not in PLAIN]
     for name, changes, how in [*cases, ("cnn", everything_float, " with all layers left float")]:
         try:
             result = bench.result((step,), name, changes=changes, verify=step.exact)
@@ -346,6 +386,15 @@ def _gain(name: str, results: Sequence[Result]) -> float:
     samples, reference = feeds(make(name), 16, seed=1), reference_outputs(name, 16, seed=1)
     before, after = (worst_sqnr(reference, outputs(result.model, samples)) for result in results)
     return after - before
+
+
+def _same(spec: QuantSpec, other: QuantSpec) -> bool:
+    """True if two entries are equal, arrays included."""
+    return spec is other or all(
+        np.array_equal(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else a == b
+        for f in fields(spec)
+        for a, b in [(getattr(spec, f.name), getattr(other, f.name))]
+    )
 
 
 def _bytes(result: Result) -> bytes:

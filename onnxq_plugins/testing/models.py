@@ -324,6 +324,22 @@ def fixed_batch() -> onnx.ModelProto:
     return net.model(net.gemm(net.op("Relu", net.gemm("x", 13, 24)), 24, 7))
 
 
+def outliers() -> onnx.ModelProto:
+    """Feed-forward blocks of a transformer in which two channels behind the GELU are forty times as large as the others."""
+    net = Net(["N", 6, 32])
+    size, x = np.ones(64), "x"
+    size[[5, 20]] = 40
+    for _ in range(2):
+        y = net.op("LayerNormalization", x, net.weight(32), net.weight(32), axis=-1)
+        first, second = net.rng.normal(size=(32, 64)) / 6, net.rng.normal(size=(64, 32)) / 8
+        y = net.gelu_tanh(net.op("Add", net.op("MatMul", y, net.constant(first * size)), net.weight(64)))
+        x = net.op("Add", x, net.op("MatMul", y, net.constant(second / size[:, None])))
+    return net.model(net.linear(net.op("ReduceMean", x, axes=[1], keepdims=0), 32, 5))
+
+
+MORE: dict[str, Callable[[], onnx.ModelProto]] = {"fixed_batch": fixed_batch, "outliers": outliers}
+
+
 def harsh(name: str) -> tuple[str, list[Feed]]:
     """Calibration data that mislead: the name of the model they are for, and its feeds. Others are as `feeds` gives them.
 
@@ -347,4 +363,4 @@ HARSH = ("few", "clipped", "padded")
 @cache
 def make(name: str) -> onnx.ModelProto:
     """A model by its name, made once. Leave it alone."""
-    return {**ZOO, "fixed_batch": fixed_batch}[name]()
+    return {**ZOO, **MORE}[name]()

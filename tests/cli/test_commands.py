@@ -362,5 +362,5 @@ def test_bad_input_of_each_command(ready, arguments, phrase):
     assert ran.code == 2
     assert ran.out == "" or arguments[0] == "check"  # the recipe may be valid and the model not
     assert phrase in ran.err
-    assert len(ran.err.splitlines()) == (2 if "block.toml" in arguments else 1)
+    assert len(ran.err.splitlines()) == 1
     assert listing() == before

@@ -74,8 +74,8 @@ def test_packages_install_pass_their_tests_run_from_a_recipe_and_appear_in_a_tra
         Path(shutil.copytree(file.parent, tmp_path / file.parent.name, ignore=shutil.ignore_patterns("__pycache__")))
         for file in sorted(SAMPLES.glob("*/pyproject.toml"))
     ]
-    assert [sample.name for sample in samples] == ["acme-edge", "acme-keep"]
-    packages = [new, *samples]
+    assert [sample.name for sample in samples] == ["acme-edge", "acme-keep", "acme-side"]
+    packages = [new, new_plugin("acme-npu", tmp_path, "target"), *samples]
     environment = Environment(tmp_path / "venv", *packages)
     for package in packages:
         environment.run(package, "-m", "ruff", "check", ".")
@@ -90,6 +90,14 @@ def test_packages_install_pass_their_tests_run_from_a_recipe_and_appear_in_a_tra
     environment.run(tmp_path, *command.split())
     metadata = {p.key: p.value for p in onnx.load(tmp_path / "q.onnx").metadata_props}
     assert "acme.shrink" in metadata["onnxq.recipe"] and "acme-shrink==0.1.0" in metadata["onnxq.versions"]
+
+    command = "-m onnxq_plugins.cli quantize m.onnx --data x.npy -r int8 --target acme.npu -o npu.onnx"
+    environment.run(tmp_path, *command.split())
+    assert json.loads((tmp_path / "npu.acme.json").read_text())["soc"] == 2
+    npu = onnx.load(tmp_path / "npu.onnx")
+    zeros = {t.name: onnx.numpy_helper.to_array(t) for t in npu.graph.initializer}
+    quantizers = [node for node in npu.graph.node if node.op_type == "QuantizeLinear"]
+    assert quantizers and all(zeros[n.input[2]].dtype == np.int8 and zeros[n.input[2]] == 0 for n in quantizers)
 
     trace = environment.run(tmp_path, "-m", "onnxq_plugins.cli", "plugins", "--trace", "-r", "acme-keep/recipe.toml").stdout
     assert "onnxq_run_pass(step=acme.keep-worst" in trace and "acme-edge [wrapper], the pass itself" in trace
@@ -144,6 +152,15 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error):
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(OnnxqError, match="cannot be written: No such file or directory"):
         new_plugin("acme-clip", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["acme-npu", "acme-npu-lite", "acme-3d"])
+def test_a_target_of_any_name_is_valid_python(name, tmp_path):
+    package = new_plugin(name, tmp_path, "target")
+    for file in package.rglob("*.py"):
+        compile(file.read_text("utf-8"), str(file), "exec")
+    assert f'"{name.replace("-", ".", 1)}"' in (package / name.replace("-", "_") / "__init__.py").read_text("utf-8")
+    assert not [p for p in package.rglob("*") if p.is_file() and "$" in p.read_text("utf-8")]
 
 
 def test_the_command_prints_the_next_steps(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from onnxq_plugins import OnnxqError, audit_model, measure, quantize, runtimes
+from onnxq_plugins import audit_model, measure, quantize, runtimes
 from onnxq_plugins.export.weights import shifts, stored_bits
 from onnxq_plugins.graph import load
 from onnxq_plugins.measure import drift
@@ -402,9 +402,10 @@ def test_the_recipe_asks_for_the_same(name, target):
     assert drift(run(a.model, data[0], False), run(b.model, data[0], False)) < 1e-4
 
 
-def test_one_scale_per_channel_is_refused():
-    with pytest.raises(OnnxqError, match=r"per channel.*per tensor.*Set weights.block = \"tensor\"; pass 'shift-equalize'"):
-        quantize(mlp(), {"target": "per-tensor"}, feeds(mlp(), 2))
+def test_one_scale_per_channel_becomes_one_for_all_and_a_note_names_the_pass():
+    result = quantize(mlp(), {"target": "per-tensor"}, feeds(mlp(), 2))
+    assert all(result.plan[layer.weight].block is None for layer in result.graph.layers)
+    assert any("one scale for their weight" in note and "shift-equalize" in note for note in result.report.notes)
 
 
 # ---- beside other passes --------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -14,11 +14,47 @@ import onnx
 
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.data import Data, DataOptions
-from onnxq_plugins.errors import Reason
-from onnxq_plugins.graph import ChannelGroup, Graph, permute
+from onnxq_plugins.errors import OnnxqError, Reason
+from onnxq_plugins.graph import ChannelGroup, Graph, Layer, permute, replace_with_sum, rescale, split_outputs
+from onnxq_plugins.graph.flow import readers
+from onnxq_plugins.job.report import Report
+from onnxq_plugins.job.tables import (
+    FLOAT,
+    BlockRequest,
+    LayerRule,
+    Quality,
+    SubBlockRequest,
+    TensorRequest,
+    changed,
+    default_of,
+    matches,
+    tuples,
+)
+from onnxq_plugins.job.weights import narrowed, weight_spec
 from onnxq_plugins.parallel import Track, silent
-from onnxq_plugins.spec import Array, Plan
+from onnxq_plugins.spec import Array, Plan, QuantSpec
 from onnxq_plugins.targets import Target
+from onnxq_plugins.targets.reading import input_in
+
+__all__ = [
+    "FLOAT",
+    "BlockRequest",
+    "Job",
+    "LayerRule",
+    "Metric",
+    "Outcome",
+    "Pass",
+    "Quality",
+    "Recipe",
+    "Report",
+    "Service",
+    "Stage",
+    "SubBlockRequest",
+    "TensorRequest",
+    "changed",
+    "default_of",
+    "parameters",
+]
 
 # (outputs of the float network, of the quantized one, labels or None) -> larger is better. Outputs: one array [samples, ...]
 # each, concatenated over the feeds along the first axis; where that is impossible (shapes that vary, sequences, maps,
@@ -63,102 +99,13 @@ class Pass:
 
 # ---- recipes --------------------------------------------------------------------------------------------------------------
 
-BlockRequest = Literal["tensor", "channel"] | int | tuple[int, ...]
-SubBlockRequest = Literal["none", "channel"] | int | tuple[int, ...]
-FLOAT = 32  # bits = 32: stays float
-
-
-@dataclass(frozen=True)
-class TensorRequest:
-    """How one kind of tensor is to be quantized; the ``[weights]`` and ``[activations]`` tables.
-
-    bits        2..16, or 32 to stay float (targets run weights of 2..8 bits, activations of 8, some of 16)
-    symmetric   signed codes with zero point 0
-    block       granularity of the scale: "tensor", "channel", a number of inputs per scale, [outputs, inputs] or one
-                size per axis
-    sub_block   granularity of integer multipliers below that, written like `block`; "none" for none
-    pow2        scales (or multipliers) are powers of two
-    max_multiplier   largest multiplier: 15 packs into 4 bits; up to 127, or 32768 for multipliers per channel of one scale
-    full             of fewer than 8 bits, with the code -2^(bits-1), which mirrors no other: -8..7 in place of -7..7
-    """
-
-    bits: int = 8
-    symmetric: bool = True
-    block: BlockRequest = "channel"
-    sub_block: SubBlockRequest = "none"
-    pow2: bool = False
-    max_multiplier: int = 15
-    full: bool = False
-
-
-@dataclass(frozen=True)
-class LayerRule:
-    """Settings for some layers; the ``[[layer]]`` tables. Later rules win.
-
-    match      glob on the layer's name, or a list of them
-    op         Conv, ConvTranspose, Gemm, MatMul, or Attention for products of two activations; LSTM, GRU, RNN, Gather or
-               Einsum for their constants, of which only `quantize` and ``weights.bits`` count
-    kind       dense, grouped or depthwise
-    position   first or last layer of the model
-    quantize   false leaves the layer in float; true quantizes attention products whether or not it pays
-    weights, activations   fields of TensorRequest that differ; activations means the layer's input
-    """
-
-    match: str | tuple[str, ...] = "*"
-    op: Literal["", "Conv", "ConvTranspose", "Gemm", "MatMul", "Attention", "LSTM", "GRU", "RNN", "Gather", "Einsum"] = ""
-    kind: Literal["", "dense", "grouped", "depthwise"] = ""
-    position: Literal["", "first", "last"] = ""
-    quantize: bool | None = None
-    weights: Mapping[str, Any] = field(default_factory=dict)
-    activations: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """`match` as a list."""
-        return (self.match,) if isinstance(self.match, str) else tuple(self.match)
-
-    @property
-    def everywhere(self) -> bool:
-        """True if it is about layers of any name."""
-        return "*" in self.patterns
-
-    def names(self, name: str) -> bool:
-        """True if it is about layers of this name."""
-        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What the outputs must be worth; the ``[quality]`` table. Where they are not, what costs them most is kept in 16 bits
-    or in float (`onnxq_plugins.search.fallback`).
-
-    sqnr    dB that each output must have on samples, pooled; None: nothing is checked
-    below   act only where an output has less than this, dB, so that the network is destroyed; None: `sqnr`
-    """
-
-    sqnr: float | None = None
-    below: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.below is not None and (self.sqnr is None or self.below > self.sqnr):
-            raise ValueError(f"below = {self.below:g} must not be above sqnr, which is what an output then has to reach")
-
-    @property
-    def asked(self) -> bool:
-        """True if every output must have `sqnr`, not only those that would be destroyed."""
-        return self.sqnr is not None and self.least == self.sqnr
-
-    @property
-    def least(self) -> float:
-        """dB under which something is done."""
-        return float(-np.inf if self.sqnr is None else self.sqnr if self.below is None else self.below)
-
 
 @dataclass(frozen=True)
 class Recipe:
     """A validated recipe. `onnxq_plugins.recipe` reads and writes its text.
 
     exclude   operators of any kind that stay float: their names, or globs on them; one that begins with ! takes back
+    vendors   settings of targets by vendor, the first part of their names; the ``[target.VENDOR]`` tables
     """
 
     target: str = "ort-cpu"
@@ -170,6 +117,7 @@ class Recipe:
     quality: Quality = Quality()
     name: str = ""
     exclude: tuple[str, ...] = ()
+    vendors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def excludes(self, name: str) -> bool:
         """True if an operator of this name is to stay float."""
@@ -190,9 +138,27 @@ class Recipe:
         """True if one pass provides all of these."""
         return any(step.provides >= set(services) for step in self.passes)
 
+    def settings(
+        self, name: str, op: str, kind: str, ends: Mapping[str, bool], unmatched: set[int] | None = None
+    ) -> tuple[TensorRequest, TensorRequest, bool | None]:
+        """Requests of weights and activations of an operator, and `quantize`, after all rules that match.
+
+        ends        whether it is the first, or the last, layer
+        unmatched   numbers of rules; those that match leave it
+        """
+        weights, activations, quantize = self.weights, self.activations, None
+        for n, rule in enumerate(self.layers):
+            if matches(rule, name, op, kind, ends):
+                (set() if unmatched is None else unmatched).discard(n)
+                weights = replace(weights, **tuples(rule.weights))
+                activations = replace(activations, **tuples(rule.activations))
+                quantize = rule.quantize if rule.quantize is not None else quantize
+        return weights, activations, quantize
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, defaults left out: `recipe.parse` makes the same recipe of them."""
-        table: dict[str, Any] = {"recipe": 1, "target": self.target}
+        vendors = {name: dict(values) for name, values in self.vendors.items() if values}
+        table: dict[str, Any] = {"recipe": 1, "target": {"use": self.target, **vendors} if vendors else self.target}
         if self.exclude:
             table["exclude"] = list(self.exclude)
         for key in ("weights", "activations", "data", "quality"):
@@ -214,118 +180,7 @@ def parameters(step: Pass) -> dict[str, Any]:
     return changed(step, None)
 
 
-def changed(value: Any, default: Any) -> dict[str, Any]:
-    """Fields of a dataclass that differ from a default instance (or from the fields' own defaults), as plain values."""
-    changes = {}
-    for f in fields(value):
-        now = getattr(value, f.name)
-        if now != (getattr(default, f.name) if default is not None else default_of(f)):
-            changes[f.name] = list(now) if isinstance(now, tuple) else dict(now) if isinstance(now, Mapping) else now
-    return changes
-
-
-def default_of(f: Field[Any]) -> Any:
-    """The default of a dataclass field, made by its factory where it has one."""
-    return f.default_factory() if f.default_factory is not MISSING else f.default
-
-
 # ---- jobs -----------------------------------------------------------------------------------------------------------------
-
-
-class Report(dict[str, Any]):
-    """What a run did, for people and for JSON: a dict whose known entries are attributes with types. Plugins may add
-    entries of their own, as values that JSON can hold."""
-
-    @property
-    def notes(self) -> list[str]:
-        """What the user should know."""
-        notes: list[str] = self.setdefault("notes", [])
-        return notes
-
-    @property
-    def warnings(self) -> list[str]:
-        """What is bad about the result, and what to try."""
-        warnings: list[str] = self.setdefault("warnings", [])
-        return warnings
-
-    @property
-    def check(self) -> dict[str, Any]:
-        """The quantized network beside the user's own, see `Result.check`: ``outputs``, on so many ``samples``, ``sqnr`` of
-        the worst one, ``speed``, ``bytes``, what is ``destroyed``, ``slower``, ``larger``. {} if nothing was checked."""
-        return dict(self.get("check", {}))
-
-    @property
-    def floats(self) -> dict[str, Reason]:
-        """Layers, and readers of other constants, that stay float by choice -> why."""
-        floats: dict[str, Reason] = self.setdefault("floats", {})
-        return floats
-
-    @property
-    def widened(self) -> dict[str, int]:
-        """Layers -> scales that were widened so that biases fit int32; a note in the end."""
-        widened: dict[str, int] = self.setdefault("widened", {})
-        return widened
-
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        """One entry a pass: ``pass``, ``seconds``, ``exact``, ``parameters``, ``result`` (what it returned; also under its
-        old name, ``told``), ``drift``."""
-        return list(self.get("steps", []))
-
-    @property
-    def layers(self) -> list[dict[str, Any]]:
-        """One row a layer: ``name``, ``op``, ``kernel``, ``parameters``, ``weights``, ``bits_per_weight``; for one that runs
-        in float ``why_float`` and ``why_float_kind`` (`Reason`)."""
-        return list(self.get("layers", []))
-
-    @property
-    def constants(self) -> list[dict[str, Any]]:
-        """One row a constant of 1 kB and more outside layers: ``name``, ``op`` and ``readers`` (operators), ``parameters``,
-        ``float_bytes``; ``weights`` and ``bits_per_weight`` where it is stored as codes, else ``why_float`` and
-        ``why_float_kind``."""
-        return list(self.get("constants", []))
-
-    @property
-    def quality(self) -> dict[str, Any]:
-        """What the outputs are worth, where the recipe asks for a quality: ``asked`` dB, whether that, or what the recipe
-        insists on, is ``met``, and the ``sqnr`` of each output on ``samples`` samples. Where something was kept from 8 bits:
-        the dB ``before``, the names that are now ``float`` and ``wide`` (16 bits), and their share of the ``work``. {} if
-        nothing was checked."""
-        return dict(self.get("quality", {}))
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """The recipe as plain values."""
-        return dict(self.get("recipe", {}))
-
-    @property
-    def recipe_name(self) -> str:
-        """Name of the recipe's file; "" if it came from none."""
-        return str(self.get("recipe_name", ""))
-
-    @property
-    def summary(self) -> str:
-        """One line: kernels, size, what stayed float."""
-        return str(self.get("summary", ""))
-
-    @property
-    def bits_per_weight(self) -> float:
-        """On disk, with scales and multipliers."""
-        return float(self.get("bits_per_weight", 0.0))
-
-    @property
-    def float_products(self) -> list[str]:
-        """Products of two activations that run in float."""
-        return list(self.get("float_products", []))
-
-    def size(self, of: Literal["float", "quantized"]) -> int:
-        """Bytes of the user's own model, or of what was made of it."""
-        return int(self["bytes"][of])
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        values: dict[str, Any] = json.loads(json.dumps(self))
-        return values
 
 
 @dataclass
@@ -366,6 +221,73 @@ class Job:
         what was changed (law L5)."""
         self.plan |= {name: replace(self.plan[name]) for name in names if name in self.plan}
 
+    # ---- what a pass asks --------------------------------------------------------------------------------------------
+
+    def input_of(self, layer: Layer) -> str:
+        """The planned activation that a layer reads, perhaps through operators that only move values; "" if it reads
+        float."""
+        return input_in(self.graph, self.plan, self.target, layer)
+
+    def readers(self, tensor: str) -> list[str]:
+        """Names of the operators that read a tensor, seen through those that only move values, in the graph's order."""
+        names = readers(self.graph, tensor)
+        return [str(node.name) for node in self.graph.nodes if node.name in names]
+
+    def request_for(self, layer: Layer, bits: int | None = None) -> QuantSpec | None:
+        """The entry that the recipe, with its ``[[layer]]`` rules, requests of a layer's weight, one that a pass has just
+        made included. None if the layer stays float: a rule says so, or the target has no kernel.
+
+        bits   in place of the recipe's; granularity and multipliers follow as far as this width leaves room for them
+        """
+        names = [other.name for other in self.graph.layers]
+        ends = {"first": layer.name == names[0], "last": layer.name == names[-1]} if names else {}
+        weights, activations, quantize = self.recipe.settings(layer.name, layer.op, layer.kind, ends)
+        known = any(rule.op == layer.op for rule in self.target.rules)
+        if quantize is False or weights.bits == FLOAT or not known:
+            return None
+        width = weights.bits if bits is None else bits
+        width = width if activations.bits == FLOAT else narrowed(width, self.target)
+        problems: list[str] = []
+        spec = weight_spec(layer, replace(weights, bits=width), self.target, problems)
+        OnnxqError.check(problems)
+        return spec
+
+    # ---- what a pass changes -----------------------------------------------------------------------------------------
+
+    def keep_float(self, layer: Layer | str, reason: str) -> None:
+        """Leave a layer in float on purpose, such as a small one that a pass has added: counts of layers leave it out, and
+        no remedy or warning is about it. Reports show it with the reason."""
+        layer = self.graph.layer(layer) if isinstance(layer, str) else layer
+        self.plan = self.plan.without(layer.weight)
+        self.report.floats[layer.name] = Reason("pass", reason)
+
+    def drop_unused(self) -> None:
+        """Drop operators and constants that no output needs, and entries of tensors that are gone. The engine does so behind
+        each pass; a pass that goes on with what is left may do it before."""
+        self.graph.tidy()
+        self.plan = self.plan.without(*(name for name in self.plan if name not in self.graph))
+
+    def rescale(self, group: ChannelGroup, factors: Array) -> None:
+        """Multiply the channels of a group's activations, and undo that in their readers (`graph.rescale`). Solutions for
+        what changes are dropped when the pass ends (law L5)."""
+        rescale(self.graph, group, factors)
+
+    def split(self, layer: Layer, parts: Sequence[Array]) -> list[Layer]:
+        """Make one layer of each part of a layer's output channels, joined by a Concat (`graph.split_outputs`); the new
+        layers, each planned as the old one was requested."""
+        return self._planned_like(layer, split_outputs(self.graph, layer, parts))
+
+    def replace_with_sum(self, layer: Layer, parts: Sequence[Array]) -> list[Layer]:
+        """Make W x + b a sum W_1 x + b + W_2 x + ... (`graph.replace_with_sum`); the new layers, each planned as the old one
+        was requested."""
+        return self._planned_like(layer, replace_with_sum(self.graph, layer, parts))
+
+    def _planned_like(self, layer: Layer, made: list[Layer]) -> list[Layer]:
+        spec = self.plan.get(layer.weight)
+        if spec is not None:
+            self.plan = self.plan.without(layer.weight) | {part.weight: spec.request() for part in made}
+        return made
+
     def permute(self, group: ChannelGroup, order: Array) -> None:
         """Reorder the channels of a group (`graph.permute`). What was solved for the weights it moves is dropped when the
         pass ends (law L5); ranges per tensor, which do not depend on the order, stay."""
@@ -388,6 +310,7 @@ class Outcome:
     again    quantizes the same model on the same data by another recipe: again(recipe, settings=())
     class_axis   of the classes in the outputs, as the user gave it
     names    tensor of `graph` -> its name in `model`, where that is another one
+    propose  the remedies that plugins have against a cause: propose(cause, layer)
     """
 
     model: onnx.ModelProto
@@ -401,6 +324,7 @@ class Outcome:
     again: Callable[..., Outcome] | None = None
     class_axis: int | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    propose: Callable[[Any, Layer | None], Any] | None = None
 
     @property
     def float_model(self) -> onnx.ModelProto:

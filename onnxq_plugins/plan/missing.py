@@ -1,0 +1,30 @@
+"""What a plan needs beside the weights of integer layers: entries of what they read and write."""
+
+from __future__ import annotations
+
+from onnxq_plugins.job import FLOAT, Job
+from onnxq_plugins.job.weights import activation_request
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.spec import QuantSpec
+
+
+def missing(job: Job) -> dict[str, QuantSpec]:
+    """Requests of activations for planned layers that cannot run without them: a pass has put operators before or behind the
+    layers, or has made these. What is there stays."""
+    found: dict[str, QuantSpec] = {}
+    layers, names = Planned.of(job).layers, [layer.name for layer in job.graph.layers]
+    for layer in layers:
+        view = Planned(job.graph, job.plan | found, job.target)
+        spec, key = job.plan[layer.weight], view.input(layer)
+        if not key and job.target.rule(layer, spec, 0) is not None:
+            continue  # it reads float
+        ends = {"first": layer.name == names[0], "last": layer.name == names[-1]}
+        request = job.recipe.settings(layer.name, layer.op, layer.kind, ends, set())[1]
+        if request.bits == FLOAT:
+            continue
+        made = activation_request(request, job.target)
+        if not key:
+            found[job.graph.root(layer.input)] = made
+        if layer.op in job.target.output_scale and layer.result not in job.plan:
+            found.setdefault(layer.result, made)
+    return found
