@@ -255,7 +255,7 @@ def test_calibration_providers(static):
         ({"plugins": ["vendor.nothing"]}, "not a known pass"),
         ({"target": "moon"}, "target 'moon' is unknown"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_bad_input_is_a_sentence_and_no_file(static, options, said):
     assert said in refused(static, cnn(), **options) and not static.path.exists()
