@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
 from collections.abc import Collection, Container, Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.beside import Beside, split
+from onnxq_plugins.graph.editing import caller, replace_reads
 from onnxq_plugins.graph.fingerprint import Contents, Fingerprint, is_large
 from onnxq_plugins.graph.layer import LAYER_OPS, BatchNorm, Layer
 from onnxq_plugins.graph.mapped import MappedWeights
@@ -283,7 +282,7 @@ class Graph:
         reads = [gs.Variable.empty() if t is None else self.tensor(t) if isinstance(t, str) else t for t in inputs]
         writes = [self.add_variable(f"{name}_out")] if outputs is None else list(outputs)
         node = gs.Node(op=op, name=name, attrs=attrs, inputs=reads, outputs=writes, domain=domain or None)
-        node.made_in = _caller()  # for whoever has to say what is wrong with it
+        node.made_in = caller()  # for whoever has to say what is wrong with it
         nodes = self._graph.nodes
         position = next((i for i, n in enumerate(nodes) if n is before), len(nodes))
         nodes.insert(position, node)
@@ -445,19 +444,3 @@ class Graph:
         twin = Graph(graph, beside, copy.copy(self.batchnorms), self.notes, versions=self.versions, imported=self.imported)
         twin.output_opset, twin.floats = self.output_opset, self.floats
         return twin
-
-
-def replace_reads(old: gs.Tensor, new: gs.Tensor) -> None:
-    """Make all consumers of a tensor read another."""
-    for consumer in list(old.outputs):
-        for i, tensor in enumerate(consumer.inputs):
-            if tensor is old:
-                consumer.inputs[i] = new
-
-
-def _caller() -> str:
-    """The line outside this room that is being run, with its file and folder."""
-    frame, room = sys._getframe(1), str(Path(__file__).parent)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(room):
-        frame = frame.f_back
-    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}, line {frame.f_lineno}"

@@ -252,7 +252,7 @@ def test_what_stays_float_behind_a_layer_does_not_drag_it_along(ops, layer, behi
 @pytest.mark.parametrize("block", ["channel", "tensor"])
 def test_narrow_weights_are_int4_behind_a_cast_and_run_as_integer(ops, bits, block):
     model = mobilenet()
-    result = quantized(model, settings=[f"weights.bits={bits}", f"weights.block={block}"])
+    result = quantized(model, settings=[f"weights.bits={bits}", f"weights.block={block}", "quality.below=-200"])
     makers, stored = made_by(result.model), {t.name: t for t in result.model.graph.initializer}
     for node in result.model.graph.node:
         if node.op_type in LAYERS:
@@ -360,7 +360,7 @@ def test_bias_scale_has_the_shape_of_the_weight_scale():
 @pytest.mark.parametrize("block", [16, 32, 64])
 def test_weight_only_layers_run_as_matmulnbits(ops, bits, k, block):
     model = mlp_net(k)
-    result = quantized(model, WEIGHT_ONLY, settings=[f"weights.bits={bits}", f"weights.block={block}"])
+    result = quantized(model, WEIGHT_ONLY, settings=[f"weights.bits={bits}", f"weights.block={block}", "quality.below=-200"])
     found = ops(result.model)
     assert found["MatMulNBits"] == 3, found
     assert not found & Counter(["MatMul", "Gemm", "FusedGemm", "DequantizeLinear"])

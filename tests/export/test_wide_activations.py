@@ -249,7 +249,7 @@ def test_widths_between_are_refused_with_the_choices():
     graph = load(model)
     layer = graph.layers[0]
     plan = Plan({layer.input: QuantSpec(16, symmetric=True)})
-    assert any("int16" in text for text in problems(replace(NPU, symmetric=False), graph, plan, {}))
+    assert any("int16" in text for text in problems(replace(NPU, either=False), graph, plan, {}))
     assert not problems(NPU, graph, plan, {})
 
 
