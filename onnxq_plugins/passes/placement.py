@@ -112,8 +112,8 @@ def _tell(job: Job, floats: Collection[str], choice: str, result: Mapping[str, A
     others = len(floats) - len(layers)
     job.note(
         f"{len(layers)} layer{'s' * (len(layers) != 1)}{f' and {others} other operators' * (others > 1)} run in float, "
-        f"where that is faster, or as fast as far as timing tells: the network takes {times[choice] / 1e3:.3g} ms {word}, against "
-        f"{times['integer'] / 1e3:.3g} ms as integers"
+        "where that is faster, or as fast as far as timing tells: the network takes "
+        f"{times[choice] / 1e3:.3g} ms {word}, against {times['integer'] / 1e3:.3g} ms as integers"
     )
 
 
