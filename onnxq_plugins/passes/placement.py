@@ -21,7 +21,7 @@ from onnxq_plugins.search.placement import Placer
 from onnxq_plugins.spec import Array, Plan, from_range
 
 _LONG = 50_000.0  # microseconds of a run up to which networks are timed, too
-_SECONDS, _LIMIT = 0.4, 1.0  # of timing, and after which three rounds are enough
+_SECONDS, _LIMIT = 0.25, 0.8  # of timing, and after which three rounds are enough
 _WHY = "it is faster in float, or as fast, conversions included"
 _SURE = 1.5  # times the predicted time of the choice beyond which a network is not worth timing
 
