@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxq_plugins import files
 from onnxq_plugins.errors import OnnxqError, known
-from onnxq_plugins.graph.bodies import all_graphs, outer_reads, rename_outer_reads
+from onnxq_plugins.graph.bodies import all_graphs, outer_reads, rename_reads
 
 Names = Literal["short", "keep"]
 
@@ -185,10 +185,7 @@ def _share(graph: onnx.GraphProto) -> None:
             same[tensor.name] = kept
     if not same:
         return
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            node.input[i] = same.get(name, name)
-        rename_outer_reads(node, same)
+    rename_reads(graph.node, same)
     for at in reversed(range(len(graph.initializer))):
         if graph.initializer[at].name in same:
             del graph.initializer[at]

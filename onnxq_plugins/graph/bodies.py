@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx
 
@@ -62,13 +62,18 @@ def rename_outer_reads(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
         others = {old: new for old, new in names.items() if old not in own and old != new}
         if not others:
             continue
-        for inner in body.node:
-            for i, name in enumerate(inner.input):
-                inner.input[i] = others.get(name, name)
-            rename_outer_reads(inner, others)
+        rename_reads(body.node, others)
         for output in body.output:
             if output.name in others:  # the body yields an outer tensor as it is
                 body.node.add(op_type="Identity", input=[others[output.name]], output=[output.name])
+
+
+def rename_reads(nodes: Iterable[onnx.NodeProto], names: Mapping[str, str]) -> None:
+    """Make operators, and the bodies in them, read other tensors: old name -> new name."""
+    for node in nodes:
+        for i, name in enumerate(node.input):
+            node.input[i] = names.get(name, name)
+        rename_outer_reads(node, names)
 
 
 def _defined(body: onnx.GraphProto) -> set[str]:

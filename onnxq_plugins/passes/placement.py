@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.shapes import shapes_of
-from onnxq_plugins.errors import OnnxqError, Reason
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph.flow import maker_of
 from onnxq_plugins.job import Job, Pass, Report, Service, Stage
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.plan.requests import request, rule_keys
+from onnxq_plugins.plan.requests import FASTER, request, rule_keys
 from onnxq_plugins.runtimes.costs import tables
 from onnxq_plugins.runtimes.speed import EQUAL, Speed, against_first
 from onnxq_plugins.search.placement import Placer
@@ -22,7 +22,6 @@ from onnxq_plugins.spec import Array, Plan, from_range
 
 _LONG = 50_000.0  # microseconds of a run up to which networks are timed, too
 _SECONDS, _LIMIT = 0.25, 0.8  # of timing, and after which three rounds are enough
-_WHY = "it is faster in float, or as fast, conversions included"
 _SURE = 1.5  # times the predicted time of the choice beyond which a network is not worth timing
 
 
@@ -108,7 +107,7 @@ def _tell(job: Job, floats: Collection[str], choice: str, result: Mapping[str, A
     how = "timed" if {choice, "integer"} <= set(result.get("timed", ())) else "predicted"
     times, word = result[how], "measured" if how == "timed" else "predicted"
     layers = {y.name for y in job.graph.layers} & set(floats)
-    job.report.floats.update({name: Reason("slower", _WHY) for name in layers})
+    job.report.floats.update(dict.fromkeys(layers, FASTER))
     others = len(floats) - len(layers)
     job.note(
         f"{len(layers)} layer{'s' * (len(layers) != 1)}{f' and {others} other operators' * (others > 1)} run in float, "

@@ -27,6 +27,8 @@ from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Plan, QuantSpec
 from onnxq_plugins.targets import Target, channel_block
 
+FASTER = Reason("slower", "it is faster in float, or as fast, conversions included")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -79,7 +81,7 @@ def request(
         fewer += bits != weights.bits
         plan[layer.weight] = weight_spec(layer, replace(weights, bits=bits), target, problems)
         if layer.name in placed and not weight_only:
-            floats[layer.name] = Reason("slower", "it is faster in float, conversions included")
+            floats[layer.name] = FASTER
             plan |= _decoded(layer, plan.pop(layer.weight), target)
         elif not weight_only:
             integer[layer.name] = activations

@@ -24,8 +24,6 @@ from typing import Any
 
 FEATURES = ("base", "Mmac", "kread", "kwritten", "kweights", "kpatches", "kpositions")
 BLOCK = 16  # channels of a block in NCHWc
-_UNARY = frozenset({"Sigmoid", "Tanh", "Exp", "Erf", "Gelu", "Softplus", "Log", "Softmax", "LayerNormalization"})
-_PLAIN = frozenset({"Add", "Mul", "Sub", "Div", "Max", "Min", "Relu", "Clip", "HardSigmoid", "LeakyRelu", "Where"})
 
 
 @dataclass(frozen=True)
