@@ -308,7 +308,7 @@ class Writer:
         optimized away. Without it onnxruntime would silently quantize the weight of a layer that is to stay float between a
         DQ and a Q (per tensor), or fuse a quantized Gemm with a float Relu into a float kernel."""
         node = self.builder.nodes[-1]
-        if self.target.operators and "Sum" not in self.target.operators:
+        if not self.target.apart or (self.target.operators and "Sum" not in self.target.operators):
             return
         if node.op_type == "Sum":  # the bias of a weight-only layer already does so
             return

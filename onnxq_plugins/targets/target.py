@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from onnx import ModelProto
+
 from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.graph import Layer
+from onnxq_plugins.runtimes.runtime import Runtime
 from onnxq_plugins.spec import Block, QuantSpec
 
 Granularity = Literal["tensor", "channel", "block", "tile"]
@@ -72,6 +75,13 @@ class Target:
     operators     ai.onnx operators that it has, beside QuantizeLinear and DequantizeLinear; empty: all. A Gemm becomes
                   MatMul and Add where it is missing; models that need something else that is missing are refused
     opsets        lowest and highest opset of ai.onnx that it reads; 0: any
+    whole         everything is quantized that can be: operators in `integer_ops` wherever they stand, the model's inputs and
+                  outputs, and what a float operator between integers reads and writes; placement by cost is not asked
+    static        shapes must be known: the model is fixed to those of the first sample
+    apart         layers that are to stay float are kept from onnxruntime's fusions by a Sum of one operand
+    suffix        of its files
+    write         makes such a file of the QDQ model, where that is not the file itself: (model, settings) -> bytes
+    runtime       what proves it: loads its files, runs them, and tells what ran in integers
     settings      names and defaults of settings of its own, which recipes change: ``[target.acme]`` ``soc = 3``
     configure     makes a target of this one with other `settings`, where these change what it has
     """
@@ -96,6 +106,12 @@ class Target:
     aligned: int = 1
     operators: frozenset[str] = frozenset()
     opsets: tuple[int, int] = (0, 0)
+    whole: bool = False
+    static: bool = False
+    apart: bool = True
+    suffix: str = ".onnx"
+    write: Callable[[ModelProto, Mapping[str, Any]], bytes] | None = field(default=None, compare=False)
+    runtime: Runtime | None = field(default=None, compare=False)
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     configure: Callable[[Target], Target] | None = field(default=None, compare=False)
 

@@ -1,0 +1,75 @@
+"""What runs models of a target, and what it is asked: one file per runtime.
+
+A runtime is asked once for everything: it loads a file, runs some samples, and says of each operator whether it ran in
+integers. What it says comes from the runtime's own report (a profile, its list of kernels, a compiler's log), never from
+what the file looks like."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from onnxq_plugins.spec import Array
+
+Kind = Literal["integer", "fake", "float", "moves"]
+
+
+@dataclass(frozen=True)
+class Executed:
+    """One operator of a loaded model.
+
+    kind    ``integer``: computed on codes; ``fake``: decoded, computed in float and encoded again; ``float``: neither is it
+            quantized in the file; ``moves``: it computes nothing (shapes, copies, conversions between codes and floats)
+    where   the part of the machine that runs it, if there are several: "NPU", "CPU"
+    why     why it is not integer, if the runtime tells or it is known; "" otherwise
+    """
+
+    name: str
+    op: str
+    kind: Kind
+    where: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a runtime made of a file.
+
+    outputs        of each sample, by the names of the model's outputs; () if it only compiles
+    operators      as it runs them
+    milliseconds   of one run, one thread, median; None where it says nothing (simulators)
+    facts          further numbers by name, such as "partitions" or "SRAM kB"
+    """
+
+    outputs: tuple[Mapping[str, Array], ...] = ()
+    operators: tuple[Executed, ...] = ()
+    milliseconds: float | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def counts(self) -> dict[str, int]:
+        """Kind -> number of operators."""
+        return dict(Counter(each.kind for each in self.operators))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime that is there to be asked.
+
+    name      as `audit --runtime` calls it
+    doc       what it is, in a line
+    install   the command that installs it
+    suffix    of the files that it reads
+    inspect   (file, samples, settings) -> `Inspection`; samples map input names to arrays and may be none: nothing is run
+              then. Raises OnnxqError, one sentence: not installed (with `install`), or why it cannot load or run the file
+    settings  names and defaults of what `inspect` can be told
+    """
+
+    name: str
+    doc: str
+    install: str
+    inspect: Callable[[Path, Sequence[Mapping[str, Array]], Mapping[str, Any]], Inspection]
+    suffix: str = ".onnx"
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
