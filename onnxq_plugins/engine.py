@@ -17,9 +17,8 @@ import onnx
 
 from onnxq_plugins import files, runtimes
 from onnxq_plugins.calibration import Calibration, NotFinite
-from onnxq_plugins.calibration.branches import BranchFeeds, branches, put_back
 from onnxq_plugins.calibration.shapes import complete_shapes
-from onnxq_plugins.data import Data, DataOptions, Source
+from onnxq_plugins.data import Data, Source
 from onnxq_plugins.data.outliers import usual
 from onnxq_plugins.errors import JUDGE, NUMBER, PATH, SEVERAL, TABLE, TEXT, WHOLE, OnnxqError, OnnxqWarning, expects
 from onnxq_plugins.export.compact import Names, check_names, compact
@@ -30,6 +29,7 @@ from onnxq_plugins.graph.conform import conform
 from onnxq_plugins.graph.opsets import NARROW_OPSET, opset_of
 from onnxq_plugins.job import Job, Metric, Outcome, Quality, Recipe, Report
 from onnxq_plugins.laws import exporting, is_random, proposed, run_pass
+from onnxq_plugins.layers.branches import Inside, quantize_branches
 from onnxq_plugins.layers.complete import complete, complete_constants
 from onnxq_plugins.layers.float_inputs import keep_inputs_float
 from onnxq_plugins.measure.metrics import check_graph_labels, find_metric, metric_name, top1
@@ -385,7 +385,7 @@ def _export(
     data = files.DataFile(path) if path is not None and job.graph.mapped.size > files.LARGE else None
     with data or contextlib.nullcontext():
         model = export(job.graph, job.plan, job.target, data=data)
-        rows = [] if data is not None else _quantize_branches(job, model, again)
+        inner = Inside() if data is not None else quantize_branches(job, model, partial(quantize, **_options_within(again)))
         shown = compact(model, {node.name for node in job.graph.nodes}, again.keywords["names"], folds=job.target.here)
         model = model if data is not None else exporting(plugins, job, model)
         OnnxqError.check(missing_operators(job.target, model))
@@ -395,12 +395,17 @@ def _export(
         sources = (plugins.sources[part] for part in parts)
         sign(model, job.recipe, again.keywords["seed"], sources, plugins.versions, _open_shapes(job.calibration.data))
         job.report["steps"].append({"pass": "export", "seconds": round(time.perf_counter() - start, 3)})
-        describe(job, model, data, before, rows)
+        describe(job, model, data, before, inner)
         checked = None if check is None else check(model, folder=None if data is None else data.path.parent)
         missed = goals.missed(checked, job.report.quality)
         if path is not None and (goals.keep or not missed):
             data.finish(model) if data is not None else files.save_model(model, path)
     return model, shown, checked, missed
+
+
+def _options_within(again: partial[Result]) -> dict[str, Any]:
+    """Those of `quantize` for a part of the model; what it reads from around it keeps its name."""
+    return {**{key: again.keywords[key] for key in ("seed", "workers", "plugins", "check")}, "names": "keep"}
 
 
 def _newer_version(graph: Graph, model: onnx.ModelProto) -> str:
@@ -410,33 +415,6 @@ def _newer_version(graph: Graph, model: onnx.ModelProto) -> str:
         reason = "codes of 4 or 16 bits or scales per block" if after == NARROW_OPSET else "one scale per channel"
         return f"opset {opset} became {after} (IR version {model.ir_version}), which {reason} need"
     return f"IR version {ir} became {model.ir_version}" if model.ir_version > ir > 0 else ""
-
-
-def _quantize_branches(job: Job, model: onnx.ModelProto, again: partial[Result]) -> list[dict[str, Any]]:
-    """Quantize the layers inside the branches of an If, and put them into a model. Returns their rows for the report.
-
-    again   `quantize` with the options of the whole model
-    """
-    options = {key: again.keywords[key] for key in ("seed", "workers", "plugins", "check")}
-    options["names"] = "keep"  # what a branch reads from around it has its name
-    rows: list[dict[str, Any]] = []
-    for branch in branches(job.graph):
-        names = {node.name for node in branch.model.graph.node}
-        rules = [rule for rule in job.recipe.layers if any(map(rule.names, names))]
-        left = tuple(p for p in job.recipe.exclude if any(map(Recipe(exclude=(p.removeprefix("!"),)).excludes, names)))
-        recipe = replace(job.recipe, layers=tuple(rules), data=DataOptions(), exclude=left)
-        feeds = None if job.calibration.data is None else BranchFeeds(job.graph, branch, job.calibration.data)
-        if feeds is not None and next(iter(feeds), None) is None:
-            job.note(f"no sample takes {branch.words}: what is in it computes float")
-            continue
-        try:
-            result = quantize(branch.model, recipe, feeds, **options)
-        except OnnxqError as error:
-            job.note(f"{branch.words} stays float: {error}")
-            continue
-        put_back(model, branch, result.model)
-        rows += [{**row, "inside": branch.words} for row in result.report.layers]
-    return rows
 
 
 def _outlier(job: Job, names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from onnx import helper
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.graph import LAYER_OPS, Graph
-from onnxq_plugins.graph.bodies import all_graphs, outer_reads, prune
+from onnxq_plugins.graph.bodies import all_graphs, outer_reads, prune, rename_reads
 from onnxq_plugins.graph.opsets import opset_of, raise_opset
 from onnxq_plugins.spec import Array
 
@@ -131,9 +131,7 @@ def put_back(model: onnx.ModelProto, branch: Branch, quantized: onnx.ModelProto)
         inner.name = fresh(inner.name)
         for i, name in enumerate(inner.output):
             inner.output[i] = fresh(name)
-    for inner in body.node:
-        for i, name in enumerate(inner.input):
-            inner.input[i] = renamed.get(name, name)
+    rename_reads(body.node, {old: new for old, new in renamed.items() if old != new})
     del body.input[:], body.value_info[:]
     attribute.g.CopyFrom(body)
     prune(model)

@@ -175,7 +175,7 @@ def turn(graph: Graph, node: gs.Node, perm: Perm) -> None:
         axes = list(range(len(starts))) if named is None else [int(a) % rank for a in named.tolist()]
         while len(node.inputs) < 4:
             node.inputs.append(gs.Variable.empty())
-        node.inputs[3] = graph.add_constant(f"{node.name}_axes", np.array([perm[a] for a in axes], np.int64))
+        node.inputs[3] = graph.add_constant(f"{node.name}_axes", np.array([perm[a] for a in axes], starts.dtype))
     elif node.op == "Pad" and not left_out(node, 3):
         axes = [int(a) % rank for a in np.asarray(node.inputs[3].values).reshape(-1).tolist()]
         node.inputs[3] = graph.add_constant(f"{node.name}_axes", np.array([perm[a] for a in axes], np.int64))

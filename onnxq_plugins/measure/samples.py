@@ -107,6 +107,7 @@ class Samples:
     random      True if the float network gives other outputs for the same feed
     state       output -> the input that it is at the next step: feeds that go on from the one before are run on the states
                 of the network that is judged, so that it shows how its errors feed back
+    parts       of each output that are judged apart (`unlike.parts`); found if not given
     """
 
     def __init__(
@@ -118,8 +119,10 @@ class Samples:
         axes: Sequence[int | None],
         random: bool = False,
         state: Mapping[str, str] | None = None,
+        parts: Sequence[Sequence[Part]] | None = None,
     ) -> None:
         self.feeds, self.names, self.reference = list(feeds), list(names), [list(values) for values in reference]
+        self._parts = parts
         self.labels, self.axes, self.random, self.state = labels, list(axes), random, dict(state or {})
 
     @classmethod
@@ -153,12 +156,12 @@ class Samples:
         numbers = chosen(len(self.feeds), count, self.state)
         reference = [[values[n] for n in numbers] for values in self.reference]
         feeds = [self.feeds[n] for n in numbers]
-        return Samples(feeds, self.names, reference, None, self.axes, self.random, self.state)
+        return Samples(feeds, self.names, reference, None, self.axes, self.random, self.state, self.parts)
 
     def also(self, inputs: Mapping[str, Array]) -> Samples:
         """The same for a network with further inputs, whose values are the same for every feed; without labels."""
         feeds = [{**feed, **inputs} for feed in self.feeds]
-        return Samples(feeds, self.names, self.reference, None, self.axes, self.random, self.state)
+        return Samples(feeds, self.names, self.reference, None, self.axes, self.random, self.state, self.parts)
 
     def check_labels(self) -> None:
         """Raise OnnxqError for labels that are not classes of the output they are of, or of the first one of floats."""
@@ -183,8 +186,11 @@ class Samples:
         return places
 
     @cached_property
-    def parts(self) -> list[list[Part]]:
-        """The parts of each output that are judged apart (`unlike.parts`); none of one that is not of floats."""
+    def parts(self) -> Sequence[Sequence[Part]]:
+        """The parts of each output that are judged apart (`unlike.parts`); none of one that is not of floats. They are those
+        of all feeds where only a few are judged."""
+        if self._parts is not None:
+            return self._parts
         return [parts(values) if is_float(values) else [] for values in self.reference]
 
     def outputs(self, runner: runtimes.Session, own: bool = True, workers: int = 1) -> list[list[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from onnxq_plugins.export.weights import stored_bits
 from onnxq_plugins.graph import Graph, constants
 from onnxq_plugins.graph.reading import bytes_on_disk
 from onnxq_plugins.job import Job
+from onnxq_plugins.layers.branches import Inside
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.runtimes.audit import Audit
 from onnxq_plugins.runtimes.constants import describe_held
@@ -27,14 +28,12 @@ from onnxq_plugins.search.quantizers import share_of_work
 from onnxq_plugins.spec import Array
 
 
-def describe(
-    job: Job, model: onnx.ModelProto, data: files.DataFile | None, before: int, inner: Sequence[dict[str, Any]] = ()
-) -> None:
+def describe(job: Job, model: onnx.ModelProto, data: files.DataFile | None, before: int, inner: Inside) -> None:
     """Complete the report of a job with what follows from its model.
 
     data     large constants of the model that are written beside it; None if there are none
     before   bytes of the user's own model
-    inner    rows of layers inside control flow
+    inner    what is inside control flow
     """
     report, planned = job.report, Planned.of(job)
     if data is not None:
@@ -49,13 +48,13 @@ def describe(
         job.note(text)
     after = files.size_of(model) + (data.size if data is not None else 0)
     rows = _rows(job, planned, audit)
-    outside = _constants(job)
+    outside = [row for row in _constants(job) if not {*row["readers"]} <= inner.operators] + inner.constants
     aside = {name for name, reason in job.report.floats.items() if reason.kind == "pass"}
     audit = replace(audit, layers=tuple(entry for entry in audit.layers if entry.name not in aside))
     report |= {
         "recipe_name": job.recipe.name,
         "recipe": job.recipe.to_dict(),
-        "layers": [*rows, *inner],
+        "layers": [*rows, *inner.layers],
         "constants": outside,
         "bytes": {"float": before, "quantized": after},
         "kernels": audit.counts(),
@@ -65,7 +64,7 @@ def describe(
             "onnxruntime": version_of("onnxruntime"),
             "onnx": onnx.__version__,
         },
-        "bits_per_weight": round(_bits_per_weight([*rows, *outside]), 3),
+        "bits_per_weight": round(_bits_per_weight([*rows, *inner.layers, *outside]), 3),
     }
     kernels = _kernels(job, planned, audit)
     size = f"{before / 1e6:.2f} -> {after / 1e6:.2f} MB" if before >= 1e6 else f"{before / 1e3:.1f} -> {after / 1e3:.1f} kB"

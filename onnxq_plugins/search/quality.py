@@ -23,7 +23,7 @@ _MOST = 0.25  # of the multiply-adds in float, where destroyed outputs are alrea
 _WORTH = 3.0  # dB that a fallback must gain that was not asked for
 _BETTER = 1.0  # dB that other ranges must gain
 _PLAIN = 8  # bits of weights whose codes need not be learned
-_LOST = 10.0  # dB under which that may cost any number of layers
+_LOST = 15.0  # dB under which that may cost any number of layers: less is warned of (`measure.verdict`)
 
 
 def keep_quality(job: Job) -> Samples | None:

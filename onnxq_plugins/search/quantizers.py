@@ -129,6 +129,7 @@ def share_of_work(graph: Graph, products: Iterable[str]) -> float | None:
     shapes = {
         v.name: [d.dim_value if d.HasField("dim_value") else np.nan for d in v.type.tensor_type.shape.dim]
         for v in (*inferred.input, *inferred.value_info, *inferred.output)
+        if v.type.tensor_type.HasField("shape")  # else not even the number of axes is known
     }
     layers = [
         np.prod(shapes.get(layer.input, [np.nan])) * np.prod(layer.shape) / layer.shape[0]

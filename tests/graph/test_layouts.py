@@ -254,3 +254,14 @@ def test_random_networks(data):
         <= kinds(load(model))["Transpose"]
         <= sum(op == "Transpose" for op, *_ in net.operators) + 2
     )
+
+
+def test_a_turned_slice_keeps_the_type_of_its_indices():
+    """jax2tf writes them in int32, and ONNX wants one type."""
+    net = Converted()
+    y = net.op("Slice", net.conv("x", 3, 8), np.int32([1, 1]), np.int32([7, 7]), np.int32([1, 2]), np.int32([1, 1]))
+    model = net.model(net.conv(y, 8, 4), ["N", 8, 8, 3])
+    graph = imported(model)
+    assert "Slice" in kinds(graph)
+    types = {t.values.dtype for node in graph.nodes if node.op == "Slice" for t in node.inputs[1:]}
+    assert types == {np.dtype(np.int32)}

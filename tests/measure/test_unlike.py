@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxq_plugins.measure.arrays import decibels
+from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.measure.unlike import part_energies, part_name, parts
 
 
@@ -38,3 +39,11 @@ def test_one_thing_stays_whole():
 def test_a_part_that_is_next_to_nothing_is_none():
     values = [np.concatenate([np.ones((1, 3, 2)), np.full((1, 3, 2), 1e-9)], axis=2)]
     assert parts(values) == [()]
+
+
+def test_few_samples_are_judged_by_the_parts_of_all():
+    """One frame of a few is weak by chance: then it is no other thing."""
+    values = [np.ones((1, 4)) * 10.0 ** np.roll([0, 0, 0, -3], n) for n in range(8)]
+    samples = Samples([{"x": np.zeros(1)}] * 8, ["y"], [values], None, [None])
+    assert samples.parts == [[()]] and parts(values[:1]) != [()]
+    assert samples.few(1).parts == samples.parts

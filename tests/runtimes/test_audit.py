@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
 from onnxq_plugins import runtimes
 from tests.zoo import cnn, feeds, mlp, mobilenet, rows, transformer
@@ -51,6 +51,28 @@ def test_the_share_of_products_is_that_of_a_run():
     work = sum(ran[n.inputs[0].name].shape[-1] * ran[n.outputs[0].name].size for n in products)
     assert products and share_of_work(graph, [n.name for n in products]) == pytest.approx(work / (work + layers))
     assert share_of_work(graph, []) == 0 and share_of_work(graph, ["no such node"]) is None
+
+
+def test_the_share_of_products_of_unknown_rank_is_unknown():
+    from onnxq_plugins.graph import load
+    from onnxq_plugins.search.quantizers import share_of_work
+
+    h = helper.make_node("Reshape", ["x", "shape"], ["h"], "reshape")
+    nodes = [
+        h,
+        helper.make_node("MatMul", ["h", "h"], ["p"], "product"),
+        helper.make_node("MatMul", ["p", "w"], ["y"], "out"),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 4]),
+        helper.make_tensor_value_info("shape", TensorProto.INT64, ["rank"]),
+    ]
+    output = helper.make_empty_tensor_value_info("y")
+    output.type.tensor_type.elem_type = TensorProto.FLOAT
+    weight = numpy_helper.from_array(np.ones((4, 16), np.float32), "w")
+    graph = helper.make_graph([h, product, layer], "g", inputs, [output], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    assert share_of_work(load(model), ["product"]) is None
 
 
 # ---- audit ----------------------------------------------------------------------------------------------------------------
