@@ -58,11 +58,7 @@ def test_the_share_of_products_of_unknown_rank_is_unknown():
     from onnxq_plugins.search.quantizers import share_of_work
 
     h = helper.make_node("Reshape", ["x", "shape"], ["h"], "reshape")
-    nodes = [
-        h,
-        helper.make_node("MatMul", ["h", "h"], ["p"], "product"),
-        helper.make_node("MatMul", ["p", "w"], ["y"], "out"),
-    ]
+    product, layer = (helper.make_node("MatMul", *names) for names in ((["h", "h"], ["p"], "product"), (["p", "w"], ["y"])))
     inputs = [
         helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 4]),
         helper.make_tensor_value_info("shape", TensorProto.INT64, ["rank"]),
