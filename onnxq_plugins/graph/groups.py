@@ -341,7 +341,8 @@ class Walk(Elements):
         finer = []
         for b, n in enumerate(other_sizes):
             stride = int(np.prod(other_sizes[b + 1 :]))
-            if inner >= stride and inner % stride == 0 and n % (size * (inner // stride)) == 0 and n != _DYNAMIC:
+            known = n % _DYNAMIC != 0  # else it holds an axis of unknown size
+            if known and inner >= stride and inner % stride == 0 and n % (size * (inner // stride)) == 0:
                 k = inner // stride  # this axis is part of the other: position = outer * size * k + channel * k + j
                 self.link(self.ids(tensor, axis)[np.arange(n) // k % size], self.ids(other, b))
                 return

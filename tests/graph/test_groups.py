@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -814,3 +816,17 @@ def random_models(draw):
 @given(model=random_models(), seed=st.integers(0, 99))
 def test_function_stays_in_random_graphs(kind, model, seed):
     check(model, kind, seed)
+
+
+def test_channels_flattened_with_an_axis_of_unknown_size_take_no_memory():
+    """The scores of an open number of steps become one row, as the last step of text recognition does."""
+    net = Net(["N", 24])
+    y = net.op("Reshape", net.gemm(net.op("Relu", net.gemm("x", 24, 16)), 16, 32), net.constant([1, -1], np.int64))
+    graph = load(net.model(y))
+    graph.tensor(graph.outputs[0]).shape = [1, None]  # as where the sizes are computed
+    tracemalloc.start()
+    try:
+        assert {group.size for kind in KINDS for group in channel_groups(graph, kind)} == {16}
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()

@@ -61,7 +61,7 @@ def test_the_share_of_products_of_unknown_rank_is_unknown():
     product, layer = (helper.make_node("MatMul", *names) for names in ((["h", "h"], ["p"], "product"), (["p", "w"], ["y"])))
     inputs = [
         helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 4]),
-        helper.make_tensor_value_info("shape", TensorProto.INT64, ["rank"]),
+        helper.make_tensor_value_info("shape", TensorProto.INT64, None),
     ]
     output = helper.make_empty_tensor_value_info("y")
     output.type.tensor_type.elem_type = TensorProto.FLOAT
