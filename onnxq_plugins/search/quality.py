@@ -56,12 +56,12 @@ def keep_quality(job: Job) -> Samples | None:
             found, samples = search.run(*levels), search.samples
             if found is not None and not quality.asked and not _worth(found, before, quality.least):
                 found = None
-    after = now if found is None else found.sqnr
+    after, samples = (now, judge.samples) if found is None else (found.sqnr, samples)  # others may have other parts
     job.report["quality"] = {
         "asked": quality.sqnr,
         "met": bool(after.min() >= (quality.sqnr if quality.asked else quality.least)),
         "samples": len(samples.feeds),
-        "sqnr": _table(names, after),
+        "sqnr": _table(judged(samples), after),
         **({} if found is None else {"before": _table(names, before), "work": round(found.work, 4)}),
         **({} if found is None else {"float": [*found.floats, *found.constants], "wide": list(found.wide)}),
         **({"decoded": list(found.decoded)} if found is not None and found.decoded else {}),

@@ -250,3 +250,12 @@ def test_learned_codes_never_end_below_plain_ones_that_were_saved(scale):
 def test_learned_codes_that_are_good_enough_alone_stay_integer():
     result = quantize(silu(10.0), {**LEARNED, **SAVED}, pictures())
     assert "float" not in result.report.quality and min(result.report.quality["sqnr"].values()) > 20
+
+
+def test_more_samples_may_have_other_parts(monkeypatch):
+    """What a search measures is told by the parts of its own samples, which are more than those of the first check."""
+    halves = [(slice(None), slice(None, 4)), (slice(None), slice(4, None))]
+    monkeypatch.setattr("onnxq_plugins.measure.samples.parts", lambda values: halves if len(values) <= 8 else [()])
+    monkeypatch.setattr("onnxq_plugins.search.quality._CHECK", 1)
+    report = quantize(spectrum(), "int8", sounds(), workers=1, min_sqnr=25, keep=True).report["quality"]
+    assert [*report["sqnr"]] == ["y"] and [*report["before"]] == ["y[:, :4]", "y[:, 4:]"]
