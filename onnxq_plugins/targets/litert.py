@@ -43,7 +43,6 @@ LITERT = Target(
         }
     ),
     output_scale=frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
-    flatten=False,
     signed=True,
     symmetric=16,
     either=True,
