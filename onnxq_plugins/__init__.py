@@ -5,7 +5,7 @@ The public names are all here, and in the modules that docs/write-a-plugin.md na
 
 from onnxq_plugins.calibration import Calibration, Gram, Histogram, Moments
 from onnxq_plugins.data import Data, DataOptions, open_data
-from onnxq_plugins.engine import Result, quantize
+from onnxq_plugins.engine import Result, Retargeted, quantize, retarget
 from onnxq_plugins.errors import OnnxqError, OnnxqWarning
 from onnxq_plugins.export.overrides import ort_arguments, ort_model, ort_overrides
 from onnxq_plugins.graph import (
@@ -65,6 +65,7 @@ __all__ = [
     "Recipe",
     "Remedy",
     "Result",
+    "Retargeted",
     "Rule",
     "Target",
     "audit",
@@ -85,5 +86,6 @@ __all__ = [
     "register_custom_ops",
     "replace_with_sum",
     "rescale",
+    "retarget",
     "split_outputs",
 ]
