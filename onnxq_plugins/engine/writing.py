@@ -22,7 +22,6 @@ from onnxq_plugins.export.compact import compact
 from onnxq_plugins.export.provenance import sign
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.export.static import fix_shapes
-from onnxq_plugins.graph import Graph
 from onnxq_plugins.graph.opsets import NARROW_OPSET, opset_of
 from onnxq_plugins.job import Job, Recipe
 from onnxq_plugins.laws import exporting
@@ -79,7 +78,7 @@ def export_job(
         shown = compact(model, {node.name for node in job.graph.nodes}, again.keywords["names"], folds=job.target.here)
         model = model if data is not None else exporting(plugins, job, model)
         OnnxqError.check(missing_operators(job.target, model))
-        if text := _newer_version(job.graph, model):
+        if text := _newer_version(job, model):
             job.note(text)
         parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]
         sources = (plugins.sources[part] for part in parts)
@@ -101,9 +100,13 @@ def _fix_shapes(job: Job, model: onnx.ModelProto, folder: Path | None) -> None:
     fix_shapes(model, None if samples is None else next(iter(samples)), job.target.name, folder)
 
 
-def _newer_version(graph: Graph, model: onnx.ModelProto) -> str:
+def _newer_version(job: Job, model: onnx.ModelProto) -> str:
     """A note if the result needs a newer opset or IR version than the user's model has; "" if not."""
-    (opset, ir), after = graph.versions, opset_of(model)
+    (opset, ir), after = job.graph.versions, opset_of(model)
+    if after == job.target.opsets[0] > opset > 0:
+        return (
+            f"opset {opset} became {after} (IR version {model.ir_version}), in which target '{job.target.name}' is written"
+        )
     if after > opset > 0:
         reason = "codes of 4 or 16 bits or scales per block" if after == NARROW_OPSET else "one scale per channel"
         return f"opset {opset} became {after} (IR version {model.ir_version}), which {reason} need"

@@ -47,7 +47,6 @@ QNN = Target(
         }
     ),
     output_scale=frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
-    flatten=False,
     opsets=(20, 0),  # LayerNormalization and Gelu are single operators
     whole=True,
     static=True,
