@@ -147,7 +147,7 @@ def _milliseconds(interpreter: Any, seconds: float) -> float:
 def _executed(interpreter: Any) -> Iterator[Executed]:
     """The operators as the interpreter lists them.
 
-    Which kernel an operator has, in LiteRT and in XNNPACK, follows from the types of its tensors alone: there is no fusion of
+    Which kernel an operator has, in LiteRT and XNNPACK, follows from the types of its tensors alone: there is no fusion of
     Q/DQ pairs behind the file's back, and no kernel that takes codes computes in floats. So the types that the interpreter
     reports once it has planned the run are its own word.
     """
