@@ -5,6 +5,7 @@ The public names are all here, and in the modules that docs/write-a-plugin.md na
 
 from onnxq_plugins.calibration import Calibration, Gram, Histogram, Moments
 from onnxq_plugins.data import Data, DataOptions, open_data
+from onnxq_plugins.edge.audits import audit
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError, OnnxqWarning
 from onnxq_plugins.export.overrides import ort_arguments, ort_model, ort_overrides
@@ -31,7 +32,6 @@ from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.runtimes import register_custom_ops
 from onnxq_plugins.runtimes.audit import Audit, LayerAudit
-from onnxq_plugins.runtimes.audits import audit
 from onnxq_plugins.runtimes.onnxruntime import audit_model
 from onnxq_plugins.selection import auto
 from onnxq_plugins.spec import Plan, QuantSpec
