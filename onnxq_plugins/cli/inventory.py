@@ -30,7 +30,7 @@ from onnxq_plugins.plan import requests
 from onnxq_plugins.plan.constants import ConstantRequest
 from onnxq_plugins.plugins import BUILTIN_SOURCE, Plugins, find_plugins
 from onnxq_plugins.runtimes.examples import Shapes, examples, first_running, written
-from onnxq_plugins.targets.refusals import choices, problems
+from onnxq_plugins.targets.refusals import choices, problems, unheld
 
 
 def plugins_command(
@@ -147,9 +147,9 @@ def check_command(
     echo(f"recipe '{recipe}' is valid: target {parsed.target}, passes: {passes}")
     if model is None:
         return
-    graph = conform(load(model, flatten=runtime.flatten), runtime.operators)
+    graph = conform(load(model, flatten=runtime.flatten), runtime.operators, runtime.whole)
     request = requests.request(graph, parsed, runtime)
-    OnnxqError.check(problems(runtime, graph, request.plan, request.inputs))
+    OnnxqError.check([*unheld(runtime, graph), *problems(runtime, graph, request.plan, request.inputs)])
     session = runtimes.session(model, optimize=False)  # raises what onnxruntime has against it
     for line in (*float_lines(request.floats), *constant_lines(request.constants)):
         echo(line)

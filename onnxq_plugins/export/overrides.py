@@ -94,7 +94,7 @@ def ort_model(result: Outcome) -> onnx.ModelProto:
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in new]
     del model.graph.initializer[:]
     model.graph.initializer.extend([*kept, *(numpy_helper.from_array(values, name) for name, values in new.items())])
-    if needs_narrow(plan):
+    if needs_narrow(result.target, plan):
         raise_opset(model, NARROW_OPSET)
     return model
 

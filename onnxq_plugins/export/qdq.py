@@ -19,6 +19,7 @@ from onnx.helper import np_dtype_to_tensor_dtype
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.builder import Builder
+from onnxq_plugins.export.operands import write_operands, zero_point
 from onnxq_plugins.export.weights import (
     shifts,
     stored_form,
@@ -97,7 +98,7 @@ class Writer:
         self.floats: dict[str, Array] = {}  # most are replaced by codes: only what stays float is copied, at the end
         self.model = graph.model(self.floats, expand=False)
         lowest, highest = target.opsets
-        raise_opset(self.model, max(graph.output_opset, lowest, NARROW_OPSET if needs_narrow(plan) else 0))
+        raise_opset(self.model, max(graph.output_opset, lowest, NARROW_OPSET if needs_narrow(target, plan) else 0))
         lower_opset(self.model, highest or NEWEST_OPSET, target.name)
         self.builder = Builder(self.model, graph.mapped, data)
         proto = self.model.graph
@@ -179,14 +180,14 @@ class Writer:
         if not integer_readers and not self._written_in_codes(name):
             return
         build, spec = self.builder, self.plan[key]
-        renamed = name in self.outputs and maker is not None
+        renamed = name in self.outputs and maker is not None and (self.target.apart or name not in self.captured)
         source = self._renamed(name) if renamed else name
         scale = build.constant(f"{key}_scale", np.asarray(spec.scale, np.float32))
-        zero = build.constant(f"{key}_zero_point", _zero_point(spec, self.target))
+        zero = build.constant(f"{key}_zero_point", zero_point(spec, self.target))
         codes = build.fresh(f"{name}_quantized")
         apart = renamed and name in self.captured
         values = build.fresh(f"{name}_dequantized") if apart or not renamed else name
-        if self._reaches_across(name):
+        if self.target.apart and self._reaches_across(name):
             apart_from = source
             build.add("Sum", [apart_from], [source := build.fresh(f"{name}_apart")])
         if spec.bits < 8:  # codes are uint8, which would go on beyond the grid
@@ -245,8 +246,12 @@ class Writer:
 
     def _append(self, node: onnx.NodeProto) -> None:
         """Write an operator of the float model, on the dequantized form of the inputs that it reads in codes."""
+        operands: Mapping[str, str] = {}
+        if self.target.whole and node.name in self.integer and node.name not in self.layers:
+            beside = next(key for name in node.input if name in self.graph and (key := self.planned.source(name)))
+            operands = write_operands(self.builder, self.graph, self.target, node, self.plan[beside])
         for i, name in enumerate(node.input):
-            node.input[i] = self._input(node.name, name)
+            node.input[i] = operands.get(name) or self._input(node.name, name)
         self.builder.nodes += self._tuned(node) or expand(node, opset_of(self.model), self.builder.constant)
 
     def _tuned(self, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
@@ -376,7 +381,8 @@ class Writer:
         build = self.builder
         weight = write_blocked(build, layer, spec)
         x, output = self._input(node.name, node.input[0]), node.output[0]
-        if x in self.dequantized.values():  # DQ, DQ -> MatMul would be taken for an integer MatMul, and then fail
+        # DQ, DQ -> MatMul would be taken for an integer MatMul, and then fail
+        if x in self.dequantized.values() and self.target.apart:
             copy = build.fresh(f"{x}_apart")
             build.add("Sum", [x], [copy], name=build.fresh(f"{node.name}_input_apart"))
             x = copy
@@ -384,7 +390,7 @@ class Writer:
             product = build.fresh(f"{output}_product")
             bias = self._float_bias(layer, spec)
             build.add("MatMul", [x, weight], [product], name=node.name)
-            build.add("Sum", [product, bias], [output], name=f"{node.name}_bias")
+            build.add("Sum" if self.target.apart else "Add", [product, bias], [output], name=f"{node.name}_bias")
         else:
             build.add("MatMul", [x, weight], [output], name=node.name)
 
@@ -392,13 +398,6 @@ class Writer:
 def _by_row(spec: QuantSpec) -> bool:
     """True if a table has int8 codes and one scale per row."""
     return spec.bits > 4 and spec.block is not None and spec.block[0] == 1 and not any(spec.block[1:])
-
-
-def _zero_point(spec: QuantSpec, target: Target) -> Array:
-    """The zero point of an activation as the target stores it; its type is that of the codes."""
-    signed = target.signed or (target.either and spec.symmetric)
-    types = (np.int8, np.int16) if signed else (np.uint8, np.uint16)
-    return np.asarray(np.asarray(spec.zero_point) + target.offset(spec)).astype(types[spec.bits > 8])
 
 
 def _first_of_equal(floats: Mapping[str, Array], fixed: Collection[str]) -> dict[str, str]:

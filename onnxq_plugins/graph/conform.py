@@ -1,4 +1,4 @@
-"""Layers in operators that a runtime has."""
+"""Operators that a runtime has in place of others, exactly."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import numpy as np
 from onnxq_plugins.graph.core import Graph
 
 
-def conform(graph: Graph, operators: Container[str]) -> Graph:
-    """Write each Gemm with a constant weight as MatMul and Add, exactly, where a runtime has no Gemm. Returns the graph.
+def conform(graph: Graph, operators: Container[str], whole: bool = False) -> Graph:
+    """Write each Gemm with a constant weight as MatMul and Add where a runtime has no Gemm, and each Swish as Sigmoid and
+    Mul where all operators are to be quantized: it has no integer kernel of its own. Returns the graph.
 
     operators   that the runtime has; empty: all
+    whole       see `targets.Target`
     """
+    if whole:
+        _split_swish(graph)
     if not operators or "Gemm" in operators or "MatMul" not in operators:
         return graph
     for layer in [layer for layer in graph.layers if layer.op == "Gemm"]:
@@ -32,3 +36,19 @@ def conform(graph: Graph, operators: Container[str]) -> Graph:
     graph.tidy()
     graph.touched.clear()
     return graph
+
+
+def _split_swish(graph: Graph) -> None:
+    for node in [node for node in graph.nodes if node.op == "Swish" and not node.domain]:
+        x, alpha = node.inputs[0], float(node.attrs.get("alpha", 1.0))
+        if alpha != 1.0:
+            factor = graph.add_constant(f"{node.name}_alpha", np.array(alpha, np.float32))
+            scaled = graph.add_variable(f"{node.name}_scaled", like=x)
+            graph.add_node("Mul", f"{node.name}_scaled", [x, factor], [scaled], before=node)
+            x = scaled
+        gate = graph.add_variable(f"{node.name}_gate", like=node.outputs[0])
+        graph.add_node("Sigmoid", f"{node.name}_gate", [x], [gate], before=node)
+        node.op, node.attrs = "Mul", {}
+        graph.set_input(node, 1, gate)
+    graph.tidy()
+    graph.touched.clear()

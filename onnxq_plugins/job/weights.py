@@ -13,12 +13,19 @@ from onnxq_plugins.targets import Target, channel_block, channel_multipliers
 
 def activation_request(request: TensorRequest, target: Target) -> QuantSpec:
     """The entry of an activation: on a symmetric grid where the target knows no other."""
-    return QuantSpec(request.bits, request.symmetric or target.symmetric, None, None, request.pow2)
+    return QuantSpec(request.bits, request.symmetric or target.centred(request.bits), None, None, request.pow2)
 
 
 def one_scale(layer: Layer, request: TensorRequest, target: Target) -> bool:
-    """True if a weight gets one scale although its channels are to have their own: the target has no others."""
+    """True if a weight gets one scale although its channels are to have their own: the target has no others, or, for a
+    grouped transposed convolution in integers, the file: those of one group are not along an axis."""
     known = target.granularities(layer.op)
+    if (
+        layer.op == "ConvTranspose"
+        and layer.groups > 1
+        and any(r.storage == "int8" for r in target.rules if r.op == layer.op)
+    ):
+        known = known - {"channel"}
     return request.block == "channel" and request.sub_block == "none" and "channel" not in known and "tensor" in known
 
 

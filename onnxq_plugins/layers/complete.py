@@ -11,6 +11,7 @@ from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.layers.float_inputs import keep_inputs_float
 from onnxq_plugins.layers.recurrent import recurrent_codes
+from onnxq_plugins.plan.grids import natural_grids
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import bias_values
 from onnxq_plugins.spec import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 def complete(job: Job) -> None:
     """Law L4: solve whatever the passes left open."""
     complete_ranges(job)
+    job.plan |= natural_grids(job.graph, job.target, job.plan)
     complete_constants(job)
     job.plan |= keep_inputs_float(job, job.plan)
     solved = {}

@@ -81,7 +81,10 @@ class SplitHeads(Pass):
 
 
 def _heads(job: Job) -> list[Layer]:
-    """Layers whose integer kernel has to write codes though no integer operator follows."""
+    """Layers whose integer kernel has to write codes though no integer operator follows. Where a target quantizes as a
+    whole, what joins the parts would write codes on one grid again."""
+    if job.target.whole:
+        return []
     view = Planned.of(job)
     rules = [rule for rule in job.recipe.layers if not rule.everywhere]
     before = _before_integer(job)

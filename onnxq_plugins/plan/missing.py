@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from onnxq_plugins.graph.flow import activation_inputs, result_of
 from onnxq_plugins.job import FLOAT, Job
 from onnxq_plugins.job.weights import activation_request
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import QuantSpec
+from onnxq_plugins.targets.reading import joins, source_in
 
 
 def missing(job: Job) -> dict[str, QuantSpec]:
@@ -27,4 +31,18 @@ def missing(job: Job) -> dict[str, QuantSpec]:
             found[job.graph.root(layer.input)] = made
         if layer.op in job.target.output_scale and layer.result not in job.plan:
             found.setdefault(layer.result, made)
-    return found
+    return found | _between(job, found)
+
+
+def _between(job: Job, found: Mapping[str, QuantSpec]) -> dict[str, QuantSpec]:
+    """Requests of what operators write that a pass has made, where a target quantizes as a whole."""
+    graph, made = job.graph, activation_request(job.recipe.activations, job.target)
+    entries: dict[str, QuantSpec] = {}
+    for node in graph.nodes if job.target.whole and made.bits != FLOAT else ():
+        result = result_of(graph, node) if node.name not in graph.imported | graph.floats else ""
+        if not result or result in job.plan or result in found or not joins(graph, job.target, node):
+            continue
+        plan = job.plan | found | entries
+        if all(source_in(graph, plan, name) for name in activation_inputs(graph, node)):
+            entries[result] = made
+    return entries

@@ -12,7 +12,7 @@ from onnxq_plugins.job import Job
 from onnxq_plugins.plan.values import bias_values
 from onnxq_plugins.spec import Array, Plan, QuantSpec
 from onnxq_plugins.targets import Rule, Target
-from onnxq_plugins.targets.reading import input_in, source_in
+from onnxq_plugins.targets.reading import input_in, joins, source_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,18 +93,22 @@ class Planned:
                 fits = bool(self.input(layers[node.name])) and (
                     node.op not in target.output_scale or result_of(graph, node) in plan
                 )
-            elif node.op == "MatMul":
-                fits = len(inputs) == 2
+            elif node.op == "MatMul" and len(inputs) == 2:
+                fits = not target.whole or (node.op in target.integer_ops and result_of(graph, node) in plan)
             else:
-                fits = node.op in target.integer_ops and len(inputs) == len(node.inputs) and result_of(graph, node) in plan
+                fits = joins(graph, target, node) and result_of(graph, node) in plan
             if fits:
                 names.add(str(node.name))
         return names
 
     @cached_property
     def carriers(self) -> set[str]:
-        """Names of the shape-only operators between a planned tensor and an integer reader: they move codes."""
+        """Names of the shape-only operators between a planned tensor and an integer reader: they move codes. Where targets
+        quantize as a whole, also those behind an integer operator."""
         names: set[str] = set()
+        if self.target.whole:
+            moving = (node for node in self.graph.nodes if self.graph.is_shape_only(node))
+            names = {str(n.name) for n in moving if self.source(n.inputs[0].name) in self.coded} - self.graph.floats
         for node in self.graph.nodes:
             if node.name not in self.integer:
                 continue

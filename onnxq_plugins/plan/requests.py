@@ -23,9 +23,11 @@ from onnxq_plugins.job import FLOAT, Recipe, TensorRequest
 from onnxq_plugins.job.tables import matches
 from onnxq_plugins.job.weights import activation_request, narrowed, one_scale, weight_spec
 from onnxq_plugins.plan.constants import ConstantRequest, constant_requests
+from onnxq_plugins.plan.grids import natural_grids
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Plan, QuantSpec
 from onnxq_plugins.targets import Target, channel_block
+from onnxq_plugins.targets.reading import joins
 
 FASTER = Reason("slower", "it is faster in float, or as fast, conversions included")
 
@@ -93,7 +95,7 @@ def request(
     stored = {each.constant.name: each.spec for each in outside if each.spec is not None}
     if graph.layers and not plan:
         notes.append("no layer is quantized")
-    chain = _chain(graph, target, set(integer), unfit, {*placed, *graph.floats})
+    chain = _chain(graph, target, set(integer), unfit, {*placed, *graph.floats}) if recipe.activations.bits != FLOAT else ()
     activation_request = {**integer, **dict.fromkeys(chain, recipe.activations)}
     whole = Plan(plan) | stored | _activations(graph, target, activation_request)
     view = Planned(graph, whole, target)
@@ -144,8 +146,9 @@ def _products(
         if node.op == "MatMul" and not node.domain and not any(graph.is_constant(t.name) for t in node.inputs):
             _, activations, quantize = recipe.settings(node.name, "Attention", "", {}, unmatched)
             pays = "MatMul" in ops and 0 < target.attention <= _multiply_adds(graph, node)
+            pays = pays or (target.whole and node.op in target.integer_ops)
             fit = set(unfit).isdisjoint(graph.root(name) for name in activation_inputs(graph, node))
-            fit = fit and node.name not in graph.floats
+            fit = fit and node.name not in graph.floats and activations.bits != FLOAT
             if fit and (quantize or (quantize is None and pays)):
                 integer[str(node.name)] = activations
     return integer
@@ -241,20 +244,20 @@ def _multiply_adds(graph: Graph, node: Any) -> int:
 
 def _chain(graph: Graph, target: Target, layers: set[str], unfit: Collection[str], placed: Collection[str]) -> set[str]:
     """Operators other than layers that stay integer: every input comes from an integer operator and at least one
-    reader is integer. The largest such set without those that are `placed` in float."""
+    reader is integer. The largest such set without those that are `placed` in float; all there are, where a target quantizes
+    as a whole."""
+    known = layers | {layer.name for layer in graph.layers} if target.whole else layers
     nodes = {
         node.name: node
         for node in graph.nodes
-        if node.op in target.integer_ops
-        and node.name not in placed
-        and not node.domain
-        and len(node.outputs) == 1
-        and len(activation_inputs(graph, node)) == len(node.inputs)
-        and all(t.dtype == np.float32 and graph.root(t.name) not in unfit for t in node.inputs)
+        if node.name not in {*known, *placed}
+        and joins(graph, target, node)
+        and (node.op != "MatMul" or len(activation_inputs(graph, node)) == 1)  # products are decided one by one
+        and all(graph.tensor(t).dtype == np.float32 and graph.root(t) not in unfit for t in activation_inputs(graph, node))
         and result_of(graph, node) not in unfit
     }
-    chain = set(nodes) - layers
-    while True:
+    chain = set(nodes)
+    while not target.whole:
         inside = layers | chain
         kept = {
             name
@@ -263,8 +266,9 @@ def _chain(graph: Graph, target: Target, layers: set[str], unfit: Collection[str
             and readers(graph, result_of(graph, nodes[name])) & inside
         }
         if kept == chain:
-            return chain
+            break
         chain = kept
+    return chain
 
 
 def _activations(graph: Graph, target: Target, integer: Mapping[str, TensorRequest]) -> Plan:
@@ -287,10 +291,12 @@ def _activations(graph: Graph, target: Target, integer: Mapping[str, TensorReque
         # behind a float operator parts that are read get grids of their own, where they are smaller than the whole, and so
         # does what pooling leaves, which is slow on codes that no integer operator wrote
         pooled = any((node := graph.producer(name)) is not None and node.op == "MaxPool" for name in parts)
-        apart = source_of(graph, root) not in integer and (alone or pooled or _smaller(graph, parts, root))
+        apart = (
+            source_of(graph, root) not in integer and (alone or pooled or _smaller(graph, parts, root)) and not target.whole
+        )
         for name, requests in parts.items() if apart else [(root, [request for _, request in pairs])]:
             specs[name] = activation_request(max(requests, key=lambda request: request.bits), target)
-    return Plan(specs)
+    return Plan(specs) | natural_grids(graph, target, Plan(specs))
 
 
 def _part(graph: Graph, name: str) -> str:

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx
 
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.bodies import all_graphs
-from onnxq_plugins.graph.opsets import NARROW_OPSET
+from onnxq_plugins.graph.lowering import lower_opset
+from onnxq_plugins.graph.opsets import NARROW_OPSET, NEWEST_OPSET, expand_all, raise_opset
 from onnxq_plugins.spec import Plan, QuantSpec
 from onnxq_plugins.targets import BUILTIN
 from onnxq_plugins.targets.target import Rule, Target, channel_multipliers, granularity_of
@@ -69,19 +71,36 @@ def missing_operators(target: Target, model: onnx.ModelProto) -> list[str]:
     return [f"target '{target.name}' has no {names}; replace them in the model, or give the target what it has."]
 
 
+def unheld(target: Target, graph: Graph) -> list[str]:
+    """Operators of the float model that a target has not, as far as they are known before anything is quantized."""
+    lowest, highest = target.opsets
+    if not target.operators and not highest:
+        return []
+    model = graph.model({}, expand=False)
+    raise_opset(model, lowest)
+    try:
+        lower_opset(model, highest or NEWEST_OPSET, target.name)
+    except OnnxqError as error:
+        return [*error.problems]
+    expand_all(model)
+    return missing_operators(target, model)
+
+
 def _narrow_problems(target: Target, plan: Plan) -> Iterator[str]:
     """Codes that need a newer opset than the runtime reads."""
     highest = target.opsets[1]
-    if 0 < highest < NARROW_OPSET and needs_narrow(plan):
+    if 0 < highest < NARROW_OPSET and needs_narrow(target, plan):
         yield (
             f"target '{target.name}' reads opset {highest} at most, and codes of 4 or 16 bits, multipliers and scales per "
             f"block need {NARROW_OPSET}; plan weights of 5 to 8 bits, and activations of 8."
         )
 
 
-def needs_narrow(plan: Plan) -> bool:
+def needs_narrow(target: Target, plan: Plan) -> bool:
     """True if a plan asks for codes of 4 or 16 bits, for multipliers, which have 4 bits where they fit, or for scales per
-    block: these came with `NARROW_OPSET`."""
+    block: these came with `NARROW_OPSET`. Where all weights are int8 in the file, only for codes of 16 bits."""
+    if all(rule.storage == "int8" for rule in target.rules):
+        return any(spec.bits > 8 for spec in plan.values())
     return any(
         spec.bits <= 4
         or spec.bits > 8
@@ -125,20 +144,26 @@ def _too_wide(target: Target, rule: Rule, layer: Layer, weight: QuantSpec) -> st
 
 def _activation_problems(target: Target, activations: Mapping[str, QuantSpec]) -> Iterator[str]:
     widths = target.activation_bits
-    sign = "int" if target.symmetric else "uint"
-    types, bits = " or ".join(f"{sign}{n}" for n in widths), " or ".join(map(str, widths))
+    types = " or ".join(f"{'int' if target.centred(n) else 'uint'}{n}" for n in widths)
+    bits = " or ".join(map(str, widths))
     runs = [f"{types} per tensor (activations.bits = {bits})"] if widths else []
     refused: dict[str, list[str]] = {}
     for name, spec in activations.items():
-        if spec.bits not in widths or not (target.either or spec.symmetric == target.symmetric) or spec.block is not None:
+        if spec.bits not in widths or _mirrored(target, spec) or spec.block is not None:
             refused.setdefault(spec.describe(), []).append(name)
     for form, names in refused.items():
-        other = not target.either and all(activations[name].symmetric != target.symmetric for name in names) and runs
-        hint = f": set activations.symmetric = {str(target.symmetric).lower()}" if other else ""
+        other = all(_mirrored(target, activations[name]) for name in names) and runs
+        hint = f": set activations.symmetric = {str(not activations[names[0]].symmetric).lower()}" if other else ""
         yield (
             f"target '{target.name}' cannot run activation{'s' * (len(names) > 1)} {_names(names)} as {form}; it runs "
             f"{', or '.join([*runs, 'float (activations.bits = 32)'])}{hint}."
         )
+
+
+def _mirrored(target: Target, spec: QuantSpec) -> bool:
+    """True if an activation is symmetric where the target has no such grid, or the other way round."""
+    centred = target.centred(spec.bits)
+    return spec.symmetric != centred and not (target.either and spec.symmetric)
 
 
 def _advice(target: Target, layer: Layer, weight: QuantSpec, activations: int) -> str:

@@ -67,7 +67,7 @@ class Target:
     here          its models run in onnxruntime on this CPU as they will in use
     signed        activations are stored as signed codes (int8, int16), not unsigned ones
     symmetric     their zero point is the middle of the grid: 0 of signed codes, 128 of uint8. Plans have symmetric entries
-                  then, whatever a recipe says
+                  then, whatever a recipe says. A number: from activations of that many bits on
     either        activations that a recipe makes symmetric are taken, too, as signed codes with zero point 0
     bias          biases of integer layers: ``int32`` codes at the scale of the products, or ``float`` constants
     aligned       input and output channels of an integer layer must be multiples of it (depthwise: the channels); other
@@ -100,7 +100,7 @@ class Target:
     costs: str = ""
     here: bool = False
     signed: bool = False
-    symmetric: bool = False
+    symmetric: int = False
     either: bool = False
     bias: Literal["int32", "float"] = "int32"
     aligned: int = 1
@@ -140,9 +140,18 @@ class Target:
         inputs = 1 if layer.kind == "depthwise" else layer.shape[layer.in_axis]
         return self.aligned == 1 or (layer.channels % self.aligned == 0 and (inputs == 1 or inputs % self.aligned == 0))
 
+    def centred(self, bits: int) -> bool:
+        """True if activations of that many bits must have symmetric entries."""
+        return 0 < self.symmetric <= bits
+
+    def stores_signed(self, spec: QuantSpec) -> bool:
+        """True if the codes of an activation are signed in the file."""
+        return self.signed or (self.either and spec.symmetric)
+
     def offset(self, spec: QuantSpec) -> int:
         """What is added to the codes of an activation, and their zero point, in the file."""
-        return 0 if spec.symmetric == self.signed or self.either else 2 ** (spec.bits - 1) * (1 if spec.symmetric else -1)
+        half = 2 ** (spec.bits - 1)
+        return 0 if spec.symmetric == self.stores_signed(spec) else half if spec.symmetric else -half
 
     @property
     def code_bits(self) -> int:

@@ -110,8 +110,9 @@ def file_problems(target: Target, model: onnx.ModelProto) -> list[str]:
             zero = values[node.input[2]]
             if (zero.dtype.kind == "i") != target.signed:
                 problems.append(f"has {zero.dtype} codes of '{node.input[0]}'")
-            middle = 0 if target.signed else 2 ** (8 * zero.dtype.itemsize - 1)
-            if target.symmetric and np.any(zero != middle):
+            bits = 8 * zero.dtype.itemsize
+            middle = 0 if target.signed else 2 ** (bits - 1)
+            if target.centred(bits) and np.any(zero != middle):
                 problems.append(f"has a zero point of {zero} for '{node.input[0]}'")
     makers = {name: node for node in nodes for name in node.output}
     for node in nodes:

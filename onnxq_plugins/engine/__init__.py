@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,86 +15,38 @@ import onnx
 
 from onnxq_plugins import files, runtimes
 from onnxq_plugins.calibration import Calibration, NotFinite
-from onnxq_plugins.calibration.branches import BranchFeeds, branches, put_back
 from onnxq_plugins.calibration.shapes import complete_shapes
-from onnxq_plugins.data import Data, DataOptions, Source
+from onnxq_plugins.data import Data, Source
 from onnxq_plugins.data.outliers import usual
+from onnxq_plugins.engine.result import Result
+from onnxq_plugins.engine.writing import export_job
 from onnxq_plugins.errors import JUDGE, NUMBER, PATH, SEVERAL, TABLE, TEXT, WHOLE, OnnxqError, OnnxqWarning, expects
-from onnxq_plugins.export.compact import Names, check_names, compact
-from onnxq_plugins.export.provenance import sign
-from onnxq_plugins.export.qdq import export
+from onnxq_plugins.export.compact import Names, check_names
 from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.graph.conform import conform
-from onnxq_plugins.graph.opsets import NARROW_OPSET, opset_of
-from onnxq_plugins.job import Job, Metric, Outcome, Quality, Recipe, Report
-from onnxq_plugins.laws import exporting, is_random, proposed, run_pass
+from onnxq_plugins.job import Job, Metric, Quality, Recipe, Report
+from onnxq_plugins.laws import is_random, proposed, run_pass
 from onnxq_plugins.layers.complete import complete, complete_constants
 from onnxq_plugins.layers.float_inputs import keep_inputs_float
 from onnxq_plugins.measure.metrics import check_graph_labels, find_metric, metric_name, top1
 from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.parallel import Track, cores, silent
 from onnxq_plugins.plan.constants import float_constants
-from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import request
 from onnxq_plugins.plan.rules import exclude as mark_excluded
 from onnxq_plugins.plugins import Plugins, Trace, find_plugins
 from onnxq_plugins.recipe import Settings
-from onnxq_plugins.report.check import Check, self_check
+from onnxq_plugins.report.check import self_check
 from onnxq_plugins.report.goals import Goals
-from onnxq_plugins.report.page import write_report
-from onnxq_plugins.report.summary import describe, original_size
+from onnxq_plugins.report.summary import original_size
 from onnxq_plugins.search.quality import keep_quality
 from onnxq_plugins.spec import Array
 from onnxq_plugins.targets import Target
-from onnxq_plugins.targets.refusals import missing_operators, problems
+from onnxq_plugins.targets.refusals import problems, unheld
 
-_WILD = 8.0  # times the magnitude that any other sample has
-
+__all__ = ["Result", "quantize"]
 
 _Solved = tuple[Job, Path | onnx.ModelProto | None, int, Samples | None]
-
-
-@dataclass(frozen=True, eq=False)
-class Result(Outcome):
-    """What `quantize` returns: what the job leaves (see the fields of `Outcome`), ready to be saved and shown.
-
-    check    the quantized network beside the user's own model; None if nothing was checked
-    missed   what was insisted on (`min_sqnr`, `min_speed`) and not reached, in a sentence; "" if all was
-    """
-
-    check: Check | None = None
-    missed: str = ""
-
-    @expects(path=PATH)
-    def save(self, path: str | Path) -> Path:
-        """Write the model; an existing file is replaced only when the new one is complete."""
-        return files.save_model(self.model, Path(path))
-
-    @expects(path=PATH)
-    def save_report(self, path: str | Path, data: Source | None = None, **options: Any) -> Path:
-        """Write what was done and how good it is as one page of HTML, and the same beside it as JSON; see
-        `onnxq_plugins.report.write_report`. Needs the extra ``report``."""
-        return write_report(self, Path(path), data, **options)
-
-    def __repr__(self) -> str:
-        """The summary, and what the user should know: a warning or a note a line."""
-        lines = [f"missed: {self.missed}"] if self.missed else []
-        lines += [*(f"warning: {text}" for text in self.report.warnings), *(f"note: {note}" for note in self.report.notes)]
-        return f"<Result: {self.summary}" + "".join(f"\n {line}" for line in lines) + ">"
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows: the summary, warnings and notes, and the layers in a fold."""
-        columns = ("name", "op", "weights", "bits_per_weight", "kernel", "why_float")
-        layers = self.report.layers
-        rows = ("".join(f"<td>{escape(str(row.get(key, '')))}</td>" for key in columns) for row in layers)
-        head = "".join(f"<th>{key.replace('_', ' ')}</th>" for key in columns)
-        notes = "".join(f"<li><strong>{escape(text)}</strong></li>" for text in (*self.report.warnings, self.missed) if text)
-        notes += "".join(f"<li>{escape(note)}</li>" for note in self.report.notes)
-        return (
-            f"<p>{escape(self.summary)}</p>{f'<ul>{notes}</ul>' if notes else ''}<details>"
-            f"<summary>{len(layers)} layers</summary>"
-            f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table></details>"
-        )
 
 
 @expects(output=PATH, target=TEXT, seed=WHOLE, samples=WHOLE, workers=WHOLE, cache=PATH, names=TEXT, class_axis=WHOLE)
@@ -173,7 +123,7 @@ def _finished(
     """
     job, model, size, judged = solved
     ending = partial(self_check, job, source=model, began=began, judged=judged) if check else None
-    exported, shown, checked, missed = _export(job, plugins, size, path, goals, ending, again)
+    exported, shown, checked, missed = export_job(job, plugins, size, path, goals, ending, again)
     job.report["seconds"] = round(time.perf_counter() - began, 3)
     written = path if goals.keep or not missed else None
     plugins.manager.hook.onnxq_exported(job=job, model=exported, path=written)
@@ -252,7 +202,7 @@ def _read_model(
     if output is not None:
         files.check_writable(output)
     model = as_model(model)
-    graph = conform(load(model, float32=float32, flatten=target.flatten), target.operators)
+    graph = conform(load(model, float32=float32, flatten=target.flatten), target.operators, target.whole)
     source = model.absolute() if isinstance(model, Path) else None if isinstance(model, Graph) else model
     size = original_size(graph, source)
     replaced = isinstance(source, Path) and output is not None and source.resolve() == output.resolve()
@@ -301,7 +251,7 @@ def _prepare(
         check_graph_labels(data, graph, class_axis)
     excluded = mark_excluded(graph, recipe)
     first = request(graph, recipe, target, unfit)
-    OnnxqError.check(problems(target, graph, first.plan, first.inputs))
+    OnnxqError.check([*unheld(target, graph), *problems(target, graph, first.plan, first.inputs)])
     if calibration.cache:
         files.clear_leftovers(calibration.cache)
     notes = [*graph.notes, *excluded, *first.notes, *(data.remarks() if data else ())]
@@ -344,107 +294,3 @@ def _run(job: Job, plugins: Plugins, verify: bool) -> None:
         drift = max((step["drift"] for step in steps if "drift" in step), default=0.0)
         job.note(f"verified after each exact pass: the float function moved by {drift:.0e} at most")
     job.report["steps"] = steps
-
-
-def _open_shapes(data: Data | None) -> dict[str, list[int]]:
-    """The shapes of the first sample, where the model leaves open more than a batch of 1."""
-    if data is None or all(i.shape is not None and all(isinstance(n, int) for n in i.shape[1:]) for i in data.inputs):
-        return {}
-    return {name: list(x.shape) for name, x in next(iter(data)).items() if isinstance(x, np.ndarray)}
-
-
-def _export(
-    job: Job,
-    plugins: Plugins,
-    before: int,
-    path: Path | None,
-    goals: Goals,
-    check: Callable[..., Check | None] | None,
-    again: partial[Result],
-) -> tuple[onnx.ModelProto, dict[str, str], Check | None, str]:
-    """Make the model of a complete plan, check it and write it to `path`; the report is complete then. Returns it, the
-    tensors of the graph that have other names there (see `Outcome.names`), the check, and what it misses of the goals: it is
-    not written then.
-
-    before   bytes of the user's own model
-    check    `self_check` of a model; None to leave that out
-    again    `quantize` with the same model and options
-    """
-    start = time.perf_counter()
-    planned = Planned.of(job)
-    inputs = {layer.name: planned.input(layer) for layer in planned.layers}
-    OnnxqError.check(problems(job.target, job.graph, job.plan, inputs))
-    if text := _outlier(job, planned.activations):
-        job.note(text)
-    if widened := job.report.pop("widened", {}):
-        channels, layers = (
-            f"{n} {what}{'s' * (n > 1)}"
-            for n, what in ((sum(widened.values()), "nearly empty channel"), (len(widened), "layer"))
-        )
-        job.note(f"scales of {channels} in {layers} were widened so that their biases fit int32")
-    data = files.DataFile(path) if path is not None and job.graph.mapped.size > files.LARGE else None
-    with data or contextlib.nullcontext():
-        model = export(job.graph, job.plan, job.target, data=data)
-        rows = [] if data is not None else _quantize_branches(job, model, again)
-        shown = compact(model, {node.name for node in job.graph.nodes}, again.keywords["names"], folds=job.target.here)
-        model = model if data is not None else exporting(plugins, job, model)
-        OnnxqError.check(missing_operators(job.target, model))
-        if text := _newer_version(job.graph, model):
-            job.note(text)
-        parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]
-        sources = (plugins.sources[part] for part in parts)
-        sign(model, job.recipe, again.keywords["seed"], sources, plugins.versions, _open_shapes(job.calibration.data))
-        job.report["steps"].append({"pass": "export", "seconds": round(time.perf_counter() - start, 3)})
-        describe(job, model, data, before, rows)
-        checked = None if check is None else check(model, folder=None if data is None else data.path.parent)
-        missed = goals.missed(checked, job.report.quality)
-        if path is not None and (goals.keep or not missed):
-            data.finish(model) if data is not None else files.save_model(model, path)
-    return model, shown, checked, missed
-
-
-def _newer_version(graph: Graph, model: onnx.ModelProto) -> str:
-    """A note if the result needs a newer opset or IR version than the user's model has; "" if not."""
-    (opset, ir), after = graph.versions, opset_of(model)
-    if after > opset > 0:
-        reason = "codes of 4 or 16 bits or scales per block" if after == NARROW_OPSET else "one scale per channel"
-        return f"opset {opset} became {after} (IR version {model.ir_version}), which {reason} need"
-    return f"IR version {ir} became {model.ir_version}" if model.ir_version > ir > 0 else ""
-
-
-def _quantize_branches(job: Job, model: onnx.ModelProto, again: partial[Result]) -> list[dict[str, Any]]:
-    """Quantize the layers inside the branches of an If, and put them into a model. Returns their rows for the report.
-
-    again   `quantize` with the options of the whole model
-    """
-    options = {key: again.keywords[key] for key in ("seed", "workers", "plugins", "check")}
-    options["names"] = "keep"  # what a branch reads from around it has its name
-    rows: list[dict[str, Any]] = []
-    for branch in branches(job.graph):
-        names = {node.name for node in branch.model.graph.node}
-        rules = [rule for rule in job.recipe.layers if any(map(rule.names, names))]
-        left = tuple(p for p in job.recipe.exclude if any(map(Recipe(exclude=(p.removeprefix("!"),)).excludes, names)))
-        recipe = replace(job.recipe, layers=tuple(rules), data=DataOptions(), exclude=left)
-        feeds = None if job.calibration.data is None else BranchFeeds(job.graph, branch, job.calibration.data)
-        if feeds is not None and next(iter(feeds), None) is None:
-            job.note(f"no sample takes {branch.words}: what is in it computes float")
-            continue
-        try:
-            result = quantize(branch.model, recipe, feeds, **options)
-        except OnnxqError as error:
-            job.note(f"{branch.words} stays float: {error}")
-            continue
-        put_back(model, branch, result.model)
-        rows += [{**row, "inside": branch.words} for row in result.report.layers]
-    return rows
-
-
-def _outlier(job: Job, names: Sequence[str]) -> str:
-    """A note if one sample is far beyond all others in one of these tensors; "" if not."""
-    furthest = job.calibration.outlier(names) if job.calibration.ready and names else None
-    if furthest is None or furthest[2] < _WILD:
-        return ""
-    return (
-        f"sample {furthest[1]} reaches {furthest[2]:.0f} times as far as any other in '{furthest[0]}': ranges that follow "
-        "this outlier leave few codes for the rest; remove it, or use --set ranges.method=percentile"
-    )

@@ -1,0 +1,151 @@
+"""The end of a job: its plan becomes a model, which is checked, signed, summarized and written."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxq_plugins import files
+from onnxq_plugins.calibration.branches import BranchFeeds, branches, put_back
+from onnxq_plugins.data import Data, DataOptions
+from onnxq_plugins.engine.result import Result
+from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.export.compact import compact
+from onnxq_plugins.export.provenance import sign
+from onnxq_plugins.export.qdq import export
+from onnxq_plugins.export.static import fix_shapes
+from onnxq_plugins.graph.opsets import NARROW_OPSET, opset_of
+from onnxq_plugins.job import Job, Recipe
+from onnxq_plugins.laws import exporting
+from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.plugins import Plugins
+from onnxq_plugins.report.check import Check
+from onnxq_plugins.report.goals import Goals
+from onnxq_plugins.report.summary import describe
+from onnxq_plugins.targets.refusals import missing_operators, problems
+
+_WILD = 8.0  # times the magnitude that any other sample has
+
+
+def _open_shapes(data: Data | None) -> dict[str, list[int]]:
+    """The shapes of the first sample, where the model leaves open more than a batch of 1."""
+    if data is None or all(i.shape is not None and all(isinstance(n, int) for n in i.shape[1:]) for i in data.inputs):
+        return {}
+    return {name: list(x.shape) for name, x in next(iter(data)).items() if isinstance(x, np.ndarray)}
+
+
+def export_job(
+    job: Job,
+    plugins: Plugins,
+    before: int,
+    path: Path | None,
+    goals: Goals,
+    check: Callable[..., Check | None] | None,
+    again: partial[Result],
+) -> tuple[onnx.ModelProto, dict[str, str], Check | None, str]:
+    """Make the model of a complete plan, check it and write it to `path`; the report is complete then. Returns it, the
+    tensors of the graph that have other names there (see `Outcome.names`), the check, and what it misses of the goals: it is
+    not written then.
+
+    before   bytes of the user's own model
+    check    `self_check` of a model; None to leave that out
+    again    `quantize` with the same model and options
+    """
+    start = time.perf_counter()
+    planned = Planned.of(job)
+    inputs = {layer.name: planned.input(layer) for layer in planned.layers}
+    OnnxqError.check(problems(job.target, job.graph, job.plan, inputs))
+    if text := _outlier(job, planned.activations):
+        job.note(text)
+    if widened := job.report.pop("widened", {}):
+        channels, layers = (
+            f"{n} {what}{'s' * (n > 1)}"
+            for n, what in ((sum(widened.values()), "nearly empty channel"), (len(widened), "layer"))
+        )
+        job.note(f"scales of {channels} in {layers} were widened so that their biases fit int32")
+    data = files.DataFile(path) if path is not None and job.graph.mapped.size > files.LARGE else None
+    with data or contextlib.nullcontext():
+        model = export(job.graph, job.plan, job.target, data=data)
+        rows = [] if data is not None else _quantize_branches(job, model, again)
+        shown = compact(model, {node.name for node in job.graph.nodes}, again.keywords["names"], folds=job.target.here)
+        model = model if data is not None else exporting(plugins, job, model)
+        OnnxqError.check(missing_operators(job.target, model))
+        if text := _newer_version(job, model):
+            job.note(text)
+        parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]
+        sources = (plugins.sources[part] for part in parts)
+        sign(model, job.recipe, again.keywords["seed"], sources, plugins.versions, _open_shapes(job.calibration.data))
+        job.report["steps"].append({"pass": "export", "seconds": round(time.perf_counter() - start, 3)})
+        describe(job, model, data, before, rows)
+        checked = None if check is None else check(model, folder=None if data is None else data.path.parent)
+        if job.target.static:
+            _fix_shapes(job, model, None if data is None else data.path.parent)
+        missed = goals.missed(checked, job.report.quality)
+        if path is not None and (goals.keep or not missed):
+            data.finish(model) if data is not None else files.save_model(model, path)
+    return model, shown, checked, missed
+
+
+def _fix_shapes(job: Job, model: onnx.ModelProto, folder: Path | None) -> None:
+    """Fix shapes to those of the first sample. The model was checked before: other samples may have other shapes."""
+    samples = job.calibration.data
+    fix_shapes(model, None if samples is None else next(iter(samples)), job.target.name, folder)
+
+
+def _newer_version(job: Job, model: onnx.ModelProto) -> str:
+    """A note if the result needs a newer opset or IR version than the user's model has; "" if not."""
+    (opset, ir), after = job.graph.versions, opset_of(model)
+    if after == job.target.opsets[0] > opset > 0:
+        return (
+            f"opset {opset} became {after} (IR version {model.ir_version}), in which target '{job.target.name}' is written"
+        )
+    if after > opset > 0:
+        reason = "codes of 4 or 16 bits or scales per block" if after == NARROW_OPSET else "one scale per channel"
+        return f"opset {opset} became {after} (IR version {model.ir_version}), which {reason} need"
+    return f"IR version {ir} became {model.ir_version}" if model.ir_version > ir > 0 else ""
+
+
+def _quantize_branches(job: Job, model: onnx.ModelProto, again: partial[Result]) -> list[dict[str, Any]]:
+    """Quantize the layers inside the branches of an If, and put them into a model. Returns their rows for the report.
+
+    again   `quantize` with the options of the whole model
+    """
+    options = {key: again.keywords[key] for key in ("seed", "workers", "plugins", "check")}
+    options["names"] = "keep"  # what a branch reads from around it has its name
+    rows: list[dict[str, Any]] = []
+    for branch in branches(job.graph):
+        names = {node.name for node in branch.model.graph.node}
+        rules = [rule for rule in job.recipe.layers if any(map(rule.names, names))]
+        left = tuple(p for p in job.recipe.exclude if any(map(Recipe(exclude=(p.removeprefix("!"),)).excludes, names)))
+        recipe = replace(job.recipe, layers=tuple(rules), data=DataOptions(), exclude=left)
+        feeds = None if job.calibration.data is None else BranchFeeds(job.graph, branch, job.calibration.data)
+        if feeds is not None and next(iter(feeds), None) is None:
+            job.note(f"no sample takes {branch.words}: what is in it computes float")
+            continue
+        try:
+            result = again.func(branch.model, recipe, feeds, **options)
+        except OnnxqError as error:
+            job.note(f"{branch.words} stays float: {error}")
+            continue
+        put_back(model, branch, result.model)
+        rows += [{**row, "inside": branch.words} for row in result.report.layers]
+    return rows
+
+
+def _outlier(job: Job, names: Sequence[str]) -> str:
+    """A note if one sample is far beyond all others in one of these tensors; "" if not."""
+    furthest = job.calibration.outlier(names) if job.calibration.ready and names else None
+    if furthest is None or furthest[2] < _WILD:
+        return ""
+    return (
+        f"sample {furthest[1]} reaches {furthest[2]:.0f} times as far as any other in '{furthest[0]}': ranges that follow "
+        "this outlier leave few codes for the rest; remove it, or use --set ranges.method=percentile"
+    )
