@@ -80,22 +80,31 @@ def _cause(error: Exception) -> str:
 
 
 def _operators(nodes: Sequence[Mapping[str, Any]], graph: onnx.GraphProto) -> tuple[Executed, ...]:
-    """A layer is what the type of its multiply-adds says; what else computes is in float unless its name says otherwise."""
+    """A layer, which may become several operators, is what the type of its multiply-adds says; what else computes is in
+    float."""
     codes, still, layers = coded(graph), conversions(graph), layer_behind(graph)
     names = sorted({node.name for node in graph.node if node.name}, key=len, reverse=True)
-    found, seen = [], set()
+    products: dict[tuple[str, str], list[str]] = {}
+    rest: list[tuple[str, str]] = []
     for node in nodes:
         op, name = str(node["op_name"]), str(node["node_name"])
         own = next((each for each in names if name == each or name.startswith(each + ".")), name)
-        products = [kind for kind in node.get("cost", {}) if kind.startswith("FMA")]
-        if products:
-            integer = any(each in kind for kind in products for each in ("(I", "(U", "(QI", "(QU"))
-            layer = layers.get(own)
-            found.append(computed(layer.name, layer.op_type, integer, codes) if layer else computed(own, op, integer, codes))
-            seen |= {own, layer.name if layer else own}
+        layer = layers.get(own)
+        key = (layer.name, layer.op_type) if layer is not None else (own, op)
+        kinds = [kind for kind in node.get("cost", {}) if kind.startswith("FMA")]
+        if kinds:
+            products.setdefault(key, []).extend(kinds)
         elif "secs_per_iter" in node:
-            nothing = op.startswith(tuple(_MOVES)) or own in seen or own in still
-            found.append(moved(name, op) if nothing else computed(own, op, False, codes))
+            rest.append((own, op))
+    done = {name for name, _ in products}
+    found = []
+    for (name, op), kinds in products.items():
+        integer = not any(kind.startswith("FMA(F") for kind in kinds)
+        found.append(computed(name, op, integer, codes))
+    for name, op in rest:
+        layer = layers.get(name)
+        nothing = op.startswith(tuple(_MOVES)) or name in still or (layer is not None and layer.name in done)
+        found.append(moved(name, op) if nothing else computed(name, op, False, codes))
     return tuple(found)
 
 
