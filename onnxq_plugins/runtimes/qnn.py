@@ -127,5 +127,5 @@ QNN = Runtime(
     "Qualcomm's NPU (HTP) in the simulator of onnxruntime-qnn",
     _INSTALL,
     _inspect,
-    settings={"python": "", "soc_model": 0, "htp_arch": 0, "seconds": 1800.0},
+    settings={"python": "", "soc_model": 60, "htp_arch": 73, "seconds": 1800.0},
 )

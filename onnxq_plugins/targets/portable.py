@@ -19,6 +19,7 @@ PORTABLE = Target(
     CHAIN,
     flatten=False,
     opsets=(13, 13),
+    static=True,
     apart=False,
     runtime=TRACT,
 )
