@@ -10,14 +10,18 @@ from onnxq_plugins.graph.core import Graph
 
 
 def conform(graph: Graph, operators: Container[str], whole: bool = False) -> Graph:
-    """Write each Gemm with a constant weight as MatMul and Add where a runtime has no Gemm, and each Swish as Sigmoid and
-    Mul where all operators are to be quantized: it has no integer kernel of its own. Returns the graph.
+    """Write each Gemm with a constant weight as MatMul and Add where a runtime has no Gemm. Where all operators are to be
+    quantized, write what has no integer kernel of its own: Swish as Sigmoid and Mul, a BatchNormalization that no layer has
+    absorbed as a depthwise convolution of one tap. Returns the graph.
 
     operators   that the runtime has; empty: all
     whole       see `targets.Target`
     """
     if whole:
         _split_swish(graph)
+        _convolve_norms(graph)
+        graph.tidy()
+        graph.touched.clear()
     if not operators or "Gemm" in operators or "MatMul" not in operators:
         return graph
     for layer in [layer for layer in graph.layers if layer.op == "Gemm"]:
@@ -50,5 +54,24 @@ def _split_swish(graph: Graph) -> None:
         graph.add_node("Sigmoid", f"{node.name}_gate", [x], [gate], before=node)
         node.op, node.attrs = "Mul", {}
         graph.set_input(node, 1, gate)
-    graph.tidy()
-    graph.touched.clear()
+
+
+def _convolve_norms(graph: Graph) -> None:
+    for node in [n for n in graph.nodes if n.op == "BatchNormalization" and not n.domain and len(n.outputs) == 1]:
+        x, shape = node.inputs[0], graph.shape(node.inputs[0].name)
+        if (
+            shape is None
+            or len(shape) < 3
+            or x.dtype != np.float32
+            or not all(graph.is_constant(t.name) for t in node.inputs[1:])
+        ):
+            continue
+        gamma, beta, mean, variance = (graph.constant(t.name).astype(np.float64) for t in node.inputs[1:])
+        factor = gamma / np.sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
+        taps = (1,) * (len(shape) - 2)
+        weight = graph.add_constant(f"{node.name}_weight", factor.reshape(-1, 1, *taps).astype(np.float32))
+        bias = graph.add_constant(f"{node.name}_bias", (beta - mean * factor).astype(np.float32))
+        for at, tensor in enumerate((weight, bias, None, None), 1):
+            graph.set_input(node, at, tensor)
+        node.op, node.attrs = "Conv", {"group": factor.size, "kernel_shape": list(taps)}
+        graph.changed()

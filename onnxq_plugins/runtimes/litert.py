@@ -100,7 +100,9 @@ def _set(
 ) -> None:
     """Give the file a sample: axes in its order, values as its codes."""
     missing = [name for name in inputs if name not in sample]
-    OnnxqError.check(f"'{file}' has an input '{name}' that the sample lacks; it has {', '.join(sample)}." for name in missing)
+    OnnxqError.check(
+        f"'{file}' has an input '{name}' that the sample lacks; it has {', '.join(sample)}." for name in missing
+    )
     for name, entry in inputs.items():
         values = np.asarray(sample[name])
         order = orders.get(name, range(values.ndim))

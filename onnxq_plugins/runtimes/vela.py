@@ -76,7 +76,9 @@ def _operators(layers: Sequence[Mapping[str, str]], reasons: Mapping[str, str]) 
         op, name, where = layer["Original Operator"], layer["Name"], layer["Target"]
         moves = op in _MOVES
         kind = "moves" if moves else "integer" if where == "NPU" else "float"
-        rows.append(Executed(name, op, kind, where, "" if where == "NPU" else reasons.get(name, "Vela leaves it to the CPU")))  # type: ignore[arg-type]
+        rows.append(
+            Executed(name, op, kind, where, "" if where == "NPU" else reasons.get(name, "Vela leaves it to the CPU"))
+        )  # type: ignore[arg-type]
     return tuple(rows)
 
 

@@ -60,9 +60,9 @@ LITERT = Target(
 ETHOS_U = replace(
     LITERT,
     name="ethos-u",
-    doc="Arm Ethos-U NPUs: LiteRT's files, with 8-bit weights and the operators that Vela places on the NPU",
+    doc="Arm Ethos-U NPUs: LiteRT's files, with weights stored in 8 bits and the operators that Vela places on the NPU",
     rules=tuple(
-        Rule(op, kernel, n, (5, 6, 7, 8), ("tensor", "channel"), "int8", multipliers=op in _LAYERS)
+        Rule(op, kernel, n, tuple(range(2, 9)), ("tensor", "channel"), "int8", multipliers=op in _LAYERS)
         for op, kernel in _KERNELS.items()
         for n in (8, 16)
     ),

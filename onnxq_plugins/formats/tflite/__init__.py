@@ -74,7 +74,9 @@ def write(model: onnx.ModelProto, settings: Mapping[str, Any] | None = None) -> 
 
 
 def _check(settings: Mapping[str, Any]) -> None:
-    problems = [f"'{name}' is no setting of a .tflite file; {known(name, SETTINGS)}." for name in settings if name not in SETTINGS]
+    problems = [
+        f"'{name}' is no setting of a .tflite file; {known(name, SETTINGS)}." for name in settings if name not in SETTINGS
+    ]
     for name, choices in _CHOICES.items():
         if settings[name] not in choices:
             problems.append(f"{name} = {settings[name]!r} is unknown; {known(str(settings[name]), choices)}.")

@@ -163,7 +163,9 @@ class Builder:
                 axis = None if grid.axis is None else order.index(grid.axis)
                 index = self.file.constant(self.fresh("codes"), turned(codes, order), grid, axis)
             elif value.codes is not None and value.codes.dtype == np.int8 and value.codes.size >= _DECODED_AT_LOAD:
-                index = self.emit("DEQUANTIZE", [self._constant(value, order, value.grid)], shape, "float32", kind="Dequantize")
+                index = self.emit(
+                    "DEQUANTIZE", [self._constant(value, order, value.grid)], shape, "float32", kind="Dequantize"
+                )
             else:
                 index = self.file.constant(self.fresh("constant"), turned(value.constant, order))
             value.forms[order, grid] = index
@@ -319,4 +321,7 @@ def _codes(low: float, high: float, grid: Grid | None) -> tuple[float, float]:
     if grid is None:
         return low, high
     first, last = grid.codes
-    return tuple(min(max(round(b / grid.scale[0]) + grid.zero, first), last) if math.isfinite(b) else e for b, e in ((low, first), (high, last)))  # type: ignore[return-value]
+    return tuple(
+        min(max(round(b / grid.scale[0]) + grid.zero, first), last) if math.isfinite(b) else e
+        for b, e in ((low, first), (high, last))
+    )  # type: ignore[return-value]

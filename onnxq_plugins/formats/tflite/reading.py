@@ -175,7 +175,9 @@ def _run(
         values = session.run(wanted, dict(feed))
     except Exception as error:  # onnxruntime raises a type of its own for each kind
         text = " ".join(str(error).split())[:300]
-        raise OnnxqError(f"the model cannot be written as .tflite: onnxruntime does not run it on zeros ({text}).") from error
+        raise OnnxqError(
+            f"the model cannot be written as .tflite: onnxruntime does not run it on zeros ({text})."
+        ) from error
     for name, value in zip(wanted, values, strict=True):
         if isinstance(value, np.ndarray):
             source.shapes[name], source.types[name] = value.shape, str(value.dtype)
@@ -198,7 +200,11 @@ def _grids(nodes: Sequence[Node], source: Source) -> None:
         kind = source.types.get(codes, str(source.constants[zero].dtype) if zero else "uint8")
         if codes in source.constants and node.op == DQ:
             values = source.constants[codes].astype(np.int64)
-            along = points.reshape([-1 if a == axis else 1 for a in range(values.ndim)]) if axis is not None else points.reshape(())
+            along = (
+                points.reshape([-1 if a == axis else 1 for a in range(values.ndim)])
+                if axis is not None
+                else points.reshape(())
+            )
             held = _held(values, along, kind)
             if held is not None:
                 source.stored[node.outputs[0]] = held[0], Grid(held[1], tuple(map(float, scale.reshape(-1))), held[2], axis)

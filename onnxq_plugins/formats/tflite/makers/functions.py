@@ -110,7 +110,9 @@ def softmax(b: Builder, n: Node) -> None:
     grid = fixed_grid("SOFTMAX", x.grid, b.source.target(n.outputs[0]))
     if whole and axis != x.rank - 1 and math.prod(x.shape[axis + 1 :]) != 1:
         flat = b.reshaped(x, (math.prod(x.shape[:axis]), math.prod(x.shape[axis:])))
-        made = b.emit("SOFTMAX", [b.tensor(flat, plain(2), grid and x.grid)], flat.shape, "float32", grid, kind="Softmax", beta=1.0)
+        made = b.emit(
+            "SOFTMAX", [b.tensor(flat, plain(2), grid and x.grid)], flat.shape, "float32", grid, kind="Softmax", beta=1.0
+        )
         b.values[n.outputs[0]] = b.reshaped(b.computed(made, flat.shape, plain(2), grid), x.shape)
         b.values[n.outputs[0]].prescribed = grid is not None
         return

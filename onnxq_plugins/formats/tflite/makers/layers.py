@@ -80,7 +80,9 @@ def conv_transpose(b: Builder, n: Node) -> None:
         made = b.emit("CONCATENATION", parts, shape, "float32", grid, kind="Concatenation", axis=3)
     if tuple(room) != tuple(wanted) or any(begins):
         taken_shape = (x.shape[0], *wanted, outputs)
-        made = b.emit("SLICE", [made, b.ints((0, *begins, 0)), b.ints(taken_shape)], taken_shape, "float32", grid, kind="Slice")
+        made = b.emit(
+            "SLICE", [made, b.ints((0, *begins, 0)), b.ints(taken_shape)], taken_shape, "float32", grid, kind="Slice"
+        )
     _finish_windowed(b, n, tail, made, (x.shape[0], outputs, *wanted), grid, "")
 
 
@@ -102,15 +104,15 @@ def matmul(b: Builder, n: Node) -> None:
         _product(b, n, x, w)
 
 
-def _dense(
-    b: Builder, n: Node, x: Value, w: Value, c: Value | None, alpha: float = 1.0, beta: float = 1.0
-) -> None:
+def _dense(b: Builder, n: Node, x: Value, w: Value, c: Value | None, alpha: float = 1.0, beta: float = 1.0) -> None:
     """x [..., in] times w [out, in], plus c."""
     if c is not None and c.constant is None:
         raise Refused("its bias is computed from the input")
     if alpha != 1.0 and w.constant is not None:
         scaled = w.grid and Grid(w.grid.type, tuple(s * alpha for s in w.grid.scale), w.grid.zero, w.grid.axis)
-        w = Value(w.shape, w.type, w.order, scaled if alpha > 0 else None, constant=w.constant * np.float32(alpha), codes=w.codes)
+        w = Value(
+            w.shape, w.type, w.order, scaled if alpha > 0 else None, constant=w.constant * np.float32(alpha), codes=w.codes
+        )
         w.codes = w.codes if alpha > 0 else None
     rows = c is not None and c.constant is not None and c.constant.ndim > 1 and c.constant.shape[0] > 1
     tail = Tail(n.outputs[0], grid=b.source.target(n.outputs[0])) if rows else b.tail(n)
@@ -315,4 +317,3 @@ def _finish_windowed(
         return
     flat = b.reshaped(b.computed(index, shape, NHWC, grid), wanted)
     b.finish(tail, b.tensor(flat, flat.order, grid), wanted, flat.order, grid, fused)
-

@@ -27,7 +27,10 @@ def resize(b: Builder, n: Node) -> None:
     mode, rule = n.attr("mode", "nearest"), n.attr("coordinate_transformation_mode", _default(b, n))
     at = [_places(rule, x.shape[2 + a], wanted[2 + a], factors[a]) for a in (0, 1)]
     if mode == "nearest":
-        rows = [_nearest(n.attr("nearest_mode", _rounding(b)), places, size) for places, size in zip(at, x.shape[2:], strict=True)]
+        rows = [
+            _nearest(n.attr("nearest_mode", _rounding(b)), places, size)
+            for places, size in zip(at, x.shape[2:], strict=True)
+        ]
         made = _by_rule(b, x, wanted, rows) or _by_rows(b, x, rows)
     elif mode == "linear":
         made = _linear(b, x, wanted, at)
@@ -49,7 +52,11 @@ def _factors(b: Builder, n: Node, x: Value, wanted: tuple[int, ...]) -> list[flo
     place = 1 if n.op == "Upsample" or b.source.opset < 11 else 2
     given = b.constant(n, place, "scales") if "scales" not in n.attrs else np.asarray(n.attrs["scales"])
     if given is not None and given.size >= 2:
-        return [1.0] * (4 - given.size) + [float(f) for f in given.reshape(-1)[-2:]] if given.size != 3 else [1.0, float(given[-1])]
+        return (
+            [1.0] * (4 - given.size) + [float(f) for f in given.reshape(-1)[-2:]]
+            if given.size != 3
+            else [1.0, float(given[-1])]
+        )
     return [o / i for o, i in zip(wanted[2:], x.shape[2:], strict=True)]
 
 

@@ -53,9 +53,7 @@ def concat(b: Builder, n: Node) -> None:
     order = max(moving, key=lambda v: math.prod(v.shape)).order
     tensors = [b.tensor(v, order, grid) for v in values]
     shape, kind = b.source.shapes[n.outputs[0]], values[0].type
-    made = b.emit(
-        "CONCATENATION", tensors, stored(shape, order), kind, grid, kind="Concatenation", axis=order.index(axis)
-    )
+    made = b.emit("CONCATENATION", tensors, stored(shape, order), kind, grid, kind="Concatenation", axis=order.index(axis))
     b.made(n.outputs[0], made, order, grid)
 
 
@@ -239,7 +237,12 @@ def argmax(op: str) -> Maker:
         left = tuple(s for a, s in enumerate(x.shape) if a != axis)
         place = b.ints(np.asarray([x.rank and axis]))
         made = b.emit(
-            op, [b.tensor(x, plain(x.rank), grid), place], left, "int64", kind=kind, outputType=b.file.schema.TensorType.INT64
+            op,
+            [b.tensor(x, plain(x.rank), grid), place],
+            left,
+            "int64",
+            kind=kind,
+            outputType=b.file.schema.TensorType.INT64,
         )
         b.values[n.outputs[0]] = b.reshaped(b.computed(made, left, plain(len(left)), None, "int64"), shape)
 
@@ -270,5 +273,3 @@ def _shuffled(b: Builder, n: Node, x: Value, perm: tuple[int, ...]) -> None:
     order = tuple(perm.index(axis) for axis in x.order)
     turned = b.computed(index, [x.shape[axis] for axis in perm], order, x.grid, x.type)
     b.values[n.outputs[0]] = b.reshaped(turned, b.source.shapes[n.outputs[0]])
-
-

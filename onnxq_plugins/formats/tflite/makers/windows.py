@@ -40,7 +40,9 @@ class Window:
     def outputs(self) -> list[int]:
         """How many windows there are."""
         found = []
-        for size, reach, stride, begin, end in zip(self.sizes, self.reach, self.strides, self.begins, self.ends, strict=True):
+        for size, reach, stride, begin, end in zip(
+            self.sizes, self.reach, self.strides, self.begins, self.ends, strict=True
+        ):
             room = size + begin + end - reach
             count = (math.ceil if self.ceil else math.floor)(room / stride) + 1
             found.append(count - (self.ceil and (count - 1) * stride >= size + begin))
@@ -49,7 +51,9 @@ class Window:
     @property
     def same(self) -> bool:
         """True if LiteRT's SAME means these windows."""
-        for size, reach, stride, begin, count in zip(self.sizes, self.reach, self.strides, self.begins, self.outputs(), strict=True):
+        for size, reach, stride, begin, count in zip(
+            self.sizes, self.reach, self.strides, self.begins, self.outputs(), strict=True
+        ):
             total = max((count - 1) * stride + reach - size, 0)
             if count != -(-size // stride) or begin != total // 2:
                 return False
@@ -58,13 +62,16 @@ class Window:
     def needed(self) -> list[tuple[int, int]]:
         """Pads that make VALID mean these windows."""
         pads = []
-        for size, reach, stride, begin, count in zip(self.sizes, self.reach, self.strides, self.begins, self.outputs(), strict=True):
+        for size, reach, stride, begin, count in zip(
+            self.sizes, self.reach, self.strides, self.begins, self.outputs(), strict=True
+        ):
             pads.append((begin, max((count - 1) * stride + reach - size - begin, 0)))
         return pads
 
 
 def window_of(n: Node, x: Value, kernel: Sequence[int], rank: int) -> Window:
     """The window of a convolution or a pooling of one or two dimensions (`rank`); `x` has two."""
+
     def two(values: Sequence[int] | None, default: int) -> tuple[int, ...]:
         return (default,) * (2 - rank) + (tuple(values) if values is not None else (default,) * rank)
 
