@@ -111,7 +111,7 @@ def _executed(values: Sequence[str], codes: set[str], still: set[str]) -> Execut
     names, kind, precision = values
     parts = [part.partition("/")[0] for part in names.split(",")]
     name = next((part for part in parts if part in codes), parts[0])
-    if kind in _MOVES or (kind == "Subgraph" and name in still) or precision in ("i32", "i64", "boolean"):
+    if kind in _MOVES or (kind in ("FakeQuantize", "Subgraph") and name in still) or precision in ("i32", "i64", "boolean"):
         return moved(name, kind)
     return computed(name, kind, precision in ("i8", "u8"), codes)
 
