@@ -5,13 +5,9 @@ The public names are all here, and in the modules that docs/write-a-plugin.md na
 
 from onnxq_plugins.calibration import Calibration, Gram, Histogram, Moments
 from onnxq_plugins.data import Data, DataOptions, open_data
-<<<<<<< HEAD
 from onnxq_plugins.edge.audits import audit
 from onnxq_plugins.edge.matrix import matrix
-from onnxq_plugins.engine import Result, quantize
-=======
 from onnxq_plugins.engine import Result, Retargeted, quantize, retarget
->>>>>>> 727dc45281315e352badcb62100bcc3671aee203
 from onnxq_plugins.errors import OnnxqError, OnnxqWarning
 from onnxq_plugins.export.overrides import ort_arguments, ort_model, ort_overrides
 from onnxq_plugins.graph import (

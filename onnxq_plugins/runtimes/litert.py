@@ -100,9 +100,8 @@ def _set(
 ) -> None:
     """Give the file a sample: axes in its order, values as its codes."""
     missing = [name for name in inputs if name not in sample]
-    OnnxqError.check(
-        f"'{file}' has an input '{name}' that the sample lacks; it has {', '.join(sample)}." for name in missing
-    )
+    there = ", ".join(sample)
+    OnnxqError.check(f"'{file}' has an input '{name}' that the sample lacks; it has {there}." for name in missing)
     for name, entry in inputs.items():
         values = np.asarray(sample[name])
         order = orders.get(name, range(values.ndim))
@@ -110,8 +109,8 @@ def _set(
             values = np.ascontiguousarray(values.transpose(tuple(order)))
         if tuple(values.shape) != tuple(entry["shape"]):
             raise OnnxqError(
-                f"input '{name}' of '{file}' is {[*map(int, entry['shape'])]}, not {list(values.shape)}; a .tflite file has fixed "
-                "sizes: give samples of that shape, or write another file."
+                f"input '{name}' of '{file}' is {[*map(int, entry['shape'])]}, not {list(values.shape)}; a .tflite file has "
+                "fixed sizes: give samples of that shape, or write another file."
             )
         scale, zero = entry["quantization"]
         if scale and values.dtype.kind == "f":
@@ -146,9 +145,12 @@ def _milliseconds(interpreter: Any, seconds: float) -> float:
 
 
 def _executed(interpreter: Any) -> Iterator[Executed]:
-    """The operators as the interpreter lists them. Which kernel an operator has, in LiteRT and in XNNPACK, follows from the
-    types of its tensors alone (there is no fusion of Q/DQ pairs behind the file's back, and no fake quantization of an
-    operator on codes), so that these types, as the interpreter reports them once it has planned the run, are its own word."""
+    """The operators as the interpreter lists them.
+
+    Which kernel an operator has, in LiteRT and XNNPACK, follows from the types of its tensors alone: there is no fusion of
+    Q/DQ pairs behind the file's back, and no kernel that takes codes computes in floats. So the types that the interpreter
+    reports once it has planned the run are its own word.
+    """
     listed = interpreter._get_ops_details()
     delegates = [op for op in listed if op["op_name"] == "DELEGATE"]
     operators = [op for op in listed if op["op_name"] != "DELEGATE"]

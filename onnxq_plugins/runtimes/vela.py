@@ -1,5 +1,5 @@
-"""Vela, Arm's compiler for Ethos-U NPUs: it says which operators of a .tflite file run on the NPU, in how much memory and in how
-many cycles. It compiles only; the NPU is not here."""
+"""Vela, Arm's compiler for Ethos-U NPUs: it says which operators of a .tflite file run on the NPU, in how much memory and in
+how many cycles. It compiles only; the NPU is not here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.runtimes.runtime import Executed, Inspection, Runtime
+from onnxq_plugins.runtimes.runtime import Executed, Inspection, Kind, Runtime
 from onnxq_plugins.spec import Array
 
 INSTALL = "pip install 'onnxq-plugins[ethos-u]'"
@@ -62,7 +62,9 @@ def _reasons(log: str) -> dict[str, str]:
         if match := re.match(r"Warning.*operator: *\S+,? .*ofm: *'(.*)'", line):
             name = match[1]
         elif name and line.strip():
-            text = line.strip().removeprefix("Reason:").strip()
+            text = re.sub(
+                r" *\((?:ifm|ofm|[^ ()]*[/#][^ ()]*|input|output)\)", "", line.strip().removeprefix("Reason:").strip()
+            )
             reasons[name] = f"{reasons[name]}: {text}" if name in reasons else text
         else:
             name = ""
@@ -74,11 +76,9 @@ def _operators(layers: Sequence[Mapping[str, str]], reasons: Mapping[str, str]) 
     rows = []
     for layer in layers:
         op, name, where = layer["Original Operator"], layer["Name"], layer["Target"]
-        moves = op in _MOVES
-        kind = "moves" if moves else "integer" if where == "NPU" else "float"
-        rows.append(
-            Executed(name, op, kind, where, "" if where == "NPU" else reasons.get(name, "Vela leaves it to the CPU"))
-        )  # type: ignore[arg-type]
+        kind: Kind = "moves" if op in _MOVES else "integer" if where == "NPU" else "float"
+        why = "" if where == "NPU" else reasons.get(name, "Vela leaves it to the CPU")
+        rows.append(Executed(name, op, kind, where, why))
     return tuple(rows)
 
 

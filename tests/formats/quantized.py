@@ -16,7 +16,11 @@ from onnxq_plugins.runtimes.litert import LITERT
 from onnxq_plugins.runtimes.runtime import Inspection
 
 OPSET = 21
-TYPES = {"uint8": (TensorProto.UINT8, 0, 255), "int8": (TensorProto.INT8, -128, 127), "int16": (TensorProto.INT16, -32768, 32767)}
+TYPES = {
+    "uint8": (TensorProto.UINT8, 0, 255),
+    "int8": (TensorProto.INT8, -128, 127),
+    "int16": (TensorProto.INT16, -32768, 32767),
+}
 
 
 class Maker:
@@ -80,7 +84,10 @@ class Maker:
         graph = helper.make_graph(
             self.nodes,
             "net",
-            [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape) for n, x in self.inputs.items()],
+            [
+                helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
+                for n, x in self.inputs.items()
+            ],
             [onnx.ValueInfoProto(name=n) for n in outputs],
             [numpy_helper.from_array(x, n) for n, x in self.constants.items()],
         )

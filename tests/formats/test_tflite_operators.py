@@ -157,14 +157,18 @@ def test_a_softmax_on_a_fine_grid_is_computed_in_floats(folder):
     close(m, m.op("Softmax", [x], axis=-1), folder, ("SOFTMAX",), kind="fake")
 
 
-@pytest.mark.parametrize("op", ["Exp", "Erf", "Sqrt", "Abs", "HardSigmoid", "Elu", "Selu", "Softplus", "Mish", "Softsign", "Neg"])
+@pytest.mark.parametrize(
+    "op", ["Exp", "Erf", "Sqrt", "Abs", "HardSigmoid", "Elu", "Selu", "Softplus", "Mish", "Softsign", "Neg"]
+)
 def test_other_functions_are_computed_in_floats(folder, op):
     m = Maker()
     x = m.input(np.abs(noise(1, 6, 5, 4)) if op == "Sqrt" else noise(1, 6, 5, 4, scale=2))
     close(m, m.op(op, [x]), folder)
 
 
-@pytest.mark.parametrize("op", ["Gelu", "Erf", "LogSoftmax", "LayerNormalization", "InstanceNormalization", "ReduceL2", "Pow"])
+@pytest.mark.parametrize(
+    "op", ["Gelu", "Erf", "LogSoftmax", "LayerNormalization", "InstanceNormalization", "ReduceL2", "Pow"]
+)
 def test_functions_of_floats(folder, op):
     m = Maker()
     x = m.input(noise(2, 6, 5, 4, scale=2), quantized=False)
@@ -250,7 +254,9 @@ def test_rows_of_a_table(folder):
     close(m, m.op("Gather", [m.weight(noise(10, 6, seed=1), 0), ids]), folder)
 
 
-@pytest.mark.parametrize("op", ["Conv", "Depthwise", "Gemm", "ConvTranspose", "Sigmoid", "Tanh", "Softmax", "LeakyRelu", "Concat"])
+@pytest.mark.parametrize(
+    "op", ["Conv", "Depthwise", "Gemm", "ConvTranspose", "Sigmoid", "Tanh", "Softmax", "LeakyRelu", "Concat"]
+)
 def test_16_bit_activations(folder, op):
     m = Maker("int16")
     x = m.input(noise(1, 4, 6, 6) if op != "Gemm" else noise(3, 8))

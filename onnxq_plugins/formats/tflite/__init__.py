@@ -1,9 +1,10 @@
 """QDQ ONNX -> .tflite, with the model's own scales: any QDQ model, without TensorFlow.
 
-Every tensor that the model quantizes is one of codes in the file: activations int8 (uint8 codes less 128, which changes nothing)
-or int16, weights int8 with a scale per tensor or output channel, biases int32 (int64) at the scale of the products. An operator
-whose inputs and outputs are codes, and that LiteRT computes on codes, does so; others are computed in floats between
-DEQUANTIZE and QUANTIZE. Softmax, Sigmoid and Tanh have grids that LiteRT prescribes: these take the place of the model's.
+Every tensor that the model quantizes is one of codes in the file: activations int8 (uint8 codes less 128, which changes
+nothing) or int16, weights int8 with a scale per tensor or output channel, biases int32 (int64) at the scale of the products.
+An operator whose inputs and outputs are codes, and that LiteRT computes on codes, does so; others are computed in floats
+between DEQUANTIZE and QUANTIZE. Softmax, Sigmoid and Tanh have grids that LiteRT prescribes: these take the place of the
+model's.
 
 Format: https://ai.google.dev/edge/litert, tensorflow/lite/schema/schema.fbs. Rules for codes: "LiteRT 8-bit quantization
 specification", https://ai.google.dev/edge/litert/models/quantization_spec."""
@@ -18,17 +19,18 @@ from typing import Any
 import onnx
 
 from onnxq_plugins.errors import OnnxqError, known
-from onnxq_plugins.formats.tflite.builder import Builder, Refused, Value
+from onnxq_plugins.formats.tflite.builder import Builder, Refused
 from onnxq_plugins.formats.tflite.layouts import plain
 from onnxq_plugins.formats.tflite.makers import MAKERS
-from onnxq_plugins.formats.tflite.reading import DQ, Q, Node, read_model
+from onnxq_plugins.formats.tflite.makers.layers import INT4
+from onnxq_plugins.formats.tflite.reading import DQ, Node, Q, read_model
 from onnxq_plugins.formats.tflite.schema import INSTALL
 
 __all__ = ["INSTALL", "PORTS", "SETTINGS", "write"]
 
 PORTS, RECIPE, LABELS = "onnxq.ports", "onnxq", "labels.txt"  # names of metadata
-SETTINGS: dict[str, Any] = {"io": "float", "layout": "onnx", "labels": [], "shapes": {}}
-_CHOICES = {"io": ("float", "int8"), "layout": ("onnx", "native")}
+SETTINGS: dict[str, Any] = {"io": "float", "layout": "onnx", "labels": [], "shapes": {}, "int4": "fast"}
+_CHOICES = {"io": ("float", "int8"), "layout": ("onnx", "native"), "int4": tuple(INT4)}
 
 
 def write(model: onnx.ModelProto, settings: Mapping[str, Any] | None = None) -> bytes:
@@ -37,6 +39,8 @@ def write(model: onnx.ModelProto, settings: Mapping[str, Any] | None = None) -> 
     settings   io        "float": inputs and outputs as in the model; "int8": the codes of those that are quantized
                layout    "onnx": inputs and outputs have the model's order of axes, so that what fed it feeds the file, too;
                          "native": the order in which the file computes (NHWC), which saves a TRANSPOSE at either end
+               int4      where weights of 4 bits stay so: "fast": where LiteRT computes with them at no cost
+                         (FULLY_CONNECTED); "all": in convolutions, too, which get slower; "none": int8 everywhere
                labels    of the classes, stored as metadata ``labels.txt``
                shapes    of inputs whose sizes the model leaves open
 

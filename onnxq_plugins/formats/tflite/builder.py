@@ -1,7 +1,7 @@
-"""What makers of operators work with: tensors of the model in the forms (layout, codes or floats) that are asked for.
+"""What makers of operators work with: tensors in the forms that they ask for: a layout, codes or floats.
 
-A `Value` is a tensor of the model as real numbers. It has the form in which it was computed, and gets others when an operator
-asks for them: QUANTIZE, DEQUANTIZE, TRANSPOSE and RESHAPE are written there, once."""
+A `Value` is a tensor of the model as real numbers. It has the form in which it was computed, and gets others when an
+operator asks for them: QUANTIZE, DEQUANTIZE, TRANSPOSE and RESHAPE are written there, once."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from onnxq_plugins.formats.tflite.schema import File, Grid
 from onnxq_plugins.spec import Array
 
 _DECODED_AT_LOAD = 1024  # elements from which constant codes that are read as floats stay codes in the file
+
+
+_AXES = 4
 
 
 class Refused(Exception):
@@ -176,8 +179,24 @@ class Builder:
         source = self.tensor(value, value.order, grid)
         if not moves_data(value.shape, value.order, order):
             return self.reshape(source, shape, kind, grid)
-        turn = self.ints([value.order.index(axis) for axis in order])
-        return self.emit("TRANSPOSE", [source, turn], shape, kind, grid, kind="Transpose")
+        return self._transposed(source, [value.order.index(axis) for axis in order], kind, grid)
+
+    def _transposed(self, index: int, turn: list[int], kind: str, grid: Grid | None) -> int:
+        """A TRANSPOSE; above four axes, of runs of axes that stay together: kernels and NPUs know four."""
+        before = [int(size) for size in self.file.tensors[index].shape]
+        after = [before[axis] for axis in turn]
+        if len(turn) <= _AXES:
+            return self.emit("TRANSPOSE", [index, self.ints(turn)], after, kind, grid, kind="Transpose")
+        starts = [at for at in range(len(turn)) if at == 0 or turn[at] != turn[at - 1] + 1]
+        runs = [turn[at:end] for at, end in zip(starts, [*starts[1:], len(turn)], strict=True)]
+        firsts = sorted(run[0] for run in runs)
+        sizes = {run[0]: math.prod(before[axis] for axis in run) for run in runs}
+        flat = self.reshape(index, [sizes[first] for first in firsts], kind, grid)
+        few = [firsts.index(run[0]) for run in runs]
+        shape = [sizes[run[0]] for run in runs]
+        return self.reshape(
+            self.emit("TRANSPOSE", [flat, self.ints(few)], shape, kind, grid, kind="Transpose"), after, kind, grid
+        )
 
     def _converted(self, value: Value, order: Order, index: int, grid: Grid | None) -> int:
         shape = stored(value.shape, order)

@@ -79,7 +79,8 @@ class Grid:
     def encode(self, x: Array) -> Array:
         """Codes of values, rounded half to even and kept within the type; int8 for int4."""
         codes = np.rint(np.asarray(x, np.float64) / self.steps(x.ndim)) + self.zero
-        return np.clip(codes, *self.codes).astype("int8" if self.type == "int4" else self.type)
+        stored: Array = np.clip(codes, *self.codes).astype("int8" if self.type == "int4" else self.type)
+        return stored
 
     def decode(self, codes: Array) -> Array:
         """Float32 values of codes."""
@@ -158,7 +159,7 @@ class File:
                 known = hasattr(operator.builtinOptions, name)
                 assert known, f"{kind}Options has no field {name}"
                 setattr(operator.builtinOptions, name, self._enumerated(name, value))
-        assert 0 <= code
+        assert code >= 0
         self.operators.append(operator)
 
     def _enumerated(self, name: str, value: Any) -> Any:

@@ -1,5 +1,5 @@
-"""One table: operator of ONNX -> what writes it. What is quantized is written on codes where LiteRT computes so; else in floats
-between DEQUANTIZE and QUANTIZE."""
+"""One table: operator of ONNX -> what writes it. What is quantized is written on codes where LiteRT computes so; else in
+floats between DEQUANTIZE and QUANTIZE."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def arithmetic(op: str, kind: str) -> Maker:
         values, order = common(b, values)
         grids = None if name == "DIV" else operand_grids(values, tail.grid)
         grid = tail.grid if grids else None
-        tensors = [b.tensor(v, order, g) for v, g in zip(values, grids or [None, None], strict=True)]
+        tensors = [b.tensor(v, order, g) for v, g in zip(values, grids or (None, None), strict=True)]
         shape, fused = b.source.shapes[tail.name], b.fused(tail, grid)
         options: dict[str, Any] = {"fusedActivationFunction": fused or "NONE"}
         if name in ("ADD", "SUB") and grid is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from onnxq_plugins.formats.tflite.builder import Builder, Value
+from onnxq_plugins.formats.tflite.builder import Builder, Refused, Value
 from onnxq_plugins.formats.tflite.layouts import Order, plain, stored
 from onnxq_plugins.formats.tflite.makers.elementwise import fixed_grid
 from onnxq_plugins.formats.tflite.reading import Node

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from onnxq_plugins.formats.tflite.schema import Grid
 from onnxq_plugins.spec import Array
 
 NHWC = channels_last(4)
+# Setting `int4` -> operators that read codes of 4 bits. FULLY_CONNECTED does so at no cost; convolutions unpack them in each
+# run, outside XNNPACK (ai-edge-litert 2.3: 4 to 10 times slower); TRANSPOSE_CONV does not take them.
+INT4 = {"none": (), "fast": ("FULLY_CONNECTED",), "all": ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D")}
 
 
 def conv(b: Builder, n: Node) -> None:
@@ -23,19 +27,19 @@ def conv(b: Builder, n: Node) -> None:
     grid = _integer(x, w, tail, axis=0)
     groups, outputs = n.attr("group", 1), w.shape[0]
     depthwise = groups > 1 and groups == x.shape[1]
-    index, size, padding = padded(b, x, window, grid and x.grid, 0.0)
+    index, padding = padded(b, x, window, grid and x.grid, 0.0)
     shape = (x.shape[0], *window.outputs(), outputs)
     fused = b.fused(tail, grid)
     options = {"strideH": window.strides[0], "strideW": window.strides[1], "padding": padding}
     options |= {"dilationHFactor": window.dilations[0], "dilationWFactor": window.dilations[1]}
     options |= {"fusedActivationFunction": fused or "NONE"}
-    weight = _weight(b, w, (1, 2, 3, 0) if depthwise else (0, 2, 3, 1), grid)
+    op = "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D"
+    weight = _weight(b, w, (1, 2, 3, 0) if depthwise else (0, 2, 3, 1), grid, op)
     inputs = [index, weight, _bias(b, bias, outputs, x, w, grid)]
     if depthwise:
         options["depthMultiplier"] = outputs // groups
-        made = b.emit("DEPTHWISE_CONV_2D", inputs, shape, "float32", grid, kind="DepthwiseConv2D", **options)
-    else:
-        made = b.emit("CONV_2D", inputs, shape, "float32", grid, kind="Conv2D", **options)
+    kind = "DepthwiseConv2D" if depthwise else "Conv2D"
+    made = b.emit(op, inputs, shape, "float32", grid, kind=kind, **options)
     _finish_windowed(b, n, tail, made, (shape[0], outputs, *shape[1:3]), grid, fused)
 
 
@@ -56,15 +60,18 @@ def conv_transpose(b: Builder, n: Node) -> None:
     weights, parts = _spread(w, dilations), []
     for g in range(groups):
         part = _rows(weights, g * inputs, (g + 1) * inputs, 0)
-        scale = part.grid and _part_of(part.grid, g, w.shape[1], groups)
-        part.grid = scale
+        part.grid = part.grid and _part_of(part.grid, g, w.shape[1])
         taken = _slice(b, x, 1, g * inputs, inputs) if groups > 1 else x
         biased = None if bias is None else bias[g * w.shape[1] : (g + 1) * w.shape[1]]
         shape = (x.shape[0], *room, w.shape[1])
         index = b.emit(
             "TRANSPOSE_CONV",
-            [b.ints(shape), _weight(b, part, (1, 2, 3, 0), grid), b.tensor(taken, NHWC, grid and x.grid)]
-            + [_bias(b, biased, w.shape[1], x, part, grid)],
+            [
+                b.ints(shape),
+                _weight(b, part, (1, 2, 3, 0), grid, "TRANSPOSE_CONV"),
+                b.tensor(taken, NHWC, grid and x.grid),
+                _bias(b, biased, w.shape[1], x, part, grid),
+            ],
             shape,
             "float32",
             grid,
@@ -125,7 +132,11 @@ def _dense(b: Builder, n: Node, x: Value, w: Value, c: Value | None, alpha: floa
     order = x.order if x.order[-1] == x.rank - 1 else plain(x.rank)
     shape = (*x.shape[:-1], w.shape[0])
     fused = b.fused(tail, grid)
-    inputs = [b.tensor(x, order, grid and x.grid), _weight(b, w, (0, 1), grid), _bias(b, bias, w.shape[0], x, w, grid)]
+    inputs = [
+        b.tensor(x, order, grid and x.grid),
+        _weight(b, w, (0, 1), grid, "FULLY_CONNECTED"),
+        _bias(b, bias, w.shape[0], x, w, grid),
+    ]
     options = {"fusedActivationFunction": fused or "NONE", "keepNumDims": x.rank > 2}
     made = b.emit("FULLY_CONNECTED", inputs, stored(shape, order), "float32", grid, kind="FullyConnected", **options)
     if rows and c is not None and c.constant is not None:
@@ -162,7 +173,7 @@ def _product(b: Builder, n: Node, x: Value, y: Value) -> None:
     b.finish(tail, b.reshape(made, shape, "float32", grid), shape, plain(len(shape)), grid)
 
 
-# ---- parts of layers --------------------------------------------------------------------------------------------------------
+# ---- parts of layers --------------------------------------------------------------------------------------------------
 
 
 def _operands(b: Builder, n: Node) -> tuple[Value, Value, Array | None]:
@@ -197,8 +208,13 @@ def _integer(x: Value, w: Value, tail: Tail, axis: int, groups: int = 1) -> Grid
     return tail.grid
 
 
-def _weight(b: Builder, w: Value, order: Sequence[int], grid: Grid | None) -> int:
-    return b.tensor(w, tuple(order), None if grid is None else w.grid)
+def _weight(b: Builder, w: Value, order: Sequence[int], grid: Grid | None, op: str) -> int:
+    """A weight as floats or codes: of 4 bits where all codes fit and the settings have it so for the operator."""
+    if grid is None or w.grid is None or w.codes is None:
+        return b.tensor(w, tuple(order))
+    narrow = op in INT4[b.settings["int4"]] and w.codes.min() >= -8 and w.codes.max() <= 7
+    own = replace(w.grid, type="int4") if narrow else w.grid
+    return b.tensor(replace(w, grid=own, forms={}), tuple(order), own)
 
 
 def _bias(b: Builder, bias: Array | None, outputs: int, x: Value, w: Value, grid: Grid | None) -> int:
@@ -244,7 +260,7 @@ def _rows(w: Value, first: int, last: int, axis: int) -> Value:
     return Value(part.shape, w.type, w.order, w.grid, constant=part, codes=codes)
 
 
-def _part_of(grid: Grid, group: int, outputs: int, groups: int) -> Grid:
+def _part_of(grid: Grid, group: int, outputs: int) -> Grid:
     """The scales of one group of a transposed convolution, whose weight has the outputs of one group."""
     if grid.axis is None or len(grid.scale) == outputs:
         return grid

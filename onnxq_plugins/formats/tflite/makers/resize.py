@@ -89,7 +89,8 @@ def _lite_nearest(align: bool, half: bool, size: int, wanted: int) -> Array:
     """The rows that RESIZE_NEAREST_NEIGHBOR takes."""
     scale = np.float32(size - 1) / np.float32(wanted - 1) if align and wanted > 1 else np.float32(size) / np.float32(wanted)
     at = (np.arange(wanted, dtype=np.float32) + np.float32(0.5 if half else 0)) * scale
-    return np.clip(np.floor(at + np.float32(0.5)) if align else np.floor(at), 0, size - 1).astype(np.int64)
+    rows: Array = np.clip(np.floor(at + np.float32(0.5)) if align else np.floor(at), 0, size - 1).astype(np.int64)
+    return rows
 
 
 def _by_rule(b: Builder, x: Value, wanted: tuple[int, ...], rows: list[Array]) -> Value | None:

@@ -12,6 +12,7 @@ from onnxq_plugins.formats.tflite.builder import Builder, Refused, Value
 from onnxq_plugins.formats.tflite.layouts import channels_last, stored
 from onnxq_plugins.formats.tflite.reading import Node
 from onnxq_plugins.formats.tflite.schema import Grid
+from onnxq_plugins.spec import Array
 
 NHWC = channels_last(4)
 
@@ -91,21 +92,21 @@ def window_of(n: Node, x: Value, kernel: Sequence[int], rank: int) -> Window:
     return Window(sizes, tuple(kernel), strides, dilations, begins, ends, bool(n.attr("ceil_mode", 0)))
 
 
-def padded(b: Builder, x: Value, window: Window, grid: Grid | None, filling: float) -> tuple[int, Sequence[int], str]:
-    """The input of a window in NHWC, with the pads that LiteRT does not have itself: (tensor, its shape, SAME or VALID)."""
+def padded(b: Builder, x: Value, window: Window, grid: Grid | None, filling: float) -> tuple[int, str]:
+    """The input of a window in NHWC, with the pads that LiteRT does not have itself: (tensor, SAME or VALID)."""
     index, shape = b.tensor(x, NHWC, grid), stored(x.shape, NHWC)
     pads = window.needed()
     if not any(map(any, pads)):
-        return index, shape, "VALID"
+        return index, "VALID"
     if window.same:
-        return index, shape, "SAME"
+        return index, "SAME"
     shape = (shape[0], *(s + sum(p) for s, p in zip(shape[1:3], pads, strict=True)), shape[3])
     table = b.file.constant(b.fresh("pads"), np.asarray([(0, 0), *pads, (0, 0)], np.int32))
     if filling == 0.0:
-        return b.emit("PAD", [index, table], shape, "float32", grid, kind="Pad"), shape, "VALID"
+        return b.emit("PAD", [index, table], shape, "float32", grid, kind="Pad"), "VALID"
     low = np.asarray([filling if grid is None else grid.range[0]], np.float32)
     value = b.file.constant(b.fresh("padding"), low if grid is None else grid.encode(low), grid)
-    return b.emit("PADV2", [index, table, value], shape, "float32", grid, kind="PadV2"), shape, "VALID"
+    return b.emit("PADV2", [index, table, value], shape, "float32", grid, kind="PadV2"), "VALID"
 
 
 def max_pool(b: Builder, n: Node) -> None:
@@ -116,7 +117,7 @@ def max_pool(b: Builder, n: Node) -> None:
     if set(window.dilations) != {1}:
         raise Refused("LiteRT's pooling has no dilations")
     grid = x.grid if x.grid is not None and x.grid.activation else None
-    index, _, padding = padded(b, x, window, grid, float(np.finfo(np.float32).min))
+    index, padding = padded(b, x, window, grid, float(np.finfo(np.float32).min))
     _pool(b, n, "MAX_POOL_2D", index, x, window, padding, grid)
 
 
@@ -130,13 +131,13 @@ def average_pool(b: Builder, n: Node) -> None:
     pads = any(map(any, window.needed()))
     counts = bool(n.attr("count_include_pad", 0))
     if not pads or (window.same and not counts):
-        index, _, padding = padded(b, x, window, grid, 0.0)
+        index, padding = padded(b, x, window, grid, 0.0)
         _pool(b, n, "AVERAGE_POOL_2D", index, x, window, padding, grid)
         return
     share = _shares(window, counts)
     grid = grid if np.all(share == 1) else None
     index = _explicit(b, x, window, grid)
-    made = _pool(b, n, "AVERAGE_POOL_2D", index, x, window, "VALID", grid, named=np.all(share == 1))
+    made = _pool(b, n, "AVERAGE_POOL_2D", index, x, window, "VALID", grid, named=bool(np.all(share == 1)))
     if not np.all(share == 1):
         shape = tuple(b.file.tensors[made].shape)
         factor = b.file.constant(b.fresh("share"), share.astype(np.float32)[None, :, :, None])
@@ -151,7 +152,7 @@ def _explicit(b: Builder, x: Value, window: Window, grid: Grid | None) -> int:
     return b.emit("PAD", [index, table], shape, "float32", grid, kind="Pad")
 
 
-def _shares(window: Window, counts: bool) -> np.ndarray:
+def _shares(window: Window, counts: bool) -> Array:
     """Elements of a window, by how many of them a mean is over."""
     per_axis = []
     for size, k, stride, begin, end, count in zip(
@@ -160,7 +161,8 @@ def _shares(window: Window, counts: bool) -> np.ndarray:
         starts = np.arange(count) * stride - begin
         low, high = (-begin, size + end) if counts else (0, size)
         per_axis.append(k / np.maximum(np.minimum(starts + k, high) - np.maximum(starts, low), 1))
-    return np.multiply.outer(per_axis[0], per_axis[1])
+    shares: Array = np.multiply.outer(per_axis[0], per_axis[1])
+    return shares
 
 
 def _pooled(b: Builder, n: Node) -> tuple[Value, Window]:
