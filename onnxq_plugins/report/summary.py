@@ -50,8 +50,6 @@ def describe(
     after = files.size_of(model) + (data.size if data is not None else 0)
     rows = _rows(job, planned, audit)
     outside = _constants(job)
-    aside = {name for name, reason in job.report.floats.items() if reason.kind == "pass"}
-    audit = replace(audit, layers=tuple(entry for entry in audit.layers if entry.name not in aside))
     report |= {
         "recipe_name": job.recipe.name,
         "recipe": job.recipe.to_dict(),
