@@ -113,8 +113,8 @@ class Bench:
     @functools.cached_property
     def absent(self) -> list[object]:
         """Those of `plugins` that are not installed."""
-        installed = find_plugins().manager.get_plugins() if self.plugins else set()
-        return [plugin for plugin in self.plugins if plugin not in installed]
+        installed = [plugin for _, plugin in find_plugins().manager.list_name_plugin()] if self.plugins else []
+        return [plugin for plugin in self.plugins if not any(plugin is other for other in installed)]
 
     def table(self, *steps: Pass, **changes: Any) -> dict[str, Any]:
         """The recipe with passes appended and tables changed."""
@@ -209,7 +209,7 @@ class Provider:
         return list(self.passes)
 
 
-@dataclass
+@dataclass(eq=False)
 class Watch:
     """A plugin that records the runs of one pass: plans before and after, the graph after, the result."""
 
