@@ -30,7 +30,8 @@ from onnxq_plugins.plugins import Plugins
 from onnxq_plugins.report.causes import Cause
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.spec import Array, Plan
-from onnxq_plugins.targets.misfits import misfits, missing_operators
+from onnxq_plugins.targets.misfits import misfits
+from onnxq_plugins.targets.refusals import missing_operators
 
 DRIFT = 1e-4  # law L1, relative
 

@@ -40,17 +40,6 @@ def misfits(target: Target, model: onnx.ModelProto) -> list[str]:
     ]
 
 
-def missing_operators(target: Target, model: onnx.ModelProto) -> list[str]:
-    """What a model has that the runtime has not, in one sentence with counts; [] if nothing."""
-    nodes = [node for graph in all_graphs(model.graph) for node in graph.node]
-    names = _lacking(target, nodes)
-    return (
-        [f"target '{target.name}' has no {names}; replace them in the model, or give the target what it has."]
-        if names
-        else []
-    )
-
-
 def _opset(target: Target, model: onnx.ModelProto) -> Iterator[str]:
     (low, high), opset = target.opsets, opset_of(model)
     if opset < low or 0 < high < opset:
@@ -58,14 +47,10 @@ def _opset(target: Target, model: onnx.ModelProto) -> Iterator[str]:
 
 
 def _operators(target: Target, nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
-    if names := _lacking(target, nodes):
-        yield f"has operators that the target has not: {names}"
-
-
-def _lacking(target: Target, nodes: Iterable[onnx.NodeProto]) -> str:
     have = target.operators | _CODERS
     left = Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in nodes if n.domain or n.op_type not in have)
-    return ", ".join(f"{op} ({n})" for op, n in left.most_common()) if target.operators else ""
+    if left and target.operators:
+        yield f"has operators that the target has not: {', '.join(f'{op} ({n})' for op, n in left.most_common())}"
 
 
 def _activations(target: Target, nodes: Iterable[onnx.NodeProto], stored: Mapping[str, TensorProto]) -> Iterator[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+import onnx
 
 from onnxq_plugins.graph import Graph, Layer
+from onnxq_plugins.graph.bodies import all_graphs
 from onnxq_plugins.graph.opsets import NARROW_OPSET
 from onnxq_plugins.spec import Plan, QuantSpec
 from onnxq_plugins.targets import BUILTIN
@@ -53,6 +56,17 @@ def _refusal(target: Target, form: str, beside: str, advice: str, by_op: Mapping
     valid = "; ".join(text if len(runs) == 1 else f"{' and '.join(ops)}: {text}" for text, ops in runs.items())
     layers = " and ".join(f"{op} {_names(names)}" for op, names in by_op.items())
     return f"target '{target.name}' cannot run {layers} with {form} weights and {beside}; it runs {valid}." + advice
+
+
+def missing_operators(target: Target, model: onnx.ModelProto) -> list[str]:
+    """What a model has that the runtime has not, in one sentence with counts; [] if nothing."""
+    have = target.operators | {"QuantizeLinear", "DequantizeLinear"}
+    nodes = [node for graph in all_graphs(model.graph) for node in graph.node]
+    left = Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in nodes if n.domain or n.op_type not in have)
+    if not left or not target.operators:
+        return []
+    names = ", ".join(f"{op} ({n})" for op, n in left.most_common())
+    return [f"target '{target.name}' has no {names}; replace them in the model, or give the target what it has."]
 
 
 def _narrow_problems(target: Target, plan: Plan) -> Iterator[str]:
