@@ -44,8 +44,8 @@ def onnxq_remedies(cause: Any, layer: Layer | None, job: Job) -> list[Any]:  # t
 @hookspec
 def onnxq_exporting(job: Job, model: ModelProto) -> ModelProto:  # type: ignore[empty-body]
     """A model was made, and is not written yet: change it, and return it. What is returned is checked and audited. Plugins
-    are called one after another, each with what the one before returned; not for models of 2 GB, whose constants are
-    written beside them."""
+    are called one after another, each with what the one before returned; not for models of 1 GB and more, whose constants
+    are written beside them: a note says so."""
 
 
 @hookspec(firstresult=True)

@@ -30,6 +30,8 @@ from onnxq_plugins.plugins import Plugins
 from onnxq_plugins.report.causes import Cause
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.spec import Array, Plan
+from onnxq_plugins.targets.misfits import misfits
+from onnxq_plugins.targets.refusals import missing_operators
 
 DRIFT = 1e-4  # law L1, relative
 
@@ -219,27 +221,49 @@ def proposed(plugins: Plugins, job: Job, cause: Cause, layer: Layer | None) -> t
     return tuple({one.typed: one for one in found}.values())
 
 
-def exporting(plugins: Plugins, job: Job, model: ModelProto) -> ModelProto:
-    """The model that all plugins make of an exported one. Raises LawBroken where one leaves no valid file."""
+def exporting(plugins: Plugins, job: Job, model: ModelProto, beside: bool = False) -> ModelProto:
+    """The model that all plugins make of an exported one. Raises LawBroken where one leaves no valid file, or one that the
+    target does not take; OnnxqError for operators that the target has not.
+
+    beside   its constants are beside it, and not written yet: plugins are not called, and a note says so
+    """
+    unfit = misfits(job.target, model)
     for label, change in plugins.each("onnxq_exporting"):
         who, ports = f"onnxq_exporting of plugin {plugins.owner(label)}", _ports(model)
+        if beside:
+            job.note(f"{who} was not called: the constants of so large a model are written beside it")
+            continue
         made = change(job=job, model=model)
         if not isinstance(made, ModelProto):
             what = "nothing" if made is None else f"a {type(made).__name__}"
             raise LawBroken(f"{who} returns {what} instead of a ModelProto; end it with: return model.")
         if _ports(made) != ports:
             raise LawBroken(f"{who} changes the inputs and outputs {ports} to {_ports(made)}; keep their names and order.")
-        try:
-            onnx.checker.check_model(made)
-            runtimes.session(made, optimize=False)
-        except OnnxqError as error:
-            if not job.target.foreign:
-                raise LawBroken(f"what {who} returns cannot be loaded ({str(error).rstrip('.')}).") from error
-        except Exception as error:  # onnx raises types of its own
-            text = " ".join(str(error).partition("==>")[0].split())[:200].rstrip(".")
-            raise LawBroken(f"what {who} returns is no valid model, onnx.checker says: {text}.") from error
+        _check_file(who, job, made)
+        if new := [text for text in misfits(job.target, made) if text not in unfit]:
+            raise LawBroken(f"what {who} returns is no file for target '{job.target.name}': it {new[0]}.")
         model = made
+    OnnxqError.check(missing_operators(job.target, model))
+    if job.target.foreign:
+        for text in unfit:
+            job.note(f"the file {text}, which target '{job.target.name}' does not declare")
     return model
+
+
+def _check_file(who: str, job: Job, model: ModelProto) -> None:
+    """Raise LawBroken for a model that is not valid, or that onnxruntime does not load.
+
+    who   made it
+    """
+    try:
+        onnx.checker.check_model(model)
+        runtimes.session(model, optimize=False)
+    except OnnxqError as error:
+        if not job.target.foreign:
+            raise LawBroken(f"what {who} returns cannot be loaded ({str(error).rstrip('.')}).") from error
+    except Exception as error:  # onnx raises types of its own
+        text = " ".join(str(error).partition("==>")[0].split())[:200].rstrip(".")
+        raise LawBroken(f"what {who} returns is no valid model, onnx.checker says: {text}.") from error
 
 
 def _ports(model: ModelProto) -> list[str]:

@@ -19,13 +19,13 @@ from functools import partial
 from importlib.metadata import entry_points
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pluggy
 
 from onnxq_plugins import hookspecs
 from onnxq_plugins.errors import OnnxqError, known, raised
-from onnxq_plugins.job import Job, Pass, Recipe
+from onnxq_plugins.job import Job, Pass, Recipe, Service, Stage
 from onnxq_plugins.passes import BUILTIN
 from onnxq_plugins.recipe import Settings, builtin_recipes, load_recipe
 from onnxq_plugins.targets import BUILTIN as TARGETS
@@ -252,6 +252,12 @@ def _check_pass(kind: Any, guest: bool) -> None:
         )
     if guest and "." not in kind.name:
         raise ValueError(f"pass '{kind.name}' of class {kind.__qualname__} needs a name like vendor.{kind.name}")
+    if kind.stage not in get_args(Stage):
+        raise ValueError(f"pass '{kind.name}': stage = {kind.stage!r} must be one of {', '.join(get_args(Stage))}")
+    if unknown := sorted({*kind.provides} - {*get_args(Service)}):
+        raise ValueError(
+            f"pass '{kind.name}' provides {unknown[0]!r}, which nothing knows; known: {', '.join(get_args(Service))}"
+        )
     for f in fields(kind):
         if f.init and f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"parameter '{f.name}' of pass '{kind.name}' has no default; give it one")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 
-from onnxq_plugins import OnnxqError, Remedy, diagnose, hookimpl, quantize, selection
+from onnxq_plugins import OnnxqError, Remedy, diagnose, files, hookimpl, quantize, selection
+from onnxq_plugins.graph.mapped import MappedWeights
 from onnxq_plugins.laws import LawBroken
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import builtin_recipes
+from tests.targets.test_hardware import NPU, Brings
 from tests.zoo import cnn, feeds, mlp
 
 FAST = {"workers": 1, "check": False}
@@ -22,7 +27,8 @@ def plugin(name, body):
 
 def made(*plugins, recipe=None, model=None, **options):
     model = cnn() if model is None else model
-    return quantize(model, recipe or {"pass": [{"use": "ranges"}]}, feeds(model, 4), plugins=plugins, **FAST, **options)
+    samples = feeds(cnn() if isinstance(model, Path) else model, 4)
+    return quantize(model, recipe or {"pass": [{"use": "ranges"}]}, samples, plugins=plugins, **FAST, **options)
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------------------
@@ -172,3 +178,35 @@ def test_what_is_no_file_is_told_with_its_owner(body, words, tmp_path):
     with pytest.raises((LawBroken, OnnxqError), match=words):
         made(plugin("onnxq_exporting", body), output=tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def shifted(self, model):
+    """A zero point of 3 for one activation, which a symmetric target has not."""
+    quantizer = next(n for n in model.graph.node if n.op_type == "QuantizeLinear")
+    zero = next(t for t in model.graph.initializer if t.name == quantizer.input[2])
+    wrong = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(zero) + np.int8(3), "wrong")
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and quantizer.input[1] in node.input:
+            node.input[2] = "wrong"
+    model.graph.initializer.append(wrong)
+    return model
+
+
+def test_what_is_no_file_for_the_target_is_told_with_its_owner():
+    target = replace(NPU, signed=True, symmetric=True)
+    with pytest.raises(
+        LawBroken, match=r"plugin 'Guest' returns is no file for target 'acme\.npu': it has a zero point of 3"
+    ):
+        made(Brings(target), plugin("onnxq_exporting", shifted), recipe={"target": "acme.npu", "pass": [{"use": "ranges"}]})
+
+
+def test_of_a_model_with_constants_beside_it_exporters_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(MappedWeights, "least", 64)
+    monkeypatch.setattr(files, "LARGE", 0)
+    model = onnx.load_from_string(cnn().SerializeToString())
+    onnx.save(model, tmp_path / "float.onnx", save_as_external_data=True, location="weights", size_threshold=0)
+    guest = plugin("onnxq_exporting", relabelled)
+    result = made(guest, model=tmp_path / "float.onnx", output=tmp_path / "m.onnx")
+    assert not result.model.doc_string
+    assert any("onnxq_exporting of plugin 'Guest' was not called" in note for note in result.report.notes)
+    assert not any("was not called" in note for note in made(model=tmp_path / "float.onnx").report.notes)

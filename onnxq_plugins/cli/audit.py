@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -9,17 +10,19 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from onnxq_plugins.cli.console import echo, notify, show
+from onnxq_plugins.cli.console import echo, fail, notify, show
 from onnxq_plugins.cli.options import CustomOps, DataPath, ImageOptions, Model, ShapeList, read_shapes
 from onnxq_plugins.cli.proofs import runtime_settings, show_proof
 from onnxq_plugins.edge.audits import SAMPLES
 from onnxq_plugins.edge.audits import audit as audit_of
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import recipe_of
+from onnxq_plugins.graph.reading import read
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.runtimes.audit import Audit
 from onnxq_plugins.runtimes.changes import what_to_change
 from onnxq_plugins.runtimes.spending import Spent, classes
+from onnxq_plugins.targets.misfits import misfits
 
 
 def audit_command(
@@ -40,6 +43,10 @@ def audit_command(
     data: DataPath = "",
     images: ImageOptions,
     shape: ShapeList = None,
+    target: Annotated[
+        str,
+        typer.Option("--target", show_default=False, help="say what MODEL has and this target has not; exit code 1 then"),
+    ] = "",
     custom_ops: CustomOps = None,
 ) -> None:
     """Show for every layer of MODEL which kernel runs it, and if that is a float kernel, why.
@@ -47,6 +54,8 @@ def audit_command(
     With --against, --data or --shape also where the time goes, and what to change first. Other runtimes than onnxruntime run
     samples of --data, or random numbers, and are compared with it.
     """
+    if target:
+        _check_target(model, target)
     audit = audit_of(
         model,
         against,
@@ -86,6 +95,18 @@ def _show_audit(audit: Audit, model: Path, against: Path | None) -> None:
         echo(f"{audit.milliseconds[0]:.3f} ms, 1 thread, timed on {audit.timed}")
     if audit.untimed:
         notify(f"note: {audit.untimed}")
+
+
+def _check_target(model: Path, name: str) -> None:
+    """Say whether a file is what a target declares, with the settings of the recipe that made it; exit with 1 if not."""
+    plugins, file = find_plugins(), read(model)
+    target = plugins.target(name)
+    with contextlib.suppress(OnnxqError):
+        recipe = plugins.recipe(recipe_of(model)[0])
+        target = plugins.target_of(recipe) if recipe.target == name else target
+    if unfit := misfits(target, file):
+        fail(OnnxqError(*(f"'{model}' is no file for target '{name}': it {text}." for text in unfit)), 1)
+    echo(f"target '{name}': opset, operators, codes, biases, scales and channels are what it declares\n")
 
 
 _NAMED = 5  # operators of a class

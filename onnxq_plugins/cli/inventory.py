@@ -18,6 +18,7 @@ from rich.table import Table
 from onnxq_plugins import runtimes
 from onnxq_plugins.cli.console import columns, echo, float_lines, notify, show
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
+from onnxq_plugins.cli.listed import listed
 from onnxq_plugins.cli.options import CustomOps, DataPath, ImageOptions, Settings, ShapeList, TargetName, read_shapes
 from onnxq_plugins.data import model_inputs, open_data
 from onnxq_plugins.engine import quantize
@@ -35,13 +36,20 @@ from onnxq_plugins.targets.refusals import choices, problems, unheld
 
 def plugins_command(
     name: Annotated[str, typer.Argument(help="a pass or target: shows its documentation", show_default=False)] = "",
+    search: Annotated[
+        bool, typer.Option("--search", help="list plugins of others, those about NAME if it is given; no network is asked")
+    ] = False,
     trace: Annotated[
         bool, typer.Option("--trace", help="quantize the quickstart model and show each hook call, with who answered it")
     ] = False,
     recipe: Annotated[str, typer.Option("-r", "--recipe", help="the recipe that --trace runs")] = "int8",
 ) -> None:
     """List the passes and targets that are installed, or explain one."""
-    if trace:
+    if search and trace:
+        raise OnnxqError("--search lists what could be installed, --trace shows what is; leave one out.")
+    if search:
+        _search(name, find_plugins())
+    elif trace:
         if name:
             raise OnnxqError(f"--trace shows all plugins at work; leave '{name}' out.")
         result = quantize(digits_model_path(), recipe, digits_split()["calibration_images"], trace=echo, check=False)
@@ -50,6 +58,17 @@ def plugins_command(
         _explain(name, find_plugins())
     else:
         _list(find_plugins())
+
+
+def _search(words: str, plugins: Plugins) -> None:
+    """Print the entries of the index that match, with what to install."""
+    found = [*listed(words)]
+    if not found:
+        raise OnnxqError(f"no plugin of the index is about '{words}'; onnxq plugins --search lists all.")
+    for entry in found:
+        echo(f"{entry.name} ({entry.kind}): {entry.about}" + (f" ({entry.paper})" if entry.paper else ""))
+        version = plugins.versions.get(entry.package)
+        echo(f"  installed: {entry.package} {version}" if version else f"  pip install {entry.install or entry.package}")
 
 
 def _explain(name: str, plugins: Plugins) -> None:

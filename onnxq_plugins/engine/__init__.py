@@ -255,7 +255,7 @@ def _prepare(
     OnnxqError.check([*unheld(target, graph), *problems(target, graph, first.plan, first.inputs)])
     if calibration.cache:
         files.clear_leftovers(calibration.cache)
-    notes = [*graph.notes, *excluded, *first.notes, *(data.remarks() if data else ())]
+    notes = [*graph.notes, *excluded, *(data.remarks() if data else ())]
     if unfit:
         names = ", ".join(f"'{name}'" for name in unfit[:4]) + (" ..." if len(unfit) > 4 else "")
         notes.append(

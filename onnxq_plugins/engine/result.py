@@ -69,7 +69,7 @@ class Result(Outcome):
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the summary, warnings and notes, and the layers in a fold."""
-        columns = ("name", "op", "weights", "bits_per_weight", "kernel", "why_float")
+        columns = ("name", "op", "weights", "bits_per_weight", "kernel", *self.report.columns, "why_float")
         layers = self.report.layers
         rows = ("".join(f"<td>{escape(str(row.get(key, '')))}</td>" for key in columns) for row in layers)
         head = "".join(f"<th>{key.replace('_', ' ')}</th>" for key in columns)

@@ -128,7 +128,6 @@ def _written(solved: Solved, recipe: Recipe, plugins: Plugins) -> Retargeted:
     model = export(job.graph, job.plan, target)
     compact(model, {node.name for node in job.graph.nodes}, solved.names, folds=target.here)
     model = exporting(plugins, job, model)
-    OnnxqError.check(missing_operators(target, model))
     values = {
         "onnxq.recipe": json.dumps({**solved.recipe, "target": recipe.to_dict()["target"]}, sort_keys=True),
         "onnxq.seed": str(solved.seed),

@@ -30,7 +30,7 @@ from onnxq_plugins.plugins import Plugins
 from onnxq_plugins.report.check import Check
 from onnxq_plugins.report.goals import Goals
 from onnxq_plugins.report.summary import describe
-from onnxq_plugins.targets.refusals import missing_operators, problems
+from onnxq_plugins.targets.refusals import problems
 
 _WILD = 8.0  # times the magnitude that any other sample has
 
@@ -78,13 +78,13 @@ def export_job(
         quantize = partial(again.func, **_options_within(again))
         inner = Inside() if data is not None else quantize_branches(job, model, quantize)
         shown = compact(model, {node.name for node in job.graph.nodes}, again.keywords["names"], folds=job.target.here)
-        model = model if data is not None else exporting(plugins, job, model)
-        OnnxqError.check(missing_operators(job.target, model))
+        model = exporting(plugins, job, model, beside=data is not None)
         if text := _newer_version(job, model):
             job.note(text)
         parts = [f"target {job.recipe.target}", *(f"pass {step.name}" for step in job.recipe.passes)]
         sources = (plugins.sources[part] for part in parts)
-        sign(model, job.recipe, again.keywords["seed"], sources, plugins.versions, _open_shapes(job.calibration.data))
+        seed, shapes = again.keywords["seed"], _open_shapes(job.calibration.data)
+        sign(model, job.recipe, seed, sources, plugins.versions, shapes, job.report.floats)
         job.report["steps"].append({"pass": "export", "seconds": round(time.perf_counter() - start, 3)})
         describe(job, model, data, before, inner)
         checked = None if check is None else check(model, folder=None if data is None else data.path.parent)

@@ -10,9 +10,10 @@ from typing import Any
 
 import onnx
 
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.graph.reading import read
 from onnxq_plugins.job import Recipe
+from onnxq_plugins.runtimes.audit import KEPT_KEY
 from onnxq_plugins.runtimes.examples import SHAPES_KEY
 
 
@@ -23,12 +24,14 @@ def sign(
     distributions: Iterable[str],
     versions: Mapping[str, str],
     shapes: Mapping[str, Sequence[int]] | None = None,
+    floats: Mapping[str, Reason] | None = None,
 ) -> None:
     """Write into a model's metadata what is needed to reproduce it.
 
     distributions   that its passes and its target come from
     versions        of distributions, where known
     shapes          of the first sample, for whoever times the model
+    floats          layers in float -> why; those that a pass keeps there are noted for audits
     """
     names = sorted({*distributions, "onnxq-plugins"})
     values = {
@@ -38,6 +41,8 @@ def sign(
     }
     if shapes:
         values[SHAPES_KEY] = json.dumps(shapes)
+    if kept := {name: reason for name, reason in (floats or {}).items() if reason.kind == "pass"}:
+        values[KEPT_KEY] = json.dumps(kept)
     sign_again(model, values)
 
 

@@ -256,8 +256,11 @@ class Job:
 
     def keep_float(self, layer: Layer | str, reason: str) -> None:
         """Leave a layer in float on purpose, such as a small one that a pass has added: counts of layers leave it out, and
-        no remedy or warning is about it. Reports show it with the reason."""
-        layer = self.graph.layer(layer) if isinstance(layer, str) else layer
+        no remedy or warning is about it. Reports show it with the reason. Raises ValueError for a name that no layer has."""
+        if isinstance(layer, str):
+            if layer not in {other.name for other in self.graph.layers}:
+                raise ValueError(f"there is no layer '{layer}': a layer is an operator with a weight, see job.graph.layers")
+            layer = self.graph.layer(layer)
         self.plan = self.plan.without(layer.weight)
         self.report.floats[layer.name] = Reason("pass", reason)
 

@@ -3,14 +3,71 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from onnxq_plugins.errors import Reason
+
+# of the table of layers
+COLUMNS = frozenset(
+    {
+        *("name", "op", "kernel", "parameters", "weights", "bits_per_weight", "why_float", "why_float_kind", "float_bytes"),
+        "inside",
+    }
+)
+
+
+def _check_plain(where: str, value: Any) -> None:
+    """Raise TypeError for what is no number, text or truth value."""
+    if type(value) not in (int, float, str, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        raise TypeError(f"{where}: {value!r} is no plain value; give a number, text, True or False, such as float(x)")
 
 
 class Report(dict[str, Any]):
     """What a run did, for people and for JSON: a dict whose known entries are attributes with types. Plugins may add
     entries of their own, as values that JSON can hold."""
+
+    def add_column(self, name: str, values: Mapping[str, Any]) -> None:
+        """Add a column to the table of layers, in the page and in `layers`; or values to one that is there.
+
+        name     of the column, such as ``acme loss``
+        values   layer -> number, text or truth value; layers that have none, or are gone in the end, are left out
+
+        Raises ValueError for a name that the table has, TypeError for a value that is none of these.
+        """
+        if not name or name in COLUMNS:
+            raise ValueError(f"a column cannot be named '{name}': the table of layers has it")
+        for layer, value in values.items():
+            _check_plain(f"column '{name}', layer '{layer}'", value)
+        self.setdefault("added", {}).setdefault(name, {}).update(values)
+
+    def add_section(
+        self, title: str, text: str = "", columns: Sequence[str] = (), rows: Iterable[Sequence[Any]] = ()
+    ) -> None:
+        """Add a section to the page, and to `sections`: a paragraph, a table, or both.
+
+        columns, rows   headings of the table, and as many plain values for each of its rows
+
+        Raises ValueError for rows of another length, TypeError for a value that is no number, text or truth value.
+        """
+        table = [list(row) for row in rows]
+        for row in table:
+            if len(row) != len(columns):
+                raise ValueError(f"section '{title}' has {len(columns)} columns, and a row of {len(row)} values")
+            for value in row:
+                _check_plain(f"section '{title}'", value)
+        self.setdefault("sections", []).append({"title": title, "text": text, "columns": [*columns], "rows": table})
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that passes have added to `layers`."""
+        return list(dict.fromkeys(key for row in self.layers for key in row if key not in COLUMNS))
+
+    @property
+    def sections(self) -> list[dict[str, Any]]:
+        """What passes have added: ``title``, ``text``, ``columns`` and ``rows`` each."""
+        return list(self.get("sections", []))
 
     @property
     def notes(self) -> list[str]:
@@ -51,7 +108,8 @@ class Report(dict[str, Any]):
     @property
     def layers(self) -> list[dict[str, Any]]:
         """One row a layer: ``name``, ``op``, ``kernel``, ``parameters``, ``weights``, ``bits_per_weight``; for one that runs
-        in float ``why_float`` and ``why_float_kind`` (`Reason`)."""
+        in float ``why_float`` and ``why_float_kind`` (`Reason`); for one in a branch of an If which, as ``inside``; and what
+        passes have added (`add_column`)."""
         return list(self.get("layers", []))
 
     @property

@@ -19,7 +19,7 @@ import numpy as np
 from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.flow import activation_inputs, readers, result_of, source_of
-from onnxq_plugins.job import FLOAT, Recipe, TensorRequest
+from onnxq_plugins.job import FLOAT, Job, Recipe, TensorRequest
 from onnxq_plugins.job.tables import matches
 from onnxq_plugins.job.weights import activation_request, narrowed, one_scale, weight_spec
 from onnxq_plugins.plan.constants import ConstantRequest, constant_requests
@@ -34,7 +34,7 @@ FASTER = Reason("slower", "it is faster in float, or as fast, conversions includ
 
 @dataclass(frozen=True)
 class Request:
-    """A plan of requests (nothing solved), with the reasons for what stays float and for changes.
+    """A plan of requests (nothing solved), with the reasons for what stays float.
 
     inputs     planned layers by name -> the planned activation they are to read, "" for weight-only
     constants  those outside layers, each with its entry or why it stays float
@@ -43,7 +43,6 @@ class Request:
     plan: Plan
     inputs: dict[str, str]
     floats: dict[str, Reason]
-    notes: tuple[str, ...]
     constants: tuple[ConstantRequest, ...] = ()
 
 
@@ -59,7 +58,6 @@ def request(
     unfit = {graph.root(name) for name in unfit if name in graph} | set(unfit)
     problems: list[str] = []
     floats: dict[str, Reason] = {}
-    fewer, coarser, decoded = 0, 0, list[str]()
     plan: dict[str, QuantSpec] = {}
     integer: dict[str, TensorRequest] = {}  # node name -> the request of its inputs
     unmatched = set(range(len(recipe.layers)))
@@ -74,13 +72,10 @@ def request(
             continue
         weight_only = activations.bits == FLOAT
         if weight_only and not _weight_only(target, layer.op):
-            decoded.append(layer.op)
             floats[layer.name] = Reason("weight-only", f"target '{target.name}' has no weight-only {layer.op}")
             plan |= _decoded(layer, _stored(graph, layer, recipe, weights), target)
             continue
         bits = weights.bits if weight_only else narrowed(weights.bits, target)
-        coarser += one_scale(layer, weights, target)
-        fewer += bits != weights.bits
         plan[layer.weight] = weight_spec(layer, replace(weights, bits=bits), target, problems)
         if layer.name in placed and not weight_only:
             floats[layer.name] = FASTER
@@ -91,16 +86,13 @@ def request(
     integer |= {name: activations for name, activations in products.items() if name not in placed}
     outside = constant_requests(graph, recipe, target, unmatched)
     OnnxqError.check([*problems, *_idle_rules(graph, recipe, unmatched)])
-    notes = [*_adapted(target, fewer, coarser, decoded)]
     stored = {each.constant.name: each.spec for each in outside if each.spec is not None}
-    if graph.layers and not plan:
-        notes.append("no layer is quantized")
     chain = _chain(graph, target, set(integer), unfit, {*placed, *graph.floats}) if recipe.activations.bits != FLOAT else ()
     activation_request = {**integer, **dict.fromkeys(chain, recipe.activations)}
     whole = Plan(plan) | stored | _activations(graph, target, activation_request)
     view = Planned(graph, whole, target)
     inputs = {layer.name: view.source(layer.input) if layer.name in integer else "" for layer in view.layers}
-    return Request(whole, inputs, floats, tuple(notes), tuple(outside))
+    return Request(whole, inputs, floats, tuple(outside))
 
 
 def _idle_rules(graph: Graph, recipe: Recipe, unmatched: Collection[int]) -> list[str]:
@@ -114,12 +106,19 @@ def _idle_rules(graph: Graph, recipe: Recipe, unmatched: Collection[int]) -> lis
     ]
 
 
-def _adapted(target: Target, fewer: int, coarser: int, decoded: Collection[str]) -> Iterator[str]:
-    """Notes on weights that are planned in another form than the recipe says, as the target knows no other.
-
-    fewer, coarser   numbers of those with fewer bits, and with one scale for all channels
-    decoded          operators of layers whose weights are only stored
-    """
+def adapted(job: Job) -> Iterator[str]:
+    """Notes on weights that the plan of a job holds in another form than the recipe says, as the target knows no other; and
+    on a plan that holds none."""
+    target, planned = job.target, [(at, y) for at, y in enumerate(job.graph.layers) if y.weight in job.plan]
+    fewer, coarser, decoded = 0, 0, set[str]()
+    for at, layer in planned:
+        spec = job.plan[layer.weight]
+        weights, activations, _ = job.recipe.settings(layer.name, layer.op, layer.kind, _ends(job.graph, at))
+        if activations.bits != FLOAT and not target.only_stores(layer.op):
+            fewer += spec.bits == narrowed(weights.bits, target) != weights.bits
+            coarser += spec.block is None and one_scale(layer, weights, target)
+        elif activations.bits == FLOAT and spec.decoded and not _weight_only(target, layer.op):
+            decoded.add(layer.op)
     if fewer:
         yield (
             f"{fewer} layers have {target.code_bits}-bit weight codes, since target '{target.name}' "
@@ -132,9 +131,11 @@ def _adapted(target: Target, fewer: int, coarser: int, decoded: Collection[str])
         )
     if decoded:
         yield (
-            f"target '{target.name}' has no weight-only {' and '.join(sorted(set(decoded)))}: their weights are stored in 8 "
+            f"target '{target.name}' has no weight-only {' and '.join(sorted(decoded))}: their weights are stored in 8 "
             "bits per channel and decoded at load"
         )
+    if job.graph.layers and not planned:
+        yield "no layer is quantized"
 
 
 def _products(

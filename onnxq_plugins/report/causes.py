@@ -33,12 +33,25 @@ _BIT = 20 * np.log10(2)  # dB
 _FEW = 0.25  # of the channels that reach more than half of the range: they hold it
 
 
+KINDS = (
+    "few-bits",
+    "outlier-weights",
+    "uneven-weights",
+    "outlier-channels",
+    "uneven-channels",
+    "offset-channels",
+    "heavy-tail",
+    "clipped",
+    "mean-error",
+    "rounding",  # none of these
+)
+
+
 @dataclass(frozen=True)
 class Cause:
     """A reason for a layer's own error.
 
-    kind     ``few-bits``, ``outlier-weights``, ``uneven-weights``, ``outlier-channels``, ``uneven-channels``,
-             ``offset-channels``, ``heavy-tail``, ``clipped``, ``mean-error`` or ``rounding`` (none of these)
+    kind     one of `KINDS`
     text     one sentence, with the numbers it rests on
     gain     dB by which the layer's own error would fall without this cause: estimated, not measured
     """

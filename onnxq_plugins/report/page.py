@@ -204,10 +204,11 @@ def _context(result: Outcome, comparison: Comparison, diagnosis: Diagnosis, name
             *over_steps(comparison.outputs),
             *(plots(diagnosis, names, _bits(result, diagnosis)) if names else ()),
         ],
-        "columns": _columns(diagnosis),
+        "columns": _columns(diagnosis, result.report),
         "rows": _rows(diagnosis, result, numbers),
         "curve": _curve(result, name),
         "steps": _steps(result.report),
+        "sections": result.report.sections,
         "warnings": result.report.warnings,
         "notes": result.report.notes,
         "seed": properties.get("onnxq.seed", "0"),
@@ -286,16 +287,27 @@ def _input_bits(diagnosis: Diagnosis, name: str) -> float:
     return float(diagnosis.activations[layer.input].spec.bits) if layer.input else 32.0
 
 
-def _columns(diagnosis: Diagnosis) -> list[Column]:
-    """Columns of the table of layers; why a layer is float only if one is."""
-    return [column for column in _COLUMNS if diagnosis.floats or column != _WHY]
+def _columns(diagnosis: Diagnosis, report: Report) -> list[Column]:
+    """Columns of the table of layers, with those of passes; why a layer is float only if one is."""
+    added = [Column(name, "n" if _numbers(report, name) else "wide") for name in report.columns]
+    return [*_COLUMNS[:-1], *added, *([_WHY] if diagnosis.floats else [])]
+
+
+def _numbers(report: Report, column: str) -> bool:
+    """True if a column of a pass holds numbers alone."""
+    return all(type(row.get(column, 0)) in (int, float) for row in report.layers)
+
+
+def _cell(value: Any) -> str:
+    """A value of a pass."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _rows(diagnosis: Diagnosis, result: Outcome, numbers: Mapping[str, int]) -> list[dict[str, Any]]:
     """Rows of the table of layers, in the order of the network."""
     by_name = {row["name"]: row for row in result.report.layers}
     worst = {y.name for y in diagnosis.explained}
-    rows, columns = [], _columns(diagnosis)
+    rows, columns = [], _columns(diagnosis, result.report)
     for y in sorted(diagnosis.layers, key=lambda y: y.place):
         row = by_name.get(y.name, {}) if y.is_layer else {}
         own = y.own
@@ -312,6 +324,7 @@ def _rows(diagnosis: Diagnosis, result: Outcome, numbers: Mapping[str, int]) -> 
             _db(y.alone),
             percent(y.share),
             row.get("kernel", ""),
+            *(_cell(row.get(name, "")) for name in result.report.columns),
             row.get("why_float", ""),
         ]
         rows.append({"worst": y.name in worst, "cells": list(zip(cells, columns, strict=False))})

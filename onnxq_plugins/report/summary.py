@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.export.provenance import version_of
 from onnxq_plugins.export.weights import stored_bits
 from onnxq_plugins.graph import Graph, constants
+from onnxq_plugins.graph.bodies import all_graphs
 from onnxq_plugins.graph.reading import bytes_on_disk
 from onnxq_plugins.job import Job
 from onnxq_plugins.layers.branches import Inside
 from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.plan.requests import adapted
 from onnxq_plugins.runtimes.audit import Audit
 from onnxq_plugins.runtimes.constants import describe_held
 from onnxq_plugins.runtimes.onnxruntime import audit_model
@@ -44,13 +46,12 @@ def describe(job: Job, model: onnx.ModelProto, data: files.DataFile | None, befo
     products = audit.products()
     if products and planned.activations:
         job.note(_products_note(job.graph, products))
-    for text in _inputs_notes(job, planned):
+    for text in (*adapted(job), *_inputs_notes(job, planned)):
         job.note(text)
+    job.report["floats"] = _floats(job, planned, model)
     after = files.size_of(model) + (data.size if data is not None else 0)
-    rows = _rows(job, planned, audit)
+    rows = _rows(job, planned, audit, report.pop("added", {}))
     outside = [row for row in _constants(job) if not {*row["readers"]} <= inner.operators] + inner.constants
-    aside = {name for name, reason in job.report.floats.items() if reason.kind == "pass"}
-    audit = replace(audit, layers=tuple(entry for entry in audit.layers if entry.name not in aside))
     report |= {
         "recipe_name": job.recipe.name,
         "recipe": job.recipe.to_dict(),
@@ -80,6 +81,19 @@ def _audited(job: Job, model: onnx.ModelProto, folder: Path | None) -> Audit:
             raise
         job.note(f"the file is for target '{job.target.name}', and onnxruntime does not take it: {error}")
         return Audit((), {})
+
+
+def _floats(job: Job, planned: Planned, model: onnx.ModelProto) -> dict[str, Reason]:
+    """What stays float, as the last pass leaves it: without operators that are gone and layers that were quantized after
+    all, with layers that passes took out of the plan."""
+    there = {str(node.name) for node in job.graph.nodes} | {n.name for graph in all_graphs(model.graph) for n in graph.node}
+    rules = {layer.name: planned.rule(layer) for layer in planned.layers}
+    coded = {name for name, rule in rules.items() if rule is not None and rule.activations}
+    floats = {name: reason for name, reason in job.report.floats.items() if name in there - coded}
+    for layer in job.graph.layers:
+        if layer.name not in floats and layer.weight not in job.plan:
+            floats[layer.name] = Reason("unquantized", "the passes left its weight out of the plan")
+    return floats
 
 
 def original_size(graph: Graph, source: Path | onnx.ModelProto | None) -> int:
@@ -156,8 +170,11 @@ def _constants(job: Job) -> list[dict[str, Any]]:
     return rows
 
 
-def _rows(job: Job, planned: Planned, audit: Audit) -> list[dict[str, Any]]:
-    """A row for each layer (see `Report.layers`)."""
+def _rows(job: Job, planned: Planned, audit: Audit, added: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each layer (see `Report.layers`).
+
+    added   columns of passes -> layer -> value
+    """
     kernels = {entry.name: entry for entry in audit.layers}
     rows = []
     for layer in job.graph.layers:
@@ -177,7 +194,7 @@ def _rows(job: Job, planned: Planned, audit: Audit) -> list[dict[str, Any]]:
             reason = Reason("float-inputs", text)
         if reason is not None:
             row |= {"why_float": str(reason), "why_float_kind": reason.kind}
-        rows.append(row)
+        rows.append(row | {name: values[layer.name] for name, values in added.items() if layer.name in values})
     return rows
 
 

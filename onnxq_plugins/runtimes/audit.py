@@ -3,6 +3,7 @@ per runtime fills it in."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from onnxq_plugins.runtimes.constants import Held, describe_held, held_constants
 from onnxq_plugins.runtimes.runtime import Proof
 from onnxq_plugins.runtimes.speed import Speed
 from onnxq_plugins.runtimes.spending import Spending
+
+KEPT_KEY = "onnxq.float"  # metadata: layer -> why a pass keeps it in float
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class LayerAudit:
     def why(self) -> str:
         """The reason in words; "" if the layer runs quantized."""
         return str(self.reason or "")
+
+    @property
+    def kept(self) -> bool:
+        """True if a pass keeps it in float on purpose, so that nothing is wrong with it."""
+        return self.reason is not None and self.reason.kind == "pass"
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,8 @@ class Audit:
     proof: Proof | None = None
 
     def counts(self) -> dict[str, int]:
-        """Kernel -> number of layers."""
-        return dict(Counter(layer.kernel for layer in self.layers))
+        """Kernel -> number of layers, without those that a pass keeps in float."""
+        return dict(Counter(layer.kernel for layer in self.layers if not layer.kept))
 
     def products(self) -> list[str]:
         """Names of the products of two activations that run in float."""
@@ -86,10 +94,10 @@ class Audit:
     @property
     def summary(self) -> str:
         """One line: how many layers of each operator run quantized, in which kernels, and how many products of two
-        activations do not."""
+        activations do not. Layers that a pass keeps in float on purpose do not count."""
         parts = []
         for op in LAYER_OPS:
-            rows = [layer for layer in self.layers if layer.op == op and layer.constant_weight]
+            rows = [layer for layer in self.layers if layer.op == op and layer.constant_weight and not layer.kept]
             if rows:
                 kernels = Counter(layer.kernel for layer in rows if layer.quantized)
                 names = ", ".join(f"{n} {k}" if len(kernels) > 1 else k for k, n in kernels.most_common())
@@ -135,6 +143,8 @@ def outside_kernels(graph: onnx.GraphProto, layers: Iterable[LayerAudit]) -> tup
 
     def outside(entry: Held) -> bool:
         row = rows.get(entry.name)
+        if row is not None and row.kept:
+            return False
         decoded = row is None or (row.reason is not None and row.reason.kind in ("decoded", "unsupported"))
         return row is None or (not row.quantized and (decoded or bool(entry.floats)))
 
@@ -152,6 +162,15 @@ def audited(
     bits, saturates = (None, False) if need is None else (need.bits, need.saturates)
     constant, product = node.input[1] in constants, is_product(node, constants)
     return LayerAudit(node.name, node.op_type, constant, kernel, quantized, reason, bits, saturates, product)
+
+
+def kept_in_float(model: onnx.ModelProto) -> dict[str, Reason]:
+    """The layers that a pass keeps in float (`Job.keep_float`), as the metadata of a model say."""
+    text = next((entry.value for entry in model.metadata_props if entry.key == KEPT_KEY), "{}")
+    try:
+        return {str(name): Reason("pass", str(why)) for name, why in json.loads(text).items()}
+    except (ValueError, AttributeError):  # whoever wrote it meant something else
+        return {}
 
 
 def is_product(node: onnx.NodeProto, constants: set[str]) -> bool:

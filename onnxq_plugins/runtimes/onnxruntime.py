@@ -32,6 +32,7 @@ from onnxq_plugins.runtimes.audit import (
     chain,
     constants_of,
     is_product,
+    kept_in_float,
     outside_kernels,
     readers_of,
 )
@@ -77,7 +78,11 @@ def audit_model(
         session = runtimes.session(named, dump=dump, folder=folder)
         optimized = onnx.load(str(dump), load_external_data=False)
     whole, known = with_bodies(optimized.graph), with_bodies(named.graph)
-    layers = tuple(_layers(known, whole, needs(named, folder)))
+    kept = kept_in_float(named)
+    layers = tuple(
+        row if row.quantized or row.name not in kept else replace(row, reason=kept[row.name])
+        for row in _layers(known, whole, needs(named, folder))
+    )
     other = Counter(n.op_type for n in whole.node if n.op_type not in QUANTIZED)
     audit = Audit(layers, dict(other), constants=outside_kernels(named.graph, layers), total=constant_bytes(named.graph))
     if against is None and data is None and shapes is None:

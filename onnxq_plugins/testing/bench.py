@@ -10,23 +10,61 @@ import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import onnx
 
 from onnxq_plugins import runtimes
+from onnxq_plugins.data import Source, model_inputs, open_data
 from onnxq_plugins.engine import Result, quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph import Graph
+from onnxq_plugins.graph.models import Model
 from onnxq_plugins.hookspecs import hookimpl
 from onnxq_plugins.job import Job, Pass, Recipe
 from onnxq_plugins.laws import LawBroken
 from onnxq_plugins.plugins import Plugins, find_plugins
+from onnxq_plugins.runtimes.audits import file_or_proto
 from onnxq_plugins.spec import Array
 from onnxq_plugins.testing.exact import exact_session
-from onnxq_plugins.testing.models import feeds, make
+from onnxq_plugins.testing.models import MORE, ZOO, Feed, feeds, make
 
 SAMPLES = 8  # of calibration data
+UNSEEN = 16  # other samples, to judge by
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """A model that is not of the kit.
+
+    name     in messages
+    source   the model
+    data     samples for it; None for random numbers. Every third calibrates, the others judge
+    """
+
+    name: str
+    source: Model
+    data: Source | None = None
+
+    @functools.cached_property
+    def model(self) -> onnx.ModelProto:
+        """As a ModelProto. Raises OnnxqError for what is none."""
+        known = file_or_proto(self.source)
+        return onnx.load(str(known)) if isinstance(known, Path) else known
+
+    @functools.cached_property
+    def samples(self) -> list[Feed]:
+        """Up to 24. Raises OnnxqError for data that do not fit, and where random numbers make no inputs."""
+        inputs, count = model_inputs(self.model), SAMPLES + UNSEEN
+        if self.data is not None:
+            return open_data(self.data, inputs).spread(count)
+        if odd := next((port for port in inputs if port.dtype.kind != "f"), None):
+            raise OnnxqError(
+                f"model '{self.name}': input '{odd.name}' has type {odd.dtype}, for which random numbers mean nothing; give "
+                f'samples (data={{"{self.name}": ...}}).'
+            )
+        return feeds(self.model, count)
 
 
 @dataclass(frozen=True)
@@ -35,15 +73,48 @@ class Bench:
 
     recipe    tables of the recipe that the pass is for, such as {"weights": {"bits": 4}}; the pass runs after its passes
     plugins   plugin objects that recipe and pass need beside the installed ones, for instance with their target
+    own       models to try beside those of the kit, by name
     """
 
     recipe: Mapping[str, Any] = field(default_factory=dict)
     plugins: tuple[object, ...] = ()
+    own: Mapping[str, Own] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        taken = next((name for name in self.own if name in ZOO or name in MORE), "")
+        OnnxqError.check([f"models: the kit has a model '{taken}'; take another name."] if taken else [])
+
+    def model(self, name: str) -> onnx.ModelProto:
+        """The model of that name. Leave it alone."""
+        return self.own[name].model if name in self.own else make(name)
+
+    def samples(self, name: str) -> list[Feed]:
+        """Those to calibrate on, eight of the kit's models."""
+        if name not in self.own:
+            return feeds(make(name), SAMPLES)
+        return self.own[name].samples[::3] or self.own[name].samples
+
+    def unseen(self, name: str, count: int = UNSEEN) -> list[Feed]:
+        """Other samples, `count` at most; the same where there is one only."""
+        if name not in self.own:
+            return feeds(make(name), count, seed=1)
+        every = self.own[name].samples
+        return ([feed for at, feed in enumerate(every) if at % 3] or every)[:count]
+
+    def reference(self, name: str, samples: Sequence[Feed]) -> list[Any]:
+        """Outputs of a float model."""
+        return outputs(self.model(name), samples)
 
     @functools.cached_property
     def known(self) -> Plugins:
         """The installed plugins and `plugins`."""
-        return find_plugins(self.plugins)
+        return find_plugins(self.absent)
+
+    @functools.cached_property
+    def absent(self) -> list[object]:
+        """Those of `plugins` that are not installed."""
+        installed = [plugin for _, plugin in find_plugins().manager.list_name_plugin()] if self.plugins else []
+        return [plugin for plugin in self.plugins if not any(plugin is other for other in installed)]
 
     def table(self, *steps: Pass, **changes: Any) -> dict[str, Any]:
         """The recipe with passes appended and tables changed."""
@@ -62,7 +133,7 @@ class Bench:
                     "install this one with: pip install -e ."
                 )
             unknown += [kind] if installed is None else []
-        return [*self.plugins, *([Provider(tuple(unknown))] if unknown else [])]
+        return [*self.absent, *([Provider(tuple(unknown))] if unknown else [])]
 
     def quantize(
         self,
@@ -79,17 +150,17 @@ class Bench:
         Raises OnnxqError for what the engine refuses, AssertionError for a pass that fails or breaks a law.
 
         model     in place of the one of that name
-        data      in place of eight random samples
+        data      in place of its samples
         changes   tables to change in the recipe
         watch     another plugin object
         """
-        model = make(name) if model is None else model
+        model = self.model(name) if model is None else model
         plugins = [*self.guests(*steps), *([] if watch is None else [watch])]
         try:
             result = quantize(
                 model,
                 self.table(*steps, **(changes or {})),
-                feeds(model, SAMPLES) if data is ... else data,
+                self.samples(name) if data is ... else data,
                 plugins=plugins,
                 **{"workers": 1, "check": False, **options},
             )
@@ -113,7 +184,8 @@ class Bench:
         except (TypeError, ValueError):  # no recipe could hold such a pass
             return self.quantize(steps, name, changes=changes, verify=verify)
         run = partial(self.quantize, tuple(steps), name, changes=changes, verify=verify)
-        return _shared(_Run(recipe, tuple(map(type, steps)), tuple(map(id, self.plugins)), name, verify, run))
+        around = tuple(map(id, [*self.plugins, *([self.own[name]] if name in self.own else [])]))
+        return _shared(_Run(recipe, tuple(map(type, steps)), around, name, verify, run))
 
     def must(self, steps: Sequence[Pass], name: str, *, anew: bool = False, **options: Any) -> Result:
         """`quantize` (anew) or `result`, where a refusal is a failure too."""
@@ -137,7 +209,7 @@ class Provider:
         return list(self.passes)
 
 
-@dataclass
+@dataclass(eq=False)
 class Watch:
     """A plugin that records the runs of one pass: plans before and after, the graph after, the result."""
 
@@ -159,7 +231,7 @@ class _Run:
 
     recipe: str
     kinds: tuple[type[Pass], ...]
-    plugins: tuple[int, ...]  # their identities, valid as long as `make` holds the bench
+    around: tuple[int, ...]  # identities of plugins and model, valid as long as `make` holds the bench
     name: str
     verify: bool
     make: Callable[[], Result] = field(compare=False)
@@ -174,12 +246,6 @@ def _subject(steps: Sequence[Pass]) -> str:
     return f"pass '{steps[0].name}'" if steps else "the recipe, without the pass,"
 
 
-def outputs(model: onnx.ModelProto, samples: Sequence[Mapping[str, Array]], optimize: bool = True) -> list[Array]:
-    """Every output over the samples."""
+def outputs(model: onnx.ModelProto, samples: Sequence[Mapping[str, Array]], optimize: bool = True) -> list[Any]:
+    """Every output over the samples (see `runtimes.outputs`)."""
     return runtimes.outputs(exact_session(model, optimize=optimize), samples)
-
-
-@functools.lru_cache(maxsize=64)
-def reference_outputs(name: str, n: int, seed: int = 0) -> tuple[Array, ...]:
-    """Every output of a float model over `n` feeds."""
-    return tuple(outputs(make(name), feeds(make(name), n, seed)))

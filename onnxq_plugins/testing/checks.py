@@ -12,7 +12,7 @@ import json
 import random
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from onnxq_plugins.engine import Result
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.job import Pass, Recipe, default_of
 from onnxq_plugins.laws import DRIFT
+from onnxq_plugins.measure.arrays import leaves
 from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.passes import BUILTIN
 from onnxq_plugins.passes.ranges import Ranges
@@ -30,8 +31,9 @@ from onnxq_plugins.passes.round import Round
 from onnxq_plugins.recipe import parse
 from onnxq_plugins.spec import QuantSpec
 from onnxq_plugins.targets import BUILTIN as TARGETS
-from onnxq_plugins.testing.bench import SAMPLES, Bench, Watch, outputs, reference_outputs
+from onnxq_plugins.testing.bench import SAMPLES, Bench, Watch, outputs
 from onnxq_plugins.testing.models import HARSH, MORE, ZOO, batch, feeds, harsh, make
+from onnxq_plugins.testing.values import in_toml, plain
 
 PLAIN = ("cnn", "mobilenet", "mlp")
 HARM = 1.0  # dB that a pass may lose on average over the plain models, whose outputs are few
@@ -68,10 +70,10 @@ def check_declaration(step: Pass, bench: Bench) -> None:
     for source in ({k: v for k, v in every.items() if v is not None}, bench.table(step)["pass"][-1]):
         for key, value in source.items():
             try:
-                again = tomllib.loads(f"v = {_toml(value)}")["v"]
+                again = tomllib.loads(f"v = {in_toml(value)}")["v"]
             except (TypeError, ValueError):
                 again = None
-            assert json.dumps(again, sort_keys=True) == json.dumps(_plain(value), sort_keys=True), (
+            assert json.dumps(again, sort_keys=True) == json.dumps(plain(value), sort_keys=True), (
                 f"{where}: {key} = {value!r} cannot be written in TOML and JSON; use numbers, text, booleans, and tuples or "
                 "dicts of these."
             )
@@ -110,8 +112,8 @@ def check_float_function(step: Pass, bench: Bench) -> None:
 
     Why: a wrong rewrite may hide in the noise of quantization for long; compared in float, it cannot.
     """
-    for name in (*PLAIN, "transformer"):
-        original = make(name)
+    for name in (*PLAIN, "transformer", *bench.own):
+        original, samples = bench.model(name), bench.samples(name)
         result = bench.must((step,), name)
         rewritten = result.float_model
         for kind in ("input", "output"):
@@ -119,11 +121,11 @@ def check_float_function(step: Pass, bench: Bench) -> None:
             assert old == new, (
                 f"pass '{step.name}' changes the {kind}s of model '{name}' from {old} to {new}; keep their names and order."
             )
-        results = outputs(rewritten, feeds(original, SAMPLES))
-        assert all(np.isfinite(y).all() for y in results), (
+        results, reference = outputs(rewritten, samples), bench.reference(name, samples)
+        assert _finite(results) or not _finite(reference), (
             f"after pass '{step.name}' the float model '{name}' returns NaN or Inf; check the pass for divisions by 0."
         )
-        drift = measure.drift(reference_outputs(name, SAMPLES), results)
+        drift = measure.drift(reference, results)
         assert not step.exact or drift <= DRIFT, (
             f"pass '{step.name}' changes the float outputs of model '{name}' by {drift:.1e} (limit {DRIFT:.0e}) though it "
             "declares exact = True; fix the rewrite, or declare exact = False if the change is intended."
@@ -140,7 +142,7 @@ def check_plan(step: Pass, bench: Bench) -> None:
     unnoticed.
     """
     weights = {**bench.recipe.get("weights", {}), "pow2": True}
-    attempts: list[tuple[str, tuple[Pass, ...], dict[str, Any]]] = [(name, (step,), {}) for name in PLAIN]
+    attempts: list[tuple[str, tuple[Pass, ...], dict[str, Any]]] = [(name, (step,), {}) for name in (*PLAIN, *bench.own)]
     attempts += [("cnn", (step,), {"weights": weights}), ("cnn", (Ranges(), Round(seconds=0), step), {})]
     for name, steps, changes in attempts:
         try:
@@ -160,7 +162,7 @@ def check_effect(step: Pass, bench: Bench) -> None:
     Why: a pass whose condition never holds looks like one that works. Give the kit the recipe that the pass is for. A pass
     that only measures, or that acts on nothing the kit has, says so in ``expected_failures``.
     """
-    for name in (*PLAIN, *(name for name in (*ZOO, *MORE) if name not in PLAIN)):
+    for name in (*bench.own, *PLAIN, *(name for name in (*ZOO, *MORE) if name not in PLAIN)):
         with contextlib.suppress(OnnxqError, AssertionError):  # other checks are about what fails
             files = [bench.result(steps, name).model.graph.SerializeToString() for steps in ((), (step,))]
             if files[0] != files[1]:
@@ -249,10 +251,12 @@ def check_targets(step: Pass, bench: Bench) -> None:
             except OnnxqError as error:
                 _sentences(step, name, error)
                 continue
-            agreement = _agreement(result, name, step, f" for target '{target}'")
+            agreement = _agreement(bench, result, name, step, f" for target '{target}'")
             # a processor without VNNI saturates with some codes, whatever the pass
-            plain = 0.0 if agreement > AGREE else _agreement(bench.result((), name, changes=changes), name, step, "")
-            assert agreement > AGREE or agreement > plain - 6, (
+            without = 0.0
+            if agreement <= AGREE:
+                without = _agreement(bench, bench.result((), name, changes=changes), name, step, "")
+            assert agreement > AGREE or agreement > without - 6, (
                 f"after pass '{step.name}', the outputs of model '{name}' for target '{target}' with and without "
                 f"onnxruntime's optimizations agree to {agreement:.0f} dB only; see docs/runtime.md for what its kernels "
                 "round."
@@ -265,9 +269,9 @@ def check_twice(step: Pass, bench: Bench) -> None:
     Why: recipes are assembled by people and by tools. The second time, scales and codes may be solved, layers replaced and
     names in use.
     """
-    for name in PLAIN:
+    for name in (*PLAIN, *bench.own):
         result = bench.must((step, step), name, verify=step.exact)
-        _agreement(result, name, step, " run twice in a row")
+        _agreement(bench, result, name, step, " run twice in a row")
 
 
 def check_odd_graphs(step: Pass, bench: Bench) -> None:
@@ -292,24 +296,27 @@ def check_odd_graphs(step: Pass, bench: Bench) -> None:
                 f"pass '{step.name}' raises an error on model '{name}'{how}, which works without it "
                 f"({error.problems[0]}); leave unchanged what it cannot handle."
             ) from error
-        _agreement(result, name, step, how)
+        _agreement(bench, result, name, step, how)
 
 
 def check_not_harmful(step: Pass, bench: Bench) -> None:
     """With the pass the outputs are no more than 1 dB further from float, on the average of three small models, than with
-    the same recipe without it; nor where the calibration data mislead: four samples, a few values far beyond all others,
-    padded sequences. Judged on other samples.
+    the same recipe without it; nor on that of the models given to the kit; nor where the calibration data mislead: four
+    samples, a few values far beyond all others, padded sequences. Judged on other samples.
 
     Why: users add a pass to gain something. A pass that trades accuracy for something else (size, narrow accumulators) fails
     here by design: list this check in ``expected_failures`` and say what it gains.
     """
-    gains = {name: _gain(name, [bench.must(steps, name) for steps in ((), (step,))]) for name in PLAIN}
+    gains, own = (
+        {name: _gain(bench, name, [bench.must(steps, name) for steps in ((), (step,))]) for name in names}
+        for names in (PLAIN, bench.own)
+    )
     misled = {}
     for how in HARSH:
         name, data = harsh(how)
         with contextlib.suppress(OnnxqError):  # what it refuses it does not harm
-            misled[how] = _gain(name, [bench.quantize(steps, name, data=data) for steps in ((), (step,))])
-    for group in (gains, misled):
+            misled[how] = _gain(bench, name, [bench.quantize(steps, name, data=data) for steps in ((), (step,))])
+    for group in (gains, own, misled):
         loss = -np.mean([*group.values()]) if group else 0.0
         each = ", ".join(f"{how} {gain:+.1f}" for how, gain in group.items())
         assert loss <= HARM, (
@@ -353,7 +360,7 @@ def check_without_data(step: Pass, bench: Bench) -> None:
                 "job.calibration raises one that does; or leave out what needs data and note it."
             )
         else:
-            _agreement(result, "cnn", step, f" without data{how}")
+            _agreement(bench, result, "cnn", step, f" without data{how}")
 
 
 CHECKS: dict[str, Callable[..., None]] = {
@@ -381,11 +388,17 @@ def _random_key() -> str:
     return repr([x.tobytes() if isinstance(x, np.ndarray) else x for x in numpys]) + repr(random.getstate())
 
 
-def _gain(name: str, results: Sequence[Result]) -> float:
-    """dB by which the second result is nearer to the float model of that name than the first, on 16 other samples."""
-    samples, reference = feeds(make(name), 16, seed=1), reference_outputs(name, 16, seed=1)
+def _gain(bench: Bench, name: str, results: Sequence[Result]) -> float:
+    """dB by which the second result is nearer to the float model of that name than the first, on other samples."""
+    samples = bench.unseen(name)
+    reference = bench.reference(name, samples)
     before, after = (worst_sqnr(reference, outputs(result.model, samples)) for result in results)
     return after - before
+
+
+def _finite(values: Iterable[Any]) -> bool:
+    """False if an output holds NaN or Inf."""
+    return all(np.isfinite(y).all() for value in values for y in leaves(value) if y.dtype.kind == "f")
 
 
 def _same(spec: QuantSpec, other: QuantSpec) -> bool:
@@ -401,17 +414,18 @@ def _bytes(result: Result) -> bytes:
     return bytes(result.model.SerializeToString())
 
 
-def _agreement(result: Result, name: str, step: Pass, how: str) -> float:
+def _agreement(bench: Bench, result: Result, name: str, step: Pass, how: str) -> float:
     """SQNR between the optimized and the plain run, in dB. Fails if outputs are not finite or have the wrong shape; a model
-    with a dynamic batch runs on one sample and on three."""
-    model = make(name)
-    samples = feeds(model, 3, seed=1)
-    fixed = model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
-    reference = reference_outputs(name, 3, seed=1)
+    of the kit with a dynamic batch runs on one sample and on three."""
+    model, samples = bench.model(name), bench.unseen(name, 3)
+    fixed = name in bench.own or model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
+    reference = bench.reference(name, samples)
     runs = [outputs(result.model, samples, optimize) for optimize in (True, False)]
     runs += [] if fixed else [outputs(result.model, [batch(samples)])]
+    shapes = [y.shape for value in reference for y in leaves(value)]
     for run in runs:
-        assert [y.shape for y in run] == [y.shape for y in reference] and all(np.isfinite(y).all() for y in run), (
+        alike = [y.shape for value in run for y in leaves(value)] == shapes
+        assert alike and (_finite(run) or not _finite(reference)), (
             f"after pass '{step.name}'{how}, model '{name}' returns outputs of another shape, or NaN or Inf; compare "
             "result.float_model with the original."
         )
@@ -425,23 +439,3 @@ def _sentences(step: Pass, name: str, error: OnnxqError) -> None:
             f"pass '{step.name}' refuses model '{name}' with {problem!r}; raise OnnxqError with one sentence on one line: "
             "what is wrong, where, and what to do."
         )
-
-
-def _toml(value: object) -> str:
-    """A value as TOML writes it inline. Raises TypeError if it cannot."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    if isinstance(value, (bool, int, float, str)):
-        return json.dumps(value, allow_nan=False)
-    raise TypeError(f"{value!r} cannot be written in TOML")
-
-
-def _plain(value: object) -> object:
-    """Tuples as lists, mappings as dicts; other values as text, which differs from anything that was read."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (bool, int, float, str)) else repr(value)

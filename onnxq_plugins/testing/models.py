@@ -21,16 +21,20 @@ Feed = dict[str, Array]
 
 
 class Net:
-    """Builds a model node by node: every method appends its operator and returns the name of the new tensor."""
+    """Builds a model node by node: every method appends its operator and returns the name of the new tensor.
 
-    def __init__(self, shape: Shape, seed: int = 0) -> None:
+    prefix   of all names, to tell the body of an operator from what is around it
+    """
+
+    def __init__(self, shape: Shape, seed: int = 0, prefix: str = "") -> None:
+        self.prefix = prefix
         self.rng = np.random.default_rng(seed)
         self.input = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
     def constant(self, values: object, dtype: type = np.float32) -> str:
-        name = f"c{len(self.constants)}"
+        name = f"{self.prefix}c{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.asarray(values, dtype), name))
         return name
 
@@ -39,8 +43,8 @@ class Net:
 
     def op(self, op: str, *inputs: str, outputs: int = 1, **attrs: Any) -> str:
         n = len(self.nodes)
-        names = [f"t{n}"] + [f"t{n}_{i}" for i in range(1, outputs)]
-        self.nodes.append(helper.make_node(op, inputs, names, name=f"{op.lower()}{n}", **attrs))
+        names = [f"{self.prefix}t{n}"] + [f"{self.prefix}t{n}_{i}" for i in range(1, outputs)]
+        self.nodes.append(helper.make_node(op, inputs, names, name=f"{self.prefix}{op.lower()}{n}", **attrs))
         return names[0]
 
     def conv(
@@ -325,19 +329,64 @@ def fixed_batch() -> onnx.ModelProto:
 
 
 def outliers() -> onnx.ModelProto:
-    """Feed-forward blocks of a transformer in which two channels behind the GELU are forty times as large as the others."""
+    """Two blocks of a transformer, attention with one head and feed-forward; two channels behind each GELU are forty times
+    as large as the others."""
     net = Net(["N", 6, 32])
     size, x = np.ones(64), "x"
     size[[5, 20]] = 40
+
+    def norm(x: str) -> str:
+        return net.op("LayerNormalization", x, net.weight(32), net.weight(32), axis=-1)
+
     for _ in range(2):
-        y = net.op("LayerNormalization", x, net.weight(32), net.weight(32), axis=-1)
+        y = norm(x)
+        q, k, v = (net.linear(y, 32, 16) for _ in range(3))
+        score = net.op("Mul", net.op("MatMul", q, net.op("Transpose", k, perm=[0, 2, 1])), net.constant(16**-0.5))
+        x = net.op("Add", x, net.linear(net.op("MatMul", net.op("Softmax", score, axis=-1), v), 16, 32))
         first, second = net.rng.normal(size=(32, 64)) / 6, net.rng.normal(size=(64, 32)) / 8
-        y = net.gelu_tanh(net.op("Add", net.op("MatMul", y, net.constant(first * size)), net.weight(64)))
+        y = net.gelu_tanh(net.op("Add", net.op("MatMul", norm(x), net.constant(first * size)), net.weight(64)))
         x = net.op("Add", x, net.op("MatMul", y, net.constant(second / size[:, None])))
     return net.model(net.linear(net.op("ReduceMean", x, axes=[1], keepdims=0), 32, 5))
 
 
-MORE: dict[str, Callable[[], onnx.ModelProto]] = {"fixed_batch": fixed_batch, "outliers": outliers}
+def recurrent() -> onnx.ModelProto:
+    """A bidirectional LSTM and a GRU between layers, on sequences [N, steps, features] of any length."""
+    net = Net(["N", "T", 8])
+    x = net.op("Transpose", net.op("Relu", net.linear("x", 8, 12)), perm=[1, 0, 2])
+    lstm = (net.weight(2, 40, 12, fan_in=12), net.weight(2, 40, 10, fan_in=10), net.weight(2, 80))
+    x = net.op("LSTM", x, *lstm, hidden_size=10, direction="bidirectional")
+    x = net.op("Reshape", net.op("Transpose", x, perm=[0, 2, 1, 3]), net.constant([0, 0, 20], np.int64))
+    gru = (net.weight(1, 27, 20, fan_in=20), net.weight(1, 27, 9, fan_in=9), net.weight(1, 54))
+    x = net.op("Squeeze", net.op("GRU", x, *gru, hidden_size=9, linear_before_reset=1), net.constant([1], np.int64))
+    return net.model(net.linear(net.op("Transpose", x, perm=[1, 0, 2]), 9, 6))
+
+
+def branches() -> onnx.ModelProto:
+    """An If whose branches have a layer each, and a Loop that reads a weight of the outer graph."""
+    net, state = Net(["N", 12]), helper.make_tensor_value_info("state", TensorProto.FLOAT, ["N", 16])
+    x = net.op("Relu", net.gemm("x", 12, 16))
+
+    def body(inner: Net, inputs: Sequence[onnx.ValueInfoProto], *outputs: onnx.ValueInfoProto) -> onnx.GraphProto:
+        return helper.make_graph(inner.nodes, inner.prefix, inputs, outputs, inner.constants)
+
+    def port(name: str, kind: int = TensorProto.BOOL, shape: Shape = ()) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    def branch(op: str) -> onnx.GraphProto:
+        inner = Net([], prefix=f"{op}_")
+        return body(inner, [], port(inner.op(op, inner.gemm(x, 16, 16)), TensorProto.FLOAT, ["N", 16]))
+
+    large = net.op("Greater", net.op("ReduceMax", "x", keepdims=0), net.constant(1.6))
+    x = net.op("If", large, then_branch=branch("Relu"), else_branch=branch("Tanh"))
+    inner = Net([], prefix="again_")
+    y = inner.op("Tanh", inner.op("Add", inner.op("MatMul", "state", net.weight(16, 16, fan_in=16)), "state"))
+    ports = [port("at", TensorProto.INT64), port("go"), state]
+    loop = body(inner, ports, port(inner.op("Identity", "go")), port(y, TensorProto.FLOAT, ["N", 16]))
+    x = net.op("Loop", net.constant(3, np.int64), net.constant(True, np.bool_), x, body=loop)
+    return net.model(net.gemm(net.op("Relu", x), 16, 5))
+
+
+MORE: dict[str, Callable[[], onnx.ModelProto]] = {f.__name__: f for f in (fixed_batch, outliers, recurrent, branches)}
 
 
 def harsh(name: str) -> tuple[str, list[Feed]]:

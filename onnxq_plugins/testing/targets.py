@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
-
-import numpy as np
-import onnx
-from onnx import numpy_helper
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.engine import Result
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph.bodies import all_graphs
-from onnxq_plugins.graph.opsets import opset_of
 from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.passes.ranges import Ranges
 from onnxq_plugins.targets import Rule, Target
+from onnxq_plugins.targets.misfits import misfits
 from onnxq_plugins.testing.bench import SAMPLES, Bench
 from onnxq_plugins.testing.models import ZOO, feeds, make
 
@@ -62,7 +56,7 @@ def check_target_files(target: Target, bench: Bench) -> None:
     Why: the hardware's compiler refuses, or misreads, a file that has anything else.
     """
     for name, result in _results(target, bench):
-        problems = file_problems(target, result.model)
+        problems = misfits(target, result.model)
         assert not problems, f"the file of model '{name}' for target '{target.name}' {problems[0]}."
 
 
@@ -91,39 +85,6 @@ def check_target_recipe(target: Target, bench: Bench) -> None:
         name for name, result in _results(target, bench) if any(y.weight in result.plan for y in result.graph.layers)
     ]
     assert quantized, f"target '{target.name}' quantizes no layer of {', '.join(_LAYERS)}; do its rules fit the recipe int8?"
-
-
-def file_problems(target: Target, model: onnx.ModelProto) -> list[str]:
-    """What a file has that a target does not, as ends of sentences."""
-    problems = []
-    nodes = [node for graph in all_graphs(model.graph) for node in graph.node]
-    values = {t.name: numpy_helper.to_array(t) for graph in all_graphs(model.graph) for t in graph.initializer}
-    low, high = target.opsets
-    opset = opset_of(model)
-    if opset < low or 0 < high < opset:
-        problems.append(f"has opset {opset}, not {low or 'any'} to {high or 'any'}")
-    have = target.operators | {"QuantizeLinear", "DequantizeLinear"}
-    if target.operators and (left := Counter(n.op_type for n in nodes if n.domain or n.op_type not in have)):
-        problems.append(f"has {', '.join(f'{n} {op}' for op, n in left.items())}, which the target has not")
-    for node in nodes:
-        if node.op_type == "QuantizeLinear" and len(node.input) > 2 and node.input[2] in values:
-            zero = values[node.input[2]]
-            if (zero.dtype.kind == "i") != target.signed:
-                problems.append(f"has {zero.dtype} codes of '{node.input[0]}'")
-            bits = 8 * zero.dtype.itemsize
-            middle = 0 if target.signed else 2 ** (bits - 1)
-            if target.centred(bits) and np.any(zero != middle):
-                problems.append(f"has a zero point of {zero} for '{node.input[0]}'")
-    makers = {name: node for node in nodes for name in node.output}
-    for node in nodes:
-        if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 and node.input[2]:
-            weight, bias = (makers.get(name) for name in node.input[1:3])
-            if weight is None or weight.op_type != "DequantizeLinear":
-                continue
-            coded = bias is not None and bias.op_type == "DequantizeLinear"
-            if coded != (target.bias == "int32"):
-                problems.append(f"has a {'coded' if coded else 'float'} bias of '{node.name}', not {target.bias}")
-    return problems
 
 
 def _results(target: Target, bench: Bench) -> list[tuple[str, Result]]:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxq_plugins import OnnxqError
+from onnxq_plugins import OnnxqError, quantize
 from onnxq_plugins.cli import new_plugin as module
 from onnxq_plugins.cli.new_plugin import new_plugin
 from onnxq_plugins.testing.models import cnn
@@ -26,9 +26,12 @@ SAMPLES = ROOT / "docs" / "samples"
 
 
 class Environment:
-    """A virtual environment that sees the packages of this one, and this checkout."""
+    """A virtual environment that sees the packages of this one, and this checkout.
 
-    def __init__(self, folder: Path, *packages: Path) -> None:
+    packages   are installed from their folders, as their authors do; `wheels` from wheels made of them, as users do
+    """
+
+    def __init__(self, folder: Path, packages: list[Path], wheels: list[Path]) -> None:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
         outer = sysconfig.get_path("purelib")
         inner = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
@@ -36,20 +39,16 @@ class Environment:
         self.python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         # the extra "test" installs hatchling; without it pip fetches it
         has_builder = all(importlib.util.find_spec(name) for name in ("hatchling", "editables"))
-        editable = [part for package in packages for part in ("-e", str(package))]
-        process = self.run(
-            folder,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            *editable,
-            *(["--no-build-isolation"] if has_builder else []),
-            check=has_builder,
-        )
-        if process.returncode:
-            pytest.skip("hatchling is not installed, and pip reaches no package index")
+        alone = ["--quiet", "--no-deps", *(["--no-build-isolation"] if has_builder else [])]
+        made = folder / "wheels"
+        steps = [
+            ["wheel", *alone, "-w", str(made), *map(str, wheels)],
+            ["install", *alone, *(part for package in packages for part in ("-e", str(package)))],
+        ]
+        for arguments in steps:
+            if self.run(folder, "-m", "pip", *arguments, check=has_builder).returncode:
+                pytest.skip("hatchling is not installed, and pip reaches no package index")
+        self.run(folder, "-m", "pip", "install", *alone, *map(str, sorted(made.iterdir())))
 
     def run(self, folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
@@ -64,8 +63,15 @@ class Environment:
 SHORT = "not (odd_graphs or targets or twice or not_harmful or float_function or repeatable)"
 
 
+def without_guests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """The file that the recipe int8 makes where no plugin is installed."""
+    monkeypatch.setattr("onnxq_plugins.plugins.entry_points", lambda group: ())
+    quantize(folder / "m.onnx", "int8", folder / "x.npy", output=folder / "alone.onnx", check=False)
+    return (folder / "alone.onnx").read_bytes()
+
+
 @pytest.mark.parametrize("tests", [SHORT, *slowly("")])
-def test_packages_install_pass_their_tests_run_from_a_recipe_and_appear_in_a_trace(tests, tmp_path):
+def test_packages_install_pass_their_tests_run_from_a_recipe_and_appear_in_a_trace(tests, tmp_path, monkeypatch):
     """A new plugin and the samples of the documentation, in one environment."""
     new = new_plugin("acme-shrink", tmp_path)
     assert new == tmp_path / "acme-shrink" and [p.name for p in tmp_path.iterdir()] == ["acme-shrink"]
@@ -74,11 +80,16 @@ def test_packages_install_pass_their_tests_run_from_a_recipe_and_appear_in_a_tra
         Path(shutil.copytree(file.parent, tmp_path / file.parent.name, ignore=shutil.ignore_patterns("__pycache__")))
         for file in sorted(SAMPLES.glob("*/pyproject.toml"))
     ]
-    assert [sample.name for sample in samples] == ["acme-edge", "acme-keep", "acme-side"]
-    packages = [new, new_plugin("acme-npu", tmp_path, "target"), *samples]
-    environment = Environment(tmp_path / "venv", *packages)
+    assert [sample.name for sample in samples] == ["acme-aciq", "acme-edge", "acme-keep", "acme-side"]
+    templates = [new, new_plugin("acme-npu", tmp_path, "target")]
+    packages = [*templates, *samples]
+    environment = Environment(tmp_path / "venv", templates, samples)
     for package in packages:
         environment.run(package, "-m", "ruff", "check", ".")
+    places = (
+        "import acme_aciq, acme_edge, acme_keep, acme_side as s; print(acme_aciq.__file__, acme_edge.__file__, s.__file__)"
+    )
+    assert environment.run(tmp_path, "-c", places).stdout.count("site-packages") == 3
 
     folders = [f"{package.name}/tests" for package in packages]
     options = ["-q", "-p", "no:cacheprovider", "-p", "tests.conftest", "-k", tests]
@@ -98,6 +109,10 @@ def test_packages_install_pass_their_tests_run_from_a_recipe_and_appear_in_a_tra
     zeros = {t.name: onnx.numpy_helper.to_array(t) for t in npu.graph.initializer}
     quantizers = [node for node in npu.graph.node if node.op_type == "QuantizeLinear"]
     assert quantizers and all(zeros[n.input[2]].dtype == np.int8 and zeros[n.input[2]] == 0 for n in quantizers)
+
+    command = "-m onnxq_plugins.cli quantize m.onnx --data x.npy -r int8 -o guests.onnx --no-check"
+    environment.run(tmp_path, *command.split())
+    assert (tmp_path / "guests.onnx").read_bytes() == without_guests(tmp_path, monkeypatch)
 
     trace = environment.run(tmp_path, "-m", "onnxq_plugins.cli", "plugins", "--trace", "-r", "acme-keep/recipe.toml").stdout
     assert "onnxq_run_pass(step=acme.keep-worst" in trace and "acme-edge [wrapper], the pass itself" in trace

@@ -16,9 +16,11 @@ from onnxq_plugins.graph.lowering import lower_opset
 from onnxq_plugins.graph.opsets import opset_of
 from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.recipe import parse
+from onnxq_plugins.targets.misfits import misfits
 from onnxq_plugins.targets.target import CHAIN
+from onnxq_plugins.testing.bench import Bench
 from onnxq_plugins.testing.models import outliers
-from onnxq_plugins.testing.targets import TARGET_CHECKS, Bench, file_problems
+from onnxq_plugins.testing.targets import TARGET_CHECKS
 from tests.networks import feed_of, network
 from tests.zoo import ZOO, cnn, feeds, grouped, mlp, mobilenet, resnet20, transformer, written_out
 
@@ -77,8 +79,8 @@ def test_codes_of_activations_have_the_sign_and_the_zero_point_of_the_hardware(b
     assert zeros and {z.dtype for z in zeros} == {np.dtype(np.int8 if signed else np.uint8)}
     if symmetric:
         assert {int(z) for z in zeros} == {0 if signed else 128}
-    assert not file_problems(target, result.model)
-    assert file_problems(replace(target, signed=not signed), result.model)
+    assert not misfits(target, result.model)
+    assert misfits(replace(target, signed=not signed), result.model)
     assert sqnr(build(), result) > 25
 
 
@@ -101,7 +103,7 @@ def test_biases(bias):
     makers = {name: n for n in result.model.graph.node for name in n.output}
     convs = [n for n in result.model.graph.node if n.op_type == "Conv"]
     assert convs and all((n.input[2] in makers) == (bias == "int32") for n in convs)
-    assert not file_problems(target, result.model) and sqnr(cnn(), result) > 25
+    assert not misfits(target, result.model) and sqnr(cnn(), result) > 25
 
 
 def test_channels_that_are_not_aligned_stay_float():
@@ -137,7 +139,7 @@ def test_other_missing_operators_are_told_in_one_sentence_with_their_numbers():
 def test_files_have_the_opsets_that_the_hardware_reads(build, opset):
     target = replace(NPU, opsets=(opset, opset))
     result = made(build(), target)
-    assert opset_of(result.model) == opset and not file_problems(target, result.model)
+    assert opset_of(result.model) == opset and not misfits(target, result.model)
     onnx.checker.check_model(result.model, full_check=True)
     assert sqnr(build(), result) > 25
 
@@ -181,7 +183,7 @@ def test_int8_works_without_a_recipe_of_its_own(name):
     target = replace(NPU, signed=True, symmetric=True, rules=tuple(replace(r, granularity=("tensor",)) for r in NPU.rules))
     model = ZOO[name]()
     result = quantize(model, "int8", feeds(model, 8), target=target.name, plugins=[Brings(target)], workers=1, check=False)
-    assert result.plan and not file_problems(target, result.model)
+    assert result.plan and not misfits(target, result.model)
     assert any("one scale for their weight" in note for note in result.report.notes)
 
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx
 import pytest
 
 from onnxq_plugins import OnnxqError, Pass, QuantSpec, hookimpl
 from onnxq_plugins.passes import Ranges
 from onnxq_plugins.spec import solve_minmax
 from onnxq_plugins.testing import CHECKS, cases, checks, parametrize_with_checks
-from onnxq_plugins.testing.bench import Bench
-from tests.zoo import LONG_CHECKS, some
+from onnxq_plugins.testing.bench import Bench, Own
+from tests.zoo import LONG_CHECKS, Net, cnn, some
 
 GLOBAL: Any = np.random  # the generator that no pass may touch
 MEMORY: Any = itertools.count()
@@ -269,6 +270,52 @@ def test_mistakes_are_told():
         parametrize_with_checks([Ranges()], expected_failures={"check_nothing": ""})
     with pytest.raises(OnnxqError, match=r"give instances, such as MyPass\(\)"):
         parametrize_with_checks([Ranges])
+
+
+def small():
+    """A model that the kit does not have: token ids, a table and a layer."""
+    net = Net(["N", 4])
+    net.input = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.INT64, ["N", 4])
+    return net.model(net.linear(net.op("Gather", net.weight(32, 8), "x"), 8, 6))
+
+
+IDS = {"x": np.random.default_rng(0).integers(0, 32, (30, 1, 4))}
+
+
+def broken_on_tables(job):
+    if any(node.op == "Gather" for node in job.graph.nodes):
+        scale_a_weight(job)
+
+
+def large(job):
+    if any(node.op == "Gather" for node in job.graph.nodes):
+        job.plan |= {y.weight: QuantSpec(bits=2) for y in job.graph.layers}
+
+
+@pytest.mark.parametrize("source", ["model", "path"])
+@pytest.mark.parametrize("data", [IDS, {"ids": IDS}], ids=["for all", "by name"])
+def test_models_of_ones_own_are_tried(source, data, tmp_path):
+    onnx.save(small(), tmp_path / "m.onnx")
+    model = small() if source == "model" else tmp_path / "m.onnx"
+    for body, name, words in [(broken_on_tables, "float_function", "of model 'ids' by"), (large, "not_harmful", "(ids -")]:
+        tests = {case.id: case for case in cases(function(body), models={"ids": model}, data=data)}
+        step, check = tests[f"acme.bad-{name}"].values
+        with pytest.raises(AssertionError) as caught:
+            check(step)
+        assert words in str(caught.value)
+        CHECKS[f"check_{name}"](step, Bench())  # the kit has no such model
+
+
+def test_models_without_data_get_random_numbers_where_they_mean_something():
+    bench = Bench(own={"mine": Own("mine", cnn())})
+    CHECKS["check_float_function"](Ranges(), bench)
+    calibration, others = bench.samples("mine"), bench.unseen("mine")
+    assert len(calibration) == 8 and len(others) == 16
+    assert not {feed["x"].tobytes() for feed in calibration} & {feed["x"].tobytes() for feed in others}
+    with pytest.raises(OnnxqError, match=r"model 'ids': input 'x' has type int64.*give samples \(data="):
+        Bench(own={"ids": Own("ids", small())}).samples("ids")
+    with pytest.raises(OnnxqError, match="the kit has a model 'cnn'"):
+        cases(Ranges(), models={"cnn": cnn()})
 
 
 def test_a_pass_of_that_name_that_is_installed_is_not_tested_in_its_place():

@@ -3,30 +3,54 @@
 import hashlib
 import json
 
+import onnx
 import pytest
 from onnxq_plugins import OnnxqError, quantize
-from onnxq_plugins.testing import parametrize_target
+from onnxq_plugins.testing import parametrize_plugin, parametrize_target
 from onnxq_plugins.testing.models import cnn, feeds, mlp
 
+import acme_edge
 from acme_edge import EDGE
 
 RECIPE = {"target": "acme.edge", "pass": [{"use": "ranges"}]}
 
 
-@parametrize_target(EDGE)
+@parametrize_target(EDGE, plugins=[acme_edge])
 def test_conformance(check):
     check()
 
 
-def test_the_log_tells_the_digest_and_the_passes(tmp_path):
+@parametrize_plugin(acme_edge, recipe=RECIPE)
+def test_the_plugin(check):
+    check()
+
+
+@pytest.mark.parametrize("build", [cnn, mlp])
+def test_files_are_what_the_compiler_takes(build):
+    model = quantize(build(), "int8", feeds(build(), 4), target="acme.edge").model
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    coders = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    zeros = [constants[node.input[2]] for node in coders]
+    assert zeros and all(zero.dtype == "int8" and zero == 0 for zero in zeros)
+    assert model.opset_import[0].version == 13
+    assert not any(node.op_type == "Gemm" for node in model.graph.node)
+    biases = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT32]
+    assert len(biases) == sum(node.op_type == "Conv" for node in model.graph.node)
+    assert any(entry.key == "acme.format" for entry in model.metadata_props)
+
+
+def test_the_sidecar_tells_digest_settings_scales_and_passes(tmp_path):
     path = tmp_path / "model.onnx"
-    quantize(cnn(), RECIPE, feeds(cnn(), 4), output=path)
-    log = json.loads((tmp_path / "model.acme.json").read_text())
-    assert log["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert [name for name, _ in log["passes"]] == ["ranges"]
+    recipe = {**RECIPE, "target": {"use": "acme.edge", "acme": {"soc": 3}}}
+    quantize(cnn(), recipe, feeds(cnn(), 4), output=path)
+    sidecar = json.loads((tmp_path / "model.acme.json").read_text())
+    assert sidecar["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (sidecar["soc"], sidecar["cores"]) == (3, 1)
+    assert "x" in sidecar["scales"] and all(scale > 0 for scale in sidecar["scales"].values())
+    assert [name for name, _ in sidecar["passes"]] == ["ranges"]
 
 
-def test_other_targets_get_no_log(tmp_path):
+def test_other_targets_get_no_sidecar(tmp_path):
     recipe = {**RECIPE, "target": "ort-cpu"}
     quantize(cnn(), recipe, feeds(cnn(), 4), output=tmp_path / "model.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]

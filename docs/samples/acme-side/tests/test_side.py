@@ -1,15 +1,21 @@
 """What every pass must do, and what this one is for."""
 
 from onnxq_plugins import diagnose, quantize
-from onnxq_plugins.testing import parametrize_with_checks
+from onnxq_plugins.testing import parametrize_plugin, parametrize_with_checks
 from onnxq_plugins.testing.models import feeds, outliers
 
+import acme_side
 from acme_side import SidePath
 
 
 @parametrize_with_checks([SidePath(), SidePath(channels=2, factor=2.0)])
 def test_conformance(step, check):
     check(step)
+
+
+@parametrize_plugin(acme_side)
+def test_the_plugin(check):
+    check()
 
 
 def quantized(*passes):
