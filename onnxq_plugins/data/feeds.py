@@ -114,11 +114,8 @@ def _wanted(batch: Sequence[Any], inputs: Sequence[Input]) -> list[Input] | None
 
 
 def _has_labels(item: Any, inputs: Sequence[Input]) -> bool:
-    return (
-        _is_labelled(item)
-        or _is_batch(item)
-        and (wanted := _wanted(item, inputs)) is not None
-        and len(item) == len(wanted) + 1
+    return _is_labelled(item) or (
+        _is_batch(item) and (wanted := _wanted(item, inputs)) is not None and len(item) == len(wanted) + 1
     )
 
 

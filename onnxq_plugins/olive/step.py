@@ -93,5 +93,5 @@ class OnnxqQuantization(Pass):
 def _samples(config: BasePassConfig) -> Any:
     """The samples, or None for recipes that need none."""
     if config.data_config is None:
-        return config.data
+        return config.data or None
     return validate_config(config.data_config, DataConfig).to_data_container().create_dataloader()
