@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import cli
+from onnxq_plugins import cli, runtimes
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
 from tests.zoo import feeds, mlp
 
@@ -95,6 +95,46 @@ def test_a_scikit_learn_pipeline(run):
     output = run("sklearn_pipeline.py")
     before, after = numbers(output, "accuracy")
     assert "3/3 MatMul" in output and after > before - 0.03
+
+
+def test_text_and_maps_of_a_pipeline_stay():
+    """Columns of text, classes as text and a ZipMap are as they were; the matrix products run in integers."""
+    skl2onnx = pytest.importorskip("skl2onnx", reason="needs skl2onnx")
+    from skl2onnx.common.data_types import FloatTensorType, StringTensorType
+    from sklearn.compose import ColumnTransformer
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    rng = np.random.default_rng(0)
+    numbers_, colors = rng.normal(size=(256, 5)), rng.choice(["red", "green", "blue"], size=(256, 1)).astype(object)
+    classes = np.where((numbers_[:, 0] > 0) ^ (colors[:, 0] == "red"), "yes", "no")
+    columns = ColumnTransformer([("n", StandardScaler(), [0, 1, 2, 3, 4]), ("c", OneHotEncoder(), [5])])
+    pipeline = make_pipeline(columns, MLPClassifier((64, 64), max_iter=60, random_state=0))
+    pipeline.fit(np.concatenate([numbers_.astype(object), colors], 1), classes)
+    types = [("numbers", FloatTensorType([None, 5])), ("colors", StringTensorType([None, 1]))]
+    model = skl2onnx.convert_sklearn(pipeline, initial_types=types)
+    feed = {"numbers": numbers_.astype(np.float32), "colors": colors}
+    result = onnxq.quantize(model, {"extends": "int8", "without": ["placement"]}, [feed], check=False)
+    kept = [[node.op_type for node in m.graph.node if node.domain == "ai.onnx.ml"] for m in (model, result.model)]
+    assert kept[0] == kept[1] and {"Scaler", "OneHotEncoder", "ZipMap"} <= set(kept[0])
+    assert all(layer.quantized for layer in onnxq.audit(result.model).layers if layer.constant_weight)
+    before, after = (runtimes.session(m).run(None, feed) for m in (model, result.model))
+    assert np.mean(before[0] == after[0]) > 0.98 and after[1][0].keys() == {"yes", "no"}
+
+
+def test_trees_are_left_as_they_are():
+    skl2onnx = pytest.importorskip("skl2onnx", reason="needs skl2onnx")
+    from sklearn.datasets import load_iris
+    from sklearn.tree import DecisionTreeClassifier
+
+    x, y = load_iris(return_X_y=True)
+    x = x.astype(np.float32)
+    model = skl2onnx.to_onnx(DecisionTreeClassifier(max_depth=4, random_state=0).fit(x, y), x[:1])
+    result = onnxq.quantize(model, "int8", x, check=False)
+    before, after = (runtimes.session(m).run(None, {"X": x}) for m in (model, result.model))
+    assert np.array_equal(before[0], after[0]) and before[1] == after[1]
+    assert "no layer with a constant weight" in result.summary
 
 
 def test_a_workflow_of_olive(tmp_path, monkeypatch):
