@@ -40,7 +40,7 @@ FLOORS = [
     ["plugins", "report"],
     ["laws"],
     ["engine"],
-    ["selection", "ort", "ir", "edge"],
+    ["selection", "ort", "ir", "olive", "openvino", "edge"],
     [""],
     ["testing"],
     ["cli"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+import shlex
 import sys
 import tomllib
 import types
@@ -124,21 +125,71 @@ def test_numpy_is_not_needed_to_read_a_result():
         todo += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
-@pytest.mark.parametrize("left_out", ["onnxq auto ", *slowly("nothing")])  # half of the time; tests/cli/test_auto.py
-def test_the_tutorial_runs_as_it_is_typed(left_out, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def type_in(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a line of a console."""
+    monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code, line
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Latencies in a moment."""
     latency = runtimes.latency
     monkeypatch.setattr(runtimes, "latency", lambda runners, feed, seconds=1.0: latency(runners, feed, 0.02))
+
+
+@pytest.mark.parametrize("left_out", ["onnxq auto ", *slowly("nothing")])
+def test_the_readme_runs_as_it_is_typed(left_out, tmp_path, monkeypatch, quick):
+    """Its commands, the one in its table included, on files of the names that it gives them."""
+    monkeypatch.chdir(tmp_path)
+    Path("model.onnx").write_bytes(digits_model_path().read_bytes())
+    data = digits_split()
+    np.savez("samples.npz", image=data["calibration_images"])
+    np.savez("test.npz", image=data["test_images"], labels=data["test_labels"])
+    lines = [line for block in blocks(ROOT / "README.md", "console") for line in block.splitlines()]
+    lines += re.findall(r"`(onnxq compare [^`]+)`", (ROOT / "README.md").read_text("utf-8"))
+    typed = [line for line in lines if line.startswith("onnxq ")]
+    assert len(typed) > 10 and all(line.startswith("pip ") for line in set(lines) - set(typed))
+    for line in typed:
+        if not line.startswith(left_out):
+            type_in(line, monkeypatch)
+
+
+def test_the_readme_is_short_and_its_figures_are_measured():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert text.count("\n") <= 120 and "(docs/report.png)" in text
+    measured = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (ROOT / "docs" / "benchmarks.md").read_text("utf-8").splitlines()
+        if line.startswith("| ")
+    ]
+    rows = re.findall(r"^\|.*\(`(\w+)`\) \| (\d+) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) >= 8
+    for name, size, theirs, ours in rows:
+        own = {row[1]: row for row in measured if row[0] == name and len(row) == 9}
+        assert own["float"][5] == size
+        for tool, told in (("ort-static", theirs), ("onnxq int8", ours)):
+            row = own[tool]
+            assert told == f"{row[2].split()[0]} dB, {row[4]}x, {row[5]} kB", name
+
+
+@pytest.mark.parametrize("left_out", ["onnxq auto ", *slowly("nothing")])  # half of the time; tests/cli/test_auto.py
+def test_the_tutorial_runs_as_it_is_typed(left_out, tmp_path, monkeypatch, quick):
+    """A recipe goes to the file that its first line names; the line for OpenVINO runs where that is installed."""
+    monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "tutorial.md").read_text("utf-8")
-    for language, code in re.findall(r"```(console|python)\n(.*?)```", text, re.DOTALL):
+    left = (left_out,) if importlib.util.find_spec("openvino") else (left_out, "onnxq audit fixed.openvino.onnx")
+    for language, code in re.findall(r"```(console|python|toml)\n(.*?)```", text, re.DOTALL):
         if language == "python":
             exec(code, {})
-            continue
-        for line in (line for line in code.splitlines() if not line.startswith(left_out)):
-            monkeypatch.setattr(sys, "argv", line.split())
-            with pytest.raises(SystemExit) as ended:
-                main()
-            assert not ended.value.code, line
+        elif language == "toml":
+            Path(code.partition("\n")[0].removeprefix("# ")).write_text(code)
+        else:
+            for line in (line for line in code.splitlines() if not line.startswith(left)):
+                type_in(line, monkeypatch)
+    assert Path("fixed.onnx").stat().st_size < 0.25 * Path("onnxq-quickstart/digits.onnx").stat().st_size
 
 
 def test_the_error_messages_of_the_page_are_those_of_the_code():

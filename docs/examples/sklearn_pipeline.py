@@ -12,13 +12,14 @@ import onnxq_plugins as onnxq
 from onnxq_plugins import runtimes
 
 features, classes = load_breast_cancer(return_X_y=True)
-train, test, train_classes, test_classes = train_test_split(features.astype(np.float32), classes, random_state=0)
-pipeline = make_pipeline(StandardScaler(), MLPClassifier((64, 32), max_iter=300, random_state=0)).fit(train, train_classes)
+labels = np.array(["malignant", "benign"])[classes]
+train, test, train_labels, test_labels = train_test_split(features.astype(np.float32), labels, random_state=0)
+pipeline = make_pipeline(StandardScaler(), MLPClassifier((64, 32), max_iter=300, random_state=0)).fit(train, train_labels)
 
-model = to_onnx(pipeline, train[:1], options={"zipmap": False})  # without ZipMap outputs are plain arrays
+model = to_onnx(pipeline, train[:1])  # labels are text, probabilities come through a ZipMap
 result = onnxq.quantize(model, "int8", train[:200])
 print(result.summary)
 
-labels = runtimes.session(result.model).run(["label"], {"X": test})[0]
-print(f"scikit-learn: accuracy {pipeline.score(test, test_classes):.4f}")
-print(f"int8: accuracy {np.mean(labels == test_classes):.4f}")
+found, probabilities = runtimes.session(result.model).run(None, {"X": test})
+print(f"scikit-learn: accuracy {pipeline.score(test, test_labels):.4f}")
+print(f"int8: accuracy {np.mean(found == test_labels):.4f}, the first sample {probabilities[0]}")

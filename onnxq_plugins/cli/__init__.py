@@ -12,10 +12,12 @@ import typer
 
 from onnxq_plugins import __version__, runtimes
 from onnxq_plugins.cli.audit import audit_command
+from onnxq_plugins.cli.checking import check_command
 from onnxq_plugins.cli.choice import auto_command
+from onnxq_plugins.cli.comparing import compare_command
 from onnxq_plugins.cli.console import echo, fail, interruptible
-from onnxq_plugins.cli.inspection import compare_command, diagnose_command
-from onnxq_plugins.cli.inventory import check_command, plugins_command, recipes_command
+from onnxq_plugins.cli.inspection import diagnose_command
+from onnxq_plugins.cli.inventory import plugins_command, recipes_command
 from onnxq_plugins.cli.matrix import matrix_command
 from onnxq_plugins.cli.new_plugin import new_plugin_command
 from onnxq_plugins.cli.options import flatten

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from onnxq_plugins.cli.console import echo, fail, notify, show
+from onnxq_plugins.cli.limits import GateOptions, Limit
 from onnxq_plugins.cli.options import CustomOps, DataPath, ImageOptions, Model, ShapeList, read_shapes
 from onnxq_plugins.cli.proofs import runtime_settings, show_proof
 from onnxq_plugins.edge.audits import SAMPLES
@@ -47,6 +49,13 @@ def audit_command(
         str,
         typer.Option("--target", show_default=False, help="say what MODEL has and this target has not; exit code 1 then"),
     ] = "",
+    no_float: Annotated[
+        bool,
+        typer.Option(
+            "--no-float", help="exit code 1 if a layer, or a product of two activations, does not run in an integer kernel"
+        ),
+    ] = False,
+    gate: GateOptions,
     custom_ops: CustomOps = None,
 ) -> None:
     """Show for every layer of MODEL which kernel runs it, and if that is a float kernel, why.
@@ -54,6 +63,9 @@ def audit_command(
     With --against, --data or --shape also where the time goes, and what to change first. Other runtimes than onnxruntime run
     samples of --data, or random numbers, and are compared with it.
     """
+    gate.check_files({"model": model, "float model": against})
+    if (gate.junit or gate.markdown) and not no_float:
+        raise OnnxqError("--junit and --markdown tell of limits; give --no-float, too.")
     if target:
         _check_target(model, target)
     audit = audit_of(
@@ -69,12 +81,24 @@ def audit_command(
     if audit.proof is not None:
         show_proof(audit.proof, audit)
         return
-    _show_audit(audit, model, against)
+    changes = what_to_change(audit, _placed(model))
+    if not gate.as_json:
+        _show(audit, changes, against)
+    gate.tell(model.name, _in_integers(audit) if no_float else [], {**audit.to_dict(), "what_to_change": changes})
 
 
-def _show_audit(audit: Audit, model: Path, against: Path | None) -> None:
-    """Print what to change, the layers, and times if there are any."""
-    if changes := what_to_change(audit, _placed(model)):
+def _in_integers(audit: Audit) -> list[Limit]:
+    """A limit for each layer and product, without those that a pass keeps in float."""
+    return [
+        Limit(f"{layer.name} in integers", f"{layer.kernel}{': ' * bool(layer.why)}{layer.why}", layer.quantized)
+        for layer in audit.layers
+        if layer.computes and not layer.kept
+    ]
+
+
+def _show(audit: Audit, changes: Sequence[str], against: Path | None) -> None:
+    """Print an audit."""
+    if changes:
         echo("what to change:")
         for number, text in enumerate(changes, 1):
             echo(f"{number}. {text}")
@@ -152,11 +176,11 @@ def _spent_cells(row: Spent) -> tuple[str, str, str]:
 def _audit_table(audit: Audit) -> Table:
     table = Table("layer", "operator", "kernel", "accumulator", "why float", box=None, header_style="bold")
     for layer in audit.layers:
-        if layer.constant_weight or layer.quantized or layer.product:
+        if layer.computes:
             bits = f"{layer.accumulator} bits" if layer.accumulator is not None else ""
             cells = (escape(layer.name), layer.op, layer.kernel, bits, escape(layer.why))
             table.add_row(*cells, style=None if layer.quantized else "yellow")
-    layers = {layer.name for layer in audit.layers if layer.constant_weight or layer.quantized or layer.product}
+    layers = {layer.name for layer in audit.layers if layer.computes}
     for held in audit.constants:
         if held.name not in layers:
             table.add_row(escape(held.name), held.op, held.op, "", escape(held.why), style="yellow" if held.floats else None)

@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from onnxq_plugins import runtimes
-from onnxq_plugins.cli.console import echo, notify, out, show, track
-from onnxq_plugins.cli.limits import LimitOptions
+from onnxq_plugins.cli.console import echo, notify, out, track
 from onnxq_plugins.cli.options import (
-    ClassAxis,
-    CustomOps,
     DataPath,
     ImageOptions,
-    Labels,
     Model,
     RecipeOptions,
     SampleCount,
     WorkOptions,
-    check_outputs,
     data_option,
     recipe_option,
 )
-from onnxq_plugins.data import open_data
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.compact import alike
 from onnxq_plugins.export.provenance import recipe_of
-from onnxq_plugins.graph.reading import bytes_on_disk, read
+from onnxq_plugins.graph.reading import read
 from onnxq_plugins.measure import IDENTICAL
-from onnxq_plugins.measure.classes import labelled
-from onnxq_plugins.measure.metrics import chance, find_metric, metric_name, top1
-from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
-from onnxq_plugins.report.comparison import check_ranks, in_order, shared_inputs
-from onnxq_plugins.report.comparison import truth as truth_of
 from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.report.rows import LayerError, percent
@@ -208,95 +192,3 @@ def fit(columns: Mapping[str, list[str]], width: int) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def compare_command(
-    a: Annotated[Path, typer.Argument(help="the reference, usually the float model", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="the model to judge", show_default=False)],
-    *,
-    data: DataPath,
-    samples: SampleCount = 0,
-    labels: Labels = None,
-    images: ImageOptions,
-    metric: Annotated[
-        str,
-        typer.Option(
-            show_default=False,
-            help="also measure: sqnr, agreement, top1 (needs labels), or package.module:function",
-        ),
-    ] = "",
-    class_axis: ClassAxis = None,
-    limits: LimitOptions,
-    custom_ops: CustomOps = None,
-) -> None:
-    """Compare two models on the same data: error, agreement, size, latency; with labels also how many each gets right."""
-    judge = find_metric(metric) if metric else None
-    check_outputs({"--junit": limits.junit}, {"reference": a, "model": b})
-    paths = (a, b)
-    inputs = shared_inputs(paths, paths)
-    sessions = [runtimes.session(path) for path in paths]
-    source = runtimes.rolled(open_data(data, inputs[0], images.data_options(samples), labels), lambda: sessions[0])
-    feeds, truth = list(track(source, "reading", source.size)), truth_of(source)
-    known = Samples.of(a, feeds, truth, class_axis, sessions[0], source.state)
-    if judge in (None, top1):
-        known.check_labels()
-    outputs = in_order(known.names, sessions[1], known.outputs(sessions[1]), paths)
-    milliseconds = runtimes.latency(sessions, [runtimes.wanted(session, feeds[0]) for session in sessions], 2.0)
-    check_ranks(known, outputs, paths)
-    scores = known.table(outputs)
-    show(_output_table(scores, known.axes))
-    if any(score.steps for score in scores):
-        forced = in_order(known.names, sessions[1], known.outputs(sessions[1], own=False), paths)
-        show(_steps_table(scores, known.table(forced)))
-    if judge is None and truth is not None:
-        if labelled(known.reference, truth, known.axes) is None:
-            notify("note: the labels are not classes of any output; give --class-axis, or a --metric of your own")
-        else:
-            judge = top1
-    drop = None
-    if judge is not None:
-        score, after = known.score(judge), known.score(judge, outputs)
-        drop = score - after
-        echo(f"{metric_name(judge)}: {score:.2f} -> {after:.2f}")
-        if judge is top1 and truth is not None and (note := chance(score, known.reference, truth, known.axes)):
-            notify("note: " + note.replace("the float model", f"'{a}'"))
-    if known.random:
-        notify("note: " + RANDOM.replace("the float model", f"'{a}'"))
-    sizes = [bytes_on_disk(path) / 1e6 for path in paths]
-    echo(
-        f"{len(feeds)} samples | {sizes[0]:.2f} -> {sizes[1]:.2f} MB | {milliseconds[0]:.3f} -> {milliseconds[1]:.3f} ms "
-        f"({milliseconds[0] / milliseconds[1]:.2f}x, one sample a run, 1 thread)"
-    )
-    worst = min((score.sqnr for score in scores if score.sqnr is not None), default=None)
-    limits.enforce(b.name, worst, drop, milliseconds[0] / milliseconds[1])
-
-
-def _steps_table(scores: Sequence[OutputScore], forced: Sequence[OutputScore]) -> Table:
-    """How noise grows with the steps on the network's own states: the median of some steps together, longer and longer.
-
-    forced   the same on the float network's states
-    """
-    count = max(len(score.steps) for score in scores)
-    starts = [0, *itertools.takewhile(lambda n: n < count, (4**k for k in range(20)))]
-    parts = list(zip(starts, [*starts[1:], count], strict=True))
-    names = [f"step {first + 1}" if last == first + 1 else f"..{last}" for first, last in parts]
-    table = Table("dB, own states", *names, "float's states", box=None, header_style="bold")
-    for own, other in zip(scores, forced, strict=True):
-        if own.steps and other.sqnr is not None:
-            table.add_row(
-                escape(own.name),
-                *(f"{float(np.median(own.steps[first:last])):.1f}" for first, last in parts),
-                f"{other.sqnr:.1f}",
-            )
-    return table
-
-
-def _output_table(scores: Sequence[OutputScore], axes: Sequence[int | None]) -> Table:
-    """How near each output of the second model is to the first's."""
-    table = Table("output", "SQNR dB", "worst 5 %", "same", "", box=None, header_style="bold")
-    for score, axis in zip(scores, axes, strict=True):
-        kind = "" if score.same is None else "values" if axis is None else f"class (axis {axis})"
-        sqnr, worst = ("-" if value is None else f"{value:.2f}" for value in (score.sqnr, score.worst))
-        same = "-" if score.same is None else f"{score.same:.2f}%"
-        table.add_row(escape(score.name), sqnr, worst, same, escape("; ".join(part for part in (kind, score.note) if part)))
-    return table

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated
 
-import onnx
 import typer
 from rich.table import Table
 
-from onnxq_plugins import runtimes
-from onnxq_plugins.cli.console import columns, echo, float_lines, notify, show
+from onnxq_plugins.cli.console import columns, echo, show
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
 from onnxq_plugins.cli.listed import listed
-from onnxq_plugins.cli.options import CustomOps, DataPath, ImageOptions, Settings, ShapeList, TargetName, read_shapes
-from onnxq_plugins.data import model_inputs, open_data
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError, known
-from onnxq_plugins.graph import load
-from onnxq_plugins.graph.conform import conform
-from onnxq_plugins.graph.reading import read
 from onnxq_plugins.job import default_of
-from onnxq_plugins.plan import requests
 from onnxq_plugins.plan.constants import ConstantRequest
 from onnxq_plugins.plugins import BUILTIN_SOURCE, Plugins, find_plugins
-from onnxq_plugins.runtimes.examples import Shapes, examples, first_running, written
-from onnxq_plugins.targets.refusals import choices, problems, unheld
+from onnxq_plugins.targets.refusals import choices
 
 
 def plugins_command(
@@ -143,52 +132,6 @@ def recipes_command(name: Annotated[str, typer.Argument(help="a recipe: prints i
         lines = file.read_text("utf-8").splitlines()
         table.add_row(key, " ".join(line.lstrip("# ") for line in lines if line.startswith("#")))
     show(table)
-
-
-def check_command(
-    recipe: Annotated[str, typer.Argument(help="a built-in recipe or a file", show_default=False)],
-    model: Annotated[
-        Path | None, typer.Argument(help="also check that the recipe fits this model", show_default=False)
-    ] = None,
-    *,
-    target: TargetName = "",
-    settings: Settings = None,
-    data: DataPath = "",
-    images: ImageOptions,
-    shape: ShapeList = None,
-    custom_ops: CustomOps = None,
-) -> None:
-    """Check a recipe, whether it fits a model, and whether the model runs on the first sample, without quantizing."""
-    plugins = find_plugins()
-    parsed = plugins.recipe(recipe, [*(settings or ()), *([f"target={target}"] if target else [])])
-    runtime = plugins.target_of(parsed)
-    passes = ", ".join(step.name for step in parsed.passes) or "none"
-    echo(f"recipe '{recipe}' is valid: target {parsed.target}, passes: {passes}")
-    if model is None:
-        return
-    graph = conform(load(model, flatten=runtime.flatten), runtime.operators, runtime.whole)
-    request = requests.request(graph, parsed, runtime)
-    OnnxqError.check([*unheld(runtime, graph), *problems(runtime, graph, request.plan, request.inputs)])
-    session = runtimes.session(model, optimize=False)  # raises what onnxruntime has against it
-    for line in (*float_lines(request.floats), *constant_lines(request.constants)):
-        echo(line)
-    planned = sum(layer.weight in request.plan for layer in graph.layers)
-    echo(f"it quantizes {planned} of {len(graph.layers)} layers of '{model}'")
-    if data or shape:
-        _check_feed(read(model), session, data, images, read_shapes(shape))
-
-
-def _check_feed(
-    model: onnx.ModelProto, session: runtimes.Session, data: str, images: ImageOptions, shapes: Shapes | None
-) -> None:
-    """Say whether a model runs on the first sample, or on random numbers of some shapes."""
-    feeds = runtimes.rolled(open_data(data, model_inputs(model), images.data_options()), lambda: session) if data else None
-    try:
-        feed = first_running(itertools.islice(feeds, 1) if feeds is not None else examples([model], shapes), [session])
-    except OnnxqError as error:
-        notify(f"note: the model does not run {error}" if feeds is None else f"note: {error}")
-    else:
-        echo(f"it runs on {written(feed)}")
 
 
 def constant_lines(requests: Iterable[ConstantRequest]) -> list[str]:

@@ -34,8 +34,8 @@ def reader_feeds(reader: Any) -> Iterable[Mapping[str, Array]]:
 
 def open_feeds(source: Iterable[Any], inputs: Sequence[Input], options: DataOptions, labels: Array | None) -> Data:
     """Data from feeds, each used as it is. A feed is a mapping from input name to array, an array for a single input, or a
-    batch of a loader: a sequence of arrays in the order of the inputs, the last of which may be labels. Iterators are read
-    into memory, and so are batches whose labels are used."""
+    batch of a loader: a sequence of arrays in the order of the inputs, the last of which may be labels, or a mapping and
+    labels. Iterators are read into memory, and so are batches whose labels are used."""
     items: Iterable[Any] = list(source) if iter(source) is source else source
     notes: tuple[str, ...] = ()
     implied = labels is None
@@ -99,6 +99,12 @@ def _is_batch(item: Any) -> bool:
     return isinstance(item, (list, tuple)) and any(hasattr(part, "__array__") and np.ndim(part) for part in item)
 
 
+def _is_labelled(item: Any) -> bool:
+    """True for a mapping from input name to array with its labels."""
+    pair = isinstance(item, (list, tuple)) and len(item) == 2
+    return pair and isinstance(item[0], Mapping) and not isinstance(item[1], Mapping)
+
+
 def _wanted(batch: Sequence[Any], inputs: Sequence[Input]) -> list[Input] | None:
     """The inputs that the arrays of a batch are for; None if their number fits neither with labels nor without."""
     needed = [i for i in inputs if not i.optional]
@@ -108,22 +114,32 @@ def _wanted(batch: Sequence[Any], inputs: Sequence[Input]) -> list[Input] | None
 
 
 def _has_labels(item: Any, inputs: Sequence[Input]) -> bool:
-    return _is_batch(item) and (wanted := _wanted(item, inputs)) is not None and len(item) == len(wanted) + 1
+    return _is_labelled(item) or (
+        _is_batch(item) and (wanted := _wanted(item, inputs)) is not None and len(item) == len(wanted) + 1
+    )
 
 
 def _named(item: Any, inputs: Sequence[Input]) -> Iterator[tuple[Any, Any]]:
     """Feeds of an item of the source, each with its labels or None."""
-    if not isinstance(item, Mapping) and not _is_batch(item) and sum(not i.optional for i in inputs) == 1:
+    bare = not isinstance(item, Mapping) and not _is_labelled(item) and not _is_batch(item)
+    if bare and sum(not i.optional for i in inputs) == 1:
         item = [item] if hasattr(item, "__array__") else [to_array(item, "the data")] if np.iterable(item) else item
     if not isinstance(item, (list, tuple)):
         yield item, None
         return
-    wanted = _wanted(item, inputs)
+    if _is_labelled(item):
+        parts, wanted = item[0], [i for i in inputs if i.name in item[0]] or None
+        if wanted is None:  # which whoever reads it says
+            yield parts, None
+            return
+    else:
+        wanted = _wanted(item, inputs)
+        parts = {i.name: part for i, part in zip(wanted or (), item, strict=False)}
     if wanted is None:
         names = ", ".join(f"'{i.name}'" for i in inputs)
         raise OnnxqError(f"the data: a batch of {len(item)} arrays does not fit the model's inputs {names}; give mappings.")
-    feed = {i.name: to_array(part, f"the data: input '{i.name}'") for i, part in zip(wanted, item, strict=False)}
-    labels = to_array(item[-1], "the data: labels") if len(item) > len(wanted) else None
+    feed = {i.name: to_array(parts[i.name], f"the data: input '{i.name}'") for i in wanted}
+    labels = to_array(item[-1], "the data: labels") if _is_labelled(item) or len(item) > len(wanted) else None
     rows = _rows(feed, wanted)
     if rows is None:
         yield feed, labels

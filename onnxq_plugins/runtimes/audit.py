@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import onnx
 
@@ -50,6 +51,15 @@ class LayerAudit:
     def kept(self) -> bool:
         """True if a pass keeps it in float on purpose, so that nothing is wrong with it."""
         return self.reason is not None and self.reason.kind == "pass"
+
+    @property
+    def computes(self) -> bool:
+        """True for what should be computed in integers: a layer, or a product of two activations."""
+        return self.constant_weight or self.quantized or self.product
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**asdict(self), "reason": self.reason and self.reason.kind, "why": self.why}
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,20 @@ class Audit:
         times = "" if self.milliseconds is None else f" | {' -> '.join(f'{ms:.3f}' for ms in self.milliseconds)} ms"
         speed = "" if self.speedup is None else f", {self.speedup:.2f}x the speed of float"
         return f"<Audit: {self.summary}{times}{speed}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "summary": self.summary,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "constants": [{**asdict(held), "why": held.why} for held in self.constants],
+            "other": dict(self.other),
+            "milliseconds": list(self.milliseconds or ()),
+            "speed": self.speedup,
+            "timed": self.timed,
+            "untimed": self.untimed,
+            "spending": [spending.to_dict() for spending in self.spending],
+        }
 
     def outside(self) -> list[str]:
         """The weights outside integer kernels in clauses: how many operators store them in codes, and how many in float."""

@@ -26,28 +26,40 @@ _INSTALL = "pip install 'onnxq-plugins[openvino]'"
 def audit_openvino(model: str | Path) -> Audit:
     """Audit a model in OpenVINO. Needs the extra ``openvino``. Raises OnnxqError if OpenVINO cannot load it."""
     proto, compiled = onnx.load(str(model)), _compiled(Path(model))
-    precisions: dict[str, tuple[str, str]] = {}  # name in the model -> what runs it, its precision
+    precisions: dict[str, tuple[str, str, str]] = {}  # name in the model -> what runs it, its precision, its kernel
     for node in compiled.get_runtime_model().get_ops():
         info = node.get_rt_info()
-        names, kind, precision = (
-            info[key].astype(str) if key in info else "" for key in ("originalLayersNames", "layerType", "runtimePrecision")
-        )
+        keys = ("originalLayersNames", "layerType", "runtimePrecision", "primitiveType")
+        names, kind, precision, primitive = (info[key].astype(str) if key in info else "" for key in keys)
         if kind in ("Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Deconvolution"):
             for name in names.split(","):
-                precisions[name.partition("/")[0]] = (kind, precision)
+                precisions[name.partition("/")[0]] = (kind, precision, primitive)
     constants, known, readers = constants_of(proto.graph), needs(proto), readers_of(proto.graph)
     rows = []
     for node in proto.graph.node:
         if node.op_type in LAYER_OPS:
-            kind, precision = next(
+            kind, precision, primitive = next(
                 (precisions[name] for n in chain(node, readers) for name in (n.name, *n.output) if name in precisions),
-                ("", ""),
+                ("", "", ""),
             )
-            integer = precision in ("i8", "u8")
-            reason = None if integer else Reason("runtime", "OpenVINO runs it in floating point")
+            integer, reason = _judged(precision, primitive)
             kernel = f"{kind or node.op_type} {precision or 'unknown'}"
             rows.append(audited(node, constants, kernel, integer, reason, known.get(node.output[0])))
     return Audit(tuple(rows), {}, constants=outside_kernels(proto.graph, rows), total=constant_bytes(proto.graph))
+
+
+def _judged(precision: str, primitive: str) -> tuple[bool, Reason | None]:
+    """Whether a kernel computes on integers, and why not. The precision of one that multiplies floats by weights in few bits
+    is that of the weights; the name of what it computes with ends it, as in brgemm_avx512_f32."""
+    narrow = precision in _BITS
+    if not narrow:
+        return False, Reason("runtime", "OpenVINO runs it in floating point")
+    if primitive.endswith(("f32", "f16", "bf16")) or _BITS[precision] < 8:
+        return False, Reason("decoded", f"OpenVINO multiplies floats by weights that it keeps in {_BITS[precision]} bits")
+    return True, None
+
+
+_BITS = {"i8": 8, "u8": 8, "i4": 4, "u4": 4}
 
 
 def _compiled(model: Path) -> Any:

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from onnxq_plugins.runtimes.openvino import OPENVINO as RUNTIME
-from onnxq_plugins.targets.target import CHAIN, DECODED, Target, dense_rules
+from onnxq_plugins.targets.target import CHAIN, DECODED, Rule, Target, dense_rules
+
+# Weights beside float activations, which it keeps narrow in memory and decodes within the product.
+_NARROW = tuple(
+    rule
+    for op in ("MatMul", "Gemm")
+    for rule in (
+        *(Rule(op, "FullyConnected", 0, (bits,), ("block",), "blocked", (16, 32, 64, 128, 256)) for bits in (4, 8)),
+        Rule(op, "FullyConnected", 0, (8,), ("tensor", "channel"), "float"),
+    )
+)
 
 OPENVINO = Target(
     "openvino",
@@ -12,6 +22,7 @@ OPENVINO = Target(
         *dense_rules("Conv", "Convolution int8"),
         *dense_rules("Gemm", "FullyConnected int8"),
         *dense_rules("MatMul", "FullyConnected int8"),
+        *_NARROW,
         DECODED,
     ),
     CHAIN,

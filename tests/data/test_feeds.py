@@ -212,6 +212,19 @@ def test_batches_of_a_loader(inputs, rows, labelled):
         assert labels is None
 
 
+@pytest.mark.parametrize(("inputs", "rows"), [(OPEN, [4, 4]), (SINGLE, [1] * 8)])
+def test_batches_of_mappings_with_labels(inputs, rows):
+    """As loaders of Olive and Keras give them; what they hold beside the inputs is left out."""
+    batches = [({"x": X[n : n + 4], "more": X[:4]}, np.arange(n, n + 4)) for n in (0, 4)]
+    data = open_data(Loader(batches), inputs)
+    assert [len(feed["x"]) for feed in data.spread(0)] == rows
+    for feed, own in zip(data.spread(0), data.spread_labels(0), strict=True):
+        np.testing.assert_array_equal(feed["x"][:, 0], 3 * own)
+    assert [feed["x"].shape for feed in open_data([({"x": X[:2]}, 0)], OPEN)] == [(2, 3)]
+    with pytest.raises(OnnxqError, match="no array for the model's input 'x'"):
+        list(open_data([({"y": X}, np.arange(8))], OPEN))
+
+
 @pytest.mark.parametrize("targets", [np.full((4, 2), 1), np.full(4, 0.5), np.full(4, -100)])
 def test_targets_that_are_no_classes_are_ignored_aloud(targets):
     data = open_data([(X[:4], targets), (X[4:], targets)], OPEN)
