@@ -163,7 +163,7 @@ class Problem:
         sides = []
         for part in _parts(w, seen.h):
             (h, left), (judged, there) = (self._moments(one, w, part, seen) for one in (seen, held))
-            move = None if left is None else refit(h, left, SHRINK_REGRESSION * amount)
+            move = None if left is None else refit(h, left, SHRINK_REGRESSION * amount, seen.count)
             if move is not None and there is not None:
                 up, down = share_of(move, judged, there)
                 slope, curve = slope + up, curve + down
@@ -255,7 +255,7 @@ class Problem:
         for part in _parts(w, statistics.h):
             h, left = self._moments(statistics, w, part, statistics)
             if left is not None and share:
-                w[part] += share * refit(h, left, SHRINK_REGRESSION * amount)
+                w[part] += share * refit(h, left, SHRINK_REGRESSION * amount, statistics.count)
             gram[part] = ridge(h, SHRINK_ROUNDING * amount)
         return w, gram
 

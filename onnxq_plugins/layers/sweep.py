@@ -203,7 +203,8 @@ def sweep(
             exact.step(nodes[start:end], (), _pending(nodes, end) | {layer.output}),
             rounded.step(new, writer.builder.constants, _sources(writer, nodes, end - 1, rounded.dequantizers)),
         )
-        sums = _Sums(job, writer, layer, rounded, positions, limit, held)
+        expected = exact.sizes.get(layer.output, 0) // 4  # float32
+        sums = _Sums(job, writer, layer, rounded, positions, limit, held, expected)
         with runtimes.blas(1):  # the workers are threads with a product each
             for parts in map_threads(partial(_advance, steps, sums, exact), sums.parts(len(feeds)), job.workers):
                 sums.add(parts)
@@ -232,14 +233,27 @@ def _advance(steps: Sequence[_Step], sums: _Sums, exact: _Network, numbers: Sequ
 
 class _Sums:
     """Running sums of one layer's patches and outputs: of all, and of those to judge by, which are those of the samples
-    `held`, or a quarter of the positions of every sample if none is."""
+    `held`, or a quarter of the positions of every sample if none is.
+
+    expected   number of the layer's outputs for a sample; 0 if unknown
+    """
 
     def __init__(
-        self, job: Job, writer: Writer, layer: Layer, network: _Network, positions: int, limit: int, held: set[int]
+        self,
+        job: Job,
+        writer: Writer,
+        layer: Layer,
+        network: _Network,
+        positions: int,
+        limit: int,
+        held: set[int],
+        expected: int,
     ) -> None:
         self.layer, self.limit, self.live, self.held = layer, limit, network.live, held
         self.inputs = int(np.prod(layer.shape)) // layer.channels
         self.positions = min(positions, max(64, self.inputs))
+        known = expected // layer.channels
+        self.expected = min(self.positions, known) if known else self.positions  # of a sample
         key = Planned.of(job).source(layer.input)  # codes, which a layer in float may read, too
         self.spec = job.plan[key] if key else None
         self.source = _source(writer, layer.name, layer.input, network.dequantizers)
@@ -250,7 +264,7 @@ class _Sums:
     def parts(self, samples: int) -> list[list[int]]:
         """The samples in lists of about a thousand patches, or fewer long ones: few large products rather than many small
         ones. Those that are held out are apart."""
-        step = max(1, min(1024, 2**22 // (self.inputs * self.layer.groups)) // self.positions)
+        step = max(1, min(1024, 2**22 // (self.inputs * self.layer.groups)) // self.expected)
         kinds = ([n for n in range(samples) if n not in self.held], sorted(self.held))
         return [numbers[first : first + step] for numbers in kinds for first in range(0, len(numbers), step)]
 

@@ -86,10 +86,7 @@ class BiasCorrect(Pass):
             result |= {"sqnr": verdict.sqnr}
             if verdict.name == "plain":
                 job.plan = plain
-                before, after = verdict.sqnr["plain"], verdict.sqnr["corrected"]
-                job.note(
-                    f"bias-correct lowers the outputs from {before:.1f} to {after:.1f} dB on the samples, and was undone"
-                )
+                job.note(f"{verdict.undone('bias-correct', 'corrected')}, and was undone")
                 return {"layers": 0, **result}
         return {"layers": len(means), **result}
 

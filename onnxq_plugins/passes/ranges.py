@@ -59,7 +59,7 @@ class Ranges(Pass):
         names = [name for name in Planned.of(job).activations if not job.plan[name].solved]
         exact = job.calibration.ranges(names)
         ranges = exact | self._narrower(job, names)
-        chosen, scores = self._judged(job, {self.method: ranges, "minmax": exact})
+        chosen, scores = self._judged(job, {"minmax": exact, self.method: ranges})
         job.plan |= _entries(job, chosen)
         cut = {
             n: round((chosen[n][1] - chosen[n][0]) / (exact[n][1] - exact[n][0]), 4)
@@ -82,19 +82,16 @@ class Ranges(Pass):
         return ranges
 
     def _judged(self, job: Job, choices: Mapping[str, Mapping[str, Range]]) -> tuple[Mapping[str, Range], dict[str, Any]]:
-        """The choice whose network is better, the first one unless that is judged, and what goes into the report."""
-        first, *others = choices.values()
-        if not self.judged or all(first == other for other in others):
-            return first, {}
+        """The choice whose network is better, the method's unless that is judged, and what goes into the report."""
+        asked = choices[self.method]
+        if not self.judged or all(asked == other for other in choices.values()):
+            return asked, {}
         judge = Judge.of(job, apart=False, work=_WORK)  # a choice of two can hardly fit the samples
         if judge is None:
-            return first, {}
+            return asked, {}
         verdict = judge.best({name: job.plan | _entries(job, ranges) for name, ranges in choices.items()})
         if verdict.name != self.method:
-            job.note(
-                f"ranges by {self.method} lower the outputs from {verdict.sqnr[verdict.name]:.1f} to "
-                f"{verdict.sqnr[self.method]:.1f} dB, and were replaced by the extremes ({verdict.name})"
-            )
+            job.note(f"{verdict.undone(f'ranges.method = {self.method}', self.method)}, and was replaced by the extremes")
         return choices[verdict.name], {"sqnr": verdict.sqnr, "kept": verdict.name}
 
 

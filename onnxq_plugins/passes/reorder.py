@@ -73,7 +73,7 @@ class Reorder(Pass):
             )
         power = self._power(job, [layer for layer, _ in tiled.values()])
         judge = Judge.of(job, apart=False)
-        scores = {} if judge is None else {"in the old order": judge.sqnr(job.plan)}
+        scores = {} if judge is None else {"in the old order": judge.each(job.plan)}
         moved: list[tuple[ChannelGroup, Array]] = []
         costs: list[tuple[float, float]] = []
         for turn in range(2):
@@ -97,13 +97,13 @@ class Reorder(Pass):
         result: dict[str, Any] = {"groups": len(groups), "cost_of_tiles": round(share, 4)}
         if judge is None or not moved:
             return result
-        scores = {"in the new order": judge.sqnr(job.plan), **scores}
+        scores = {"in the new order": judge.each(job.plan), **scores}
         if ahead(scores) == "in the old order":
             for group, order in moved[::-1]:
                 job.permute(group, np.argsort(order))
-            new, old = scores.values()
+            new, old = (float(each.mean()) for each in scores.values())
             job.note(f"reorder lowers the outputs from {old:.1f} to {new:.1f} dB on samples, and was undone")
-        return result | {"sqnr": {name: round(score, 2) for name, score in scores.items()}}
+        return result | {"sqnr": {name: round(float(each.mean()), 2) for name, each in scores.items()}}
 
     def _power(self, job: Job, layers: Sequence[Layer]) -> dict[str, Array]:
         """E[x^2] of the inputs of each tiled weight [groups, inputs per group]."""

@@ -140,14 +140,12 @@ class Round(Pass):
         """Keep the better of the learned plan and of the plain codes with corrected biases; what the report says of it."""
         if judge is None:
             return {}
-        plans = {"learned": job.plan, "plain": judge.completed(plain)}
+        plans = {"plain": judge.completed(plain), "learned": job.plan}
         verdict = judge.best(plans)
         if verdict.name == "plain":
             job.plan = plans["plain"]
-            before, after = verdict.sqnr["plain"], verdict.sqnr["learned"]
             job.note(
-                f"round lowers the outputs from {before:.1f} to {after:.1f} dB on samples kept apart, and was undone: the "
-                "codes are the nearest ones, the biases corrected"
+                f"{verdict.undone('round', 'learned')}, and was undone: the codes are the nearest ones, the biases corrected"
             )
         return {"sqnr": verdict.sqnr, "taken": verdict.name}
 

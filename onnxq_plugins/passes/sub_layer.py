@@ -68,10 +68,9 @@ class SubLayer(Pass):
         result: dict[str, Any] = {"layers": len(layers), "scales": tiles, "multipliers": multipliers}
         judge = Judge.of(job) if layers else None
         if judge is not None:
-            verdict = judge.best({"searched": job.plan, "covering": plain})
+            verdict = judge.best({"covering": plain, "searched": job.plan})
             result["sqnr"] = verdict.sqnr
             if verdict.name == "covering":
                 job.plan = plain
-                before, after = verdict.sqnr["covering"], verdict.sqnr["searched"]
-                job.note(f"sub-layer lowers the outputs from {before:.1f} to {after:.1f} dB on samples, and was undone")
+                job.note(f"{verdict.undone('sub-layer', 'searched')}, and was undone")
         return result

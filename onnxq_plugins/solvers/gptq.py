@@ -34,18 +34,20 @@ def gptq(w: Array, h: Array, step: Array, grid: Grid, *, damping: float = 0.01, 
     live = np.where(diagonal[:, None, :] > 0, w, 0.0) if (diagonal <= 0).any() else w
     work, steps = order_of.columns(live), order_of.steps(step, w.shape)
     lower = cholesky(order_of.gram(damp(h, damping)))
+    root = np.einsum("gdd->gd", lower)
     codes, error = np.empty_like(work), np.zeros_like(work)
     for last in range(size, 0, -BLOCK):
         first = max(last - BLOCK, 0)
-        drift = lower[:, last:, first:last].swapaxes(1, 2) @ error[:, last:]
+        centre = lower[:, last:, first:last].swapaxes(1, 2) @ error[:, last:]
+        centre /= root[:, first:last, None]
+        centre += work[:, first:last]
+        factors = np.ascontiguousarray((lower[:, first:last, first:last] / root[:, None, first:last]).swapaxes(1, 2))
         for i in range(last - 1, first - 1, -1):
-            centre = drift[:, i - first]
-            centre /= lower[:, i, i, None]
-            centre += work[:, i]
-            codes[:, i] = np.clip(np.rint(centre / steps[:, i]), *grid)
-            error[:, i] = work[:, i] - codes[:, i] * steps[:, i]
-            if i > first:
-                drift[:, : i - first] += lower[:, i, first:i, None] * error[:, i, None]
+            own = centre[:, i - first]
+            if i + 1 < last:
+                own += (factors[:, i - first, None, i + 1 - first :] @ error[:, i + 1 : last])[:, 0]
+            np.clip(np.rint(own / steps[:, i]), *grid, out=codes[:, i])
+            np.subtract(work[:, i], codes[:, i] * steps[:, i], out=error[:, i])
     return order_of.restore(codes)
 
 

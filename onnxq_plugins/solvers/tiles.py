@@ -13,7 +13,6 @@ multiplier is 15 by default, not 18, which halves their size on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +24,8 @@ from onnxq_plugins.spec import Array
 FREE = np.r_[np.linspace(0.3, 1.0, 29), 1.025, 1.05]  # factors on the step that covers a tile's largest weight
 UNITS = np.linspace(0.45, 1.05, 13)  # factors on the unit whose largest multiplier covers a row's largest weight
 _OCTAVE = 10
+_AT_ONCE = 2**16  # weights in a piece
+_WIDE = 512  # inputs from which on runs are not coupled before descent
 _KNOWN = np.arange(-24, 41)  # tenths of an octave from the covering step at which losses are computed
 
 
@@ -92,11 +93,13 @@ def search_free(
     factors  [F], 1 among them
     rounds   of coordinate descent at most
 
-    No band of rows ends with more loss than with `cover`. Source: PTQ-SL (arXiv 2110.07809) in Gram form.
+    No band of rows ends with more loss than with `cover`. Without descent that is said of each run alone where inputs are
+    many: rounding errors of many weights hardly correlate, and each comparison would be a large product. Source: PTQ-SL
+    (arXiv 2110.07809) in Gram form.
     """
     unit = cover[tiles.bands]
     pick = np.stack([tiles.summed(one) for one in alone(w, blocks, unit, factors, tiles)]).argmin(axis=0)
-    if h is not None and len(h) == len(w):
+    if h is not None and len(h) == len(w) and (rounds or w.shape[2] <= _WIDE):
         covering = np.full(pick.shape, int(np.abs(factors - 1).argmin()))
         pick = _better(w, h, unit, factors, pick, covering, tiles)
         pick = descend(w, h, unit, factors, pick, tiles, rounds)
@@ -113,8 +116,8 @@ def search_multipliers(
     share     equal numbers [g, O] for rows that must have the same factor; those of a band do
 
     The others as for `search_free`. Units are compared by losses that are looked up at the nearest known step; the
-    multipliers of the best unit are then searched exactly. With the whole `h`, rows that share a factor end with no more
-    loss than with factor 1 and the smallest multipliers that cover each tile.
+    multipliers of the best unit are then searched exactly. With the whole `h`, and descent or few inputs, rows that share a
+    factor end with no more loss than with factor 1 and the smallest multipliers that cover each tile.
     """
     own = np.zeros(tiles.count, np.int64)  # share of each band
     own[tiles.bands.reshape(-1)] = share.reshape(-1)
@@ -122,7 +125,7 @@ def search_multipliers(
     plain = np.repeat(unit[..., None], -(-w.shape[2] // tiles.width), axis=2)
     scaled = plain * factor[share][..., None]
     pick = np.stack([tiles.summed(one) for one in alone(w, blocks, scaled, choices, tiles)]).argmin(axis=0)
-    if h is not None and len(h) == len(w):
+    if h is not None and len(h) == len(w) and (rounds or w.shape[2] <= _WIDE):
         covering = tiles.covering(_largest(w, tiles) / plain, choices)
         losses = [np.bincount(own, _losses(w, h, u, choices, one, tiles)) for u, one in ((scaled, pick), (plain, covering))]
         worse = losses[0] > losses[1]
@@ -135,7 +138,7 @@ def _unit_factors(w: Array, blocks: Array | None, tiles: Tiles, unit: Array, cho
     """Factor on the unit of each share of rows [shares], with the best multiplier for each tile. Losses are computed at
     steps a tenth of an octave apart; each pair of unit and multiplier looks up the nearest of them."""
     cover = np.maximum(_largest(w, tiles), 1e-3 * unit[..., None])
-    known = np.stack(list(alone(w, blocks, cover, 2.0 ** (_KNOWN / _OCTAVE), tiles)))
+    known = alone(w, blocks, cover, 2.0 ** (_KNOWN / _OCTAVE), tiles)
     start = np.log2(unit[..., None] / cover) * _OCTAVE - _KNOWN[0]  # position of multiplier 1 among the known
     shares = int(own.max()) + 1
     least, factor = np.full(shares, np.inf), np.ones(shares)
@@ -149,13 +152,19 @@ def _unit_factors(w: Array, blocks: Array | None, tiles: Tiles, unit: Array, cho
     return factor
 
 
-def alone(w: Array, blocks: Array | None, unit: Array, choices: Array, tiles: Tiles) -> Iterator[Array]:
-    """For each choice the loss [g, O, n] of each run alone, with the step unit [g, O, n] times the choice."""
+def alone(w: Array, blocks: Array | None, unit: Array, choices: Array, tiles: Tiles) -> Array:
+    """For each choice the loss of each run alone, with the step unit [g, O, n] times the choice: [F, g, O, n]."""
     runs, h = tiles.runs(w), None if blocks is None else blocks.astype(np.float32)
     step = np.ascontiguousarray(unit.swapaxes(1, 2))[..., None].astype(np.float32)
-    for choice in np.asarray(choices, np.float32):
-        error = runs - tiles.quantized(runs, step * choice)
-        yield np.einsum("gnow,gnow->gno", error if h is None else error @ h, error).swapaxes(1, 2)
+    losses = np.empty((len(choices), *unit.shape), np.float32)
+    count = max(1, _AT_ONCE // runs[:, 0].size)
+    for at in (slice(first, first + count) for first in range(0, runs.shape[1], count)):  # few at once: they stay in cache
+        part, own, block = runs[:, at], step[:, at], None if h is None else h[:, at]
+        for loss, choice in zip(losses, np.asarray(choices, np.float32), strict=True):
+            error = part - tiles.quantized(part, own * choice)
+            each = np.einsum("gnow,gnow->gno", error if block is None else error @ block, error)
+            loss[:, :, at] = each.swapaxes(1, 2)
+    return losses
 
 
 def descend(w: Array, h: Array, unit: Array, choices: Array, pick: Array, tiles: Tiles, rounds: int) -> Array:
@@ -164,6 +173,8 @@ def descend(w: Array, h: Array, unit: Array, choices: Array, pick: Array, tiles:
     With the other tiles fixed, and E the change of a tile's rounded weights, the loss changes by -2 E G + E H E with
     G = (w - q) H. The tiles of one run are chosen together, since rows do not interact.
     """
+    if not rounds:
+        return pick
     pick, size = pick.copy(), w.shape[2]
     w, h, factors = w.astype(np.float32), h.astype(np.float32), np.asarray(choices, np.float32)
     unit = unit.astype(np.float32)

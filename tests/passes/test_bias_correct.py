@@ -34,7 +34,7 @@ def test_a_small_network_that_loses_by_it_keeps_its_biases(monkeypatch):
     model = mobilenet()
     for values, kept in (((20.0, 30.0), False), ((30.0, 20.0), True)):
         answers = iter(values)
-        monkeypatch.setattr(Judge, "sqnr", lambda judge, plan, answers=answers: next(answers))
+        monkeypatch.setattr(Judge, "each", lambda judge, plan, answers=answers: np.full(4, next(answers)))
         result = quantize(model, RECIPE, feeds(model, 8), workers=1)
         shifts = [result.plan[layer.weight].shift for layer in result.graph.layers]
         assert all((shift is not None) == kept for shift in shifts)

@@ -16,16 +16,32 @@ from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.search import judge as judging
-from onnxq_plugins.search.judge import TIE, Judge, ahead, mean_decibels
+from onnxq_plugins.search.judge import TIE, Judge, ahead, decibels_of
 from tests.jobs import make_job
 from tests.measure.test_own_states import STATE, adder
 from tests.zoo import ZOO, feeds, mlp, mobilenet
 
 
 def test_the_first_wins_ties_and_only_ties():
-    assert ahead({"asked": 20.0, "other": 20.0 + TIE}) == "asked"
-    assert ahead({"asked": 20.0, "other": 20.0 + 2 * TIE, "best": 21.0}) == "best"
-    assert ahead({"asked": 20.0}) == "asked"
+    dB = np.full(8, 20.0)
+    assert ahead({"plain": dB, "other": dB + 0.9 * TIE}) == "plain"
+    assert ahead({"plain": dB, "other": dB + 2 * TIE, "best": dB + 1}) == "best"
+    assert ahead({"plain": dB}) == "plain"
+    assert ahead({"plain": dB[:1], "other": dB[:1] + 2 * TIE}) == "other"
+
+
+def test_a_gain_must_be_larger_than_its_standard_error():
+    rng = np.random.default_rng(0)
+    plain = rng.normal(20, 8, 32)  # samples differ much more than plans do on each
+    by_chance = rng.normal(0, 3, 32)
+    by_chance += 0.3 - by_chance.mean()
+    assert ahead({"plain": plain, "learned": plain + by_chance}) == "plain"
+    assert ahead({"plain": plain, "learned": plain + by_chance / 10 + 0.27}) == "learned"
+    assert ahead({"plain": plain, "one": plain + by_chance + 0.2, "other": plain + by_chance / 10 + 0.2}) == "other"
+
+
+def mean_decibels(reference, other):
+    return decibels_of(reference, other).mean()
 
 
 def test_one_loud_sample_does_not_decide():

@@ -20,7 +20,7 @@ from onnxq_plugins.solvers.attention import attention
 from onnxq_plugins.solvers.descent import descent
 from onnxq_plugins.solvers.gpfq import gpfq
 from onnxq_plugins.solvers.gptq import damp, gptq
-from onnxq_plugins.solvers.gram import better, cholesky, narrow, nearest, regress, ridge, row_loss, widen
+from onnxq_plugins.solvers.gram import better, cholesky, narrow, nearest, refit, regress, ridge, row_loss, widen
 from onnxq_plugins.solvers.rounding import Effort, solve
 from onnxq_plugins.solvers.scales import COARSE, FINE, scale_losses, search_scales
 from tests.zoo import examples
@@ -318,6 +318,18 @@ def test_regression_minimises_the_error_plus_its_ridge(seed, amount):
     pull = (solution - w) * amount * np.einsum("gdd->gd", h)[:, None]
     gradient = solution @ h - cross + pull
     assert np.abs(gradient).max() <= 1e-5 * np.abs(cross).max()
+
+
+@few
+@given(seeds, st.floats(5, 100))
+def test_regression_on_few_patches_is_that_of_their_rank(seed, amount):
+    rng, count = np.random.default_rng(seed), 40
+    size = np.exp(rng.normal(size=(300, 1))) * (np.arange(300) > 3)[:, None]  # dead inputs and unlike units
+    x = size * rng.normal(size=(2, 300, count))
+    h, left = mean_gram(x, x), rng.normal(size=(2, 5, count)) @ x.swapaxes(1, 2) / count
+    whole, quick = refit(h, left, amount), refit(h, left, amount, count)
+    assert np.abs((whole - quick) * size.T).max() <= 1e-4 * np.abs(whole * size.T).max()
+    assert not quick[:, :, :4].any()
 
 
 @few
