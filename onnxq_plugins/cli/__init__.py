@@ -15,7 +15,7 @@ from onnxq_plugins.cli.audit import audit_command
 from onnxq_plugins.cli.choice import auto_command
 from onnxq_plugins.cli.console import echo, fail, interruptible
 from onnxq_plugins.cli.inspection import compare_command, diagnose_command
-from onnxq_plugins.cli.inventory import check_command, plugins_command, recipes_command
+from onnxq_plugins.cli.inventory import check_command, costs_command, plugins_command, recipes_command
 from onnxq_plugins.cli.new_plugin import new_plugin_command
 from onnxq_plugins.cli.options import flatten
 from onnxq_plugins.cli.quantization import quantize_command
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "plugins": plugins_command,
     "new-plugin": new_plugin_command,
     "recipes": recipes_command,
+    "costs": costs_command,
     "check": check_command,
     "quickstart": quickstart_command,
 }

@@ -1,4 +1,4 @@
-"""Commands that say what there is: plugins, recipes, check."""
+"""Commands that say what there is: plugins, recipes, costs of kernels, check."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ import typer
 from rich.table import Table
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.cli.console import columns, echo, float_lines, notify, show
+from onnxq_plugins.cli.console import columns, echo, float_lines, notify, show, track
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
 from onnxq_plugins.cli.options import CustomOps, DataPath, ImageOptions, Settings, ShapeList, TargetName, read_shapes
 from onnxq_plugins.data import model_inputs, open_data
 from onnxq_plugins.engine import quantize
 from onnxq_plugins.errors import OnnxqError, known
+from onnxq_plugins.export.kernel_times import measured, table
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.conform import conform
 from onnxq_plugins.graph.reading import read
@@ -29,8 +30,12 @@ from onnxq_plugins.job import default_of
 from onnxq_plugins.plan import requests
 from onnxq_plugins.plan.constants import ConstantRequest
 from onnxq_plugins.plugins import BUILTIN_SOURCE, Plugins, find_plugins
+from onnxq_plugins.runtimes.costs import read_own, table_of, tables, write_own
 from onnxq_plugins.runtimes.examples import Shapes, examples, first_running, written
+from onnxq_plugins.runtimes.machine import machine_name
 from onnxq_plugins.targets.refusals import choices, problems
+
+_NO_TABLE = "none is of this machine's instruction set: models that run on it are placed by the one that their target names"
 
 
 def plugins_command(
@@ -170,6 +175,26 @@ def _check_feed(
         notify(f"note: the model does not run {error}" if feeds is None else f"note: {error}")
     else:
         echo(f"it runs on {written(feed)}")
+
+
+def costs_command(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="time kernels on this machine, and keep the table for pass placement")
+    ] = False,
+    rounds: Annotated[int, typer.Option(help="of --measure: a second or two each", min=2)] = 24,
+) -> None:
+    """List the tables of what kernels cost, by which pass placement decides, or measure this machine's own."""
+    if measure:
+        file = write_own(table(measured(rounds, seconds=0.4, track=track)))
+        echo(f"measured: {machine_name()}\nkept in '{file}': pass placement uses it from now on")
+        return
+    own = read_own()
+    used = table_of("", here=True)
+    for costs in (*tables().values(), *([own] if own is not None else [])):
+        echo(f"{'*' if used is not None and costs.name == used.name else ' '} {costs.name}: {costs.source}")
+    echo("* used by pass placement for models that run on this machine" if used is not None else _NO_TABLE)
+    if own is None:
+        echo("onnxq costs --measure makes a table of this machine's own")
 
 
 def constant_lines(requests: Iterable[ConstantRequest]) -> list[str]:

@@ -8,17 +8,18 @@ from typing import Any, ClassVar
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.shapes import shapes_of
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph.flow import maker_of
 from onnxq_plugins.job import Job, Pass, Report, Service, Stage
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import FASTER, request, rule_keys
-from onnxq_plugins.runtimes.costs import tables
+from onnxq_plugins.runtimes.costs import OWN, Costs, table_of, tables
 from onnxq_plugins.runtimes.speed import EQUAL, Speed, against_first
 from onnxq_plugins.search.placement import Placer
 from onnxq_plugins.spec import Array, Plan, from_range
+from onnxq_plugins.targets import Target
 
 _LONG = 50_000.0  # microseconds of a run up to which networks are timed, too
 _SECONDS, _LIMIT = 0.25, 0.8  # of timing, and after which three rounds are enough
@@ -32,12 +33,14 @@ class Placement(Pass):
     Integer kernels do not always pay: those of depthwise convolutions, few channels and short rows hardly do, and at every
     border between integers and floats a tensor is converted, mostly reordered as well. A table of what kernels cost on the
     target's kind of processor, for their sizes in this network, is minimized over all operators together, conversions
-    included, by a minimum cut: exactly, and alike on every machine.
+    included, by a minimum cut: exactly, and alike wherever the table is the same.
 
     Layers that are placed in float keep their weights in 8 bits in the file; onnxruntime decodes them once, at load. What
     the recipe says of single layers (`quantize`) is kept.
 
     least   milliseconds that a run must take: in shorter ones the call itself counts most
+    table   of costs: one that comes with the package (`onnxq costs` lists them), or ``own``, measured on this machine;
+            "" takes that if there is one and, for a target that runs on this machine, the one of its instruction set
     gain    share of the predicted time that must be saved, else all stays integer
     check   time the network as integer, as placed and in float, in turn, where it takes up to 50 ms; the
             fastest is taken, and of those that are as fast the one with most in float, so that on another kind of
@@ -60,15 +63,18 @@ class Placement(Pass):
     least: float = 0.2
     gain: float = 0.03
     check: bool = True
+    table: str = ""
 
     def __post_init__(self) -> None:
         if not self.least >= 0:
             raise ValueError(f"least = {self.least} must not be negative")
         if not 0 <= self.gain < 1:
             raise ValueError(f"gain = {self.gain} must be at least 0 and less than 1")
+        if self.table and self.table not in (names := [*tables(), OWN]):
+            raise ValueError(f"there is no table '{self.table}' of costs; {known(self.table, names)}")
 
     def apply(self, job: Job) -> dict[str, Any] | None:
-        data, costs = job.calibration.data, tables().get(job.target.costs)
+        data, costs = job.calibration.data, self._costs(job.target)
         if data is None or costs is None:
             return None
         feed = next(iter(data))
@@ -100,6 +106,15 @@ class Placement(Pass):
         if sets[choice]:
             _tell(job, sets[choice], choice, result)
         return result | {"choice": choice, "float": sorted(sets[choice])}
+
+    def _costs(self, target: Target) -> Costs | None:
+        """The table to decide by; None for a target without one, and one that none was measured for."""
+        if not target.costs:
+            return None
+        costs = table_of(self.table) if self.table else table_of(target.costs, target.here)
+        if costs is None and self.table:
+            raise OnnxqError("placement.table: costs were not measured on this machine; run onnxq costs --measure.")
+        return costs
 
 
 def _tell(job: Job, floats: Collection[str], choice: str, result: Mapping[str, Any]) -> None:
