@@ -8,22 +8,21 @@ from typing import Any, ClassVar
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.shapes import shapes_of
-from onnxq_plugins.errors import OnnxqError, known
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph.flow import maker_of
 from onnxq_plugins.job import Job, Pass, Report, Service, Stage
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import FASTER, request, rule_keys
-from onnxq_plugins.runtimes.costs import OWN, Costs, table_of, tables
+from onnxq_plugins.runtimes.costs import check_table
 from onnxq_plugins.runtimes.speed import EQUAL, Speed, against_first
-from onnxq_plugins.search.placement import Placer
+from onnxq_plugins.search.placement import Placer, costs_of
 from onnxq_plugins.spec import Array, Plan, from_range
-from onnxq_plugins.targets import Target
 
 _LONG = 50_000.0  # microseconds of a run up to which networks are timed, too
 _SECONDS, _LIMIT = 0.25, 0.8  # of timing, and after which three rounds are enough
-_SURE = 1.5  # times the predicted time of the choice beyond which a network is not worth timing
+_SURE = 1.3  # times the predicted time of the choice beyond which a network is not worth timing
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,10 @@ class Placement(Pass):
             raise ValueError(f"least = {self.least} must not be negative")
         if not 0 <= self.gain < 1:
             raise ValueError(f"gain = {self.gain} must be at least 0 and less than 1")
-        if self.table and self.table not in (names := [*tables(), OWN]):
-            raise ValueError(f"there is no table '{self.table}' of costs; {known(self.table, names)}")
+        check_table(self.table)
 
     def apply(self, job: Job) -> dict[str, Any] | None:
-        data, costs = job.calibration.data, self._costs(job.target)
+        data, costs = job.calibration.data, costs_of(job.target, self.table)
         if data is None or costs is None:
             return None
         feed = next(iter(data))
@@ -106,15 +104,6 @@ class Placement(Pass):
         if sets[choice]:
             _tell(job, sets[choice], choice, result)
         return result | {"choice": choice, "float": sorted(sets[choice])}
-
-    def _costs(self, target: Target) -> Costs | None:
-        """The table to decide by; None for a target without one, and one that none was measured for."""
-        if not target.costs:
-            return None
-        costs = table_of(self.table) if self.table else table_of(target.costs, target.here)
-        if costs is None and self.table:
-            raise OnnxqError("placement.table: costs were not measured on this machine; run onnxq costs --measure.")
-        return costs
 
 
 def _tell(job: Job, floats: Collection[str], choice: str, result: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.files import digest, user_cache, write_file
 from onnxq_plugins.runtimes.machine import machine_name, processor
 
@@ -173,11 +173,17 @@ def table_of(name: str, here: bool = False) -> Costs | None:
         own = read_own()
         if own is not None or name == OWN:
             return own
-    known_tables = tables()
+    shipped = tables()
     if here:
         flags = set((processor().get("flags") or "").split())
-        name = next((table for flag, table in INSTRUCTIONS if flag in flags and table in known_tables), name)
-    return known_tables.get(name)
+        name = next((table for flag, table in INSTRUCTIONS if flag in flags and table in shipped), name)
+    return shipped.get(name)
+
+
+def check_table(name: str) -> None:
+    """Raise ValueError if a recipe names a table that there cannot be."""
+    if name and name not in (names := [*tables(), OWN]):
+        raise ValueError(f"there is no table '{name}' of costs; {known(name, names)}")
 
 
 def own_file() -> Path:

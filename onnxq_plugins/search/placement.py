@@ -22,10 +22,12 @@ from typing import Any
 
 import numpy as np
 
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.flow import activation_inputs, maker_of, source_of
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.runtimes.costs import BLOCK, Costs, Kernel
+from onnxq_plugins.runtimes.costs import BLOCK, Costs, Kernel, table_of
 from onnxq_plugins.spec import Array
+from onnxq_plugins.targets import Target
 
 Shapes = Mapping[str, tuple[int, ...]]
 _PARTS = 1_000_000  # of the sum of all costs: capacities are integers
@@ -96,6 +98,21 @@ class Energy:
         """The energy of some values."""
         alone = sum(costs[values[v]] for v, costs in enumerate(self.single))
         return float(alone + sum(cost for (a, b), cost in self.pairs.items() if values[a] == 0 and values[b] == 1))
+
+
+def costs_of(target: Target, table: str = "") -> Costs | None:
+    """The table to decide by; None for a target without one.
+
+    table   the name that a recipe gives; "" takes that of the machine where the target's models run here, else the target's
+
+    Raises OnnxqError if a table that this machine should have measured is not there.
+    """
+    if not target.costs:
+        return None
+    costs = table_of(table) if table else table_of(target.costs, target.here)
+    if costs is None and table:
+        raise OnnxqError("placement.table: costs were not measured on this machine; run onnxq costs --measure.")
+    return costs
 
 
 class Placer:
