@@ -5,8 +5,26 @@ from onnxq_plugins.targets.openvino import OPENVINO
 from onnxq_plugins.targets.ort_cpu import ORT_CPU, ORT_CPU_AVX2
 from onnxq_plugins.targets.per_tensor import PER_TENSOR
 from onnxq_plugins.targets.storage import STORAGE
-from onnxq_plugins.targets.target import Granularity, Rule, Target, channel_block, channel_multipliers, granularity_of
+from onnxq_plugins.targets.target import (
+    STORED,
+    Granularity,
+    Rule,
+    Target,
+    channel_block,
+    channel_multipliers,
+    granularity_of,
+)
 
 BUILTIN = (ORT_CPU, ORT_CPU_AVX2, OPENVINO, PER_TENSOR, NPU, NPU4, STORAGE)
 
-__all__ = ["BUILTIN", "STORAGE", "Granularity", "Rule", "Target", "channel_block", "channel_multipliers", "granularity_of"]
+__all__ = [
+    "BUILTIN",
+    "STORAGE",
+    "STORED",
+    "Granularity",
+    "Rule",
+    "Target",
+    "channel_block",
+    "channel_multipliers",
+    "granularity_of",
+]
