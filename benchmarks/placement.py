@@ -10,6 +10,7 @@ what placement with its check on this machine would take. Prints Markdown.
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def main() -> None:
     folder = open_folder(args.folder)
     heads = "".join(f" {name} ms |" for name in CHOICES)
     print(f"{machine()}\n\npredicted / measured\n\n| model |{heads} chosen | float operators |\n|{'---|' * 6}")
-    errors = []
+    errors, ratios = [], []
     for name in args.models or folder.names:
         try:
             result = quantize(folder.path(name), RECIPE, folder.feeds(name, "calib")[:2], check=False)
@@ -48,10 +49,13 @@ def main() -> None:
             cells.append(" / ".join("" if value is None else f"{value / 1e3:.3f}" for value in both))
             if both[0] and both[1]:
                 errors.append(both[0] / both[1] - 1)
+        known = [choice for choice in CHOICES if choice in predicted and choice in timed]
+        ratios += [predicted[a] / predicted[b] / (timed[a] / timed[b]) - 1 for a, b in pairwise(known)]
         print(f"| {name} | {' | '.join(cells)} | {told.get('choice', '')} | {len(told.get('float', []))} |", flush=True)
-    if errors:
-        sizes = np.abs(errors)
-        print(f"\nprediction over measurement: median error {100 * np.median(sizes):.0f} %, worst {100 * sizes.max():.0f} %")
+    for what, values in (("times", errors), ("ratios of two of them", ratios)):
+        if values:
+            sizes = 100 * np.abs(values)
+            print(f"\nprediction of {what}: median error {np.median(sizes):.0f} %, worst {sizes.max():.0f} %")
 
 
 if __name__ == "__main__":

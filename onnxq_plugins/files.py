@@ -15,6 +15,7 @@ import mmap
 import os
 import re
 import secrets
+import sys
 import time
 import weakref
 from collections.abc import Iterator, Mapping
@@ -212,6 +213,18 @@ def clear_leftovers(folder: Path, seconds: float = 86400.0) -> None:
         with contextlib.suppress(OSError):  # another process may be as tidy
             if time.time() - part.stat().st_mtime > seconds:
                 part.unlink()
+
+
+def user_cache() -> Path:
+    """Where this user keeps what can be made again: $ONNXQ_CACHE, or ``onnxq`` in the system's folder for that."""
+    if folder := os.environ.get("ONNXQ_CACHE"):
+        return Path(folder)
+    home = Path("~").expanduser()
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData/Local") / "onnxq"
+    if sys.platform == "darwin":
+        return home / "Library/Caches/onnxq"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "onnxq"
 
 
 def load_arrays(file: Path) -> dict[str, Array]:

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -28,6 +29,7 @@ from onnxq_plugins.graph import Graph
 from onnxq_plugins.testing.exact import exact_model, saturates
 from tests.cli.folder import Ran
 
+os.environ["ONNXQ_CACHE"] = str(Path(tempfile.gettempdir()) / "onnxq-none")  # what a user measured here is no test's
 _session = runtimes.session
 _convert = onnx.version_converter.convert_version
 _SMALL = 2**22  # bytes

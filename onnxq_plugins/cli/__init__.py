@@ -16,6 +16,7 @@ from onnxq_plugins.cli.checking import check_command
 from onnxq_plugins.cli.choice import auto_command
 from onnxq_plugins.cli.comparing import compare_command
 from onnxq_plugins.cli.console import echo, fail, interruptible
+from onnxq_plugins.cli.costs import costs_command
 from onnxq_plugins.cli.inspection import diagnose_command
 from onnxq_plugins.cli.inventory import plugins_command, recipes_command
 from onnxq_plugins.cli.matrix import matrix_command
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "plugins": plugins_command,
     "new-plugin": new_plugin_command,
     "recipes": recipes_command,
+    "costs": costs_command,
     "check": check_command,
     "quickstart": quickstart_command,
 }

@@ -1,4 +1,4 @@
-"""Commands that say what there is: plugins, recipes, check."""
+"""Commands that say what there is: plugins, recipes, costs of kernels, check."""
 
 from __future__ import annotations
 

@@ -115,8 +115,8 @@ def narrow_channels(layer: Layer, spec: QuantSpec, rule: Rule) -> Array | None:
 
 
 def code_bits(bits: int, rule: Rule) -> float:
-    """Bits on disk for a code of some width under a rule: files know 4 and 8."""
-    return 4.0 if bits <= 4 and rule.storage != "int8" else 8.0
+    """Bits on disk for a code of some width under a rule: files know 4, 8 and 16."""
+    return 4.0 if bits <= 4 and rule.storage != "int8" else 8.0 if bits <= 8 else 16.0
 
 
 def stored_bits(layer: Layer, spec: QuantSpec, rule: Rule) -> float:

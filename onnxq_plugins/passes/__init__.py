@@ -3,6 +3,7 @@
 from onnxq_plugins.job import Pass as Pass
 from onnxq_plugins.passes.absorb_bias import AbsorbBias as AbsorbBias
 from onnxq_plugins.passes.activation_ranges import ActivationRanges as ActivationRanges
+from onnxq_plugins.passes.align import Align as Align
 from onnxq_plugins.passes.bias_correct import BiasCorrect as BiasCorrect
 from onnxq_plugins.passes.bound_accumulator import BoundAccumulator as BoundAccumulator
 from onnxq_plugins.passes.centre import Centre as Centre

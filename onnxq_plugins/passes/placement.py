@@ -15,14 +15,14 @@ from onnxq_plugins.job import Job, Pass, Report, Service, Stage
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import FASTER, request, rule_keys
-from onnxq_plugins.runtimes.costs import tables
+from onnxq_plugins.runtimes.costs import check_table
 from onnxq_plugins.runtimes.speed import EQUAL, Speed, against_first
-from onnxq_plugins.search.placement import Placer
+from onnxq_plugins.search.placement import Placer, costs_of
 from onnxq_plugins.spec import Array, Plan, from_range
 
 _LONG = 50_000.0  # microseconds of a run up to which networks are timed, too
 _SECONDS, _LIMIT = 0.25, 0.8  # of timing, and after which three rounds are enough
-_SURE = 1.5  # times the predicted time of the choice beyond which a network is not worth timing
+_SURE = 1.3  # times the predicted time of the choice beyond which a network is not worth timing
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class Placement(Pass):
     Integer kernels do not always pay: those of depthwise convolutions, few channels and short rows hardly do, and at every
     border between integers and floats a tensor is converted, mostly reordered as well. A table of what kernels cost on the
     target's kind of processor, for their sizes in this network, is minimized over all operators together, conversions
-    included, by a minimum cut: exactly, and alike on every machine.
+    included, by a minimum cut: exactly, and alike wherever the table is the same.
 
     Layers that are placed in float keep their weights in 8 bits in the file; onnxruntime decodes them once, at load. What
     the recipe says of single layers (`quantize`) is kept.
 
     least   milliseconds that a run must take: in shorter ones the call itself counts most
+    table   of costs: one that comes with the package (`onnxq costs` lists them), or ``own``, measured on this machine;
+            "" takes that if there is one and, for a target that runs on this machine, the one of its instruction set
     gain    share of the predicted time that must be saved, else all stays integer
     check   time the network as integer, as placed and in float, in turn, where it takes up to 50 ms; the
             fastest is taken, and of those that are as fast the one with most in float, so that on another kind of
@@ -60,15 +62,17 @@ class Placement(Pass):
     least: float = 0.2
     gain: float = 0.03
     check: bool = True
+    table: str = ""
 
     def __post_init__(self) -> None:
         if not self.least >= 0:
             raise ValueError(f"least = {self.least} must not be negative")
         if not 0 <= self.gain < 1:
             raise ValueError(f"gain = {self.gain} must be at least 0 and less than 1")
+        check_table(self.table)
 
     def apply(self, job: Job) -> dict[str, Any] | None:
-        data, costs = job.calibration.data, tables().get(job.target.costs)
+        data, costs = job.calibration.data, costs_of(job.target, self.table)
         if data is None or costs is None:
             return None
         feed = next(iter(data))

@@ -13,7 +13,11 @@ from onnx import TensorProto
 
 LEAST = 1024  # bytes of the smallest float constant that counts
 _FLOATS: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.DOUBLE: 8, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
-_CODES: dict[int, int] = {TensorProto.INT8: 8, TensorProto.UINT8: 8, TensorProto.INT4: 4, TensorProto.UINT4: 4}
+_CODES: dict[int, int] = {
+    **dict.fromkeys((TensorProto.INT4, TensorProto.UINT4), 4),
+    **dict.fromkeys((TensorProto.INT8, TensorProto.UINT8), 8),
+    **dict.fromkeys((TensorProto.INT16, TensorProto.UINT16), 16),
+}
 _BIASED = {"Conv", "ConvTranspose", "Gemm"}
 _WEIGHTED = {*_BIASED, "MatMul", "LSTM", "GRU", "RNN", "Einsum", "Gather"}
 _DECODED = "weights in {} bits, decoded to float at load, and computed with in float"

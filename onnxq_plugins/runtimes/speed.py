@@ -20,7 +20,7 @@ _DECILE = 0.1
 _GROUPS = 3  # of pairs, each of which must say the same
 _DOUBT = 1.1  # by which a few pairs may be off
 _LEAST, _ENOUGH, _MOST = 3, 5, 60  # pairs
-_ROUNDS = 1000  # of several models
+_ROUNDS, _LOOK = 1000, 9  # of several models; after how many one looks whether that is enough
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def side_by_side(
 def against_first(runners: Sequence[Session], feed: Feed, seconds: float = 1.0, limit: float = 5.0) -> list[Speed]:
     """How fast each of several models is, compared with the first: all run in turn, so that ratios are of the same moments.
 
-    seconds   to measure, if that gives five rounds
+    seconds   to measure, if that gives five rounds; less where it is clear before which one is the fastest
     limit     seconds after which three are enough
     """
     feeds = [dict(wanted(runner, feed)) for runner in runners]
@@ -116,7 +116,21 @@ def against_first(runners: Sequence[Session], feed: Feed, seconds: float = 1.0, 
             runners[which].run(None, feeds[which])
             taken[which] = time.perf_counter() - began
         rounds.append(taken)
-    return [Speed.of([(taken[0], taken[k]) for taken in rounds]) for k in range(len(runners))]
+        if len(rounds) % _LOOK == 0 and _clear(_speeds(rounds)):
+            break
+    return _speeds(rounds)
+
+
+def _speeds(rounds: Sequence[Sequence[float]]) -> list[Speed]:
+    """Of several models against the first, from the seconds of each in each round."""
+    return [Speed.of([(taken[0], taken[k]) for taken in rounds]) for k in range(len(rounds[0]))]
+
+
+def _clear(speeds: Sequence[Speed]) -> bool:
+    """True if it is beyond doubt which of several models is the fastest."""
+    faster = sum(speed.low > 1 + EQUAL for speed in speeds[1:])
+    slower = sum(speed.high < 1 - EQUAL for speed in speeds[1:])
+    return faster <= 1 and faster + slower == len(speeds) - 1
 
 
 def _enough(pairs: int, passed: float, seconds: float, limit: float) -> bool:

@@ -36,6 +36,7 @@ from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.search.alone import Alone
 from onnxq_plugins.search.quantizers import Group, multiply_adds, quantizer_groups
 from onnxq_plugins.spec import Array, Plan, QuantSpec, decode, from_range
+from onnxq_plugins.targets import STORED, channel_block
 from onnxq_plugins.targets.refusals import problems
 
 _MOST = 8  # layers that one tensor may need in float
@@ -50,6 +51,7 @@ _EVALUATIONS = (48, 120)  # of parts alone, at least and at most
 _REST = 0.02  # of the noise of a run that one half has, for the other half
 _TRIES = 3  # of giving back a culprit
 _SLACK = 1.0  # dB by which noise that is added up may be above what is measured
+_OPERATORS = 100  # bytes of what decodes a weight
 WIDE = 16  # bits of what is kept wide
 
 
@@ -274,9 +276,9 @@ class Search:
         except OnnxqError:
             return None
         layers = {y.name: y for y in self.planned.layers}
-        decoded = {n: y for n in floats if (y := layers.get(n)) and y.weight not in taken and self._decodes(y)}
+        stored = {n: spec for n in floats if (y := layers.get(n)) and (spec := self._stored(y, y.weight in taken))}
         kept = Plan({n: s for n, s in plan.items() if n in wanted or n not in self.base or n in self.planned.constants})
-        kept |= {y.weight: replace(self.job.plan[y.weight], decoded=True) for y in decoded.values()}
+        kept |= {layers[n].weight: spec for n, spec in stored.items()}
         fresh = Plan({n: spec for n, spec in wanted.items() if n not in self.base and n not in kept})
         trial = replace(self.job, plan=kept | fresh)
         planned = Planned.of(trial)
@@ -284,15 +286,23 @@ class Search:
             return None
         complete(trial)
         order, work = sorted(floats, key=lambda n: self.sets.order[n]), sum(self.work.get(n, 0) for n in floats)
-        listed = tuple(n for n in order if n in decoded)
+        listed = tuple(n for n in order if n in stored and stored[n].bits < STORED)
         return Fallback(
             taken, trial.plan, tuple(order), listed, tuple(wide), tuple(constants), work / self.total, np.zeros(0)
         )
 
-    def _decodes(self, layer: Layer) -> bool:
-        """True if the target stores the weight of a layer that runs in float as the codes that it has."""
-        rule = self.job.target.rule(layer, replace(self.job.plan[layer.weight], decoded=True), 0)
-        return rule is not None and rule.storage == "float"
+    def _stored(self, layer: Layer, exact: bool) -> QuantSpec | None:
+        """How the file holds the weight of a layer that runs in float; None for floats, where the target decodes no codes.
+
+        exact   not as the codes that it has, which cost too much, but in twice their bits
+        """
+        spec = replace(self.job.plan[layer.weight], decoded=True)
+        if exact:
+            spec = QuantSpec(STORED, True, channel_block(layer), decoded=True)
+            if 2 * int(np.prod(layer.shape)) < 4 * layer.channels + _OPERATORS:
+                return None
+        rule = self.job.target.rule(layer, spec, 0)
+        return spec if rule is not None and rule.storage == "float" else None
 
     def _widened(self, plan: Plan, name: str) -> Plan:
         """Entries of 16 bits for all that shares the width of an activation; none where the target lacks kernels."""

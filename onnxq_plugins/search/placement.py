@@ -7,7 +7,7 @@ minimum cut: each is an integer (0) or a float (1) and, as a float, in plain ord
     minimize  sum of kernels(label) + sum of conversions between neighbours of different labels
 
 where a tensor is converted once, however many operators read it. Costs come from a table (`runtimes.costs`), so that nothing
-depends on the machine or its load. Cuts are exact for energies of this form.
+depends on the machine's load. Cuts are exact for energies of this form.
 
 Source: Boykov, Veksler and Zabih, Fast approximate energy minimization via graph cuts (PAMI 2001); Ishikawa, Exact
 optimization for Markov random fields with convex priors (PAMI 2003) for the ordered labels."""
@@ -22,18 +22,22 @@ from typing import Any
 
 import numpy as np
 
+from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.flow import activation_inputs, maker_of, source_of
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.runtimes.costs import BLOCK, Costs, Kernel
+from onnxq_plugins.runtimes.costs import BLOCK, Costs, Kernel, table_of
 from onnxq_plugins.spec import Array
+from onnxq_plugins.targets import Target
 
 Shapes = Mapping[str, tuple[int, ...]]
 _PARTS = 1_000_000  # of the sum of all costs: capacities are integers
 _BLOCKED = frozenset(  # operators that take blocks of channels as they are
     {"Add", "Mul", "Sum", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Relu", "Clip"}
-    | {"LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "BatchNormalization"}
+    | {"LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Swish", "Gelu", "BatchNormalization"}
 )
-_FUSED = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "Add"})  # into the float Conv before
+_FUSED = frozenset(  # into the float Conv before
+    {"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Add"}
+)
 _LAST = frozenset(
     {"Conv", "MaxPool", "AveragePool", "GlobalAveragePool", "Resize"}
 )  # integer kernels on channels in the end
@@ -96,6 +100,21 @@ class Energy:
         return float(alone + sum(cost for (a, b), cost in self.pairs.items() if values[a] == 0 and values[b] == 1))
 
 
+def costs_of(target: Target, table: str = "") -> Costs | None:
+    """The table to decide by; None for a target without one.
+
+    table   the name that a recipe gives; "" takes that of the machine where the target's models run here, else the target's
+
+    Raises OnnxqError if a table that this machine should have measured is not there.
+    """
+    if not target.costs:
+        return None
+    costs = table_of(table) if table else table_of(target.costs, target.here)
+    if costs is None and table:
+        raise OnnxqError("placement.table: costs were not measured on this machine; run onnxq costs --measure.")
+    return costs
+
+
 class Placer:
     """Decides the operators of a planned network.
 
@@ -130,7 +149,8 @@ class Placer:
         for name, value in (("integer", 0), ("float", 1)):
             values[name] = self.energy.minimize({self.floats[n]: value for n in self.choices} | self.fixed)
         floats = frozenset(name for name in self.choices if values["placed"][self.floats[name]])
-        return Placement(floats, {name: self.energy.of(each) for name, each in values.items()})
+        call = self.costs.call(len(self.graph.inputs) + len(self.graph.outputs))
+        return Placement(floats, {name: call + self.energy.of(each) for name, each in values.items()})
 
     # ---- kernels -------------------------------------------------------------------------------------------------------
 
@@ -169,14 +189,14 @@ class Placer:
         """An operator with its sizes; None where they are unknown."""
         layer = self.layers.get(str(node.name))
         inputs = [self.shapes.get(t) for t in activation_inputs(self.graph, node)]
-        output = self.shapes.get(node.outputs[0].name)
+        output = next((self.shapes.get(t.name) for t in node.outputs if t.name), None)
         if output is None or any(shape is None for shape in inputs):
             return None
         weight = () if layer is None else layer.shape
         if layer is not None and layer.op in ("Gemm", "MatMul"):
             weight = (layer.shape[layer.in_axis], layer.shape[layer.out_axis])
         known = tuple(shape for shape in inputs if shape is not None)
-        return Kernel(str(node.op), known, output, weight, 1 if layer is None else layer.groups)
+        return Kernel(str(node.op), known, output, weight, 1 if layer is None else layer.groups, node.attrs)
 
     def _time(self, node: Any, kernel: Kernel, integer: bool) -> float:
         if node.op in _VIEWS:
@@ -189,7 +209,7 @@ class Placer:
             return False
         if node.op != "Conv":
             return node.op in _BLOCKED and all(len(shape) == 4 for shape in kernel.inputs)
-        return bool(kernel.weight) and (kernel.groups == 1 or kernel.groups % BLOCK == 0)
+        return kernel.blocked
 
     def _fuses(self, node: Any) -> int | None:
         """The variable of the convolution before an operator that computes that, too, where both are float."""

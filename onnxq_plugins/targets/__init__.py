@@ -8,7 +8,15 @@ from onnxq_plugins.targets.per_tensor import PER_TENSOR
 from onnxq_plugins.targets.portable import PORTABLE, QOPERATOR
 from onnxq_plugins.targets.qnn import QNN
 from onnxq_plugins.targets.storage import STORAGE
-from onnxq_plugins.targets.target import Granularity, Rule, Target, channel_block, channel_multipliers, granularity_of
+from onnxq_plugins.targets.target import (
+    STORED,
+    Granularity,
+    Rule,
+    Target,
+    channel_block,
+    channel_multipliers,
+    granularity_of,
+)
 from onnxq_plugins.targets.web import WEB
 
 BUILTIN = (
@@ -27,4 +35,14 @@ BUILTIN = (
     QOPERATOR,
 )
 
-__all__ = ["BUILTIN", "STORAGE", "Granularity", "Rule", "Target", "channel_block", "channel_multipliers", "granularity_of"]
+__all__ = [
+    "BUILTIN",
+    "STORAGE",
+    "STORED",
+    "Granularity",
+    "Rule",
+    "Target",
+    "channel_block",
+    "channel_multipliers",
+    "granularity_of",
+]

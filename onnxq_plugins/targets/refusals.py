@@ -103,7 +103,7 @@ def needs_narrow(target: Target, plan: Plan) -> bool:
         return any(spec.bits > 8 for spec in plan.values())
     return any(
         spec.bits <= 4
-        or spec.bits > 8
+        or (spec.bits > 8 and not spec.decoded)  # a Cast takes them in any opset
         or max(spec.sub_block or (0,)) > 1
         or (spec.block is not None and len(spec.block) == 2 and max(spec.block) > 1)
         for spec in plan.values()

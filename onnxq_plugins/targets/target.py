@@ -13,6 +13,7 @@ from onnxq_plugins.graph import Layer
 from onnxq_plugins.runtimes.runtime import Runtime
 from onnxq_plugins.spec import Block, QuantSpec
 
+STORED = 16  # bits of weights that are as good as floats: of layers that 8 bits would cost too much
 Granularity = Literal["tensor", "channel", "block", "tile"]
 Storage = Literal["int8", "int4", "blocked", "float"]
 
@@ -185,7 +186,8 @@ class Target:
 
     def rule(self, layer: Layer, weight: QuantSpec, activations: int) -> Rule | None:
         """The rule a layer falls under, or None if the target has no quantized kernel for it. A weight that is to be decoded
-        is stored as float tiles are, where a kernel would read its blocks, or codes beside 8-bit inputs."""
+        is stored as float tiles are, where a kernel would read its blocks, or codes beside 8-bit inputs; of `STORED` bits,
+        too."""
         if weight.decoded and activations:
             return None
         shape = granularity_of(layer, weight)
@@ -205,7 +207,7 @@ class Target:
                 decoded = weight.decoded and rule.storage == "blocked"
                 return replace(rule, kernel=rule.op, storage="float") if decoded else rule
         if weight.decoded and self.decodes:
-            beside = self.rule(layer, replace(weight, decoded=False), 8)
+            beside = self.rule(layer, replace(weight, decoded=False, bits=8 if weight.bits == STORED else weight.bits), 8)
             return beside and replace(beside, kernel=layer.op, activations=0, storage="float", narrow=False)
         return None
 

@@ -37,7 +37,7 @@ def network(channels=12, size=96):
 
 
 def made(model, *passes, **settings_):
-    steps = [{"use": "placement", "check": False}] if not passes else list(passes)
+    steps = [{"use": "placement", "check": False, "table": TABLE.name}] if not passes else list(passes)
     return quantize(model, {"pass": [*steps, {"use": "ranges"}], **settings_}, feeds(model, 4), workers=1)
 
 
@@ -75,7 +75,8 @@ def test_codes_are_learned_for_layers_in_float_that_read_codes():
     for _ in range(3):
         slow = net.op("Relu", net.conv(slow, 4, 4, groups=4))
     model = net.model(net.op("Concat", wide, slow, axis=1))
-    result = made(model, {"use": "placement", "check": False}, {"use": "ranges"}, {"use": "round"})
+    placement = {"use": "placement", "check": False, "table": TABLE.name}
+    result = made(model, placement, {"use": "ranges"}, {"use": "round"})
     floats = {row["name"] for row in result.report.layers if row.get("why_float_kind") == "slower"}
     assert floats and floats != {y.name for y in result.graph.layers}
     for feed in feeds(model, 2, seed=1):
@@ -180,6 +181,6 @@ def test_costs_are_positive_and_grow_with_size():
 
 
 def test_an_unknown_kernel_costs_what_an_addition_does():
-    costs = Costs("mine", "", {"Add float": [1.0, 0, 0.5, 0, 0, 0, 0], "Add int": [2.0, 0, 0, 0, 0, 0, 0]})
+    costs = Costs("mine", "", {"Add float": [1.0, 0, 0.5, 0, 0, 0, 0, 0], "Add int": [2.0, 0, 0, 0, 0, 0, 0, 0]})
     kernel = Kernel("Celu", ((1, 1000),), (1, 1000))
     assert costs.of(kernel) == pytest.approx(1.5) and costs.of(kernel, True) == pytest.approx(2.0)

@@ -104,3 +104,13 @@ def test_several_models_run_in_turn(monkeypatch, seconds, rounds):
     assert [one.ratio for one in found] == pytest.approx([1.0, 0.5, 2.0, 2.0])
     assert {one.pairs for one in found} == {rounds} and clock.runs == 4 * (rounds + 1)
     assert found[1].slower and not any(one.slower for one in (found[0], *found[2:]))
+
+
+def test_timing_ends_where_it_is_clear_which_model_is_the_fastest(monkeypatch):
+    for shares, rounds in (((1.0, 2.0, 0.5), 9), ((1.0, 2.0, 3.0), 9), ((1.0, 0.99), 100), ((1.0, 0.5, 0.5), 34)):
+        clock = Clock()
+        monkeypatch.setattr(speed, "time", clock)
+        runners = [named(clock, 0.01 * share) for share in shares]
+        seconds = 10.0 if rounds == 9 else sum(shares) * 0.01 * rounds - 1e-6
+        found = speed.against_first(runners, {}, seconds, limit=10.0)
+        assert {one.pairs for one in found} == {rounds}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 
 from onnxq_plugins import quantize, runtimes
@@ -12,7 +13,9 @@ from onnxq_plugins.export.qdq import export
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.measure.arrays import sqnr
 from onnxq_plugins.measure.samples import Samples
+from onnxq_plugins.runtimes.onnxruntime import audit_model
 from onnxq_plugins.search.fallback import Part, Search
+from onnxq_plugins.targets.refusals import needs_narrow
 from onnxq_plugins.testing.exact import exact_session
 from tests.jobs import LAYERED, make_job
 from tests.networks import network, weight
@@ -192,13 +195,32 @@ def test_all_activations_in_float_leave_rounded_weights(name):
     assert min(sqnr(y, z) for y, z in zip(expected, exported, strict=True)) > 90
 
 
-def test_a_weight_that_8_bits_destroy_is_float():
+def test_a_weight_that_8_bits_destroy_is_stored_in_16_or_in_float_where_that_is_smaller():
     model = silu(3000.0)  # one output channel of the depthwise layer reads values a thousand times larger
     _, search = searched(model, pictures(8), {"weights": {"block": "tensor"}, "target": "ort-cpu"})
     found = search.run([60.0], [1.0])
     assert found is not None and {*search.weights.values()} & {*found.taken}
-    gone = [name for name, weight in search.weights.items() if weight in found.taken]
-    assert not {search.weights[name] for name in gone} & {*found.plan} and not {*gone} & {*found.decoded}
+    gone = [y for y in search.planned.layers if y.weight in found.taken]
+    assert gone and not {y.name for y in gone} & {*found.decoded}
+    for layer in gone:
+        spec, size = found.plan.get(layer.weight), int(np.prod(layer.shape))
+        assert (spec is None) is (2 * size < 4 * layer.channels + 100)
+        assert spec is None or (spec.bits, spec.decoded, spec.solved) == (16, True, True)
+    exported = runtimes.session(export(search.job.graph, found.plan, search.job.target))
+    assert min(found.sqnr) >= 60 and search.samples.outputs(exported)
+
+
+def test_weights_of_16_bits_are_counted_and_need_no_newer_opset():
+    model = network([("Conv", ["x", "w"], ["y"], {})], [1, 3, 12, 12], {"w": weight((256, 3, 5, 5))})
+    job, search = searched(model, pictures(8), {"target": "ort-cpu"})
+    (layer,) = search.planned.layers
+    found = search.made(job.plan, (layer.weight,))
+    assert found.plan[layer.weight].bits == 16 and not needs_narrow(found.plan)
+    exported = export(job.graph, found.plan, job.target)
+    assert sum(t.data_type == onnx.TensorProto.INT16 for t in exported.graph.initializer) == 1
+    expected, made = (search.samples.outputs(runtimes.session(m)) for m in (model, exported))
+    assert min(sqnr(y, z) for y, z in zip(expected, made, strict=True)) > 85
+    assert "1 Conv stored in 16 bits, computes float" in audit_model(exported).summary
 
 
 def test_a_target_that_decodes_nothing_gets_float_weights():
