@@ -22,6 +22,7 @@ _MARGIN = 2.0  # dB by which saved outputs must be above what was not enough: ot
 _MOST = 0.25  # of the multiply-adds in float, where destroyed outputs are already saved
 _WORTH = 3.0  # dB that a fallback must gain that was not asked for
 _BETTER = 1.0  # dB that other ranges must gain
+_SAVED = 30.0  # dB that outputs of plain codes seldom have once layers in float have saved them
 _PLAIN = 8  # bits of weights whose codes need not be learned
 _LOST = 15.0  # dB under which that may cost any number of layers: less is warned of (`measure.verdict`)
 
@@ -47,7 +48,7 @@ def keep_quality(job: Job) -> Samples | None:
         return None
     before = now = decibels(job, judge.samples, job.plan)
     found, samples = None, judge.samples
-    if learned and not quality.asked and before.min() < quality.sqnr and _no_narrower(job):
+    if learned and not quality.asked and before.min() < _SAVED and _no_narrower(job):
         found = _as_plain(job, samples, before)
     if found is None and before.min() < quality.least:
         now = _clipped(job, samples, before)
