@@ -1,4 +1,4 @@
-"""What a plan needs beside the weights of integer layers: entries of what they read and write; and which it needs no more."""
+"""What a plan needs beside the weights of integer layers: entries of what they read and write; and what it needs no more."""
 
 from __future__ import annotations
 
