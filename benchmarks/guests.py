@@ -4,9 +4,9 @@
     python -m benchmarks.guests npu FOLDER [MODEL ...]
     python -m benchmarks.guests loading [--other CHECKOUT] [--times 15]
 
-side     int8 with acme.side-path beside int8: SQNR on samples that neither was made from, milliseconds in turn, one thread
+side     int8 with acme.side-path beside int8: SQNR on samples that neither was made from, time of the processor, in turn
 npu      files for acme.edge in onnxruntime beside the same plan exported for ort-cpu: SQNR of both on such samples
-loading  milliseconds of importing the package and of `find_plugins`, here and in another checkout, in turn
+loading  milliseconds of the processor for importing the package and for `find_plugins`, here and in another checkout
 
 FOLDER as in benchmarks.zoo. Prints Markdown.
 """
@@ -17,6 +17,7 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,21 +29,19 @@ from benchmarks.zoo import open_folder
 from onnxq_plugins import OnnxqError, Result, quantize, runtimes
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.measure.metrics import worst_sqnr
-from onnxq_plugins.runtimes.speed import side_by_side
 from onnxq_plugins.targets import ORT_CPU
 from onnxq_plugins.targets.misfits import misfits
 
 ROOT = Path(__file__).parents[1]
 LOADING = """
 import time
-begin = time.perf_counter()
+begin = time.process_time()
 import onnxq_plugins
 from onnxq_plugins.plugins import find_plugins
-middle = time.perf_counter()
-for _ in range(5):
-    last = time.perf_counter()
+middle = time.process_time()
+for _ in range(20):
     find_plugins()
-print(1e3 * (middle - begin), 1e3 * (time.perf_counter() - last))
+print(1e3 * (middle - begin), 1e3 * (time.process_time() - middle) / 20)
 """
 
 
@@ -80,13 +79,26 @@ def side(folder: Path, name: str, seconds: float) -> None:
     }
     runners = [runtimes.session(result.model) for result in results.values()]
     pairs = [tuple(runtimes.wanted(runner, feed) for runner in runners) for feed in unseen]
-    speed = side_by_side(tuple(runners), pairs, [], seconds, 4 * seconds)
+    spent = in_turn(runners, pairs, seconds)
     print(f"| {name} | dB | kB | ms | times int8's latency | layers split |\n|{'---|' * 6}")
-    for key, result, milliseconds in zip(results, results.values(), (speed.reference, speed.quantized), strict=True):
-        ratio = milliseconds / speed.reference
+    for key, result, milliseconds in zip(results, results.values(), spent, strict=True):
+        ratio = milliseconds / spent[0]
         split = next((len(s["result"]["layers"]) for s in result.report.steps if s["pass"] == "acme.side-path"), 0)
         decibels, size = _sqnr(zoo.path(name), result.model, unseen), result.model.ByteSize() / 1e3
         print(f"| {key} | {decibels:.1f} | {size:.0f} | {milliseconds:.2f} | {ratio:.2f} | {split} |")
+
+
+def in_turn(runners: Sequence[runtimes.Session], feeds: Sequence[tuple], seconds: float) -> list[float]:
+    """Milliseconds of processor time of a run of each session on one thread; means over runs in turn, in
+    which other processes do not count."""
+    times: list[list[float]] = [[] for _ in runners]
+    while sum(map(sum, times)) < seconds:
+        for each in feeds:
+            for runner, feed, spent in zip(runners, each, times, strict=True):
+                begin = time.thread_time()
+                runner.run(None, dict(feed))
+                spent.append(time.thread_time() - begin)
+    return [1e3 * float(np.mean(spent)) for spent in times]
 
 
 def npu(folder: Path, names: Sequence[str]) -> None:

@@ -25,7 +25,8 @@ from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.soundness import Structure, mend, newest_named, same_structure, structure
 from onnxq_plugins.job import Job, Pass, parameters
 from onnxq_plugins.plan.entries import entry_problem
-from onnxq_plugins.plan.missing import missing
+from onnxq_plugins.plan.missing import idle, missing
+from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plugins import Plugins
 from onnxq_plugins.report.causes import Cause
 from onnxq_plugins.report.remedies import Remedy
@@ -47,6 +48,7 @@ def run_pass(job: Job, step: Pass, plugins: Plugins, verify: bool) -> dict[str, 
     """
     data = job.calibration.data  # the pass may bring its own
     plan, weights, shape = job.plan, _weights(job.graph), structure(job.graph)
+    read = Planned.of(job).read if step.stage == "rewrite" else set()
     reference = _probe(job.graph, data) if verify and step.exact else None
     job.graph.touched.clear()
     start = time.perf_counter()
@@ -71,6 +73,7 @@ def run_pass(job: Job, step: Pass, plugins: Plugins, verify: bool) -> dict[str, 
         )
     if not same_structure(shape, job.graph):
         job.plan |= missing(job)
+        job.plan = job.plan.without(*idle(job, read))
     for name, spec in job.plan.items():
         if spec is not plan.get(name) and (problem := entry_problem(job.graph, name, spec)):
             raise LawBroken(

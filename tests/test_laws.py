@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ from onnxq_plugins import Pass, hookimpl, quantize
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.soundness import same_structure, structure
 from onnxq_plugins.laws import LawBroken
-from tests.zoo import cnn, feeds, transformer
+from tests.zoo import cnn, feeds, mlp, transformer
 
 HERE = r"tests/test_laws\.py, line \d+"
 
@@ -187,3 +188,39 @@ def test_what_a_pass_adds_has_shapes_and_types_and_the_plan_that_layers_need():
     layer = result.graph.layers[-1]
     assert result.graph.shape(layer.input) is not None and layer.input in result.plan
     assert all(spec.solved for spec in result.plan.values())
+
+
+def test_an_activation_that_only_float_operators_read_is_taken_out_of_the_plan():
+    """A pass puts a float layer before an integer one: what it reads needs no codes any more."""
+
+    def turned(job):
+        layer = job.graph.layers[1]
+        node, size = job.graph.producer(layer.output), layer.shape[layer.in_axis]
+        eye = job.graph.add_constant("eye", np.eye(size, dtype=np.float32))
+        turn = job.graph.add_node("MatMul", "turn", [node.inputs[0], eye])
+        job.graph.set_input(node, 0, turn.outputs[0])
+        job.keep_float(turn.name, "a test")
+        seen.append(layer.input)
+
+    @dataclass(frozen=True)
+    class Turn(Pass):
+        """Turns."""
+
+        name: ClassVar[str] = "acme.turn"
+        stage: ClassVar[str] = "rewrite"
+
+        def apply(self, job):
+            turned(job)
+
+    class Brought:
+        @hookimpl
+        def onnxq_passes(self):
+            return [Turn]
+
+    seen: list[str] = []
+    recipe = {"pass": [{"use": "acme.turn"}, {"use": "ranges"}]}
+    result = quantize(mlp(), recipe, feeds(mlp(), 4), plugins=[Brought()], workers=1, check=False)
+    assert seen[0] not in result.plan
+    assert sum(node.op_type == "QuantizeLinear" for node in result.model.graph.node) == 3
+    row = next(row for row in result.report.layers if row["name"] == "turn")
+    assert row["kernel"] in ("MatMul", "unknown") and row["why_float"] == "a test" and "3/3 Gemm" in result.summary

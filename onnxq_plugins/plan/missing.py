@@ -1,10 +1,10 @@
-"""What a plan needs beside the weights of integer layers: entries of what they read and write."""
+"""What a plan needs beside the weights of integer layers: entries of what they read and write; and what it needs no more."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from onnxq_plugins.graph.flow import activation_inputs, result_of
+from onnxq_plugins.graph.flow import activation_inputs, maker_of, result_of
 from onnxq_plugins.job import FLOAT, Job
 from onnxq_plugins.job.weights import activation_request
 from onnxq_plugins.plan.planned import Planned
@@ -46,3 +46,22 @@ def _between(job: Job, found: Mapping[str, QuantSpec]) -> dict[str, QuantSpec]:
         if all(source_in(graph, plan, name) for name in activation_inputs(graph, node)):
             entries[result] = made
     return entries
+
+
+def idle(job: Job, read: Collection[str]) -> set[str]:
+    """Planned activations that integer operators have read, and that none reads now, nor has to write: a pass has put float
+    operators there, which codes would only cost.
+
+    read   what integer operators read before the pass (`Planned.read`)
+    """
+    if job.target.whole:
+        return set()
+    view, layers = Planned.of(job), {layer.name for layer in job.graph.layers}
+
+    def written(name: str) -> bool:
+        maker = maker_of(job.graph, name)
+        if maker is None or maker.name not in view.integer:
+            return False
+        return maker.op in job.target.output_scale or (maker.name not in layers and maker.op != "MatMul")
+
+    return {name for name in ({*read} & {*view.activations}) - view.read if not written(name)}

@@ -102,6 +102,12 @@ class Planned:
         return names
 
     @cached_property
+    def read(self) -> set[str]:
+        """Planned activations that integer operators read."""
+        nodes = [node for node in self.graph.nodes if node.name in self.integer]
+        return {self.source(name) for node in nodes for name in activation_inputs(self.graph, node)}
+
+    @cached_property
     def carriers(self) -> set[str]:
         """Names of the shape-only operators between a planned tensor and an integer reader: they move codes. Where targets
         quantize as a whole, also those behind an integer operator."""

@@ -203,11 +203,12 @@ def is_product(node: onnx.NodeProto, constants: set[str]) -> bool:
 
 
 def chain(node: onnx.NodeProto, readers: dict[str, list[onnx.NodeProto]]) -> Iterator[onnx.NodeProto]:
-    """A node, its only reader, the only reader of that, and so on for three steps."""
+    """A node, its only reader, the only reader of that, and so on for three steps, as far as they can be one kernel: nothing
+    that decodes codes, no other layer."""
     yield node
     for _ in range(3):
         after = readers.get(node.output[0], [])
-        if len(after) != 1:
+        if len(after) != 1 or after[0].op_type in ("DequantizeLinear", *LAYER_OPS):
             return
         node = after[0]
         yield node

@@ -27,7 +27,8 @@ EDGE = Target(
     operators=frozenset(
         {
             *("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Max", "Min", "Greater", "Where", "Cast"),
-            *("Relu", "LeakyRelu", "Clip", "Sigmoid", "HardSigmoid", "Tanh", "Erf", "Softmax"),
+            *("Relu", "PRelu", "LeakyRelu", "Clip", "Sigmoid", "HardSigmoid"),
+            *("Tanh", "Erf", "Softmax"),
             *("Conv", "ConvTranspose", "MatMul", "MaxPool", "AveragePool", "GlobalAveragePool"),
             *("ReduceMean", "ReduceMax", "Concat", "Split", "Slice", "Pad", "Gather", "Resize"),
             *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Shape"),

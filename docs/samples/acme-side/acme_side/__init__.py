@@ -67,8 +67,6 @@ class SidePath(Pass):
         inside = graph.add_node("Clip", "", [few.outputs[0], low, high])
         beyond = graph.add_node("Sub", "", [few.outputs[0], inside.outputs[0]])
         clipped = graph.add_node("Clip", "", [name, low, high])
-        if len(job.readers(name)) == len(layers) + 2:  # the Gather and the Clip: no other reads it
-            job.plan = job.plan.without(name)  # it is the clipped tensor that becomes codes
         for layer in layers:
             output = graph.tensor(layer.output)
             node = graph.producer(layer.output)
