@@ -39,7 +39,7 @@ from onnxq_plugins.selection import auto
 from onnxq_plugins.spec import Plan, QuantSpec
 from onnxq_plugins.targets import Rule, Target
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Audit",
     "BatchNorm",

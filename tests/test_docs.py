@@ -107,6 +107,19 @@ def test_commands_and_links_exist(page):
         assert (page.parent / target).exists(), target
 
 
+def test_what_a_release_says_of_itself():
+    """The changelog begins with the version; extras that anything names exist, and so do the Pythons that are promised."""
+    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert first and first[1] == onnxq.__version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    sources = [*PAGES, *(ROOT / "onnxq_plugins").rglob("*.py"), *(ROOT / "docs" / "examples").glob("*")]
+    named = {name for file in sources for name in re.findall(r"onnxq-plugins\[(\w+)\]", file.read_text("utf-8"))}
+    assert {"ir", "olive", "openvino", "report"} <= named <= set(project["optional-dependencies"])
+    pythons = {found for line in project["classifiers"] for found in re.findall(r":: (3\.\d+)$", line)}
+    (tried,) = re.findall(r"for version in (.*); do", (ROOT / ".ci" / "release").read_text("utf-8"))
+    assert pythons == set(tried.split()) and f">={min(pythons)}" == project["requires-python"]
+
+
 def test_every_hook_pass_target_and_recipe_is_documented():
     text = "\n".join(page.read_text("utf-8") for page in [*PAGES, ROOT / "CHANGELOG.md"])
     plugins = find_plugins()
