@@ -215,7 +215,7 @@ def test_weights_of_16_bits_are_counted_and_need_no_newer_opset():
     job, search = searched(model, pictures(8), {"target": "ort-cpu"})
     (layer,) = search.planned.layers
     found = search.made(job.plan, (layer.weight,))
-    assert found.plan[layer.weight].bits == 16 and not needs_narrow(found.plan)
+    assert found.plan[layer.weight].bits == 16 and not needs_narrow(job.target, found.plan)
     exported = export(job.graph, found.plan, job.target)
     assert sum(t.data_type == onnx.TensorProto.INT16 for t in exported.graph.initializer) == 1
     expected, made = (search.samples.outputs(runtimes.session(m)) for m in (model, exported))
