@@ -151,7 +151,7 @@ def _converted(path: Path, target: Target) -> Retargeted:
         )
     model = read(path)
     if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-        raise OnnxqError(f"model '{path}' is not quantized; use onnxq quantize --data PATH --target {target.name}.")
+        raise OnnxqError(f"model '{path}' is not quantized; use onnxq quantize with --target {target.name}.")
     OnnxqError.check(missing_operators(target, model))
     if target.static:
         shapes = next((p.value for p in model.metadata_props if p.key == SHAPES_KEY), "{}")
