@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx
 
+from onnxq_plugins.calibration.branches import branches
 from onnxq_plugins.engine.plans import Solved, is_plan, read_plan
 from onnxq_plugins.engine.result import encoded, save
 from onnxq_plugins.engine.retarget import retargeted
@@ -135,6 +136,8 @@ def _written(solved: Solved, recipe: Recipe, plugins: Plugins) -> Retargeted:
     if solved.open:
         values[SHAPES_KEY] = json.dumps(solved.open)
     sign_again(model, values)
+    for branch in branches(job.graph):
+        job.note(f"{branch.words} is written in float: quantize for this target to have it in integers")
     describe(job, model, None, solved.size)
     if target.static:
         fix_shapes(model, solved.shapes, target.name)
