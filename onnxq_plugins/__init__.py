@@ -5,7 +5,9 @@ The public names are all here, and in the modules that docs/write-a-plugin.md na
 
 from onnxq_plugins.calibration import Calibration, Gram, Histogram, Moments
 from onnxq_plugins.data import Data, DataOptions, open_data
-from onnxq_plugins.engine import Result, quantize
+from onnxq_plugins.edge.audits import audit
+from onnxq_plugins.edge.matrix import matrix
+from onnxq_plugins.engine import Result, Retargeted, quantize, retarget
 from onnxq_plugins.errors import OnnxqError, OnnxqWarning
 from onnxq_plugins.export.overrides import ort_arguments, ort_model, ort_overrides
 from onnxq_plugins.graph import (
@@ -31,8 +33,8 @@ from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.runtimes import register_custom_ops
 from onnxq_plugins.runtimes.audit import Audit, LayerAudit
-from onnxq_plugins.runtimes.audits import audit
 from onnxq_plugins.runtimes.onnxruntime import audit_model
+from onnxq_plugins.runtimes.runtime import Executed, Inspection, Proof, Runtime
 from onnxq_plugins.selection import auto
 from onnxq_plugins.spec import Plan, QuantSpec
 from onnxq_plugins.targets import Rule, Target
@@ -50,9 +52,11 @@ __all__ = [
     "Data",
     "DataOptions",
     "Diagnosis",
+    "Executed",
     "Gram",
     "Graph",
     "Histogram",
+    "Inspection",
     "Job",
     "Layer",
     "LayerAudit",
@@ -61,11 +65,14 @@ __all__ = [
     "OnnxqWarning",
     "Pass",
     "Plan",
+    "Proof",
     "QuantSpec",
     "Recipe",
     "Remedy",
     "Result",
+    "Retargeted",
     "Rule",
+    "Runtime",
     "Target",
     "audit",
     "audit_model",
@@ -75,6 +82,7 @@ __all__ = [
     "diagnose",
     "hookimpl",
     "load",
+    "matrix",
     "open_data",
     "ort_arguments",
     "ort_model",
@@ -85,5 +93,6 @@ __all__ = [
     "register_custom_ops",
     "replace_with_sum",
     "rescale",
+    "retarget",
     "split_outputs",
 ]

@@ -64,7 +64,7 @@ def load_recipe(
         )
     problems: list[str] = []
     table = _extended(table, where, passes, files, problems)
-    settings = _texts(settings, problems)
+    settings = texts(settings, problems)
     for setting in settings:
         apply_setting(table, setting, problems)
     where += f" (with {', '.join(settings)})" * bool(settings)
@@ -250,7 +250,7 @@ def _read(recipe: str | os.PathLike[str], builtin: Mapping[str, Path]) -> tuple[
     return table, f"recipe '{recipe}'"
 
 
-def _texts(settings: Settings, problems: list[str]) -> list[str]:
+def texts(settings: Settings, problems: list[str]) -> list[str]:
     """Settings as texts, one each."""
     texts = []
     for setting in [settings] if isinstance(settings, (str, Mapping)) else settings:

@@ -40,7 +40,7 @@ FLOORS = [
     ["plugins", "report"],
     ["laws"],
     ["engine"],
-    ["selection", "ort", "ir"],
+    ["selection", "ort", "ir", "edge"],
     [""],
     ["testing"],
     ["cli"],

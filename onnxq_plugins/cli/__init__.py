@@ -16,6 +16,7 @@ from onnxq_plugins.cli.choice import auto_command
 from onnxq_plugins.cli.console import echo, fail, interruptible
 from onnxq_plugins.cli.inspection import compare_command, diagnose_command
 from onnxq_plugins.cli.inventory import check_command, plugins_command, recipes_command
+from onnxq_plugins.cli.matrix import matrix_command
 from onnxq_plugins.cli.new_plugin import new_plugin_command
 from onnxq_plugins.cli.options import flatten
 from onnxq_plugins.cli.quantization import quantize_command
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "quantize": quantize_command,
     "auto": auto_command,
     "audit": audit_command,
+    "matrix": matrix_command,
     "diagnose": diagnose_command,
     "compare": compare_command,
     "plugins": plugins_command,

@@ -11,11 +11,13 @@ from rich.table import Table
 
 from onnxq_plugins.cli.console import echo, notify, show
 from onnxq_plugins.cli.options import CustomOps, DataPath, ImageOptions, Model, ShapeList, read_shapes
+from onnxq_plugins.cli.proofs import runtime_settings, show_proof
+from onnxq_plugins.edge.audits import SAMPLES
+from onnxq_plugins.edge.audits import audit as audit_of
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import recipe_of
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.runtimes.audit import Audit
-from onnxq_plugins.runtimes.audits import audit as audit_of
 from onnxq_plugins.runtimes.changes import what_to_change
 from onnxq_plugins.runtimes.spending import Spent, classes
 
@@ -26,7 +28,15 @@ def audit_command(
     against: Annotated[
         Path | None, typer.Option(show_default=False, help="the float model: times and profiles both, interleaved")
     ] = None,
-    runtime: Annotated[str, typer.Option("--runtime", help="onnxruntime or openvino")] = "onnxruntime",
+    runtime: Annotated[
+        str, typer.Option("--runtime", help="onnxruntime, openvino, qnn, web, tract, opencv, or that of an installed target")
+    ] = "onnxruntime",
+    python: Annotated[str, typer.Option(show_default=False, help="a Python that has the runtime, if this one has not")] = "",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", show_default=False, help="a setting of the runtime: soc_model=60"),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="that other runtimes than onnxruntime run; 0 for all")] = SAMPLES,
     data: DataPath = "",
     images: ImageOptions,
     shape: ShapeList = None,
@@ -34,7 +44,8 @@ def audit_command(
 ) -> None:
     """Show for every layer of MODEL which kernel runs it, and if that is a float kernel, why.
 
-    With --against, --data or --shape also where the time goes, and what to change first.
+    With --against, --data or --shape also where the time goes, and what to change first. Other runtimes than onnxruntime run
+    samples of --data, or random numbers, and are compared with it.
     """
     audit = audit_of(
         model,
@@ -43,7 +54,17 @@ def audit_command(
         data=data or None,
         options=images.data_options(),
         shapes=read_shapes(shape),
+        settings=runtime_settings(settings, python),
+        samples=samples,
     )
+    if audit.proof is not None:
+        show_proof(audit.proof, audit)
+        return
+    _show_audit(audit, model, against)
+
+
+def _show_audit(audit: Audit, model: Path, against: Path | None) -> None:
+    """Print what to change, the layers, and times if there are any."""
     if changes := what_to_change(audit, _placed(model)):
         echo("what to change:")
         for number, text in enumerate(changes, 1):

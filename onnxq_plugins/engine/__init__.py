@@ -19,6 +19,7 @@ from onnxq_plugins.calibration.shapes import complete_shapes
 from onnxq_plugins.data import Data, Source
 from onnxq_plugins.data.outliers import usual
 from onnxq_plugins.engine.result import Result
+from onnxq_plugins.engine.targets import Retargeted, retarget
 from onnxq_plugins.engine.writing import export_job
 from onnxq_plugins.errors import JUDGE, NUMBER, PATH, SEVERAL, TABLE, TEXT, WHOLE, OnnxqError, OnnxqWarning, expects
 from onnxq_plugins.export.compact import Names, check_names
@@ -44,7 +45,7 @@ from onnxq_plugins.spec import Array
 from onnxq_plugins.targets import Target
 from onnxq_plugins.targets.refusals import problems, unheld
 
-__all__ = ["Result", "quantize"]
+__all__ = ["Result", "Retargeted", "quantize", "retarget"]
 
 _Solved = tuple[Job, Path | onnx.ModelProto | None, int, Samples | None]
 

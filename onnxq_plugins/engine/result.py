@@ -7,12 +7,29 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from onnxq_plugins import files
 from onnxq_plugins.data import Source
+from onnxq_plugins.engine.plans import Solved
 from onnxq_plugins.errors import PATH, expects
 from onnxq_plugins.job import Outcome
 from onnxq_plugins.report.check import Check
 from onnxq_plugins.report.page import write_report
+from onnxq_plugins.targets import Target
+
+
+def save(target: Target, model: onnx.ModelProto, path: Path) -> Path:
+    """Write a QDQ model in the format of a target, whole or not at all."""
+    if target.write is None:
+        return files.save_model(model, path)
+    files.check_writable(path)
+    return files.write_file(encoded(target, model), path)
+
+
+def encoded(target: Target, model: onnx.ModelProto) -> bytes:
+    """A QDQ model in the format of a target."""
+    return model.SerializeToString() if target.write is None else target.write(model, target.settings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +45,15 @@ class Result(Outcome):
 
     @expects(path=PATH)
     def save(self, path: str | Path) -> Path:
-        """Write the model; an existing file is replaced only when the new one is complete."""
-        return files.save_model(self.model, Path(path))
+        """Write the model in the target's format; an existing file is replaced only when the new one is complete."""
+        return save(self.target, self.model, Path(path))
+
+    @expects(path=PATH)
+    def save_plan(self, path: str | Path) -> Path:
+        """Write the solved plan with all that `retarget` needs to write the network for other targets, without samples: the
+        float network after the passes, values and codes, the recipe, and the ranges of what is in float, for which the
+        samples are run once."""
+        return Solved.of(self).write(Path(path))
 
     @expects(path=PATH)
     def save_report(self, path: str | Path, data: Source | None = None, **options: Any) -> Path:

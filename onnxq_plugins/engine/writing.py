@@ -16,7 +16,8 @@ import onnx
 from onnxq_plugins import files
 from onnxq_plugins.calibration.branches import BranchFeeds, branches, put_back
 from onnxq_plugins.data import Data, DataOptions
-from onnxq_plugins.engine.result import Result
+from onnxq_plugins.engine.plans import sample_shapes
+from onnxq_plugins.engine.result import Result, save
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.compact import compact
 from onnxq_plugins.export.provenance import sign
@@ -71,7 +72,8 @@ def export_job(
             for n, what in ((sum(widened.values()), "nearly empty channel"), (len(widened), "layer"))
         )
         job.note(f"scales of {channels} in {layers} were widened so that their biases fit int32")
-    data = files.DataFile(path) if path is not None and job.graph.mapped.size > files.LARGE else None
+    large = path is not None and job.graph.mapped.size > files.LARGE and job.target.write is None
+    data = files.DataFile(path) if path is not None and large else None
     with data or contextlib.nullcontext():
         model = export(job.graph, job.plan, job.target, data=data)
         rows = [] if data is not None else _quantize_branches(job, model, again)
@@ -87,17 +89,12 @@ def export_job(
         describe(job, model, data, before, rows)
         checked = None if check is None else check(model, folder=None if data is None else data.path.parent)
         if job.target.static:
-            _fix_shapes(job, model, None if data is None else data.path.parent)
+            shapes = sample_shapes(job.calibration.data)  # after the check: other samples may have other shapes
+            fix_shapes(model, shapes, job.target.name, None if data is None else data.path.parent)
         missed = goals.missed(checked, job.report.quality)
         if path is not None and (goals.keep or not missed):
-            data.finish(model) if data is not None else files.save_model(model, path)
+            data.finish(model) if data is not None else save(job.target, model, path)
     return model, shown, checked, missed
-
-
-def _fix_shapes(job: Job, model: onnx.ModelProto, folder: Path | None) -> None:
-    """Fix shapes to those of the first sample. The model was checked before: other samples may have other shapes."""
-    samples = job.calibration.data
-    fix_shapes(model, None if samples is None else next(iter(samples)), job.target.name, folder)
 
 
 def _newer_version(job: Job, model: onnx.ModelProto) -> str:

@@ -38,6 +38,11 @@ def sign(
     }
     if shapes:
         values[SHAPES_KEY] = json.dumps(shapes)
+    sign_again(model, values)
+
+
+def sign_again(model: onnx.ModelProto, values: Mapping[str, str]) -> None:
+    """Write entries into a model's metadata, in place of those that it has under these keys."""
     others = [p for p in model.metadata_props if p.key not in values]
     del model.metadata_props[:]
     model.metadata_props.extend(others)

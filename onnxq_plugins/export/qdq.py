@@ -134,7 +134,7 @@ class Writer:
                 self._append(node)
                 if node.name in self.layers and self._between(node, self.layers[node.name]):
                     self._separate(written[0])
-            for name in filter(None, written):
+            for name in filter(self.graph.__contains__, written):  # an older opset's form of a node has more tensors
                 self._quantize_after(name)
 
     def _finish(self) -> onnx.ModelProto:

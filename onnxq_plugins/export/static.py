@@ -20,17 +20,19 @@ from onnxq_plugins.spec import Array
 _SMALL = 2**10  # values at most of constants from which shapes follow
 
 
-def fix_shapes(model: onnx.ModelProto, feed: Mapping[str, Array] | None, target: str, folder: Path | None = None) -> None:
+def fix_shapes(model: onnx.ModelProto, sizes: Mapping[str, Sequence[int]], target: str, folder: Path | None = None) -> None:
     """Fix the shapes of a model in place. Raises OnnxqError where an axis other than the batch is open and there is no
     sample.
 
-    feed     a sample; without one an open first axis is 1
+    sizes    shapes of a sample by input; without them an open first axis is 1
     target   for whom, in the error
     folder   of the model's external data
     """
     graph = model.graph
     given = {t.name for t in graph.initializer}
-    shapes = {v.name: _fixed(v, feed) for v in graph.input if v.name not in given and v.type.HasField("tensor_type")}
+    shapes = {
+        v.name: _fixed(v, sizes.get(v.name)) for v in graph.input if v.name not in given and v.type.HasField("tensor_type")
+    }
     OnnxqError.check(
         f"target '{target}' needs fixed shapes, and the model leaves axes of input '{name}' open; give samples, or export "
         "the model with fixed shapes."
@@ -45,7 +47,7 @@ def fix_shapes(model: onnx.ModelProto, feed: Mapping[str, Array] | None, target:
         _infer(model)
         return
     kinds = {n: helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for n, v in inputs.items()}
-    sample = {n: np.zeros(shapes[n] or (), kind) for n, kind in kinds.items()} if feed is None else dict(feed)
+    sample = {n: np.zeros(shapes[n] or (), kind) for n, kind in kinds.items()}
     _fold_sizes(model, sample, folder)
     del graph.value_info[:]
     for value in graph.output:
@@ -54,12 +56,11 @@ def fix_shapes(model: onnx.ModelProto, feed: Mapping[str, Array] | None, target:
     _run_for_rest(model, sample, folder)
 
 
-def _fixed(value: onnx.ValueInfoProto, feed: Mapping[str, Array] | None) -> list[int] | None:
+def _fixed(value: onnx.ValueInfoProto, sizes: Sequence[int] | None) -> list[int] | None:
     """The shape that an input gets; None if it cannot be known."""
     tensor = value.type.tensor_type
-    sizes = list(np.shape(feed[value.name])) if feed is not None and value.name in feed else None
     if not tensor.HasField("shape"):
-        return sizes
+        return None if sizes is None else list(sizes)
     known = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
     if sizes is None:
         sizes = [1, *(-1 for _ in known[1:])] if known else []

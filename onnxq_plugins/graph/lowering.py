@@ -15,6 +15,7 @@ from onnxq_plugins.graph.opsets import lacks, opset_of
 from onnxq_plugins.spec import Array
 
 # operators whose input became what had been an attribute: (first opset with the input, its place, the attribute)
+_SPANS = 15  # first opset whose Shape is of some axes
 _REDUCED = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 _INPUTS = dict.fromkeys((f"Reduce{kind}" for kind in _REDUCED), (18, 1, "axes"))
 
@@ -31,6 +32,8 @@ def lower_opset(model: onnx.ModelProto, version: int, target: str) -> None:
     constants = {t.name: t for graph in all_graphs(model.graph) for t in graph.initializer}
     left: Counter[str] = Counter()
     for graph in all_graphs(model.graph):
+        if version < _SPANS:
+            _whole_shapes(graph)
         for node in graph.node:
             if not node.domain and not lacks(node.op_type, version) and not _lowered(node, before, version, constants):
                 left[node.op_type] += 1
@@ -43,6 +46,26 @@ def lower_opset(model: onnx.ModelProto, version: int, target: str) -> None:
     for entry in model.opset_import:
         if not entry.domain:
             entry.version = version
+
+
+def _whole_shapes(graph: onnx.GraphProto) -> None:
+    """Write each Shape of some axes as a Shape of all and a Slice."""
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        spans = {a.name: a.i for a in node.attribute} if node.op_type == "Shape" and not node.domain else {}
+        if not spans.get("start") and "end" not in spans:
+            continue
+        output, whole = node.output[0], f"{node.output[0]}_whole"
+        bounds = {"start": spans.get("start", 0), "end": spans.get("end", np.iinfo(np.int64).max), "axis": 0}
+        names = [f"{output}_{name}" for name in bounds]
+        graph.initializer.extend(map(numpy_helper.from_array, (np.array([n], np.int64) for n in bounds.values()), names))
+        del node.attribute[:]
+        node.output[0] = whole
+        nodes.append(helper.make_node("Slice", [whole, *names], [output], name=f"{node.name}_span" if node.name else ""))
+    if len(nodes) > len(graph.node):
+        del graph.node[:]
+        graph.node.extend(nodes)
 
 
 def _lowered(node: onnx.NodeProto, before: int, version: int, constants: dict[str, onnx.TensorProto]) -> bool:

@@ -13,6 +13,7 @@ from onnxq_plugins.errors import Reason
 from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import Need
 from onnxq_plugins.runtimes.constants import Held, describe_held, held_constants
+from onnxq_plugins.runtimes.runtime import Proof
 from onnxq_plugins.runtimes.speed import Speed
 from onnxq_plugins.runtimes.spending import Spending
 
@@ -57,6 +58,7 @@ class Audit:
     total          bytes that float ones are told as a part of
     nodes          layers -> their nodes in `Spending.nodes`
     placed         whether operators were placed by what they cost: no, or None where nobody knows
+    proof          what the runtime itself told, where it was asked by running samples
     """
 
     layers: tuple[LayerAudit, ...]
@@ -71,6 +73,7 @@ class Audit:
     spending: tuple[Spending, ...] = ()
     nodes: Mapping[str, str] = field(default_factory=dict)
     placed: bool | None = None
+    proof: Proof | None = None
 
     def counts(self) -> dict[str, int]:
         """Kernel -> number of layers."""
@@ -99,6 +102,8 @@ class Audit:
 
     def __repr__(self) -> str:
         """The summary, and times if there are any."""
+        if self.proof is not None:
+            return f"<Audit in {self.proof.runtime}: {self.proof.text}>"
         times = "" if self.milliseconds is None else f" | {' -> '.join(f'{ms:.3f}' for ms in self.milliseconds)} ms"
         speed = "" if self.speedup is None else f", {self.speedup:.2f}x the speed of float"
         return f"<Audit: {self.summary}{times}{speed}>"

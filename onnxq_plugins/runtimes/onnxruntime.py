@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.graph.models import as_model
 from onnxq_plugins.graph.reading import read
 from onnxq_plugins.runtimes.accumulators import Need, needs
+from onnxq_plugins.runtimes.apart import CHILDREN, ask
 from onnxq_plugins.runtimes.audit import (
     Audit,
     LayerAudit,
@@ -35,9 +37,12 @@ from onnxq_plugins.runtimes.audit import (
 )
 from onnxq_plugins.runtimes.constants import constant_bytes
 from onnxq_plugins.runtimes.examples import Shapes, examples, first_running, guesses, written
+from onnxq_plugins.runtimes.kernels import coded, from_profile
 from onnxq_plugins.runtimes.profiles import profile
+from onnxq_plugins.runtimes.runtime import Inspection, Runtime
 from onnxq_plugins.runtimes.speed import Speed
 from onnxq_plugins.runtimes.spending import INTEGER, Spending
+from onnxq_plugins.spec import Array
 
 QUANTIZED = {*INTEGER, "int8"}
 
@@ -272,3 +277,25 @@ def _shifts(graph: onnx.GraphProto, node: onnx.NodeProto) -> bool:
 def _sixteen(types: dict[str, int], node: onnx.NodeProto) -> bool:
     """True if a QuantizeLinear writes, or a DequantizeLinear reads, 16-bit codes."""
     return len(node.input) > 2 and types.get(node.input[2]) in (TensorProto.UINT16, TensorProto.INT16)
+
+
+def _inspect(file: Path, samples: Sequence[Mapping[str, Array]], settings: Mapping[str, Any]) -> Inspection:
+    python = str(settings["python"]) or sys.executable
+    program: list[str | Path] = [python, CHILDREN / "ort.py"]
+    answer, outputs = ask(program, "onnxruntime", file, samples, settings["seconds"], qnn=None, dims={}, times=0.3)
+    version = answer.get("version", "")
+    if "ModuleNotFoundError" in answer.get("error", ""):
+        raise OnnxqError(f"onnxruntime is not installed in '{python}' ({answer['error']}); pip install onnxruntime there.")
+    if "error" in answer:
+        raise OnnxqError(f"onnxruntime {version} cannot run '{file.name}': {answer['error'][:300].rstrip('.')}.")
+    operators = from_profile(answer["events"], coded(read(file).graph))
+    return Inspection(outputs, tuple(operators), answer["milliseconds"], {"version": version})
+
+
+ONNXRUNTIME = Runtime(
+    "onnxruntime",
+    "onnxruntime's CPU provider, here or (--python) of another version in another Python",
+    "pip install onnxruntime",
+    _inspect,
+    settings={"python": "", "seconds": 600.0},
+)

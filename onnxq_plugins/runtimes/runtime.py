@@ -40,7 +40,7 @@ class Inspection:
 
     outputs        of each sample, by the names of the model's outputs; () if it only compiles
     operators      as it runs them
-    milliseconds   of one run, one thread, median; None where it says nothing (simulators)
+    milliseconds   of one run that nothing disturbed, one thread; None where it says nothing (simulators)
     facts          further numbers by name, such as "partitions" or "SRAM kB"
     """
 
@@ -52,6 +52,41 @@ class Inspection:
     def counts(self) -> dict[str, int]:
         """Kind -> number of operators."""
         return dict(Counter(each.kind for each in self.operators))
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a runtime made of a file, beside what onnxruntime makes of the same file, or of that which it was made from.
+
+    runtime     its name
+    samples     that both ran
+    random      they were random numbers
+    agreement   percent of the samples with the same class; None without classes, and on random numbers
+    decibels    signal to noise of the worst output; None if nothing was run
+    identical   all outputs are equal to the last bit
+    """
+
+    runtime: str
+    inspection: Inspection
+    samples: int = 0
+    random: bool = False
+    agreement: float | None = None
+    decibels: float | None = None
+    identical: bool = False
+
+    @property
+    def text(self) -> str:
+        """In a line: how operators run, how near the outputs are to onnxruntime's, facts and time."""
+        counts = self.inspection.counts()
+        parts = [", ".join(f"{n} {kind}" for kind in ("integer", "fake", "float") if (n := counts.get(kind))) or "loads"]
+        if self.decibels is not None:
+            near = "identical to onnxruntime" if self.identical else f"{self.decibels:.1f} dB against onnxruntime"
+            same = "" if self.agreement is None else f", {self.agreement:.1f}% the same class"
+            parts.append(f"{near}{same} on {self.samples} {'random ' * self.random}sample{'s' * (self.samples > 1)}")
+        if self.inspection.milliseconds is not None:
+            parts.append(f"{self.inspection.milliseconds:.3f} ms, 1 thread")
+        parts += [f"{name} {value}" for name, value in self.inspection.facts.items() if value != ""]
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)

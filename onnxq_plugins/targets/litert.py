@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from onnxq_plugins.formats import tflite
+from onnxq_plugins.runtimes.litert import LITERT as INTERPRETER
+from onnxq_plugins.runtimes.vela import VELA
 from onnxq_plugins.targets.target import Rule, Target, dense_rules
 
 _LAYERS = ("Conv", "Gemm", "MatMul")
@@ -50,6 +53,9 @@ LITERT = Target(
     whole=True,
     static=True,
     apart=False,
+    suffix=".tflite",
+    write=tflite.write,
+    runtime=INTERPRETER,
 )
 ETHOS_U = replace(
     LITERT,
@@ -61,4 +67,5 @@ ETHOS_U = replace(
         for n in (8, 16)
     ),
     integer_ops=LITERT.integer_ops - {"MatMul"},
+    runtime=VELA,
 )

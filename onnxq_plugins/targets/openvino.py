@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from onnxq_plugins.runtimes.openvino import OPENVINO as RUNTIME
 from onnxq_plugins.targets.target import CHAIN, DECODED, Target, dense_rules
 
 OPENVINO = Target(
@@ -18,4 +19,5 @@ OPENVINO = Target(
     decodes=True,
     plain=frozenset({"LSTM", "GRU", "RNN"}),  # 2026.4 fails to load them with computed weights
     flatten=False,
+    runtime=RUNTIME,
 )

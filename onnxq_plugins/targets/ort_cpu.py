@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from onnxq_plugins.runtimes.onnxruntime import ONNXRUNTIME
 from onnxq_plugins.targets.target import CHAIN, DECODED, Rule, Target, dense_rules
 
 _BLOCKED = tuple(
@@ -28,12 +29,14 @@ ORT_CPU = Target(
     tuned=True,
     costs="avx512-vnni",
     here=True,
+    runtime=ONNXRUNTIME,
 )
 ORT_CPU_AVX2 = replace(
     ORT_CPU,
     name="ort-cpu-avx2",
     max_code=64,
     costs="",
+    runtime=None,
     doc="onnxruntime on x86-64 without VNNI: weight codes within [-64, 64], since AVX2 adds two "
     "products in 16 bits and would saturate",
 )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from onnxq_plugins.formats import qoperator
+from onnxq_plugins.runtimes.opencv import OPENCV
+from onnxq_plugins.runtimes.tract import TRACT
 from onnxq_plugins.targets.target import CHAIN, Rule, Target
 
 PORTABLE = Target(
@@ -16,10 +19,14 @@ PORTABLE = Target(
     CHAIN,
     flatten=False,
     opsets=(13, 13),
+    static=True,
     apart=False,
+    runtime=TRACT,
 )
 QOPERATOR = replace(
     PORTABLE,
     name="qoperator",
     doc="runtimes that know QLinearConv and QLinearMatMul, such as OpenCV's dnn; the rest is plain QDQ of opset 13",
+    write=qoperator.write,
+    runtime=OPENCV,
 )

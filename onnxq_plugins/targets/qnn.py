@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from onnxq_plugins.runtimes.qnn import QNN as RUNTIME
 from onnxq_plugins.targets.target import Rule, Target, dense_rules
 
 _LAYERS = ("Conv", "Gemm", "MatMul")
@@ -51,5 +52,6 @@ QNN = Target(
     whole=True,
     static=True,
     apart=False,
+    runtime=RUNTIME,
     settings={"soc_model": 60, "htp_arch": 73},
 )

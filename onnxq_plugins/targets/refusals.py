@@ -34,7 +34,7 @@ def problems(target: Target, graph: Graph, plan: Plan, inputs: Mapping[str, str]
             beside = f"{bits}-bit activations" if bits else "float activations (weight-only)"
             by_op = refused.setdefault((form, beside, _advice(target, layer, weight, bits)), {})
             by_op.setdefault(layer.op, []).append(layer.name)
-        elif text := _too_wide(target, rule, layer, weight):
+        elif text := too_wide(target, rule, layer, weight):
             others.setdefault(text, []).append(layer.name)
         if weight.shift is not None and not layer.takes_bias:
             text = (
@@ -121,7 +121,7 @@ def choices(target: Target, op: str) -> str:
     return "; ".join(f"{_widths(widths)}-bit weights {where} with {runs}" for (where, runs), widths in forms.items())
 
 
-def _too_wide(target: Target, rule: Rule, layer: Layer, weight: QuantSpec) -> str:
+def too_wide(target: Target, rule: Rule, layer: Layer, weight: QuantSpec) -> str:
     """Why the codes of a weight do not fit the target's kernels; "" if they do."""
     if rule.storage == "float" or not rule.activations:
         return ""
