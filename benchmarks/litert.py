@@ -4,9 +4,9 @@
 
 FOLDER (or ONNXQ_SHARED) holds models/ and data/ (`benchmarks.models`), and zoo/ (`benchmarks.zoo`). Each network is
 quantized by the recipe twice: for target ort-cpu and for target litert, whose QDQ model is written as .tflite and run in
-onnxruntime, too. `dB` is SQNR against float on test samples, of the worst output. `ms` is the median of a run, one thread,
-the runtimes in turn, the least of three rounds. `x ort` is LiteRT's time over that of onnxruntime's own int8 model. Prints
-Markdown.
+onnxruntime, too. `dB` is SQNR against float on test samples, of the worst output. `ms` is the first decile of runs, one
+thread, the runtimes in turn, the least of three rounds. `x ort` is LiteRT's time over that of onnxruntime's own int8 model.
+Prints Markdown.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import importlib.metadata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +32,7 @@ from onnxq_plugins.formats import tflite
 from onnxq_plugins.measure import sqnr
 from onnxq_plugins.runtimes.litert import LITERT
 from onnxq_plugins.runtimes.runtime import Inspection
+from onnxq_plugins.runtimes.timing import milliseconds
 from onnxq_plugins.runtimes.vela import VELA
 
 MODELS = (*NAMES, "efficientnet_lite0", "blazeface", "yunet", "yolox_nano", "oww_embed", "minilm")
@@ -72,9 +74,14 @@ def named(model: Any, feeds: Sequence[Feed]) -> list[Feed]:
 
 
 def compiled(model: Any, path: Path, accelerator: str) -> Inspection | str:
-    """What Vela makes of the model, with int8 inputs and outputs in its own order of axes; or why it does not."""
+    """What Vela makes of the model, in the file's own order of axes, with int8 inputs and outputs where the model quantizes
+    them; or why it does not."""
+    own = {"layout": "native", "int4": "none", "products": "int8"}
     try:
-        path.write_bytes(tflite.write(model, {"io": "int8", "layout": "native", "int4": "none"}))
+        try:
+            path.write_bytes(tflite.write(model, {**own, "io": "int8"}))
+        except OnnxqError:
+            path.write_bytes(tflite.write(model, own))
         return VELA.inspect(path, [], {"accelerator": accelerator})
     except OnnxqError as error:
         return str(error)
@@ -94,7 +101,7 @@ def row(name: str, shared: Path, args: argparse.Namespace) -> tuple[list[str], I
         times = []
         sessions = [runtimes.session(path), runtimes.session(own)]
         for _ in range(3):
-            both = runtimes.latency(sessions, test[0], 0.5)
+            both = [milliseconds(partial(session.run, None, test[0]), 0.5) for session in sessions]
             times.append([*both, LITERT.inspect(file, test[:1], {"seconds": 0.5}).milliseconds])
         npu = compiled(result, file, args.accelerator)
     floats = named(path, test)

@@ -318,3 +318,40 @@ def test_an_old_softmax_over_several_axes(tmp_path):
     assert helper.printable_graph(model.graph)
     got = lite(model, m.inputs, tmp_path).outputs[0][y]
     assert np.allclose(got, run(model, m.inputs)[y], atol=1e-6)
+
+
+@pytest.mark.parametrize("first", ["Pad", "SpaceToDepth", "Sub"])
+def test_native_inputs_have_the_order_of_the_first_layer(first, tmp_path):
+    m = Maker()
+    x = m.input(noise(1, 3, 12, 12))
+    if first == "Pad":
+        x = m.node("Pad", [x, m.constant(np.int64([0, 0, 1, 1, 0, 0, 1, 1]))])
+    elif first == "SpaceToDepth":
+        x = m.node("SpaceToDepth", [x], blocksize=2)
+    else:
+        x = m.op("Sub", [x, m.weight(noise(3, 1, 1), None)])
+    depth = 12 if first == "SpaceToDepth" else 3
+    y = m.op("Conv", [x, m.weight(noise(4, depth, 3, 3, seed=1))])
+    distance, _ = steps(m, y, tmp_path, {"layout": "native"})
+    assert distance <= 1.01
+    content = (tmp_path / "model.tflite").read_bytes()
+    assert list(tensors(content, "inputs")["x0"].shape) == [1, 12, 12, 3]
+    assert operators(content).count("TRANSPOSE") == (first == "SpaceToDepth")
+    graph = opened(content).subgraphs[0]
+    assert max(len(t.shape) for t in graph.tensors if t.shape is not None) <= (6 if first == "SpaceToDepth" else 4)
+
+
+def test_native_inputs_that_are_no_images_keep_their_order():
+    m = Maker()
+    x = m.node("Transpose", [m.input(noise(1, 12, 12, 3))], perm=[0, 3, 1, 2])
+    content = write(m.model([m.op("Conv", [x, m.weight(noise(4, 3, 3, 3, seed=1))])]), {"layout": "native"})
+    assert list(tensors(content, "inputs")["x0"].shape) == [1, 12, 12, 3] and "TRANSPOSE" not in operators(content)
+
+
+@pytest.mark.parametrize("setting", ["float", "int8"])
+def test_products_of_activations_are_computed_where_it_is_faster(setting, tmp_path):
+    m = Maker()
+    y = m.op("MatMul", [m.input(noise(2, 5, 8)), m.input(noise(2, 8, 6, seed=1))])
+    distance, inspection = steps(m, y, tmp_path, {"products": setting})
+    assert distance <= 1.01
+    assert kinds(inspection, "BATCH_MATMUL") == {"integer" if setting == "int8" else "fake"}
