@@ -14,6 +14,7 @@ from onnxq_plugins import __version__, runtimes
 from onnxq_plugins.cli.audit import audit_command
 from onnxq_plugins.cli.choice import auto_command
 from onnxq_plugins.cli.console import echo, fail, interruptible
+from onnxq_plugins.cli.exporting import export_command
 from onnxq_plugins.cli.inspection import compare_command, diagnose_command
 from onnxq_plugins.cli.inventory import check_command, plugins_command, recipes_command
 from onnxq_plugins.cli.matrix import matrix_command
@@ -28,6 +29,7 @@ __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "quantize": quantize_command,
+    "export": export_command,
     "auto": auto_command,
     "audit": audit_command,
     "matrix": matrix_command,
