@@ -17,6 +17,7 @@ from onnxq_plugins.edge.audits import SAMPLES
 from onnxq_plugins.edge.known import told
 from onnxq_plugins.edge.proof import Outputs, distance, expected, gathered, prove
 from onnxq_plugins.engine import quantize
+from onnxq_plugins.engine.result import save
 from onnxq_plugins.errors import OnnxqError, OnnxqWarning, known
 from onnxq_plugins.graph.models import Model
 from onnxq_plugins.graph.reading import read
@@ -152,16 +153,6 @@ def matrix(
     return Matrix(tuple(cells), len(feeds), machine_name())
 
 
-def written(model: onnx.ModelProto, target: Target, folder: Path) -> Path:
-    """The file of a quantized model for a target. Raises OnnxqError for what the format cannot hold."""
-    path = folder / f"{target.name}{target.suffix}"
-    if target.write is None:
-        onnx.save(model, str(path))
-    else:
-        path.write_bytes(target.write(model, target.settings))
-    return path
-
-
 class _Proving:
     """A float model, the samples, and what onnxruntime says of them."""
 
@@ -184,7 +175,7 @@ class _Proving:
         try:
             made = self._quantized(recipe, target)
             onnx.save(made, str(beside := self.folder / "quantized.onnx"))
-            file = written(made, target, self.folder)
+            file = save(target, made, self.folder / f"{target.name}{target.suffix}")
             proof = prove(runtime, file, self.feeds, told(runtime, self.given.get(runtime.name, {})), beside)
             theirs = proof.inspection.outputs
             agreement, decibels = distance(self.exact, self._ordered(theirs)) if theirs else (None, None)
