@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,7 +13,7 @@ from onnx import helper
 
 import onnxq_plugins as onnxq
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.formats.tflite import write
+from onnxq_plugins.formats.tflite import CHOICES, write
 from onnxq_plugins.formats.tflite.layouts import stored, through_reshape
 from onnxq_plugins.runtimes.litert import LITERT
 from tests.formats.quantized import Maker, kinds, lite, run, steps
@@ -100,7 +102,7 @@ def test_names_signature_and_metadata(tmp_path):
     (signature,) = file.signatureDefs
     assert signature.signatureKey == b"serving_default"
     assert [e.name for e in signature.inputs] == [b"x0"] and [e.name for e in signature.outputs] == [y.encode()]
-    notes = {e.name.decode(): file.buffers[e.buffer].data.tobytes() for e in file.metadata}
+    notes = notes_of(content)
     assert json.loads(notes["onnxq"]) == {"onnxq.recipe": '{"target": "litert"}'}
     assert notes["labels.txt"] == b"cat\ndog"
     assert json.loads(notes["onnxq.ports"]) == {"x0": [0, 1, 2, 3], y: [0, 1]}
@@ -355,3 +357,31 @@ def test_products_of_activations_are_computed_where_it_is_faster(setting, tmp_pa
     distance, inspection = steps(m, y, tmp_path, {"products": setting})
     assert distance <= 1.01
     assert kinds(inspection, "BATCH_MATMUL") == {"integer" if setting == "int8" else "fake"}
+
+
+def test_the_page_loads_a_file_and_names_every_setting(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "edge-litert.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    m, y = network()
+    (tmp_path / "model.tflite").write_bytes(write(m.model([y])))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out == f"{{'{y}': (1, 4)}}\n"
+    for name, choices in CHOICES.items():
+        assert f"`{name}`" in page and all(f"`{choice}`" in page for choice in choices)
+
+
+def test_targets_write_files_that_their_runtimes_load(tmp_path):
+    model = cnn()
+    result = onnxq.quantize(model, {"target": "litert"}, feeds(model, 4), settings=["target.litert.io=int8"])
+    content = result.save(tmp_path / "net.tflite").read_bytes()
+    from ai_edge_litert.schema_py_generated import TensorType
+
+    assert {t.type for t in tensors(content, "inputs").values()} == {TensorType.INT8}
+    assert "onnxq.recipe" in json.loads(notes_of(content)["onnxq"])
+    assert kinds(LITERT.inspect(tmp_path / "net.tflite", [], {}), "CONV_2D") == {"integer"}
+
+
+def notes_of(content):
+    file = opened(content)
+    return {e.name.decode(): file.buffers[e.buffer].data.tobytes() for e in file.metadata}

@@ -26,11 +26,11 @@ from onnxq_plugins.formats.tflite.makers.layers import INT4
 from onnxq_plugins.formats.tflite.reading import DQ, Node, Q, read_model
 from onnxq_plugins.formats.tflite.schema import INSTALL
 
-__all__ = ["INSTALL", "PORTS", "SETTINGS", "write"]
+__all__ = ["CHOICES", "INSTALL", "PORTS", "SETTINGS", "write"]
 
 PORTS, RECIPE, LABELS = "onnxq.ports", "onnxq", "labels.txt"  # names of metadata
 SETTINGS: dict[str, Any] = {"io": "float", "layout": "onnx", "labels": [], "shapes": {}, "int4": "fast", "products": "float"}
-_CHOICES = {"io": ("float", "int8"), "layout": ("onnx", "native"), "int4": tuple(INT4), "products": ("float", "int8")}
+CHOICES = {"io": ("float", "int8"), "layout": ("onnx", "native"), "int4": tuple(INT4), "products": ("float", "int8")}
 
 
 def write(model: onnx.ModelProto, settings: Mapping[str, Any] | None = None) -> bytes:
@@ -83,7 +83,7 @@ def _check(settings: Mapping[str, Any]) -> None:
     problems = [
         f"'{name}' is no setting of a .tflite file; {known(name, SETTINGS)}." for name in settings if name not in SETTINGS
     ]
-    for name, choices in _CHOICES.items():
+    for name, choices in CHOICES.items():
         if settings[name] not in choices:
             problems.append(f"{name} = {settings[name]!r} is unknown; {known(str(settings[name]), choices)}.")
     OnnxqError.check(problems)
