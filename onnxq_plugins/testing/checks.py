@@ -406,7 +406,7 @@ def _agreement(result: Result, name: str, step: Pass, how: str) -> float:
     with a dynamic batch runs on one sample and on three."""
     model = make(name)
     samples = feeds(model, 3, seed=1)
-    fixed = model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
+    fixed = result.model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
     reference = reference_outputs(name, 3, seed=1)
     runs = [outputs(result.model, samples, optimize) for optimize in (True, False)]
     runs += [] if fixed else [outputs(result.model, [batch(samples)])]
