@@ -150,7 +150,7 @@ def test_a_target_from_a_plugin_works(install):
 
 
 def test_an_unknown_target_lists_the_known(install):
-    with pytest.raises(OnnxqError, match="target 'gpu' is unknown; known: npu, npu4, openvino, ort-cpu, ort-cpu-avx2"):
+    with pytest.raises(OnnxqError, match="target 'gpu' is unknown; known: ethos-u, litert, npu, npu4, openvino, ort-cpu"):
         find_plugins().target("gpu")
 
 

@@ -17,6 +17,7 @@ from onnxq_plugins.cli.choice import auto_command
 from onnxq_plugins.cli.comparing import compare_command
 from onnxq_plugins.cli.console import echo, fail, interruptible
 from onnxq_plugins.cli.costs import costs_command
+from onnxq_plugins.cli.exporting import export_command
 from onnxq_plugins.cli.inspection import diagnose_command
 from onnxq_plugins.cli.inventory import plugins_command, recipes_command
 from onnxq_plugins.cli.matrix import matrix_command
@@ -31,6 +32,7 @@ __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS: dict[str, Callable[..., None]] = {  # in the order of --help
     "quantize": quantize_command,
+    "export": export_command,
     "auto": auto_command,
     "audit": audit_command,
     "matrix": matrix_command,

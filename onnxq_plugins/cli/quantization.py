@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.cli.console import echo, fail, float_lines, notify, show, track
+from onnxq_plugins.cli.exporting import other_targets, target_names, target_paths, tell
 from onnxq_plugins.cli.options import (
     ClassAxis,
     ClusterOptions,
@@ -62,7 +64,12 @@ class OutputOptions(OptionGroup):
 
     output: Annotated[
         Path | None,
-        output_option("-o", "--output", show_default=False, help="the model; ./MODEL.RECIPE.onnx by default"),
+        output_option(
+            "-o",
+            "--output",
+            show_default=False,
+            help="the model, or a folder for several targets; ./MODEL.RECIPE.onnx by default",
+        ),
     ] = None
     report: Annotated[
         Path | None,
@@ -80,6 +87,12 @@ class OutputOptions(OptionGroup):
             help="samples to measure a --report page on (an .npz may hold 'labels'); --data by default, which flatters",
         ),
     ] = ""
+    save_plan: Annotated[
+        Path | None,
+        output_option(
+            metavar="FILE", show_default=False, help="the solved plan, which onnxq export writes for other targets later"
+        ),
+    ] = None
     overrides: Annotated[
         Path | None,
         output_option(
@@ -136,16 +149,19 @@ def quantize_command(
     """Quantize MODEL into a QDQ model."""
     source, seed = _source(recipe, point, outputs.curve)
     settings = [*images.settings(), *(recipe.settings or [])]
-    path = outputs.output or Path(f"{model.stem}.{(point or Path(recipe.recipe or 'int8')).stem}.onnx")
-    _check_paths(outputs, path, {"model": model, "data": Path(data), "plan": point})
+    names = target_names(recipe.target)
+    stem = f"{model.stem}.{(point or Path(recipe.recipe or 'int8')).stem}"
+    several = target_paths(names, outputs.output, stem) if len(names) > 1 else {}
+    path = next(iter(several.values())) if several else outputs.output or Path(f"{stem}{_suffix(names)}")
+    _check_paths(outputs, {} if several else {"-o": path}, {"model": model, "data": Path(data), "plan": point})
     test = _check_extras(outputs, source, settings, data, model, float32)
     with cluster.backend():
         result = quantize(
             model,
             source,
             data or None,
-            output=path,
-            target=recipe.target or None,
+            output=None if several else path,
+            target=names[0] if names else None,
             seed=seed,
             samples=samples,
             workers=work.workers or None,
@@ -165,8 +181,16 @@ def quantize_command(
             track=track,
             trace=notify if trace else None,
         )
+    others = {} if result.missed and not goals.keep else other_targets(result, names[1:], several, outputs.save_plan)
     notes, lines = _write_extras(outputs, result, model.name, test, work.workers)
+    for name, one in others.items():
+        tell(one, several[name])
     _show_result(result, path, goals.keep, notes, lines)
+
+
+def _suffix(names: Sequence[str]) -> str:
+    """How the file for a target is called by default; that of a recipe is ONNX unless a target is named."""
+    return find_plugins().target(names[0]).suffix if names else ".onnx"
 
 
 def _show_result(result: Result, path: Path, keep: bool, notes: list[str], lines: list[str]) -> None:
@@ -196,17 +220,18 @@ def _source(options: RecipeOptions, point: Path | None, curve: Path | None) -> t
     return options.source(point_recipe(point))
 
 
-def _check_paths(outputs: OutputOptions, path: Path, inputs: dict[str, Path | None]) -> None:
+def _check_paths(outputs: OutputOptions, models: dict[str, Path], inputs: dict[str, Path | None]) -> None:
     """Raise OnnxqError for files that cannot be written, before anything is done.
 
-    path   of the model
+    models   by option
     """
     report = outputs.report
     if report is not None and not is_page(report) and report.suffix.lower() != ".json":
         raise OnnxqError(f"--report '{report}': a report is a page or JSON; give a name that ends in .html or .json.")
     check_outputs(
         {
-            "-o": path,
+            **models,
+            "--save-plan": outputs.save_plan,
             "--report": report,
             "--report (its numbers)": outputs.page_numbers,
             "--overrides": outputs.overrides,

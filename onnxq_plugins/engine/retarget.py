@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.engine.plans import Solved
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.graph import Graph
 from onnxq_plugins.graph.conform import conform
 from onnxq_plugins.job import Job, LayerRule, Recipe, Report
@@ -57,7 +58,8 @@ def retargeted(solved: Solved, recipe: Recipe, target: Target, seed: int = 0) ->
     changes = Changes()
     graph = solved.graph.copy()
     if solved.recipe.get("target") == recipe.to_dict()["target"]:
-        plan, floats = solved.plan, {}
+        plan = solved.plan
+        floats = {name: Reason(cast(Any, kind), "the plan leaves it float") for name, kind in solved.floats.items()}
         for name in plan:
             changes.add("weights" if graph.is_constant(name) else "activations", "kept")
     else:

@@ -136,11 +136,8 @@ def _written(solved: Solved, recipe: Recipe, plugins: Plugins) -> Retargeted:
     if solved.open:
         values[SHAPES_KEY] = json.dumps(solved.open)
     sign_again(model, values)
-    if inside := branches(job.graph):
-        words = ", ".join(branch.words for branch in inside)
-        job.note(
-            f"the plan does not hold what is in {words}: that stays float; onnxq quantize --target {target.name} has it"
-        )
+    for branch in branches(job.graph):
+        job.note(f"{branch.words} is written in float: quantize for this target to have it in integers")
     describe(job, model, None, solved.size, Inside())
     if target.static:
         fix_shapes(model, solved.shapes, target.name)
@@ -152,12 +149,12 @@ def _converted(path: Path, target: Target) -> Retargeted:
     """A QDQ model in the format of a target. Raises OnnxqError if that is what it is in, or the model is not quantized."""
     if target.write is None:
         raise OnnxqError(
-            f"target '{target.name}' has no format of its own, so that '{path}' cannot be written for it; give the plan that "
-            "onnxq quantize --save-plan writes."
+            f"target '{target.name}' has no format of its own, so that '{path}' cannot be written for it; give the plan "
+            "that onnxq quantize --save-plan writes."
         )
     model = read(path)
     if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-        raise OnnxqError(f"model '{path}' is not quantized; use onnxq quantize --data PATH --target {target.name}.")
+        raise OnnxqError(f"model '{path}' is not quantized; use onnxq quantize with --target {target.name}.")
     OnnxqError.check(missing_operators(target, model))
     if target.static:
         shapes = next((p.value for p in model.metadata_props if p.key == SHAPES_KEY), "{}")

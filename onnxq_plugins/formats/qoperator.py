@@ -97,6 +97,9 @@ class _Work:
             inputs.append(bias)
         made = helper.make_node("QLinearConv", inputs, [y.codes], name=node.name)
         made.attribute.extend(node.attribute)
+        if w.codes in self.tensors and not any(a.name == "kernel_shape" for a in node.attribute):
+            # OpenCV 5.0 ends the process where the optional attribute is left out
+            made.attribute.append(helper.make_attribute("kernel_shape", self.tensors[w.codes].dims[2:]))
         return made, gone
 
     def _product(

@@ -256,6 +256,7 @@ class _Sums:
         self.expected = min(self.positions, known) if known else self.positions  # of a sample
         key = Planned.of(job).source(layer.input)  # codes, which a layer in float may read, too
         self.spec = job.plan[key] if key else None
+        self.offset = job.target.offset(self.spec) if self.spec is not None else 0  # of codes, as they are stored
         self.source = _source(writer, layer.name, layer.input, network.dequantizers)
         self.bias = job.graph.constant(layer.bias).reshape(layer.groups, -1, 1) if layer.bias is not None else None
         self.weight = layer.matrix(job.graph.constant(layer.weight)).astype(np.float32)
@@ -309,7 +310,7 @@ class _Sums:
         """Patches of the quantized input and the float outputs that belong to them, float32."""
         codes = self.live[self.source][sample]
         if self.spec is not None and codes.dtype.kind in "iu":
-            zero = int(np.asarray(self.spec.zero_point))
+            zero = int(np.asarray(self.spec.zero_point)) + self.offset
             x = patches(self.layer, codes, self.positions, sample, zero).astype(np.float32)
             x = (x - np.float32(zero)) * np.float32(self.spec.scale)
         else:

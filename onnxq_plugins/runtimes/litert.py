@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.runtimes.runtime import Executed, Inspection, Kind, Runtime
+from onnxq_plugins.runtimes.timing import milliseconds
 from onnxq_plugins.spec import Array
 
 INSTALL = "pip install 'onnxq-plugins[litert]'"
@@ -40,7 +40,7 @@ def _inspect(file: Path, samples: Sequence[Mapping[str, Array]], settings: Mappi
         _set(interpreter, ports[0], orders, sample, file)
         _invoke(interpreter, file)
         outputs.append(_decoded(interpreter, ports[1], orders))
-    return Inspection(tuple(outputs), rows, _milliseconds(interpreter, float(settings.get("seconds", 0.3))), facts)
+    return Inspection(tuple(outputs), rows, milliseconds(interpreter.invoke, float(settings.get("seconds", 0.3))), facts)
 
 
 def _interpreter(file: Path) -> Any:
@@ -131,17 +131,6 @@ def _decoded(
             values = (values.astype(np.float32) - zero) * np.float32(scale)
         found[name] = values.transpose(np.argsort(orders[name])) if values.ndim and name in orders else values
     return found
-
-
-def _milliseconds(interpreter: Any, seconds: float) -> float:
-    """Median of one run; inputs stay as they are."""
-    durations: list[float] = []
-    stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(durations) < 5:
-        start = time.perf_counter()
-        interpreter.invoke()
-        durations.append(time.perf_counter() - start)
-    return float(np.median(durations)) * 1e3
 
 
 def _executed(interpreter: Any) -> Iterator[Executed]:

@@ -1,18 +1,21 @@
-"""OpenCV's dnn module on the CPU. The types of the layers that it made tell what runs: ``ConvolutionInt8`` and its like."""
+"""OpenCV's dnn module on the CPU. The types of the layers that it made tell what runs: ``ConvolutionInt8`` and its like.
+
+It runs in a process of its own, since there are networks that end it."""
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.reading import read
+from onnxq_plugins.runtimes.apart import CHILDREN, ask
 from onnxq_plugins.runtimes.kernels import MOVES, coded, computed, moved
 from onnxq_plugins.runtimes.runtime import Executed, Inspection, Runtime
-from onnxq_plugins.runtimes.timing import milliseconds as timed
 from onnxq_plugins.spec import Array
 
 _INSTALL = "pip install 'onnxq-plugins[opencv]'"
@@ -21,6 +24,7 @@ _MOVES = MOVES | {
     "Crop",
     "Dequantize",
     "Padding",
+    "PaddingInt8",
     "Permute",
     "Quantize",
     "Requantize",
@@ -31,45 +35,21 @@ _MOVES = MOVES | {
 
 
 def _inspect(file: Path, samples: Sequence[Mapping[str, Array]], settings: Mapping[str, Any]) -> Inspection:
-    try:
-        import cv2
-    except ImportError as error:
-        raise OnnxqError(f"OpenCV is not installed; {_INSTALL}.") from error
+    python = str(settings["python"]) or sys.executable
+    if not settings["python"] and (sys.modules.get("cv2", 0) is None or importlib.util.find_spec("cv2") is None):
+        raise OnnxqError(f"OpenCV is not installed; {_INSTALL}.")
     graph = read(file).graph
-    names = [value.name for value in graph.output]
-    threads = cv2.getNumThreads()
-    try:
-        cv2.setNumThreads(1)
-        net = _read(cv2, file, str(settings["engine"]))
-
-        def run(sample: Mapping[str, Array]) -> dict[str, Array]:
-            for name, value in sample.items():
-                net.setInput(value, name)
-            return {name: np.array(value) for name, value in zip(names, net.forward(names), strict=True)}
-
-        outputs = tuple(map(run, samples))
-        milliseconds = timed(lambda: run(samples[0])) if samples else None
-        layers = [(str(name), str(net.getLayer(net.getLayerId(name)).type)) for name in net.getLayerNames()]
-    except (cv2.error, SystemError) as error:
-        text = " ".join(str(error).partition("error: ")[2].split()) or " ".join(str(error).split())
-        raise OnnxqError(f"OpenCV {cv2.__version__} cannot run '{file.name}': {text[:300].rstrip('.')}.") from error
-    finally:
-        cv2.setNumThreads(threads)
+    told = {"names": [value.name for value in graph.output], "engine": str(settings["engine"]), "times": 0.3}
+    program: list[str | Path] = [python, CHILDREN / "opencv.py"]
+    answer, outputs = ask(program, "OpenCV", file, samples, settings["seconds"], **told)
+    if "ModuleNotFoundError" in answer.get("error", ""):
+        raise OnnxqError(f"OpenCV is not installed in '{python}' ({answer['error']}); {_INSTALL}.")
+    if "error" in answer:
+        text = re.sub(r"^.*error: ", "", answer["error"])[:300].rstrip(".")
+        raise OnnxqError(f"OpenCV {answer.get('version', '')} cannot run '{file.name}': {text}.")
     codes = coded(graph)
-    operators = tuple(_layer(name.rpartition("!")[2], kind, codes) for name, kind in layers)
-    return Inspection(outputs, operators, milliseconds, {"version": cv2.__version__})
-
-
-def _read(cv2: Any, file: Path, engine: str) -> Any:
-    """The network. Version 5 has two engines: the new one, which it prefers, and the one of version 4."""
-    engines = {
-        name.removeprefix("ENGINE_").lower(): getattr(cv2.dnn, name) for name in dir(cv2.dnn) if name.startswith("ENGINE_")
-    }
-    if not engines:
-        return cv2.dnn.readNetFromONNX(str(file))
-    if engine not in engines:
-        raise OnnxqError(f"engine = '{engine}' is none of OpenCV {cv2.__version__}; known: {', '.join(sorted(engines))}.")
-    return cv2.dnn.readNetFromONNX(str(file), engine=engines[engine])
+    operators = tuple(_layer(name.rpartition("!")[2], kind, codes) for name, kind in answer["layers"])
+    return Inspection(outputs, operators, answer["milliseconds"], {"version": answer["version"]})
 
 
 def _layer(name: str, kind: str, codes: set[str]) -> Executed:
@@ -78,4 +58,10 @@ def _layer(name: str, kind: str, codes: set[str]) -> Executed:
     return computed(name, kind, kind.endswith("Int8"), codes)
 
 
-OPENCV = Runtime("opencv", "OpenCV's dnn module", _INSTALL, _inspect, settings={"engine": "classic"})
+OPENCV = Runtime(
+    "opencv",
+    "OpenCV's dnn module",
+    _INSTALL,
+    _inspect,
+    settings={"engine": "classic", "python": "", "seconds": 600.0},
+)

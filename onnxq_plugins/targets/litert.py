@@ -56,6 +56,7 @@ LITERT = Target(
     suffix=".tflite",
     write=tflite.write,
     runtime=INTERPRETER,
+    settings={name: default for name, default in tflite.SETTINGS.items() if name != "shapes"},  # `static` knows them
 )
 ETHOS_U = replace(
     LITERT,
@@ -68,4 +69,5 @@ ETHOS_U = replace(
     ),
     integer_ops=LITERT.integer_ops - {"MatMul"},
     runtime=VELA,
+    settings={**LITERT.settings, "io": "int8", "layout": "native", "int4": "none", "products": "int8"},
 )

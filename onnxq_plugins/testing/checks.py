@@ -417,8 +417,8 @@ def _bytes(result: Result) -> bytes:
 def _agreement(bench: Bench, result: Result, name: str, step: Pass, how: str) -> float:
     """SQNR between the optimized and the plain run, in dB. Fails if outputs are not finite or have the wrong shape; a model
     of the kit with a dynamic batch runs on one sample and on three."""
-    model, samples = bench.model(name), bench.unseen(name, 3)
-    fixed = name in bench.own or model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
+    samples = bench.unseen(name, 3)
+    fixed = name in bench.own or result.model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value")
     reference = bench.reference(name, samples)
     runs = [outputs(result.model, samples, optimize) for optimize in (True, False)]
     runs += [] if fixed else [outputs(result.model, [batch(samples)])]

@@ -136,7 +136,7 @@ def test_options_of_quantize_are_in_panels(onnxq):
         "Options": ["--help"],
         "Data": [f"--{name}" for name in ("data", "samples", "labels", *IMAGES)],
         "Recipe": ["--recipe", "--set", "--exclude", "--target", "--seed", "--float32"],
-        "Output": ["--output", "--report", "--test", "--overrides", "--names", "--keep"],
+        "Output": ["--output", "--report", "--test", "--save-plan", "--overrides", "--names", "--keep"],
         "Search": ["--curve", "--metric", "--min-sqnr", "--min-speed", "--class-axis", "--plan"],
         "Work": ["--no-check", "--workers", "--cache", "--custom-ops", "--dask", "--processes", "--verify", "--trace"],
     }

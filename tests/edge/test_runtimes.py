@@ -183,7 +183,7 @@ def test_a_python_without_the_runtime_is_one_sentence(name, quantized, tmp_path)
 
 
 def test_settings_are_checked(quantized):
-    with pytest.raises(onnxq.OnnxqError, match="has no setting 'soc'; known: .*soc_model"):
+    with pytest.raises(onnxq.OnnxqError, match=r"has no setting 'soc'; known: .*soc_model"):
         onnxq.audit(quantized, runtime="qnn", settings={"soc": 3})
     with pytest.raises(onnxq.OnnxqError, match="soc_model = 'x' must be of type int"):
         onnxq.audit(quantized, runtime="qnn", settings={"soc_model": "x"})
@@ -220,7 +220,7 @@ def test_a_file_of_another_format_goes_to_runtimes_that_read_it(quantized, tmp_p
     assert audit.proof.decibels is None and seen == [(tmp_path / "m.acme", 0)] and "1 integer" in repr(audit)
     audit = onnxq.audit(tmp_path / "m.acme", quantized, runtime=acme, data=digits(), samples=3)
     assert audit.proof.samples == 3 and audit.proof.decibels == 0 and [row.name for row in audit.layers] == ["classifier"]
-    with pytest.raises(onnxq.OnnxqError, match="reads .acme files"):
+    with pytest.raises(onnxq.OnnxqError, match=r"reads .acme files"):
         onnxq.audit(quantized, runtime=acme)
     with pytest.raises(onnxq.OnnxqError, match="give it by --against"):
         onnxq.audit(tmp_path / "m.acme", runtime=acme, data=digits())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,7 +13,7 @@ from onnx import helper
 
 import onnxq_plugins as onnxq
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.formats.tflite import write
+from onnxq_plugins.formats.tflite import CHOICES, write
 from onnxq_plugins.formats.tflite.layouts import stored, through_reshape
 from onnxq_plugins.runtimes.litert import LITERT
 from tests.formats.quantized import Maker, kinds, lite, run, steps
@@ -100,7 +102,7 @@ def test_names_signature_and_metadata(tmp_path):
     (signature,) = file.signatureDefs
     assert signature.signatureKey == b"serving_default"
     assert [e.name for e in signature.inputs] == [b"x0"] and [e.name for e in signature.outputs] == [y.encode()]
-    notes = {e.name.decode(): file.buffers[e.buffer].data.tobytes() for e in file.metadata}
+    notes = notes_of(content)
     assert json.loads(notes["onnxq"]) == {"onnxq.recipe": '{"target": "litert"}'}
     assert notes["labels.txt"] == b"cat\ndog"
     assert json.loads(notes["onnxq.ports"]) == {"x0": [0, 1, 2, 3], y: [0, 1]}
@@ -318,3 +320,68 @@ def test_an_old_softmax_over_several_axes(tmp_path):
     assert helper.printable_graph(model.graph)
     got = lite(model, m.inputs, tmp_path).outputs[0][y]
     assert np.allclose(got, run(model, m.inputs)[y], atol=1e-6)
+
+
+@pytest.mark.parametrize("first", ["Pad", "SpaceToDepth", "Sub"])
+def test_native_inputs_have_the_order_of_the_first_layer(first, tmp_path):
+    m = Maker()
+    x = m.input(noise(1, 3, 12, 12))
+    if first == "Pad":
+        x = m.node("Pad", [x, m.constant(np.int64([0, 0, 1, 1, 0, 0, 1, 1]))])
+    elif first == "SpaceToDepth":
+        x = m.node("SpaceToDepth", [x], blocksize=2)
+    else:
+        x = m.op("Sub", [x, m.weight(noise(3, 1, 1), None)])
+    depth = 12 if first == "SpaceToDepth" else 3
+    y = m.op("Conv", [x, m.weight(noise(4, depth, 3, 3, seed=1))])
+    distance, _ = steps(m, y, tmp_path, {"layout": "native"})
+    assert distance <= 1.01
+    content = (tmp_path / "model.tflite").read_bytes()
+    assert list(tensors(content, "inputs")["x0"].shape) == [1, 12, 12, 3]
+    assert operators(content).count("TRANSPOSE") == (first == "SpaceToDepth")
+    graph = opened(content).subgraphs[0]
+    assert max(len(t.shape) for t in graph.tensors if t.shape is not None) <= (6 if first == "SpaceToDepth" else 4)
+
+
+def test_native_inputs_that_are_no_images_keep_their_order():
+    m = Maker()
+    x = m.node("Transpose", [m.input(noise(1, 12, 12, 3))], perm=[0, 3, 1, 2])
+    content = write(m.model([m.op("Conv", [x, m.weight(noise(4, 3, 3, 3, seed=1))])]), {"layout": "native"})
+    assert list(tensors(content, "inputs")["x0"].shape) == [1, 12, 12, 3] and "TRANSPOSE" not in operators(content)
+
+
+@pytest.mark.parametrize("setting", ["float", "int8"])
+def test_products_of_activations_are_computed_where_it_is_faster(setting, tmp_path):
+    m = Maker()
+    y = m.op("MatMul", [m.input(noise(2, 5, 8)), m.input(noise(2, 8, 6, seed=1))])
+    distance, inspection = steps(m, y, tmp_path, {"products": setting})
+    assert distance <= 1.01
+    assert kinds(inspection, "BATCH_MATMUL") == {"integer" if setting == "int8" else "fake"}
+
+
+def test_the_page_loads_a_file_and_names_every_setting(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "edge-litert.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    m, y = network()
+    (tmp_path / "model.tflite").write_bytes(write(m.model([y])))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out == f"{{'{y}': (1, 4)}}\n"
+    for name, choices in CHOICES.items():
+        assert f"`{name}`" in page and all(f"`{choice}`" in page for choice in choices)
+
+
+def test_targets_write_files_that_their_runtimes_load(tmp_path):
+    model = cnn()
+    result = onnxq.quantize(model, {"target": "litert"}, feeds(model, 4), settings=["target.litert.io=int8"])
+    content = result.save(tmp_path / "net.tflite").read_bytes()
+    from ai_edge_litert.schema_py_generated import TensorType
+
+    assert {t.type for t in tensors(content, "inputs").values()} == {TensorType.INT8}
+    assert "onnxq.recipe" in json.loads(notes_of(content)["onnxq"])
+    assert kinds(LITERT.inspect(tmp_path / "net.tflite", [], {}), "CONV_2D") == {"integer"}
+
+
+def notes_of(content):
+    file = opened(content)
+    return {e.name.decode(): file.buffers[e.buffer].data.tobytes() for e in file.metadata}

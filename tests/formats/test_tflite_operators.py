@@ -100,7 +100,8 @@ def test_products_of_activations(folder, turn, type):
     x, y = m.input(noise(2, 3, 5, 8)), m.input(noise(2, 3, 7, 8, seed=1) if turn else noise(2, 3, 8, 7, seed=1))
     if turn:
         y = m.node("Transpose", [y], perm=[0, 1, 3, 2])
-    inspection = close(m, m.op("MatMul", [x, y]), folder, ("BATCH_MATMUL",))
+    distance, inspection = steps(m, m.op("MatMul", [x, y]), folder, {"products": "int8"})
+    assert distance <= 1.01 and kinds(inspection, "BATCH_MATMUL") == {"integer"}
     assert "TRANSPOSE" not in {each.op for each in inspection.operators}
 
 

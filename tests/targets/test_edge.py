@@ -278,3 +278,16 @@ def test_a_normalization_between_others_is_a_layer(target, rank):
     assert not half_quantized(result.model, target)
     before = runtimes.outputs(runtimes.session(model), samples)
     assert worst_sqnr(before, runtimes.outputs(runtimes.session(result.model), samples)) > 25
+
+
+@pytest.mark.parametrize("target", [TARGETS["litert"], TARGETS["qnn"]], ids=by_name)
+def test_learned_rounding_reads_codes_as_the_target_stores_them(target):
+    """Signed codes have another zero point: with a wrong one the inputs of layers are shifted, which no rounding survives."""
+    model = mobilenet()
+    samples = feeds(model, 8, seed=1)
+    recipe = {"target": target.name, "weights": {"bits": 4}, "pass": [{"use": "ranges"}]}
+    learned = {**recipe, "pass": [*recipe["pass"], {"use": "round", "method": "gptq"}]}
+    nearest, rounded = (quantize(model, r, feeds(model, 8), workers=1, check=False).model for r in (recipe, learned))
+    reference = runtimes.outputs(runtimes.session(model), samples)
+    runs = [runtimes.outputs(runtimes.session(m, written=True), samples) for m in (nearest, rounded)]
+    assert worst_sqnr(reference, runs[1]) > worst_sqnr(reference, runs[0]) + 1

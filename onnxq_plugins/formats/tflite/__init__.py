@@ -26,11 +26,11 @@ from onnxq_plugins.formats.tflite.makers.layers import INT4
 from onnxq_plugins.formats.tflite.reading import DQ, Node, Q, read_model
 from onnxq_plugins.formats.tflite.schema import INSTALL
 
-__all__ = ["INSTALL", "PORTS", "SETTINGS", "write"]
+__all__ = ["CHOICES", "INSTALL", "PORTS", "SETTINGS", "write"]
 
 PORTS, RECIPE, LABELS = "onnxq.ports", "onnxq", "labels.txt"  # names of metadata
-SETTINGS: dict[str, Any] = {"io": "float", "layout": "onnx", "labels": [], "shapes": {}, "int4": "fast"}
-_CHOICES = {"io": ("float", "int8"), "layout": ("onnx", "native"), "int4": tuple(INT4)}
+SETTINGS: dict[str, Any] = {"io": "float", "layout": "onnx", "labels": [], "shapes": {}, "int4": "fast", "products": "float"}
+CHOICES = {"io": ("float", "int8"), "layout": ("onnx", "native"), "int4": tuple(INT4), "products": ("float", "int8")}
 
 
 def write(model: onnx.ModelProto, settings: Mapping[str, Any] | None = None) -> bytes:
@@ -41,6 +41,8 @@ def write(model: onnx.ModelProto, settings: Mapping[str, Any] | None = None) -> 
                          "native": the order in which the file computes (NHWC), which saves a TRANSPOSE at either end
                int4      where weights of 4 bits stay so: "fast": where LiteRT computes with them at no cost
                          (FULLY_CONNECTED); "all": in convolutions, too, which get slower; "none": int8 everywhere
+               products  of two activations: "float": between DEQUANTIZE and QUANTIZE, which is faster on CPUs; "int8": as
+                         the model has them
                labels    of the classes, stored as metadata ``labels.txt``
                shapes    of inputs whose sizes the model leaves open
 
@@ -81,7 +83,7 @@ def _check(settings: Mapping[str, Any]) -> None:
     problems = [
         f"'{name}' is no setting of a .tflite file; {known(name, SETTINGS)}." for name in settings if name not in SETTINGS
     ]
-    for name, choices in _CHOICES.items():
+    for name, choices in CHOICES.items():
         if settings[name] not in choices:
             problems.append(f"{name} = {settings[name]!r} is unknown; {known(str(settings[name]), choices)}.")
     OnnxqError.check(problems)

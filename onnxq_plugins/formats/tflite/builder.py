@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq_plugins.formats.tflite.layouts import Order, moves_data, plain, stored, through_reshape, turned
+from onnxq_plugins.formats.tflite.layouts import Order, channels_last, moves_data, plain, stored, through_reshape, turned
 from onnxq_plugins.formats.tflite.reading import Node, Source
 from onnxq_plugins.formats.tflite.schema import File, Grid
 from onnxq_plugins.spec import Array
@@ -21,6 +21,11 @@ _DECODED_AT_LOAD = 1024  # elements from which constant codes that are read as f
 
 
 _AXES = 4
+_IMAGES = {"Conv", "ConvTranspose", "MaxPool", "AveragePool", "Resize", "Upsample", "SpaceToDepth", "DepthToSpace"}
+_ANY_ORDER = {
+    *("QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "Pad", "Slice", "Split", "Concat", "Relu", "Clip"),
+    *("Add", "Sub", "Mul", "Div", "BatchNormalization", "Sigmoid", "LeakyRelu", "PRelu", "Abs", "Sqrt"),
+}
 
 
 class Refused(Exception):
@@ -133,11 +138,12 @@ class Builder:
 
     def tensor(self, value: Value, order: Order | None = None, grid: Grid | None = None) -> int:
         """A tensor's number in the file, in an order (its own if None) on a grid (floats, or plain numbers, if None)."""
-        order = value.order if order is None else order
+        asked, order = order, value.order if order is None else order
         if value.constant is not None:
             return self._constant(value, order, grid)
         if value.index < 0:
-            self._open(value, order)
+            self._open(value)
+            order = value.order if asked is None else asked
         key = order, grid
         if key not in value.forms:
             if order != value.order:
@@ -150,11 +156,23 @@ class Builder:
                 value.forms[key] = self._converted(value, order, value.index, grid)
         return value.forms[key]
 
-    def _open(self, value: Value, order: Order) -> None:
-        value.order = plain(value.rank) if self.settings["layout"] == "onnx" else order
+    def _open(self, value: Value) -> None:
+        """Make the tensor of an input: in ONNX's order, or in the one that the first layer reads."""
+        if self.settings["layout"] == "native" and self._read_as_image(value.name):
+            value.order = channels_last(value.rank)
         kind = value.type if value.grid is None else value.grid.type
         value.index = self.file.tensor(value.name, stored(value.shape, value.order), kind, value.grid)
         value.forms[value.order, value.grid] = value.index
+
+    def _read_as_image(self, name: str) -> bool:
+        """True if an input comes to a layer that computes in NHWC, through operators that compute in any order."""
+        waiting = [name]
+        for tensor in waiting:
+            for node in self.source.readers.get(tensor, []):
+                if node.op in _IMAGES:
+                    return True
+                waiting += [out for out in node.outputs if node.op in _ANY_ORDER and out not in waiting]
+        return False
 
     def _constant(self, value: Value, order: Order, grid: Grid | None) -> int:
         assert value.constant is not None
@@ -265,7 +283,7 @@ class Builder:
         if value.constant is not None:
             return self.literal(value.constant.reshape(shape))
         if value.index < 0:
-            self._open(value, plain(value.rank))
+            self._open(value)
         order, source = through_reshape(value.order, value.shape, shape), value.order
         if order is None:
             order, source = plain(len(shape)), plain(value.rank)

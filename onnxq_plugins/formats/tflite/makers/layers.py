@@ -149,7 +149,11 @@ def _dense(b: Builder, n: Node, x: Value, w: Value, c: Value | None, alpha: floa
 
 
 def _product(b: Builder, n: Node, x: Value, y: Value) -> None:
-    """The product of two tensors of matrices. Matrices that lie transposed are read so."""
+    """The product of two tensors of matrices. Matrices that lie transposed are read so.
+
+    XNNPACK has it in floats alone, and LiteRT's own kernel for codes takes 25 times as long (ai-edge-litert 2.3, x86-64): on
+    codes only where the settings have it so, and on those of 16 bits.
+    """
     swap = [False, False]
     if n.op == "Gemm":
         if len(n.inputs) > 2 or n.attr("alpha", 1.0) != 1.0:
@@ -159,7 +163,8 @@ def _product(b: Builder, n: Node, x: Value, y: Value) -> None:
     rank = max(x.rank, y.rank, 2)
     if min(x.rank, y.rank) < 2:
         raise Refused("a product with a vector that is computed")
-    grid = tail.grid if _same_codes(x.grid, y.grid, tail.grid) else None
+    integer = b.settings["products"] == "int8" or (tail.grid is not None and tail.grid.type == "int16")
+    grid = tail.grid if integer and _same_codes(x.grid, y.grid, tail.grid) else None
     tensors, adjoint = [], []
     for value, turned in zip((x, y), swap, strict=True):
         wide = b.reshaped(value, (*(1,) * (rank - value.rank), *value.shape)) if value.rank < rank else value

@@ -250,7 +250,7 @@ def argmax(op: str) -> Maker:
 
 
 def depth_to_space(b: Builder, n: Node) -> None:
-    """DepthToSpace as a Reshape, a Transpose and a Reshape, of which what can stay in place does."""
+    """DepthToSpace as a Reshape, a Transpose and a Reshape."""
     x, block = b.value(n.inputs[0]), int(n.attr("blocksize"))
     batch, channels, height, width = x.shape
     few = channels // block**2
@@ -258,18 +258,20 @@ def depth_to_space(b: Builder, n: Node) -> None:
         six, perm = (batch, block, block, few, height, width), (0, 3, 4, 1, 5, 2)
     else:
         six, perm = (batch, few, block, block, height, width), (0, 1, 4, 2, 5, 3)
-    _shuffled(b, n, b.reshaped(x, six), perm)
+    _shuffled(b, n, b.reshaped(x, six), perm, (0, 2, 3, 4, 5, 1))
 
 
 def space_to_depth(b: Builder, n: Node) -> None:
     """SpaceToDepth, likewise."""
     x, block = b.value(n.inputs[0]), int(n.attr("blocksize"))
     batch, channels, height, width = x.shape
-    _shuffled(b, n, b.reshaped(x, (batch, channels, height // block, block, width // block, block)), (0, 3, 5, 1, 2, 4))
+    six = (batch, channels, height // block, block, width // block, block)
+    _shuffled(b, n, b.reshaped(x, six), (0, 3, 5, 1, 2, 4), (0, 4, 5, 1, 2, 3))
 
 
-def _shuffled(b: Builder, n: Node, x: Value, perm: tuple[int, ...]) -> None:
+def _shuffled(b: Builder, n: Node, x: Value, perm: tuple[int, ...], order: tuple[int, ...]) -> None:
+    """Turn the axes of x, so that the result is stored in an `order` in which it can be reshaped where it lies, to NHWC."""
     index = b.tensor(x, None, x.grid)
-    order = tuple(perm.index(axis) for axis in x.order)
-    turned = b.computed(index, [x.shape[axis] for axis in perm], order, x.grid, x.type)
-    b.values[n.outputs[0]] = b.reshaped(turned, b.source.shapes[n.outputs[0]])
+    turned = b.computed(index, [x.shape[a] for a in perm], tuple(perm.index(a) for a in x.order), x.grid, x.type)
+    moved = b.computed(b.tensor(turned, order, x.grid), turned.shape, order, x.grid, x.type)
+    b.values[n.outputs[0]] = b.reshaped(moved, b.source.shapes[n.outputs[0]])

@@ -1,0 +1,70 @@
+"""What targets promise, proven in their runtimes: on networks of every kind, where the runtime is installed."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+from onnx import TensorProto
+
+import onnxq_plugins as onnxq
+from tests.edge.test_runtimes import SETTINGS, needs
+from tests.zoo import cnn, conv1d, feeds, grouped, mobilenet, some, transformer
+
+NETWORKS = {"cnn": cnn, "conv1d": conv1d, "grouped": grouped, "mobilenet": mobilenet, "transformer": transformer}
+
+
+def proof(name, target, runtime, tmp_path, recipe="int8"):
+    model = NETWORKS[name]()
+    samples = feeds(model, 8)
+    file = onnxq.quantize(model, recipe, samples, target=target, check=False).save(tmp_path / "m.onnx")
+    return file, onnxq.audit(file, runtime=runtime, data=samples, settings=SETTINGS.get(runtime), samples=2).proof
+
+
+@pytest.mark.parametrize("recipe", ["int8", {"extends": "int8", "activations": {"bits": 16}}], ids=["w8a8", "w8a16"])
+@pytest.mark.parametrize("name", some(NETWORKS, "mobilenet", "transformer"))
+def test_qnn_takes_the_whole_network_in_one_partition(name, recipe, tmp_path):
+    """No Sum of one operand cuts it, the last layer writes codes, activations are unsigned."""
+    needs("qnn")
+    _, told = proof(name, "qnn", "qnn", tmp_path, recipe)
+    assert told.inspection.facts["partitions"] == 1 and told.inspection.facts["on the CPU"] == 0
+    assert {each.op: each.kind for each in told.inspection.operators if each.kind == "fake"} == {}
+    assert told.decibels > 15
+
+
+def test_qnn_takes_shifted_channels(tmp_path):
+    needs("qnn")
+    _, told = proof("mobilenet", "qnn", "qnn", tmp_path, "int8-per-tensor")
+    assert told.inspection.facts["on the CPU"] == 0 and told.decibels > 15
+
+
+def test_signed_activations_are_lost_in_qnn(tmp_path):
+    """Why the target has unsigned ones: if this fails, QNN has learned it."""
+    needs("qnn")
+    model = mobilenet()
+    samples = feeds(model, 8)
+    recipe = {"extends": "int8", "activations": {"symmetric": True}}
+    made = onnxq.quantize(model, recipe, samples, target="npu", check=False).model
+    assert any(t.data_type == TensorProto.INT8 and not t.dims for t in made.graph.initializer)  # zero points
+    for value in (*made.graph.input, *made.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(made, str(tmp_path / "m.onnx"))
+    told = onnxq.audit(tmp_path / "m.onnx", runtime="qnn", data=samples[:2], settings=SETTINGS["qnn"]).proof
+    assert told.decibels < 10
+
+
+@pytest.mark.parametrize("runtime", ["tract", "opencv"])
+@pytest.mark.parametrize("name", some(NETWORKS, "mobilenet", "grouped"))
+def test_portable_files_load_and_agree(name, runtime, tmp_path):
+    needs(runtime)
+    file, told = proof(name, "portable", runtime, tmp_path)
+    graph = onnx.load(file).graph
+    assert not {TensorProto.INT4, TensorProto.UINT4} & {t.data_type for t in graph.initializer}
+    assert all(node.domain == "" for node in graph.node) and "Sum" not in {node.op_type for node in graph.node}
+    assert told.decibels > 20 and told.agreement in (None, 100)
+
+
+@pytest.mark.parametrize("name", some(NETWORKS, "cnn"))
+def test_convolutions_in_the_browser_are_the_same_to_the_last_bit(name, tmp_path):
+    needs("web")
+    _, told = proof(name, "web", "web", tmp_path)
+    assert told.identical or (name == "transformer" and told.decibels > 40)
