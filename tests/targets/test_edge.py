@@ -282,7 +282,7 @@ def test_a_normalization_between_others_is_a_layer(target, rank):
 
 @pytest.mark.parametrize("target", [TARGETS["litert"], TARGETS["qnn"]], ids=by_name)
 def test_learned_rounding_reads_codes_as_the_target_stores_them(target):
-    """Signed codes have another zero point: with a wrong one the inputs of layers are shifted, which no rounding survives."""
+    """Signed codes have another zero point: with a wrong one inputs of layers are shifted, which no rounding survives."""
     model = mobilenet()
     samples = feeds(model, 8, seed=1)
     recipe = {"target": target.name, "weights": {"bits": 4}, "pass": [{"use": "ranges"}]}
