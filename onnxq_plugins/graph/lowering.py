@@ -3,6 +3,7 @@ few are written in the older form; whatever the older opset does not have is ref
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -10,11 +11,12 @@ import onnx
 from onnx import defs, helper, numpy_helper
 
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph.bodies import all_graphs
+from onnxq_plugins.graph.bodies import all_graphs, set_nodes
 from onnxq_plugins.graph.opsets import lacks, opset_of
 from onnxq_plugins.spec import Array
 
 # operators whose input became what had been an attribute: (first opset with the input, its place, the attribute)
+_PART_OF_SHAPE = 15  # the opset in which Shape may tell some axes
 _REDUCED = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 _INPUTS = dict.fromkeys((f"Reduce{kind}" for kind in _REDUCED), (18, 1, "axes"))
 
@@ -28,6 +30,9 @@ def lower_opset(model: onnx.ModelProto, version: int, target: str) -> None:
     before = opset_of(model)
     if before <= version:
         return
+    if version < _PART_OF_SHAPE <= before:
+        for graph in all_graphs(model.graph):
+            _slice_shapes(graph)
     constants = {t.name: t for graph in all_graphs(model.graph) for t in graph.initializer}
     left: Counter[str] = Counter()
     for graph in all_graphs(model.graph):
@@ -43,6 +48,27 @@ def lower_opset(model: onnx.ModelProto, version: int, target: str) -> None:
     for entry in model.opset_import:
         if not entry.domain:
             entry.version = version
+
+
+def _slice_shapes(graph: onnx.GraphProto) -> None:
+    """Write each Shape of some axes as a Slice of the whole shape."""
+    taken = {t.name for t in graph.initializer} | {name for node in graph.node for name in (*node.input, *node.output)}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        part = {a.name: a.i for a in node.attribute if a.name in ("start", "end")}
+        if node.op_type != "Shape" or node.domain or not part:
+            continue
+        names = []
+        for end in ("whole", "start", "end"):
+            names.append(next(n for i in itertools.count() if (n := f"{node.output[0]}_{end}{i or ''}") not in taken))
+            taken.add(names[-1])
+        ends = (part.get("start", 0), part.get("end", np.iinfo(np.int64).max))
+        graph.initializer.extend(numpy_helper.from_array(np.array([v]), n) for v, n in zip(ends, names[1:], strict=True))
+        whole = helper.make_node("Shape", list(node.input), names[:1], node.name)
+        nodes[-1:] = [whole, helper.make_node("Slice", names, list(node.output), f"{node.name}_part")]
+    if len(nodes) > len(graph.node):
+        set_nodes(graph, nodes)
 
 
 def _lowered(node: onnx.NodeProto, before: int, version: int, constants: dict[str, onnx.TensorProto]) -> bool:
