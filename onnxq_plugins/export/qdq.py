@@ -171,6 +171,8 @@ class Writer:
 
     def _quantize_after(self, name: str) -> None:
         """Write Q and DQ behind a tensor that is planned, or that an operator carrying codes moves."""
+        if name not in self.graph:  # of an operator that an older opset writes in several
+            return
         key = self.planned.source(name)
         maker = self.graph.producer(name)
         carried = maker is not None and maker.name in self.carried

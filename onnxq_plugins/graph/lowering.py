@@ -3,6 +3,7 @@ few are written in the older form; whatever the older opset does not have is ref
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -10,12 +11,12 @@ import onnx
 from onnx import defs, helper, numpy_helper
 
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.graph.bodies import all_graphs
+from onnxq_plugins.graph.bodies import all_graphs, set_nodes
 from onnxq_plugins.graph.opsets import lacks, opset_of
 from onnxq_plugins.spec import Array
 
 # operators whose input became what had been an attribute: (first opset with the input, its place, the attribute)
-_SPANS = 15  # first opset whose Shape is of some axes
+_PART_OF_SHAPE = 15  # the opset in which Shape may tell some axes
 _REDUCED = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 _INPUTS = dict.fromkeys((f"Reduce{kind}" for kind in _REDUCED), (18, 1, "axes"))
 
@@ -29,11 +30,12 @@ def lower_opset(model: onnx.ModelProto, version: int, target: str) -> None:
     before = opset_of(model)
     if before <= version:
         return
+    if version < _PART_OF_SHAPE <= before:
+        for graph in all_graphs(model.graph):
+            _slice_shapes(graph)
     constants = {t.name: t for graph in all_graphs(model.graph) for t in graph.initializer}
     left: Counter[str] = Counter()
     for graph in all_graphs(model.graph):
-        if version < _SPANS:
-            _whole_shapes(graph)
         for node in graph.node:
             if not node.domain and not lacks(node.op_type, version) and not _lowered(node, before, version, constants):
                 left[node.op_type] += 1
@@ -48,24 +50,25 @@ def lower_opset(model: onnx.ModelProto, version: int, target: str) -> None:
             entry.version = version
 
 
-def _whole_shapes(graph: onnx.GraphProto) -> None:
-    """Write each Shape of some axes as a Shape of all and a Slice."""
+def _slice_shapes(graph: onnx.GraphProto) -> None:
+    """Write each Shape of some axes as a Slice of the whole shape."""
+    taken = {t.name for t in graph.initializer} | {name for node in graph.node for name in (*node.input, *node.output)}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         nodes.append(node)
-        spans = {a.name: a.i for a in node.attribute} if node.op_type == "Shape" and not node.domain else {}
-        if not spans.get("start") and "end" not in spans:
+        part = {a.name: a.i for a in node.attribute if a.name in ("start", "end")}
+        if node.op_type != "Shape" or node.domain or not part:
             continue
-        output, whole = node.output[0], f"{node.output[0]}_whole"
-        bounds = {"start": spans.get("start", 0), "end": spans.get("end", np.iinfo(np.int64).max), "axis": 0}
-        names = [f"{output}_{name}" for name in bounds]
-        graph.initializer.extend(map(numpy_helper.from_array, (np.array([n], np.int64) for n in bounds.values()), names))
-        del node.attribute[:]
-        node.output[0] = whole
-        nodes.append(helper.make_node("Slice", [whole, *names], [output], name=f"{node.name}_span" if node.name else ""))
+        names = []
+        for end in ("whole", "start", "end"):
+            names.append(next(n for i in itertools.count() if (n := f"{node.output[0]}_{end}{i or ''}") not in taken))
+            taken.add(names[-1])
+        ends = (part.get("start", 0), part.get("end", np.iinfo(np.int64).max))
+        graph.initializer.extend(numpy_helper.from_array(np.array([v]), n) for v, n in zip(ends, names[1:], strict=True))
+        whole = helper.make_node("Shape", list(node.input), names[:1], node.name)
+        nodes[-1:] = [whole, helper.make_node("Slice", names, list(node.output), f"{node.name}_part")]
     if len(nodes) > len(graph.node):
-        del graph.node[:]
-        graph.node.extend(nodes)
+        set_nodes(graph, nodes)
 
 
 def _lowered(node: onnx.NodeProto, before: int, version: int, constants: dict[str, onnx.TensorProto]) -> bool:

@@ -282,7 +282,7 @@ def test_a_normalization_between_others_is_a_layer(target, rank):
 
 @pytest.mark.parametrize("target", [TARGETS["litert"], TARGETS["qnn"]], ids=by_name)
 def test_learned_rounding_reads_codes_as_the_target_stores_them(target):
-    """Signed codes have another zero point: with a wrong one the inputs of layers are shifted, which no rounding survives."""
+    """Signed codes have another zero point: with a wrong one inputs of layers are shifted, which no rounding survives."""
     model = mobilenet()
     samples = feeds(model, 8, seed=1)
     recipe = {"target": target.name, "weights": {"bits": 4}, "pass": [{"use": "ranges"}]}
@@ -291,3 +291,17 @@ def test_learned_rounding_reads_codes_as_the_target_stores_them(target):
     reference = runtimes.outputs(runtimes.session(model), samples)
     runs = [runtimes.outputs(runtimes.session(m, written=True), samples) for m in (nearest, rounded)]
     assert worst_sqnr(reference, runs[1]) > worst_sqnr(reference, runs[0]) + 1
+
+
+def test_portable_files_have_shapes_of_some_axes():
+    operators = [
+        ("Conv", ["x", "w"], ["y"], {}),
+        ("Shape", ["y"], ["some"], {"start": 1, "end": -1}),
+        ("Cast", ["some"], ["z"], {"to": TensorProto.FLOAT}),
+    ]
+    model = network(operators, ["n", 3, "h", 8], {"w": (4, 3, 1, 1)}, outputs=("y", "z"))
+    samples = [feed_of(model, seed) for seed in range(4)]
+    result = quantize(model, "int8", samples, target="portable", workers=1, check=False)
+    assert opset_of(result.model) == 13 and ops(result.model)["Slice"] == 1
+    sizes = runtimes.session(result.model).run(["z"], samples[0])[0]
+    assert sizes.tolist() == runtimes.session(model).run(["z"], samples[0])[0].tolist() == [4, 3]
