@@ -5,8 +5,7 @@
 FOLDER is as `benchmarks.models` and `benchmarks.zoo` want theirs: it holds models/ and data/, or a `zoo.py`, or both with
 the latter under zoo/. Without a folder it is the digits network of `onnxq quickstart`, which needs nothing. It prints
 Markdown. Samples to judge by come from the calibration split, the last ones, which are not calibrated with; `--recipes`
-names a16w8.toml or the like.
-A runtime that is not installed is a row that says so.
+takes names and files. A runtime that is not installed is a row that says so.
 """
 
 from __future__ import annotations
