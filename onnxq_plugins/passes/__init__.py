@@ -13,6 +13,7 @@ from onnxq_plugins.passes.equalize import Equalize as Equalize
 from onnxq_plugins.passes.fixed_ranges import FixedRanges as FixedRanges
 from onnxq_plugins.passes.mixed_precision import MixedPrecision as MixedPrecision
 from onnxq_plugins.passes.orthogonality import Orthogonality as Orthogonality
+from onnxq_plugins.passes.output_noise import OutputNoise as OutputNoise
 from onnxq_plugins.passes.placement import Placement as Placement
 from onnxq_plugins.passes.ranges import Ranges as Ranges
 from onnxq_plugins.passes.reorder import Reorder as Reorder

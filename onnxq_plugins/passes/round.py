@@ -141,6 +141,8 @@ class Round(Pass):
         if judge is None:
             return {}
         plans = {"plain": judge.completed(plain), "learned": job.plan}
+        if any(job.plan[y.weight].bits < _PLAIN for y in Planned.of(job).layers):
+            plans = dict(reversed(plans.items()))
         verdict = judge.best(plans)
         if verdict.name == "plain":
             job.plan = plans["plain"]
@@ -159,6 +161,7 @@ class Round(Pass):
         }
 
 
+_PLAIN = 8  # bits of which the nearest codes stay unless learned ones are clearly better; of fewer it is the reverse
 _LARGE = 1e9  # multiplications that make several threads worth it: they wait for each other on a busy machine
 
 

@@ -68,7 +68,7 @@ class SubLayer(Pass):
         result: dict[str, Any] = {"layers": len(layers), "scales": tiles, "multipliers": multipliers}
         judge = Judge.of(job) if layers else None
         if judge is not None:
-            verdict = judge.best({"covering": plain, "searched": job.plan})
+            verdict = judge.best({"searched": job.plan, "covering": plain})
             result["sqnr"] = verdict.sqnr
             if verdict.name == "covering":
                 job.plan = plain

@@ -2,7 +2,7 @@
 
     judge = Judge.of(job)                                   # None where there is nothing to judge by
     if judge is not None:
-        verdict = judge.best({"minmax": one, "mse": other})  # the first wins ties: put what does least in front
+        verdict = judge.best({"minmax": one, "mse": other})  # the first wins ties: what is expected to be better
         job.plan = plans[verdict.name]                      # and say so: verdict.sqnr has the dB of each
 
 A pass that chooses by the error of single layers, or of tensors, can lose where the network as a whole gains nothing by
@@ -15,7 +15,8 @@ sixteen others said 4.4, pooled or not, and the mean of the four 2.3.
 
 What one plan gains over another differs from sample to sample, and a mean over few of them can be above 0 by chance. So a
 plan takes the place of the first only if it gains more than the standard error of the gain, paired sample by sample. On a
-robot policy, ranges were 0.06 dB ahead on 32 samples, with a standard error of 0.54, and 0.5 behind on others.
+robot policy, ranges were 0.06 dB ahead on 32 samples, with a standard error of 0.54, and 0.5 behind on others. The first is
+what is to stay where samples do not tell: what does least, or what is known to gain, such as learned codes of few bits.
 
 The networks run as they are written (`runtimes.session(written=True)`), so that no machine's kernels decide."""
 

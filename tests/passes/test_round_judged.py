@@ -106,6 +106,14 @@ def test_the_network_decides_in_the_end(better, monkeypatch):
     assert same != better
 
 
+@pytest.mark.parametrize(("bits", "taken"), [(8, "plain"), (4, "learned")])
+def test_where_samples_do_not_tell_the_width_decides(bits, taken, monkeypatch):
+    model = mobilenet()
+    monkeypatch.setattr(Judge, "each", lambda *args: np.full(4, 20.0))
+    result = quantize(model, {"weights": {"bits": bits}, "pass": [STEP]}, feeds(model, 8), workers=1)
+    assert result.report.steps[0]["result"]["taken"] == taken
+
+
 def test_samples_that_nothing_is_learned_from_do_no_harm():
     """One sample with values far beyond all others: their patches are clipped."""
     model, recipe = mlp(), {"weights": {"bits": 8}}

@@ -507,7 +507,7 @@ def test_wide_layers_are_searched_on_their_blocks():
 @pytest.mark.parametrize("better", [True, False])
 def test_the_judge_decides_whether_the_scales_stay(better, monkeypatch):
     model = mobilenet()
-    answers = iter([20.0, 25.0] if better else [25.0, 20.0])
+    answers = iter([25.0, 20.0] if better else [20.0, 25.0])
     monkeypatch.setattr(Judge, "each", lambda *args: np.full(4, next(answers)))
     job = make_job(model, TILES)
     result = SubLayer().apply(job)

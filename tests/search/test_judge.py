@@ -36,6 +36,7 @@ def test_a_gain_must_be_larger_than_its_standard_error():
     by_chance = rng.normal(0, 3, 32)
     by_chance += 0.3 - by_chance.mean()
     assert ahead({"plain": plain, "learned": plain + by_chance}) == "plain"
+    assert ahead({"learned": plain - by_chance, "plain": plain}) == "learned"
     assert ahead({"plain": plain, "learned": plain + by_chance / 10 + 0.27}) == "learned"
     assert ahead({"plain": plain, "one": plain + by_chance + 0.2, "other": plain + by_chance / 10 + 0.2}) == "other"
 
