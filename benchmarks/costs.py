@@ -3,13 +3,15 @@
     python -m benchmarks.costs [--write NAME] [--rounds 24] [--seconds 1] [--seed 0]
 
 Times single operators of random shapes (`onnxq_plugins.export.kernel_times`); half of the shapes only judge. Prints
-Markdown; --write puts the coefficients into the package, under the name of an instruction set.
+Markdown; --write puts the coefficients into the package, under the name of an instruction set. For that of processors
+without VNNI preload what `benchmarks/without_vnni.c` makes: it hides what is newer than AVX2.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +45,8 @@ def write(name: str, rows: dict[str, list[float]]) -> None:
     """Put a table into the package."""
     file = Path(onnxq_plugins.__file__).parent / "runtimes/costs.json"
     tables = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    tables[name] = {"source": machine(), "kernels": rows}
+    hidden = Path(os.environ.get("LD_PRELOAD", "")).stem
+    tables[name] = {"source": machine() + (f", {hidden}" if hidden else ""), "kernels": rows}
     lines = [
         f' {json.dumps(name)}: {{"source": {json.dumps(one["source"])}, "kernels": {{\n'
         + ",\n".join(f"  {json.dumps(kind)}: {json.dumps(row)}" for kind, row in one["kernels"].items())

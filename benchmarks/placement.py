@@ -1,6 +1,6 @@
 """How well the table of costs predicts whole networks, and what placement by it gains.
 
-    python -m benchmarks.placement FOLDER [MODEL ...] [--seconds 1]
+    python -m benchmarks.placement FOLDER [MODEL ...] [--seconds 1] [--table NAME]
 
 For each model under FOLDER (as in benchmarks.zoo): milliseconds of the network with all operators integer that can be, as
 placed, and in float with weights stored in 8 bits, predicted and measured, in turn, one thread, on the first sample; and
@@ -21,7 +21,6 @@ from onnxq_plugins import OnnxqError, quantize
 from onnxq_plugins.passes import placement
 
 CHOICES = ("integer", "placed", "float")
-RECIPE = {"pass": [{"use": "placement", "least": 0.0}]}
 
 
 def main() -> None:
@@ -29,7 +28,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("models", nargs="*")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing a model")
+    parser.add_argument("--table", default="", help="of costs, as the pass takes it")
     args = parser.parse_args()
+    recipe = {"pass": [{"use": "placement", "least": 0.0, "table": args.table}]}
     placement._SECONDS = args.seconds
     folder = open_folder(args.folder)
     heads = "".join(f" {name} ms |" for name in CHOICES)
@@ -37,7 +38,7 @@ def main() -> None:
     errors, ratios = [], []
     for name in args.models or folder.names:
         try:
-            result = quantize(folder.path(name), RECIPE, folder.feeds(name, "calib")[:2], check=False)
+            result = quantize(folder.path(name), recipe, folder.feeds(name, "calib")[:2], check=False)
         except OnnxqError as error:
             print(f"| {name} | {error} | | | | |")
             continue

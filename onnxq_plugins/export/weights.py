@@ -20,6 +20,8 @@ from onnxq_plugins.graph import Layer
 from onnxq_plugins.spec import Array, Block, QuantSpec, expand
 from onnxq_plugins.targets import Rule, channel_multipliers, granularity_of
 
+_FEW = 16  # scales, for which a Cast takes more bytes than it saves
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -125,7 +127,8 @@ def stored_bits(layer: Layer, spec: QuantSpec, rule: Rule) -> float:
     spec, factor = stored_form(layer, spec, rule)
     storage = rule.storage
     assert spec.scale is not None
-    shape, bits = layer.shape, 32.0 * (spec.scale.size + (factor.size if factor is not None else 0))
+    scales = in_few_bytes(np.asarray(spec.scale, np.float32)) if storage == "float" else np.asarray(spec.scale, np.float32)
+    shape, bits = layer.shape, 8.0 * scales.nbytes + 32.0 * (factor.size if factor is not None else 0)
     if storage in ("int4", "float") and spec.multiplier is not None:
         shape = Layout.of(shape, spec.sub_block).whole
         bits += (4 if multiplier_type(spec.multiplier) is ml_dtypes.uint4 else 8) * spec.multiplier.size
@@ -192,6 +195,18 @@ def write_constant(builder: Builder, name: str, spec: QuantSpec, kind: int) -> N
     product = _product(builder, name, codes, np.asarray(spec.scale, np.float32), spec.block, kind)
     last = next(node for node in reversed(builder.nodes) if product in node.output)
     last.output[0] = name
+
+
+def in_few_bytes(scale: Array) -> Array:
+    """Scales as one where they are all the same, and as float16 where that is exact and smaller, a Cast included; other
+    values as they are."""
+    if scale.size > 1 and (scale == scale.flat[0]).all():
+        return scale.reshape(-1)[:1].reshape((1,) * scale.ndim)
+    if scale.dtype != np.float32 or scale.size < _FEW:
+        return scale
+    with np.errstate(over="ignore"):
+        half = scale.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), scale) else scale
 
 
 def write_rows(builder: Builder, name: str, spec: QuantSpec, node: onnx.NodeProto, kind: int) -> None:
@@ -275,10 +290,12 @@ def _product(builder: Builder, name: str, codes: Array, factors: Array, block: B
     padded = np.zeros(layout.whole, codes.dtype)
     padded[tuple(slice(n) for n in shape)] = codes
     stored = builder.constant(f"{name}_codes", padded.reshape(layout.split))
-    factor = builder.constant(f"{name}_factor", factors.reshape(layout.counts) if factors.ndim else factors)
-    wide, fine = builder.fresh(f"{name}_wide"), builder.fresh(f"{name}_fine")
+    factors = in_few_bytes(factors.reshape(layout.counts) if factors.ndim else factors)
+    fine, wide = builder.constant(f"{name}_factor", factors), builder.fresh(f"{name}_wide")
     builder.add("Cast", [stored], [wide], to=kind)
-    builder.add("Cast", [factor], [fine], to=kind)
+    if kind != TensorProto.FLOAT or factors.dtype != np.float32:
+        factor, fine = fine, builder.fresh(f"{name}_fine")
+        builder.add("Cast", [factor], [fine], to=kind)
     product = builder.fresh(f"{name}_product")
     builder.add("Mul", [wide, fine], [product])
     if layout.split != shape:

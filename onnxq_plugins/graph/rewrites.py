@@ -326,7 +326,7 @@ def split_outputs(graph: Graph, layer: Layer, parts: Sequence[Array]) -> list[La
     whole = result if ordered else graph.add_variable(f"{layer.name}_parts", like=output)
     graph.add_node("Concat", f"{layer.name}_concat", written, [whole], before=node, axis=axis)
     if not ordered:
-        order = graph.add_constant(f"{layer.name}_order", np.argsort(joined))
+        order = graph.add_constant(f"{layer.name}_order", np.argsort(joined).astype(np.int32))
         graph.add_node("Gather", f"{layer.name}_gather", [whole, order], [result], before=node, axis=axis)
     graph.tidy()
     if after is not None:
@@ -367,9 +367,8 @@ def _select(graph: Graph, x: gs.Tensor, channels: Array, name: str, before: gs.N
         ]
         graph.add_node("Slice", f"{name}_slice", [x, *ends], [y], before=before)
     else:
-        graph.add_node(
-            "Gather", f"{name}_gather", [x, graph.add_constant(f"{name}_channels", channels)], [y], before=before, axis=1
-        )
+        numbers = graph.add_constant(f"{name}_channels", channels.astype(np.int32))
+        graph.add_node("Gather", f"{name}_gather", [x, numbers], [y], before=before, axis=1)
     return y
 
 

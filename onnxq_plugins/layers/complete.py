@@ -30,6 +30,8 @@ from onnxq_plugins.targets import channel_multipliers
 if TYPE_CHECKING:
     from onnxq_plugins.job import Job
 
+_NORMAL, _LARGEST = 2.0**-14, 2.0**15  # float16 with all its digits
+
 
 def complete(job: Job) -> None:
     """Law L4: solve whatever the passes left open."""
@@ -56,13 +58,26 @@ def complete_constants(job: Job) -> None:
     for name, spec in specs.items():
         if not spec.solved:
             with mapped.reading():
-                specs[name] = solve_minmax(graph.constant(name), spec)
+                spec = solve_minmax(graph.constant(name), spec)
+            table = any(node.op == "Gather" for node in graph.consumers(name))  # its codes may be a layer's, too
+            specs[name] = spec if table else _half(spec)
     solved = recurrent_codes(job, specs)
     for name, spec in specs.items():
         with mapped.reading():
             codes = solved[name] if name in solved else weight_codes(graph.constant(name), spec)
             specs[name] = replace(spec, codes=mapped.keep(codes) if name in mapped.arrays else codes)
     job.plan |= specs
+
+
+def _half(spec: QuantSpec) -> QuantSpec:
+    """An entry whose scales float16 holds, rounded up by 0.1 % at most: a file stores those of constants that are decoded in
+    half the bytes. As it is where they are too small or too large for that."""
+    scale = np.asarray(spec.scale, np.float32)
+    if not ((scale >= _NORMAL) & (scale < _LARGEST)).all():
+        return spec
+    half = scale.astype(np.float16)
+    up = np.nextafter(half, np.float16(np.inf))
+    return replace(spec, scale=np.where(half.astype(np.float32) < scale, up, half).astype(np.float32))
 
 
 def complete_ranges(job: Job) -> None:
@@ -81,7 +96,7 @@ def complete_weight(job: Job, layer: Layer, spec: QuantSpec) -> QuantSpec:
     if not np.isfinite(weight).all():
         raise OnnxqError(f"layer '{layer.name}': its weight has NaN or Inf; the float model is broken.")
     if not spec.solved:
-        spec = solve_minmax(weight, spec)
+        spec = _half(solve_minmax(weight, spec)) if spec.decoded else solve_minmax(weight, spec)
     spec = _lower_shifts(job, layer, spec, weight)
     spec = replace(spec, codes=weight_codes(weight, spec) if spec.codes is None else spec.codes)
     codes, scale, floor = spec.codes, np.asarray(spec.scale), scale_floor(job, layer, spec)

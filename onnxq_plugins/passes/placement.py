@@ -15,7 +15,7 @@ from onnxq_plugins.job import Job, Pass, Report, Service, Stage
 from onnxq_plugins.layers.complete import complete
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import FASTER, request, rule_keys
-from onnxq_plugins.runtimes.costs import check_table
+from onnxq_plugins.runtimes.costs import check_table, runs_here
 from onnxq_plugins.runtimes.speed import EQUAL, Speed, against_first
 from onnxq_plugins.search.placement import Placer, costs_of
 from onnxq_plugins.spec import Array, Plan, from_range
@@ -96,7 +96,7 @@ class Placement(Pass):
         result: dict[str, Any] = {"table": costs.name, "predicted": {name: round(predicted[name], 1) for name in sets}}
         plans = {name: in_float(job, names) for name, names in sets.items()}
         close = {name: plan for name, plan in plans.items() if predicted[name] < _SURE * predicted[choice]}
-        if self.check and job.target.here and shortest <= _LONG and len(close) > 1:
+        if self.check and job.target.here and runs_here(job.target.costs) and shortest <= _LONG and len(close) > 1:
             speeds = _timed(job, close, choice, feed)
             result["timed"] = {name: round(1e3 * speed.quantized, 1) for name, speed in speeds.items()}
             choice = chosen(speeds, sets)

@@ -35,7 +35,11 @@ BLOCK = 16  # channels of a block in NCHWc
 CONVERSIONS = ("quantize", "dequantize", "transpose", "block", "unblock")
 OWN = "own"  # name of the table that was measured on this machine
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
-INSTRUCTIONS = (("amx_int8", "amx"), ("avx512_vnni", "avx512-vnni"))  # flag of a processor -> its table, the best first
+INSTRUCTIONS = (  # flag of a processor -> its table, the best first
+    ("amx_int8", "amx"),
+    ("avx512_vnni", "avx512-vnni"),
+    ("avx2", "avx2"),
+)
 _NEAR = 2**20  # bytes that an operator reads and writes within the cache
 _MOVED = frozenset({"Slice", "Split", "Gather", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"})  # copy
 
@@ -165,19 +169,31 @@ def table_of(name: str, here: bool = False) -> Costs | None:
     """The table to decide by; None if there is none.
 
     name   of a table that comes with the package, or `OWN`: the one that was measured on this machine
-    here   models run on this machine: its own table counts before that one, then that of its instruction set
+    here   models run on this machine: its own table counts before that one, then that of its instruction set. Not where
+           they are made for the least of them
 
     Raises OnnxqError if there is no such table, or if this machine's own cannot be read.
     """
+    here = here and runs_here(name)
     if name == OWN or here:
         own = read_own()
         if own is not None or name == OWN:
             return own
     shipped = tables()
     if here:
-        flags = set((processor().get("flags") or "").split())
-        name = next((table for flag, table in INSTRUCTIONS if flag in flags and table in shipped), name)
+        name = this_table() or name
     return shipped.get(name)
+
+
+def this_table() -> str:
+    """The name of the table of this machine's instruction set; "" if there is none."""
+    flags = set((processor().get("flags") or "").split())
+    return next((table for flag, table in INSTRUCTIONS if flag in flags), "")
+
+
+def runs_here(name: str) -> bool:
+    """False where a target's table is of the least instruction set and this machine has another: its kernels are others."""
+    return name != INSTRUCTIONS[-1][1] or this_table() == name
 
 
 def check_table(name: str) -> None:

@@ -35,7 +35,7 @@ ORT_CPU_AVX2 = replace(
     ORT_CPU,
     name="ort-cpu-avx2",
     max_code=64,
-    costs="",
+    costs="avx2",
     runtime=None,
     doc="onnxruntime on x86-64 without VNNI: weight codes within [-64, 64], since AVX2 adds two "
     "products in 16 bits and would saturate",

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxq_plugins import runtimes
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.canonical import AFTER_FUNCTIONS
-from tests.networks import feed_of, network
+from tests.networks import feed_of, network, weight
 from tests.zoo import examples
 
 IMAGE = ["N", 4, 9, 8]
@@ -751,3 +751,18 @@ def test_initializers_that_are_outputs_stay():
     )
     (_, w) = outputs(load(model).model(), feed_of(model), False)
     np.testing.assert_array_equal(w, numpy_helper.to_array(model.graph.initializer[0]))
+
+
+def test_weights_below_the_normal_numbers_become_zero():
+    """Some processors are many times slower with them."""
+    values = weight((8, 3, 3, 3))
+    values[::2] *= np.float32(1e-39)
+    values[1, 0, 0, 0] = -1e-42
+    model = network([("Conv", ["x", "w"], ["y"], {})], [1, 3, 12, 12], {"w": values})
+    graph = load(model)
+    kept = graph.constant(graph.layers[0].weight)
+    assert not ((np.abs(kept) < np.finfo(np.float32).tiny) & (kept != 0)).any()
+    assert np.array_equal(kept[1::2].ravel()[1:], values[1::2].ravel()[1:]) and not kept[::2].any()
+    feed = {"x": np.ones((1, 3, 12, 12), np.float32)}
+    y, z = (runtimes.session(m).run(None, feed)[0] for m in (model, graph.model()))
+    np.testing.assert_allclose(z, y, rtol=1e-5, atol=1e-30)
