@@ -20,8 +20,9 @@ from onnxq_plugins.targets import Target
 
 
 def save(target: Target, model: onnx.ModelProto, path: Path) -> Path:
-    """Write a QDQ model in the format of a target, whole or not at all; under a name that ends in .onnx as it is."""
-    if target.write is None or path.suffix == ".onnx":
+    """Write a QDQ model in the format of a target, whole or not at all; as it is under a name that ends in .onnx where the
+    target's do not."""
+    if target.write is None or path.suffix == ".onnx" != target.suffix:
         return files.save_model(model, path)
     files.check_writable(path)
     return files.write_file(encoded(target, model), path)

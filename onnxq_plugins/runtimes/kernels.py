@@ -91,15 +91,16 @@ def moved(name: str, op: str) -> Executed:
 
 def from_profile(events: Iterable[Mapping[str, Any]], codes: set[str]) -> list[Executed]:
     """The operators that ran in onnxruntime, anywhere: from the events of its profile."""
-    found: dict[str, Executed] = {}
+    found: dict[tuple[str, str], Executed] = {}  # older versions leave fused operators without a name
     for event in events:
         name, args = str(event.get("name", "")), event.get("args", {})
         if event.get("cat") != "Node" or not name.endswith("_kernel_time") or "op_name" not in args:
             continue
         name = plain(name.removesuffix("_kernel_time"))
-        if name not in found:
+        key = (name, str(args.get("node_index", "")))
+        if key not in found:
             types = [next(iter(entry), "") for entry in args.get("input_type_shape", ())]
-            found[name] = _profiled(name, str(args["op_name"]), types, codes)
+            found[key] = _profiled(name, str(args["op_name"]), types, codes)
     return list(found.values())
 
 
