@@ -104,6 +104,8 @@ def _newer_version(job: Job, model: onnx.ModelProto) -> str:
         return (
             f"opset {opset} became {after} (IR version {model.ir_version}), in which target '{job.target.name}' is written"
         )
+    if after > opset > 0 and not job.plan:
+        return f"opset {opset} became {after} (IR version {model.ir_version}), the oldest that is written"
     if after > opset > 0:
         reason = "codes of 4 or 16 bits or scales per block" if after == NARROW_OPSET else "one scale per channel"
         return f"opset {opset} became {after} (IR version {model.ir_version}), which {reason} need"
