@@ -12,9 +12,10 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxq_plugins import OnnxqError, Pass, Result, engine, hookimpl, load, measure, quantize, rescale, runtimes
+from onnxq_plugins import OnnxqError, Pass, Result, hookimpl, load, measure, quantize, rescale, runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
+from onnxq_plugins.engine import writing
 from onnxq_plugins.graph import channel_groups
 from onnxq_plugins.job import Job
 from onnxq_plugins.laws import LawBroken
@@ -422,7 +423,7 @@ def test_a_crash_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, w
     def crash(*_, **__):
         raise error
 
-    owner, name = {"export": (engine, "export"), "replace": (os, "replace"), "audit": (summary, "audit_model")}[where]
+    owner, name = {"export": (writing, "export"), "replace": (os, "replace"), "audit": (summary, "audit_model")}[where]
     monkeypatch.setattr(owner, name, crash)
     with pytest.raises(OnnxqError if where == "replace" and isinstance(error, OSError) else type(error)):
         run(cnn(), {}, output=path)
@@ -431,14 +432,14 @@ def test_a_crash_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, w
 
 
 def test_a_model_the_runtime_refuses_is_not_written(tmp_path, monkeypatch):
-    real = engine.export
+    real = writing.export
 
     def broken(*arguments, **more):
         model = real(*arguments, **more)
         model.graph.node[0].op_type = "NoSuchOperator"
         return model
 
-    monkeypatch.setattr(engine, "export", broken)
+    monkeypatch.setattr(writing, "export", broken)
     with pytest.raises(OnnxqError, match="cannot load the model"):
         run(cnn(), {}, output=tmp_path / "made.onnx")
     assert not os.listdir(tmp_path)

@@ -42,7 +42,7 @@ from onnxq_plugins.report.goals import Goals
 from onnxq_plugins.report.summary import original_size
 from onnxq_plugins.search.quality import keep_quality
 from onnxq_plugins.spec import Array
-from onnxq_plugins.targets import Target
+from onnxq_plugins.targets import BUILTIN, Target
 from onnxq_plugins.targets.refusals import problems, unheld
 
 __all__ = ["Result", "Retargeted", "quantize", "retarget"]
@@ -198,10 +198,14 @@ def _read_model(
     model: Model, float32: bool, target: Target, output: Path | None
 ) -> tuple[Graph, Path | onnx.ModelProto | None, int]:
     """The graph, the user's own model (None for a Graph, and where `output` will replace it) and its bytes. Raises
-    OnnxqError
-    where `output` could not be written."""
+    OnnxqError where `output` could not be written, or has a name for files of another target."""
     if output is not None:
         files.check_writable(output)
+        others = [other.name for other in BUILTIN if other.suffix == output.suffix not in (".onnx", target.suffix)]
+        if others:
+            raise OnnxqError(
+                f"'{output}': target '{target.name}' writes {target.suffix}; give such a name, or --target {others[0]}."
+            )
     model = as_model(model)
     graph = conform(load(model, float32=float32, flatten=target.flatten), target.operators, target.whole)
     source = model.absolute() if isinstance(model, Path) else None if isinstance(model, Graph) else model

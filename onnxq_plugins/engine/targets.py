@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx
 
+from onnxq_plugins import files
 from onnxq_plugins.calibration.branches import branches
 from onnxq_plugins.engine.plans import Solved, is_plan, read_plan
 from onnxq_plugins.engine.result import encoded, save
@@ -26,7 +27,7 @@ from onnxq_plugins.laws import exporting
 from onnxq_plugins.layers.branches import Inside
 from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.recipe import Settings, apply_setting, parse, texts
-from onnxq_plugins.report.summary import describe
+from onnxq_plugins.report.summary import describe, set_size
 from onnxq_plugins.runtimes.examples import SHAPES_KEY
 from onnxq_plugins.spec import Plan
 from onnxq_plugins.targets import Target
@@ -63,7 +64,10 @@ class Retargeted:
     @expects(path=PATH)
     def save(self, path: str | Path) -> Path:
         """Write it in the target's format, whole or not at all."""
-        return save(self.target, self.model, Path(path))
+        path = save(self.target, self.model, Path(path))
+        if "bytes" in self.report:
+            set_size(self.report, path.stat().st_size)
+        return path
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -141,6 +145,7 @@ def _written(solved: Solved, recipe: Recipe, plugins: Plugins) -> Retargeted:
     describe(job, model, None, solved.size, Inside())
     if target.static:
         fix_shapes(model, solved.shapes, target.name)
+        set_size(job.report, files.size_of(model))
     job.report |= {"recipe": json.loads(values["onnxq.recipe"]), "changes": dict(changes.counts), "changed": changes.text}
     return Retargeted(model, target, job.plan, job.report)
 
@@ -154,7 +159,9 @@ def _converted(path: Path, target: Target) -> Retargeted:
         )
     model = read(path)
     if not any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-        raise OnnxqError(f"model '{path}' is not quantized; use onnxq quantize with --target {target.name}.")
+        raise OnnxqError(
+            f"model '{path}' is not quantized, or all in float; quantize the float model with --target {target.name}."
+        )
     OnnxqError.check(missing_operators(target, model))
     if target.static:
         shapes = next((p.value for p in model.metadata_props if p.key == SHAPES_KEY), "{}")

@@ -29,7 +29,7 @@ from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plugins import Plugins
 from onnxq_plugins.report.check import Check
 from onnxq_plugins.report.goals import Goals
-from onnxq_plugins.report.summary import describe
+from onnxq_plugins.report.summary import describe, set_size
 from onnxq_plugins.targets.refusals import problems
 
 _WILD = 8.0  # times the magnitude that any other sample has
@@ -91,9 +91,12 @@ def export_job(
         if job.target.static:
             shapes = sample_shapes(job.calibration.data)  # after the check: other samples may have other shapes
             fix_shapes(model, shapes, job.target.name, None if data is None else data.path.parent)
+            set_size(job.report, files.size_of(model) + (data.size if data is not None else 0))
         missed = goals.missed(checked, job.report.quality)
         if path is not None and (goals.keep or not missed):
             data.finish(model) if data is not None else save(job.target, model, path)
+            if job.target.write is not None:
+                set_size(job.report, path.stat().st_size)
     return model, shown, checked, missed
 
 

@@ -127,11 +127,12 @@ def problems_of(proto: onnx.ModelProto, where: str, float32: bool) -> list[str]:
             f"{where} uses opset {opset}, too new: onnxruntime reads up to {NEWEST_OPSET}; export it with "
             f"opset {NARROW_OPSET}."
         )
-    quantized = {n.op_type for n in proto.graph.node} & QUANTIZED_OPS
+    quantized = sorted({n.op_type for n in proto.graph.node} & QUANTIZED_OPS)
+    if not quantized and any(entry.key == "onnxq.recipe" for entry in proto.metadata_props):
+        quantized = ["weights in codes, by onnxq-plugins"]
     if quantized:
-        problems.append(
-            f"{where} is already quantized (it has {', '.join(sorted(quantized))}); give the float model it was made from."
-        )
+        what = ", ".join(quantized)
+        problems.append(f"{where} is already quantized (it has {what}); give the float model it was made from.")
     narrow = {
         TensorProto.DataType.Name(t)
         for t in (
@@ -145,7 +146,7 @@ def problems_of(proto: onnx.ModelProto, where: str, float32: bool) -> list[str]:
             f"{where} has tensors of type {', '.join(sorted(narrow))}, so it is not a float model; give the "
             "float32 model it was made from."
         )
-    if (half := half_type(proto)) and not float32:
+    if not quantized and (half := half_type(proto)) and not float32:
         problems.append(f"{where} is an {half} model; quantize its float32 original, or pass --float32 to convert it first.")
     return problems
 

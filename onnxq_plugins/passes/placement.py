@@ -116,7 +116,8 @@ def _tell(job: Job, floats: Collection[str], choice: str, result: Mapping[str, A
     faster = "where that is faster" if times[choice] < times["integer"] else "where that is as fast, as far as timing tells"
     job.note(
         f"{len(layers)} layer{'s' * (len(layers) != 1)}{f' and {others} other operators' * (others > 1)} run in float, "
-        f"{faster}: the network takes {times[choice] / 1e3:.3g} ms {word}, against {times['integer'] / 1e3:.3g} ms as integers"
+        f"{faster}: the network takes {times[choice] / 1e3:.3g} ms {word}, "
+        f"against {times['integer'] / 1e3:.3g} ms as integers"
     )
 
 

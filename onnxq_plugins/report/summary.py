@@ -19,7 +19,7 @@ from onnxq_plugins.export.weights import stored_bits
 from onnxq_plugins.graph import Graph, constants
 from onnxq_plugins.graph.bodies import all_graphs
 from onnxq_plugins.graph.reading import bytes_on_disk
-from onnxq_plugins.job import Job
+from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.branches import Inside
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import adapted
@@ -67,9 +67,24 @@ def describe(job: Job, model: onnx.ModelProto, data: files.DataFile | None, befo
         },
         "bits_per_weight": round(_bits_per_weight([*rows, *inner.layers, *outside]), 3),
     }
-    kernels = _kernels(job, planned, audit)
-    size = f"{before / 1e6:.2f} -> {after / 1e6:.2f} MB" if before >= 1e6 else f"{before / 1e3:.1f} -> {after / 1e3:.1f} kB"
-    report["summary"] = f"{kernels} | {size}, {report.bits_per_weight:.1f} bits per weight"
+    report["summary"] = (
+        f"{_kernels(job, planned, audit)} | {_sizes(before, after)}, {report.bits_per_weight:.1f} bits per weight"
+    )
+
+
+def set_size(report: Report, size: int) -> None:
+    """Tell the bytes of the file itself, where these are not those of the model that was described: another format, or
+    shapes that were fixed since."""
+    before, told = report["bytes"]["float"], report["bytes"]["quantized"]
+    report["summary"] = report["summary"].replace(_sizes(before, told), _sizes(before, size), 1)
+    report["bytes"] = {"float": before, "quantized": size}
+
+
+def _sizes(before: int, after: int) -> str:
+    """Bytes of two files in words."""
+    if before >= 1e6:
+        return f"{before / 1e6:.2f} -> {after / 1e6:.2f} MB"
+    return f"{before / 1e3:.1f} -> {after / 1e3:.1f} kB"
 
 
 def _audited(job: Job, model: onnx.ModelProto, folder: Path | None) -> Audit:

@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from onnxq_plugins.graph.layer import LAYER_OPS
+
 LEAST = 1024  # bytes of the smallest float constant that counts
 _FLOATS: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.DOUBLE: 8, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
 _CODES: dict[int, int] = {
@@ -94,7 +96,8 @@ def _held(graph: onnx.GraphProto, outer: dict[str, _Source], counted: set[str]) 
             entry = Held(node.name or node.op_type, node.op_type)
             for name in inputs[: 2 if node.op_type in _BIASED and not node.domain else None]:
                 source = sources.get(name, _Source())
-                if name in counted or not (4 * source.coded >= LEAST or source.floats >= LEAST):
+                least = 1 if node.op_type in LAYER_OPS else LEAST // 4  # a layer counts with whatever weight it has
+                if name in counted or not (source.coded >= least or source.floats >= LEAST):
                     continue
                 counted.add(name)
                 if source.coded:

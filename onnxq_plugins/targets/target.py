@@ -138,8 +138,8 @@ class Target:
 
     def fits(self, layer: Layer) -> bool:
         """True if the channels of a layer are multiples of what the hardware needs."""
-        inputs = 1 if layer.kind == "depthwise" else layer.shape[layer.in_axis]
-        return self.aligned == 1 or (layer.channels % self.aligned == 0 and (inputs == 1 or inputs % self.aligned == 0))
+        inputs = layer.channels if layer.kind == "depthwise" else layer.shape[layer.in_axis]
+        return layer.channels % self.aligned == 0 and inputs % self.aligned == 0
 
     def centred(self, bits: int) -> bool:
         """True if activations of that many bits must have symmetric entries."""

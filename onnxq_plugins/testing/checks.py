@@ -169,7 +169,8 @@ def check_effect(step: Pass, bench: Bench) -> None:
                 return
     raise AssertionError(
         f"pass '{step.name}' changes nothing on any of the {len(ZOO) + len(MORE)} models of the kit: does its condition "
-        "ever hold, and does it assign job.plan (job.plan |= ...)? Give the kit the recipe it is for (recipe=...)."
+        "ever hold, and does it assign job.plan (job.plan |= ...), if it plans? Give the kit the recipe it is for "
+        "(recipe=...), or a model that has what it looks for (models={'mine': ...})."
     )
 
 

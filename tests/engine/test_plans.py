@@ -334,3 +334,24 @@ def test_every_model_of_the_kit_goes_to_every_whole_target():
     for name in ("inception", "grouped", "conv1d", "control_flow", "shared_weights", "dead_channels"):
         for target in ("litert", "qnn"):
             assert sqnr(name, retarget(quantized(name), target).model) > 20
+
+
+def test_sizes_are_those_of_the_files(folder):
+    for target in ("litert", "qnn"):
+        path = folder / f"sized{TARGETS[target].suffix}"
+        result = quantize("m.onnx", "int8", "d.npz", target=target, output=path, check=False)
+        assert result.report["bytes"]["quantized"] == path.stat().st_size
+        assert f"-> {path.stat().st_size / 1e3:.1f} kB" in result.summary
+
+
+def test_a_name_for_files_of_another_target_is_refused(folder):
+    with pytest.raises(OnnxqError, match=r"target 'ort-cpu' writes .onnx; give such a name, or --target litert"):
+        quantize("m.onnx", "int8", "d.npz", output=folder / "m.tflite")
+    assert not (folder / "m.tflite").exists()
+
+
+def test_a_result_all_in_float_is_known_as_quantized(folder):
+    quantize("m.onnx", "int8-storage", "d.npz", output=folder / "stored.onnx", check=False)
+    with pytest.raises(OnnxqError, match=r"already quantized \(it has weights in codes") as caught:
+        quantize(folder / "stored.onnx", "int8", "d.npz")
+    assert len(caught.value.problems) == 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from onnxq_plugins import OnnxqError, quantize
-from onnxq_plugins.cli import inventory
+from onnxq_plugins.cli import costs as costs_cli
 from onnxq_plugins.export.kernel_times import Sample, drawn, errors, fitted, measured, table
 from onnxq_plugins.runtimes import costs
 from onnxq_plugins.runtimes.costs import FEATURES, OWN, Kernel, read_own, table_of, tables, write_own
@@ -161,8 +161,8 @@ def test_the_command_lists_tables_and_says_which_is_used(onnxq, monkeypatch):
 
 
 def test_the_command_measures_and_keeps_a_table(onnxq, monkeypatch):
-    monkeypatch.setattr(inventory, "measured", lambda rounds, seconds, track: measured(2, 0.01, track=track))
-    monkeypatch.setattr(inventory, "table", lambda samples: {**tables()["amx"].table, **table(samples)})
+    monkeypatch.setattr(costs_cli, "measured", lambda rounds, seconds, track: measured(2, 0.01, track=track))
+    monkeypatch.setattr(costs_cli, "table", lambda samples: {**tables()["amx"].table, **table(samples)})
     ran = onnxq("costs", "--measure")
     assert ran.code == 0 and "pass placement uses it from now on" in ran.out
     assert table_of(NAMED, here=True).name == OWN

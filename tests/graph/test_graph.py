@@ -660,3 +660,13 @@ def test_square_tokens_and_outputs():
     x = net.op("Softmax", net.linear(x, 6, 6), axis=1)
     x = net.op("LayerNormalization", net.linear(x, 6, 6), net.weight(6, 6), net.weight(6, 6), axis=1)
     imported(net.model(net.op("ReduceMean", net.linear(x, 6, 6), axes=[1])))
+
+
+def test_an_operator_is_no_input():
+    graph = load(cnn())
+    node = graph.add_node("Relu", "", [graph.layers[0].output])
+    for wrong, words in ((node, r"an operator, not one of its outputs"), (1.0, "no tensor .1.0.*add_constant makes one")):
+        with pytest.raises(OnnxqError, match=words):
+            graph.add_node("Neg", "", [wrong])
+        with pytest.raises(OnnxqError, match=words):
+            graph.set_input(node, 0, wrong)

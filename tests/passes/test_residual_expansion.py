@@ -378,7 +378,7 @@ def narrow(bits=4, activations=1, target="npu4", ranges="minmax", **more):
         "target": target,
         "weights": {"bits": 4},
         "activations": {"bits": bits},
-        "pass": [{"use": "ranges", "method": ranges}, step, {"use": "bias-correct"}],
+        "pass": [{"use": "ranges", "method": ranges, "judged": False}, step, {"use": "bias-correct"}],
         **more,
     }
 

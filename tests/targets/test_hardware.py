@@ -287,3 +287,14 @@ def test_files_that_are_not_what_the_target_declares_are_found(monkeypatch):
     with pytest.raises(AssertionError, match="dB only in onnxruntime"):
         monkeypatch.setattr(Target, "offset", lambda self, spec: 90)
         TARGET_CHECKS["check_target_values"](target, Bench({"data": {}}, (Brings(target),)))
+
+
+def test_a_single_input_channel_is_not_aligned():
+    model = network(
+        [("Conv", ["x", "w"], ["h"], {}), ("Conv", ["h", "v"], ["y"], {})],
+        [1, 1, 9, 9],
+        {"w": (8, 1, 3, 3), "v": (8, 8, 3, 3)},
+    )
+    result = made(model, replace(NPU, aligned=8))
+    assert [layer.name for layer in result.graph.layers if layer.weight in result.plan] == [result.graph.layers[1].name]
+    assert not misfits(replace(NPU, aligned=8), result.model)

@@ -83,11 +83,11 @@ CASES = [
     cases(ResidualExpansion(), recipe={"weights": {"bits": 4}}),
     cases(ResidualExpansion(form="branches", share=0.5), recipe={"weights": {"bits": 4}}),
     cases(Round(method="gptq"), expected_failures={"check_solved_left_alone": "it rounds anew"}),
-    cases(ScaleInputs(), expected_failures=NO_EFFECT),
+    cases(ScaleInputs()),
     cases(ShiftEqualize(), recipe=TENSOR),
     cases(SplitChannels(gain=0.1, below=100.0)),
     cases(SplitHeads(gain=0.1, below=100.0), expected_failures=NO_EFFECT),
-    cases(SplitOutliers(gain=0.1, worth=0.01)),
+    cases(SplitOutliers(gain=0.1, worth=0.001)),  # the models of the kit are so small that sums cost much
     cases(SplitWeights(gain=1.0, below=200.0)),
     cases(SubLayer(rounds=1), recipe=TILES),
     cases(Subtensor(), recipe=TENSOR),
