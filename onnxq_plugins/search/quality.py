@@ -10,6 +10,7 @@ from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.clipping import least_squares
 from onnxq_plugins.layers.complete import activation_spec, complete
 from onnxq_plugins.measure.samples import Samples
+from onnxq_plugins.plan.grids import natural_grids
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.search.fallback import WIDE, Fallback, Search, decibels, judged
 from onnxq_plugins.search.judge import SAMPLES, TIE, Judge
@@ -137,8 +138,8 @@ def _plain(job: Job, judge: Judge) -> Iterator[Plan]:
 
 def _clipped(job: Job, samples: Samples, before: Array) -> Array:
     """dB of the outputs with the ranges of least squared error, if these are better; the job's plan has them then."""
-    activations = Planned.of(job).activations
-    ranges = least_squares(job, activations)
+    fixed = natural_grids(job.graph, job.target, job.plan)
+    ranges = least_squares(job, [name for name in Planned.of(job).activations if name not in fixed])
     plan = job.plan | {n: activation_spec(ends, job.plan[n]) for n, ends in ranges.items()}
     after = decibels(job, samples, plan)
     if after.min() < before.min() + _BETTER:
