@@ -36,9 +36,9 @@ def natural_grids(graph: Graph, target: Target, plan: Plan) -> Plan:
 
 
 def float_ends(graph: Graph, target: Target) -> set[str]:
-    """Results of such operators, and of what concatenates them, that are outputs of the network or merely move there, where
-    its outputs are to be floats: what is computed last is as quick in floats, and no score is lost."""
-    if not target.whole or target.settings.get("io") != "float":
+    """Results of such operators, and of what concatenates them, that are outputs of the network or merely move there, for
+    targets that quantize as a whole but may have outputs of floats: no score is lost there."""
+    if not target.whole or target.coded_ports:
         return set()
     ends: set[str] = set()
     for node in reversed(graph.nodes):

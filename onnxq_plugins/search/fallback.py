@@ -110,14 +110,15 @@ class Search:
         count = int(min(max(_ALONE / self.total, 1), _FEW))
         self.few = samples.few(count)
         least, most = _EVALUATIONS
-        self.left = int(min(max(_WORK / self.total / count, least), most))  # evaluations
         self.sets = FloatSets(job.graph, job.recipe, job.target, _MOST)
         self.base = self.sets.plan(())
         self._inputs = job.calibration.data.inputs if job.calibration.data is not None else []
         self.planned = Planned.of(job)
         self.alone = Alone(self.planned, job.workers)
         self.weights = {layer.name: layer.weight for layer in self.planned.layers}
-        self.kept = self._ports() if job.target.settings.get("io") == "int8" else set[str]()  # in 8 bits
+        self.kept = self._ports() if job.target.coded_ports else set[str]()  # in 8 bits
+        most = max(most, len(self.planned.plan) // 2)  # where everything is quantized, there are many
+        self.left = int(min(max(_WORK / self.total / count, least), most))  # evaluations
         self.noise: dict[str, Array] = {}  # of quantizers that were taken out
         self._layers: dict[str, tuple[str, ...]] = {}  # beside activations
 
@@ -157,9 +158,9 @@ class Search:
         return self.given_back(best, reached)
 
     def _freed(self, now: Fallback, level: float) -> Fallback | None:
-        """The noisiest activations that no layer is beside in float, until those that are left have a small part of the noise
-        at a level: that costs no multiply-adds. What the others lose is measured anew after that, since float operators read
-        what layers alone read in codes now. None if there is nothing to gain."""
+        """The noisiest activations that no layer is beside in float, until the others have a small part of the noise at a
+        level: that costs no multiply-adds. What remains is measured anew after that, since what float operators read now is
+        no longer rounded for them. None if there is nothing to gain."""
         left, free = self.left, [n for n in self.planned.activations if n not in self.kept and not self._beside(n)]
         found = self._reduced(now, self._parts(free), np.array([_FREE * 10 ** (-level / 10)]), 0.0)
         if found is None:

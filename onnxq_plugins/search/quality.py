@@ -51,9 +51,10 @@ def keep_quality(job: Job) -> Samples | None:
     found, samples = None, judge.samples
     if learned and not quality.asked and before.min() < _SAVED and _no_narrower(job):
         found = _as_plain(job, samples, before)
-    if found is None and before.min() < quality.least:
+    least = quality.least + (_MARGIN if job.target.whole and not quality.asked else 0.0)  # islands cost little
+    if found is None and before.min() < least:
         now = _clipped(job, samples, before)
-        if now.min() < quality.least:
+        if now.min() < least:
             search, levels = _search(job, judge, before, learned)
             found, samples = search.run(*levels), search.samples
             if found is not None and not quality.asked and not _worth(found, before, quality.least):
@@ -169,10 +170,11 @@ def _apply(job: Job, found: Fallback, before: Array) -> None:
     job.report.floats.update({name: Reason("quality", gain) for name in (*found.floats, *readers)})
     most = "" if len(found.decoded) == len(found.floats) else "most "
     stored = f", {most}weights still in 8 bits" if found.decoded else ""
+    kind = "operator" if job.target.whole else "layer"
     parts = [
         f"{len(names)} {noun}{'s' * (len(names) > 1)} {state} ({_listed(names)})"
         for names, noun, state in (
-            (found.floats, "layer", f"in float, {100 * found.work:.1f} % of the multiply-adds{stored}"),
+            (found.floats, kind, f"in float, {100 * found.work:.1f} % of the multiply-adds{stored}"),
             (found.constants, "constant", "in float"),
             (found.wide, "activation", f"in {WIDE} bits"),
         )

@@ -22,8 +22,8 @@ from onnxq_plugins.engine.plans import Solved, read_plan
 from onnxq_plugins.graph.opsets import opset_of
 from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.targets import BUILTIN
+from onnxq_plugins.targets.misfits import misfits
 from onnxq_plugins.testing.models import make
-from onnxq_plugins.testing.targets import file_problems
 from tests.networks import feed_of, network
 from tests.zoo import cnn, examples, feeds, mobilenet
 
@@ -71,7 +71,7 @@ def test_plans_of_every_kind_come_back(recipe, tmp_path):
 def test_a_plan_for_another_target_is_about_as_good_as_one_made_for_it(name, source, target):
     made = retarget(quantized(name, source), target)
     direct = quantized(name, target)
-    assert not file_problems(TARGETS[target], made.model)
+    assert not misfits(TARGETS[target], made.model)
     assert opset_of(made.model) == opset_of(direct.model)
     assert sqnr(name, made.model) > min(sqnr(name, direct.model), 45) - 4
 

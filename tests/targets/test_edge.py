@@ -15,7 +15,8 @@ from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.graph.opsets import opset_of
 from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.targets import BUILTIN
-from onnxq_plugins.testing.targets import TARGET_CHECKS, Bench, file_problems
+from onnxq_plugins.targets.misfits import misfits
+from onnxq_plugins.testing.targets import TARGET_CHECKS, Bench
 from tests.networks import feed_of, network
 from tests.zoo import cnn, conv_transpose, feeds, grouped, mlp, mobilenet, prelu, resnet20, transformer
 
@@ -86,7 +87,7 @@ def test_sixteen_bits_are_closer(build, target):
     samples = feeds(build(), 8, seed=1)
     runs = [runtimes.outputs(runtimes.session(m, written=True), samples) for m in (build(), narrow.model, wide.model)]
     assert worst_sqnr(runs[0], runs[2]) > worst_sqnr(runs[0], runs[1]) + 1
-    assert not file_problems(target, wide.model) and not half_quantized(wide.model, target)
+    assert not misfits(target, wide.model) and not half_quantized(wide.model, target)
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -121,7 +122,7 @@ def test_nothing_but_standard_operators_and_no_sum_of_one_operand(target, change
 def test_portable_files_are_plain(name, recipe):
     for build in (cnn, transformer, mobilenet):
         model = made(build(), name, recipe).model
-        assert opset_of(model) == 13 and not file_problems(TARGETS[name], model)
+        assert opset_of(model) == 13 and not misfits(TARGETS[name], model)
         assert {t.data_type for t in model.graph.initializer} <= {
             TensorProto.FLOAT,
             *(TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32, TensorProto.INT64),
