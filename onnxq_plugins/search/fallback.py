@@ -136,9 +136,8 @@ class Search:
         now = self.measured(Fallback((), self.job.plan, (), (), (), (), 0.0, np.zeros(0)))
         best, reached = None, levels[0]
         if self.job.target.whole and now.sqnr.min() < reached:
-            freed = self._freed(now, reached)
-            if freed is not None and freed.sqnr.min() > now.sqnr.min():
-                best = now = freed
+            best = self._freed(now, reached)
+            now = now if best is None else best
         parts = self._parts([name for name in self.quantizers if name in now.plan])
         for level, share in zip(levels, most, strict=True):
             target = level
@@ -160,13 +159,15 @@ class Search:
     def _freed(self, now: Fallback, level: float) -> Fallback | None:
         """The noisiest activations that no layer is beside in float, until the others have a small part of the noise at a
         level: that costs no multiply-adds. What remains is measured anew after that, since what float operators read now is
-        no longer rounded for them. None if there is nothing to gain."""
+        no longer rounded for them. None if that gains nothing."""
         left, free = self.left, [n for n in self.planned.activations if n not in self.kept and not self._beside(n)]
         found = self._reduced(now, self._parts(free), np.array([_FREE * 10 ** (-level / 10)]), 0.0)
-        if found is None:
+        self.left = left
+        found = None if found is None else self.measured(found)
+        if found is None or found.sqnr.min() <= now.sqnr.min():
             return None
-        self.left, self.alone = left, Alone(replace(self.planned, plan=found.plan), self.job.workers)
-        return self.measured(found)
+        self.alone = Alone(replace(self.planned, plan=found.plan), self.job.workers)
+        return found
 
     def given_back(self, found: Fallback | None, level: float) -> Fallback | None:
         """The same with culprits back in 8 bits, the most work first, while the outputs keep a level: what was found later

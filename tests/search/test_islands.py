@@ -1,5 +1,5 @@
-"""Targets that quantize as a whole: activations that 8 bits destroy become islands of floats between integers, and are named;
-what is computed last on the grid of a table is float."""
+"""Where a target quantizes as a whole, activations that 8 bits destroy become islands of floats, and are named; what is
+computed last on the grid of a table is float."""
 
 from __future__ import annotations
 
