@@ -290,8 +290,6 @@ class Search:
             elif name in self.planned.constants:
                 constants.append(name)
             elif self.job.target.whole:
-                if name in self.kept:
-                    return None
                 islands += [] if self.job.graph.is_constant(name) else [name]
                 floats |= dict.fromkeys(self._beside(name))
             else:
@@ -313,9 +311,10 @@ class Search:
         return self._layers[name]
 
     def _ports(self) -> set[str]:
-        """Planned activations that the network's inputs and outputs are."""
+        """Activations in codes that the network's inputs and outputs are."""
         names = (*self.job.graph.inputs, *self.job.graph.outputs)
-        return {key for name in names if (key := self.planned.source(name))}
+        coded = self.planned.read | self.planned.coded
+        return {key for name in names if (key := self.planned.source(name)) in coded}
 
     def _islands(
         self,
@@ -327,10 +326,12 @@ class Search:
         constants: Sequence[str],
     ) -> Fallback | None:
         """A plan with some activations and layers in float, for a target that quantizes as a whole; None if it cannot run
-        what is left."""
+        what is left, or if an input or output would be float that must be codes."""
         trial = replace(self.job, plan=with_islands(replace(self.planned, plan=plan), islands, layers))
         planned = Planned.of(trial)
         if problems(trial.target, trial.graph, trial.plan, {y.name: planned.input(y) for y in planned.layers}):
+            return None
+        if not self.kept <= planned.read | planned.coded:
             return None
         complete(trial)
         floats = turned_float(self.planned, trial.plan)

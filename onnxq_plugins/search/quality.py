@@ -73,7 +73,10 @@ def keep_quality(job: Job) -> Samples | None:
         _apply(job, found, before)
     elif now.min() < quality.least:
         worst = names[int(now.argmin())]
-        job.note(f"output '{worst}' has {now.min():.1f} dB on the samples, and no few layers in float make it much better")
+        job.note(
+            f"output '{worst}' has {now.min():.1f} dB on the samples, and no few layers in float make it much better"
+            f"{_wider(job)}"
+        )
     return judge.samples
 
 
@@ -183,7 +186,14 @@ def _apply(job: Job, found: Fallback, before: Array) -> None:
     job.note(
         f"8 bits leave the outputs {before.min():.1f} dB; {' and '.join(parts)} make that {found.sqnr.min():.1f} dB "
         f"(worst output, on {job.report['quality']['samples']} samples)"
+        f"{'' if job.report['quality']['met'] else _wider(job)}"
     )
+
+
+def _wider(job: Job) -> str:
+    """What helps where too little else does: targets that quantize as a whole run all in 16 bits."""
+    wider = job.target.whole and WIDE in job.target.activation_bits and job.recipe.activations.bits < WIDE
+    return f"; activations of {WIDE} bits do (--set activations.bits={WIDE})" if wider else ""
 
 
 def _readers(job: Job, name: str) -> list[str]:

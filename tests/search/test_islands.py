@@ -66,9 +66,9 @@ def scores():
             "w1": weight((16, 3, 3, 3)) * 3,
             "wb": weight((4, 16, 1, 1)) * 40,
             "bb": np.full(4, 200, np.float32),
-            "ws": weight((2, 16, 1, 1)),
-            "wt": weight((2, 16, 1, 1), 1),
-            "bs": np.full(2, -9, np.float32),
+            "ws": weight((2, 16, 1, 1)) / 30,
+            "wt": weight((2, 16, 1, 1), 1) / 30,
+            "bs": np.full(2, -7, np.float32),
         },
         outputs=("y", "z"),
     )
@@ -158,6 +158,12 @@ def test_outputs_that_must_be_codes_are_codes():
     result = quantize(scores(), {**PLAIN, "target": "ethos-u"}, pictures(), min_sqnr=30, check=False)
     assert {"both", "z"} <= set(result.plan)
     assert tflite.write(result.model, {"io": "int8"})
+    assert not result.report.quality["met"] and any("activations.bits=16" in note for note in result.report.notes)
+    settings = ["activations.bits=16"]
+    wide = quantize(scores(), {**PLAIN, "target": "ethos-u"}, pictures(), settings=settings, check=False)
+    others = pictures(seed=1)
+    narrow, exact, reference = (values(m, others)[1] for m in (result.model, wide.model, scores()))
+    assert worst_sqnr([reference], [exact]) > 15 > worst_sqnr([reference], [narrow])
 
 
 def test_what_goes_on_is_on_the_grid_of_its_table():
