@@ -17,6 +17,7 @@ from onnxq_plugins.engine.plans import Solved
 from onnxq_plugins.errors import OnnxqError, Reason
 from onnxq_plugins.graph import Graph
 from onnxq_plugins.graph.conform import conform
+from onnxq_plugins.graph.flow import activation_inputs, result_of
 from onnxq_plugins.job import Job, LayerRule, Recipe, Report
 from onnxq_plugins.layers.complete import activation_spec, complete_constants, complete_weight
 from onnxq_plugins.plan.constants import float_constants
@@ -89,12 +90,22 @@ def _float_rules(solved: Solved, graph: Graph) -> tuple[LayerRule, ...]:
     return tuple(layer_rule(name, quantize=False) for name in left)
 
 
+def _islands(solved: Solved, graph: Graph) -> set[str]:
+    """Activations that the plan leaves float for the quality of an output, beside operators other than layers."""
+    layers = {y.name for y in graph.layers}
+    kept = {name for name, kind in solved.floats.items() if kind == "quality"} - layers
+    nodes = [node for node in graph.nodes if node.name in kept]
+    beside = {graph.root(name) for n in nodes for name in (*activation_inputs(graph, n), result_of(graph, n))}
+    return {name for name in beside if name not in solved.plan}
+
+
 def _activations(solved: Solved, graph: Graph, target: Target, asked: Request, changes: Changes) -> Plan:
     """Entries of the activations that the target quantizes. Raises OnnxqError naming those whose range is not known."""
     found: dict[str, QuantSpec] = {}
     unknown = []
-    wanted = [name for name in asked.plan if not graph.is_constant(name)]
-    natural = natural_grids(graph, target, asked.plan)
+    islands = _islands(solved, graph)
+    wanted = [name for name in asked.plan if not graph.is_constant(name) and graph.root(name) not in islands]
+    natural = natural_grids(graph, target, asked.plan.without(*islands))
     for name in wanted:
         spec, old = asked.plan[name], solved.plan.get(name)
         if old is not None and old.bits in target.activation_bits:

@@ -251,10 +251,14 @@ class Writer:
         operands: Mapping[str, str] = {}
         if self.target.whole and node.name in self.integer and node.name not in self.layers:
             beside = next(key for name in node.input if name in self.graph and (key := self.planned.source(name)))
-            operands = write_operands(self.builder, self.graph, self.target, node, self.plan[beside])
+            operands = self._operands(node, self.plan[beside])
         for i, name in enumerate(node.input):
             node.input[i] = operands.get(name) or self._input(node.name, name)
         self.builder.nodes += self._tuned(node) or expand(node, opset_of(self.model), self.builder.constant)
+
+    def _operands(self, node: onnx.NodeProto, beside: QuantSpec) -> Mapping[str, str]:
+        """Constants beside codes -> their dequantized forms."""
+        return write_operands(self.builder, self.graph, self.target, node, beside)
 
     def _tuned(self, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         """An activation in the form that the target prefers to that of the float model; None for any other operator."""

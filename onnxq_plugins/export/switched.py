@@ -4,7 +4,7 @@ A search that asks what single quantizers cost, or some together, needs no expor
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -86,6 +86,9 @@ class Switched(Writer):
             for name, nodes in ((rounded, pair), (plain, [helper.make_node("Identity", [source], [plain])]))
         )
         self.builder.add("If", [self.switches[key]], [values], then_branch=on, else_branch=off)
+
+    def _operands(self, node: onnx.NodeProto, beside: QuantSpec) -> Mapping[str, str]:
+        return {}
 
     def _input_of(self, name: str, kind: int, shape: list[int]) -> str:
         self.model.graph.input.append(helper.make_tensor_value_info(name, kind, shape))

@@ -23,7 +23,7 @@ from onnxq_plugins.job import FLOAT, Job, Recipe, TensorRequest
 from onnxq_plugins.job.tables import matches
 from onnxq_plugins.job.weights import activation_request, narrowed, one_scale, weight_spec
 from onnxq_plugins.plan.constants import ConstantRequest, constant_requests
-from onnxq_plugins.plan.grids import natural_grids
+from onnxq_plugins.plan.grids import float_ends, natural_grids
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Plan, QuantSpec
 from onnxq_plugins.targets import Target, channel_block
@@ -297,7 +297,8 @@ def _activations(graph: Graph, target: Target, integer: Mapping[str, TensorReque
         )
         for name, requests in parts.items() if apart else [(root, [request for _, request in pairs])]:
             specs[name] = activation_request(max(requests, key=lambda request: request.bits), target)
-    return Plan(specs) | natural_grids(graph, target, Plan(specs))
+    plan = Plan(specs).without(*float_ends(graph, target))
+    return plan | natural_grids(graph, target, plan)
 
 
 def _part(graph: Graph, name: str) -> str:

@@ -43,7 +43,7 @@ def describe(job: Job, model: onnx.ModelProto, data: files.DataFile | None, befo
     with job.graph.mapped.reading():
         audit = _audited(job, model, data.path.parent if data is not None else None)
     audit = replace(audit, total=before)
-    products = audit.products()
+    products = [n for n in audit.products() if n not in report.floats or report.floats[n].kind != "quality"]
     if products and planned.activations:
         job.note(_products_note(job.graph, products))
     for text in (*adapted(job), *_inputs_notes(job, planned)):

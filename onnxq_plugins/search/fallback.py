@@ -7,7 +7,9 @@ runs, each run is quantized alone, and the noisiest is cut in two, again and aga
 quality: for few culprits among hundreds of quantizers that takes some dozens of short runs.
 
 A culprit is kept in 16 bits with all that shares its width, where the target has kernels for that; else in float, along with
-the layers without which it would be rounded all the same, which breaks the integer chain it is part of. The network itself
+the layers without which it would be rounded all the same, which breaks the integer chain it is part of. Where the target
+quantizes as a whole, any activation can be an island of floats (`plan.islands`): between operators other than layers it
+costs little. The network itself
 is then measured, as often as it takes. Culprits are taken by noise per work, one after another; in the end those that cost
 most work go back to 8 bits where the quality is kept without them."""
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,7 @@ from onnxq_plugins.measure.arrays import decibels as energy_decibels
 from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.measure.unlike import part_energies, part_name
 from onnxq_plugins.plan.floats import FloatSets
+from onnxq_plugins.plan.islands import layers_beside, turned_float, with_islands
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.search.alone import Alone
@@ -48,6 +52,7 @@ _ALONE = 4e8  # multiply-adds over the samples for one part alone, at least of o
 _FEW = 8  # samples for that at most
 _WORK = 1e11  # multiply-adds for all parts alone
 _EVALUATIONS = (48, 120)  # of parts alone, at least and at most
+_FREE = 0.1  # of the noise at a level that activations beside no layer may have
 _REST = 0.02  # of the noise of a run that one half has, for the other half
 _TRIES = 3  # of giving back a culprit
 _SLACK = 1.0  # dB by which noise that is added up may be above what is measured
@@ -61,7 +66,8 @@ class Fallback:
 
     taken    quantizers that are not in 8 bits any more, in the order in which they were found
     plan     without them
-    floats   operators that became float, in the order of the network
+    floats   operators that became float, in the order of the network: layers and products of two activations; where the
+             target quantizes as a whole all operators
     decoded  those of them whose weights stay 8 bits, decoded to float at load
     wide     activations that became 16 bits wide
     constants  outside layers that became float
@@ -104,14 +110,17 @@ class Search:
         count = int(min(max(_ALONE / self.total, 1), _FEW))
         self.few = samples.few(count)
         least, most = _EVALUATIONS
-        self.left = int(min(max(_WORK / self.total / count, least), most))  # evaluations
         self.sets = FloatSets(job.graph, job.recipe, job.target, _MOST)
         self.base = self.sets.plan(())
         self._inputs = job.calibration.data.inputs if job.calibration.data is not None else []
         self.planned = Planned.of(job)
         self.alone = Alone(self.planned, job.workers)
         self.weights = {layer.name: layer.weight for layer in self.planned.layers}
+        self.kept = self._ports() if job.target.coded_ports else set[str]()  # in 8 bits
+        most = max(most, len(self.planned.plan) // 2)  # where everything is quantized, there are many
+        self.left = int(min(max(_WORK / self.total / count, least), most))  # evaluations
         self.noise: dict[str, Array] = {}  # of quantizers that were taken out
+        self._layers: dict[str, tuple[str, ...]] = {}  # beside activations
 
     def measured(self, found: Fallback) -> Fallback:
         """The same with the dB of each output of floats, of the network as it is written: the same on every machine."""
@@ -126,8 +135,10 @@ class Search:
         """
         now = self.measured(Fallback((), self.job.plan, (), (), (), (), 0.0, np.zeros(0)))
         best, reached = None, levels[0]
-        parts = [Part(names, np.empty(0)) for names in self._runs() if names]
-        self._evaluate(parts)
+        if self.job.target.whole and now.sqnr.min() < reached:
+            best = self._freed(now, reached)
+            now = now if best is None else best
+        parts = self._parts([name for name in self.quantizers if name in now.plan])
         for level, share in zip(levels, most, strict=True):
             target = level
             for _ in range(_ROUNDS):
@@ -145,6 +156,19 @@ class Search:
             reached = level
         return self.given_back(best, reached)
 
+    def _freed(self, now: Fallback, level: float) -> Fallback | None:
+        """The noisiest activations that no layer is beside in float, until the others have a small part of the noise at a
+        level: that costs no multiply-adds. What remains is measured anew after that, since what float operators read now is
+        no longer rounded for them. None if that gains nothing."""
+        left, free = self.left, [n for n in self.planned.activations if n not in self.kept and not self._beside(n)]
+        found = self._reduced(now, self._parts(free), np.array([_FREE * 10 ** (-level / 10)]), 0.0)
+        self.left = left
+        found = None if found is None else self.measured(found)
+        if found is None or found.sqnr.min() <= now.sqnr.min():
+            return None
+        self.alone = Alone(replace(self.planned, plan=found.plan), self.job.workers)
+        return found
+
     def given_back(self, found: Fallback | None, level: float) -> Fallback | None:
         """The same with culprits back in 8 bits, the most work first, while the outputs keep a level: what was found later
         often makes them float anyway, or good enough."""
@@ -161,12 +185,23 @@ class Search:
 
     def _work(self, names: Collection[str]) -> float:
         """Share of the multiply-adds in float, where some quantizers must be."""
-        layers = {layer for name in names for layer in self.sets.names(name)}
+        layers = {layer for name in names for layer in self._beside(name)}
         return sum(self.work.get(layer, 0) for layer in layers) / self.total
 
-    def _runs(self) -> list[tuple[str, ...]]:
-        """The quantizers by what they lose where they are, the worst first, in runs that grow: the culprits are mostly among
-        the first few, and long runs of the others cost one measurement each."""
+    def _parts(self, names: Collection[str]) -> list[Part]:
+        """Some quantizers by what they lose where they are, the worst first, in runs that grow, measured: the culprits are
+        mostly among the first few, and long runs of the others cost one measurement each."""
+        order, runs, at = [name for name in self.quantizers if name in names], list[Part](), 0
+        while at < len(order):
+            size = max(1, at // 2)
+            runs.append(Part(tuple(order[at : at + size]), np.empty(0)))
+            at += size
+        self._evaluate(runs)
+        return runs
+
+    @cached_property
+    def quantizers(self) -> list[str]:
+        """All quantizers, those first that lose most where they are."""
         planned, graph = self.planned, self.job.graph
         calibration = Calibration(graph, open_data(self.few.feeds, self._inputs), workers=self.job.workers)
         histograms = calibration.histograms(planned.activations)
@@ -176,13 +211,7 @@ class Search:
             lost[layer.weight] = _relative(weight, weight_values(layer, self.job.plan[layer.weight]))
         for name, spec in planned.constants.items():
             lost[name] = _relative(graph.constant(name), decode(spec.codes, spec)) if spec.codes is not None else 0.0
-        names = sorted(lost, key=lambda name: -lost[name])
-        runs, at = [], 0
-        while at < len(names):
-            size = max(1, at // 2)
-            runs.append(tuple(names[at : at + size]))
-            at += size
-        return runs
+        return sorted(lost, key=lambda name: -lost[name])
 
     def _evaluate(self, parts: Sequence[Part]) -> None:
         """Measure the noise of parts, each alone."""
@@ -242,7 +271,7 @@ class Search:
         near = [n for n, part in enumerate(parts) if len(part.names) == 1 and noise[n] >= _NEARLY * noise[top]]
 
         def price(n: int) -> float:
-            return _CHEAP + sum(self.work.get(name, 0) for name in self.sets.names(parts[n].names[0])) / self.total
+            return _CHEAP + sum(self.work.get(name, 0) for name in self._beside(parts[n].names[0])) / self.total
 
         return parts[max(near, key=lambda n: noise[n] / price(n))]
 
@@ -252,7 +281,7 @@ class Search:
 
         plan   the job's, or another one of the same tensors
         """
-        wide, floats, constants = list[str](), dict[str, None](), list[str]()
+        wide, floats, constants, islands = list[str](), dict[str, None](), list[str](), list[str]()
         for name in names:
             before = len(wide), len(constants), len(floats)
             if wider := self._widened(plan, name):
@@ -260,12 +289,54 @@ class Search:
                 wide += wider
             elif name in self.planned.constants:
                 constants.append(name)
+            elif self.job.target.whole:
+                islands += [] if self.job.graph.is_constant(name) else [name]
+                floats |= dict.fromkeys(self._beside(name))
             else:
                 floats |= dict.fromkeys(self.sets.names(name))
-            exact = name in self.weights.values() and self.sets.names(name)
+            exact = name in (*self.weights.values(), *islands) and (name in islands or self._beside(name))
             if before == (len(wide), len(constants), len(floats)) and not exact:
                 return None
-        return self._float(tuple(names), plan.without(*constants), floats, wide, constants)
+        plan = plan.without(*constants)
+        if self.job.target.whole:
+            return self._islands(tuple(names), plan, islands, floats, wide, constants)
+        return self._float(tuple(names), plan, floats, wide, constants)
+
+    def _beside(self, name: str) -> tuple[str, ...]:
+        """The layers, perhaps products of two activations, that must be float for a quantizer to be float."""
+        if not self.job.target.whole or name in self.weights.values():
+            return self.sets.names(name)
+        if name not in self._layers:
+            self._layers[name] = layers_beside(self.planned, name)
+        return self._layers[name]
+
+    def _ports(self) -> set[str]:
+        """Activations in codes that the network's inputs and outputs are."""
+        names = (*self.job.graph.inputs, *self.job.graph.outputs)
+        coded = self.planned.read | self.planned.coded
+        return {key for name in names if (key := self.planned.source(name)) in coded}
+
+    def _islands(
+        self,
+        taken: tuple[str, ...],
+        plan: Plan,
+        islands: Sequence[str],
+        layers: Collection[str],
+        wide: Sequence[str],
+        constants: Sequence[str],
+    ) -> Fallback | None:
+        """A plan with some activations and layers in float, for a target that quantizes as a whole; None if it cannot run
+        what is left, or if an input or output would be float that must be codes."""
+        trial = replace(self.job, plan=with_islands(replace(self.planned, plan=plan), islands, layers))
+        planned = Planned.of(trial)
+        if problems(trial.target, trial.graph, trial.plan, {y.name: planned.input(y) for y in planned.layers}):
+            return None
+        if not self.kept <= planned.read | planned.coded:
+            return None
+        complete(trial)
+        floats = turned_float(self.planned, trial.plan)
+        work = sum(self.work.get(n, 0) for n in floats) / self.total
+        return Fallback(taken, trial.plan, tuple(floats), (), tuple(wide), tuple(constants), work, np.zeros(0))
 
     def _float(
         self, taken: tuple[str, ...], plan: Plan, floats: Collection[str], wide: Sequence[str], constants: Sequence[str]
@@ -305,8 +376,12 @@ class Search:
         return spec if rule is not None and rule.storage == "float" else None
 
     def _widened(self, plan: Plan, name: str) -> Plan:
-        """Entries of 16 bits for all that shares the width of an activation; none where the target lacks kernels."""
-        if WIDE not in self.job.target.activation_bits or self.job.graph.is_constant(name):
+        """Entries of 16 bits for all that shares the width of an activation; none where the target lacks kernels, or has
+        them for codes around 0 alone, and others in 8 bits: such kernels read and write one width."""
+        target = self.job.target
+        if WIDE not in target.activation_bits or self.job.graph.is_constant(name):
+            return Plan({})
+        if target.centred(WIDE) and not target.centred(8):
             return Plan({})
         group = next(g for g in self._groups(plan) if name in g.activations)
         layers = {y.name: y for y in self.job.graph.layers}

@@ -10,6 +10,7 @@ from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.clipping import least_squares
 from onnxq_plugins.layers.complete import activation_spec, complete
 from onnxq_plugins.measure.samples import Samples
+from onnxq_plugins.plan.grids import natural_grids
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.search.fallback import WIDE, Fallback, Search, decibels, judged
 from onnxq_plugins.search.judge import SAMPLES, TIE, Judge
@@ -50,9 +51,10 @@ def keep_quality(job: Job) -> Samples | None:
     found, samples = None, judge.samples
     if learned and not quality.asked and before.min() < _SAVED and _no_narrower(job):
         found = _as_plain(job, samples, before)
-    if found is None and before.min() < quality.least:
+    least = quality.least + (_MARGIN if job.target.whole and not quality.asked else 0.0)  # islands cost little
+    if found is None and before.min() < least:
         now = _clipped(job, samples, before)
-        if now.min() < quality.least:
+        if now.min() < least:
             search, levels = _search(job, judge, before, learned)
             found, samples = search.run(*levels), search.samples
             if found is not None and not quality.asked and not _worth(found, before, quality.least):
@@ -71,7 +73,10 @@ def keep_quality(job: Job) -> Samples | None:
         _apply(job, found, before)
     elif now.min() < quality.least:
         worst = names[int(now.argmin())]
-        job.note(f"output '{worst}' has {now.min():.1f} dB on the samples, and no few layers in float make it much better")
+        job.note(
+            f"output '{worst}' has {now.min():.1f} dB on the samples, and no few layers in float make it much better"
+            f"{_wider(job)}"
+        )
     return judge.samples
 
 
@@ -137,8 +142,8 @@ def _plain(job: Job, judge: Judge) -> Iterator[Plan]:
 
 def _clipped(job: Job, samples: Samples, before: Array) -> Array:
     """dB of the outputs with the ranges of least squared error, if these are better; the job's plan has them then."""
-    activations = Planned.of(job).activations
-    ranges = least_squares(job, activations)
+    fixed = natural_grids(job.graph, job.target, job.plan)
+    ranges = least_squares(job, [name for name in Planned.of(job).activations if name not in fixed])
     plan = job.plan | {n: activation_spec(ends, job.plan[n]) for n, ends in ranges.items()}
     after = decibels(job, samples, plan)
     if after.min() < before.min() + _BETTER:
@@ -168,10 +173,11 @@ def _apply(job: Job, found: Fallback, before: Array) -> None:
     job.report.floats.update({name: Reason("quality", gain) for name in (*found.floats, *readers)})
     most = "" if len(found.decoded) == len(found.floats) else "most "
     stored = f", {most}weights still in 8 bits" if found.decoded else ""
+    kind = "operator" if job.target.whole else "layer"
     parts = [
         f"{len(names)} {noun}{'s' * (len(names) > 1)} {state} ({_listed(names)})"
         for names, noun, state in (
-            (found.floats, "layer", f"in float, {100 * found.work:.1f} % of the multiply-adds{stored}"),
+            (found.floats, kind, f"in float, {100 * found.work:.1f} % of the multiply-adds{stored}"),
             (found.constants, "constant", "in float"),
             (found.wide, "activation", f"in {WIDE} bits"),
         )
@@ -180,7 +186,14 @@ def _apply(job: Job, found: Fallback, before: Array) -> None:
     job.note(
         f"8 bits leave the outputs {before.min():.1f} dB; {' and '.join(parts)} make that {found.sqnr.min():.1f} dB "
         f"(worst output, on {job.report['quality']['samples']} samples)"
+        f"{'' if job.report['quality']['met'] else _wider(job)}"
     )
+
+
+def _wider(job: Job) -> str:
+    """What helps where too little else does: targets that quantize as a whole run all in 16 bits."""
+    wider = job.target.whole and WIDE in job.target.activation_bits and job.recipe.activations.bits < WIDE
+    return f"; activations of {WIDE} bits do (--set activations.bits={WIDE})" if wider else ""
 
 
 def _readers(job: Job, name: str) -> list[str]:

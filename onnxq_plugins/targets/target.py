@@ -165,6 +165,11 @@ class Target:
         return sorted({rule.activations for rule in self.rules} - {0})
 
     @property
+    def coded_ports(self) -> bool:
+        """True if inputs and outputs of its files have to be codes, as its setting ``io`` says."""
+        return bool(self.settings.get("io") == "int8")
+
+    @property
     def foreign(self) -> bool:
         """True if it runs layers in integers, in another runtime or on other hardware."""
         return self.integer and not self.here
