@@ -195,7 +195,7 @@ def _apply(job: Job, found: Fallback, before: Array) -> None:
 def _wider(job: Job) -> str:
     """What helps where too little else does: targets that quantize as a whole run all in 16 bits."""
     wider = job.target.whole and WIDE in job.target.activation_bits and job.recipe.activations.bits < WIDE
-    return f"; activations of {WIDE} bits do (--set activations.bits={WIDE})" if wider else ""
+    return f"; activations of {WIDE} bits may (--set activations.bits={WIDE})" if wider else ""
 
 
 def _readers(job: Job, name: str) -> list[str]:
