@@ -92,7 +92,9 @@ def _search(job: Job, judge: Judge, before: Array, apart: bool) -> tuple[Search,
         judge = Judge.of(job, apart=apart, work=_SEARCH, least=_FEWEST) or judge
     first = min(quality.least + _MARGIN, quality.sqnr)
     levels = [quality.sqnr] if quality.asked else [first, (first + quality.sqnr) / 2, quality.sqnr]
-    lost = quality.asked or bool(before.min() < _LOST)
+    lost = quality.asked or bool(
+        before.min() < (quality.least if job.target.whole else _LOST)
+    )  # whose layers come in chains
     return Search(job, judge.samples), (levels, [1.0 if lost else _MOST, *[_MOST] * (len(levels) - 1)])
 
 
@@ -193,7 +195,7 @@ def _apply(job: Job, found: Fallback, before: Array) -> None:
 def _wider(job: Job) -> str:
     """What helps where too little else does: targets that quantize as a whole run all in 16 bits."""
     wider = job.target.whole and WIDE in job.target.activation_bits and job.recipe.activations.bits < WIDE
-    return f"; activations of {WIDE} bits do (--set activations.bits={WIDE})" if wider else ""
+    return f"; activations of {WIDE} bits may (--set activations.bits={WIDE})" if wider else ""
 
 
 def _readers(job: Job, name: str) -> list[str]:
