@@ -1,14 +1,60 @@
-"""acme-edge: an NPU with symmetric int8 activations, and what its compiler wants beside a model."""
+"""acme-edge: an NPU with symmetric int8 activations: its target, the format of its files, its
+simulator, and what its compiler wants beside a model."""
 
 import hashlib
 import json
 import time
-from collections.abc import Generator
+import zlib
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 from onnx import ModelProto, numpy_helper
-from onnxq_plugins import Job, Pass, Rule, Target, hookimpl
+from onnxq_plugins import Job, OnnxqError, Pass, Rule, Target, hookimpl
+from onnxq_plugins.runtimes.runtime import Executed, Inspection, Runtime
+
+MAGIC = b"ACME2"
+
+
+def write(model: ModelProto, settings: Mapping[str, Any]) -> bytes:
+    """A file of the NPU: a mark, and the packed network."""
+    return MAGIC + zlib.compress(model.SerializeToString())
+
+
+def simulate(
+    file: Path, samples: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, Any]
+) -> Inspection:
+    """Run samples. A real NPU would bring a simulator: this one lets onnxruntime compute."""
+    content = file.read_bytes()
+    if not content.startswith(MAGIC):
+        raise OnnxqError(
+            f"'{file.name}' is no file of the Acme NPU; write one with --target acme.edge."
+        )
+    model = onnx.load_from_string(zlib.decompress(content[len(MAGIC) :]))
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    outputs = tuple(
+        dict(zip(names, session.run(names, dict(sample)), strict=True)) for sample in samples
+    )
+    decoded = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    operators = [
+        Executed(
+            node.name, node.op_type, "integer" if decoded >= set(node.input[:2]) else "float", "NPU"
+        )
+        for node in model.graph.node
+        if node.op_type in ("Conv", "MatMul")
+    ]
+    return Inspection(outputs, tuple(operators))
+
+
+SIMULATOR = Runtime(
+    "acme-sim", "the Acme Edge NPU's simulator", "pip install acme-edge", simulate, suffix=".acme"
+)
 
 EDGE = Target(
     "acme.edge",
@@ -35,6 +81,9 @@ EDGE = Target(
         }
     ),
     flatten=False,
+    suffix=".acme",
+    write=write,
+    runtime=SIMULATOR,
     settings={"soc": 2, "cores": 1},
 )
 

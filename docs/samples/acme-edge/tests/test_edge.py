@@ -5,7 +5,7 @@ import json
 
 import onnx
 import pytest
-from onnxq_plugins import OnnxqError, quantize
+from onnxq_plugins import OnnxqError, audit, quantize
 from onnxq_plugins.testing import parametrize_plugin, parametrize_target
 from onnxq_plugins.testing.models import cnn, feeds, mlp
 
@@ -34,7 +34,8 @@ def test_files_are_what_the_compiler_takes(build):
     assert zeros and all(zero.dtype == "int8" and zero == 0 for zero in zeros)
     assert model.opset_import[0].version == 13
     assert not any(node.op_type == "Gemm" for node in model.graph.node)
-    biases = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT32]
+    decoded = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    biases = [name for name in decoded if name in constants and constants[name].dtype == "int32"]
     assert len(biases) == sum(node.op_type == "Conv" for node in model.graph.node)
     assert any(entry.key == "acme.format" for entry in model.metadata_props)
 
@@ -59,3 +60,22 @@ def test_other_targets_get_no_sidecar(tmp_path):
 def test_what_the_npu_cannot_run_is_refused():
     with pytest.raises(OnnxqError, match=r"acme\.edge.*4.*8-bit weights"):
         quantize(mlp(), {**RECIPE, "weights": {"bits": 4}}, feeds(mlp(), 4))
+
+
+def test_its_files_run_in_its_simulator(tmp_path):
+    onnx.save(cnn(), tmp_path / "float.onnx")
+    quantize(
+        cnn(),
+        "int8",
+        feeds(cnn(), 4),
+        target="acme.edge",
+        output=tmp_path / "model.acme",
+        check=False,
+    )
+    told = audit(
+        tmp_path / "model.acme", tmp_path / "float.onnx", runtime=EDGE.runtime, data=feeds(cnn(), 2)
+    )
+    assert told.proof.decibels > 20 and told.proof.inspection.counts()["integer"] == 4
+    (tmp_path / "other.acme").write_bytes(b"something")
+    with pytest.raises(OnnxqError, match="no file of the Acme NPU"):
+        audit(tmp_path / "other.acme", runtime=EDGE.runtime)
