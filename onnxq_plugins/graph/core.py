@@ -15,7 +15,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.beside import Beside, split
-from onnxq_plugins.graph.editing import caller, replace_reads
+from onnxq_plugins.graph.editing import caller, operand, replace_reads
 from onnxq_plugins.graph.fingerprint import Contents, Fingerprint, is_large
 from onnxq_plugins.graph.layer import LAYER_OPS, BatchNorm, Layer
 from onnxq_plugins.graph.mapped import MappedWeights
@@ -279,7 +279,7 @@ class Graph:
         outputs   tensors without a producer; None makes one activation, named after the operator
         """
         name = name or self.fresh_node(op.lower(), {node.name for node in self._graph.nodes})
-        reads = [self._operand(t) for t in inputs]
+        reads = [operand(self.tensor, t) for t in inputs]
         writes = [self.add_variable(f"{name}_out")] if outputs is None else list(outputs)
         node = gs.Node(op=op, name=name, attrs=attrs, inputs=reads, outputs=writes, domain=domain or None)
         node.made_in = caller()  # for whoever has to say what is wrong with it
@@ -289,25 +289,12 @@ class Graph:
         self.changed()
         return node
 
-    def _operand(self, given: gs.Tensor | str | None) -> gs.Tensor:
-        """A tensor by itself or by name; an empty one for None. Raises OnnxqError for anything else."""
-        if given is None:
-            return gs.Variable.empty()
-        if isinstance(given, str):
-            return self.tensor(given)
-        if not isinstance(given, gs.Tensor):
-            what = (
-                "an operator, not one of its outputs, such as node.outputs[0]" if isinstance(given, gs.Node) else "no tensor"
-            )
-            raise OnnxqError(f"an input is {what} ({given!r:.60}); give tensors or their names; add_constant makes one.")
-        return given
-
     def set_input(self, node: gs.Node, at: int, tensor: gs.Tensor | str | None) -> None:
         """Let an operator read another tensor, by itself or by name, as input `at`; None leaves that input out. Optional
         inputs before it that it does not have are left out."""
         _ = self._tensors  # what is no longer read stays known by its name until `tidy`
         inputs = list(node.inputs) + [gs.Variable.empty()] * (at + 1 - len(node.inputs))
-        inputs[at] = self._operand(tensor)
+        inputs[at] = operand(self.tensor, tensor)
         while inputs and inputs[-1].is_empty():
             inputs.pop()
         for old in node.inputs:  # graphsurgeon's own removal goes by equality, and may take an equal operator's place

@@ -1,11 +1,14 @@
-"""What edits of a graph have in common: readers that get another tensor, and who makes the edit."""
+"""What edits of a graph have in common: what an operator reads, readers that get another tensor, and who makes the edit."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_graphsurgeon as gs
+
+from onnxq_plugins.errors import OnnxqError
 
 
 def replace_reads(old: gs.Tensor, new: gs.Tensor) -> None:
@@ -14,6 +17,21 @@ def replace_reads(old: gs.Tensor, new: gs.Tensor) -> None:
         for i, tensor in enumerate(consumer.inputs):
             if tensor is old:
                 consumer.inputs[i] = new
+
+
+def operand(named: Callable[[str], gs.Tensor], given: gs.Tensor | str | None) -> gs.Tensor:
+    """What an operator is to read: a tensor by itself or by name, an empty one for None. Raises OnnxqError for anything else.
+
+    named   a graph's tensor of a name
+    """
+    if given is None:
+        return gs.Variable.empty()
+    if isinstance(given, str):
+        return named(given)
+    if not isinstance(given, gs.Tensor):
+        what = "an operator, not one of its outputs, such as node.outputs[0]" if isinstance(given, gs.Node) else "no tensor"
+        raise OnnxqError(f"an input is {what} ({given!r:.60}); give tensors or their names; add_constant makes one.")
+    return given
 
 
 def caller() -> str:
