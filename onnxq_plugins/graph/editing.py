@@ -20,7 +20,7 @@ def replace_reads(old: gs.Tensor, new: gs.Tensor) -> None:
 
 
 def operand(named: Callable[[str], gs.Tensor], given: gs.Tensor | str | None) -> gs.Tensor:
-    """What an operator is to read: a tensor by itself or by name, an empty one for None. Raises OnnxqError for anything else.
+    """What an operator is to read: a tensor by itself or by name, an empty one for None. Raises OnnxqError for others.
 
     named   a graph's tensor of a name
     """
