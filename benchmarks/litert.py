@@ -15,7 +15,7 @@ import argparse
 import importlib.metadata
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +34,7 @@ from onnxq_plugins.formats import tflite
 from onnxq_plugins.measure import sqnr
 from onnxq_plugins.runtimes.litert import LITERT
 from onnxq_plugins.runtimes.runtime import Inspection
+from onnxq_plugins.runtimes.timing import milliseconds
 from onnxq_plugins.runtimes.vela import VELA
 
 MODELS = (*NAMES, "efficientnet_lite0", "blazeface", "yunet", "yolox_nano", "oww_embed", "minilm")
@@ -74,16 +75,6 @@ def named(model: Any, feeds: Sequence[Feed]) -> list[Feed]:
     return [dict(zip(names, session.run(None, feed), strict=True)) for feed in feeds]
 
 
-def processor_time(run: Callable[[], object], seconds: float = 0.3) -> float:
-    """First decile of the milliseconds that the processor spends on a run: others may use the machine meanwhile."""
-    taken: list[float] = []
-    while len(taken) < 5 or sum(taken) < seconds:
-        start = time.process_time()
-        run()
-        taken.append(time.process_time() - start)
-    return float(np.quantile(taken, 0.1)) * 1e3
-
-
 def compiled(model: Any, path: Path, accelerator: str) -> Inspection | str:
     """What Vela makes of the model, in the file's own order of axes, with int8 inputs and outputs where the model quantizes
     them; or why it does not."""
@@ -112,7 +103,9 @@ def row(name: str, shared: Path, args: argparse.Namespace) -> tuple[list[str], I
         interpreter = Interpreter(str(file), num_threads=1)
         interpreter.allocate_tensors()
         runs = [partial(session.run, None, test[0]) for session in map(runtimes.session, (path, own))]
-        least = np.min([[processor_time(run) for run in (*runs, interpreter.invoke)] for _ in range(3)], axis=0)
+        least = np.min(
+            [[milliseconds(run, clock=time.process_time) for run in (*runs, interpreter.invoke)] for _ in range(3)], axis=0
+        )
         npu = compiled(result, file, args.accelerator)
     floats = named(path, test)
     db = [worst(floats, each) for each in (named(own, test), named(result, test), inspection.outputs)]

@@ -1,7 +1,7 @@
 """Qualcomm's HTP through onnxruntime's QNN provider.
 
-It takes an operator to the NPU whose inputs and outputs all have Q/DQ, and cuts the network at any other; signed activations
-are accepted and computed wrongly, so that they are unsigned here."""
+It takes an operator to the NPU whose inputs and outputs all have Q/DQ, and cuts the network at any other. Activations are
+unsigned, as its own tools make them."""
 
 from __future__ import annotations
 
