@@ -3,18 +3,21 @@ with runs without a profile, so that neither other work of the machine nor the p
 
 from __future__ import annotations
 
+import bisect
 import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 
+from onnxq_plugins.graph.bodies import bodies, with_bodies
 from onnxq_plugins.runtimes.sessions import Feed, session, wanted
 from onnxq_plugins.spec import Array
 
@@ -31,7 +34,7 @@ class Profile:
     """A network with the times of its kernels.
 
     milliseconds   of a whole run without profiling
-    optimized      the graph as optimized by onnxruntime
+    optimized      the graph as optimized by onnxruntime, with the nodes of control-flow bodies behind its own
     nodes          milliseconds of each of its nodes, with profiling [nodes]; NaN where one never ran
     types          types and shapes of the inputs of each
     runs           milliseconds of each run without profiling [runs]
@@ -82,7 +85,7 @@ def profile(
         for file, model, own in zip(files, models, where, strict=True):
             file.mkdir()
             profiled.append(session(model, profile=file / "profile", dump=file / "made.onnx", folder=own))
-        optimized = [onnx.load(str(file / "made.onnx"), load_external_data=False).graph for file in files]
+        optimized = [with_bodies(onnx.load(str(file / "made.onnx"), load_external_data=False).graph) for file in files]
         most = (_BRIEF if brief else _EVENTS) // max((len(graph.node) for graph in optimized), default=1)
         turn, least = TURN, _ROUNDS
         if brief and 2 * least * turn * _once(plain, feed) > seconds:
@@ -165,27 +168,37 @@ def _steady(durations: Sequence[Sequence[float]]) -> bool:
     return all(abs(a - b) <= _STEADY * b for a, b in halves)
 
 
-def _events(graph: onnx.GraphProto, events: Sequence[Mapping[str, object]], turn: int) -> tuple[Array, list[str]]:
-    """Milliseconds and types of inputs per node of an optimized graph, mean of its fastest runs. Kernels inside Loop or If
-    bodies are left out: their time is part of the node that contains them.
+def _events(graph: onnx.GraphProto, events: Sequence[Mapping[str, Any]], turn: int) -> tuple[Array, list[str]]:
+    """Milliseconds and types of inputs per node of an optimized graph, mean of its fastest runs; NaN for nodes that do not
+    run. Those of control-flow bodies have times of their own, all passes of a Loop together, and the node around them has the
+    rest of its time.
 
-    turn   runs at a time, the first not counted
+    graph   with the nodes of bodies behind its own (`graph.bodies.with_bodies`)
+    turn    runs at a time, the first not counted
     """
-    names = {node.name for node in graph.node if node.name}
-    recorded: dict[str, dict[str, list[float]]] = defaultdict(dict)  # name -> number of the node -> its durations
-    types: dict[str, str] = {}
-    for event in events:
-        if event["cat"] == "Node":
-            details = event["args"]
-            assert isinstance(details, dict) and isinstance(event["dur"], int)
-            name = str(event["name"]).removesuffix("_kernel_time")
-            key, number = name if name in names else str(details["op_name"]), str(details["node_index"])
-            recorded[key].setdefault(number, []).append(event["dur"] / 1e3)
-            types[number] = json.dumps(details["input_type_shape"])
-    left = {key: list(numbers) for key, numbers in recorded.items()}  # nodes of one name, in the order they ran
-    numbers = [left[key].pop(0) if left.get(key := node.name or node.op_type) else "" for node in graph.node]
-    durations = {number: np.array(values) for each in recorded.values() for number, values in each.items()}
-    runs = max(map(len, durations.values()), default=0)
-    table = np.array([durations[n] if n and len(durations[n]) == runs else np.full(runs, np.nan) for n in numbers])
-    table = table.reshape(len(numbers), runs)[:, np.arange(runs) % turn > 0]
-    return table[:, fastest(np.nansum(table, axis=0))].mean(axis=1), [types.get(number, "") for number in numbers]
+    names, around = {n.name for n in graph.node if n.name}, {n.op_type for n in graph.node if bodies(n)}
+    starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
+    recorded: dict[str, dict[Hashable, Array]] = defaultdict(dict)  # name -> node of that name -> its durations [runs]
+    types: dict[Hashable, str] = {}
+    inside: list[tuple[int, Hashable, Array]] = []  # the nodes whose bodies are running: end, identity, durations
+    nodes = [event for event in events if event["cat"] == "Node"]
+    for event in sorted(nodes, key=lambda e: (e["ts"], e["args"]["op_name"] not in around, -e["dur"])):
+        op, duration, run = event["args"]["op_name"], event["dur"] / 1e3, bisect.bisect(starts, event["ts"]) - 1
+        while inside and event["ts"] >= inside[-1][0]:
+            inside.pop()
+        name = str(event["name"]).removesuffix("_kernel_time")
+        key = name if name in names else str(op)
+        one = key, event["args"]["node_index"], inside[-1][1] if inside and name not in names else None
+        times = recorded[key].setdefault(one, np.full(len(starts), np.nan))
+        times[run] = np.nansum([times[run], duration])
+        types.setdefault(one, json.dumps(event["args"]["input_type_shape"]))
+        if inside:
+            inside[-1][2][run] -= duration
+        if op in around:
+            inside.append((event["ts"] + event["dur"], one, times))
+    left = {key: list(each.items()) for key, each in recorded.items()}  # nodes of one name, in the order they ran
+    missing = None, np.full(len(starts), np.nan)
+    found = [left[key].pop(0) if left.get(key := node.name or node.op_type) else missing for node in graph.node]
+    table = np.array([times if not np.isnan(times).any() else missing[1] for _, times in found])
+    table = table.reshape(len(found), len(starts))[:, np.arange(len(starts)) % turn > 0]
+    return table[:, fastest(np.nansum(table, axis=0))].mean(axis=1), [types.get(one, "") for one, _ in found]

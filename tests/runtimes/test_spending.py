@@ -109,6 +109,37 @@ def test_an_audit_profiles_both_models(make):
     assert audit.placed is None and audit_model(model, model, 0.0, data=feeds(model, 1)).placed is False
 
 
+CONTROL_FLOW = """<ir_version: 8, opset_import: ["": 17]>
+flow (float[64, 64] x) => (float[64, 64] y) {
+    zero = Constant <value = float {0}> ()
+    yes = Constant <value = bool {1}> ()
+    trips = Constant <value = int64 {3}> ()
+    sum = ReduceSum <keepdims = 0> (x)
+    first = Greater (sum, zero)
+    second = LessOrEqual (sum, zero)
+    a = If (first) <
+        then_branch = one () => (float[64, 64] p) { q = Exp (x) p = MatMul (q, q) },
+        else_branch = two () => (float[64, 64] r) { s = Exp (x) r = MatMul (s, x) }
+    >
+    b = If (second) <
+        then_branch = three () => (float[64, 64] t) { u = Exp (a) t = MatMul (a, u) },
+        else_branch = four () => (float[64, 64] v) { w = Exp (a) v = MatMul (w, w) }
+    >
+    y = Loop (trips, yes, b) <
+        body = five (int64 n, bool c, float[64, 64] d) => (bool e, float[64, 64] f) { e = Identity (c) f = MatMul (d, d) }
+    >
+}"""
+
+
+def test_kernels_in_bodies_of_control_flow_are_told():
+    """Nodes without names, with the same numbers in several bodies: those that run have a time, others none."""
+    model = onnx.parser.parse_model(CONTROL_FLOW)
+    (spending,) = audit_model(model, seconds=0.0, data=feeds(model, 1)).spending
+    ran = {op: count for row in spending.rows for op, count in row.ops.items()}
+    expected = {"ReduceSum": 1, "If": 2, "Exp": 2, "MatMul": 3, "Loop": 1}
+    assert {op: ran.get(op) for op in expected} == expected
+
+
 def test_a_model_alone_is_profiled_too_and_nothing_without_a_wish():
     model = cnn()
     audit = audit_model(model, seconds=0.0, data=feeds(model, 1))
