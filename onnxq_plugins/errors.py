@@ -123,6 +123,11 @@ def known(given: str, names: Iterable[str]) -> str:
     return f"known: {', '.join(there) or 'none'}" + (f" (did you mean '{near[0]}'?)" if near else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """Things in words: "1 layer", "2 layers"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def raised(error: BaseException, home: Path | None = None) -> str:
     """What a plugin's code raised, in a few words: the type, the innermost line in `home`, or of a module that is being
     imported, or of all; the innermost of all where that is another; and what it says."""

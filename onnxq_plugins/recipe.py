@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import tomllib
@@ -17,7 +18,8 @@ import tomli_w
 from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.job import FLOAT, LayerRule, Pass, Recipe, Stage, TensorRequest
 
-_KEYS = ("recipe", "target", "exclude", "weights", "activations", "data", "quality", "pass", "layer")
+_SECTIONS = ("weights", "activations", "data", "quality")
+_KEYS = ("recipe", "target", "exclude", *_SECTIONS, "pass", "layer")
 Settings = Iterable[str | Mapping[str, Any]] | Mapping[str, Any]  # or one str, which is an iterable of them
 
 
@@ -85,7 +87,7 @@ def parse(
         problems.append(f"{where}: recipe = {table['recipe']!r} is a version this release does not know; use 1.")
     steps, rules = _passes(table, passes, where, problems), _rules(table, where, problems)
     requests: dict[str, Any] = {}
-    for key in ("weights", "activations", "data", "quality"):
+    for key in _SECTIONS:
         values = table.get(key, {})
         if isinstance(values, Mapping):
             requests[key] = _build(getattr(Recipe, key), values, f"{where}, [{key}]", problems)
@@ -269,7 +271,11 @@ def apply_setting(table: dict[str, Any], setting: str, problems: list[str]) -> N
     left, equals, right = setting.partition("=")
     name, dot, key = left.strip().rpartition(".")
     if not equals or not key or (not dot and key != "target"):
-        problems.append(f"--set '{setting}' must look like pass.key=value, weights.bits=4 or target=NAME.")
+        there = [f"{table}.{f.name}" for table in _SECTIONS for f in fields(getattr(Recipe, table))]
+        meant = [one for one in there if one.rpartition(".")[2] == left.strip()]
+        meant = meant or difflib.get_close_matches(left.strip(), ["target", *there], 1)
+        near = f"; did you mean {' or '.join(meant)}?" if meant and equals else "."
+        problems.append(f"--set '{setting}' must look like pass.key=value, weights.bits=4 or target=NAME{near}")
         return
     try:
         value = tomllib.loads(f"v = {right}")["v"]
@@ -282,14 +288,14 @@ def apply_setting(table: dict[str, Any], setting: str, problems: list[str]) -> N
         chosen = table.get("target", Recipe.target)
         chosen, vendor = dict(chosen) if isinstance(chosen, dict) else {"use": chosen}, name.removeprefix("target.")
         table["target"] = {**chosen, vendor: {**chosen.get(vendor, {}), key: value}}
-    elif name in ("weights", "activations", "data", "quality"):
+    elif name in _SECTIONS:
         table[name] = {**table.get(name, {}), key: value}
     else:
         steps = table.get("pass", [])
         matches = [step for step in steps if isinstance(step, dict) and step.get("use") == name]
         if not matches:
-            used = ", ".join(str(step.get("use")) for step in steps if isinstance(step, dict)) or "none"
-            problems.append(f"--set '{setting}': the recipe has no pass '{name}' (it has: {used}).")
+            names = [*_SECTIONS, "target", *(str(step.get("use")) for step in steps if isinstance(step, dict))]
+            problems.append(f"--set '{setting}': the recipe has no table or pass '{name}'; {known(name, names)}.")
         table["pass"] = [{**step, key: value} if step in matches else step for step in steps]
 
 

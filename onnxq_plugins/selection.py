@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import onnx
@@ -15,7 +14,7 @@ import onnx
 from onnxq_plugins import runtimes
 from onnxq_plugins.data import Data, DataOptions, Source
 from onnxq_plugins.engine import Result, quantize
-from onnxq_plugins.errors import NUMBER, PATH, TABLE, TEXT, WHOLE, OnnxqError, expects
+from onnxq_plugins.errors import NUMBER, PATH, TABLE, TEXT, WHOLE, OnnxqError, expects, known
 from onnxq_plugins.files import save_model
 from onnxq_plugins.graph import Graph, Model, as_model, load
 from onnxq_plugins.job import Metric
@@ -251,7 +250,7 @@ def _with(result: Result, remedy: Remedy) -> Result:
 def _check_options(prefer: Prefer, max_drop: float, min_sqnr: float) -> None:
     """Raise OnnxqError for options that make no sense."""
     if prefer not in RECIPES:
-        raise OnnxqError(f"prefer = '{prefer}' is unknown; known: {', '.join(get_args(Prefer))}.")
+        raise OnnxqError(f"prefer = '{prefer}' is unknown; {known(prefer, RECIPES)}.")
     if not max_drop >= 0:
         raise OnnxqError(f"max_drop = {max_drop} must be 0 or more.")
     Goals(sqnr=min_sqnr)

@@ -196,7 +196,15 @@ def test_all_problems_are_listed_at_once():
         "layer": [{"mach": "x"}],
     }
     found = problems(table, ["weights.bits", "other.x=1"])
-    for word in ("colour", "blok", "'nope' is not", "method = 'no'", "mach", "'weights.bits' must look", "no pass 'other'"):
+    for word in (
+        "colour",
+        "blok",
+        "'nope' is not",
+        "method = 'no'",
+        "mach",
+        "'weights.bits' must look",
+        "no table or pass 'other'",
+    ):
         assert sum(word in problem for problem in found) == 1, (word, found)
 
 
@@ -255,11 +263,16 @@ def test_a_setting_reaches_every_pass_of_that_name_and_the_last_wins():
     ("setting", "words"),
     [
         ("weights.bits", "must look like"),
-        ("bits=4", "must look like"),
+        ("bits=4", "did you mean weights.bits or activations.bits?"),
+        ("traget=npu", "did you mean target?"),
+        ("weight.bits=4", "did you mean 'weights'?"),
+        ("activation.bits=16", "did you mean 'activations'?"),
+        ("range.method=mse", "did you mean 'ranges'?"),
+        ("weights.bit=4", "did you mean 'bits'?"),
         ("=4", "must look like"),
         ("", "must look like"),
         ("weights.bit=4", "unknown key 'bit'"),
-        ("mse.method=x", "no pass 'mse' (it has: ranges)"),
+        ("mse.method=x", "no table or pass 'mse'; known: weights, activations, data, quality, target, ranges."),
     ],
 )
 def test_settings_that_fit_nothing(setting, words):

@@ -30,7 +30,7 @@ from onnxq_plugins.cli.options import (
 )
 from onnxq_plugins.data import DataOptions, model_inputs, open_data
 from onnxq_plugins.engine import Result, quantize
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, counted
 from onnxq_plugins.graph import load
 from onnxq_plugins.graph.conform import conform
 from onnxq_plugins.graph.reading import read
@@ -163,7 +163,7 @@ def _fit(recipe: str, model: Path | None, settings: list[str], quiet: bool) -> d
         runtimes.session(model, optimize=False)  # raises what onnxruntime has against it
         planned = sum(layer.weight in request.plan for layer in graph.layers)
         lines += [*float_lines(request.floats), *constant_lines(request.constants)]
-        lines.append(f"it quantizes {planned} of {len(graph.layers)} layers of '{model}'")
+        lines.append(f"it quantizes {planned} of {counted(len(graph.layers), 'layer')} of '{model}'")
         floats = {name: str(reason) for name, reason in request.floats.items()}
         found |= {"model": str(model), "layers": len(graph.layers), "quantized": planned, "float": floats}
     if not quiet:

@@ -37,7 +37,7 @@ from onnxq_plugins.cli.options import (
 )
 from onnxq_plugins.data import Data, DataOptions
 from onnxq_plugins.engine import Result, quantize
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, counted
 from onnxq_plugins.export.compact import check_names
 from onnxq_plugins.export.overrides import ort_model, ort_overrides
 from onnxq_plugins.files import save_model, write_file
@@ -299,7 +299,7 @@ def _write_extras(
         _show_curve(curve)
         if outputs.curve is not None:
             notes += curve.write(outputs.curve)
-            lines.append(f"curve: {len(curve.points)} points for --plan in {outputs.curve}")
+            lines.append(f"curve: {counted(len(curve.points), 'point')} for --plan in {outputs.curve}")
     if outputs.overrides is not None and outputs.overridden_model is not None:
         table = ort_overrides(result)
         save_model(ort_model(result), outputs.overridden_model)

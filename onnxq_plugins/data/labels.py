@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, counted
 from onnxq_plugins.spec import Array
 
 
@@ -39,9 +39,8 @@ def load_labels(path: str) -> Array | None:
 def check_labels(labels: Array | None, samples: int, where: str) -> Array | None:
     """The labels. Raises OnnxqError unless there is one for each sample."""
     if labels is not None and (not labels.ndim or len(labels) != samples):
-        raise OnnxqError(
-            f"{where} has {samples} samples and {len(labels) if labels.ndim else 1} labels; give one label per sample."
-        )
+        there = counted(len(labels) if labels.ndim else 1, "label")
+        raise OnnxqError(f"{where} has {counted(samples, 'sample')} and {there}; give one label per sample.")
     return labels
 
 

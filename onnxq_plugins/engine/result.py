@@ -12,7 +12,7 @@ import onnx
 from onnxq_plugins import files
 from onnxq_plugins.data import Source
 from onnxq_plugins.engine.plans import Solved
-from onnxq_plugins.errors import PATH, expects
+from onnxq_plugins.errors import PATH, counted, expects
 from onnxq_plugins.job import Outcome
 from onnxq_plugins.report.check import Check
 from onnxq_plugins.report.page import write_report
@@ -78,6 +78,6 @@ class Result(Outcome):
         notes += "".join(f"<li>{escape(note)}</li>" for note in self.report.notes)
         return (
             f"<p>{escape(self.summary)}</p>{f'<ul>{notes}</ul>' if notes else ''}<details>"
-            f"<summary>{len(layers)} layers</summary>"
+            f"<summary>{counted(len(layers), 'layer')}</summary>"
             f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table></details>"
         )

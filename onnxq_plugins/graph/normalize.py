@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, counted
 from onnxq_plugins.graph.bodies import all_graphs, bodies, outer_reads, rename_outer_reads, set_nodes
 from onnxq_plugins.graph.layer import LAYER_OPS
 
@@ -187,7 +187,7 @@ def _constant_inputs(proto: onnx.ModelProto, notes: list[str]) -> None:
     graph.input.extend(copies)
     if fixed and proto.ir_version >= 4:
         notes.append(
-            f"{len(fixed)} weights that are also listed as inputs are constants now: callers can no longer override them"
+            f"{counted(len(fixed), 'weight')}, listed as inputs too, became constants: callers can no longer override them"
         )
     proto.ir_version = max(proto.ir_version, 4)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from onnxq_plugins.data import Data
-from onnxq_plugins.errors import OnnxqError, raised
+from onnxq_plugins.errors import OnnxqError, known, raised
 from onnxq_plugins.graph import Graph
 from onnxq_plugins.job import Metric
 from onnxq_plugins.measure.arrays import IDENTICAL, agreement, is_float, leaves, sqnr, values_of
@@ -201,7 +201,7 @@ BUILTIN: dict[str, Metric] = {"sqnr": worst_sqnr, "agreement": percent_agreement
 def metric(name: str) -> Metric:
     """A built-in metric by name. Raises ValueError for an unknown one."""
     if name not in BUILTIN:
-        raise ValueError(f"metric = {name!r} is unknown; known: {', '.join(BUILTIN)}")
+        raise ValueError(f"metric = {name!r} is unknown; {known(name, BUILTIN)}")
     return BUILTIN[name]
 
 
@@ -213,7 +213,7 @@ def find_metric(name: str | Metric) -> Metric:
     module, _, attribute = name.partition(":")
     if not attribute:
         if name not in BUILTIN:
-            raise OnnxqError(f"metric '{name}' is unknown; known: {', '.join(BUILTIN)}, or package.module:function.")
+            raise OnnxqError(f"metric '{name}' is unknown; {known(name, BUILTIN)}, or package.module:function.")
         return BUILTIN[name]
     try:
         function: Metric = getattr(importlib.import_module(module), attribute)

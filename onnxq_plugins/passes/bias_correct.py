@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins.calibration.propagation import propagate
+from onnxq_plugins.errors import counted
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass, Service, Stage
 from onnxq_plugins.layers.complete import complete
@@ -71,8 +72,8 @@ class BiasCorrect(Pass):
         left = [layer.name for layer in layers if layer.name not in means]
         if left:
             job.note(
-                f"bias-correct left {len(left)} of {len(layers)} layers unchanged, since no BatchNorm statistics give the "
-                f"mean of their inputs ({', '.join(left[:4])}{' ...' if len(left) > 4 else ''}); "
+                f"bias-correct left {len(left)} of {counted(len(layers), 'layer')} unchanged, since no BatchNorm statistics "
+                f"give the mean of their inputs ({', '.join(left[:4])}{' ...' if len(left) > 4 else ''}); "
                 'method = "empirical" needs only data'
             )
         plain = job.plan

@@ -10,6 +10,7 @@ import numpy as np
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import Gram
+from onnxq_plugins.errors import counted
 from onnxq_plugins.export.weights import int8_codes
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass, Stage
@@ -71,7 +72,7 @@ class BoundAccumulator(Pass):
         for reason in dict.fromkeys(left.values()):
             names = [name for name, why in left.items() if why == reason]
             job.note(
-                f"bound-accumulator left {len(names)} layers unchanged, since {reason} "
+                f"bound-accumulator left {counted(len(names), 'layer')} unchanged, since {reason} "
                 f"({', '.join(names[:4])}{' ...' if len(names) > 4 else ''})"
             )
         wide = [layer for layer in planned.layers if needs.get(layer.name, 0) > self.bits]
@@ -84,7 +85,7 @@ class BoundAccumulator(Pass):
             worst = max(bounded, key=lambda name: bounded[name]["loss_relative_to_nearest"])
             times = bounded[worst]["loss_relative_to_nearest"]
             job.note(
-                f"bound-accumulator bounded {len(bounded)} layers; squared errors are up to {times:.3g} "
+                f"bound-accumulator bounded {counted(len(bounded), 'layer')}; squared errors are up to {times:.3g} "
                 f"times those of nearest rounding, in '{worst}' (see onnxq compare)"
             )
         return {"bits": self.bits, "bounded": bounded, "fit": len(needs) - len(wide), "left_alone": left}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.shapes import shapes_of
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, counted
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph.flow import maker_of
 from onnxq_plugins.job import Job, Pass, Report, Service, Stage
@@ -110,12 +110,14 @@ def _tell(job: Job, floats: Collection[str], choice: str, result: Mapping[str, A
     """Say what runs in float, and what that gains."""
     how = "timed" if {choice, "integer"} <= set(result.get("timed", ())) else "predicted"
     times, word = result[how], "measured" if how == "timed" else "predicted"
-    layers = {y.name for y in job.graph.layers} & set(floats)
+    layers = [y.name for y in job.graph.layers if y.name in floats]
     job.report.floats.update(dict.fromkeys(layers, FASTER))
     others = len(floats) - len(layers)
     faster = "where that is faster" if times[choice] < times["integer"] else "where that is as fast, as far as timing tells"
+    beside = f" and {counted(others, 'other operator')}" if others else ""
+    verb = "runs" if len(floats) == 1 else "run"
     job.note(
-        f"{len(layers)} layer{'s' * (len(layers) != 1)}{f' and {others} other operators' * (others > 1)} run in float, "
+        f"{counted(len(layers), 'layer')}{beside} {verb} in float, "
         f"{faster}: the network takes {times[choice] / 1e3:.3g} ms {word}, "
         f"against {times['integer'] / 1e3:.3g} ms as integers"
     )

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from onnxq_plugins.errors import counted
 from onnxq_plugins.graph import ChannelGroup, Graph, Layer, Member, channel_groups
 from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.plan.planned import Planned
@@ -68,8 +69,8 @@ class Reorder(Pass):
             return {"groups": 0}
         if solved := sum(job.plan[layer.weight].solved for layer in planned):
             job.note(
-                f"reorder moves channels: solutions that earlier passes found for {solved} weights are dropped where it "
-                "moves their channels; put it before those passes"
+                f"reorder moves channels: solutions that earlier passes found for {counted(solved, 'weight')} are dropped "
+                "where it moves their channels; put it before those passes"
             )
         power = self._power(job, [layer for layer, _ in tiled.values()])
         judge = Judge.of(job, apart=False)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, counted
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.graph.ensemble import side_by_side, unfit
 from onnxq_plugins.job import Job, Pass, Stage
@@ -98,7 +98,7 @@ class ResidualEnsemble(Pass):
         result |= {"ensemble_db": round(decibel, 2), "samples": len(feeds)}
         if before.classes:
             same = before.score(percent_agreement, after)
-            note += f", and its answer is the network's in {same:.1f} % of {len(feeds)} samples"
+            note += f", and its answer is the network's in {same:.1f} % of {counted(len(feeds), 'sample')}"
             result["ensemble_agreement"] = round(same, 2)
         job.note(note)
         return result

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxq_plugins.calibration import channel_axis
+from onnxq_plugins.errors import counted
 from onnxq_plugins.graph import Layer, channel_groups, replace_with_sum, split_outputs
 from onnxq_plugins.graph.opsets import NARROW_OPSET
 from onnxq_plugins.graph.rewrites import splittable
@@ -158,7 +159,7 @@ class ResidualExpansion(Pass):
         if scattered:
             shown = f"{', '.join(scattered[:4])}{' ...' if len(scattered) > 4 else ''}"
             job.note(
-                f"residual-expansion: channels of {len(scattered)} layers cannot be moved side by side; "
+                f"residual-expansion: channels of {counted(len(scattered), 'layer')} cannot be moved side by side; "
                 f"a Gather restores their order ({shown})"
             )
         inputs = expand_inputs(job) if self.activations == 2 else {}

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from onnxq_plugins.errors import counted
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job, Pass
 from onnxq_plugins.plan.planned import Planned
@@ -63,7 +64,7 @@ class ShiftEqualize(Pass):
                 behind += "channel" not in job.target.granularities(layer.op)
         if behind:
             job.note(
-                f"{behind} layers have shifts as a Mul behind them, which OpenVINO fuses, as NPU "
+                f"shifts became a Mul behind {counted(behind, 'layer')}, which OpenVINO fuses, as NPU "
                 "compilers may; onnxruntime does not, and runs such convolutions in float (target "
                 "ort-cpu has them in the scales instead)"
             )

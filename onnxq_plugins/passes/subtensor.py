@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from onnxq_plugins.calibration import channel_axis
+from onnxq_plugins.errors import counted
 from onnxq_plugins.graph import Layer, channel_groups, split_outputs
 from onnxq_plugins.graph.rewrites import splittable
 from onnxq_plugins.job import Job, Pass
@@ -86,8 +87,8 @@ class Subtensor(Pass):
         moved = self._gather_clusters(job, several, labels)
         if count := sum(layer.result in job.plan and not job.plan[layer.result].solved for layer in several):
             job.note(
-                f"subtensor split {count} layers whose output ranges are open: each part gets a range of its own and is "
-                "requantized afterwards; put the pass ranges before it"
+                f"subtensor split {counted(count, 'layer')} whose output ranges are open: each part gets a range of its own "
+                "and is requantized afterwards; put the pass ranges before it"
             )
         for layer in several:
             label = self._labels(_ranges(job, layer))  # in the order that the channels have now

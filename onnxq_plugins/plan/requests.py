@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq_plugins.errors import OnnxqError, Reason
+from onnxq_plugins.errors import OnnxqError, Reason, counted
 from onnxq_plugins.graph import Graph, Layer
 from onnxq_plugins.graph.flow import activation_inputs, readers, result_of, source_of
 from onnxq_plugins.job import FLOAT, Job, Recipe, TensorRequest
@@ -121,12 +121,12 @@ def adapted(job: Job) -> Iterator[str]:
             decoded.add(layer.op)
     if fewer:
         yield (
-            f"{fewer} layers have {target.code_bits}-bit weight codes, since target '{target.name}' "
+            f"weight codes of {target.code_bits} bits in {counted(fewer, 'layer')}, since target '{target.name}' "
             f"allows |code| <= {target.max_code}"
         )
     if coarser:
         yield (
-            f"{coarser} layers have one scale for their weight, since target '{target.name}' knows none per channel; "
+            f"one scale for the weight in {counted(coarser, 'layer')}, since target '{target.name}' knows none per channel; "
             "passes that even out channels, such as shift-equalize, help"
         )
     if decoded:

@@ -14,7 +14,7 @@ import onnx
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.synthetic import SYNTHETIC
 from onnxq_plugins.data import Data, DataOptions, Input, Source, model_inputs, open_data
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, counted
 from onnxq_plugins.graph.models import Model
 from onnxq_plugins.graph.reading import read
 from onnxq_plugins.job import Outcome
@@ -115,7 +115,7 @@ class Comparison:
         else:
             facts.append(f"{self.speed:.2f} times the speed of the float model")
         facts += [
-            f"'{output.name}' falls by {output.decline:.0f} dB over {len(output.steps)} steps on its own states"
+            f"'{output.name}' falls by {output.decline:.0f} dB over {counted(len(output.steps), 'step')} on its own states"
             for output in self.outputs
             if output.decline >= _DECLINE
         ]
@@ -128,7 +128,7 @@ class Comparison:
     def kind(self) -> str:
         """How many samples of what kind, in words."""
         kind = "synthetic" if self.synthetic else "calibration" if self.calibration else "other"
-        return f"{self.samples} {kind} samples"
+        return counted(self.samples, f"{kind} sample")
 
     @property
     def method(self) -> str:

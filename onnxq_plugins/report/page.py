@@ -365,7 +365,7 @@ def _short(result: Mapping[str, Any]) -> str:
         words = _WORDS.get(key, key.replace("_", " "))
         value = float(f"{value:.3g}") if isinstance(value, float) else value
         if isinstance(value, (list, tuple, Mapping)) and len(str(value)) > 60:
-            parts.append(f"{words}: {len(value)} entries")
+            parts.append(f"{words}: {len(value)} {'entry' if len(value) == 1 else 'entries'}")
         elif value not in ({}, [], ""):
             parts.append(f"{words}: {json.dumps(value) if isinstance(value, (list, tuple, Mapping)) else value}")
     return ", ".join(parts)

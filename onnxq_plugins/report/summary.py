@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from onnxq_plugins import files
-from onnxq_plugins.errors import OnnxqError, Reason
+from onnxq_plugins.errors import OnnxqError, Reason, counted
 from onnxq_plugins.export.provenance import version_of
 from onnxq_plugins.export.weights import stored_bits
 from onnxq_plugins.graph import Graph, constants
@@ -100,15 +100,17 @@ def _audited(job: Job, model: onnx.ModelProto, folder: Path | None) -> Audit:
 
 def _floats(job: Job, planned: Planned, model: onnx.ModelProto) -> dict[str, Reason]:
     """What stays float, as the last pass leaves it: without operators that are gone and layers that were quantized after
-    all, with layers that passes took out of the plan."""
-    there = {str(node.name) for node in job.graph.nodes} | {n.name for graph in all_graphs(model.graph) for n in graph.node}
+    all, with layers that passes took out of the plan. In the order of the network: equal runs say the same."""
+    place = {str(node.name): n for n, node in enumerate(job.graph.nodes)}
+    inner = (node.name for graph in all_graphs(model.graph) for node in graph.node)
+    place |= {name: n for n, name in enumerate(dict.fromkeys(inner), len(place)) if name not in place}
     rules = {layer.name: planned.rule(layer) for layer in planned.layers}
     coded = {name for name, rule in rules.items() if rule is not None and rule.activations}
-    floats = {name: reason for name, reason in job.report.floats.items() if name in there - coded}
+    floats = {name: reason for name, reason in job.report.floats.items() if name in place and name not in coded}
     for layer in job.graph.layers:
         if layer.name not in floats and layer.weight not in job.plan:
             floats[layer.name] = Reason("unquantized", "the passes left its weight out of the plan")
-    return floats
+    return dict(sorted(floats.items(), key=lambda item: place[item[0]]))
 
 
 def original_size(graph: Graph, source: Path | onnx.ModelProto | None) -> int:
@@ -224,10 +226,10 @@ def _kernels(job: Job, planned: Planned, audit: Audit) -> str:
     if decoded and not job.target.integer:
         names = {layer.name for layer in job.graph.layers}
         outside = describe_held([held for held in audit.constants if held.name not in names], audit.total)
-        kernels = "; ".join([f"{decoded}/{count} layers decoded at load, run in float", *outside])
+        kernels = "; ".join([f"{decoded}/{counted(count, 'layer')} decoded at load, run in float", *outside])
     else:
         kernels = audit.summary if job.target.here else _elsewhere(job, planned, audit, wide)
-    return kernels + (f"; {wide}/{count} layers with 16-bit activations run in float there" if wide else "")
+    return kernels + (f"; {wide}/{counted(count, 'layer')} with 16-bit activations run in float there" if wide else "")
 
 
 def _elsewhere(job: Job, planned: Planned, audit: Audit, wide: int) -> str:

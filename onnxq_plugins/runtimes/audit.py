@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 
-from onnxq_plugins.errors import Reason
+from onnxq_plugins.errors import Reason, counted
 from onnxq_plugins.graph.layer import LAYER_OPS
 from onnxq_plugins.runtimes.accumulators import Need
 from onnxq_plugins.runtimes.constants import Held, describe_held, held_constants
@@ -152,9 +152,7 @@ class Audit:
         bits = sorted({layer.accumulator for layer in rows if layer.accumulator is not None})
         over = sum(layer.saturates for layer in rows)
         pairs = (
-            "never saturate"
-            if not over
-            else (f"can saturate in {over} layer{'s' * (over > 1)} (target ort-cpu-avx2 avoids that)")
+            "never saturate" if not over else (f"can saturate in {counted(over, 'layer')} (target ort-cpu-avx2 avoids that)")
         )
         span = f"{bits[0]}..{bits[-1]}" if len(bits) > 1 else f"{bits[0]}"
         return f"accumulators: {span} bits; on AVX2 without VNNI 16-bit pair sums {pairs}"

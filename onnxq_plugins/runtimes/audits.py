@@ -12,6 +12,7 @@ import onnx
 from onnxq_plugins import runtimes
 from onnxq_plugins.data import DataOptions, Source, model_inputs, open_data
 from onnxq_plugins.errors import TABLE, TEXT, OnnxqError, expects
+from onnxq_plugins.errors import known as known_names
 from onnxq_plugins.graph import Graph
 from onnxq_plugins.graph.models import Model, as_model
 from onnxq_plugins.graph.reading import read
@@ -42,7 +43,7 @@ def audit(
     Raises OnnxqError for what is no model, and if the runtime cannot load or run it.
     """
     if runtime not in RUNTIMES:
-        raise OnnxqError(f"runtime '{runtime}' is unknown; known: {', '.join(RUNTIMES)}.")
+        raise OnnxqError(f"runtime '{runtime}' is unknown; {known_names(runtime, RUNTIMES)}.")
     if runtime == "openvino" and not (against is None and data is None and not shapes):
         raise OnnxqError(
             "--against, --data and --shape are for times in onnxruntime; leave them out beside --runtime openvino "

@@ -149,12 +149,13 @@ def describe_held(entries: Iterable[Held], total: int) -> list[str]:
             clauses.append(f"{read} Gather of rows in {bits} bits")
     floats = [entry for entry in entries if entry.floats]
     if floats:
-        ops = Counter(f"{entry.op} biases" if entry.coded else entry.op for entry in floats)
+        whole, biases = (Counter(entry.op for entry in floats if bool(entry.coded) == coded) for coded in (False, True))
+        what = " and ".join([*([_ops(whole)] if whole else []), *([f"biases of {_ops(biases)}"] if biases else [])])
         size = sum(entry.floats for entry in floats)
         unit, factor = ("MB", 1e6) if total >= 1e6 else ("kB", 1e3)
         part = f"{size / factor:.2f}" if size >= factor / 10 else f"{size / 1e3:.1f} kB"
         shares = f"{part} of {total / factor:.2f} {unit}"
-        clauses.append(f"{_ops(ops)}, {shares}, stay{'s' * (ops.total() == 1)} float")
+        clauses.append(f"{what}, {shares}, stay{'s' * (whole.total() == 1 and not biases)} float")
     return clauses
 
 

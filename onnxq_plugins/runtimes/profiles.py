@@ -170,8 +170,8 @@ def _steady(durations: Sequence[Sequence[float]]) -> bool:
 
 def _events(graph: onnx.GraphProto, events: Sequence[Mapping[str, Any]], turn: int) -> tuple[Array, list[str]]:
     """Milliseconds and types of inputs per node of an optimized graph, mean of its fastest runs; NaN for nodes that do not
-    run. Those of control-flow bodies have times of their own, all passes of a Loop together, and the node around them has the
-    rest of its time.
+    run. Those of control-flow bodies have times of their own, all passes of a Loop together, and the node around them has
+    the rest of its time.
 
     graph   with the nodes of bodies behind its own (`graph.bodies.with_bodies`)
     turn    runs at a time, the first not counted

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from onnxq_plugins.data import Source
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.graph.models import Model
 from onnxq_plugins.job import Pass, Recipe
 from onnxq_plugins.targets import Target
@@ -83,7 +83,7 @@ def cases(
 
     expected = dict(expected_failures or {})
     if unknown := [name for name in expected if name not in CHECKS]:
-        raise OnnxqError(f"expected_failures: there is no check '{unknown[0]}'; known: {', '.join(CHECKS)}.")
+        raise OnnxqError(f"expected_failures: there is no check '{unknown[0]}'; {known(unknown[0], CHECKS)}.")
     if not isinstance(step, Pass):
         raise OnnxqError(f"{step!r} is not a pass; give instances, such as MyPass().")
     models = models or {}

@@ -55,6 +55,8 @@ def test_slow_kernels_run_in_float_and_fast_ones_as_integers():
     told = {row["name"]: row["why_float_kind"] for row in result.report.layers if "why_float" in row}
     assert {told[name] for name in depthwise} == {"slower"}
     assert any("run in float, where that is faster" in note for note in result.report.notes)
+    order = [y.name for y in result.graph.layers]
+    assert list(result.report.floats) == sorted(result.report.floats, key=order.index)
     assert integer_layers(plain) == {y.name for y in plain.graph.layers}
 
 
