@@ -49,6 +49,7 @@ RECIPES: dict[Prefer, tuple[str, ...]] = {
     "accuracy": ("int8", "int8-rounded"),
 }
 _ALL_FLOAT = {"target": "storage", "weights": {"bits": 32}, "activations": {"bits": 32}}  # a recipe
+MAX_DROP, MIN_SQNR = 1.0, 20.0  # what is good enough where nobody says: percent of samples, dB
 _APART = 16  # samples from which models are made and judged on different ones
 _MOST = 512  # samples to judge on
 _FINE = 0.2  # points below which the weight of one sample affects no decision
@@ -123,8 +124,8 @@ def auto(
     model: Model,
     data: Source,
     *,
-    max_drop: float = 1.0,
-    min_sqnr: float = 20.0,
+    max_drop: float | None = None,
+    min_sqnr: float | None = None,
     prefer: Prefer = "speed",
     test: Source | None = None,
     labels: str | Path | Array | None = None,
@@ -147,8 +148,8 @@ def auto(
     model      as for `quantize`
     data       samples; without `test`, every second one is kept apart to judge on, if there are 16 or more
     test       samples to judge on; `labels` are of these then
-    max_drop   how far the metric may fall below the float model's, in its own units: percent of samples
-    min_sqnr   what the worst output must have where SQNR is the metric, dB
+    max_drop   how far the metric may fall below the float model's, in its own units: percent of samples. None: 1
+    min_sqnr   what the worst output must have where SQNR is the metric, dB. None: 20. A note says which one is not used
     prefer     ``speed``: the fastest within the drop; of the built-in recipes the first, as all run integer kernels;
                ``size``, ``accuracy``: the smallest, the most accurate of all. Slower than float is kept only for size
     metric     as for `quantize`, as are state and class_axis. None: top1 if there are labels of classes; else agreement if
@@ -159,11 +160,14 @@ def auto(
     tell       called with each candidate as soon as it was judged; speeds come at the end
     """
     _check_options(prefer, max_drop, min_sqnr)
+    given = {"max_drop": max_drop, "min_sqnr": min_sqnr}
+    max_drop, min_sqnr = MAX_DROP if max_drop is None else max_drop, MIN_SQNR if min_sqnr is None else min_sqnr
     model = as_model(model)
     graph = load(model, float32=float32)
     options = options if state is None else replace(options or DataOptions(), state=dict(state))
     calibration, judging, notes = _samples(graph, data, test, labels, options, metric, class_axis)
     judge = _Judge.of(graph, model, judging, metric, class_axis, max_drop, min_sqnr)
+    notes = (*notes, *_unused(given, judge, metric is None))
     trials = _Trials(judge, tell)
     make = partial(quantize, model, data=calibration, seed=seed, workers=workers, cache=cache, class_axis=class_axis)
     make = partial(make, float32=float32, check=False, track=track)
@@ -247,13 +251,25 @@ def _with(result: Result, remedy: Remedy) -> Result:
     return changed
 
 
-def _check_options(prefer: Prefer, max_drop: float, min_sqnr: float) -> None:
+def _check_options(prefer: Prefer, max_drop: float | None, min_sqnr: float | None) -> None:
     """Raise OnnxqError for options that make no sense."""
     if prefer not in RECIPES:
         raise OnnxqError(f"prefer = '{prefer}' is unknown; {known(prefer, RECIPES)}.")
-    if not max_drop >= 0:
+    if max_drop is not None and not max_drop >= 0:
         raise OnnxqError(f"max_drop = {max_drop} must be 0 or more.")
     Goals(sqnr=min_sqnr)
+
+
+def _unused(given: Mapping[str, float | None], judge: _Judge, found: bool) -> list[str]:
+    """A note for a limit that was given and says nothing about the metric, which was named or `found`."""
+    decibels, name = judge.metric is worst_sqnr, metric_name(judge.metric)
+    used, limit = ("min_sqnr", f"{judge.bar.sqnr:g} dB") if decibels else ("max_drop", f"{judge.bar.drop:g}")
+    why = f"models are judged by {name}{', as no output tells classes apart' if decibels and found else ''}"
+    return [
+        f"{key} = {value:g} is not used: {why}; {used} decides, here {limit}"
+        for key, value in given.items()
+        if key != used and value is not None
+    ]
 
 
 def _samples(

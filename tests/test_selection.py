@@ -15,7 +15,7 @@ from onnxq_plugins.recipe import load_recipe
 from onnxq_plugins.runtimes.speed import Speed
 from onnxq_plugins.selection import AutoResult
 from onnxq_plugins.selection import auto as choose
-from tests.zoo import cnn, feeds, mlp, mobilenet
+from tests.zoo import Net, cnn, feeds, mlp, mobilenet
 
 
 def paced(monkeypatch, *ratios: float) -> None:
@@ -60,6 +60,36 @@ def test_the_most_accurate_model_is_kept_if_none_is_accurate_enough():
     outcome = choose(model, feeds(model, 20), max_drop=1, recipes=names, attempts=0, metric=lambda *_: -next(drops))
     assert recipes_of(outcome) == ["int8", "int8-rounded"] and not outcome.met
     assert outcome.best.recipe == "int8-rounded" and outcome.best.drop == 20
+
+
+@pytest.mark.parametrize(
+    ("given", "metric", "words"),
+    [
+        (
+            {"max_drop": 1.0},
+            None,
+            "max_drop = 1 is not used: models are judged by sqnr, as no output tells classes apart; min_sqnr",
+        ),
+        ({"max_drop": 1.0}, "sqnr", "max_drop = 1 is not used: models are judged by sqnr; min_sqnr decides, here 20 dB"),
+        (
+            {"min_sqnr": 9.0},
+            "agreement",
+            "min_sqnr = 9 is not used: models are judged by agreement; max_drop decides, here 1",
+        ),
+        ({"min_sqnr": 9.0}, "sqnr", ""),
+        ({"max_drop": 1.0}, "agreement", ""),
+        ({}, None, ""),
+    ],
+)
+def test_a_limit_that_says_nothing_about_the_metric_is_told(given, metric, words):
+    """On a network whose answer is always the same class, unless another metric is named."""
+    net = Net(["N", 13])
+    model = net.model(net.op("Add", net.gemm("x", 13, 5), net.constant([900.0, 0, 0, 0, 0])))
+    outcome = choose(model, feeds(model, 20), metric=metric, recipes=["int8"], attempts=0, **given)
+    assert [note for note in outcome.notes if "is not used" in note] == [
+        note for note in outcome.notes if words and words in note
+    ]
+    assert not words or any(words in note for note in outcome.notes)
 
 
 def test_models_are_judged_on_samples_they_were_not_made_with():

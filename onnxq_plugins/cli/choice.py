@@ -32,7 +32,7 @@ from onnxq_plugins.files import write_file
 from onnxq_plugins.measure import IDENTICAL
 from onnxq_plugins.recipe import to_toml
 from onnxq_plugins.report.candidates import Candidate, Prefer
-from onnxq_plugins.selection import RECIPES, AutoResult, auto
+from onnxq_plugins.selection import MAX_DROP, MIN_SQNR, RECIPES, AutoResult, auto
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,14 @@ class ChoiceOptions(OptionGroup):
     save_recipe: Annotated[
         Path | None, output_option("--save-recipe", metavar="R.TOML", show_default=False, help="the recipe that was kept")
     ] = None
-    max_drop: Annotated[float, search_option(help="how far the metric may fall, mostly in percent of samples")] = 1.0
-    min_sqnr: Annotated[float, search_option(help="dB of the worst output where no output is classes")] = 20.0
+    max_drop: Annotated[
+        float | None,
+        search_option(show_default=f"{MAX_DROP:g}", help="how far the metric may fall, mostly in percent of samples"),
+    ] = None
+    min_sqnr: Annotated[
+        float | None,
+        search_option(show_default=f"{MIN_SQNR:g}", help="dB of the worst output where no output is classes"),
+    ] = None
     prefer: Annotated[str, search_option(help="speed, size or accuracy")] = "speed"
     attempts: Annotated[
         int, search_option("--try", help="remedies to try where no recipe is good enough, as diagnose suggests them")
@@ -125,7 +131,8 @@ def auto_command(
     _show_trials(outcome)
     echo(f"{path}: {outcome.summary}")
     if not outcome.met:
-        fail(OnnxqError(_miss(outcome, choice.max_drop, choice.min_sqnr)), 1)
+        drop, sqnr = choice.max_drop, choice.min_sqnr
+        fail(OnnxqError(_miss(outcome, MAX_DROP if drop is None else drop, MIN_SQNR if sqnr is None else sqnr)), 1)
 
 
 def _miss(outcome: AutoResult, max_drop: float, min_sqnr: float) -> str:
