@@ -17,7 +17,7 @@ import pytest
 
 import onnxq_plugins as onnxq
 from onnxq_plugins import runtimes
-from onnxq_plugins.cli import app, main
+from onnxq_plugins.cli import app, costs, main
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.recipe import builtin_recipes, parse
@@ -147,10 +147,12 @@ def type_in(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Latencies in a moment."""
-    latency = runtimes.latency
+def quick(monkeypatch, tmp_path):
+    """Latencies and costs of kernels in a moment, kept for nobody else."""
+    latency, measured = runtimes.latency, costs.measured
     monkeypatch.setattr(runtimes, "latency", lambda runners, feed, seconds=1.0: latency(runners, feed, 0.02))
+    monkeypatch.setattr(costs, "measured", lambda rounds, **more: measured(2, **{**more, "seconds": 0.02}))
+    monkeypatch.setenv("ONNXQ_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("left_out", ["onnxq auto ", *slowly("nothing")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from onnxq_plugins.cli.console import echo, fail, notify, show
+from onnxq_plugins.cli.console import echo, fail, few, notify, show
 from onnxq_plugins.cli.limits import GateOptions, Limit
 from onnxq_plugins.cli.options import CustomOps, DataPath, ImageOptions, Model, ShapeList, read_shapes
 from onnxq_plugins.cli.proofs import runtime_settings, show_proof
@@ -55,6 +55,7 @@ def audit_command(
             "--no-float", help="exit code 1 if a layer, or a product of two activations, does not run in an integer kernel"
         ),
     ] = False,
+    all_layers: Annotated[bool, typer.Option("--all", help="a line for each layer, also where many are alike")] = False,
     gate: GateOptions,
     custom_ops: CustomOps = None,
 ) -> None:
@@ -83,7 +84,7 @@ def audit_command(
         return
     changes = what_to_change(audit, _placed(model))
     if not gate.as_json:
-        _show(audit, changes, against)
+        _show(audit, changes, against, all_layers)
     gate.tell(model.name, _in_integers(audit) if no_float else [], {**audit.to_dict(), "what_to_change": changes})
 
 
@@ -96,14 +97,14 @@ def _in_integers(audit: Audit) -> list[Limit]:
     ]
 
 
-def _show(audit: Audit, changes: Sequence[str], against: Path | None) -> None:
+def _show(audit: Audit, changes: Sequence[str], against: Path | None, all_layers: bool) -> None:
     """Print an audit."""
     if changes:
         echo("what to change:")
         for number, text in enumerate(changes, 1):
             echo(f"{number}. {text}")
         echo("")
-    show(_audit_table(audit))
+    show(_audit_table(audit, all_layers))
     others = sorted(audit.other.items(), key=lambda item: -item[1])[:12]
     echo(f"\nother operators: {', '.join(f'{n} {op}' for op, n in others) or 'none'}")
     echo(audit.summary)
@@ -134,6 +135,7 @@ def _check_target(model: Path, name: str) -> None:
 
 
 _NAMED = 5  # operators of a class
+_NAMED_LAYERS = 2  # of one kernel
 
 
 def _placed(model: Path) -> bool | None:
@@ -173,15 +175,28 @@ def _spent_cells(row: Spent) -> tuple[str, str, str]:
     return (str(row.count or ""), f"{row.microseconds:.1f}", f"{100 * row.share:.0f}")
 
 
-def _audit_table(audit: Audit) -> Table:
-    table = Table("layer", "operator", "kernel", "accumulator", "why float", box=None, header_style="bold")
-    for layer in audit.layers:
-        if layer.computes:
-            bits = f"{layer.accumulator} bits" if layer.accumulator is not None else ""
-            cells = (escape(layer.name), layer.op, layer.kernel, bits, escape(layer.why))
-            table.add_row(*cells, style=None if layer.quantized else "yellow")
-    layers = {layer.name for layer in audit.layers if layer.computes}
-    for held in audit.constants:
-        if held.name not in layers:
-            table.add_row(escape(held.name), held.op, held.op, "", escape(held.why), style="yellow" if held.floats else None)
+def _audit_table(audit: Audit, all_layers: bool) -> Table:
+    """The layers and constants, those of one operator and kernel and with one reason in a line unless `all_layers`."""
+    table = Table("layer", "", "operator", "kernel", "accumulator", "why float", box=None, header_style="bold")
+    names = {layer.name for layer in audit.layers if layer.computes}
+    rows = [
+        (y.name, (y.op, y.kernel, y.why), y.accumulator, None if y.quantized else "yellow")
+        for y in audit.layers
+        if y.computes
+    ]
+    rows += [
+        (held.name, (held.op, held.op, held.why), None, "yellow" if held.floats else None)
+        for held in audit.constants
+        if held.name not in names
+    ]
+    alike: dict[Hashable, list[tuple[str, tuple[str, str, str], int | None, str | None]]] = {}
+    for n, row in enumerate(rows):
+        alike.setdefault(n if all_layers else (*row[1:2], row[3]), []).append(row)
+    for some in alike.values():
+        bits = sorted({row[2] for row in some if row[2] is not None})
+        (_, (op, kernel, why), _, style), count = some[0], f"{len(some)}" if len(some) > 1 else ""
+        span = f"{bits[0]}..{bits[-1]} bits" if len(bits) > 1 else f"{bits[0]} bits" if bits else ""
+        table.add_row(
+            escape(few([row[0] for row in some], _NAMED_LAYERS)), count, op, kernel, span, escape(why), style=style
+        )
     return table

@@ -18,6 +18,7 @@ from onnxq_plugins.cli.console import echo, notify, show, track
 from onnxq_plugins.cli.limits import LimitOptions
 from onnxq_plugins.cli.options import ClassAxis, CustomOps, DataPath, ImageOptions, Labels, SampleCount
 from onnxq_plugins.data import DataOptions, open_data
+from onnxq_plugins.errors import counted
 from onnxq_plugins.graph.reading import bytes_on_disk
 from onnxq_plugins.job import Metric
 from onnxq_plugins.measure.classes import labelled
@@ -44,6 +45,7 @@ class Judged:
     metric, values   its name, and what it gives for both; "" for none
     notes          what the user should know
     samples        number of them
+    where          whose they are
     bytes, milliseconds   of both
     """
 
@@ -54,6 +56,7 @@ class Judged:
     values: tuple[float, float]
     notes: Sequence[str]
     samples: int
+    where: str
     bytes: tuple[int, int]
     milliseconds: tuple[float, float]
 
@@ -76,6 +79,7 @@ class Judged:
         """As plain values."""
         return {
             "samples": self.samples,
+            "where": self.where,
             "sqnr": self.sqnr,
             "outputs": [score.to_dict() for score in self.scores],
             **({"metric": self.metric, "values": list(self.values), "drop": self.drop} if self.metric else {}),
@@ -96,7 +100,7 @@ class Judged:
             notify(f"note: {note}")
         sizes, times = ([f"{x:.{d}f}" for x in xs] for xs, d in (([n / 1e6 for n in self.bytes], 2), (self.milliseconds, 3)))
         echo(
-            f"{self.samples} samples | {' -> '.join(sizes)} MB | {' -> '.join(times)} ms "
+            f"{counted(self.samples, 'sample')} of {self.where} | {' -> '.join(sizes)} MB | {' -> '.join(times)} ms "
             f"({self.speed:.2f}x, one sample a run, 1 thread)"
         )
 
@@ -166,6 +170,7 @@ def judged(
         values,
         notes,
         len(feeds),
+        source.where,
         (bytes_on_disk(paths[0]), bytes_on_disk(paths[1])),
         (times[0], times[1]),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import typer
@@ -80,10 +80,12 @@ def float_lines(floats: Mapping[str, str]) -> list[str]:
     layers: dict[str, list[str]] = {}
     for name, reason in floats.items():
         layers.setdefault(reason, []).append(name)
-    return [
-        f"float: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}: {reason}"
-        for reason, names in layers.items()
-    ]
+    return [f"float: {few(names)}: {reason}" for reason, names in layers.items()]
+
+
+def few(names: Sequence[str], most: int = 4) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def track(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:

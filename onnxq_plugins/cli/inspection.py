@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from onnxq_plugins.cli.console import echo, notify, out, track
+from onnxq_plugins.cli.console import echo, few, notify, out, track
 from onnxq_plugins.cli.options import (
     DataPath,
     ImageOptions,
@@ -21,12 +21,13 @@ from onnxq_plugins.cli.options import (
     recipe_option,
 )
 from onnxq_plugins.engine import quantize
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, counted
 from onnxq_plugins.export.compact import alike
 from onnxq_plugins.export.provenance import recipe_of
 from onnxq_plugins.graph.reading import read
 from onnxq_plugins.measure import IDENTICAL
 from onnxq_plugins.report.diagnosis import Diagnosis, diagnose
+from onnxq_plugins.report.float_layers import FloatLayer
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.report.rows import LayerError, percent
 from onnxq_plugins.runtimes.machine import has_vnni
@@ -92,7 +93,7 @@ def diagnose_command(
 
 
 _WORST = 10  # layers in the table without --all
-_EXPLAINED = 5  # layers in float below it
+_EXPLAINED = 5  # reasons why layers are in float
 _REMEDIES = 3  # of each layer
 
 
@@ -104,51 +105,64 @@ def _show_diagnosis(diagnosis: Diagnosis, summary: str, all_layers: bool) -> Non
     if len(layers) < len(diagnosis.layers):
         echo(f"... and {len(diagnosis.layers) - len(layers)} more with less error: --all shows them")
     echo(
-        f"\nnoise %: part of the noise of output '{diagnosis.output}', negative for what takes back errors of others; "
-        "alone: SQNR there with only this layer quantized; own: SQNR at the layer's output with only its weight and its "
-        "input rounded; accumulated: SQNR there in the quantized network\n"
+        f"\nmeasured on {diagnosis.where}, noise % and alone on a few of them. noise %: part of the noise of output "
+        f"'{diagnosis.output}', negative for what takes back errors of others; alone: SQNR there with only this layer "
+        "quantized; own: SQNR at the layer's output with only its weight and its input rounded; accumulated: SQNR there in "
+        "the quantized network\n"
     )
     _show_explained(diagnosis)
     if diagnosis.saturating:
         here = " (not on this machine, which has it)" if has_vnni() else ""
-        echo(
-            f"{len(diagnosis.saturating)} layers could saturate on x86-64 without VNNI{here}: --target ort-cpu-avx2 avoids "
-            "that."
-        )
+        count = counted(len(diagnosis.saturating), "layer")
+        echo(f"{count} could saturate on x86-64 without VNNI{here}: --target ort-cpu-avx2 avoids that.")
+    if diagnosis.tried:
+        echo(f"Tried, judged on {diagnosis.tried_on} (mean dB of a sample, and the standard error of its gain):")
     for attempt in diagnosis.tried:
-        echo(f"tried for {attempt.layer or 'all'}, {attempt.remedy.text}: {attempt.verdict(diagnosis.written)}")
+        echo(f"  for {attempt.layer or 'all'}, {attempt.remedy.text}: {attempt.verdict}")
     for note in diagnosis.notes:
         echo(note)
-    echo(
-        f"{summary}\n{diagnosis.sqnr:.2f} dB at the outputs, on {diagnosis.samples} of the calibration samples | "
-        f"{diagnosis.seconds:.1f} s"
-    )
+    echo(f"{summary}\n{diagnosis.sqnr:.2f} dB at the outputs, on {diagnosis.where} | {diagnosis.seconds:.1f} s")
 
 
 def _show_explained(diagnosis: Diagnosis) -> None:
-    """Print what is known of the worst layers and of those in float, and what to try."""
-    remedies: list[Remedy] = []
-    numbers = {layer.name: n for n, layer in enumerate(diagnosis.layers, 1)}
+    """Print what is known of the worst layers and of those in float, and what to try: what is the same for several, once."""
+    offers: dict[str, list[tuple[str, Remedy]]] = {}  # text -> for whom, and what to type
+    numbers = {layer.name: str(n) for n, layer in enumerate(diagnosis.layers, 1)}
     for layer in diagnosis.explained:
+        if layer.share is not None and not round(100 * layer.share):
+            continue  # nothing to gain
         echo(f"{numbers[layer.name]}. {layer.name}: {layer.text}")
-        remedies += _show_remedies(layer.remedies[:_REMEDIES])
-    if diagnosis.overall:
-        echo("For the network as a whole:")
-        remedies += _show_remedies(diagnosis.overall)
-    for slow in diagnosis.floats[:_EXPLAINED]:
-        echo(f"{slow.name}: runs in float ({100 * slow.work:.1f}% of the multiply-adds): {slow.why}.")
-        remedies += _show_remedies(slow.remedies)
-    if any(remedy.passes or remedy.layers for remedy in remedies):
+        for remedy in layer.remedies[:_REMEDIES]:
+            offers.setdefault(remedy.text, []).append((numbers[layer.name], remedy))
+    for remedy in diagnosis.overall:
+        offers.setdefault(remedy.text, []).append(("the network as a whole", remedy))
+    reasons: dict[str, list[FloatLayer]] = {}
+    for slow in diagnosis.floats:
+        reasons.setdefault(slow.why, []).append(slow)
+    for why, layers in list(reasons.items())[:_EXPLAINED]:
+        echo(_float_line(why, layers))
+        for slow in layers:
+            for remedy in slow.remedies:
+                offers.setdefault(remedy.text, []).append((slow.name, remedy))
+    if offers:
+        echo("What to try, and for which:")
+    for text, some in offers.items():
+        typed = some[0][1].typed
+        same, others = ([who for who, remedy in some if (remedy.typed == typed) == alike] for alike in (True, False))
+        likewise = f"; likewise, with their names, {few(others)}" if others else ""
+        echo(f"  {text} ({few(same)}{likewise}):\n" + "\n".join(f"    {line}" for line in typed.splitlines()))
+    if any(remedy.passes or remedy.layers for some in offers.values() for _, remedy in some):
         echo(
             "\nBlocks in [[ ]] belong in a recipe's file: onnxq recipes int8 > my.toml, add the block, and use it with "
             "-r my.toml; what begins with --set belongs on the command line."
         )
 
 
-def _show_remedies(remedies: Sequence[Remedy]) -> Sequence[Remedy]:
-    for remedy in remedies:
-        echo(f"  {remedy.text}:\n" + "\n".join(f"    {line}" for line in remedy.typed.splitlines()))
-    return remedies
+def _float_line(why: str, layers: Sequence[FloatLayer]) -> str:
+    """The layers that run in float for one reason, in a line."""
+    verb = "runs" if len(layers) == 1 else "run"
+    work = sum(layer.work for layer in layers)
+    return f"{few([y.name for y in layers])}: {verb} in float ({100 * work:.1f}% of the multiply-adds): {why}."
 
 
 # Columns left out where a terminal is too narrow, the first to go first.

@@ -94,10 +94,14 @@ class Data:
             )
         return remarks
 
-    def spread(self, count: int) -> list[dict[str, Array]]:
-        """`count` feeds, spread evenly (with states: the first ones), or all if there are fewer; no more are in memory."""
-        numbers = set(chosen(self._feeds(), count, self.state))
-        return [feed for n, feed in enumerate(self) if n in numbers]
+    def spread(self, count: int, apart: bool = False) -> list[dict[str, Array]]:
+        """`count` feeds, spread evenly (with states: the first ones), or all if there are fewer; no more are in memory.
+
+        apart   of those that are held out from solutions (see `held_out`)
+        """
+        numbers = self.numbers(apart)
+        kept = {numbers[i] for i in chosen(len(numbers), count, self.state)}
+        return [feed for n, feed in enumerate(self) if n in kept]
 
     def spread_labels(self, count: int) -> list[Array] | None:
         """The labels of the feeds that `spread` returns, one array [rows, ...] each; None if there are no labels. Raises

@@ -187,7 +187,7 @@ def _constant_inputs(proto: onnx.ModelProto, notes: list[str]) -> None:
     graph.input.extend(copies)
     if fixed and proto.ir_version >= 4:
         notes.append(
-            f"{counted(len(fixed), 'weight')}, listed as inputs too, became constants: callers can no longer override them"
+            f"{counted(len(fixed), 'weight')} listed as inputs became constants: callers can no longer override them"
         )
     proto.ir_version = max(proto.ir_version, 4)
 

@@ -148,7 +148,8 @@ class Equalize(Pass):
                 if after < before:
                     undo()
                     job.note(
-                        f"equalize lowers the outputs from {before:.1f} to {after:.1f} dB on the samples, and was undone"
+                        f"equalize lowers the outputs from {before:.1f} to {after:.1f} dB on calibration samples, and was "
+                        "undone"
                     )
                     result |= {"equalized": 0}
         return result

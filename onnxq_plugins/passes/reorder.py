@@ -103,7 +103,7 @@ class Reorder(Pass):
             for group, order in moved[::-1]:
                 job.permute(group, np.argsort(order))
             new, old = (float(each.mean()) for each in scores.values())
-            job.note(f"reorder lowers the outputs from {old:.1f} to {new:.1f} dB on samples, and was undone")
+            job.note(f"reorder lowers the outputs from {old:.1f} to {new:.1f} dB on calibration samples, and was undone")
         return result | {"sqnr": {name: round(float(each.mean()), 2) for name, each in scores.items()}}
 
     def _power(self, job: Job, layers: Sequence[Layer]) -> dict[str, Array]:

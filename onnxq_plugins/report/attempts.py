@@ -14,11 +14,11 @@ from onnxq_plugins.parallel import Track
 from onnxq_plugins.report.causes import Cause
 from onnxq_plugins.report.remedies import Remedy
 from onnxq_plugins.report.rows import LayerError
+from onnxq_plugins.search.judge import clear, decibels_of, standard_error
 from onnxq_plugins.spec import Array
 
 _OVERALL = 0.5  # part of the noise that a remedy for the whole network is taken to take off
 _LEAST, _LATER = 1.0, 0.7  # dB that any remedy may gain; how much less the second and third of a cause are worth
-_NO_EFFECT = 0.1  # dB that the choice of samples alone may shift
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,31 +26,37 @@ class Attempt:
     """A remedy that was tried.
 
     layer     that it was suggested for; "" for the network as a whole
-    sqnr      dB of the network's outputs with it, as written; None if it was refused
+    before    dB of each sample without it, see `search.judge.decibels_of`; as written
+    after     the same with it; None if it was refused
+    sqnr      dB of the worst output with it, pooled over the samples; None if it was refused
     refused   why
     """
 
     layer: str
     remedy: Remedy
-    sqnr: float | None
+    before: Array
+    after: Array | None
+    sqnr: float | None = None
     refused: str = ""
 
-    def verdict(self, before: float) -> str:
-        """In words what it was worth.
-
-        before   dB of the outputs without it
-        """
-        if self.sqnr is None:
+    @property
+    def verdict(self) -> str:
+        """In words what it was worth: it helps or harms where that is more than its standard error, paired by samples, so
+        that a gain on few samples by chance is none."""
+        if self.after is None:
             return f"refused: {self.refused}"
-        gain = self.sqnr - before
-        word = "no effect" if abs(gain) < _NO_EFFECT else "helps" if gain > 0 else "harms"
-        return f"{word}: {gain:+.2f} dB, {before:.2f} -> {self.sqnr:.2f}"
+        gain = self.after - self.before
+        error = standard_error(gain)
+        word = ("helps" if gain.mean() > 0 else "harms") if len(gain) > 1 and clear(gain) else "no clear difference"
+        means = f"{self.before.mean():.1f} -> {self.after.mean():.1f}"
+        return f"{word}: {gain.mean():+.2f} dB{f' +- {error:.2f}' if len(gain) > 1 else ''}, {means}"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, dB with two decimals."""
         return {
             "layer": self.layer,
             **self.remedy.to_dict(),
+            "verdict": self.verdict.partition(":")[0],
             "sqnr": None if self.sqnr is None else round(self.sqnr, 2),
             **({"refused": self.refused} if self.refused else {}),
         }
@@ -91,21 +97,28 @@ def try_remedies(
     """Quantize again with each remedy and measure the outputs.
 
     remedies   (layer, remedy) pairs
-    feeds      to measure on
+    feeds      to judge on
     """
     if not remedies:
         return ()
-    attempts = []
+    reference, own = _outputs(result, feeds)
+    before, attempts = decibels_of(reference, own), []
     for layer, remedy in track(remedies, "trying remedies", len(remedies)):
         try:
-            changed = with_remedy(result, remedy)
+            reference, quantized = _outputs(with_remedy(result, remedy), feeds)
         except OnnxqError as error:
-            attempts.append(Attempt(layer, remedy, None, str(error)))
+            attempts.append(Attempt(layer, remedy, before, None, refused=str(error)))
             continue
-        sessions = runtimes.session(changed.float_model), runtimes.session(changed.model, written=True)
-        reference, quantized = (runtimes.per_feed(session, feeds) for session in sessions)
-        attempts.append(Attempt(layer, remedy, worst_sqnr(reference, quantized)))
+        after = decibels_of(reference, quantized)
+        attempts.append(Attempt(layer, remedy, before, after, worst_sqnr(reference, quantized)))
     return tuple(attempts)
+
+
+def _outputs(result: Outcome, feeds: Sequence[Mapping[str, Array]]) -> tuple[list[list[Any]], list[list[Any]]]:
+    """The values of each output per sample, of the float network and of the quantized one as written."""
+    sessions = runtimes.session(result.float_model), runtimes.session(result.model, written=True)
+    reference, quantized = (runtimes.per_feed(session, feeds) for session in sessions)
+    return reference, quantized
 
 
 def with_remedy(result: Outcome, remedy: Remedy) -> Outcome:

@@ -21,8 +21,7 @@ import onnx
 from onnxq_plugins import runtimes
 from onnxq_plugins.calibration.shapes import multiply_adds
 from onnxq_plugins.calibration.synthetic import SYNTHETIC
-from onnxq_plugins.data.samples import chosen
-from onnxq_plugins.errors import OnnxqError
+from onnxq_plugins.errors import OnnxqError, counted
 from onnxq_plugins.job import FLOAT, Job
 from onnxq_plugins.measure.arrays import IDENTICAL, leaves
 from onnxq_plugins.measure.samples import Samples
@@ -73,7 +72,8 @@ class Check:
     @property
     def where(self) -> str:
         """How many samples of what kind, in words."""
-        return self.kind if self.kind == RANDOM else f"{self.samples} {self.kind.removesuffix('s' * (self.samples == 1))}"
+        whose = "calibration " if self.real else ""
+        return self.kind if self.kind == RANDOM else counted(self.samples, f"{whose}{self.kind.removesuffix('s')}")
 
     @property
     def worst(self) -> Verdict | None:
@@ -109,7 +109,7 @@ class Check:
 
     @property
     def _accuracy(self) -> str:
-        where = "" if self.real else f" on {self.kind}"
+        where = f" on {self.where}"
         if self.sqnr is not None:
             return ("exact" if self.sqnr >= IDENTICAL else f"{self.sqnr:.1f} dB") + where
         same = [y.same for y in self.outputs if y.same is not None]
@@ -211,11 +211,8 @@ def _feeds(
     kind = "synthetic samples" if data.where == SYNTHETIC else "steps" if data.state else "samples"
     if judged is not None:
         return kind, [dict(feed) for feed in judged.feeds]
-    numbers = data.numbers(apart=True)
     afford = int(_WORK / max(multiply_adds(job.graph, job.graph.layers, next(iter(data))), 1.0))
-    most = _STEPS if data.state else _SAMPLES
-    kept = {numbers[i] for i in chosen(len(numbers), min(most, max(afford, _FEWEST)), data.state)}
-    return kind, [feed for n, feed in enumerate(data) if n in kept]
+    return kind, data.spread(min(_STEPS if data.state else _SAMPLES, max(afford, _FEWEST)), apart=True)
 
 
 class _Runs:

@@ -27,8 +27,10 @@ from onnxq_plugins.report.remedies import Remedy, quality
 from onnxq_plugins.report.rows import LayerError, percent, rows, with_shares
 from onnxq_plugins.report.shares import Run, players, shares
 from onnxq_plugins.runtimes.accumulators import needs
+from onnxq_plugins.search.judge import SAMPLES, WORK
 from onnxq_plugins.search.quantizers import multiply_adds
 from onnxq_plugins.search.subsets import Subsets
+from onnxq_plugins.spec import Array
 
 _FEW = 4  # samples for networks that are quantized in part: enough to rank layers
 _SATURATED = 1.0  # dB that a machine may take off unnoticed
@@ -52,6 +54,8 @@ class Diagnosis:
     runs         the shares in the order of the network, also of quantizers that were measured together
     written      `sqnr` of the network as it is written: without sums that saturate in the kernels of this machine
     overall      remedies for the network as a whole
+    where        which samples these are, in words
+    tried_on     which samples remedies were tried on, in words
     """
 
     sqnr: float
@@ -67,6 +71,8 @@ class Diagnosis:
     runs: tuple[Run, ...] = ()
     written: float = IDENTICAL
     overall: tuple[Remedy, ...] = ()
+    where: str = ""
+    tried_on: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values that JSON can hold."""
@@ -75,6 +81,7 @@ class Diagnosis:
             "sqnr_as_written": round(self.written, 2),
             "output": self.output,
             "samples": self.samples,
+            "where": self.where,
             "seconds": round(self.seconds, 3),
             "notes": self.notes,
             "layers": [layer.to_dict() for layer in self.layers],
@@ -170,8 +177,7 @@ class Diagnosis:
         head = "".join(f"<th>{name}</th>" for name in ("layer", "noise %", "why", "try"))
         notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
         return (
-            f"<p>{self.sqnr:.1f} dB at the outputs, on {self.samples} samples</p>"
-            f"<table><tr>{head}</tr>{''.join(rows)}</table>{notes}"
+            f"<p>{self.sqnr:.1f} dB at the outputs, on {self.where}</p><table><tr>{head}</tr>{''.join(rows)}</table>{notes}"
         )
 
     def describe(self, layer: LayerError) -> str:
@@ -208,6 +214,7 @@ def diagnose(
     start, workers = time.perf_counter(), workers or cores()
     planned = Planned(result.graph, result.plan, result.target)
     data = samples_of(result, data)
+    mine = data is result.data
     feeds = data.spread(samples)
     known = Samples.of(result.graph.model(), feeds)
     sqnr, written = (
@@ -224,11 +231,16 @@ def diagnose(
         n.name for n in result.model.graph.node if any(o in accumulators and accumulators[o].saturates for o in n.output)
     }
     saturating = tuple(y.name for y in result.graph.layers if y.name in over)
-    tried = try_remedies(result, promising(layers, overall)[:attempts], feeds, track)
+    remedies = promising(layers, overall)[:attempts]
+    judging = data.spread(_affordable(planned, feeds[0], samples), apart=mine) if remedies else []
+    tried = try_remedies(result, remedies, judging, track)
     floats = float_layers(result, feeds[0])
     seconds = time.perf_counter() - start
     found = (sqnr, tuple(layers), floats, activations, saturating, len(feeds), seconds, tried, known.random)
-    return Diagnosis(*found, subsets.output, tuple(runs), written, overall)
+    names = "the calibration samples" if mine else "the given samples"
+    unseen = ", which no codes are learned on" if mine and len(data.numbers(True)) < len(data.numbers()) else ""
+    places = (f"{len(feeds)} of {names}", f"{len(judging)} of {names}{unseen}")
+    return Diagnosis(*found, subsets.output, tuple(runs), written, overall, *places)
 
 
 def samples_of(result: Outcome, data: Source | Data | None) -> Data:
@@ -240,6 +252,11 @@ def samples_of(result: Outcome, data: Source | Data | None) -> Data:
     if result.data is None:
         raise OnnxqError("a diagnosis measures networks on sample inputs, and there are none; give some (--data PATH).")
     return result.data
+
+
+def _affordable(planned: Planned, feed: Mapping[str, Array], least: int) -> int:
+    """How many samples to judge remedies on: as many as plans are judged on, but `least` whatever they cost."""
+    return max(min(SAMPLES, int(WORK / max(sum(multiply_adds(planned.graph, feed).values()), 1.0))), least)
 
 
 def _few(known: Samples) -> Samples:

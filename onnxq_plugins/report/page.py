@@ -269,7 +269,7 @@ def _explained(diagnosis: Diagnosis, layer: LayerError, numbers: Mapping[str, in
 
 def _remedy(diagnosis: Diagnosis, remedy: Remedy) -> dict[str, str]:
     attempt = next((t for t in diagnosis.tried if t.remedy.typed == remedy.typed), None)
-    result = "" if attempt is None else f"tried, {attempt.verdict(diagnosis.written)}"
+    result = "" if attempt is None else f"tried, {attempt.verdict}"
     return {"text": remedy.text, "typed": remedy.typed, "result": result}
 
 

@@ -83,7 +83,9 @@ def audit_model(
         row if row.quantized or row.name not in kept else replace(row, reason=kept[row.name])
         for row in _layers(known, whole, needs(named, folder))
     )
-    other = Counter(n.op_type for n in whole.node if n.op_type not in QUANTIZED)
+    running = {name: node.name for name, node in kernels(known, whole).items()}
+    told = {running.get(layer.name) for layer in layers if layer.computes}
+    other = Counter(n.op_type for n in whole.node if n.op_type not in QUANTIZED and (not n.name or n.name not in told))
     audit = Audit(layers, dict(other), constants=outside_kernels(named.graph, layers), total=constant_bytes(named.graph))
     if against is None and data is None and shapes is None:
         return audit
@@ -92,8 +94,7 @@ def audit_model(
         models = [onnx.load(str(against)) if isinstance(against, (str, Path)) else against, named]
         runners, folders = [runtimes.session(models[0]), session], [None, folder]
     timed = replace(audit, **_timing(models, runners, folders, seconds, data, shapes))
-    names = {name: node.name for name, node in kernels(known, whole).items()}
-    return replace(timed, nodes=names, placed=None if _ours(proto) else False)
+    return replace(timed, nodes=running, placed=None if _ours(proto) else False)
 
 
 def _named(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -63,7 +63,7 @@ class Verdict:
         """A sentence on the plan `other`, made by `what`, that was not chosen."""
         before, after = self.sqnr[self.name], self.sqnr[other]
         does = "lowers" if after < before else "does not clearly raise"
-        return f"{what} {does} the outputs (from {before:.1f} to {after:.1f} dB) on samples that judge"
+        return f"{what} {does} the outputs (from {before:.1f} to {after:.1f} dB) on the calibration samples that judge"
 
     @property
     def gain(self) -> float:
@@ -183,10 +183,15 @@ def ahead(scores: Mapping[str, Array]) -> str:
     """
     first, *others = scores
     gains = {name: scores[name] - scores[first] for name in others}
-    clear = [name for name, gain in gains.items() if gain.mean() > max(TIE, _error(gain))]
-    return max([first, *clear], key=lambda name: float(scores[name].mean()))
+    better = [name for name, gain in gains.items() if gain.mean() > 0 and clear(gain)]
+    return max([first, *better], key=lambda name: float(scores[name].mean()))
 
 
-def _error(gain: Array) -> float:
-    """Standard error of a mean; 0 of a single sample, which says nothing about it."""
+def clear(gain: Array) -> bool:
+    """True if a gain in dB of each sample, or a loss, is more than `TIE` and than its standard error."""
+    return bool(abs(gain.mean()) > max(TIE, standard_error(gain)))
+
+
+def standard_error(gain: Array) -> float:
+    """Of the mean of the gains of samples; 0 of a single one, which says nothing about it."""
     return float(gain.std(ddof=1) / len(gain) ** 0.5) if len(gain) > 1 else 0.0

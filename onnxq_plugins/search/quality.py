@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from onnxq_plugins.errors import Reason
+from onnxq_plugins.errors import Reason, counted
 from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.clipping import least_squares
 from onnxq_plugins.layers.complete import activation_spec, complete
@@ -74,7 +74,7 @@ def keep_quality(job: Job) -> Samples | None:
     elif now.min() < quality.least:
         worst = names[int(now.argmin())]
         job.note(
-            f"output '{worst}' has {now.min():.1f} dB on the samples, and no few layers in float make it much better"
+            f"output '{worst}' has {now.min():.1f} dB on calibration samples, and no few layers in float make it much better"
             f"{_wider(job)}"
         )
     return judge.samples
@@ -153,7 +153,7 @@ def _clipped(job: Job, samples: Samples, before: Array) -> Array:
     job.plan = plan
     job.note(
         f"ranges of least squared error in place of the recipe's raise the outputs from {before.min():.1f} to "
-        f"{after.min():.1f} dB"
+        f"{after.min():.1f} dB on {counted(len(samples.feeds), 'calibration sample')}"
     )
     return after
 
@@ -170,14 +170,15 @@ def _table(names: list[str], values: Array) -> dict[str, float]:
 def _apply(job: Job, found: Fallback, before: Array) -> None:
     """Make what was found the job's plan, and say what and why."""
     job.plan = found.plan
-    gain = f"outputs have {before.min():.1f} dB with it in 8 bits, {found.sqnr.min():.1f} without"
+    where = counted(job.report["quality"]["samples"], "calibration sample")
+    gain = f"on {where} outputs have {before.min():.1f} dB with it in 8 bits, {found.sqnr.min():.1f} without"
     readers = [reader for constant in found.constants for reader in _readers(job, constant)]
     job.report.floats.update({name: Reason("quality", gain) for name in (*found.floats, *readers)})
     most = "" if len(found.decoded) == len(found.floats) else "most "
     stored = f", {most}weights still in 8 bits" if found.decoded else ""
     kind = "operator" if job.target.whole else "layer"
     parts = [
-        f"{len(names)} {noun}{'s' * (len(names) > 1)} {state} ({_listed(names)})"
+        f"{counted(len(names), noun)} {state} ({_listed(names)})"
         for names, noun, state in (
             (found.floats, kind, f"in float, {100 * found.work:.1f} % of the multiply-adds{stored}"),
             (found.constants, "constant", "in float"),
@@ -187,7 +188,7 @@ def _apply(job: Job, found: Fallback, before: Array) -> None:
     ]
     job.note(
         f"8 bits leave the outputs {before.min():.1f} dB; {' and '.join(parts)} make that {found.sqnr.min():.1f} dB "
-        f"(worst output, on {job.report['quality']['samples']} samples)"
+        f"(worst output, on {where})"
         f"{'' if job.report['quality']['met'] else _wider(job)}"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -92,7 +93,7 @@ def test_external_data_beside_the_model(ready):
 
 def test_notes_go_to_standard_error(ready):
     ran = ready("quantize", "model.onnx", "--data", "data.npz", "--target", "ort-cpu-avx2", "--set", "weights.bits=8")
-    assert "note: 3 layers have 7-bit weight codes" in ran.err
+    assert "note: weight codes of 7 bits in 3 layers" in ran.err
     Path("my.toml").write_text("[[layer]]\nmatch = 'conv0'\nquantize = false")
     ran = ready("quantize", "model.onnx", "--data", "data.npz", "-r", "my.toml")
     assert "float: conv0: the recipe leaves it float" in ran.err
@@ -116,6 +117,26 @@ def test_audit(ready):
     ran = ready("audit", "model.onnx")
     assert "0/2 Conv in integer kernels" in ran.out
     assert "neither its input (from the model's input) nor its weight is quantized" in ran.out
+
+
+def test_audit_tells_layers_of_one_kernel_and_reason_in_a_line(ready):
+    ready("quantize", "model.onnx", "--data", "data.npz", "--set", "placement.check=false")
+    folded, every = ready("audit", "model.int8.onnx").out, ready("audit", "model.int8.onnx", "--all").out
+    rows = [line.split() for line in folded.splitlines() if "QLinearConv" in line and " bits" in line]
+    assert len(rows) == 1 and rows[0][:3] == ["conv0,", "conv3", "2"]
+    assert sum("QLinearConv" in line and " bits" in line for line in every.splitlines()) == 2
+    assert "other operators" in folded and "Conv," not in folded.partition("other operators")[2].partition("\n")[0]
+
+
+def test_decibels_say_of_which_samples_they_are(ready):
+    """In the summary, in a comparison and in a diagnosis."""
+    made = ready("quantize", "model.onnx", "--data", "data.npz")
+    assert re.search(r"\d dB on 8 calibration samples, ", made.out)
+    compared = ready("compare", "model.onnx", "model.int8.onnx", "--data", "data.npz").out
+    assert "8 samples of 'data.npz' | " in compared
+    found = ready("diagnose", "model.onnx", "--data", "data.npz", "--measured", "2").out
+    assert "measured on 2 of the calibration samples" in found
+    assert "dB at the outputs, on 2 of the calibration samples" in found
 
 
 def test_audit_with_openvino(ready):

@@ -547,7 +547,9 @@ def test_avx2_target_keeps_codes_within_64_and_says_so():
     codes = [a for a in initializers(result.model).values() if a.dtype == np.int8 and a.ndim > 1]
     assert len(codes) == 8
     assert max(np.abs(a.astype(int)).max() for a in codes) <= 64
-    assert next(note for note in result.report["notes"] if "|code| <= 64" in note).startswith("8 layers have 7-bit")
+    assert next(note for note in result.report["notes"] if "|code| <= 64" in note).startswith(
+        "weight codes of 7 bits in 8 layers"
+    )
     assert error_db(model, result.model) > 30
     assert result.report["recipe"]["target"] == "ort-cpu-avx2"
 

@@ -92,7 +92,7 @@ def test_a_good_result_says_what_it_is_worth_and_nothing_else():
     check = result.check
     assert check is not None and check.sqnr > 20 and not check.destroyed and not check.slower and not check.larger
     assert check.before == result.report.size("float") and check.after == result.report.size("quantized")
-    assert result.summary.endswith(f"| {check.sqnr:.1f} dB, about the speed of float")
+    assert result.summary.endswith(f"| {check.sqnr:.1f} dB on 16 calibration samples, about the speed of float")
     assert [y["name"] for y in result.report.check["outputs"]] == ["y"]
 
 
@@ -248,7 +248,7 @@ def test_no_run_is_begun_when_time_is_up(monkeypatch):
 
 
 def test_samples_of_the_quality_are_used_again(monkeypatch):
-    monkeypatch.setattr(checking, "chosen", None)  # nobody chooses again
+    monkeypatch.setattr(checking, "multiply_adds", None)  # nobody chooses again
     result = onnxq.quantize(deep(), "int8", rows(64))
     assert result.check is not None and result.check.samples == result.report.quality["samples"]
 

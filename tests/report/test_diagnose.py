@@ -389,7 +389,7 @@ def test_the_most_promising_remedies_are_tried_first():
     assert [t.remedy.typed for t in diagnosis.tried] == [remedy.typed for _, remedy in diagnosis.promising[:3]]
     assert diagnosis.promising[0][0] == "conv4" and len({t.remedy.typed for t in diagnosis.tried}) == 3
     refused = diagnose(dataclasses.replace(result, again=refuse), samples=2, attempts=1).tried[0]
-    assert refused.sqnr is None and refused.verdict(30) == "refused: no."
+    assert refused.sqnr is None and refused.verdict == "refused: no."
 
 
 def test_a_remedy_for_many_layers_comes_before_one_for_the_worst():
@@ -470,9 +470,29 @@ def test_names_of_remedies():
     assert Remedy("", layers=(LayerRule(match="a", weights={"bits": 8}),)).name == "a weights.bits=8"
 
 
-@pytest.mark.parametrize(("gain", "word"), [(0.05, "no effect"), (-0.05, "no effect"), (0.3, "helps"), (-0.3, "harms")])
-def test_the_verdict_on_an_attempt(gain, word):
-    assert Attempt("a", Remedy(""), 30 + gain).verdict(30).startswith(word)
+@pytest.mark.parametrize(
+    ("gains", "word"),
+    [
+        ([0.05, 0.05, 0.06], "no clear difference"),
+        ([0.3, 0.4, 0.2], "helps: +0.30 dB +- 0.06, 30.0 -> 30.3"),
+        ([-0.3, -0.4, -0.2], "harms: -0.30 dB +- 0.06, 30.0 -> 29.7"),
+        ([3.0, -2.5, 0.4], "no clear difference: +0.30 dB +- 1.59"),
+        ([5.0], "no clear difference: +5.00 dB, 30.0"),
+    ],
+)
+def test_a_remedy_helps_if_its_gain_is_above_its_standard_error(gains, word):
+    before = np.full(len(gains), 30.0)
+    assert Attempt("a", Remedy(""), before, before + gains, 30.0).verdict.startswith(word)
+
+
+def test_remedies_are_judged_on_samples_that_no_codes_are_learned_on():
+    result = quantized(chain(), {**INT8, "layer": [{"match": "conv4", "weights": {"bits": 2}}]}, n=16)
+    found = diagnose(result, samples=2, alone=0, attempts=1)
+    assert found.where == "2 of the calibration samples" and found.samples == 2
+    assert found.tried_on == "4 of the calibration samples, which no codes are learned on"
+    assert len(found.tried[0].before) == len(found.tried[0].after) == 4
+    given = diagnose(result, feeds(chain(), 3, seed=1), samples=2, alone=0, attempts=1)
+    assert given.where == "2 of the given samples" and given.tried_on == "3 of the given samples"
 
 
 def test_no_bar_for_nothing():
@@ -563,9 +583,28 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     table = json.loads(run("--json"))
     assert {y["name"] for y in table["layers"]} >= {"conv0", "conv2", "conv4"}
     text = run("--set", "weights.bits=4", "--try", "1")
-    assert "few-bits" in text and "weights.bits = 8" in text and "tried for" in text and "dB at the outputs" in text
+    assert "few-bits" in text and "weights.bits = 8" in text and "dB at the outputs" in text
+    assert "Tried, judged on 6 of the calibration samples" in text
     assert "helps: +" in text and "-r my.toml" in text
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_what_several_layers_have_in_common_is_said_once(monkeypatch, capsys):
+    """Remedies of the same words, and layers that are float for one reason."""
+    from onnxq_plugins.cli import inspection
+
+    model = chain()
+    names = [y.name for y in onnxq.load(model).layers]
+    rules = [{"match": name, "quantize": False} for name in names[1:3]]
+    found = diagnose(quantized(model, {**INT8, "weights": {"bits": 3}, "layer": rules}), samples=4)
+    inspection._show_diagnosis(found, "summary", False)
+    text = capsys.readouterr().out
+    told = [layer for layer in found.explained if round(100 * layer.share)]  # of others there is nothing to gain
+    remedies = [remedy for layer in told for remedy in layer.remedies[:3]]
+    assert len({remedy.text for remedy in remedies}) < len(remedies)
+    for remedy in remedies:
+        assert text.count(f"  {remedy.text} (") == 1
+    assert len(found.floats) == 2 and f"{found.floats[0].name}, {found.floats[1].name}: run in float (" in text
 
 
 NAMES = ["layer1_0_residual_branch_conv1", "tensor layer1_0_residual_branch_out", "fc"]
