@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +179,10 @@ def _events(graph: onnx.GraphProto, events: Sequence[Mapping[str, Any]], turn: i
     """
     names, around = {n.name for n in graph.node if n.name}, {n.op_type for n in graph.node if bodies(n)}
     starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
-    recorded: dict[str, dict[Hashable, Array]] = defaultdict(dict)  # name -> node of that name -> its durations [runs]
+    recorded: dict[str, dict[Hashable, list[float]]] = defaultdict(dict)  # name -> node of that name -> durations [runs]
     types: dict[Hashable, str] = {}
-    inside: list[tuple[int, Hashable, Array]] = []  # the nodes whose bodies are running: end, identity, durations
+    missing: list[float] = [np.nan] * len(starts)
+    inside: list[tuple[int, Hashable, list[float]]] = []  # the nodes whose bodies are running: end, identity, durations
     nodes = [event for event in events if event["cat"] == "Node"]
     for event in sorted(nodes, key=lambda e: (e["ts"], e["args"]["op_name"] not in around, -e["dur"])):
         op, duration, run = event["args"]["op_name"], event["dur"] / 1e3, bisect.bisect(starts, event["ts"]) - 1
@@ -189,16 +191,16 @@ def _events(graph: onnx.GraphProto, events: Sequence[Mapping[str, Any]], turn: i
         name = str(event["name"]).removesuffix("_kernel_time")
         key = name if name in names else str(op)
         one = key, event["args"]["node_index"], inside[-1][1] if inside and name not in names else None
-        times = recorded[key].setdefault(one, np.full(len(starts), np.nan))
-        times[run] = np.nansum([times[run], duration])
-        types.setdefault(one, json.dumps(event["args"]["input_type_shape"]))
+        if one not in types:
+            types[one], recorded[key][one] = json.dumps(event["args"]["input_type_shape"]), missing.copy()
+        times = recorded[key][one]
+        times[run] = duration + (0.0 if isnan(times[run]) else times[run])
         if inside:
             inside[-1][2][run] -= duration
         if op in around:
             inside.append((event["ts"] + event["dur"], one, times))
     left = {key: list(each.items()) for key, each in recorded.items()}  # nodes of one name, in the order they ran
-    missing = None, np.full(len(starts), np.nan)
-    found = [left[key].pop(0) if left.get(key := node.name or node.op_type) else missing for node in graph.node]
-    table = np.array([times if not np.isnan(times).any() else missing[1] for _, times in found])
+    found = [left[key].pop(0) if left.get(key := node.name or node.op_type) else (None, missing) for node in graph.node]
+    table = np.array([times if not any(map(isnan, times)) else missing for _, times in found])
     table = table.reshape(len(found), len(starts))[:, np.arange(len(starts)) % turn > 0]
     return table[:, fastest(np.nansum(table, axis=0))].mean(axis=1), [types.get(one, "") for one, _ in found]

@@ -28,7 +28,7 @@ from onnxq_plugins.plugins import Plugins, find_plugins
 from onnxq_plugins.runtimes.audits import file_or_proto
 from onnxq_plugins.spec import Array
 from onnxq_plugins.testing.exact import exact_session
-from onnxq_plugins.testing.models import MORE, ZOO, Feed, feeds, make
+from onnxq_plugins.testing.models import MORE, ZOO, Feed, feeds, harsh, make
 
 SAMPLES = 8  # of calibration data
 UNSEEN = 16  # other samples, to judge by
@@ -176,16 +176,27 @@ class Bench:
         return result
 
     def result(
-        self, steps: Sequence[Pass], name: str, *, changes: Mapping[str, Any] | None = None, verify: bool = False
+        self,
+        steps: Sequence[Pass],
+        name: str,
+        *,
+        changes: Mapping[str, Any] | None = None,
+        verify: bool = False,
+        misled: str = "",
     ) -> Result:
-        """What `quantize` gives, perhaps of a run before: checks that only read it share it."""
+        """What `quantize` gives, perhaps of a run before: checks that only read it share it.
+
+        misled   by these calibration data, see `models.harsh`, in place of the model's samples
+        """
+        data = harsh(misled)[1] if misled else ...
+        run = partial(self.quantize, tuple(steps), name, changes=changes, verify=verify, data=data)
         try:
             recipe = json.dumps(self.table(*steps, **(changes or {})), sort_keys=True)
         except (TypeError, ValueError):  # no recipe could hold such a pass
-            return self.quantize(steps, name, changes=changes, verify=verify)
-        run = partial(self.quantize, tuple(steps), name, changes=changes, verify=verify)
+            return run()
         around = tuple(map(id, [*self.plugins, *([self.own[name]] if name in self.own else [])]))
-        return _shared(_Run(recipe, tuple(map(type, steps)), around, name, verify, run))
+        key = _Run(recipe, tuple(map(type, steps)), around, name, verify, misled, run)
+        return _shared(key) if steps else _without(key)
 
     def must(self, steps: Sequence[Pass], name: str, *, anew: bool = False, **options: Any) -> Result:
         """`quantize` (anew) or `result`, where a refusal is a failure too."""
@@ -234,11 +245,18 @@ class _Run:
     around: tuple[int, ...]  # identities of plugins and model, valid as long as `make` holds the bench
     name: str
     verify: bool
+    misled: str
     make: Callable[[], Result] = field(compare=False)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)  # those of a pass on all targets and models
 def _shared(run: _Run) -> Result:
+    return run.make()
+
+
+@functools.lru_cache(maxsize=64)
+def _without(run: _Run) -> Result:
+    """What recipes make without the pass, which those of other passes with such a recipe share."""
     return run.make()
 
 

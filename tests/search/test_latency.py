@@ -24,11 +24,12 @@ CANDIDATES = ("W4A8", "W8A8", "float")
 FLOAT, EIGHT = Width(32, 32), Width(8, 8)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """No more rounds than needed."""
-    turns = latency.interleaved
+    turns, profile = latency.interleaved, latency.profile
     monkeypatch.setattr(latency, "interleaved", lambda runners, feed, seconds, most=100: turns(runners, feed, 0.0, most))
+    monkeypatch.setattr(latency, "profile", lambda models, feed, seconds: profile(models, feed, 0.0))
 
 
 def fake(taken):
@@ -187,7 +188,7 @@ def test_more_than_kernels_account_for_is_counted(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cnn", "mlp", "transformer", "mobilenet"])
-def test_a_real_profile_covers_the_network(name, quick):
+def test_a_real_profile_covers_the_network(name):
     widths = make_widths(ZOO[name](), CANDIDATES)
     feed = next(iter(widths.job.calibration.data))
     choices = [tuple(options[k if k < len(options) else 0] for options in widths.options) for k in range(2)]
@@ -206,7 +207,7 @@ def test_a_real_profile_covers_the_network(name, quick):
 # ---- the cache -----------------------------------------------------------------------------------------------------------
 
 
-def test_times_are_kept_on_this_machine(tmp_path, monkeypatch, quick):
+def test_times_are_kept_on_this_machine(tmp_path, monkeypatch):
     sessions = []
     profile = latency.profile
     monkeypatch.setattr(
@@ -257,7 +258,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0.99, 1.0, 1.3, 1.7, 9.0])
-def test_a_budget_on_latency_is_kept(limit, monkeypatch, quick):
+def test_a_budget_on_latency_is_kept(limit, monkeypatch):
     monkeypatch.setattr(latency, "profile", fake(by_operator))
     job = make_job(transformer())
     told = search(job, candidates=CANDIDATES, budget="latency", limit=max(limit, 1.0))
@@ -273,7 +274,7 @@ def test_a_budget_on_latency_is_kept(limit, monkeypatch, quick):
     assert latencies == sorted(latencies, reverse=True)
 
 
-def test_more_latency_is_never_worse_by_the_noise_that_is_chosen_by(monkeypatch, quick):
+def test_more_latency_is_never_worse_by_the_noise_that_is_chosen_by(monkeypatch):
     monkeypatch.setattr(latency, "profile", fake(by_operator))
     floats = []
     for limit in (1.0, 1.2, 1.5, 2.0, 9.0):
@@ -285,7 +286,7 @@ def test_more_latency_is_never_worse_by_the_noise_that_is_chosen_by(monkeypatch,
     assert floats == sorted(floats, reverse=True)
 
 
-def test_latency_falls_until_the_network_is_just_accurate_enough(monkeypatch, quick):
+def test_latency_falls_until_the_network_is_just_accurate_enough(monkeypatch):
     monkeypatch.setattr(latency, "profile", fake(by_operator))
     settings = {"candidates": ("W8A8", "float"), "budget": "sqnr", "cost": "latency", "strategy": "brute"}
     fastest = search(make_job(transformer()), limit=0.0, **settings)["curve"][-1]
@@ -311,13 +312,13 @@ def test_other_runtimes_cannot_be_timed_here(target):
     assert len(error.value.problems) == 1 and "\n" not in str(error.value)
 
 
-def test_without_a_candidate_of_8_bits(monkeypatch, quick):
+def test_without_a_candidate_of_8_bits(monkeypatch):
     monkeypatch.setattr(latency, "profile", fake(by_operator))
     told = search(make_job(mlp()), candidates=("W4A8",), budget="latency", limit=1.0)
     assert told["curve"][0]["latency"] == 1
 
 
-def test_weight_only_layers_are_timed(quick):
+def test_weight_only_layers_are_timed():
     net = Net(["N", 4, 64])
     model = net.model(net.linear(net.op("Relu", net.linear("x", 64, 32)), 32, 32))
     recipe = {
@@ -329,7 +330,7 @@ def test_weight_only_layers_are_timed(quick):
     assert report["latency"]["measured"] > 0 and len(report["latency"]["networks"]) == 3
 
 
-def test_nothing_to_time_is_no_error(quick):
+def test_nothing_to_time_is_no_error():
     model = ZOO["no_layer"]()
     quantize(model, recipe_of(budget="latency"), feeds(model, 4))
 
