@@ -26,11 +26,13 @@ from threadpoolctl import ThreadpoolController
 from onnxq_plugins import cli, engine, files, plugins, runtimes
 from onnxq_plugins.export import provenance
 from onnxq_plugins.graph import Graph
+from onnxq_plugins.runtimes import onnxruntime
 from onnxq_plugins.testing.exact import exact_model, saturates
 from tests.cli.folder import Ran
 
 os.environ["ONNXQ_CACHE"] = str(Path(tempfile.gettempdir()) / "onnxq-none")  # what a user measured here is no test's
 _session = runtimes.session
+_profile = onnxruntime.profile  # no test looks at a clock: no more runs than it needs
 _convert = onnx.version_converter.convert_version
 _SMALL = 2**22  # bytes
 
@@ -125,6 +127,7 @@ def machine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtimes, "session", _exact_session)
         patch.setattr(engine, "load", _copy_of_graph)
+        patch.setattr(onnxruntime, "profile", lambda models, feed, seconds, **more: _profile(models, feed, 0.0, **more))
         patch.setattr(runtimes, "trim", lambda: None)  # sessions of small models leave nothing behind that is worth the time
         patch.setattr(plugins, "entry_points", _entry_points)
         patch.setattr(provenance, "version", _version)

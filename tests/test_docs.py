@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import onnxq_plugins as onnxq
-from onnxq_plugins import runtimes
 from onnxq_plugins.cli import app, costs, main
 from onnxq_plugins.cli.digits import digits_model_path, digits_split
 from onnxq_plugins.plugins import find_plugins
@@ -147,16 +146,15 @@ def type_in(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def quick(monkeypatch, tmp_path):
+def brief(quick, monkeypatch, tmp_path):
     """Latencies and costs of kernels in a moment, kept for nobody else."""
-    latency, measured = runtimes.latency, costs.measured
-    monkeypatch.setattr(runtimes, "latency", lambda runners, feed, seconds=1.0: latency(runners, feed, 0.02))
+    measured = costs.measured
     monkeypatch.setattr(costs, "measured", lambda rounds, **more: measured(2, **{**more, "seconds": 0.02}))
     monkeypatch.setenv("ONNXQ_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("left_out", ["onnxq auto ", *slowly("nothing")])
-def test_the_readme_runs_as_it_is_typed(left_out, tmp_path, monkeypatch, quick):
+def test_the_readme_runs_as_it_is_typed(left_out, tmp_path, monkeypatch, brief):
     """Its commands, the one in its table included, on files of the names that it gives them."""
     monkeypatch.chdir(tmp_path)
     Path("model.onnx").write_bytes(digits_model_path().read_bytes())
@@ -191,7 +189,7 @@ def test_the_readme_is_short_and_its_figures_are_measured():
 
 
 @pytest.mark.parametrize("left_out", ["onnxq auto ", *slowly("nothing")])  # half of the time; tests/cli/test_auto.py
-def test_the_tutorial_runs_as_it_is_typed(left_out, tmp_path, monkeypatch, quick):
+def test_the_tutorial_runs_as_it_is_typed(left_out, tmp_path, monkeypatch, brief):
     """A recipe goes to the file that its first line names; the line for OpenVINO runs where that is installed."""
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "tutorial.md").read_text("utf-8")

@@ -29,10 +29,7 @@ from tests.zoo import conv_transpose, feeds, mlp, mobilenet, no_layer, transform
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    latency = runtimes.latency
-    monkeypatch.setattr(runtimes, "latency", lambda runners, feed, seconds=1.0: latency(runners, feed, 0.02))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 class Page(HTMLParser):

@@ -147,7 +147,7 @@ def test_the_audit_agrees_with_the_plan(settings):
 def test_the_command_shows_widths(tmp_path):
     model = cnn()
     result = quantize(model, "int8", feeds(model, 2), output=tmp_path / "m.onnx")
-    ran = CliRunner().invoke(app, ["audit", str(tmp_path / "m.onnx")])
+    ran = CliRunner().invoke(app, ["audit", "--all", str(tmp_path / "m.onnx")])
     assert ran.exit_code == 0 and "accumulator" in ran.output
     audit = audit_model(result.model)
     assert all(f"{y.accumulator} bits" in ran.output for y in audit.layers) and audit.accumulators() in ran.output
