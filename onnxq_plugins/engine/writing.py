@@ -111,7 +111,7 @@ def _newer_version(job: Job, model: onnx.ModelProto) -> str:
         return f"opset {opset} became {after} (IR version {model.ir_version}), the oldest that is written"
     if after > opset > 0:
         reason = "codes of 4 or 16 bits or scales per block" if after == NARROW_OPSET else "one scale per channel"
-        return f"opset {opset} became {after} (IR version {model.ir_version}), which {reason} need"
+        return f"opset {opset} became {after} (IR version {model.ir_version}), for {reason}"
     return f"IR version {ir} became {model.ir_version}" if model.ir_version > ir > 0 else ""
 
 
