@@ -136,7 +136,7 @@ def test_multipliers_and_float_layers_are_left_and_told():
     result = quantize(model, recipe(15, 4, sub_block=2), feeds(model, 4))
     left = told(result)["left_alone"]
     assert left and all("multipliers" in why for why in left.values())
-    assert any("multipliers" in note and f"left {len(left)} layers" in note for note in result.report["notes"])
+    assert any("multipliers" in note and f"left {len(left)} layer" in note for note in result.report["notes"])
     wide = {y.name for y in audit_model(result.model).layers if y.accumulator > 15}
     assert wide == set(left)
     stored = quantize(model, recipe(15), feeds(model, 4), target="storage")

@@ -405,7 +405,7 @@ def test_the_recipe_asks_for_the_same(name, target):
 def test_one_scale_per_channel_becomes_one_for_all_and_a_note_names_the_pass():
     result = quantize(mlp(), {"target": "per-tensor"}, feeds(mlp(), 2))
     assert all(result.plan[layer.weight].block is None for layer in result.graph.layers)
-    assert any("one scale for their weight" in note and "shift-equalize" in note for note in result.report.notes)
+    assert any("one scale for the weight" in note and "shift-equalize" in note for note in result.report.notes)
 
 
 # ---- beside other passes --------------------------------------------------------------------------------------------

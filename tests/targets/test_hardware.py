@@ -184,7 +184,7 @@ def test_int8_works_without_a_recipe_of_its_own(name):
     model = ZOO[name]()
     result = quantize(model, "int8", feeds(model, 8), target=target.name, plugins=[Brings(target)], workers=1, check=False)
     assert result.plan and not misfits(target, result.model)
-    assert any("one scale for their weight" in note for note in result.report.notes)
+    assert any("one scale for the weight" in note for note in result.report.notes)
 
 
 def test_a_model_that_does_not_fit_is_refused_in_one_sentence():
