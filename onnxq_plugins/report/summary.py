@@ -21,6 +21,7 @@ from onnxq_plugins.graph.bodies import all_graphs
 from onnxq_plugins.graph.reading import bytes_on_disk
 from onnxq_plugins.job import Job, Report
 from onnxq_plugins.layers.branches import Inside
+from onnxq_plugins.layers.float_inputs import shared_codes
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.requests import adapted
 from onnxq_plugins.runtimes.audit import Audit
@@ -132,19 +133,25 @@ def _products_note(graph: Graph, products: list[str]) -> str:
     )
 
 
+_ROUNDED = "MatMulNBits of onnxruntime would round inputs to 8 bits per block, which costs more than rounded weights do"
+_SHARED = "onnxruntime makes no MatMulNBits of weights that layers share, and would decode them in every run"
+
+
 def _inputs_notes(job: Job, planned: Planned) -> Iterator[str]:
     """What becomes of the float inputs of weight-only layers (`layers.float_inputs`)."""
 
     def several(count: int, names: str, verb: str) -> str:
         return f"{count} weight-only layer{'s' * (count > 1)}{names} {verb}{'s' * (count == 1)}"
 
-    decoded = [y.name for y in planned.layers if job.plan[y.weight].decoded and y.name not in job.report.floats]
-    if decoded:
-        names = ", ".join(f"'{name}'" for name in decoded[:4]) + (" ..." if len(decoded) > 4 else "")
-        yield (
-            f"{several(len(decoded), f' ({names})', 'compute')} in float, weights decoded at load: MatMulNBits of "
-            "onnxruntime would round inputs to 8 bits per block, which costs more than rounded weights do"
-        )
+    decoded = [y for y in planned.layers if job.plan[y.weight].decoded and y.name not in job.report.floats]
+    shared = shared_codes(job, decoded)
+    for layers, why in (
+        ([y for y in decoded if y.weight not in shared], _ROUNDED),
+        ([y for y in decoded if y.weight in shared], _SHARED),
+    ):
+        if layers:
+            names = ", ".join(f"'{y.name}'" for y in layers[:4]) + (" ..." if len(layers) > 4 else "")
+            yield f"{several(len(layers), f' ({names})', 'compute')} in float, weights decoded at load: {why}"
     rules = {layer.weight: planned.rule(layer) for layer in planned.layers}
     bits = [job.plan[name].bits for name, rule in rules.items() if rule is not None and rule.storage == "blocked"]
     if bits and (max(bits) > 4 or not job.calibration.ready):  # beside 4-bit weights it is next to nothing
@@ -207,7 +214,8 @@ def _rows(job: Job, planned: Planned, audit: Audit, added: Mapping[str, Mapping[
             row |= {"weights": spec.describe((layer.out_axis, layer.in_axis)), "bits_per_weight": round(bits, 3)}
         reason = job.report.floats.get(layer.name) or (entry.reason if entry is not None else None)
         if spec is not None and spec.decoded and layer.name not in job.report.floats:
-            text = "MatMulNBits would round its inputs to 8 bits per block; its weight is decoded to float at load"
+            why = _SHARED if shared_codes(job, [layer]) else "MatMulNBits would round its inputs to 8 bits per block"
+            text = f"{why}; its weight is decoded to float at load"
             reason = Reason("float-inputs", text)
         if reason is not None:
             row |= {"why_float": str(reason), "why_float_kind": reason.kind}

@@ -8,6 +8,7 @@ import pytest
 from onnxq_plugins import quantize
 from onnxq_plugins.layers.problem import Problem, solvable
 from onnxq_plugins.layers.shared import _USES, joint_gram, shared_weights
+from onnxq_plugins.runtimes.onnxruntime import audit_model
 from tests.jobs import make_job
 from tests.zoo import Net, feeds, run
 
@@ -55,3 +56,16 @@ def test_shared_weights_are_solved_once_and_stay_shared(sequential, monkeypatch)
     stored = [t for t in result.model.graph.initializer if list(t.dims) == [16, 16]]
     assert len(stored) == 1
     assert all(np.isfinite(y).all() for y in run(result.model, feeds(model, 1)[0]))
+
+
+def test_blocked_codes_that_layers_share_are_decoded_once_at_load():
+    net = Net(["N", 64])
+    weight, h = net.weight(64, 64, fan_in=64), "x"
+    for _ in range(4):
+        h = net.op("Tanh", net.op("MatMul", h, weight))
+    model = net.model(net.op("MatMul", h, net.weight(64, 32, fan_in=64)))
+    result = quantize(model, "int4-weight-only", feeds(model, 8), settings={"round.seconds": 0})
+    kernels = [layer.kernel for layer in audit_model(result.model).layers]
+    assert kernels.count("MatMulNBits") == 1 and len(kernels) == 5
+    assert sum(n.op_type == "DequantizeLinear" for n in result.model.graph.node) == 1
+    assert sum("layers share" in note for note in result.report.notes) == 1
