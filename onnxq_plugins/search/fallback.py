@@ -15,25 +15,18 @@ most work go back to 8 bits where the quality is kept without them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
-
 import numpy as np
 
-from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import Calibration, Histogram
 from onnxq_plugins.data import open_data
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job
 from onnxq_plugins.layers.complete import complete
-from onnxq_plugins.measure.arrays import decibels as energy_decibels
-from onnxq_plugins.measure.arrays import lower_decibels
 from onnxq_plugins.measure.samples import Samples
-from onnxq_plugins.measure.unlike import part_energies, part_name
 from onnxq_plugins.plan.floats import FloatSets
 from onnxq_plugins.plan.grids import natural_grids
 from onnxq_plugins.plan.islands import layers_beside, turned_float, with_islands
@@ -41,7 +34,7 @@ from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.search.alone import Alone
 from onnxq_plugins.search.quantizers import Group, multiply_adds, quantizer_groups
-from onnxq_plugins.search.unseen import Unseen
+from onnxq_plugins.search.unseen import Unseen, decibels, output_decibels
 from onnxq_plugins.spec import Array, Plan, QuantSpec, decode, from_range
 from onnxq_plugins.targets import STORED, channel_block
 from onnxq_plugins.targets.refusals import problems
@@ -60,7 +53,7 @@ _REST = 0.02  # of the noise of a run that one half has, for the other half
 _TRIES = 3  # of giving back a culprit
 _SLACK = 1.0  # dB by which noise that is added up may be above what is measured
 _OPERATORS = 100  # bytes of what decodes a weight
-_ROOM = 2  # times as wide as ranges of 8 bits are those of 16, which have steps to spare: other samples reach further
+_ROOM = 0.25  # of a range, beyond either end of it in 16 bits, which have steps to spare: other samples reach further
 WIDE = 16  # bits of what is kept wide
 
 
@@ -146,8 +139,12 @@ class Search:
         wide = self._all_wide()
         if wide is not None and wide.sqnr.min() < levels[0]:  # so that floats are needed, too
             search = Search(replace(self.job, plan=wide.plan), self.samples, self.unseen)
-            found = search.searched(levels, most)
-            return wide if found is None else replace(found, wide=wide.wide)
+            after = search.searched(levels, most)
+            after = wide if after is None else replace(after, wide=wide.wide)
+            if after.sqnr.min() >= levels[0]:
+                return after
+            found = self.searched(levels, most)
+            return after if found is None or found.sqnr.min() < after.sqnr.min() else found
         found = self.searched(levels, most)
         if wide is not None and (found is None or found.work > 0 or found.sqnr.min() < levels[0]):
             return wide
@@ -249,7 +246,7 @@ class Search:
         self.left -= len(parts)
         outputs = self.alone.outputs([part.names for part in parts], self.few)
         for part, values in zip(parts, outputs, strict=True):
-            part.noise, part.measured = 10 ** (-_decibels(self.few, values) / 10), True
+            part.noise, part.measured = 10 ** (-output_decibels(self.few, values) / 10), True
 
     def alive(self, parts: Sequence[Part], now: Fallback) -> list[Part]:
         """Parts without the quantizers that went with others, measured again."""
@@ -423,8 +420,9 @@ class Search:
             return Plan({})
         fixed, wider = natural_grids(self.job.graph, target, plan), {}
         for n in group.activations:
-            (low, high), room = plan[n].value_range, 1 if n in fixed else _ROOM
-            wider[n] = from_range(room * low, room * high, replace(plan[n].request(), bits=WIDE))
+            low, high = plan[n].value_range
+            more = 0 if n in fixed else _ROOM * (high - low)
+            wider[n] = from_range(low - more if low < 0 else low, high + more, replace(plan[n].request(), bits=WIDE))
         return Plan(wider)
 
     def _groups(self, plan: Plan) -> Sequence[Group]:
@@ -450,30 +448,3 @@ def _lost(histogram: Histogram, spec: QuantSpec) -> float:
     spread = counts @ np.square(values - counts @ values) + ((histogram.high - histogram.low) / values.size) ** 2 / 12
     over = counts @ np.square(np.maximum(np.maximum(low - values, values - high), 0))
     return float((float(np.asarray(spec.scale)) ** 2 / 12 + over) / max(spread, 1e-30))
-
-
-def decibels(job: Job, samples: Samples, plan: Plan, unseen: Unseen | None = None, seen: bool = False) -> Array:
-    """dB of each output of floats of a quantized network as it is written, the same on every machine; of each part of an
-    output that holds two things (`measure.unlike`).
-
-    unseen   with ranges that have not seen the samples; dB are then what others have, too (`lower_decibels`)
-    seen     the latter with ranges that have seen them
-    """
-    if unseen is not None and not seen:
-        return _decibels(samples, unseen.outputs(plan, samples), lower_decibels)
-    session = runtimes.session(export(job.graph, plan, job.target), written=True, lean=True)
-    pooled = energy_decibels if unseen is None else lower_decibels
-    return _decibels(samples, samples.outputs(session, workers=job.workers), pooled)
-
-
-def judged(samples: Samples) -> list[str]:
-    """What `decibels` has a value of: outputs and parts of outputs, by name."""
-    return [part_name(name, part) for name, found in zip(samples.names, samples.parts, strict=True) for part in found]
-
-
-def _decibels(
-    samples: Samples, outputs: Sequence[Sequence[Any]], pooled: Callable[[Array], float] = energy_decibels
-) -> Array:
-    columns = zip(samples.reference, outputs, samples.parts, strict=True)
-    rows = [part_energies(y, z, part) for y, z, found in columns for part in found]
-    return np.array([pooled(row) for row in rows])

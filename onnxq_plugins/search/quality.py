@@ -12,9 +12,9 @@ from onnxq_plugins.layers.complete import activation_spec, complete
 from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.plan.grids import natural_grids
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.search.fallback import WIDE, Fallback, Search, decibels, judged
+from onnxq_plugins.search.fallback import WIDE, Fallback, Search
 from onnxq_plugins.search.judge import SAMPLES, TIE, Judge
-from onnxq_plugins.search.unseen import Unseen
+from onnxq_plugins.search.unseen import Unseen, decibels, judged
 from onnxq_plugins.spec import Array, Plan
 
 _CHECK = 3e9  # multiply-adds over the samples that a network is checked on; at most 32 samples

@@ -8,7 +8,7 @@ taken back; what else was solved on all samples hardly fits single ones."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,15 +18,18 @@ from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import Calibration
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.job import Job
+from onnxq_plugins.measure.arrays import decibels as energy_decibels
+from onnxq_plugins.measure.arrays import lower_decibels
 from onnxq_plugins.measure.samples import Samples
+from onnxq_plugins.measure.unlike import part_energies, part_name
 from onnxq_plugins.plan.grids import natural_grids
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.spec import Plan, from_range
+from onnxq_plugins.spec import Array, Plan, from_range
 
 _FOLDS = 4
 _FEWEST = 8  # samples: of fewer, a fold says nothing
-_ROOM = 1.5  # of what samples reach
-_SAME = 0.999  # of an end of a grid, which rounds it
+_ROOM, _BEYOND = 1.5, 0.25  # of `reach`
+_SAME = 1e-3  # of a range: what its grid rounds
 
 
 class Unseen:
@@ -56,22 +59,31 @@ class Unseen:
         return [int(n) for n in np.flatnonzero(self.places == self.places.min())]
 
     def cut(self, plan: Plan, fold: int) -> Plan:
-        """A plan of the job's graph with the ranges that it would have without a fold. A range that is wider than what all
-        samples reach is so by the same factor."""
+        """A plan of the job's graph with the ranges that it would have without a fold: less by what the fold adds, but not
+        less than what the others reach."""
         fixed, cut = natural_grids(self.job.graph, self.job.target, plan), {}
-        for name, (low, high) in self._without[fold].items():
+        for name, others in self._without[fold].items():
             if name not in plan or name in fixed:
                 continue
-            ends, every = np.array(plan[name].value_range, np.float64), np.array(self._all[name])
-            room = np.maximum(np.divide(ends, every, out=np.ones(2), where=every != 0), 1)
-            less = max(ends[0], low * room[0]), min(ends[1], high * room[1])
-            if (np.abs(less) < _SAME * np.abs(ends)).any():
+            low, high = (float(end) for end in plan[name].value_range)
+            less = (
+                max(low, min(others[0], low + others[0] - self._all[name][0])),
+                min(high, max(others[1], high + others[1] - self._all[name][1])),
+            )
+            if max(less[0] - low, high - less[1]) > _SAME * (high - low):
                 cut[name] = from_range(*less, plan[name].request())
         return plan | Plan(cut)
 
     def reach(self, names: Collection[str]) -> dict[str, tuple[float, float]]:
-        """Ranges of activations with room for the values of other samples."""
-        return {name: (_ROOM * self._all[name][0], _ROOM * self._all[name][1]) for name in names}
+        """Ranges of activations with room for the values of other samples: half as far again from 0, and a quarter of what
+        lies between beyond either end, since scores that were low on all samples are high on others. An end at 0 stays, as
+        behind a Relu."""
+        ranges = {}
+        for name in names:
+            low, high = self._all[name]
+            more = _BEYOND * (high - low)
+            ranges[name] = min(_ROOM * low, low - more if low else 0.0), max(_ROOM * high, high + more if high else 0.0)
+        return ranges
 
     def outputs(self, plan: Plan, samples: Samples) -> list[list[Any]]:
         """The outputs for the samples that are judged, each with the ranges of the other folds; a list per output with one
@@ -105,8 +117,33 @@ class Unseen:
 
 
 def _hull(folds: Sequence[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
-    """Extremes over several folds; 0 is always among them."""
-    return {
-        name: (min(0.0, *(fold[name][0] for fold in folds)), max(0.0, *(fold[name][1] for fold in folds)))
-        for name in folds[0]
-    }
+    """Extremes over several folds."""
+    return {name: (min(f[name][0] for f in folds), max(f[name][1] for f in folds)) for name in folds[0]}
+
+
+def decibels(job: Job, samples: Samples, plan: Plan, unseen: Unseen | None = None, seen: bool = False) -> Array:
+    """dB of each output of floats of a quantized network as it is written, the same on every machine; of each part of an
+    output that holds two things (`measure.unlike`).
+
+    unseen   with ranges that have not seen the samples; dB are then what others have, too (`lower_decibels`)
+    seen     the latter with ranges that have seen them
+    """
+    if unseen is not None and not seen:
+        return output_decibels(samples, unseen.outputs(plan, samples), lower_decibels)
+    session = runtimes.session(export(job.graph, plan, job.target), written=True, lean=True)
+    pooled = energy_decibels if unseen is None else lower_decibels
+    return output_decibels(samples, samples.outputs(session, workers=job.workers), pooled)
+
+
+def judged(samples: Samples) -> list[str]:
+    """What `decibels` has a value of: outputs and parts of outputs, by name."""
+    return [part_name(name, part) for name, found in zip(samples.names, samples.parts, strict=True) for part in found]
+
+
+def output_decibels(
+    samples: Samples, outputs: Sequence[Sequence[Any]], pooled: Callable[[Array], float] = energy_decibels
+) -> Array:
+    """dB of each output of floats, or part of one, over some samples."""
+    columns = zip(samples.reference, outputs, samples.parts, strict=True)
+    rows = [part_energies(y, z, part) for y, z, found in columns for part in found]
+    return np.array([pooled(row) for row in rows])

@@ -85,8 +85,13 @@ def test_each_fold_is_judged_with_the_ranges_of_the_others():
         cut, most = unseen.cut(job.plan, fold), max(float(feed["x"].max()) for feed in others)
         assert cut["x"].value_range[1] == pytest.approx(most, abs=2 * float(cut["x"].scale))
         wide = job.plan | {"x": activation_spec(unseen.reach(["x"])["x"], job.plan["x"])}
-        room = unseen.cut(wide, fold)["x"]  # as much wider
-        assert room.value_range[1] == pytest.approx(1.5 * most, abs=2 * float(room.scale))
+        room = unseen.cut(wide, fold)["x"]  # less by the same
+        less = max(float(feed["x"].max()) for feed in samples) - most
+        assert room.value_range[1] == pytest.approx(wide["x"].value_range[1] - less, abs=2 * float(room.scale))
+    faint = job_on(detector(), "litert", [{"x": feed["x"] / 100} for feed in samples])
+    _, high = Calibration(faint.graph, faint.calibration.data).ranges(["logits"])["logits"]
+    assert high < -6 and Unseen.of(faint, range(24)).reach(["logits"])["logits"][1] > high  # negative on all samples
+    assert Unseen.of(job, range(24)).reach(["r"])["r"][0] == 0
     assert Unseen.of(job, range(4)) is None
     assert Unseen.of(job_on(detector(), "ort-cpu", samples), range(24)) is None
 
