@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+
 import numpy as np
 
 from onnxq_plugins.calibration import Calibration, Histogram
