@@ -25,8 +25,6 @@ def proof(name, target, runtime, tmp_path, recipe="int8"):
 def test_qnn_takes_the_whole_network_in_one_partition(name, recipe, tmp_path):
     """No Sum of one operand cuts it, the last layer writes codes, activations are unsigned."""
     needs("qnn")
-    if name == "transformer" and recipe != "int8":
-        pytest.xfail("16-bit activations cut a transformer into several partitions")
     _, told = proof(name, "qnn", "qnn", tmp_path, recipe)
     assert told.inspection.facts["partitions"] == 1 and told.inspection.facts["on the CPU"] == 0
     assert {each.op: each.kind for each in told.inspection.operators if each.kind == "fake"} == {}
