@@ -124,7 +124,7 @@ def _finished(
     """
     job, model, size, judged = solved
     ending = partial(self_check, job, source=model, began=began, judged=judged) if check else None
-    exported, shown, checked, missed = export_job(job, plugins, size, path, goals, ending, again)
+    exported, shown, checked, missed, inner = export_job(job, plugins, size, path, goals, ending, again)
     job.report["seconds"] = round(time.perf_counter() - began, 3)
     written = path if goals.keep or not missed else None
     plugins.manager.hook.onnxq_exported(job=job, model=exported, path=written)
@@ -132,7 +132,7 @@ def _finished(
     left = (job.plan, job.report, job.graph, job.target, data, model, job.recipe, partial(again, data=data), job.class_axis)
     if bad := [*job.report.warnings, *([missed] if missed else [])]:
         warnings.warn("; ".join(bad), OnnxqWarning, stacklevel=4)
-    return Result(exported, *left, shown, partial(proposed, plugins, job), checked, missed)
+    return Result(exported, *left, shown, partial(proposed, plugins, job), inner.results, checked, missed)
 
 
 def _solved(

@@ -1,7 +1,8 @@
 """A solved plan in one file: all that is needed to write the network for any target, without samples.
 
 The file is a zip archive, uncompressed: ``plan.json`` says what it is; ``graph.onnx`` and ``header.onnx`` are the float
-network after the passes, ``arrays/N.npy`` the values and codes. Nothing in it is ever run."""
+network after the passes, ``arrays/N.npy`` the values and codes; ``inside/N/`` has the same of a branch of an If. Nothing in
+it is ever run."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from onnxq_plugins.plan.entries import entry_problem
 from onnxq_plugins.runtimes.examples import SHAPES_KEY
 from onnxq_plugins.spec import Array, Plan, QuantSpec
 
-FORMAT, VERSION = "onnxq plan", 1
+FORMAT, VERSION = "onnxq plan", 2
 _ARRAYS = ("scale", "zero_point", "multiplier", "codes", "shift")
 _FIRST = (1980, 1, 1, 0, 0, 0)  # the date of every part: equal plans are equal files
 
@@ -48,6 +49,7 @@ class Solved:
     open       those that the model's metadata has
     names      how tensors are called, see `export.compact`
     size       bytes of the user's own model
+    inside     (If, attribute that holds the branch) -> the same of that branch
     """
 
     graph: Graph
@@ -62,6 +64,7 @@ class Solved:
     open: Mapping[str, list[int]]
     names: Names
     size: int
+    inside: Mapping[tuple[str, str], Solved] = field(default_factory=dict)
 
     @staticmethod
     def of(result: Outcome) -> Solved:
@@ -81,11 +84,20 @@ class Solved:
             json.loads(metadata.get(SHAPES_KEY, "{}")),
             check_names(getattr(result.again, "keywords", {}).get("names", "short")),
             int(result.report["bytes"]["float"]),
+            {branch: Solved.of(inner) for branch, inner in result.inside.items()},
         )
 
     def write(self, path: Path) -> Path:
         """Write it to a file, whole or not at all. Raises OnnxqError if that is not possible."""
         files.check_writable(path)
+        parts = self._parts()
+        with files.writing(path), files.replacing(path) as stream_out, zipfile.ZipFile(stream_out, "w") as archive:
+            for name, content in parts.items():
+                archive.writestr(zipfile.ZipInfo(name, _FIRST), content)
+        return path
+
+    def _parts(self) -> dict[str, bytes]:
+        """The files in the archive by name."""
         model, header, values = stored(self.graph)
         arrays: list[Array] = []
         entries = {name: _entry(spec, arrays) for name, spec in self.plan.items()}
@@ -100,16 +112,16 @@ class Solved:
             "ranges": {name: list(ends) for name, ends in self.ranges.items()},
             "graph": values,
             "plan": entries,
+            "inside": [list(branch) for branch in self.inside],
         }
         parts = {"plan.json": json.dumps(table).encode(), "graph.onnx": model, "header.onnx": header}
         for n, array in enumerate(arrays):
             stream = io.BytesIO()
             np.lib.format.write_array(stream, np.asarray(array, order="C"), allow_pickle=False)
             parts[f"arrays/{n}.npy"] = stream.getvalue()
-        with files.writing(path), files.replacing(path) as stream_out, zipfile.ZipFile(stream_out, "w") as archive:
-            for name, content in parts.items():
-                archive.writestr(zipfile.ZipInfo(name, _FIRST), content)
-        return path
+        for n, inner in enumerate(self.inside.values()):
+            parts |= {f"inside/{n}/{name}": content for name, content in inner._parts().items()}
+        return parts
 
 
 def sample_shapes(data: Data | None) -> dict[str, list[int]]:
@@ -169,7 +181,7 @@ def read_plan(path: Path) -> Solved:
                 raise ValueError("another format")
             if isinstance(table["version"], int) and table["version"] > VERSION:
                 raise OnnxqError(f"plan '{path}' was written by a newer onnxq-plugins; update this one, or write it again.")
-            return _solved(archive, table)
+            return _solved(archive, "")
     except OnnxqError:
         raise
     except OSError as error:
@@ -180,11 +192,12 @@ def read_plan(path: Path) -> Solved:
         ) from error
 
 
-def _solved(archive: zipfile.ZipFile, table: Mapping[str, Any]) -> Solved:
-    graph = restored(archive.read("graph.onnx"), archive.read("header.onnx"), table["graph"])
+def _solved(archive: zipfile.ZipFile, folder: str) -> Solved:
+    table = json.loads(archive.read(f"{folder}plan.json"))
+    graph = restored(archive.read(f"{folder}graph.onnx"), archive.read(f"{folder}header.onnx"), table["graph"])
     plan = {}
     for name, values in table["plan"].items():
-        arrays = {key: _array(archive, values[key]) for key in _ARRAYS if key in values}
+        arrays = {key: _array(archive, folder, values[key]) for key in _ARRAYS if key in values}
         blocks = {key: tuple(map(int, values[key])) for key in ("block", "sub_block") if key in values}
         plan[name] = QuantSpec(**{**values, **blocks, **arrays})
         if not plan[name].solved or entry_problem(graph, name, plan[name]):
@@ -203,10 +216,14 @@ def _solved(archive: zipfile.ZipFile, table: Mapping[str, Any]) -> Solved:
         {str(name): [int(n) for n in shape] for name, shape in table["open"].items()},
         check_names(table["names"]),
         int(table["size"]),
+        {
+            (str(node), str(side)): _solved(archive, f"{folder}inside/{n}/")
+            for n, (node, side) in enumerate(table.get("inside", ()))  # there is none in version 1
+        },
     )
 
 
-def _array(archive: zipfile.ZipFile, number: int) -> Array:
-    stream = io.BytesIO(archive.read(f"arrays/{int(number)}.npy"))
+def _array(archive: zipfile.ZipFile, folder: str, number: int) -> Array:
+    stream = io.BytesIO(archive.read(f"{folder}arrays/{int(number)}.npy"))
     array: Array = np.lib.format.read_array(stream, allow_pickle=False)
     return array

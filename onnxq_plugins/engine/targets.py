@@ -15,14 +15,14 @@ from onnxq_plugins import files
 from onnxq_plugins.calibration.branches import branches
 from onnxq_plugins.engine.plans import Solved, is_plan, read_plan
 from onnxq_plugins.engine.result import encoded, save
-from onnxq_plugins.engine.retarget import retargeted
+from onnxq_plugins.engine.retarget import Changes, retargeted
 from onnxq_plugins.errors import PATH, SEVERAL, TEXT, Expected, OnnxqError, expects
 from onnxq_plugins.export.compact import compact
 from onnxq_plugins.export.provenance import sign_again
 from onnxq_plugins.export.qdq import export
 from onnxq_plugins.export.static import fix_shapes
 from onnxq_plugins.graph.reading import read
-from onnxq_plugins.job import Outcome, Recipe, Report
+from onnxq_plugins.job import Job, Outcome, Recipe, Report
 from onnxq_plugins.laws import exporting
 from onnxq_plugins.layers.branches import Inside
 from onnxq_plugins.plugins import Plugins, find_plugins
@@ -130,6 +130,7 @@ def _written(solved: Solved, recipe: Recipe, plugins: Plugins) -> Retargeted:
     target = plugins.target_of(recipe)
     job, changes = retargeted(solved, recipe, target)
     model = export(job.graph, job.plan, target)
+    inner = _inside(solved, job, model, plugins, changes)
     compact(model, {node.name for node in job.graph.nodes}, solved.names, folds=target.here)
     model = exporting(plugins, job, model)
     values = {
@@ -140,14 +141,33 @@ def _written(solved: Solved, recipe: Recipe, plugins: Plugins) -> Retargeted:
     if solved.open:
         values[SHAPES_KEY] = json.dumps(solved.open)
     sign_again(model, values)
-    for branch in branches(job.graph):
-        job.note(f"{branch.words} is written in float: quantize for this target to have it in integers")
-    describe(job, model, None, solved.size, Inside())
+    describe(job, model, None, solved.size, inner)
     if target.static:
         fix_shapes(model, solved.shapes, target.name)
         set_size(job.report, files.size_of(model))
     job.report |= {"recipe": json.loads(values["onnxq.recipe"]), "changes": dict(changes.counts), "changed": changes.text}
     return Retargeted(model, target, job.plan, job.report)
+
+
+def _inside(solved: Solved, job: Job, model: onnx.ModelProto, plugins: Plugins, changes: Changes) -> Inside:
+    """Write the plans of branches of an If, put them into a model, and count what became of their entries, too."""
+    inside, target = Inside(), job.recipe.to_dict()["target"]
+    for branch in branches(job.graph):
+        inner = solved.inside.get((branch.node, branch.side))
+        if inner is None:
+            job.note(f"the plan has nothing of {branch.words}, which is written in float")
+            continue
+        table = {**{key: value for key, value in inner.recipe.items() if key != "pass"}, "target": target}
+        try:
+            made = _written(inner, parse(table, {}, "the plan's recipe"), plugins)
+        except OnnxqError as error:
+            job.note(f"{branch.words} stays float: {error}")
+            continue
+        inside.put(model, branch, made.model, made.report)
+        changes.counts.update(made.report["changes"])
+        for note in made.report.notes:
+            job.note(f"{branch.words}: {note}")
+    return inside
 
 
 def _converted(path: Path, target: Target) -> Retargeted:

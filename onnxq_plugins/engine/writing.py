@@ -50,10 +50,10 @@ def export_job(
     goals: Goals,
     check: Callable[..., Check | None] | None,
     again: partial[Result],
-) -> tuple[onnx.ModelProto, dict[str, str], Check | None, str]:
+) -> tuple[onnx.ModelProto, dict[str, str], Check | None, str, Inside]:
     """Make the model of a complete plan, check it and write it to `path`; the report is complete then. Returns it, the
-    tensors of the graph that have other names there (see `Outcome.names`), the check, and what it misses of the goals: it is
-    not written then.
+    tensors of the graph that have other names there (see `Outcome.names`), the check, what it misses of the goals (it is
+    not written then), and what is inside control flow.
 
     before   bytes of the user's own model
     check    `self_check` of a model; None to leave that out
@@ -97,7 +97,7 @@ def export_job(
             data.finish(model) if data is not None else save(job.target, model, path)
             if job.target.write is not None:
                 set_size(job.report, path.stat().st_size)
-    return model, shown, checked, missed
+    return model, shown, checked, missed, inner
 
 
 def _newer_version(job: Job, model: onnx.ModelProto) -> str:

@@ -15,6 +15,7 @@ from onnxq_plugins.targets import Target
 from onnxq_plugins.targets.reading import operands
 
 _NORMALIZATIONS = ("LayerNormalization", "InstanceNormalization")
+_BYTE = 8
 
 
 def write_operands(builder: Builder, graph: Graph, target: Target, node: NodeProto, beside: QuantSpec) -> dict[str, str]:
@@ -29,9 +30,15 @@ def write_operands(builder: Builder, graph: Graph, target: Target, node: NodePro
         if factor is not None:  # the other constant of a normalization is its bias
             found[name] = _int32(builder, name, values, np.float32(beside.scale) * np.float32(factor.scale))
             continue
-        spec = QuantSpec(beside.bits, target.centred(beside.bits))
+        normalization = node.op_type in _NORMALIZATIONS
+        signed = normalization and beside.bits > _BYTE  # a weight: the HTP takes no uint16 there beside an int32 bias
+        spec = QuantSpec(beside.bits, signed or target.centred(beside.bits))
         spec = from_range(values.min(initial=0.0), values.max(initial=0.0), spec)
-        factor = spec if node.op_type in _NORMALIZATIONS else None
+        factor = spec if normalization else None
+        if signed:
+            codes = encode(values, spec).astype(np.int16)
+            found[name] = _decoded(builder, name, codes, np.asarray(spec.scale), np.zeros((), np.int16))
+            continue
         codes = (encode(values, spec) + target.offset(spec)).astype(code_type(spec, target))
         found[name] = _decoded(builder, name, codes, np.asarray(spec.scale), zero_point(spec, target))
     return found

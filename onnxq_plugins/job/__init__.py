@@ -314,6 +314,7 @@ class Outcome:
     class_axis   of the classes in the outputs, as the user gave it
     names    tensor of `graph` -> its name in `model`, where that is another one
     propose  the remedies that plugins have against a cause: propose(cause, layer)
+    inside   (If, attribute that holds the branch) -> what a job left of that branch
     """
 
     model: onnx.ModelProto
@@ -328,6 +329,7 @@ class Outcome:
     class_axis: int | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     propose: Callable[[Any, Layer | None], Any] | None = None
+    inside: Mapping[tuple[str, str], Outcome] = field(default_factory=dict)
 
     @property
     def float_model(self) -> onnx.ModelProto:

@@ -12,7 +12,7 @@ from onnxq_plugins.calibration.branches import Branch, BranchFeeds, branches, pu
 from onnxq_plugins.data import DataOptions
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.graph.bodies import all_graphs
-from onnxq_plugins.job import FLOAT, Job, Outcome, Quality, Recipe
+from onnxq_plugins.job import FLOAT, Job, Outcome, Quality, Recipe, Report
 
 
 @dataclass
@@ -21,11 +21,20 @@ class Inside:
 
     layers, constants   rows of theirs
     operators           names of all operators in them
+    results             (If, side) -> what quantizing it left
     """
 
     layers: list[dict[str, Any]] = field(default_factory=list)
     constants: list[dict[str, Any]] = field(default_factory=list)
     operators: set[str] = field(default_factory=set)
+    results: dict[tuple[str, str], Outcome] = field(default_factory=dict)
+
+    def put(self, model: onnx.ModelProto, branch: Branch, quantized: onnx.ModelProto, report: Report) -> None:
+        """Put a quantized branch into a model, and its rows beside the others."""
+        put_back(model, branch, quantized)
+        self.operators |= {node.name for graph in all_graphs(branch.model.graph) for node in graph.node}
+        self.layers += [{**row, "inside": branch.words} for row in report.layers]
+        self.constants += report["constants"]
 
 
 def quantize_branches(job: Job, model: onnx.ModelProto, quantize: Callable[..., Outcome]) -> Inside:
@@ -48,10 +57,8 @@ def quantize_branches(job: Job, model: onnx.ModelProto, quantize: Callable[..., 
         except OnnxqError as error:
             job.note(f"{branch.words} stays float: {error}")
             continue
-        put_back(model, branch, result.model)
-        inside.operators |= {node.name for graph in all_graphs(branch.model.graph) for node in graph.node}
-        inside.layers += [{**row, "inside": branch.words} for row in result.report.layers]
-        inside.constants += result.report["constants"]
+        inside.put(model, branch, result.model, result.report)
+        inside.results[branch.node, branch.side] = result
         for note in result.report.notes if taken else ():
             job.note(f"{branch.words}: {note}")
     return inside

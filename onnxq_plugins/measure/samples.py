@@ -153,7 +153,10 @@ class Samples:
 
     def few(self, count: int) -> Samples:
         """The same with at most `count` of the feeds, for what needs many runs; without labels."""
-        numbers = chosen(len(self.feeds), count, self.state)
+        return self.some(chosen(len(self.feeds), count, self.state))
+
+    def some(self, numbers: Sequence[int]) -> Samples:
+        """The same with some of the feeds, by number; without labels."""
         reference = [[values[n] for n in numbers] for values in self.reference]
         feeds = [self.feeds[n] for n in numbers]
         return Samples(feeds, self.names, reference, None, self.axes, self.random, self.state, self.parts)

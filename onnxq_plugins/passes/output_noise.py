@@ -37,7 +37,7 @@ class OutputNoise(Pass):
 
     name: ClassVar[str] = "output-noise"
     bits: int = 8
-    share: float = 0.025
+    share: float = 0.03
 
     def __post_init__(self) -> None:
         if not 3 <= self.bits <= 8:

@@ -18,27 +18,24 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import Calibration, Histogram
 from onnxq_plugins.data import open_data
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job
 from onnxq_plugins.layers.complete import complete
-from onnxq_plugins.measure.arrays import decibels as energy_decibels
 from onnxq_plugins.measure.samples import Samples
-from onnxq_plugins.measure.unlike import part_energies, part_name
 from onnxq_plugins.plan.floats import FloatSets
+from onnxq_plugins.plan.grids import natural_grids
 from onnxq_plugins.plan.islands import layers_beside, turned_float, with_islands
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.search.alone import Alone
 from onnxq_plugins.search.quantizers import Group, multiply_adds, quantizer_groups
+from onnxq_plugins.search.unseen import Unseen, decibels, output_decibels
 from onnxq_plugins.spec import Array, Plan, QuantSpec, decode, from_range
 from onnxq_plugins.targets import STORED, channel_block
 from onnxq_plugins.targets.refusals import problems
@@ -57,6 +54,7 @@ _REST = 0.02  # of the noise of a run that one half has, for the other half
 _TRIES = 3  # of giving back a culprit
 _SLACK = 1.0  # dB by which noise that is added up may be above what is measured
 _OPERATORS = 100  # bytes of what decodes a weight
+_ROOM = 0.25  # of a range, beyond either end of it in 16 bits, which have steps to spare: other samples reach further
 WIDE = 16  # bits of what is kept wide
 
 
@@ -101,20 +99,21 @@ class Search:
     """A search on a job whose plan is solved.
 
     samples   the network is judged on
+    unseen    with ranges that have not seen them
     """
 
-    def __init__(self, job: Job, samples: Samples) -> None:
-        self.job, self.samples = job, samples
+    def __init__(self, job: Job, samples: Samples, unseen: Unseen | None = None) -> None:
+        self.job, self.samples, self.unseen = job, samples, unseen
         self.work = multiply_adds(job.graph, samples.feeds[0])
         self.total = max(float(sum(self.work.values())), 1.0)
         count = int(min(max(_ALONE / self.total, 1), _FEW))
-        self.few = samples.few(count)
+        self.few = (samples if unseen is None else samples.some(unseen.first)).few(count)
         least, most = _EVALUATIONS
         self.sets = FloatSets(job.graph, job.recipe, job.target, _MOST)
         self.base = self.sets.plan(())
         self._inputs = job.calibration.data.inputs if job.calibration.data is not None else []
         self.planned = Planned.of(job)
-        self.alone = Alone(self.planned, job.workers)
+        self.alone = self._alone(job.plan)
         self.weights = {layer.name: layer.weight for layer in self.planned.layers}
         self.kept = self._ports() if job.target.coded_ports else set[str]()  # in 8 bits
         most = max(most, len(self.planned.plan) // 2)  # where everything is quantized, there are many
@@ -122,9 +121,14 @@ class Search:
         self.noise: dict[str, Array] = {}  # of quantizers that were taken out
         self._layers: dict[str, tuple[str, ...]] = {}  # beside activations
 
+    def _alone(self, plan: Plan) -> Alone:
+        """Quantizers alone, with ranges that the few samples have not been seen by."""
+        plan = plan if self.unseen is None else self.unseen.cut(plan, int(self.unseen.places.min()))
+        return Alone(replace(self.planned, plan=plan), self.job.workers)
+
     def measured(self, found: Fallback) -> Fallback:
         """The same with the dB of each output of floats, of the network as it is written: the same on every machine."""
-        return replace(found, sqnr=decibels(self.job, self.samples, found.plan))
+        return replace(found, sqnr=decibels(self.job, self.samples, found.plan, self.unseen))
 
     def run(self, levels: Sequence[float], most: Sequence[float]) -> Fallback | None:
         """The network that reaches the highest of some levels, dB of each output; if none reaches the lowest, the best that
@@ -133,6 +137,31 @@ class Search:
         levels  ascending
         most    share of the multiply-adds that may be float for each of them
         """
+        wide = self._all_wide()
+        if wide is not None and wide.sqnr.min() < levels[0]:  # so that floats are needed, too
+            search = Search(replace(self.job, plan=wide.plan), self.samples, self.unseen)
+            after = search.searched(levels, most)
+            after = wide if after is None else replace(after, wide=wide.wide)
+            if after.sqnr.min() >= levels[0]:
+                return after
+            found = self.searched(levels, most)
+            return after if found is None or found.sqnr.min() < after.sqnr.min() else found
+        found = self.searched(levels, most)
+        if wide is not None and (found is None or found.work > 0 or found.sqnr.min() < levels[0]):
+            return wide
+        return found
+
+    def _all_wide(self) -> Fallback | None:
+        """All activations in 16 bits, where the target quantizes as a whole and has kernels for that beside 8 bits: floats
+        would cut the network there. None elsewhere."""
+        plan = self.job.plan
+        for name in self.planned.activations if self.job.target.whole else ():
+            plan |= self._widened(plan, name)
+        names = tuple(name for name in plan if plan[name] is not self.job.plan[name])
+        return self.measured(Fallback((), plan, (), (), names, (), 0.0, np.zeros(0))) if names else None
+
+    def searched(self, levels: Sequence[float], most: Sequence[float]) -> Fallback | None:
+        """`run` from the job's own plan."""
         now = self.measured(Fallback((), self.job.plan, (), (), (), (), 0.0, np.zeros(0)))
         best, reached = None, levels[0]
         if self.job.target.whole and now.sqnr.min() < reached:
@@ -166,7 +195,7 @@ class Search:
         found = None if found is None else self.measured(found)
         if found is None or found.sqnr.min() <= now.sqnr.min():
             return None
-        self.alone = Alone(replace(self.planned, plan=found.plan), self.job.workers)
+        self.alone = self._alone(found.plan)
         return found
 
     def given_back(self, found: Fallback | None, level: float) -> Fallback | None:
@@ -218,7 +247,7 @@ class Search:
         self.left -= len(parts)
         outputs = self.alone.outputs([part.names for part in parts], self.few)
         for part, values in zip(parts, outputs, strict=True):
-            part.noise, part.measured = 10 ** (-_decibels(self.few, values) / 10), True
+            part.noise, part.measured = 10 ** (-output_decibels(self.few, values) / 10), True
 
     def alive(self, parts: Sequence[Part], now: Fallback) -> list[Part]:
         """Parts without the quantizers that went with others, measured again."""
@@ -383,12 +412,19 @@ class Search:
             return Plan({})
         if target.centred(WIDE) and not target.centred(8):
             return Plan({})
+        if plan[name].bits >= WIDE:
+            return Plan({})
         group = next(g for g in self._groups(plan) if name in g.activations)
         layers = {y.name: y for y in self.job.graph.layers}
         rules = (self.job.target.rule(layers[n], plan[layers[n].weight], WIDE) for n in group.layers)
         if any(rule is None for rule in rules):
             return Plan({})
-        return Plan({n: from_range(*plan[n].value_range, replace(plan[n].request(), bits=WIDE)) for n in group.activations})
+        fixed, wider = natural_grids(self.job.graph, target, plan), {}
+        for n in group.activations:
+            low, high = plan[n].value_range
+            more = 0 if n in fixed else _ROOM * (high - low)
+            wider[n] = from_range(low - more if low < 0 else low, high + more, replace(plan[n].request(), bits=WIDE))
+        return Plan(wider)
 
     def _groups(self, plan: Plan) -> Sequence[Group]:
         return quantizer_groups(self.job.graph, plan, self.job.target)
@@ -413,21 +449,3 @@ def _lost(histogram: Histogram, spec: QuantSpec) -> float:
     spread = counts @ np.square(values - counts @ values) + ((histogram.high - histogram.low) / values.size) ** 2 / 12
     over = counts @ np.square(np.maximum(np.maximum(low - values, values - high), 0))
     return float((float(np.asarray(spec.scale)) ** 2 / 12 + over) / max(spread, 1e-30))
-
-
-def decibels(job: Job, samples: Samples, plan: Plan) -> Array:
-    """dB of each output of floats of a quantized network as it is written, the same on every machine; of each part of an
-    output that holds two things (`measure.unlike`)."""
-    session = runtimes.session(export(job.graph, plan, job.target), written=True, lean=True)
-    return _decibels(samples, samples.outputs(session, workers=job.workers))
-
-
-def judged(samples: Samples) -> list[str]:
-    """What `decibels` has a value of: outputs and parts of outputs, by name."""
-    return [part_name(name, part) for name, found in zip(samples.names, samples.parts, strict=True) for part in found]
-
-
-def _decibels(samples: Samples, outputs: Sequence[Sequence[Any]]) -> Array:
-    columns = zip(samples.reference, outputs, samples.parts, strict=True)
-    rows = [part_energies(y, z, part) for y, z, found in columns for part in found]
-    return np.array([energy_decibels(row) for row in rows])

@@ -73,10 +73,13 @@ class Verdict:
 
 class Judge:
     """Scores plans of a job's network on at most 32 samples, fewer where they are much work. The float outputs are computed
-    once."""
+    once.
 
-    def __init__(self, job: Job, samples: Samples) -> None:
-        self.job, self.samples = job, samples
+    numbers   of the samples, among all of the job's data
+    """
+
+    def __init__(self, job: Job, samples: Samples, numbers: Sequence[int] = ()) -> None:
+        self.job, self.samples, self.numbers = job, samples, list(numbers)
 
     @classmethod
     def of(cls, job: Job, *, apart: bool = True, work: float = WORK, least: int = 0) -> Judge | None:
@@ -100,7 +103,7 @@ class Judge:
         model = job.graph.model(weights)
         known = _float_outputs(job, model, weights, dict(zip(sorted(kept), feeds, strict=True)))
         samples = Samples.of(model, feeds, class_axis=job.class_axis, state=data.state, known=known)
-        return None if samples.random else cls(job, samples)
+        return None if samples.random else cls(job, samples, sorted(kept))
 
     def sqnr(self, plan: Plan, graph: Graph | None = None) -> float:
         """How near the outputs are to the float ones, in dB: the mean of `each`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from onnxq_plugins.errors import Reason, counted
@@ -12,8 +12,9 @@ from onnxq_plugins.layers.complete import activation_spec, complete
 from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.plan.grids import natural_grids
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.search.fallback import WIDE, Fallback, Search, decibels, judged
+from onnxq_plugins.search.fallback import WIDE, Fallback, Search
 from onnxq_plugins.search.judge import SAMPLES, TIE, Judge
+from onnxq_plugins.search.unseen import Unseen, decibels, judged
 from onnxq_plugins.spec import Array, Plan
 
 _CHECK = 3e9  # multiply-adds over the samples that a network is checked on; at most 32 samples
@@ -23,6 +24,7 @@ _MARGIN = 2.0  # dB by which saved outputs must be above what was not enough: ot
 _MOST = 0.25  # of the multiply-adds in float, where destroyed outputs are already saved
 _WORTH = 3.0  # dB that a fallback must gain that was not asked for
 _BETTER = 1.0  # dB that other ranges must gain
+_CLIPPED = 3.0  # dB that outputs lose by ranges that have not seen the samples: half of the noise
 _SAVED = 30.0  # dB that outputs of plain codes seldom have once layers in float have saved them
 _PLAIN = 8  # bits of weights whose codes need not be learned
 _LOST = 15.0  # dB under which that may cost any number of layers: less is warned of (`measure.verdict`)
@@ -47,14 +49,14 @@ def keep_quality(job: Job) -> Samples | None:
     names = [] if judge is None else judged(judge.samples)
     if judge is None or not names:
         return None
-    before = now = decibels(job, judge.samples, job.plan)
+    unseen = Unseen.of(job, judge.numbers)
+    before = now = decibels(job, judge.samples, job.plan, unseen)
     found, samples = None, judge.samples
     if learned and not quality.asked and before.min() < _SAVED and _no_narrower(job):
-        found = _as_plain(job, samples, before)
-    least = quality.least + (_MARGIN if job.target.whole and not quality.asked else 0.0)  # islands cost little
-    if found is None and before.min() < least:
-        now = _clipped(job, samples, before)
-        if now.min() < least:
+        found = _as_plain(job, samples, before, unseen)
+    if found is None and before.min() < quality.least:
+        now = _other_ranges(job, samples, before, unseen)
+        if now.min() < quality.least:
             search, levels = _search(job, judge, before, learned)
             found, samples = search.run(*levels), search.samples
             if found is not None and not quality.asked and not _worth(found, before, quality.least):
@@ -64,6 +66,7 @@ def keep_quality(job: Job) -> Samples | None:
         "asked": quality.sqnr,
         "met": bool(after.min() >= (quality.sqnr if quality.asked else quality.least)),
         "samples": len(samples.feeds),
+        **({} if unseen is None else {"unseen": True}),
         "sqnr": _table(judged(samples), after),
         **({} if found is None else {"before": _table(names, before), "work": round(found.work, 4)}),
         **({} if found is None else {"float": [*found.floats, *found.constants], "wide": list(found.wide)}),
@@ -74,7 +77,7 @@ def keep_quality(job: Job) -> Samples | None:
     elif now.min() < quality.least:
         worst = names[int(now.argmin())]
         job.note(
-            f"output '{worst}' has {now.min():.1f} dB on calibration samples, and no few layers in float make it much better"
+            f"output '{worst}' has {now.min():.1f} dB on {_samples(job)}, and no few layers in float make it much better"
             f"{_wider(job)}"
         )
     return judge.samples
@@ -92,10 +95,9 @@ def _search(job: Job, judge: Judge, before: Array, apart: bool) -> tuple[Search,
         judge = Judge.of(job, apart=apart, work=_SEARCH, least=_FEWEST) or judge
     first = min(quality.least + _MARGIN, quality.sqnr)
     levels = [quality.sqnr] if quality.asked else [first, (first + quality.sqnr) / 2, quality.sqnr]
-    lost = quality.asked or bool(
-        before.min() < (quality.least if job.target.whole else _LOST)
-    )  # whose layers come in chains
-    return Search(job, judge.samples), (levels, [1.0 if lost else _MOST, *[_MOST] * (len(levels) - 1)])
+    chains = before.min() < (quality.least if job.target.whole else _LOST)  # whose layers come in chains
+    shares = [1.0 if quality.asked or chains else _MOST, *[_MOST] * (len(levels) - 1)]
+    return Search(job, judge.samples, Unseen.of(job, judge.numbers)), (levels, shares)
 
 
 def _no_narrower(job: Job) -> bool:
@@ -103,7 +105,7 @@ def _no_narrower(job: Job) -> bool:
     return all(job.plan[y.weight].bits >= min(_PLAIN, job.target.code_bits) for y in Planned.of(job).layers)
 
 
-def _as_plain(job: Job, samples: Samples, before: Array) -> Fallback | None:
+def _as_plain(job: Job, samples: Samples, before: Array, unseen: Unseen | None) -> Fallback | None:
     """What saves plain codes and ranges in place of the job's, with the job's where that is better; None where plain ones
     need not be saved, or end below the job's all the same.
 
@@ -112,7 +114,8 @@ def _as_plain(job: Job, samples: Samples, before: Array) -> Fallback | None:
     quality, judge = job.recipe.quality, Judge.of(job, apart=False, work=_CHECK, least=_FEWEST)
     assert judge is not None
     plain = replace(job, report=Report())
-    starts = [(decibels(job, judge.samples, plan), plan) for plan in _plain(job, judge)]
+    others = Unseen.of(job, judge.numbers)
+    starts = [(decibels(job, judge.samples, plan, others), plan) for plan in _plain(job, judge)]
     start, plain.plan = max(starts, key=lambda one: float(one[0].min()))
     if start.min() >= quality.least:
         return None
@@ -121,12 +124,12 @@ def _as_plain(job: Job, samples: Samples, before: Array) -> Fallback | None:
     found = search.run(*levels)
     if found is None or not _worth(found, start, quality.least):
         return None
-    found = replace(found, sqnr=decibels(job, samples, found.plan))
+    found = replace(found, sqnr=decibels(job, samples, found.plan, unseen))
     if found.sqnr.min() <= before.min():
         return None
     both = search.made(job.plan, found.taken)
     if both is not None:
-        both = replace(both, sqnr=decibels(job, samples, both.plan))
+        both = replace(both, sqnr=decibels(job, samples, both.plan, unseen))
         found = found if both.sqnr.min() < found.sqnr.min() - TIE else both
     return found
 
@@ -142,12 +145,25 @@ def _plain(job: Job, judge: Judge) -> Iterator[Plan]:
         yield from (judge.completed(job.plan | requests), trial.plan)
 
 
-def _clipped(job: Job, samples: Samples, before: Array) -> Array:
-    """dB of the outputs with the ranges of least squared error, if these are better; the job's plan has them then."""
+def _other_ranges(job: Job, samples: Samples, before: Array, unseen: Unseen | None) -> Array:
+    """dB of the outputs with the ranges of least squared error, if these are better; with ranges that have room for other
+    samples, if values of those are clipped, which nothing else helps against. The job's plan has them then."""
     fixed = natural_grids(job.graph, job.target, job.plan)
-    ranges = least_squares(job, [name for name in Planned.of(job).activations if name not in fixed])
-    plan = job.plan | {n: activation_spec(ends, job.plan[n]) for n, ends in ranges.items()}
-    after = decibels(job, samples, plan)
+    names = [name for name in Planned.of(job).activations if name not in fixed]
+
+    def planned(ranges: Mapping[str, tuple[float, float]]) -> Plan:
+        return job.plan | {n: activation_spec(ends, job.plan[n]) for n, ends in ranges.items()}
+
+    clipped = before - before if unseen is None else decibels(job, samples, job.plan, unseen, seen=True) - before
+    if unseen is not None and clipped.max() >= _CLIPPED:
+        job.plan = planned(unseen.reach(names))
+        job.note(
+            f"output '{judged(samples)[int(clipped.argmax())]}' has {clipped.max():.1f} dB less on samples that ranges have "
+            "not seen, so that these are wider than the samples need; give more samples, above all with what is rare"
+        )
+        return decibels(job, samples, job.plan, unseen)
+    plan = planned(least_squares(job, names))
+    after = decibels(job, samples, plan, unseen)
     if after.min() < before.min() + _BETTER:
         return before
     job.plan = plan
@@ -188,9 +204,15 @@ def _apply(job: Job, found: Fallback, before: Array) -> None:
     ]
     job.note(
         f"8 bits leave the outputs {before.min():.1f} dB; {' and '.join(parts)} make that {found.sqnr.min():.1f} dB "
-        f"(worst output, on {where})"
+        f"(worst output, on {_samples(job)})"
         f"{'' if job.report['quality']['met'] else _wider(job)}"
     )
+
+
+def _samples(job: Job) -> str:
+    """What was judged on."""
+    quality = job.report["quality"]
+    return f"{quality['samples']} samples{', each with the ranges of others' if quality.get('unseen') else ''}"
 
 
 def _wider(job: Job) -> str:

@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import zipfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,12 +20,16 @@ from hypothesis import strategies as st
 from onnxq_plugins import OnnxqError, hookimpl, quantize, retarget, runtimes
 from onnxq_plugins.cli import app
 from onnxq_plugins.engine.plans import Solved, read_plan
+from onnxq_plugins.graph.bodies import all_graphs
 from onnxq_plugins.graph.opsets import opset_of
+from onnxq_plugins.measure import drift
 from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.targets import BUILTIN
 from onnxq_plugins.targets.misfits import misfits
+from onnxq_plugins.testing.exact import exact_session
 from onnxq_plugins.testing.models import make
 from tests.networks import feed_of, network
+from tests.test_branches import branching, samples
 from tests.zoo import cnn, examples, feeds, mobilenet
 
 TARGETS = {target.name: target for target in BUILTIN}
@@ -356,3 +361,33 @@ def test_a_result_all_in_float_is_known_as_quantized(folder):
     with pytest.raises(OnnxqError, match=r"already quantized \(it has weights in codes") as caught:
         quantize(folder / "stored.onnx", "int8", "d.npz")
     assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("target", ["qnn", "portable", "openvino"])
+def test_layers_inside_branches_are_written_as_in_a_direct_run(target, tmp_path):
+    model, data = branching(), samples(24)
+    file = quantize(model, "int8", data, check=False).save_plan(tmp_path / "branches.plan")
+    made, direct = retarget(file, target), quantize(model, "int8", data, target=target, check=False)
+
+    def operators(model):
+        return Counter(node.op_type for graph in all_graphs(model.graph) for node in graph.node)
+
+    assert operators(made.model) == operators(direct.model)
+    assert len(made.report.layers) == 6 and not any("float" in note for note in made.report.notes)
+    assert sum(n for what, n in made.report["changes"].items() if what.startswith("weights")) >= 6
+    onnx.checker.check_model(made.model, full_check=True)
+    for feed in samples(4, seed=1):
+        assert drift(run_exact(model, feed), run_exact(made.model, feed)) < 0.1
+    again = retarget(read_plan(file), target)  # the plan is left alone
+    assert again.model.SerializeToString() == made.model.SerializeToString()
+
+
+def test_a_plan_of_before_leaves_branches_in_float(tmp_path):
+    file = quantize(branching(), "int8", samples(24), check=False).save_plan(tmp_path / "branches.plan")
+    made = retarget(replace(read_plan(file), inside={}), "portable")
+    assert any("has nothing of the then branch of If 'choice'" in note for note in made.report.notes)
+    assert len(made.report.layers) == 2
+
+
+def run_exact(model, feed):
+    return exact_session(model).run(None, feed)

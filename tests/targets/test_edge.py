@@ -143,6 +143,19 @@ def test_shifts_of_channels_join_the_scales(target):
     assert ops(result.model)["Mul"] == ops(model)["Mul"] == 0
 
 
+@pytest.mark.parametrize("bits, kind", [(8, TensorProto.UINT8), (16, TensorProto.INT16)])
+def test_the_htp_takes_the_scale_of_a_normalization(bits, kind):
+    """Beside an int32 bias it refuses one of uint16."""
+    model = made(transformer(), "qnn", settings=[f"activations.bits={bits}"]).model
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    found = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
+    assert found
+    for node in found:
+        scale, bias = (types[makers[name].input[0]] for name in node.input[1:])
+        assert (scale, bias) == (kind, TensorProto.INT32)
+
+
 def test_settings_of_the_htp():
     result = made(cnn(), "qnn", settings=["target.qnn.soc_model=57"])
     assert result.target.settings == {"soc_model": 57, "htp_arch": 73}
