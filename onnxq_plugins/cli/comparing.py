@@ -24,6 +24,7 @@ from onnxq_plugins.measure.classes import labelled
 from onnxq_plugins.measure.metrics import chance, find_metric, metric_name, top1
 from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
 from onnxq_plugins.report.comparison import check_ranks, in_order, shared_inputs, truth
+from onnxq_plugins.report.summary import sizes
 
 CompareMetric = Annotated[
     str,
@@ -94,11 +95,8 @@ class Judged:
             echo(f"{self.metric}: {self.values[0]:.2f} -> {self.values[1]:.2f}")
         for note in self.notes:
             notify(f"note: {note}")
-        sizes, times = ([f"{x:.{d}f}" for x in xs] for xs, d in (([n / 1e6 for n in self.bytes], 2), (self.milliseconds, 3)))
-        echo(
-            f"{self.samples} samples | {' -> '.join(sizes)} MB | {' -> '.join(times)} ms "
-            f"({self.speed:.2f}x, one sample a run, 1 thread)"
-        )
+        times = " -> ".join(f"{ms:.3f}" for ms in self.milliseconds)
+        echo(f"{self.samples} samples | {sizes(*self.bytes)} | {times} ms ({self.speed:.2f}x, one sample a run, 1 thread)")
 
 
 def compare_command(

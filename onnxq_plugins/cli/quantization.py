@@ -16,6 +16,7 @@ from rich.table import Table
 from onnxq_plugins import runtimes
 from onnxq_plugins.cli.console import echo, fail, float_lines, notify, show, track
 from onnxq_plugins.cli.exporting import other_targets, target_names, target_paths, tell
+from onnxq_plugins.cli.matrix import add_runtimes
 from onnxq_plugins.cli.options import (
     ClassAxis,
     ClusterOptions,
@@ -182,6 +183,8 @@ def quantize_command(
             trace=notify if trace else None,
         )
     others = {} if result.missed and not goals.keep else other_targets(result, names[1:], several, outputs.save_plan)
+    if outputs.page_numbers is not None:
+        add_runtimes(result, others, test, track)
     notes, lines = _write_extras(outputs, result, model.name, test, work.workers)
     for name, one in others.items():
         tell(one, several[name])
