@@ -64,8 +64,10 @@ class Cell:
             if ops and self.recipe != FLOAT:
                 named = ", ".join(f"{n} {op}" for op, n in ops.most_common(_NAMED)) + ", ..." * (len(ops) > _NAMED)
                 parts.append(f"{words}: {named}")
-        reasons = Counter(each.why for each in self.proof.inspection.operators if each.why)
-        parts += [f"{n} x {why}" for why, n in reasons.most_common(2)]
+        reasons = Counter((each.op, each.why) for each in self.proof.inspection.operators if each.why)
+        parts += [f"{n} {op}: {why}" for (op, why), n in reasons.most_common(_NAMED)]
+        if len(reasons) > _NAMED:
+            parts.append(f"{sum(reasons.values())} with a reason in all, onnxq audit names them")
         facts = self.proof.inspection.facts
         parts += [f"{name} {value}" for name, value in facts.items() if name != "version" and value not in ("", None)]
         return "; ".join(parts)
