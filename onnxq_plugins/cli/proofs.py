@@ -37,6 +37,8 @@ def show_proof(proof: Proof, audit: Audit | None) -> None:
         rest = [row.name + (f" ({row.why})" if row.why else "") for row in rows if row.kind != "integer" or row.why]
         named = ", ".join(rest[:_NAMED]) + (", ..." if len(rest) > _NAMED else "")
         table.add_row(escape(op), where, *counts, escape(named), style="yellow" if rest else None)
+    if audit is None:
+        echo("")
     if groups:
         show(table)
     if moves := sum(each.kind == "moves" for each in proof.inspection.operators):

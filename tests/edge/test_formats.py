@@ -136,6 +136,18 @@ def test_litert_micro_computes_what_litert_computes(which, request):
     assert len(calls.split()) == int(size) and {"AddConv2D();", "AddDepthwiseConv2D();", "AddMean();"} <= {*calls.split()}
 
 
+def test_the_program_of_the_page_adds_what_the_audit_lists(codes):
+    pytest.importorskip("tflite_micro", reason="needs tflite-micro")
+    page = (Path(__file__).parents[2] / "docs" / "edge-litert.md").read_text("utf-8")
+    ((size, body),) = re.findall(r"MicroMutableOpResolver<(\d+)> operators;\n(.*?)  static", page, re.DOTALL)
+    told = onnxq.audit(codes, runtime="litert-micro").proof.inspection.facts
+    assert told["resolver"] in page
+    assert re.findall(r"Add\w+\(\);", body) == re.findall(r"Add\w+\(\);", told["resolver"])
+    assert int(size) == body.count("operators.")
+    arena = re.search(r"arena\[(\d+) \* 1024\]", page)
+    assert told["arena kB"] < int(arena[1])
+
+
 def test_what_a_resolver_is_told():
     ops = ["CONV_2D", "RESIZE_NEAREST_NEIGHBOR", "PADV2", "BATCH_MATMUL", "RELU6", "SPLIT_V", "CONV_2D"]
     assert resolver(ops) == (
