@@ -62,12 +62,10 @@ class Cell:
         for kind, words in (("fake", "decoded and computed in float"), (FLOAT, "float in the file")):
             ops = Counter(each.op for each in self.proof.inspection.operators if each.kind == kind)
             if ops and self.recipe != FLOAT:
-                named = ", ".join(f"{n} {op}" for op, n in ops.most_common(_NAMED)) + ", ..." * (len(ops) > _NAMED)
-                parts.append(f"{words}: {named}")
-        reasons = Counter((each.op, each.why) for each in self.proof.inspection.operators if each.why)
-        parts += [f"{n} {op}: {why}" for (op, why), n in reasons.most_common(_NAMED)]
-        if len(reasons) > _NAMED:
-            parts.append(f"{sum(reasons.values())} with a reason in all, onnxq audit names them")
+                parts.append(f"{words}: {_named(ops.elements())}")
+        explained = [each for each in self.proof.inspection.operators if each.why]
+        for why, _ in Counter(each.why for each in explained).most_common(_NAMED):
+            parts.append(f"{why}: {_named(each.op for each in explained if each.why == why)}")
         facts = self.proof.inspection.facts
         parts += [f"{name} {value}" for name, value in facts.items() if name != "version" and value not in ("", None)]
         return "; ".join(parts)
@@ -81,6 +79,12 @@ class Cell:
         shown = [_number(self.agreement, 1), _decibels(self.proof), _number(self.decibels, 1)]
         time = _number(self.proof.inspection.milliseconds, 2)
         return (self.recipe, self.target, self.runtime, *numbers, *shown, time, self.note.removeprefix("; "))
+
+
+def _named(ops: Iterable[str]) -> str:
+    """Operators in words, those that there are most of."""
+    counts = Counter(ops)
+    return ", ".join(f"{n} {op}" for op, n in counts.most_common(_NAMED)) + ", ..." * (len(counts) > _NAMED)
 
 
 @dataclass(frozen=True)

@@ -376,12 +376,13 @@ class Search:
         return spec if rule is not None and rule.storage == "float" else None
 
     def _widened(self, plan: Plan, name: str) -> Plan:
-        """Entries of 16 bits for all that shares the width of an activation; none where the target lacks kernels, or has
-        them for codes around 0 alone, and others in 8 bits: such kernels read and write one width."""
+        """Entries of 16 bits for all that shares the width of an activation; none where the target lacks kernels, or
+        quantizes as a whole: kernels of such runtimes read and write one width (QNN computes layers between two in float,
+        and its simulator otherwise at each run)."""
         target = self.job.target
         if WIDE not in target.activation_bits or self.job.graph.is_constant(name):
             return Plan({})
-        if target.centred(WIDE) and not target.centred(8):
+        if target.whole:
             return Plan({})
         group = next(g for g in self._groups(plan) if name in g.activations)
         layers = {y.name: y for y in self.job.graph.layers}
