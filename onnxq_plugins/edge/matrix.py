@@ -237,7 +237,7 @@ class _Proving:
 
     def _quantized(self, recipe: str, target: Target) -> onnx.ModelProto:
         """What was made for a target that differs in the format alone, or else made now; statistics are shared by all."""
-        rules = replace(target, name="", doc="", write=None, runtime=None, settings={}, configure=None, suffix="")
+        rules = replace(target, name="", doc="", write=None, runtime=None, configure=None, suffix="")
         known = next((made for name, same, made in self.made if name == recipe and same == rules), None)
         if known is not None:
             return known

@@ -118,6 +118,24 @@ def test_limits_and_json_of_other_runtimes(onnxq):
     assert code == 1 and "missed: classifier in integers" in err
 
 
+def test_inputs_that_must_be_codes_are_not_scaled_behind_them(tmp_path):
+    """Features of very different size, which get a Mul elsewhere."""
+    pytest.importorskip("flatbuffers", reason="needs the extra litert")
+    pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
+    from tests.zoo import mlp, rows
+
+    model = mlp()
+    data = rows(model, 16)
+    data[..., 0] *= 100
+    recipe = {"pass": [{"use": "scale-inputs"}]}
+    name = model.graph.input[0].name
+    there = onnxq.quantize(model, recipe, data, target="ort-cpu", check=False)
+    assert any(node.op_type == "Mul" for node in there.model.graph.node) and name not in there.plan
+    made = onnxq.quantize(model, recipe, data[:, :], target="ethos-u", check=False)
+    made.save(tmp_path / "m.tflite")
+    assert name in made.plan
+
+
 # ---- LiteRT Micro ---------------------------------------------------------------------------------------------------------
 
 
