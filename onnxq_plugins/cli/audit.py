@@ -15,7 +15,7 @@ from onnxq_plugins.cli.console import echo, fail, few, notify, show
 from onnxq_plugins.cli.limits import GateOptions, Limit
 from onnxq_plugins.cli.options import CustomOps, DataPath, ImageOptions, Model, ShapeList, read_shapes
 from onnxq_plugins.cli.proofs import runtime_settings, show_proof
-from onnxq_plugins.edge.audits import SAMPLES
+from onnxq_plugins.edge.audits import HERE, SAMPLES
 from onnxq_plugins.edge.audits import audit as audit_of
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.export.provenance import recipe_of
@@ -23,19 +23,26 @@ from onnxq_plugins.graph.reading import read
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.runtimes.audit import Audit
 from onnxq_plugins.runtimes.changes import what_to_change
+from onnxq_plugins.runtimes.runtime import Proof
 from onnxq_plugins.runtimes.spending import Spent, classes
 from onnxq_plugins.targets.misfits import misfits
+
+_RUNTIMES = "onnxruntime (the default), openvino, qnn, web, tract, opencv, litert, litert-micro, vela"
 
 
 def audit_command(
     model: Model,
     *,
     against: Annotated[
-        Path | None, typer.Option(show_default=False, help="the float model: times and profiles both, interleaved")
+        Path | None,
+        typer.Option(
+            show_default=False,
+            help="the float model: times both, interleaved; other runtimes are compared with it",
+        ),
     ] = None,
     runtime: Annotated[
-        str, typer.Option("--runtime", help="onnxruntime, openvino, qnn, web, tract, opencv, or that of an installed target")
-    ] = "onnxruntime",
+        str, typer.Option("--runtime", show_default=False, help=f"{_RUNTIMES}, or that of an installed target")
+    ] = "",
     python: Annotated[str, typer.Option(show_default=False, help="a Python that has the runtime, if this one has not")] = "",
     settings: Annotated[
         list[str] | None,
@@ -61,8 +68,8 @@ def audit_command(
 ) -> None:
     """Show for every layer of MODEL which kernel runs it, and if that is a float kernel, why.
 
-    With --against, --data or --shape also where the time goes, and what to change first. Other runtimes than onnxruntime run
-    samples of --data, or random numbers, and are compared with it.
+    With --against, --data or --shape also where the time goes, and what to change first. A runtime that is named runs
+    samples of --data, or random numbers, and is compared with onnxruntime: on the same file, or on the model of --against.
     """
     gate.check_files({"model": model, "float model": against})
     if (gate.junit or gate.markdown) and not no_float:
@@ -79,13 +86,16 @@ def audit_command(
         settings=runtime_settings(settings, python),
         samples=samples,
     )
-    if audit.proof is not None:
-        show_proof(audit.proof, audit)
-        return
-    changes = what_to_change(audit, _placed(model))
+    elsewhere = audit.proof is not None and (runtime != HERE or bool(settings or python))
+    changes = [] if elsewhere else what_to_change(audit, _placed(model))
     if not gate.as_json:
-        _show(audit, changes, against, all_layers)
-    gate.tell(model.name, _in_integers(audit) if no_float else [], {**audit.to_dict(), "what_to_change": changes})
+        if not elsewhere:
+            _show(audit, changes, against, all_layers)
+        if audit.proof is not None:
+            show_proof(audit.proof, audit if elsewhere else None)
+    by_operator = model.suffix != ".onnx" or not audit.layers  # a file that has no layers of ours
+    limits = _in_integers(audit) if audit.proof is None or not by_operator else _operators_in_integers(audit.proof)
+    gate.tell(model.name, limits if no_float else [], {**audit.to_dict(), "what_to_change": changes})
 
 
 def _in_integers(audit: Audit) -> list[Limit]:
@@ -94,6 +104,15 @@ def _in_integers(audit: Audit) -> list[Limit]:
         Limit(f"{layer.name} in integers", f"{layer.kernel}{': ' * bool(layer.why)}{layer.why}", layer.quantized)
         for layer in audit.layers
         if layer.computes and not layer.kept
+    ]
+
+
+def _operators_in_integers(proof: Proof) -> list[Limit]:
+    """A limit for each operator of a file that has no layers of ours."""
+    return [
+        Limit(f"{each.name} in integers", f"{each.op}: {each.kind}{': ' * bool(each.why)}{each.why}", each.kind == "integer")
+        for each in proof.inspection.operators
+        if each.kind != "moves"
     ]
 
 

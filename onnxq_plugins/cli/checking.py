@@ -68,7 +68,7 @@ def check_command(
 
     With limits also whether what it makes of the model keeps them: the model is quantized, measured and thrown away.
     """
-    if model is None and recipe.endswith(".onnx"):
+    if model is None and Path(recipe).suffix in (".onnx", ".tflite", ".plan"):
         recipe, model = "int8", Path(recipe)
     if limits.given and (model is None or not data):
         raise OnnxqError("limits are for a model that is quantized and measured; give a model and --data.")

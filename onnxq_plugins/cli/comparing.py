@@ -25,6 +25,7 @@ from onnxq_plugins.measure.classes import labelled
 from onnxq_plugins.measure.metrics import chance, find_metric, metric_name, top1
 from onnxq_plugins.measure.samples import RANDOM, OutputScore, Samples
 from onnxq_plugins.report.comparison import check_ranks, in_order, shared_inputs, truth
+from onnxq_plugins.report.summary import sizes
 
 CompareMetric = Annotated[
     str,
@@ -98,9 +99,9 @@ class Judged:
             echo(f"{self.metric}: {self.values[0]:.2f} -> {self.values[1]:.2f}")
         for note in self.notes:
             notify(f"note: {note}")
-        sizes, times = ([f"{x:.{d}f}" for x in xs] for xs, d in (([n / 1e6 for n in self.bytes], 2), (self.milliseconds, 3)))
+        times = " -> ".join(f"{ms:.3f}" for ms in self.milliseconds)
         echo(
-            f"{counted(self.samples, 'sample')} of {self.where} | {' -> '.join(sizes)} MB | {' -> '.join(times)} ms "
+            f"{counted(self.samples, 'sample')} of {self.where} | {sizes(*self.bytes)} | {times} ms "
             f"({self.speed:.2f}x, one sample a run, 1 thread)"
         )
 

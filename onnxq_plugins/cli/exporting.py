@@ -18,6 +18,7 @@ from onnxq_plugins.engine.targets import Retargeted, for_targets, retarget
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import check_writable, save_model, write_file, writing
 from onnxq_plugins.plugins import find_plugins
+from onnxq_plugins.report.summary import set_size
 
 Plan = Annotated[
     Path,
@@ -101,6 +102,7 @@ def write_all(made: Mapping[str, Result | Retargeted], places: Mapping[str, Path
             save_model(one.model, path)
         else:
             write_file(content, path)
+            set_size(one.report, len(content))
 
 
 def _own_format(one: Result | Retargeted, path: Path) -> bool:

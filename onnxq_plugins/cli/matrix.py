@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -13,17 +14,25 @@ from rich.table import Table
 
 from onnxq_plugins.cli.console import echo, show, track
 from onnxq_plugins.cli.options import CustomOps, DataPath, ImageOptions, Model, check_outputs, data_option, output_option
+from onnxq_plugins.data import Data
 from onnxq_plugins.edge.audits import SAMPLES
-from onnxq_plugins.edge.matrix import COLUMNS, Matrix, matrix
-from onnxq_plugins.edge.page import page
+from onnxq_plugins.edge.matrix import COLUMNS, Matrix, in_runtimes, matrix
+from onnxq_plugins.edge.page import LEGEND, page
+from onnxq_plugins.engine import Result
+from onnxq_plugins.engine.targets import Retargeted
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.files import write_file
+from onnxq_plugins.parallel import Track, silent
+from onnxq_plugins.report.diagnosis import samples_of
 
 _WRITERS: dict[str, Callable[[Matrix, str], str]] = {
     ".html": page,
     ".json": lambda found, title: json.dumps({"model": title, **found.to_dict()}, indent=2) + "\n",
     ".md": lambda found, title: f"# {title}\n\n{found.samples} samples; {found.machine}.\n\n{found.markdown()}",
 }
+
+
+_FEW = 8  # samples that runtimes run for a report
 
 
 def matrix_command(
@@ -90,6 +99,37 @@ def runtime_tables(given: list[str]) -> dict[str, dict[str, str]]:
             raise OnnxqError(f"--set {text}: give RUNTIME.KEY=VALUE, such as --set qnn.soc_model=60.")
         tables.setdefault(runtime, {})[key] = value.strip()
     return tables
+
+
+def add_runtimes(result: Result, others: Mapping[str, Retargeted], data: Data | None, track: Track = silent) -> None:
+    """Add what the runtimes of a result's targets say to its report, if they have kernels of their own or are several.
+
+    others   the result for further targets
+    data     samples to judge by; None for those that it was calibrated with
+    """
+    made: list[Result | Retargeted] = [result, *others.values()]
+    if not others and not result.target.own_kernels:
+        return
+    pairs = [(one.target, one.model) for one in made]
+    try:
+        found = in_runtimes(
+            result.recipe_name or "of your own", pairs, result.original, samples_of(result, data), None, _FEW, track
+        )
+    except OnnxqError as error:
+        result.report.add_section("Runtimes", f"Not asked: {error}")
+        return
+    whose = "" if data else ", of those that it was calibrated with"
+    text = f"{LEGEND} {found.samples} samples{whose}; {found.machine}. onnxq matrix asks all runtimes."
+    if found.cells:
+        result.report.add_section("Runtimes", text, COLUMNS[1:], [[*map(_value, cell.row()[1:])] for cell in found.cells])
+
+
+def _value(text: str) -> str | int | float:
+    """A number where a cell is one, so that pages set it like one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _show(found: Matrix) -> None:

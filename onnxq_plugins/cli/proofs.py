@@ -24,8 +24,8 @@ def runtime_settings(given: list[str] | None, python: str = "") -> dict[str, str
     return told
 
 
-def show_proof(proof: Proof, audit: Audit) -> None:
-    """Print how each kind of operator runs, and how near the outputs are."""
+def show_proof(proof: Proof, audit: Audit | None) -> None:
+    """Print how each kind of operator runs, and how near the outputs are; with an audit, what became of layers."""
     kinds = ("integer", "fake", "float")
     table = Table("operator", "where", *kinds, "not integer, or not where it should be", box=None, header_style="bold")
     groups: dict[tuple[str, str], list[Executed]] = {}
@@ -37,10 +37,12 @@ def show_proof(proof: Proof, audit: Audit) -> None:
         rest = [row.name + (f" ({row.why})" if row.why else "") for row in rows if row.kind != "integer" or row.why]
         named = ", ".join(rest[:_NAMED]) + (", ..." if len(rest) > _NAMED else "")
         table.add_row(escape(op), where, *counts, escape(named), style="yellow" if rest else None)
+    if audit is None:
+        echo("")
     if groups:
         show(table)
     if moves := sum(each.kind == "moves" for each in proof.inspection.operators):
         echo(f"\nbeside them {moves} that compute nothing: conversions, copies, shapes")
-    if audit.layers:
+    if audit is not None and audit.layers:
         echo(audit.summary)
     echo(f"{proof.runtime}: {proof.text}")

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +16,7 @@ from rich.table import Table
 from onnxq_plugins import runtimes
 from onnxq_plugins.cli.console import echo, fail, float_lines, notify, show, track
 from onnxq_plugins.cli.exporting import other_targets, target_names, target_paths, tell
+from onnxq_plugins.cli.matrix import add_runtimes
 from onnxq_plugins.cli.options import (
     ClassAxis,
     ClusterOptions,
@@ -37,6 +38,7 @@ from onnxq_plugins.cli.options import (
 )
 from onnxq_plugins.data import Data, DataOptions
 from onnxq_plugins.engine import Result, quantize
+from onnxq_plugins.engine.targets import Retargeted
 from onnxq_plugins.errors import OnnxqError, counted
 from onnxq_plugins.export.compact import check_names
 from onnxq_plugins.export.overrides import ort_model, ort_overrides
@@ -182,7 +184,7 @@ def quantize_command(
             trace=notify if trace else None,
         )
     others = {} if result.missed and not goals.keep else other_targets(result, names[1:], several, outputs.save_plan)
-    notes, lines = _write_extras(outputs, result, model.name, test, work.workers)
+    notes, lines = _write_extras(outputs, result, others, model.name, test, work.workers)
     for name, one in others.items():
         tell(one, several[name])
     _show_result(result, path, goals.keep, notes, lines)
@@ -281,16 +283,24 @@ def _open_test(model: Path, test: str, options: DataOptions, float32: bool) -> D
 
 
 def _write_extras(
-    outputs: OutputOptions, result: Result, name: str, test: Data | None, workers: int
+    outputs: OutputOptions,
+    result: Result,
+    others: Mapping[str, Retargeted],
+    name: str,
+    test: Data | None,
+    workers: int,
 ) -> tuple[list[str], list[str]]:
     """Write the report, the curve and the overrides; print the curve. Returns notes, and a line about each.
 
-    name   of the model's file
+    others   the result for further targets
+    name     of the model's file
     """
     notes: list[str] = []
     lines: list[str] = []
     if outputs.report is not None:
         start = time.perf_counter()
+        if is_page(outputs.report):
+            add_runtimes(result, others, test, track)
         command = shlex.join(["onnxq", *sys.argv[1:]])
         write_report(result, outputs.report, test, name=name, command=command, workers=workers or None, track=track)
         numbers = f", {outputs.page_numbers}" if outputs.page_numbers else ""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from onnxq_plugins import runtimes
-from onnxq_plugins.data import DataOptions, Source, model_inputs, open_data
+from onnxq_plugins.data import DataOptions, Input, Source, model_inputs, open_data
 from onnxq_plugins.edge.known import find_runtime, told
 from onnxq_plugins.edge.proof import prove
 from onnxq_plugins.errors import TABLE, OnnxqError, Reason, expects
@@ -20,12 +21,14 @@ from onnxq_plugins.graph.models import Model
 from onnxq_plugins.graph.reading import read
 from onnxq_plugins.plugins import find_plugins
 from onnxq_plugins.runtimes.audit import Audit, LayerAudit
-from onnxq_plugins.runtimes.audits import RUNTIMES, file_or_proto
 from onnxq_plugins.runtimes.audits import audit as audit_here
+from onnxq_plugins.runtimes.audits import file_or_proto
 from onnxq_plugins.runtimes.examples import examples
+from onnxq_plugins.runtimes.onnxruntime import ONNXRUNTIME
 from onnxq_plugins.runtimes.runtime import Executed, Proof, Runtime
 from onnxq_plugins.spec import Array
 
+HERE = "onnxruntime"
 SAMPLES = 16  # that a runtime is asked with: simulators are slow
 
 
@@ -34,7 +37,7 @@ def audit(
     model: Model,
     against: Model | None = None,
     *,
-    runtime: str | Runtime = "onnxruntime",
+    runtime: str | Runtime = "",
     data: Source | None = None,
     options: DataOptions | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
@@ -46,26 +49,34 @@ def audit(
     model     QDQ (or any) model: a path, ModelProto, bytes, Graph, ONNXProgram or onnx_ir.Model; the path of a file of
               another format for a runtime that reads it
     against   onnxruntime: the float model; both are timed, in turn, one thread. Other runtimes: the model whose outputs in
-              onnxruntime theirs are compared with; the model itself by default
-    runtime   onnxruntime, openvino, qnn, web, tract, opencv, or one that an installed target brings; or a `Runtime`
+              onnxruntime theirs are compared with; the model itself by default, and nothing for a file of another format
+    runtime   onnxruntime, openvino, qnn, web, tract, opencv, litert-micro, or one that an installed target brings; or a
+              `Runtime`. By default the kernels of onnxruntime; where it is named and there are samples, it is asked as other
+              runtimes are, besides
     data, options, shapes   samples, or shapes of inputs. onnxruntime times the models on the first; other runtimes run
               `samples` of them at most, or without any one of random numbers
-    settings  of the runtime, such as ``{"soc_model": 60}``; onnxruntime with settings is asked as other runtimes are
+    settings  of the runtime, such as ``{"soc_model": 60}``; onnxruntime with settings is only asked as other runtimes are
 
     Raises OnnxqError for what is no model, and if the runtime is not installed, or cannot load or run it.
     """
     if not isinstance(runtime, (str, Runtime)):
         raise OnnxqError(f"runtime = {runtime!r:.80} must be text.")
-    plain = not settings and (runtime == "onnxruntime" or (runtime == "openvino" and data is None))
-    if isinstance(runtime, str) and runtime in RUNTIMES and plain:
-        return audit_here(model, against, runtime=runtime, data=data, options=options, shapes=shapes)
+    if isinstance(runtime, str) and not settings and (runtime in ("", HERE) or (runtime == "openvino" and data is None)):
+        found = audit_here(model, against, runtime=runtime or HERE, data=data, options=options, shapes=shapes)
+        if runtime != HERE or data is None:
+            return found
+        there = audit(model, against, runtime=ONNXRUNTIME, data=data, options=options, shapes=shapes, samples=samples)
+        return replace(found, proof=there.proof)
     asked = find_runtime(runtime, find_plugins()) if isinstance(runtime, str) else runtime
     given = told(asked, settings or {})
     with tempfile.TemporaryDirectory() as scratch:
         file = _file(model, Path(scratch) / "model.onnx", asked.suffix)
         beside = None if against is None else _file(against, Path(scratch) / "against.onnx", ".onnx")
         known = beside or (file if file.suffix == ".onnx" else None)
-        feeds, random = _samples(known, data, options, shapes, samples)
+        if known is None and asked.inputs is not None:
+            feeds, random = _own_samples(asked.inputs(file), data, options, shapes, samples), False
+        else:
+            feeds, random = _samples(known, data, options, shapes, samples)
         proof = prove(asked, file, feeds, given, beside, random)
         return _audit(proof, None if known is None else read(known))
 
@@ -101,6 +112,24 @@ def _samples(
         return [*itertools.islice(examples([read(model)], shapes), 1)], True
     found = open_data(data, model_inputs(read(model)), options)
     return [*itertools.islice(runtimes.rolled(found, lambda: runtimes.session(model)), samples or None)], False
+
+
+def _own_samples(
+    inputs: Sequence[Input],
+    data: Source | None,
+    options: DataOptions | None,
+    shapes: Mapping[str, Sequence[int]] | None,
+    samples: int,
+) -> list[Mapping[str, Array]]:
+    """The first samples for a file that says itself what it takes; none without data."""
+    if shapes:
+        raise OnnxqError("--shape is for inputs of open sizes; those of this file are fixed. Leave it out.")
+    if data is None:
+        return []
+    found = open_data(data, inputs, options)
+    if found.state and not found.complete:
+        raise OnnxqError("samples that leave states out need the ONNX model, which computes them; give it by --against.")
+    return [*itertools.islice(found, samples or None)]
 
 
 def _audit(proof: Proof, model: onnx.ModelProto | None) -> Audit:

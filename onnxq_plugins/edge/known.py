@@ -7,6 +7,7 @@ from typing import Any
 
 from onnxq_plugins.errors import OnnxqError, known
 from onnxq_plugins.plugins import Plugins
+from onnxq_plugins.runtimes.micro import MICRO
 from onnxq_plugins.runtimes.onnxruntime import ONNXRUNTIME
 from onnxq_plugins.runtimes.opencv import OPENCV
 from onnxq_plugins.runtimes.openvino import OPENVINO
@@ -15,7 +16,7 @@ from onnxq_plugins.runtimes.runtime import Runtime
 from onnxq_plugins.runtimes.tract import TRACT
 from onnxq_plugins.runtimes.web import WEB
 
-BUILTIN = (ONNXRUNTIME, OPENVINO, QNN, WEB, TRACT, OPENCV)
+BUILTIN = (ONNXRUNTIME, OPENVINO, QNN, WEB, TRACT, OPENCV, MICRO)
 
 
 def known_runtimes(plugins: Plugins) -> dict[str, Runtime]:

@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,13 @@ class Cell:
         for kind, words in (("fake", "decoded and computed in float"), (FLOAT, "float in the file")):
             ops = Counter(each.op for each in self.proof.inspection.operators if each.kind == kind)
             if ops and self.recipe != FLOAT:
-                named = ", ".join(f"{n} {op}" for op, n in ops.most_common(_NAMED)) + ", ..." * (len(ops) > _NAMED)
-                parts.append(f"{words}: {named}")
-        reasons = Counter(each.why for each in self.proof.inspection.operators if each.why)
-        parts += [f"{n} x {why}" for why, n in reasons.most_common(2)]
+                parts.append(f"{words}: {_named(ops.elements())}")
+        explained = [each for each in self.proof.inspection.operators if each.why]
+        for why, _ in Counter(each.why for each in explained).most_common(_NAMED):
+            parts.append(f"{why}: {_named(each.op for each in explained if each.why == why)}")
         facts = self.proof.inspection.facts
         parts += [f"{name} {value}" for name, value in facts.items() if name != "version" and value not in ("", None)]
-        return "; ".join(parts) + "; identical to onnxruntime" * (self.proof.identical and self.runtime != ONNXRUNTIME.name)
+        return "; ".join(parts)
 
     def row(self) -> tuple[str, ...]:
         """Cells as text, in the order of `COLUMNS`."""
@@ -79,6 +79,12 @@ class Cell:
         shown = [_number(self.agreement, 1), _decibels(self.proof), _number(self.decibels, 1)]
         time = _number(self.proof.inspection.milliseconds, 2)
         return (self.recipe, self.target, self.runtime, *numbers, *shown, time, self.note.removeprefix("; "))
+
+
+def _named(ops: Iterable[str]) -> str:
+    """Operators in words, those that there are most of."""
+    counts = Counter(ops)
+    return ", ".join(f"{n} {op}" for op, n in counts.most_common(_NAMED)) + ", ..." * (len(counts) > _NAMED)
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def matrix(
         inputs = model_inputs(read(source))
         calibration = open_data(data, inputs, options)
         feeds = _alike(calibration if test is None else open_data(test, inputs, options), samples)
-        proving = _Proving(source, Path(scratch), calibration, feeds, given)
+        proving = _Proving(source, Path(scratch), feeds, given, calibration)
         cells = [proving.float_cell()]
         todo = [
             (recipe, target, target.runtime)
@@ -153,15 +159,45 @@ def matrix(
     return Matrix(tuple(cells), len(feeds), machine_name())
 
 
+def in_runtimes(
+    recipe: str,
+    made: Iterable[tuple[Target, onnx.ModelProto]],
+    model: Model,
+    data: Data,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    samples: int = SAMPLES,
+    track: Track = silent,
+) -> Matrix:
+    """The matrix of what a recipe has made already: a QDQ model for each target. Targets without a runtime are left out.
+
+    model   the float model
+    data    samples to judge by, as for `matrix`
+
+    Raises OnnxqError if onnxruntime does not run the float model.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        source, feeds = _source(model, Path(scratch)), _alike(data, samples)
+        proving = _Proving(source, Path(scratch), feeds, settings or {})
+        todo = [(recipe, target, target.runtime, one) for target, one in made if target.runtime is not None]
+        cells = tuple(proving.proven(*each) for each in track(todo, "asking runtimes", len(todo)))
+    return Matrix(cells, len(feeds), machine_name())
+
+
 class _Proving:
-    """A float model, the samples, and what onnxruntime says of them."""
+    """A float model, the samples to judge by, and what onnxruntime says of them."""
 
     def __init__(
-        self, source: Path, folder: Path, calibration: Data, feeds: list[Mapping[str, Array]], given: Mapping[str, Any]
+        self,
+        source: Path,
+        folder: Path,
+        feeds: list[Mapping[str, Array]],
+        given: Mapping[str, Any],
+        calibration: Data | None = None,
     ) -> None:
-        self.source, self.folder, self.calibration, self.feeds, self.given = source, folder, calibration, feeds, given
+        self.source, self.folder, self.feeds, self.given, self.calibration = source, folder, feeds, given, calibration
         self.names, self.exact = expected(source, feeds)
         self.missing: dict[str, str] = {}  # runtime -> that it is not installed
+        self.made: list[tuple[str, Target, onnx.ModelProto]] = []  # by recipe and target
 
     def float_cell(self) -> Cell:
         """The float model in onnxruntime."""
@@ -170,26 +206,47 @@ class _Proving:
 
     def cell(self, recipe: str, target: Target, runtime: Runtime) -> Cell:
         """A recipe for a target, quantized, written and run."""
-        if runtime.name in self.missing:
-            return Cell(recipe, target.name, runtime.name, why=self.missing[runtime.name])
         try:
-            made = self._quantized(recipe, target)
+            if why := runtime.missing(told(runtime, self.given.get(runtime.name, {}))):
+                self.missing[runtime.name] = why
+            made = None if runtime.name in self.missing else self._quantized(recipe, target)
+        except OnnxqError as error:
+            return self._failed(recipe, target, runtime, error)
+        return self.proven(recipe, target, runtime, made)
+
+    def proven(self, recipe: str, target: Target, runtime: Runtime, made: onnx.ModelProto | None) -> Cell:
+        """What is made for a target, written and run; None where the runtime is missing."""
+        if runtime.name in self.missing or made is None:
+            return Cell(recipe, target.name, runtime.name, why=self.missing[runtime.name])
+        given = {key: value for key, value in target.settings.items() if key in runtime.settings}
+        try:
             onnx.save(made, str(beside := self.folder / "quantized.onnx"))
             file = save(target, made, self.folder / f"{target.name}{target.suffix}")
-            proof = prove(runtime, file, self.feeds, told(runtime, self.given.get(runtime.name, {})), beside)
+            proof = prove(runtime, file, self.feeds, told(runtime, given | {**self.given.get(runtime.name, {})}), beside)
             theirs = proof.inspection.outputs
             agreement, decibels = distance(self.exact, self._ordered(theirs)) if theirs else (None, None)
         except OnnxqError as error:
-            why = " ".join(error.problems)
-            if runtime.install in why:
-                self.missing[runtime.name] = why
-            return Cell(recipe, target.name, runtime.name, why=why)
+            return self._failed(recipe, target, runtime, error)
         return Cell(recipe, target.name, runtime.name, proof, "", decibels, agreement)
 
+    def _failed(self, recipe: str, target: Target, runtime: Runtime, error: OnnxqError) -> Cell:
+        why = " ".join(error.problems)
+        if runtime.install in why:
+            self.missing[runtime.name] = why
+        return Cell(recipe, target.name, runtime.name, why=why)
+
     def _quantized(self, recipe: str, target: Target) -> onnx.ModelProto:
+        """What was made for a target that differs in the format alone, or else made now; statistics are shared by all."""
+        rules = replace(target, name="", doc="", write=None, runtime=None, configure=None, suffix="")
+        known = next((made for name, same, made in self.made if name == recipe and same == rules), None)
+        if known is not None:
+            return known
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OnnxqWarning)
-            return quantize(self.source, recipe, self.calibration, target=target.name, check=False).model
+            cache = self.folder / "calibration"
+            made = quantize(self.source, recipe, self.calibration, target=target.name, cache=cache, check=False).model
+        self.made.append((recipe, rules, made))
+        return made
 
     def _ordered(self, outputs: Sequence[Mapping[str, Array]]) -> Outputs:
         return gathered(self.names, outputs)

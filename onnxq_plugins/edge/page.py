@@ -19,10 +19,11 @@ th, td { border-bottom: 1px solid var(--rule); padding: .3rem .7rem; text-align:
 td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr.none { background: var(--mark); }
 """
-_LEAD = (
-    "Each recipe, written for each target and run in the runtime that the target is for. integer, fake, float: operators "
-    "that compute on codes, decode them and compute in float, or were never quantized, as the runtime itself tells. dB: the "
-    "worst output against onnxruntime on the same file; dB float, same class: against the float model. ms: one thread."
+LEGEND = (
+    "Run in the runtime that the target is for. integer, fake, float: operators that compute on codes, decode codes and "
+    "compute in float, or are float in the file, as the runtime itself tells. dB: the worst output against onnxruntime on "
+    "the same QDQ model; dB float, same class (where outputs are classes): against the float model. ms: one thread. Vela "
+    "compiles and runs nothing, and times of QNN's simulator mean nothing: no numbers there."
 )
 
 
@@ -35,7 +36,7 @@ def page(matrix: Matrix, title: str) -> str:
         + "</tr>"
         for cell in matrix.cells
     )
-    about = f"{_LEAD} {matrix.samples} samples; {matrix.machine}."
+    about = f"Each recipe, written for each target. {LEGEND} {matrix.samples} samples; {matrix.machine}."
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"

@@ -37,12 +37,13 @@ def prove(
     found = runtime.inspect(file, samples, settings)
     beside = reference or (file if file.suffix == ".onnx" else None)
     if beside is None or not found.outputs:
-        return Proof(runtime.name, found, len(found.outputs), random)
+        return Proof(runtime.name, found, len(found.outputs), random, against="")
     names, exact = expected(beside, samples)
     theirs = gathered(names, found.outputs)
     agreement, decibels = distance(exact, theirs)
     same = all(np.array_equal(y, z) for a, b in zip(exact, theirs, strict=True) for y, z in zip(a, b, strict=True))
-    return Proof(runtime.name, found, len(samples), random, None if random else agreement, decibels, same)
+    against = "onnxruntime" if beside == file else f"'{beside.name}' in onnxruntime"
+    return Proof(runtime.name, found, len(samples), random, None if random else agreement, decibels, same, against)
 
 
 def expected(model: Path, samples: Sequence[Mapping[str, Array]]) -> tuple[list[str], Outputs]:

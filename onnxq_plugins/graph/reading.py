@@ -34,6 +34,7 @@ def read(path: Path, mapped: MappedWeights | None = None) -> onnx.ModelProto:
         raise OnnxqError(f"model '{path}' is a folder; give the path of an .onnx file.")
     if not path.is_file():
         raise OnnxqError(f"model '{path}' does not exist; give the path of an .onnx file.")
+    _check_format(path)
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf raises several types for bytes that are not a model
@@ -60,6 +61,22 @@ def read(path: Path, mapped: MappedWeights | None = None) -> onnx.ModelProto:
             f"'{path}': its weights cannot be read ({first_line(error)}); export or download it again."
         ) from error
     return proto
+
+
+def _check_format(path: Path) -> None:
+    """Raise OnnxqError for files of ours that are no ONNX models, with the command that reads them."""
+    with open(path, "rb") as stream:
+        head = stream.read(64)
+    if head[4:8] == b"TFL3":
+        raise OnnxqError(
+            f"'{path}' is a .tflite file, not an ONNX model; onnxq audit '{path}' --runtime litert --data SAMPLES --against "
+            "MODEL.onnx runs it and compares it with its model. Give other commands that model."
+        )
+    if head[:2] == b"PK" and head[30:39] == b"plan.json":
+        raise OnnxqError(
+            f"'{path}' is a solved plan, not a model; onnxq export '{path}' --target NAME writes a model, which this "
+            "command takes."
+        )
 
 
 def _check_external(proto: onnx.ModelProto, path: Path) -> None:

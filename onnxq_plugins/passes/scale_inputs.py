@@ -41,6 +41,8 @@ class ScaleInputs(Pass):
     gain: float = 2.0
 
     def apply(self, job: Job) -> dict[str, Any]:
+        if job.target.coded_ports:  # inputs arrive as codes of one scale: what stands behind them is too late
+            return {}
         graph, scaled = job.graph, {}
         planned = Planned.of(job)
         roots = {graph.root(key) for layer in graph.layers if (key := planned.source(layer.input))}

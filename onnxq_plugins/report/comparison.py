@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Comparison:
     milliseconds   latency, batch 1, one thread
     outputs        each output's numbers
     random         True if the float model gives other outputs for the same input
+    elsewhere      the runtime of the target where it has kernels of its own: times in onnxruntime say nothing then
     """
 
     samples: int
@@ -69,6 +70,7 @@ class Comparison:
     top1: Pair | None = None
     outputs: tuple[OutputScore, ...] = ()
     random: bool = False
+    elsewhere: str = ""
 
     def __repr__(self) -> str:
         """The verdict."""
@@ -98,7 +100,7 @@ class Comparison:
     @property
     def slower(self) -> bool:
         """True if the float model is faster on this machine."""
-        return self.speed < 0.97
+        return self.speed < 0.97 and not self.elsewhere
 
     @property
     def verdict(self) -> str:
@@ -108,7 +110,9 @@ class Comparison:
             facts.insert(0, f"accuracy {self.top1.quantized:.1f} %, float {self.top1.reference:.1f} %")
         elif self.agreement is not None:
             facts.insert(0, f"{self.agreement:.1f} % of the predictions are the same as the float model's")
-        if self.slower:
+        if self.elsewhere:
+            pass
+        elif self.slower:
             facts.append(f"slower than the float model on this machine: {self.speed:.2f} times its speed")
         elif self.speed < 1.05:
             facts.append("as fast as the float model")
@@ -144,6 +148,8 @@ class Comparison:
         if any(output.steps for output in self.outputs):
             source += "Each model ran on its own states. "
         hint = "Pass --test PATH to measure on others. " if self.calibration else ""
+        if self.elsewhere:
+            return f"Accuracy was measured in onnxruntime on {source}{hint}Its times say nothing about {self.elsewhere}."
         return (
             f"Accuracy was measured on {source}{hint}Latency: onnxruntime, batch 1, one thread, median of runs that "
             "alternate with the float model's."
@@ -171,7 +177,9 @@ def compare(result: Outcome, data: Data) -> Comparison:
     calibration = data is result.data
     most = _CALIBRATION if calibration and not data.state else _OTHER  # errors take many steps to feed back
     runners = [runtimes.session(result.original), runtimes.session(result.model)]
-    return _measured(result.original, runners, data, most, calibration, result.class_axis)
+    found = _measured(result.original, runners, data, most, calibration, result.class_axis)
+    runtime = result.target.runtime if result.target.own_kernels else None
+    return found if runtime is None else replace(found, elsewhere=runtime.name)
 
 
 def compare_models(

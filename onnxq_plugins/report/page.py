@@ -233,15 +233,13 @@ def _cards(result: Outcome, comparison: Comparison) -> list[dict[str, str]]:
     before, after = report.size("float") / 1e6, report.size("quantized") / 1e6
     unit, factor, digits = ("MB", 1, 2) if before >= 1 else ("kB", 1000, 0)
     size = f"float {before * factor:.{digits}f} {unit}: {after / before:.0%} of it"
+    cards.append(("Size", f"{after * factor:.{digits}f}", unit, size))
+    if not comparison.elsewhere:
+        note = f"float {times.reference:.3g} ms: {comparison.speed:.2f} times the speed"
+        cards.append(("Latency", f"{times.quantized:.3g}", "ms", note))
+    where = f"quantized for {result.target.name}" if comparison.elsewhere else "in integer kernels"
     cards += [
-        ("Size", f"{after * factor:.{digits}f}", unit, size),
-        (
-            "Latency",
-            f"{times.quantized:.3g}",
-            "ms",
-            f"float {times.reference:.3g} ms: {comparison.speed:.2f} times the speed",
-        ),
-        ("Layers in integer kernels", f"{integer}", f"of {len(layers)}", kernels),
+        (f"Layers {where}", f"{integer}", f"of {len(layers)}", kernels),
         ("Bits per weight", f"{report.bits_per_weight:.2f}", "", _stored(result)),
     ]
     return [dict(zip(("name", "value", "unit", "note"), card, strict=True)) for card in cards]

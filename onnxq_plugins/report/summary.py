@@ -44,7 +44,9 @@ def describe(job: Job, model: onnx.ModelProto, data: files.DataFile | None, befo
     with job.graph.mapped.reading():
         audit = _audited(job, model, data.path.parent if data is not None else None)
     audit = replace(audit, total=before)
-    products = [n for n in audit.products() if n not in report.floats or report.floats[n].kind != "quality"]
+    products: list[str] = []
+    if not job.target.own_kernels:
+        products = [n for n in audit.products() if n not in report.floats or report.floats[n].kind != "quality"]
     if products and planned.activations:
         job.note(_products_note(job.graph, products))
     for text in (*adapted(job), *_inputs_notes(job, planned)):
@@ -59,7 +61,7 @@ def describe(job: Job, model: onnx.ModelProto, data: files.DataFile | None, befo
         "layers": [*rows, *inner.layers],
         "constants": outside,
         "bytes": {"float": before, "quantized": after},
-        "kernels": audit.counts(),
+        "kernels": dict(Counter(row["kernel"] for row in rows)) if job.target.own_kernels else audit.counts(),
         "float_products": products,
         "machine": {
             "python": platform.python_version(),
@@ -69,7 +71,7 @@ def describe(job: Job, model: onnx.ModelProto, data: files.DataFile | None, befo
         "bits_per_weight": round(_bits_per_weight([*rows, *inner.layers, *outside]), 3),
     }
     report["summary"] = (
-        f"{_kernels(job, planned, audit)} | {_sizes(before, after)}, {report.bits_per_weight:.1f} bits per weight"
+        f"{_kernels(job, planned, audit)} | {sizes(before, after)}, {report.bits_per_weight:.1f} bits per weight"
     )
 
 
@@ -77,13 +79,13 @@ def set_size(report: Report, size: int) -> None:
     """Tell the bytes of the file itself, where these are not those of the model that was described: another format, or
     shapes that were fixed since."""
     before, told = report["bytes"]["float"], report["bytes"]["quantized"]
-    report["summary"] = report["summary"].replace(_sizes(before, told), _sizes(before, size), 1)
+    report["summary"] = report["summary"].replace(sizes(before, told), sizes(before, size), 1)
     report["bytes"] = {"float": before, "quantized": size}
 
 
-def _sizes(before: int, after: int) -> str:
+def sizes(before: int, after: int) -> str:
     """Bytes of two files in words."""
-    if before >= 1e6:
+    if before >= 1e6 and after >= 1e5:
         return f"{before / 1e6:.2f} -> {after / 1e6:.2f} MB"
     return f"{before / 1e3:.1f} -> {after / 1e3:.1f} kB"
 
@@ -203,16 +205,20 @@ def _rows(job: Job, planned: Planned, audit: Audit, added: Mapping[str, Mapping[
     rows = []
     for layer in job.graph.layers:
         spec, rule, entry = job.plan.get(layer.weight), planned.rule(layer), kernels.get(layer.name)
+        if job.target.own_kernels:  # what onnxruntime runs says nothing
+            kernel, why = rule.kernel if rule is not None else layer.op, None
+        else:
+            kernel, why = (entry.kernel, entry.reason) if entry is not None else ("removed", None)
         row: dict[str, Any] = {
             "name": layer.name,
             "op": layer.op,
-            "kernel": entry.kernel if entry else "removed",
+            "kernel": kernel,
             "parameters": int(np.prod(layer.shape)),
         }
         if spec is not None:
             bits = stored_bits(layer, spec, rule) if rule is not None else 32.0
             row |= {"weights": spec.describe((layer.out_axis, layer.in_axis)), "bits_per_weight": round(bits, 3)}
-        reason = job.report.floats.get(layer.name) or (entry.reason if entry is not None else None)
+        reason = job.report.floats.get(layer.name) or why
         if spec is not None and spec.decoded and layer.name not in job.report.floats:
             why = _SHARED if shared_codes(job, [layer]) else "MatMulNBits would round its inputs to 8 bits per block"
             text = f"{why}; its weight is decoded to float at load"
@@ -235,6 +241,8 @@ def _kernels(job: Job, planned: Planned, audit: Audit) -> str:
         names = {layer.name for layer in job.graph.layers}
         outside = describe_held([held for held in audit.constants if held.name not in names], audit.total)
         kernels = "; ".join([f"{decoded}/{counted(count, 'layer')} decoded at load, run in float", *outside])
+    elif job.target.own_kernels:
+        return _quantized(job, planned, audit)
     else:
         kernels = audit.summary if job.target.here else _elsewhere(job, planned, audit, wide)
     return kernels + (f"; {wide}/{counted(count, 'layer')} with 16-bit activations run in float there" if wide else "")
@@ -245,11 +253,15 @@ def _elsewhere(job: Job, planned: Planned, audit: Audit, wide: int) -> str:
 
     wide   layers with 16-bit activations that run in float in onnxruntime, which the summary mentions anyway
     """
-    ops = {y.name: y.op for y in planned.layers}
-    every, quantized = Counter(y.op for y in job.graph.layers), Counter(ops.values())
-    floats = sum(entry.name in ops and not entry.quantized for entry in audit.layers) - wide
-    if floats <= 0 and (audit.layers or not every):
+    names = {y.name for y in planned.layers}
+    floats = sum(entry.name in names and not entry.quantized for entry in audit.layers) - wide
+    if floats <= 0 and (audit.layers or not job.graph.layers):
         return f"{audit.summary} in onnxruntime"
-    counts = "; ".join(f"{quantized[op]}/{n} {op}" for op, n in every.items())
-    there = f"; {floats} run in float in onnxruntime" if audit.layers else ""
-    return "; ".join([f"{counts} quantized for {job.target.name}{there}", *audit.outside()])
+    return _quantized(job, planned, audit, f"{floats} run in float in onnxruntime" if audit.layers else "")
+
+
+def _quantized(job: Job, planned: Planned, audit: Audit, there: str = "") -> str:
+    """How many layers of each operator are quantized; what to say of them then; constants outside layers."""
+    every, quantized = Counter(y.op for y in job.graph.layers), Counter(y.op for y in planned.layers)
+    counts = "; ".join(f"{quantized[op]}/{n} {op}" for op, n in every.items()) or "no layer"
+    return "; ".join([f"{counts} quantized for {job.target.name}", *([there] if there else []), *audit.outside()])

@@ -138,6 +138,7 @@ class Audit:
             "timed": self.timed,
             "untimed": self.untimed,
             "spending": [spending.to_dict() for spending in self.spending],
+            "proof": None if self.proof is None else self.proof.to_dict(),
         }
 
     def outside(self) -> list[str]:

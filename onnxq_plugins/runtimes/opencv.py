@@ -63,5 +63,6 @@ OPENCV = Runtime(
     "OpenCV's dnn module",
     _INSTALL,
     _inspect,
+    module="cv2",
     settings={"engine": "classic", "python": "", "seconds": 600.0},
 )

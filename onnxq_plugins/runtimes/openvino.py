@@ -128,4 +128,4 @@ def _executed(values: Sequence[str], codes: set[str], still: set[str]) -> Execut
     return computed(name, kind, precision in ("i8", "u8"), codes)
 
 
-OPENVINO = Runtime("openvino", "OpenVINO's CPU plugin", _INSTALL, _inspect)
+OPENVINO = Runtime("openvino", "OpenVINO's CPU plugin", _INSTALL, _inspect, module="openvino")

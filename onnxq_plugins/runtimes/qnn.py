@@ -127,5 +127,6 @@ QNN = Runtime(
     "Qualcomm's NPU (HTP) in the simulator of onnxruntime-qnn",
     _INSTALL,
     _inspect,
+    module="onnxruntime_qnn",
     settings={"python": "", "soc_model": 60, "htp_arch": 73, "seconds": 1800.0},
 )

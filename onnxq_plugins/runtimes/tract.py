@@ -108,4 +108,4 @@ def _operators(nodes: Sequence[Mapping[str, Any]], graph: onnx.GraphProto) -> tu
     return tuple(found)
 
 
-TRACT = Runtime("tract", "tract, a runtime in Rust", _INSTALL, _inspect)
+TRACT = Runtime("tract", "tract, a runtime in Rust", _INSTALL, _inspect, module="tract")

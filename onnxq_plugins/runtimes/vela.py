@@ -15,6 +15,7 @@ from typing import Any
 
 from onnxq_plugins.errors import OnnxqError
 from onnxq_plugins.runtimes.runtime import Executed, Inspection, Kind, Runtime
+from onnxq_plugins.runtimes.tflite import inputs
 from onnxq_plugins.spec import Array
 
 INSTALL = "pip install 'onnxq-plugins[ethos-u]'"
@@ -105,6 +106,8 @@ VELA = Runtime(
     "Vela, the compiler for Arm Ethos-U NPUs: operators on the NPU and on the CPU, memory, cycles; nothing is run",
     INSTALL,
     _inspect,
+    module="ethosu",
     suffix=".tflite",
+    inputs=inputs,
     settings={"accelerator": "ethos-u55-128"},
 )

@@ -152,8 +152,9 @@ class Search:
         return found
 
     def _all_wide(self) -> Fallback | None:
-        """All activations in 16 bits, where the target quantizes as a whole and has kernels for that beside 8 bits: floats
-        would cut the network there. None elsewhere."""
+        """All activations in 16 bits, where the target quantizes as a whole and has kernels for that beside 8 bits. Kernels
+        of such runtimes read and write one width: QNN computes layers between two in float, its simulator otherwise at each
+        run. None elsewhere."""
         plan = self.job.plan
         for name in self.planned.activations if self.job.target.whole else ():
             plan |= self._widened(plan, name)
@@ -313,7 +314,7 @@ class Search:
         wide, floats, constants, islands = list[str](), dict[str, None](), list[str](), list[str]()
         for name in names:
             before = len(wide), len(constants), len(floats)
-            if wider := self._widened(plan, name):
+            if not self.job.target.whole and (wider := self._widened(plan, name)):  # of a whole one, all (`_all_wide`)
                 plan |= wider
                 wide += wider
             elif name in self.planned.constants:
@@ -406,13 +407,11 @@ class Search:
 
     def _widened(self, plan: Plan, name: str) -> Plan:
         """Entries of 16 bits for all that shares the width of an activation; none where the target lacks kernels, or has
-        them for codes around 0 alone, and others in 8 bits: such kernels read and write one width."""
+        them for codes around 0 alone, and others in 8 bits."""
         target = self.job.target
-        if WIDE not in target.activation_bits or self.job.graph.is_constant(name):
+        if WIDE not in target.activation_bits or self.job.graph.is_constant(name) or plan[name].bits >= WIDE:
             return Plan({})
         if target.centred(WIDE) and not target.centred(8):
-            return Plan({})
-        if plan[name].bits >= WIDE:
             return Plan({})
         group = next(g for g in self._groups(plan) if name in g.activations)
         layers = {y.name: y for y in self.job.graph.layers}

@@ -186,8 +186,7 @@ def _table(names: list[str], values: Array) -> dict[str, float]:
 def _apply(job: Job, found: Fallback, before: Array) -> None:
     """Make what was found the job's plan, and say what and why."""
     job.plan = found.plan
-    where = counted(job.report["quality"]["samples"], "calibration sample")
-    gain = f"on {where} outputs have {before.min():.1f} dB with it in 8 bits, {found.sqnr.min():.1f} without"
+    gain = f"on {_samples(job)} outputs have {before.min():.1f} dB with it in 8 bits, {found.sqnr.min():.1f} without"
     readers = [reader for constant in found.constants for reader in _readers(job, constant)]
     job.report.floats.update({name: Reason("quality", gain) for name in (*found.floats, *readers)})
     most = "" if len(found.decoded) == len(found.floats) else "most "
@@ -212,7 +211,7 @@ def _apply(job: Job, found: Fallback, before: Array) -> None:
 def _samples(job: Job) -> str:
     """What was judged on."""
     quality = job.report["quality"]
-    return f"{quality['samples']} samples{', each with the ranges of others' if quality.get('unseen') else ''}"
+    return f"{counted(quality['samples'], 'calibration sample')}{', each with the ranges of others' if quality.get('unseen') else ''}"
 
 
 def _wider(job: Job) -> str:

@@ -175,6 +175,11 @@ class Target:
         return self.integer and not self.here
 
     @property
+    def own_kernels(self) -> bool:
+        """True if its runtime has kernels of its own: those of onnxruntime, and its times, say nothing about it."""
+        return self.runtime is not None and not self.tuned
+
+    @property
     def integer(self) -> bool:
         """True if it runs some layer in integers."""
         return any(rule.storage != "float" for rule in self.rules)

@@ -52,6 +52,36 @@ def test_what_is_not_installed_is_asked_once_and_said(monkeypatch):
     assert len(asked) == 1 and [cell.why for cell in made.cells[1:]] == ["acme is not installed; pip install acme."] * 2
 
 
+def test_nothing_is_quantized_for_a_module_that_is_missing(monkeypatch):
+    plugins = module.find_plugins()
+    acme = onnxq.Runtime("acme", "made up", "pip install acme", None, module="acme_that_is_nowhere")
+    plugins.targets["acme.edge"] = replace(plugins.targets["ort-cpu"], name="acme.edge", runtime=acme)
+    monkeypatch.setattr(module, "find_plugins", lambda: plugins)
+    monkeypatch.setattr(module, "quantize", None)
+    made = matrix(mlp(), feeds(mlp(), 4), runtimes=("acme",))
+    assert made.cells[1].why == "'acme' is not installed; pip install acme."
+
+
+def test_targets_that_differ_in_the_format_alone_are_quantized_once(monkeypatch):
+    def inspect(file, samples, settings):
+        return Inspection((), (Executed("a", "Conv", "integer"),))
+
+    plugins, asked = module.find_plugins(), []
+    known = plugins.targets["ort-cpu"]
+    for name in ("one", "two"):
+        there = onnxq.Runtime(name, "made up", f"pip install {name}", inspect)
+        plugins.targets[f"acme.{name}"] = replace(known, name=f"acme.{name}", doc=name, runtime=there)
+    other = replace(known, name="acme.three", signed=True, runtime=onnxq.Runtime("three", "", "pip install three", inspect))
+    plugins.targets["acme.three"] = other
+    monkeypatch.setattr(module, "find_plugins", lambda: plugins)
+    quantize = module.quantize
+    monkeypatch.setattr(
+        module, "quantize", lambda *args, target, **more: asked.append(target) or quantize(*args, target="ort-cpu", **more)
+    )
+    made = matrix(mlp(), feeds(mlp(), 4), runtimes=("one", "two", "three"))
+    assert asked == ["acme.one", "acme.three"] and all(cell.proof for cell in made.cells)
+
+
 def test_every_operator_that_is_no_integer_is_explained():
     operators = (
         Executed("a", "Conv", "integer"),

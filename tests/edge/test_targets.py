@@ -9,6 +9,7 @@ from onnx import TensorProto
 
 import onnxq_plugins as onnxq
 from onnxq_plugins import runtimes
+from onnxq_plugins.cli.digits import digits_model_path, digits_split
 from onnxq_plugins.runtimes.web import WEB
 from tests.edge.test_runtimes import SETTINGS, needs
 from tests.networks import network, weight
@@ -39,6 +40,39 @@ def test_qnn_takes_shifted_channels(tmp_path):
     needs("qnn")
     _, told = proof("mobilenet", "qnn", "qnn", tmp_path, "int8-per-tensor")
     assert told.inspection.facts["on the CPU"] == 0 and told.decibels > 15
+
+
+@pytest.fixture(scope="module", params=[8, 16])
+def for_qnn(request, tmp_path_factory):
+    """The digits network for QNN with activations of 8 and of 16 bits, and their width."""
+    needs("qnn")
+    samples = digits_split()["calibration_images"][:, None]
+    recipe = {"extends": "int8", "activations": {"bits": request.param}}
+    result = onnxq.quantize(digits_model_path(), recipe, samples[:32], target="qnn", check=False)
+    return result.save(tmp_path_factory.mktemp("qnn") / "digits.onnx"), request.param, samples[32:64]
+
+
+def test_qnn_gets_unsigned_codes_and_agrees(for_qnn):
+    """Signed activations gave other classes without an error in wheels before 2.7."""
+    file, bits, samples = for_qnn
+    graph = onnx.load(file).graph
+    types = {t.name: t.data_type for t in graph.initializer}
+    codes = {types[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"}
+    assert codes == {TensorProto.UINT8 if bits == 8 else TensorProto.UINT16}
+    told = onnxq.audit(file, digits_model_path(), runtime="qnn", data=samples, settings=SETTINGS["qnn"], samples=0).proof
+    assert told.samples == 32 and told.agreement >= 98 and told.decibels > (30 if bits == 8 else 40)
+
+
+def test_the_chip_that_is_named_is_the_one_that_computes(for_qnn):
+    """Chips before architecture 73 compute 16-bit activations less exactly; those of little memory refuse networks that
+    others take (MEM_ALLOC), which is why both settings are always passed on."""
+    file, bits, samples = for_qnn
+    old, new = (
+        onnxq.audit(file, runtime="qnn", data=samples, settings={**SETTINGS["qnn"], **chip}, samples=8).proof
+        for chip in ({"soc_model": 30, "htp_arch": 68}, {"soc_model": 60, "htp_arch": 73})
+    )
+    assert old.inspection.facts["partitions"] == new.inspection.facts["partitions"] == 1
+    assert new.decibels > old.decibels + (10 if bits == 16 else 0)
 
 
 @pytest.mark.parametrize("runtime", ["tract", "opencv"])

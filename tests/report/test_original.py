@@ -79,7 +79,7 @@ def test_compare_counts_external_data(onnxq):
     onnx.save(padded(mlp(), 10**6), "b.onnx", save_as_external_data=True, size_threshold=0, location="weights")
     np.savez("d.npz", x=rows(mlp(), 4))
     code, out, _ = onnxq("compare", "a.onnx", "b.onnx", "--data", "d.npz")
-    assert code == 0 and "-> 4.0" in out
+    assert code == 0 and "4.3 -> 4004.7 kB" in out
 
 
 # ---- what was written -----------------------------------------------------------------------------------------------------

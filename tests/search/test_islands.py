@@ -103,13 +103,13 @@ def test_activations_that_8_bits_destroy_are_islands_and_layers_stay_integer(tar
     after = quantize(model, {**PLAIN, "target": target}, pictures(), min_sqnr=27, check=False)
     quality = after.report.quality
     assert quality["met"] and distance(model, after, others) > 25
-    if target == "litert":  # the NPU has kernels for 16 bits beside 8
-        assert quality["float"] and quality["work"] == 0
-        assert all(after.report.floats[name].kind == "quality" for name in quality["float"])
-        assert any(f"{len(quality['float'])} operator" in note and "float" in note for note in after.report.notes)
-        assert len(Planned(after.graph, after.plan, after.target).layers) == 3
-        read = conversions(after.model)
-        assert all(read[f"conv_{n}"][:2] == ["DequantizeLinear"] * 2 for n in (0, 6, 8))
+    assert quality["float"] and quality["work"] == 0
+    assert all(after.report.floats[name].kind == "quality" for name in quality["float"])
+    assert any(f"{len(quality['float'])} operator" in note and "float" in note for note in after.report.notes)
+    assert len(Planned(after.graph, after.plan, after.target).layers) == 3
+    assert not quality["wide"] and {spec.bits for spec in after.plan.values()} == {8}  # kernels read and write one width
+    read = conversions(after.model)
+    assert all(read[f"conv_{n}"][:2] == ["DequantizeLinear"] * 2 for n in (0, 6, 8))
 
 
 def test_the_file_of_islands_runs_in_litert():
