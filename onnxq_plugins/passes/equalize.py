@@ -65,9 +65,9 @@ class Equalize(Pass):
 
     The prediction adds up what the grid of each activation costs through the weights that read it, what wider weights cost
     their own grid through the variance of their inputs, and what samples other than those of calibration may lose beyond the
-    grid (`solvers/spread.py`); layers count relative to their signal. A Concat joins channels of several groups, and of none,
-    on one grid: each group is weighed with the others as they are by then, and a branch of another range gets a common factor
-    towards theirs.
+    grid (`solvers/spread.py`); layers count relative to their signal. A Concat joins channels of several groups, and of
+    none, on one grid: each group is weighed with the others as they are by then, and a branch of another range gets a common
+    factor towards theirs.
 
     Source: ``weights``: Data-Free Quantization (arXiv 1906.04721), section 4.1. ``activations``: SmoothQuant (arXiv
     2211.10438) on any group, with its exponent by prediction, which is ours, as is the treatment of Clip.

@@ -87,8 +87,9 @@ def spread(
     """The factors of least `noise` among f_c = l r_c^-e w_c^d with d = 0, (1 - e) / 2 or 1 - e; their exponent e (0: none is
     better than a level alone), and the ratio of the noise with them to that without.
 
-    The level l is 1; where other channels are on a grid also what brings these to the range of those, or half way. r_c is the largest range of channel c relative to the largest of all channels, over the activations; w_c the largest
-    weight that reads it relative to that of its row. low, high: bounds of the factors [channels].
+    The level l is 1; where other channels are on a grid also what brings these to the range of those, or half way. r_c is
+    the largest range of channel c relative to the largest of all channels, over the activations; w_c the largest weight that
+    reads it relative to that of its row. low, high: bounds of the factors [channels].
 
     Source: SmoothQuant (arXiv 2211.10438), equation 4, with its exponent chosen by predicted noise.
     """

@@ -493,7 +493,7 @@ def test_unlike_branches_of_a_concat_share_its_grid(first):
 
 
 def test_factors_of_a_branch_know_those_of_the_others():
-    """What is beside a group on a grid, and in the rows of the weights that read it, is as the groups before have left it."""
+    """What is beside a group on a grid, and in rows of the weights that read it, is as the groups before have left it."""
     job = make_job(branches("Relu"), {}, 8)
     groups = [g for g in channel_groups(job.graph, "rescale") if len(g.tensors) > 2]
     taken = Taken()
