@@ -22,11 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import Calibration, Histogram
 from onnxq_plugins.data import open_data
 from onnxq_plugins.errors import OnnxqError
-from onnxq_plugins.export.qdq import export
 from onnxq_plugins.graph import Layer
 from onnxq_plugins.job import Job
 from onnxq_plugins.layers.complete import complete
@@ -38,6 +36,7 @@ from onnxq_plugins.plan.islands import layers_beside, turned_float, with_islands
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.search.alone import Alone
+from onnxq_plugins.search.judge import as_written
 from onnxq_plugins.search.quantizers import Group, multiply_adds, quantizer_groups
 from onnxq_plugins.spec import Array, Plan, QuantSpec, decode, from_range
 from onnxq_plugins.targets import STORED, channel_block
@@ -418,8 +417,7 @@ def _lost(histogram: Histogram, spec: QuantSpec) -> float:
 def decibels(job: Job, samples: Samples, plan: Plan) -> Array:
     """dB of each output of floats of a quantized network as it is written, the same on every machine; of each part of an
     output that holds two things (`measure.unlike`)."""
-    session = runtimes.session(export(job.graph, plan, job.target), written=True, lean=True)
-    return _decibels(samples, samples.outputs(session, workers=job.workers))
+    return _decibels(samples, samples.outputs(as_written(job.graph, plan, job.target), workers=job.workers))
 
 
 def judged(samples: Samples) -> list[str]:
