@@ -136,7 +136,7 @@ def _options(threads: int, optimize: bool, lean: bool, arena: bool, written: boo
 
 
 _IN_MEMORY = 2**28  # bytes of a model up to which onnxruntime reads a copy of it from memory, not mapped from a file
-_TRIMMED = 2**26  # bytes of a model from which on what creating its session leaves behind is worth returning
+_TRIMMED = 2**24  # bytes of a model from which on what creating its session leaves behind is worth returning
 _AS_WRITTEN = "session.disable_quant_qdq"
 _FOLDER, _NO_PREPACKING = "session.model_external_initializers_file_folder_path", "session.disable_prepacking"
 
