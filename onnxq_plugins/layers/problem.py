@@ -41,7 +41,7 @@ from onnxq_plugins.layers.sweep import LayerStatistics
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.plan.values import weight_values
 from onnxq_plugins.solvers.accumulator import bounded, within
-from onnxq_plugins.solvers.gram import narrow, nearest, refit, ridge, row_loss, share_of, widen
+from onnxq_plugins.solvers.gram import narrow, nearest, precision, refit, ridge, row_loss, share_of, widen
 from onnxq_plugins.solvers.rounding import Effort, Method, solve
 from onnxq_plugins.spec import Array, QuantSpec, solve_minmax
 
@@ -50,7 +50,6 @@ from onnxq_plugins.spec import Array, QuantSpec, solve_minmax
 SHRINK_ROUNDING, SHRINK_REGRESSION = 1.0, 20.0
 DESCENT = 2  # rounds of coordinate descent over tiles
 _AT_ONCE = 2**22  # numbers per array that a solver is called with: wide layers are solved block by block
-_SINGLE = 512  # inputs from which on solvers get float32
 _MANY = 4  # patches an input from which on those that are held out may be solved on in the end
 _ROWS = 256  # of a layer on which solutions are compared
 _TRIED = 2048  # inputs up to which they are: one more Cholesky factorization
@@ -159,18 +158,21 @@ class Problem:
             return 1.0, True, []
         seen, slope, curve = statistics.others(), 0.0, 0.0
         w = narrow(self.layer.matrix(self.weight), seen.h)
-        amount = seen.h.shape[1] / max(seen.count, 1)
-        sides = []
-        for part in _parts(w, seen.h):
-            (h, left), (judged, there) = (self._moments(one, w, part, seen) for one in (seen, held))
-            move = None if left is None else refit(h, left, SHRINK_REGRESSION * amount, seen.count)
-            if move is not None and there is not None:
-                up, down = share_of(move, judged, there)
+        sides = [self._sides(part, w, seen, held) for part in _parts(w, seen.h)]
+        for one in sides:
+            if one.move is not None and one.left is not None:
+                up, down = share_of(one.move, one.judged, one.left)
                 slope, curve = slope + up, curve + down
-            sides.append(_Sides(part, ridge(h, SHRINK_ROUNDING * amount), move, judged, there))
         share = min(max(slope / curve, 0.0), 1.0) if curve > 0 else 0.0
         learned = seen.h.shape[1] > _TRIED or self._gain(sides, w, share, method, effort) > 0
         return share, learned, sides
+
+    def _sides(self, part: slice, w: Array, seen: LayerStatistics, held: LayerStatistics) -> _Sides:
+        """Some groups of the layer on both kinds of patches, and the fit of those that are seen."""
+        amount = seen.h.shape[1] / max(seen.count, 1)
+        h, left = self._moments(seen, w, part, seen)
+        move = None if left is None else refit(h, left, SHRINK_REGRESSION * amount, seen.count)
+        return _Sides(part, ridge(h, SHRINK_ROUNDING * amount), move, *self._moments(held, w, part, seen))
 
     def _between(self, sides: Sequence[_Sides], share: float) -> tuple[Array, Array]:
         """`_target` on the patches that are not held out."""
@@ -251,28 +253,29 @@ class Problem:
         statistics = self.statistics
         w = narrow(self.layer.matrix(self.weight), statistics.h).copy()
         amount = statistics.h.shape[1] / max(statistics.count, 1)
-        gram = np.empty(statistics.h.shape, _precision(statistics.h))
+        grams = []
         for part in _parts(w, statistics.h):
             h, left = self._moments(statistics, w, part, statistics)
             if left is not None and share:
                 w[part] += share * refit(h, left, SHRINK_REGRESSION * amount, statistics.count)
-            gram[part] = ridge(h, SHRINK_ROUNDING * amount)
-        return w, gram
+            grams.append(ridge(h, SHRINK_ROUNDING * amount))
+        return w, grams[0] if len(grams) == 1 else np.concatenate(grams)
 
     def _moments(
         self, of: LayerStatistics | Gram, w: Array, part: slice, about: LayerStatistics | Gram
     ) -> tuple[Array, Array | None]:
-        """Of some groups: E[x x^T], and E[(y - W x) x^T] where the float outputs y and the whole Gram matrix are known. If
-        the bias takes mean errors, they are moments about the means of the patches `about`."""
-        h, mean, middle = of.h[part].astype(_precision(of.h)), of.mean[part], about.mean[part]
+        """Of some groups, to be read only: E[x x^T], and E[(y - W x) x^T] where the float outputs y and the whole Gram
+        matrix are known. If the bias takes mean errors, they are moments about the means of the patches `about`."""
+        kind, mean, middle = precision(of.h.shape[1]), of.mean[part], about.mean[part]
+        h = of.h[part].astype(kind, copy=self.shift)
         left = None
         if isinstance(of, LayerStatistics) and len(of.h) == self.layer.groups:
-            left = of.left[part].astype(h.dtype)
+            left = of.left[part].astype(h.dtype, copy=self.shift)
         if not self.shift:
             return h, left
-        h -= (mean[:, :, None] * middle[:, None]).astype(h.dtype)
+        _subtract(h, mean, middle)
         if of is not about:
-            h -= (middle[:, :, None] * (mean - middle)[:, None]).astype(h.dtype)
+            _subtract(h, middle, mean - middle)
         if left is not None and isinstance(of, LayerStatistics) and isinstance(about, LayerStatistics):
             off, usual = (one.output[part] - np.einsum("god,gd->go", w[part], one.mean[part]) for one in (of, about))
             left -= (off[:, :, None] * middle[:, None] + usual[:, :, None] * (mean - middle)[:, None]).astype(h.dtype)
@@ -374,9 +377,11 @@ def _code_type(spec: QuantSpec) -> type[np.signedinteger[Any]]:
     return np.int8 if spec.bits <= 8 else np.int32
 
 
-def _precision(h: Array) -> type[np.floating[Any]]:
-    """Of the products with a Gram matrix: single where they cost most, and a ridge keeps them well conditioned."""
-    return np.float32 if h.shape[1] >= _SINGLE else np.float64
+def _subtract(h: Array, a: Array, b: Array) -> None:
+    """Subtract a b^T from h, for each group, in place: a [g, D], b [g, D]; some rows at a time, as h may be large."""
+    rows = max(1, _AT_ONCE // (h[0, 0].size * len(h)))
+    for at in (slice(first, first + rows) for first in range(0, h.shape[1], rows)):
+        h[:, at] -= (a[:, at, None] * b[:, None]).astype(h.dtype)
 
 
 def _parts(w: Array, h: Array) -> list[slice]:

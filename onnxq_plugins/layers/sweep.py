@@ -31,13 +31,15 @@ from onnxq_plugins.graph.patches import gram, output_columns, patches, split
 from onnxq_plugins.job import Job
 from onnxq_plugins.parallel import map_threads
 from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.solvers.gram import precision
 from onnxq_plugins.spec import Array
 
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
     """What one layer reads in the quantized network, over `count` patches x, and what it should answer, y (the float layer's
-    output without its bias). float64. Each patch counts as much as `trust` says.
+    output without its bias). float64, h and left in the precision of `solvers.gram`. Each patch counts as much as `trust`
+    says.
 
     h       E[x x^T] [groups, D, D]; block-diagonal, as more groups, where D is above the limit (see `Gram`)
     mean    E[x] [groups, D]
@@ -60,10 +62,18 @@ class LayerStatistics:
             return self
         share = own.count / self.count
         h, mean, left, output = (
-            (whole.astype(part.dtype) - share * part) / (1 - share)
+            _rest(whole, part, share)
             for whole, part in ((self.h, own.h), (self.mean, own.mean), (self.left, own.left), (self.output, own.output))
         )
         return LayerStatistics(h, mean, left, output, self.count - own.count)
+
+
+def _rest(whole: Array, part: Array, share: float) -> Array:
+    """The mean over all but a part that is a share of the whole: (whole - share * part) / (1 - share), in one array."""
+    rest: Array = part * part.dtype.type(-share)
+    rest += whole
+    rest /= 1 - share
+    return rest
 
 
 @dataclass
@@ -212,7 +222,12 @@ def sweep(
             step.finish()
         runtimes.trim()
         start, written = end, len(writer.builder.nodes)
-        yield layer, sums.result()
+        del parts
+        found = sums.result()
+        del sums  # large matrices
+        yield layer, found
+        del found
+        runtimes.trim()
         writer.plan = job.plan
         pending.discard(layer.name)
         if not pending:
@@ -322,10 +337,15 @@ class _Sums:
         """Add the sums over some samples, as `products` returns them."""
         for judged, products in enumerate(parts):
             for number in range(judged + 1) if products else ():
-                if not self.sums[number]:
-                    self.sums[number] = [np.zeros(part.shape, np.float32 if number else np.float64) for part in products]
-                for into, part in zip(self.sums[number], products, strict=True):
-                    into += part
+                if self.sums[number]:
+                    for into, part in zip(self.sums[number], products, strict=True):
+                        into += part
+                else:
+                    wide = precision(products[0].shape[1])
+                    kinds = [np.float32] * 5 if number else [wide, np.float64, wide, np.float64, np.float64]
+                    again = number < judged  # what follows needs them, too
+                    pairs = zip(products, kinds, strict=True)
+                    self.sums[number] = [part.astype(kind, copy=again) for part, kind in pairs]
 
     def result(self) -> LayerStatistics:
         """The statistics over all samples that were added."""

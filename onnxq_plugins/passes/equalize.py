@@ -18,7 +18,7 @@ from onnxq_plugins.graph import ChannelGroup, Graph, Member, channel_groups, cli
 from onnxq_plugins.job import Job, Pass, Stage
 from onnxq_plugins.layers.shared import shared_weights
 from onnxq_plugins.plan.planned import Planned
-from onnxq_plugins.search.gains import seen_by
+from onnxq_plugins.search.gains import Taken, seen_by
 from onnxq_plugins.search.judge import Judge
 from onnxq_plugins.solvers.equalize import Place, equalize
 from onnxq_plugins.solvers.spread import noise, spread
@@ -50,7 +50,7 @@ class Equalize(Pass):
     margin     how far a channel may exceed its calibrated range, as a fraction of it, before a Clip counts as active
 
         W1 <- F W1,  b1 <- F b1,  W2 <- W2 F^-1;   f_c = sqrt(r2_c / r1_c) makes both ranges equal   (``weights``)
-                                                   f_c = (r_c / max r)^-e w_c^d, d = 0 or 1 - e      (``activations``)
+                                                   f_c = l (r_c / max r)^-e w_c^d, d = 0 or 1 - e    (``activations``)
 
     Groups are sets of channels that must be scaled together: layer to layer, through a depthwise layer (whose rows absorb a
     factor on either side), a whole residual stream, LayerNormalization to MatMul (the case of SmoothQuant).
@@ -65,7 +65,9 @@ class Equalize(Pass):
 
     The prediction adds up what the grid of each activation costs through the weights that read it, what wider weights cost
     their own grid through the variance of their inputs, and what samples other than those of calibration may lose beyond the
-    grid (`solvers/spread.py`); layers count relative to their signal.
+    grid (`solvers/spread.py`); layers count relative to their signal. A Concat joins channels of several groups, and of
+    none, on one grid: each group is weighed with the others as they are by then, and a branch of another range gets a common
+    factor towards theirs.
 
     Source: ``weights``: Data-Free Quantization (arXiv 1906.04721), section 4.1. ``activations``: SmoothQuant (arXiv
     2211.10438) on any group, with its exponent by prediction, which is ours, as is the treatment of Clip.
@@ -125,14 +127,16 @@ class Equalize(Pass):
         """Choose the exponent of each group by predicted noise, and try all together where that is cheap."""
         chosen: list[tuple[ChannelGroup, Array]] = []
         told: dict[str, Any] = {}
-        for group, (reads, readers), bound in zip(groups, seen_by(job, groups), bounds, strict=True):
+        taken = Taken()
+        for group, (reads, readers), bound in zip(groups, seen_by(job, groups, taken), bounds, strict=True):
             if not reads:
                 continue
             factors, exponent, _ = spread(reads, readers, self.exponents, *bound)
             factors = self._rounded(factors, bound)
             ratio = noise(factors, reads, readers) / max(noise(np.ones(group.size), reads, readers), 1e-300)
-            if exponent and ratio < _WORTH:
+            if (factors != 1).any() and ratio < _WORTH:
                 chosen.append((group, factors))
+                taken.add(job.graph, group, factors)
                 told[group.tensors[0]] = {"exponent": exponent, "noise": round(ratio, 4)}
         result: dict[str, Any] = {"equalized": len(chosen), "exponents": told}
         if not chosen:

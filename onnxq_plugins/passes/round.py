@@ -122,6 +122,7 @@ class Round(Pass):
             problem = Problem.of(job, layer, statistics, self.shift)
             with runtimes.blas(job.workers if _cost(layer) > _LARGE else 1):
                 solution = problem.solve(self.method, efforts[layer.name], self.search)
+            del problem, statistics  # large matrices, while those of the next layer are computed
             job.plan |= {layer.weight: solution.spec}
             yield layer, solution
 

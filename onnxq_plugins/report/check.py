@@ -161,6 +161,7 @@ def self_check(
     if data is None and folder is not None:
         return None
     until = start + max(_SECONDS, _SHARE * (start - began))
+    runtimes.trim()  # of what solving leaves behind: two whole networks follow
     here = job.target.here or not job.target.integer  # float operators run here as anywhere
     with job.graph.mapped.reading():
         try:

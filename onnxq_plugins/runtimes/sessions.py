@@ -99,20 +99,26 @@ def session(
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
     add_custom_ops(options)
     try:
-        if isinstance(model, onnx.ModelProto) and files.size_of(model) > files.LARGEST_MESSAGE:
-            with tempfile.TemporaryDirectory() as scratch:
-                path = Path(scratch) / "model.onnx"
-                onnx.save(model, str(path), save_as_external_data=True, location="weights")
-                return Session(str(path), options, providers=["CPUExecutionProvider"])
         if weights:
             model = _add_weights(options, model, weights)
-        source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
-        return Session(str(source) if isinstance(source, Path) else source, options, providers=["CPUExecutionProvider"])
+        elif folder is None and isinstance(model, onnx.ModelProto) and files.size_of(model) > _IN_MEMORY:
+            with tempfile.TemporaryDirectory() as scratch:
+                return _created(files.save_model(model, Path(scratch) / "model.onnx", beside=True), options)
+        return _created(model, options)
     except Exception as error:  # onnxruntime raises a dozen types
         if (unknown := unknown_operator(error)) is not None:
             raise unknown from error
         text = " ".join(str(error).split())
         raise OnnxqError(f"onnxruntime {ort.__version__} cannot load the model: {text[:300].rstrip('.')}.") from error
+
+
+def _created(model: _Model, options: ort.SessionOptions) -> Session:
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
+    made = Session(str(source) if isinstance(source, Path) else source, options, providers=["CPUExecutionProvider"])
+    if isinstance(source, bytes) and len(source) > _TRIMMED:
+        del source
+        trim()
+    return made
 
 
 def _options(threads: int, optimize: bool, lean: bool, arena: bool, written: bool) -> ort.SessionOptions:
@@ -129,6 +135,8 @@ def _options(threads: int, optimize: bool, lean: bool, arena: bool, written: boo
     return options
 
 
+_IN_MEMORY = 2**28  # bytes of a model up to which onnxruntime reads a copy of it from memory, not mapped from a file
+_TRIMMED = 2**24  # bytes of a model from which on what creating its session leaves behind is worth returning
 _AS_WRITTEN = "session.disable_quant_qdq"
 _FOLDER, _NO_PREPACKING = "session.model_external_initializers_file_folder_path", "session.disable_prepacking"
 

@@ -7,6 +7,7 @@ outputs' own readers decide which of these channels matter, so that the result d
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -107,9 +108,32 @@ class Gains:
         self.tensors[name] = part if known is None else known + part
 
 
-def seen_by(job: Job, groups: Sequence[ChannelGroup]) -> Iterator[tuple[list[Read], list[Reader]]]:
+class Taken:
+    """The factors that groups got so far. A Concat joins channels of several groups, and some of none, on one grid, and a
+    layer reads them with one weight, so that each group's factors depend on those of the others."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], Array] = {}
+
+    def add(self, graph: Graph, group: ChannelGroup, factors: Array) -> None:
+        """Remember the factors of a group."""
+        for m in group.members:
+            if m.role != "fixed" and m.rows is None:
+                count = graph.constant(m.tensor).shape[m.axis] if m.constant else channels(graph, m.tensor)
+                if count:
+                    self._known.setdefault((m.tensor, m.role), np.ones(count))[m.index] = factors[:, None]
+
+    def of(self, member: Member, count: int) -> Array:
+        """The factors along a member's axis [count], 1 where no group had one."""
+        return self._known.get((member.tensor, member.role), np.ones(count))
+
+
+def seen_by(job: Job, groups: Sequence[ChannelGroup], taken: Taken) -> Iterator[tuple[list[Read], list[Reader]]]:
     """The planned activations of each group, and the planned weights that read it, as `solvers.spread` takes them; no
-    activation where statistics of one belong to another axis. One run over the data, the one that `ranges` needs."""
+    activation where statistics of one belong to another axis. One run over the data, the one that `ranges` needs.
+
+    taken   the factors of groups before, which the caller adds
+    """
     graph, planned, calibration = job.graph, Planned.of(job), job.calibration
     calibration.ranges([n for n in planned.activations if not job.plan[n].solved])
     names = [n for n in planned.activations if channels(graph, n)]
@@ -125,11 +149,18 @@ def seen_by(job: Job, groups: Sequence[ChannelGroup]) -> Iterator[tuple[list[Rea
         reads = []
         for m in here:
             low, high = ranges[m.tensor]
-            gain = gains.tensors.get(m.tensor, np.zeros(len(low)))[m.index].sum(axis=1)
+            gain = gains.tensors.get(m.tensor, np.zeros(len(low)))
             levels = 2 ** job.plan[m.tensor].bits - 1
-            reads.append(Read(low[m.index].min(axis=1), high[m.index].max(axis=1), gain, levels, counts[m.tensor]))
+            others = np.setdiff1d(np.arange(len(low)), m.index)
+            own = low[m.index].min(axis=1), high[m.index].max(axis=1), gain[m.index].sum(axis=1)
+            read = Read(*own, levels, counts[m.tensor])
+            if len(others):
+                f = taken.of(m, len(low))[others]
+                ends = float((low[others] * f).min()), float((high[others] * f).max())
+                read = replace(read, beside=(min(ends[0], 0.0), max(ends[1], 0.0), float((gain[others] / f**2).sum())))
+            reads.append(read)
         readers = [
-            _reader(job, layers[m.tensor], m, moments[layers[m.tensor].input], gains.rows[layers[m.tensor].name])
+            _reader(job, layers[m.tensor], m, moments[layers[m.tensor].input], gains.rows[layers[m.tensor].name], taken)
             for m in group.weights
             if m.role == "input"
             and m.tensor in layers
@@ -140,7 +171,7 @@ def seen_by(job: Job, groups: Sequence[ChannelGroup]) -> Iterator[tuple[list[Rea
         yield reads, readers
 
 
-def _reader(job: Job, layer: Layer, member: Member, moments: Moments, gain: Array) -> Reader:
+def _reader(job: Job, layer: Layer, member: Member, moments: Moments, gain: Array, taken: Taken) -> Reader:
     """A weight that reads a group, or the rows of a grouped convolution that do."""
     spec, power = job.plan[layer.weight], moments.square
     if job.recipe.provides("bias"):
@@ -153,11 +184,10 @@ def _reader(job: Job, layer: Layer, member: Member, moments: Moments, gain: Arra
     if member.rows:
         gain = gain[slice(*member.rows)]
         first = member.rows[0] // (layer.shape[0] // layer.groups) * layer.shape[1]
-    taps = int(np.prod(layer.shape[2:]))
-    return Reader(
-        peak[:, member.index].max(axis=2),
-        taps * np.maximum(power, 0.0)[member.index + first].sum(axis=1),
-        gain,
-        spec.grid[1],
-        spec.block is None,
-    )
+    power = int(np.prod(layer.shape[2:])) * np.maximum(power, 0.0)
+    others, beside = np.setdiff1d(np.arange(peak.shape[1]), member.index), None
+    if len(others) and not member.rows:
+        f = taken.of(member, peak.shape[1])[others]
+        beside = (peak[:, others] / f).max(axis=1), float(power[others] @ f**2)
+    own = peak[:, member.index].max(axis=2), power[member.index + first].sum(axis=1)
+    return Reader(*own, gain, spec.grid[1], spec.block is None, beside)

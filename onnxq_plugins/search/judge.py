@@ -42,6 +42,7 @@ from onnxq_plugins.measure.metrics import worst_sqnr
 from onnxq_plugins.measure.samples import FloatOutputs, Samples
 from onnxq_plugins.plan.planned import Planned
 from onnxq_plugins.spec import Array, Plan
+from onnxq_plugins.targets import Target
 
 TIE = 0.1  # dB that decide nothing
 SAMPLES = 32  # at most
@@ -117,9 +118,7 @@ class Judge:
         graph   that the plan is about, where it is not the job's (any more)
         """
         graph = self.job.graph if graph is None else graph
-        model = export(graph, self.completed(plan, graph), self.job.target)
-        small = sum(int(np.prod(y.shape)) for y in Planned(graph, plan, self.job.target).layers) <= _FOLDED
-        session = runtimes.session(model, written=small, optimize=small, lean=True)
+        session = as_written(graph, self.completed(plan, graph), self.job.target)
         return decibels_of(self.samples.reference, self.samples.outputs(session, workers=self.job.workers))
 
     def completed(self, plan: Plan, graph: Graph | None = None) -> Plan:
@@ -138,6 +137,13 @@ class Judge:
         """The plan with the best outputs: the first one, unless another is ahead of it, see `ahead`."""
         scores = {name: self.each(plan) for name, plan in plans.items()}
         return Verdict(ahead(scores), {name: round(float(each.mean()), 2) for name, each in scores.items()})
+
+
+def as_written(graph: Graph, plan: Plan, target: Target) -> runtimes.Session:
+    """The quantized network of a solved plan, as the file says and not as kernels of this machine would run it. It holds the
+    weights decoded where these are few; of many, each is decoded in front of its layer, whenever it runs."""
+    few = sum(int(np.prod(y.shape)) for y in Planned(graph, plan, target).layers) <= _FOLDED
+    return runtimes.session(export(graph, plan, target), written=few, optimize=few, lean=True, ordered=not few)
 
 
 def _float_outputs(

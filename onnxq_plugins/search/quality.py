@@ -211,7 +211,8 @@ def _apply(job: Job, found: Fallback, before: Array) -> None:
 def _samples(job: Job) -> str:
     """What was judged on."""
     quality = job.report["quality"]
-    return f"{counted(quality['samples'], 'calibration sample')}{', each with the ranges of others' if quality.get('unseen') else ''}"
+    unseen = ", each with the ranges of others" if quality.get("unseen") else ""
+    return f"{counted(quality['samples'], 'calibration sample')}{unseen}"
 
 
 def _wider(job: Job) -> str:

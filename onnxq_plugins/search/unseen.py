@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq_plugins import runtimes
 from onnxq_plugins.calibration import Calibration
-from onnxq_plugins.export.qdq import export
 from onnxq_plugins.job import Job
 from onnxq_plugins.measure.arrays import decibels as energy_decibels
 from onnxq_plugins.measure.arrays import lower_decibels
@@ -24,6 +22,7 @@ from onnxq_plugins.measure.samples import Samples
 from onnxq_plugins.measure.unlike import part_energies, part_name
 from onnxq_plugins.plan.grids import natural_grids
 from onnxq_plugins.plan.planned import Planned
+from onnxq_plugins.search.judge import as_written
 from onnxq_plugins.spec import Array, Plan, from_range
 
 _FOLDS = 4
@@ -91,8 +90,7 @@ class Unseen:
         found: dict[int, list[Any]] = {}
         for fold in sorted({*self.places.tolist()}):
             numbers = np.flatnonzero(self.places == fold).tolist()
-            model = export(self.job.graph, self.cut(plan, fold), self.job.target)
-            session = runtimes.session(model, written=True, lean=True)
+            session = as_written(self.job.graph, self.cut(plan, fold), self.job.target)
             columns = samples.some(numbers).outputs(session, workers=self.job.workers)
             found |= zip(numbers, map(list, zip(*columns, strict=True)), strict=True)
         return [list(column) for column in zip(*(found[n] for n in sorted(found)), strict=True)]
@@ -130,7 +128,7 @@ def decibels(job: Job, samples: Samples, plan: Plan, unseen: Unseen | None = Non
     """
     if unseen is not None and not seen:
         return output_decibels(samples, unseen.outputs(plan, samples), lower_decibels)
-    session = runtimes.session(export(job.graph, plan, job.target), written=True, lean=True)
+    session = as_written(job.graph, plan, job.target)
     pooled = energy_decibels if unseen is None else lower_decibels
     return output_decibels(samples, samples.outputs(session, workers=job.workers), pooled)
 

@@ -33,7 +33,7 @@ def gptq(w: Array, h: Array, step: Array, grid: Grid, *, damping: float = 0.01, 
     order_of = Order(diagonal if order else np.zeros_like(diagonal), last=True)
     live = np.where(diagonal[:, None, :] > 0, w, 0.0) if (diagonal <= 0).any() else w
     work, steps = order_of.columns(live), order_of.steps(step, w.shape)
-    lower = cholesky(order_of.gram(damp(h, damping)))
+    lower = cholesky(damp(order_of.gram(h), damping))
     root = np.einsum("gdd->gd", lower)
     codes, error = np.empty_like(work), np.zeros_like(work)
     for last in range(size, 0, -BLOCK):
@@ -70,7 +70,7 @@ class Order:
 
     def gram(self, h: Array) -> Array:
         """[g, D, D] -> ordered copy."""
-        return np.take_along_axis(np.take_along_axis(h, self.at[:, None, :], axis=2), self.at[:, :, None], axis=1)
+        return h[np.arange(len(h))[:, None, None], self.at[:, :, None], self.at[:, None]]
 
     def restore(self, columns: Array) -> Array:
         """Ordered [g, D, O] -> [g, O, D]."""
@@ -80,9 +80,8 @@ class Order:
 
 
 def damp(h: Array, damping: float) -> Array:
-    """h plus `damping` times the mean of its diagonal on the diagonal; an input that is always 0 gets a 1."""
+    """Add `damping` times the mean of its diagonal to the diagonal of h, in place; an input that is always 0 gets a 1."""
     diagonal = np.einsum("gdd->gd", h)
     mean = diagonal.mean(axis=1, keepdims=True)
-    damped = h.copy()
-    np.einsum("gdd->gd", damped)[...] += np.where(diagonal > 0, damping * mean, 1.0)
-    return damped
+    diagonal += np.where(diagonal > 0, damping * mean, 1.0).astype(h.dtype)
+    return h

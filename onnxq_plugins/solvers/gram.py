@@ -12,13 +12,21 @@ Arrays are batches over groups: w [g, O, D], h [g, D, D]; dense layers have g = 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from onnxq_plugins.spec import Array
 
 Grid = tuple[int, int]
 _LARGE = 256  # inputs from which on a Cholesky factorization of its own for each group pays
+_SINGLE = 512  # inputs from which on moments and solvers are in single precision
 _FEW, _SAFE = 4, 1.0  # times fewer patches than inputs; a ridge beside which rounding errors of a factor do not matter
+
+
+def precision(inputs: int) -> type[np.floating[Any]]:
+    """Of moments of so many inputs: single where they are large matrices, which a ridge keeps well conditioned."""
+    return np.float32 if inputs >= _SINGLE else np.float64
 
 
 def row_loss(error: Array, h: Array) -> Array:
@@ -83,10 +91,12 @@ def _refit_few(h: Array, left: Array, amount: float) -> Array:
 
     size = np.sqrt(np.where(np.diagonal(h) > 0, np.diagonal(h), 1)).astype(h.dtype)
     (factor,) = get_lapack_funcs(("pstrf",), (h,))
-    scaled = np.asarray(h / size / size[:, None], order="F")
-    lower, order, rank, _ = factor(scaled, lower=1, overwrite_a=1)
+    scaled = h / size
+    scaled /= size[:, None]
+    lower, order, rank, _ = factor(scaled.T, lower=1, overwrite_a=1)  # symmetric, and in the order that LAPACK overwrites
     f = np.empty((len(h), rank), h.dtype)
     f[order - 1] = np.tril(lower[:, :rank])
+    del scaled, lower
     small = f.T @ f
     small[np.diag_indices(rank)] += h.dtype.type(amount)
     right = left / size
@@ -113,8 +123,9 @@ def cholesky(h: Array) -> Array:
 
     lower = np.empty_like(h)
     for one, matrix in zip(lower, h, strict=True):
+        one[...] = matrix
         try:
-            one[...] = factor(matrix.T, check_finite=False).T  # in the order of memory that LAPACK wants
+            one[...] = factor(one.T, overwrite_a=True, check_finite=False).T  # in the order of memory that LAPACK wants
         except LinAlgError:
             one[...] = factor(matrix.astype(np.float64), lower=True, check_finite=False)
     return lower

@@ -18,6 +18,7 @@ class Read:
     gain        noise at its readers per unit of noise variance on each channel [channels]
     levels      number of steps of the grid
     count       number of values that each channel's range was taken from
+    beside      what other channels on the grid have, as a Concat joins them: lowest and highest value, sum of their gains
     """
 
     low: Array
@@ -25,6 +26,12 @@ class Read:
     gain: Array
     levels: int
     count: int
+    beside: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def ends(self, factors: Array) -> tuple[float, float]:
+        """The ends of the grid, which has 0 on it, once the channels were multiplied by factors."""
+        low, high, _ = self.beside
+        return min(float((self.low * factors).min()), low, 0.0), max(float((self.high * factors).max()), high, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +43,7 @@ class Reader:
     gain    weight of a unit of noise variance in each row [rows]
     top     largest code
     whole   one scale for all rows
+    beside  of the columns that read other channels: peak in each row [rows], and the sum of their power
     """
 
     peak: Array
@@ -43,6 +51,7 @@ class Reader:
     gain: Array
     top: int
     whole: bool = False
+    beside: tuple[Array, float] | None = None
 
 
 def noise(factors: Array, reads: Sequence[Read], readers: Sequence[Reader]) -> float:
@@ -57,26 +66,30 @@ def noise(factors: Array, reads: Sequence[Read], readers: Sequence[Reader]) -> f
     """
     total = 0.0
     for x in reads:
-        top, bottom = max(float((x.high * factors).max()), 0.0), min(float((x.low * factors).min()), 0.0)
+        bottom, top = x.ends(factors)
         tail = np.maximum(np.maximum(np.abs(x.low), np.abs(x.high)) / np.log(max(x.count, 3)), 1e-30)
         room = np.stack([top / factors - x.high, x.low - bottom / factors])
         clipped = (tail**2 / x.count) * np.exp(-np.maximum(room, 0.0) / tail).sum(axis=0)
-        total += float(x.gain @ (((top - bottom) / x.levels) ** 2 / 12 / factors**2 + clipped))
+        rounded = ((top - bottom) / x.levels) ** 2 / 12
+        total += float(x.gain @ (rounded / factors**2 + clipped)) + rounded * x.beside[2]
     for w in readers:
-        step = (w.peak / factors).max(axis=1) / w.top
+        step, power = (w.peak / factors).max(axis=1) / w.top, float(w.power @ factors**2)
+        if w.beside is not None:
+            step, power = np.maximum(step, w.beside[0] / w.top), power + w.beside[1]
         step = np.full_like(step, step.max()) if w.whole else step
-        total += float(w.gain @ step**2) * float(w.power @ factors**2) / 12
+        total += float(w.gain @ step**2) * power / 12
     return total
 
 
 def spread(
     reads: Sequence[Read], readers: Sequence[Reader], exponents: Sequence[float], low: Array, high: Array
 ) -> tuple[Array, float, float]:
-    """The factors of least `noise` among f_c = r_c^-e w_c^d with d = 0, (1 - e) / 2 or 1 - e; their exponent e (0: none is
-    better than 1), and the ratio of the noise with them to that without.
+    """The factors of least `noise` among f_c = l r_c^-e w_c^d with d = 0, (1 - e) / 2 or 1 - e; their exponent e (0: none is
+    better than a level alone), and the ratio of the noise with them to that without.
 
-    r_c is the largest range of channel c relative to the largest of all channels, over the activations; w_c the largest
-    weight that reads it relative to that of its row. low, high: bounds of the factors [channels].
+    The level l is 1; where other channels are on a grid also what brings these to the range of those, or half way. r_c is
+    the largest range of channel c relative to the largest of all channels, over the activations; w_c the largest weight that
+    reads it relative to that of its row. low, high: bounds of the factors [channels].
 
     Source: SmoothQuant (arXiv 2211.10438), equation 4, with its exponent chosen by predicted noise.
     """
@@ -86,9 +99,21 @@ def spread(
     weight = np.maximum(np.max([r.max(axis=0) for r in rows], axis=0), 1e-6) if rows else np.ones(len(size))
     plain = noise(np.ones(len(size)), reads, readers)
     best, chosen, least = np.ones(len(size)), 0.0, plain
-    for e in exponents:
-        for d in (0.0, (1 - e) / 2, 1 - e)[: 1 if e == 1 else 3]:
-            factors = np.clip(size**-e * weight**d, low, high)
+    levels = _levels(reads)
+    pairs = [(e, d) for e in exponents for d in (0.0, (1 - e) / 2, 1 - e)[: 1 if e == 1 else 3]]
+    for e, d in [(0.0, 0.0), *pairs] if len(levels) > 1 else pairs:
+        for level in levels:
+            factors = np.clip(level * size**-e * weight**d, low, high)
             if (found := noise(factors, reads, readers)) < least:
                 best, chosen, least = factors, e, found
     return best, chosen, least / plain if plain > 0 else 1.0
+
+
+def _levels(reads: Sequence[Read]) -> list[float]:
+    """Common factors to try."""
+    levels = [1.0]
+    for x in reads:
+        own, others = max(float(x.high.max()), 0.0) - min(float(x.low.min()), 0.0), x.beside[1] - x.beside[0]
+        if own > 0 and others > 0:
+            levels += [others / own, (others / own) ** 0.5]
+    return levels

@@ -174,6 +174,17 @@ def test_a_model_too_large_for_a_message_is_saved_with_external_data(
         np.testing.assert_array_equal(a, b)
 
 
+def test_onnxruntime_maps_a_large_model_that_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from a copy of all its bytes; the model stays as it is."""
+    model = zoo.mlp()
+    before, feed = model.SerializeToString(), zoo.feeds(model, 1)[0]
+    monkeypatch.setattr("onnxq_plugins.runtimes.sessions._IN_MEMORY", 100)
+    runner = runtimes.session(model)
+    assert model.SerializeToString() == before
+    for a, b in zip(runner.run(None, feed), zoo.run(model, feed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_size_of_counts_what_a_file_holds() -> None:
     for name in ("mlp", "cnn", "control_flow"):
         model = zoo.ZOO[name]()

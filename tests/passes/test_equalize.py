@@ -15,7 +15,7 @@ from onnxq_plugins.layers.complete import complete, complete_ranges
 from onnxq_plugins.measure import drift
 from onnxq_plugins.passes import BiasCorrect, Equalize
 from onnxq_plugins.passes.equalize import _place, _reduced, _rescale
-from onnxq_plugins.search.gains import Gains
+from onnxq_plugins.search.gains import Gains, Taken, seen_by
 from onnxq_plugins.search.judge import Judge
 from onnxq_plugins.solvers.equalize import Place, balance, equalize, noise
 from onnxq_plugins.solvers.spread import Read, Reader, spread
@@ -98,6 +98,21 @@ def stream(times=50.0, channels=8):
     for _ in range(2):
         x = net.op("Add", x, write(read(x), 24))
     return net.model(net.head(read(x), 24))
+
+
+def branches(first, times=16.0, channels=16):
+    """A Concat of an activation and a Relu of many times its range, undone by the layer that reads both."""
+    net = Net(["N", 3, 8, 8])
+    x = net.op("Relu", net.conv("x", 3, channels))
+
+    def branch(op, size):
+        weight = net.rng.normal(size=(channels, channels, 1, 1)) * size / channels**0.5
+        return net.op(op, net.op("Conv", x, net.constant(weight), net.constant(np.zeros(channels))))
+
+    weight = net.rng.normal(size=(12, 2 * channels, 1, 1)) / channels**0.5
+    weight[:, channels:] /= times
+    both = net.op("Concat", branch(first, 1.0), branch("Relu", times), axis=1)
+    return net.model(net.head(net.op("Relu", net.op("Conv", both, net.constant(weight), net.weight(12))), 12))
 
 
 def prenorm():
@@ -461,6 +476,39 @@ def test_outlier_channels_no_longer_set_the_scale(make, db):
     assert quality(model, result, fresh) > quality(model, plain, fresh) + db
     before, after = report["sqnr_before_and_after"]
     assert after > before + db
+
+
+@pytest.mark.parametrize("first", ["Relu", "Sigmoid", "Tanh"])
+def test_unlike_branches_of_a_concat_share_its_grid(first):
+    """All channels of a branch get a factor towards the range of the other, also where that one has none, and no operator is
+    added."""
+    found = []
+    for times in (1.0, 16.0):
+        model = branches(first, times)
+        recipe = {"pass": [{"use": "equalize", "by": "activations"}, {"use": "bias-correct"}]}
+        result = quantize(model, recipe, feeds(model, 16), verify=True)
+        assert len(result.graph.nodes) == len(load(model).nodes)
+        found.append(quality(model, result, feeds(model, 16, seed=1)))
+    assert found[1] > found[0] - 2
+
+
+def test_factors_of_a_branch_know_those_of_the_others():
+    """What is beside a group on a grid, and in rows of the weights that read it, is as the groups before have left it."""
+    job = make_job(branches("Relu"), {}, 8)
+    groups = [g for g in channel_groups(job.graph, "rescale") if len(g.tensors) > 2]
+    taken = Taken()
+    seen = seen_by(job, groups, taken)
+    (reads, readers), factors = next(seen), np.linspace(2.0, 3.0, groups[0].size)
+    taken.add(job.graph, groups[0], factors)
+    other, behind = next(seen)
+    joined, at = next((x, n) for n, x in enumerate(other) if x.beside[1])
+    first = reads[at]
+    assert joined.beside[1] == pytest.approx((first.high * factors).max())
+    assert joined.beside[2] == pytest.approx((first.gain / factors**2).sum())
+    own = next(w for w in readers if w.beside is not None)
+    peak, power = next(w.beside for w in behind if w.beside is not None)
+    np.testing.assert_allclose(peak, (own.peak / factors).max(axis=1))
+    assert power == pytest.approx(own.power @ factors**2)
 
 
 def test_what_does_not_help_is_left_alone(monkeypatch):
