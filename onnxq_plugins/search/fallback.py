@@ -142,9 +142,7 @@ class Search:
             search = Search(replace(self.job, plan=wide.plan), self.samples, self.unseen)
             after = search.searched(levels, most)
             after = wide if after is None else replace(after, wide=wide.wide)
-            if after.sqnr.min() >= levels[0]:
-                return after
-            found = self.searched(levels, most)
+            found = None if after.sqnr.min() >= levels[0] else self.searched(levels, most)
             return after if found is None or found.sqnr.min() < after.sqnr.min() else found
         found = self.searched(levels, most)
         if wide is not None and (found is None or found.work > 0 or found.sqnr.min() < levels[0]):
