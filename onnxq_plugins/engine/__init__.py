@@ -207,6 +207,7 @@ def _read_model(
                 f"'{output}': target '{target.name}' writes {target.suffix}; give such a name, or --target {others[0]}."
             )
     model = as_model(model)
+    runtimes.trim()  # of what making a large model leaves behind: copies of it follow
     graph = conform(load(model, float32=float32, flatten=target.flatten), target.operators, target.whole)
     source = model.absolute() if isinstance(model, Path) else None if isinstance(model, Graph) else model
     size = original_size(graph, source)

@@ -100,7 +100,7 @@ def session(
     add_custom_ops(options)
     try:
         if weights:
-            model = _add_weights(options, model, weights)
+            model = _add_weights(options, model, weights, lean)
         elif folder is None and isinstance(model, onnx.ModelProto) and files.size_of(model) > _IN_MEMORY:
             with tempfile.TemporaryDirectory() as scratch:
                 return _created(files.save_model(model, Path(scratch) / "model.onnx", beside=True), options)
@@ -135,16 +135,20 @@ def _options(threads: int, optimize: bool, lean: bool, arena: bool, written: boo
     return options
 
 
-_IN_MEMORY = 2**28  # bytes of a model up to which onnxruntime reads a copy of it from memory, not mapped from a file
+# bytes of a model up to which onnxruntime reads a copy of it from memory, not mapped from a file, and packs its weights even
+# where memory is what counts
+_IN_MEMORY = 2**28
 _TRIMMED = 2**24  # bytes of a model from which on what creating its session leaves behind is worth returning
 _AS_WRITTEN = "session.disable_quant_qdq"
 _FOLDER, _NO_PREPACKING = "session.model_external_initializers_file_folder_path", "session.disable_prepacking"
 
 
-def _add_weights(options: ort.SessionOptions, model: _Model, weights: Mapping[str, Array]) -> _Model:
+def _add_weights(options: ort.SessionOptions, model: _Model, weights: Mapping[str, Array], lean: bool) -> _Model:
     """Give a session the weights of a model; the model, which refers to those that are used from files."""
-    if sum(array.nbytes for array in weights.values()) > files.LARGE:
+    size = sum(array.nbytes for array in weights.values())
+    if size > min(files.LARGE, _IN_MEMORY if lean else files.LARGE):
         options.add_session_config_entry(_NO_PREPACKING, "1")  # packed copies would take as much memory again
+    if size > files.LARGE:
         model, weights, root = _from_files(model, weights)
         if root is not None:
             options.add_session_config_entry(_FOLDER, str(root))
