@@ -220,9 +220,8 @@ def _rows(job: Job, planned: Planned, audit: Audit, added: Mapping[str, Mapping[
             row |= {"weights": spec.describe((layer.out_axis, layer.in_axis)), "bits_per_weight": round(bits, 3)}
         reason = job.report.floats.get(layer.name) or why
         if spec is not None and spec.decoded and layer.name not in job.report.floats:
-            why = _SHARED if shared_codes(job, [layer]) else "MatMulNBits would round its inputs to 8 bits per block"
-            text = f"{why}; its weight is decoded to float at load"
-            reason = Reason("float-inputs", text)
+            text = _SHARED if shared_codes(job, [layer]) else "MatMulNBits would round its inputs to 8 bits per block"
+            reason = Reason("float-inputs", f"{text}; its weight is decoded to float at load")
         if reason is not None:
             row |= {"why_float": str(reason), "why_float_kind": reason.kind}
         rows.append(row | {name: values[layer.name] for name, values in added.items() if layer.name in values})
