@@ -28,6 +28,7 @@ _CLIPPED = 3.0  # dB that outputs lose by ranges that have not seen the samples:
 _SAVED = 30.0  # dB that outputs of plain codes seldom have once layers in float have saved them
 _PLAIN = 8  # bits of weights whose codes need not be learned
 _LOST = 15.0  # dB under which that may cost any number of layers: less is warned of (`measure.verdict`)
+_USELESS = 10.0  # dB under which it may on targets that quantize as a whole: there floats cut the network
 
 
 def keep_quality(job: Job) -> Samples | None:
@@ -76,10 +77,7 @@ def keep_quality(job: Job) -> Samples | None:
         _apply(job, found, before)
     elif now.min() < quality.least:
         worst = names[int(now.argmin())]
-        job.note(
-            f"output '{worst}' has {now.min():.1f} dB on {_samples(job)}, and no few layers in float make it much better"
-            f"{_wider(job)}"
-        )
+        job.note(f"output '{worst}' has {now.min():.1f} dB on {_samples(job)}{_advice(job)}{_wider(job)}")
     return judge.samples
 
 
@@ -95,8 +93,9 @@ def _search(job: Job, judge: Judge, before: Array, apart: bool) -> tuple[Search,
         judge = Judge.of(job, apart=apart, work=_SEARCH, least=_FEWEST) or judge
     first = min(quality.least + _MARGIN, quality.sqnr)
     levels = [quality.sqnr] if quality.asked else [first, (first + quality.sqnr) / 2, quality.sqnr]
-    chains = before.min() < (quality.least if job.target.whole else _LOST)  # whose layers come in chains
-    shares = [1.0 if quality.asked or chains else _MOST, *[_MOST] * (len(levels) - 1)]
+    chains = before.min() < (_USELESS if job.target.whole else _LOST)  # whose layers come in chains
+    usual = 0.0 if job.target.whole else _MOST
+    shares = [1.0 if quality.asked or chains else usual, *[usual] * (len(levels) - 1)]
     return Search(job, judge.samples, Unseen.of(job, judge.numbers)), (levels, shares)
 
 
@@ -215,10 +214,18 @@ def _samples(job: Job) -> str:
     return f"{counted(quality['samples'], 'calibration sample')}{unseen}"
 
 
+def _advice(job: Job) -> str:
+    """What was not done for outputs that are not good enough."""
+    quality = job.recipe.quality
+    if job.target.whole and not quality.asked:
+        return f"; layers in float, which cut a network of integers, are yours to ask for (--min-sqnr {quality.sqnr:g})"
+    return ", and no few layers in float make it much better"
+
+
 def _wider(job: Job) -> str:
     """What helps where too little else does: targets that quantize as a whole run all in 16 bits."""
     wider = job.target.whole and WIDE in job.target.activation_bits and job.recipe.activations.bits < WIDE
-    return f"; activations of {WIDE} bits may (--set activations.bits={WIDE})" if wider else ""
+    return f"; activations of {WIDE} bits may help (--set activations.bits={WIDE})" if wider else ""
 
 
 def _readers(job: Job, name: str) -> list[str]:
