@@ -13,17 +13,20 @@ from onnxq_plugins.spec import Array
 
 Part = tuple[slice, ...]
 _APART = 12.0  # dB between the powers of two runs of channels
+_SEVERAL = 4  # feeds
 _NOTHING = 1e-12  # power of a part relative to the other one, below which it is none
 
 
 def parts(values: Sequence[Any]) -> list[Part]:
-    """Where the values of one output (one per feed) fall into two parts: along one axis but the first, each part is a run of
-    channels, and all channels of one are at least 12 dB stronger than all of the other. One part, of all, otherwise."""
+    """Where the values of one output (one per feed) fall into two parts: along one axis, each part is a run of channels, and
+    all channels of one are at least 12 dB stronger than all of the other. One part, of all, otherwise. The first axis counts
+    where there are several feeds: what differs in all of them is no batch."""
     whole: list[Part] = [()]
     arrays = [leaf for value in values for leaf in leaves(value)]
     if len(arrays) != len(values) or not arrays or len({a.ndim for a in arrays}) > 1 or not all(a.size for a in arrays):
         return whole
-    found = [cut for axis in range(1, arrays[0].ndim) if (cut := _cut(arrays, axis)) is not None]
+    first = 0 if len(arrays) >= _SEVERAL else 1
+    found = [cut for axis in range(first, arrays[0].ndim) if (cut := _cut(arrays, axis)) is not None]
     if not found:
         return whole
     _, axis, at = max(found)
