@@ -147,10 +147,8 @@ def _inputs_notes(job: Job, planned: Planned) -> Iterator[str]:
 
     decoded = [y for y in planned.layers if job.plan[y.weight].decoded and y.name not in job.report.floats]
     shared = shared_codes(job, decoded)
-    for layers, why in (
-        ([y for y in decoded if y.weight not in shared], _ROUNDED),
-        ([y for y in decoded if y.weight in shared], _SHARED),
-    ):
+    for why in (_ROUNDED, _SHARED):
+        layers = [y for y in decoded if (y.weight in shared) == (why is _SHARED)]
         if layers:
             names = ", ".join(f"'{y.name}'" for y in layers[:4]) + (" ..." if len(layers) > 4 else "")
             yield f"{several(len(layers), f' ({names})', 'compute')} in float, weights decoded at load: {why}"
@@ -202,6 +200,7 @@ def _rows(job: Job, planned: Planned, audit: Audit, added: Mapping[str, Mapping[
     added   columns of passes -> layer -> value
     """
     kernels = {entry.name: entry for entry in audit.layers}
+    shared = shared_codes(job, [y for y in planned.layers if job.plan[y.weight].decoded])
     rows = []
     for layer in job.graph.layers:
         spec, rule, entry = job.plan.get(layer.weight), planned.rule(layer), kernels.get(layer.name)
@@ -220,7 +219,7 @@ def _rows(job: Job, planned: Planned, audit: Audit, added: Mapping[str, Mapping[
             row |= {"weights": spec.describe((layer.out_axis, layer.in_axis)), "bits_per_weight": round(bits, 3)}
         reason = job.report.floats.get(layer.name) or why
         if spec is not None and spec.decoded and layer.name not in job.report.floats:
-            text = _SHARED if shared_codes(job, [layer]) else "MatMulNBits would round its inputs to 8 bits per block"
+            text = _SHARED if layer.weight in shared else "MatMulNBits would round its inputs to 8 bits per block"
             reason = Reason("float-inputs", f"{text}; its weight is decoded to float at load")
         if reason is not None:
             row |= {"why_float": str(reason), "why_float_kind": reason.kind}
