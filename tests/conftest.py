@@ -30,7 +30,8 @@ from onnxq_plugins.runtimes import onnxruntime
 from onnxq_plugins.testing.exact import exact_model, saturates
 from tests.cli.folder import Ran
 
-os.environ["ONNXQ_CACHE"] = str(Path(tempfile.gettempdir()) / "onnxq-none")  # what a user measured here is no test's
+# what a user, or an earlier run, measured on this machine is no test's
+os.environ["ONNXQ_CACHE"] = str(Path(tempfile.gettempdir()) / f"onnxq-none-{os.getpid()}")
 _session = runtimes.session
 _profile = onnxruntime.profile  # no test looks at a clock: no more runs than it needs
 _convert = onnx.version_converter.convert_version

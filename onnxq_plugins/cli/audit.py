@@ -93,9 +93,15 @@ def audit_command(
             _show(audit, changes, against, all_layers)
         if audit.proof is not None:
             show_proof(audit.proof, audit if elsewhere else None)
-    by_operator = model.suffix != ".onnx" or not audit.layers  # a file that has no layers of ours
-    limits = _in_integers(audit) if audit.proof is None or not by_operator else _operators_in_integers(audit.proof)
-    gate.tell(model.name, limits if no_float else [], {**audit.to_dict(), "what_to_change": changes})
+    limits = _limits(audit, model) if no_float else []
+    gate.tell(model.name, limits, {**audit.to_dict(), "what_to_change": changes})
+
+
+def _limits(audit: Audit, model: Path) -> list[Limit]:
+    """What must run in integers: layers, or all operators of a file that has no layers of ours."""
+    if audit.proof is not None and (model.suffix != ".onnx" or not audit.layers):
+        return _operators_in_integers(audit.proof)
+    return _in_integers(audit)
 
 
 def _in_integers(audit: Audit) -> list[Limit]:
