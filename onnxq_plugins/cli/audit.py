@@ -35,10 +35,7 @@ def audit_command(
     *,
     against: Annotated[
         Path | None,
-        typer.Option(
-            show_default=False,
-            help="the float model: times both, interleaved; other runtimes are compared with it",
-        ),
+        typer.Option(show_default=False, help="the float model: times both; other runtimes are compared with it"),
     ] = None,
     runtime: Annotated[
         str, typer.Option("--runtime", show_default=False, help=f"{_RUNTIMES}, or that of an installed target")
@@ -86,15 +83,19 @@ def audit_command(
         settings=runtime_settings(settings, python),
         samples=samples,
     )
-    elsewhere = audit.proof is not None and (runtime != HERE or bool(settings or python))
-    changes = [] if elsewhere else what_to_change(audit, _placed(model))
+    there = audit.proof is not None and (runtime != HERE or bool(settings or python))
+    changes = [] if there else what_to_change(audit, _placed(model))
     if not gate.as_json:
-        if not elsewhere:
-            _show(audit, changes, against, all_layers)
-        if audit.proof is not None:
-            show_proof(audit.proof, audit if elsewhere else None)
-    limits = _limits(audit, model) if no_float else []
-    gate.tell(model.name, limits, {**audit.to_dict(), "what_to_change": changes})
+        _tell(audit, changes, against, all_layers, there)
+    gate.tell(model.name, _limits(audit, model) if no_float else [], {**audit.to_dict(), "what_to_change": changes})
+
+
+def _tell(audit: Audit, changes: Sequence[str], against: Path | None, all_layers: bool, there: bool) -> None:
+    """Print what kernels here run, and what another runtime ran; that alone where `there` is set."""
+    if not there:
+        _show(audit, changes, against, all_layers)
+    if audit.proof is not None:
+        show_proof(audit.proof, audit if there else None)
 
 
 def _limits(audit: Audit, model: Path) -> list[Limit]:
