@@ -66,6 +66,7 @@ def keep_inputs_float(job: Job, specs: Mapping[str, QuantSpec]) -> dict[str, Qua
 
 def shared_codes(job: Job, layers: Sequence[Layer]) -> set[str]:
     """The weights of these layers of which onnxruntime would make no MatMulNBits, as another layer has equal ones."""
+    layers = [layer for layer in layers if layer.op in _READERS]
     if not layers or not any(rule.kernel == "MatMulNBits" for rule in job.target.rules):
         return set()
     content = {layer.weight: job.graph.content(layer.weight) for layer in job.graph.layers if layer.op in _READERS}
