@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from onnxq_plugins.calibration import Histogram
 from onnxq_plugins.graph import Layer
-from onnxq_plugins.passes import BiasCorrect, Equalize, Ranges, ScaleInputs, ShiftEqualize, SplitWeights
+from onnxq_plugins.graph.activations import Activation as Function
+from onnxq_plugins.passes import ActivationRanges, BiasCorrect, Equalize, Ranges, ScaleInputs, ShiftEqualize, SplitWeights
 from onnxq_plugins.report.remedies import (
     Remedy,
     Scene,
@@ -149,15 +150,23 @@ def causes(
     return _largest_first(candidates) or (_plain(layer, by_weight, activation, scene),)
 
 
-def tensor_causes(x: Activation, readers: Sequence[Layer], weights: Sequence[Array], scene: Scene) -> tuple[Cause, ...]:
+def tensor_causes(
+    x: Activation, readers: Sequence[Layer], weights: Sequence[Array], scene: Scene, function: Function | None = None
+) -> tuple[Cause, ...]:
     """Causes of the error of an activation that several layers read, or none, the largest first.
 
-    readers   the layers
-    weights   theirs, float values
+    readers    the layers
+    weights    theirs, float values
+    function   that alone reads it, whatever it is written as (`graph.activations`)
     """
     remedies = tuple(wider(readers, x.name, x.spec.bits, scene))
     plain = Cause("rounding", "Plain rounding: the codes are used evenly.", 0.0, remedies)
-    return _largest_first(_input_causes(readers, weights, x, "this tensor", scene)) or (plain,)
+    it = "this tensor" if function is None else f"the input of {function.name}"
+    found = _input_causes(readers, weights, x, it, scene)
+    if function is not None:
+        ranges = scene.use(ActivationRanges(), f"the range by the error behind {function.name}")
+        found = [replace(c, remedies=(*ranges, *c.remedies)) if c.kind == "heavy-tail" else c for c in found]
+    return _largest_first(found) or (plain,)
 
 
 def constant_causes(spec: QuantSpec, readers: Sequence[str], scene: Scene) -> tuple[Cause, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from onnxq_plugins import measure
 from onnxq_plugins.graph import Layer, channel_axis, channel_groups, shifts
+from onnxq_plugins.graph.activations import activation_of
 from onnxq_plugins.graph.flow import maker_of, readers
 from onnxq_plugins.job import Outcome
 from onnxq_plugins.measure import IDENTICAL
@@ -161,7 +162,8 @@ def rows(
     def of_tensor(p: Player) -> LayerError:
         name, maker = p.entries[0], maker_of(graph, p.entries[0])
         reading = [layers[n] for n in p.readers if n in layers]
-        known = tensor_causes(activations[name], reading, [graph.constant(y.weight) for y in reading], scene)
+        weights = [graph.constant(y.weight) for y in reading]
+        known = tensor_causes(activations[name], reading, weights, scene, activation_of(graph, name))
         op, known = maker.op if maker is not None else "input", _with_proposed(result, known)
         return LayerError(p.name, op, name, name, sqnr[name], own[p.name], causes=known, readers=p.readers, place=p.place)
 

@@ -201,6 +201,19 @@ def test_a_heavy_tail():
     assert "heavy-tail" in [c.kind for c in layer.causes] and layer.own.input < layer.own.weight
 
 
+def test_what_an_activation_reads_is_named_by_it():
+    def silu(net, x):  # values far below 0, of which it makes nearly 0
+        x = net.op("Mul", x, net.constant(np.where(np.arange(16) % 8, 1, -60).astype(np.float32).reshape(1, 16, 1, 1)))
+        return net.op("Mul", x, net.op("Sigmoid", x))
+
+    recipe = {"target": "litert", "pass": [{"use": "ranges"}]}
+    found = diagnose(quantized(chain(silu), recipe, check=False))
+    known = [cause for row in found.layers for cause in row.causes if "input of SiLU" in cause.text]
+    assert known
+    remedies = [remedy for cause in known for remedy in cause.remedies]
+    assert any(step.name == "activation-ranges" for remedy in remedies for step in remedy.passes)
+
+
 def test_an_error_that_is_the_same_everywhere():
     """Weights that all round the same way, on inputs that are never negative."""
 
