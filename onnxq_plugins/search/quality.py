@@ -27,6 +27,7 @@ _BETTER = 1.0  # dB that other ranges must gain
 _CLIPPED = 3.0  # dB that outputs lose by ranges that have not seen the samples: half of the noise
 _SAVED = 30.0  # dB that outputs of plain codes seldom have once layers in float have saved them
 _PLAIN = 8  # bits of weights whose codes need not be learned
+_EXTREMES = 2  # place among `_plain`: extremes with corrected biases
 _LOST = 15.0  # dB under which that may cost any number of layers: less is warned of (`measure.verdict`)
 _USELESS = 10.0  # dB under which it may on targets that quantize as a whole: there floats cut the network
 
@@ -112,17 +113,21 @@ def _as_plain(job: Job, samples: Samples, before: Array, unseen: Unseen | None) 
     """
     quality, judge = job.recipe.quality, Judge.of(job, apart=False, work=_CHECK, least=_FEWEST)
     assert judge is not None
-    plain = replace(job, report=Report())
     others = Unseen.of(job, judge.numbers)
     starts = [(decibels(job, judge.samples, plan, others), plan) for plan in _plain(job, judge)]
-    start, plain.plan = max(starts, key=lambda one: float(one[0].min()))
-    if start.min() >= quality.least:
+    best = max(starts, key=lambda one: float(one[0].min()))
+    if best[0].min() >= quality.least:
         return None
     first = min((dB for dB, _ in starts), key=lambda dB: float(dB.min()))
-    search, levels = _search(plain, judge, first, False)
-    found = search.run(*levels)
-    if found is None or not _worth(found, start, quality.least):
+    tried = []
+    for start, plan in {id(one): one for one in (best, starts[_EXTREMES])}.values():  # and what recipes without learning do
+        search, levels = _search(replace(job, plan=plan, report=Report()), judge, first, False)
+        found = search.run(*levels)
+        if found is not None and _worth(found, start, quality.least):
+            tried.append((search, found))
+    if not tried:
         return None
+    search, found = max(tried, key=lambda one: float(one[1].sqnr.min()))
     found = replace(found, sqnr=decibels(job, samples, found.plan, unseen))
     if found.sqnr.min() <= before.min():
         return None
