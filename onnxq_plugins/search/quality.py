@@ -27,7 +27,6 @@ _BETTER = 1.0  # dB that other ranges must gain
 _CLIPPED = 3.0  # dB that outputs lose by ranges that have not seen the samples: half of the noise
 _SAVED = 30.0  # dB that outputs of plain codes seldom have once layers in float have saved them
 _PLAIN = 8  # bits of weights whose codes need not be learned
-_EXTREMES = 2  # place among `_plain`: extremes with corrected biases
 _LOST = 15.0  # dB under which that may cost any number of layers: less is warned of (`measure.verdict`)
 _USELESS = 10.0  # dB under which it may on targets that quantize as a whole: there floats cut the network
 
@@ -114,16 +113,17 @@ def _as_plain(job: Job, samples: Samples, before: Array, unseen: Unseen | None) 
     quality, judge = job.recipe.quality, Judge.of(job, apart=False, work=_CHECK, least=_FEWEST)
     assert judge is not None
     others = Unseen.of(job, judge.numbers)
-    starts = [(decibels(job, judge.samples, plan, others), plan) for plan in _plain(job, judge)]
-    best = max(starts, key=lambda one: float(one[0].min()))
-    if best[0].min() >= quality.least:
+    plans = dict(_plain(job, judge))
+    starts = {name: decibels(job, judge.samples, plan, others) for name, plan in plans.items()}
+    best = max(starts, key=lambda name: float(starts[name].min()))
+    if starts[best].min() >= quality.least:
         return None
-    first = min((dB for dB, _ in starts), key=lambda dB: float(dB.min()))
+    first = min(starts.values(), key=lambda dB: float(dB.min()))
     tried = []
-    for start, plan in {id(one): one for one in (best, starts[_EXTREMES])}.values():  # and what recipes without learning do
-        search, levels = _search(replace(job, plan=plan, report=Report()), judge, first, False)
+    for name in dict.fromkeys((best, _USUAL)):
+        search, levels = _search(replace(job, plan=plans[name], report=Report()), judge, first, False)
         found = search.run(*levels)
-        if found is not None and _worth(found, start, quality.least):
+        if found is not None and _worth(found, starts[name], quality.least):
             tried.append((search, found))
     if not tried:
         return None
@@ -138,15 +138,18 @@ def _as_plain(job: Job, samples: Samples, before: Array, unseen: Unseen | None) 
     return found
 
 
-def _plain(job: Job, judge: Judge) -> Iterator[Plan]:
-    """Plans with plain codes: with the job's ranges or the extremes, with corrected biases or without."""
+_USUAL = "extremes, corrected"  # what recipes without learning start from
+
+
+def _plain(job: Job, judge: Judge) -> Iterator[tuple[str, Plan]]:
+    """Plans with plain codes by name: with the job's ranges or the extremes, with corrected biases or without."""
     view = Planned.of(job)
     weights = Plan({y.weight: job.plan[y.weight].request() for y in view.layers})
     extremes = Plan({name: job.plan[name].request() for name in view.activations})
-    for requests in (weights, weights | extremes):
+    for ranges, requests in (("ranges", weights), ("extremes", weights | extremes)):
         trial = replace(job, plan=job.plan | requests, report=Report())
         complete(trial)
-        yield from (judge.completed(job.plan | requests), trial.plan)
+        yield from ((f"{ranges}, corrected", judge.completed(job.plan | requests)), (ranges, trial.plan))
 
 
 def _other_ranges(job: Job, samples: Samples, before: Array, unseen: Unseen | None) -> Array:

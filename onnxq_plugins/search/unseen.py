@@ -1,10 +1,10 @@
 """A network on samples that its ranges have not seen.
 
 A grid of an activation reaches as far as the samples do that it was calibrated with. Other samples reach further and are
-clipped, which a network judged on its own samples does not show: a detector calibrated on pictures with few faces had 22 dB
-on them and 8 on others, whose faces were clipped. So the samples fall into four folds, and each is judged with grids that
-reach no further than the samples of the other three: cross-validation (Stone, J. R. Stat. Soc. B 36, 1974). Only ranges are
-taken back; what else was solved on all samples hardly fits single ones."""
+clipped, which a network judged on its own samples does not show: a detector calibrated on pictures with few faces was
+good on them and useless on others, whose faces were clipped. So the samples fall into four folds, and each is judged with
+grids that reach no further than the samples of the other three: cross-validation (Stone, J. R. Stat. Soc. B 36, 1974). Only
+ranges are taken back; what else was solved on all samples hardly fits single ones."""
 
 from __future__ import annotations
 
